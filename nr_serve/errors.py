@@ -1,0 +1,107 @@
+"""Every error this project raises on purpose, with the HTTP answer it becomes.
+
+    NrError                        500
+    ├── BadRequest                 400  the request itself is wrong
+    │   └── BadAdapterFile         400  a file that must not be attached
+    ├── Unauthorized               401
+    ├── Forbidden                  403  a path outside the allowed folders
+    ├── NotFound                   404  no such model, adapter or route
+    ├── Conflict                   409  the name is taken, or the thing is in use
+    ├── TooLarge                   413
+    ├── QueueFull                  429  carries Retry-After
+    ├── Unavailable                503  not ready, draining, or the engine stopped
+    ├── UnsupportedBase            500  a base model that cannot be served or trained
+    └── DownloadFailed             500  a model or corpus that could not be fetched
+
+The command line prints the message alone; a stack trace means a bug in nr-serve.
+"""
+
+from __future__ import annotations
+
+
+class NrError(Exception):
+    """An error with a message for people; `param` names the offending field, if one is to blame."""
+
+    status = 500
+    type = "InternalServerError"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.param))
+
+
+def _rebuild(kind: type[NrError], message: str, param: str | None) -> NrError:
+    return kind(message, param=param)
+
+
+class BadRequest(NrError):
+    """The request cannot be carried out as it stands."""
+
+    status = 400
+    type = "BadRequestError"
+
+
+class BadAdapterFile(BadRequest):
+    """An adapter file that is damaged, made for another base, or of a newer format."""
+
+
+class Unauthorized(NrError):
+    """The key is missing or wrong."""
+
+    status = 401
+    type = "AuthenticationError"
+
+
+class Forbidden(NrError):
+    """The key is right, but this is not allowed."""
+
+    status = 403
+    type = "PermissionDeniedError"
+
+
+class NotFound(NrError):
+    """No such model, adapter, request or route."""
+
+    status = 404
+    type = "NotFoundError"
+
+
+class Conflict(NrError):
+    """The name is taken, or what is to change is in use."""
+
+    status = 409
+    type = "ConflictError"
+
+
+class TooLarge(NrError):
+    """The body is larger than the server takes."""
+
+    status = 413
+    type = "RequestTooLargeError"
+
+
+class QueueFull(NrError):
+    """Too many requests wait already; try again later."""
+
+    status = 429
+    type = "RateLimitError"
+    retry_after_s = 1
+
+
+class Unavailable(NrError):
+    """The server is starting, draining, or its engine stopped."""
+
+    status = 503
+    type = "ServiceUnavailableError"
+
+
+class UnsupportedBase(NrError):
+    """A base model that this engine cannot run; the message says why."""
+
+
+class DownloadFailed(NrError):
+    """A model or a corpus could not be fetched or did not match its checksum."""

@@ -1,0 +1,258 @@
+"""The adapter file: read, check, write. One safetensors file, never pickle.
+
+Tensors, for each layer i that has a block (a layer without one lacks all of them):
+
+    layers.{i}.block_gate [d]   .block_gate_bias [] (absent: 0)   .w_in [h, d]   .w_gate [h, d]   .w_out [d, h]
+
+h may differ between layers. The metadata are strings: see `AdapterInfo`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from nr_serve.errors import BadAdapterFile, TooLarge
+
+FORMAT = "neutral-residues"
+FORMAT_VERSION = 1
+GATES = ("relu",)
+_TENSOR = re.compile(r"layers\.(\d+)\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter's file says about it besides its tensors."""
+
+    base: str
+    """Name of the base model it was trained beside."""
+    base_fingerprint: str
+    """`host.fingerprint` of that base."""
+    layers: int
+    """Decoder layers of the base."""
+    d: int
+    """Width of the base's residual stream."""
+    carry: float = 0.0
+    """a in m_t = a m_(t-1) + (1 - a) z_t; 0 is the paper's gate."""
+    threshold: float = 0.0
+    """The gate is relu(m - threshold)."""
+    gate: str = "relu"
+    domain: str = ""
+    """What it was trained for: a language tag such as `hu`, or a domain's name."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The training recipe."""
+    results: Mapping[str, Any] = field(default_factory=dict)
+    """Measured results."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer's block: gate [d], bias [], w_in [h, d], w_gate [h, d], w_out [d, h]."""
+
+    gate: Tensor
+    bias: Tensor
+    w_in: Tensor
+    w_gate: Tensor
+    w_out: Tensor
+
+    @property
+    def h(self) -> int:
+        """Width of the block."""
+        return self.w_in.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter in host memory."""
+
+    info: AdapterInfo
+    blocks: tuple[Block | None, ...]
+    """One entry a layer of the base; None where the layer has no block."""
+    version: str
+    """First 12 hex digits of the file's SHA-256."""
+    nbytes: int
+    """Size of the tensors."""
+
+    @property
+    def h(self) -> int:
+        """Width of the widest block."""
+        return max(block.h for block in self.blocks if block is not None)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter must fit: the base's name, fingerprint and shape."""
+
+    name: str
+    fingerprint: str
+    layers: int
+    d: int
+
+
+def read_adapter(path: Path, base: Base | None = None, *, max_bytes: int | None = None) -> Adapter:
+    """Read and check an adapter file; with `base`, also that it was made for it.
+
+    Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
+    """
+    data = _read_bytes(path, max_bytes)
+    tensors, metadata = _parse(data)
+    info = _info(metadata)
+    if base is not None:
+        _check_base(info, base)
+    blocks = _blocks(tensors, info)
+    return Adapter(
+        info=info,
+        blocks=blocks,
+        version=hashlib.sha256(data).hexdigest()[:12],
+        nbytes=sum(t.nbytes for t in tensors.values()),
+    )
+
+
+def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...]) -> None:
+    """Write an adapter file whole or not at all. Raises BadAdapterFile if it would not be read back."""
+    tensors = {}
+    for i, block in enumerate(blocks):
+        if block is None:
+            continue
+        named = {"block_gate": block.gate, "block_gate_bias": block.bias}
+        named |= {"w_in": block.w_in, "w_gate": block.w_gate, "w_out": block.w_out}
+        tensors |= {f"layers.{i}.{name}": t.detach().cpu().contiguous() for name, t in named.items()}
+    _blocks(tensors, info)
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+    for name, value in asdict(info).items():
+        metadata[name] = value if isinstance(value, str) else json.dumps(value)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        safetensors.torch.save_file(tensors, part, metadata)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
+    try:
+        size = path.stat().st_size
+        if max_bytes is not None and size > max_bytes:
+            raise TooLarge(f"{path.name} has {size:,} bytes; the limit is {max_bytes:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadAdapterFile(f"cannot read {path.name}: {error.strerror}") from error
+
+
+def _parse(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if data[:1] == b"\x80" or data[:2] == b"PK":
+        raise BadAdapterFile("this is a pickle or zip file, not safetensors; pickle is never loaded")
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BadAdapterFile(f"not a whole safetensors file: {error}") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
+
+
+def _info(metadata: Mapping[str, str]) -> AdapterInfo:
+    if metadata.get("format") != FORMAT:
+        raise BadAdapterFile(f"not an adapter: its metadata lacks format={FORMAT!r}")
+    version = metadata.get("format_version", "")
+    if version != str(FORMAT_VERSION):
+        raise BadAdapterFile(f"written in adapter format {version!r}; this nr-serve reads format {FORMAT_VERSION}")
+    values: dict[str, Any] = {}
+    for spec in fields(AdapterInfo):
+        if spec.name not in metadata:
+            continue
+        text = metadata[spec.name]
+        values[spec.name] = text if spec.type == "str" else _json(spec.name, text, str(spec.type))
+    try:
+        info = AdapterInfo(**values)
+    except TypeError as error:
+        missing = [f for f in ("base", "base_fingerprint", "layers", "d") if f not in values]
+        raise BadAdapterFile(f"metadata lacks {', '.join(missing)}") from error
+    if info.gate not in GATES:
+        raise BadAdapterFile(f"gate {info.gate!r} cannot be served; known: {', '.join(GATES)}")
+    if not 0 <= info.carry < 1:
+        raise BadAdapterFile(f"carry must be in [0, 1), not {info.carry}")
+    return info
+
+
+_JSON_TYPES: Mapping[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "Mapping[str, Any]": (dict,),
+}
+
+
+def _json(name: str, text: str, kind: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise BadAdapterFile(f"metadata {name} is not JSON: {text[:40]!r}") from error
+    finite = not isinstance(value, float) or abs(value) < float("inf")
+    if not isinstance(value, _JSON_TYPES[kind]) or isinstance(value, bool) or not finite:
+        raise BadAdapterFile(f"metadata {name} has the wrong type: {text[:40]!r}")
+    return value
+
+
+def _check_base(info: AdapterInfo, base: Base) -> None:
+    if (info.layers, info.d) != (base.layers, base.d):
+        raise BadAdapterFile(
+            f"made for a base with {info.layers} layers of width {info.d} ({info.base}); "
+            f"{base.name} has {base.layers} of {base.d}"
+        )
+    if info.base_fingerprint != base.fingerprint:
+        raise BadAdapterFile(
+            f"made for another base: {info.base} ({info.base_fingerprint}), not {base.name} ({base.fingerprint})"
+        )
+
+
+def _blocks(tensors: Mapping[str, Tensor], info: AdapterInfo) -> tuple[Block | None, ...]:
+    by_layer: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None or int(match[1]) >= info.layers:
+            raise BadAdapterFile(f"unexpected tensor {name!r} for a base with {info.layers} layers")
+        if tensor.dtype not in _DTYPES:
+            raise BadAdapterFile(f"{name} has dtype {tensor.dtype}; float32, bfloat16 or float16 is needed")
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadAdapterFile(f"{name} holds NaN or infinite values")
+        by_layer.setdefault(int(match[1]), {})[match[2]] = tensor
+    if not by_layer:
+        raise BadAdapterFile("the file holds no block")
+    return tuple(_block(i, by_layer[i], info.d) if i in by_layer else None for i in range(info.layers))
+
+
+def _block(layer: int, named: Mapping[str, Tensor], d: int) -> Block:
+    missing = [n for n in ("block_gate", "w_in", "w_gate", "w_out") if n not in named]
+    if missing:
+        raise BadAdapterFile(f"layer {layer} lacks {', '.join(missing)}")
+    bias = named.get("block_gate_bias", torch.zeros(()))
+    h = named["w_in"].shape[0] if named["w_in"].dim() == 2 else 0
+    wanted = {"block_gate": (d,), "w_in": (h, d), "w_gate": (h, d), "w_out": (d, h)}
+    for name, shape in wanted.items():
+        if h == 0 or tuple(named[name].shape) != shape:
+            found = list(named[name].shape)
+            raise BadAdapterFile(f"layers.{layer}.{name} has shape {found}, wanted {_shape_text(name, d, h)}")
+    if bias.numel() != 1:
+        raise BadAdapterFile(f"layers.{layer}.block_gate_bias has shape {list(bias.shape)}, wanted []")
+    return Block(named["block_gate"], bias.reshape(()), named["w_in"], named["w_gate"], named["w_out"])
+
+
+def _shape_text(name: str, d: int, h: int) -> str:
+    width = str(h) if h else "h"
+    return {
+        "block_gate": f"[{d}]",
+        "w_in": f"[{width}, {d}]",
+        "w_gate": f"[{width}, {d}]",
+        "w_out": f"[{d}, {width}]",
+    }[name]

@@ -1,0 +1,54 @@
+"""The definition of a neutral residue, in plain torch: every fast path is tested against this file.
+
+For the token's normalised FFN input x, in one layer, for one adapter:
+
+    logit      z_t = w · x_t + b
+    carried    m_t = a m_(t-1) + (1 - a) z_t,   m_0 = z_0
+    block gate g_t = relu(m_t - threshold)
+    residue    r_t = g_t W_out(silu(W_gate x_t) * (W_in x_t))
+
+and the layer's output is FFN(x) + the sum of r over the selected adapters. g is exactly 0 wherever m is at
+most the threshold, so leaving the block out there changes nothing.
+
+Source: "Neutral Residues", arXiv 2410.02744, section 3; the carry (a > 0) is this project's own.
+Shape suffixes: T tokens, d width of the residual stream, h width of the block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gate_logit(x_Td: Tensor, w_d: Tensor, b: Tensor) -> Tensor:
+    """Logit z of one block's gate, [T], in float32 whatever the stream's dtype."""
+    return x_Td.float() @ w_d.float() + b.float()
+
+
+def carry(z_T: Tensor, a: float, state: Tensor) -> Tensor:
+    """Carried logits m of one sequence, [T], continuing from `state` (scalar; NaN: nothing came before).
+
+    The last value is the state to continue from, so any split of a sequence gives the same m.
+    """
+    m = state
+    carried = []
+    for z in z_T:
+        m = z if bool(m.isnan()) else a * m + (1 - a) * z
+        carried.append(m)
+    return torch.stack(carried) if carried else z_T
+
+
+def block_gate(m_T: Tensor, threshold: float = 0.0) -> Tensor:
+    """Block gate g = relu(m - threshold), [T]. The gate *fired* where g > 0."""
+    return torch.relu(m_T - threshold)
+
+
+def block(x_Td: Tensor, w_in_hd: Tensor, w_gate_hd: Tensor, w_out_dh: Tensor) -> Tensor:
+    """The block without its gate: W_out(silu(W_gate x) * (W_in x)), [T, d]."""
+    return F.linear(F.silu(F.linear(x_Td, w_gate_hd)) * F.linear(x_Td, w_in_hd), w_out_dh)
+
+
+def residue(x_Td: Tensor, g_T: Tensor, w_in_hd: Tensor, w_gate_hd: Tensor, w_out_dh: Tensor) -> Tensor:
+    """What one adapter adds to one layer's FFN output, [T, d]."""
+    return g_T[:, None].to(x_Td.dtype) * block(x_Td, w_in_hd, w_gate_hd, w_out_dh)

@@ -1,0 +1,1 @@
+"""Training: recipes, text, closed-form gates, the loop that makes an adapter."""
