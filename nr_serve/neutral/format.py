@@ -122,7 +122,7 @@ def read_adapter(path: Path, base: Base | None = None, *, max_bytes: int | None 
 
 def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...]) -> None:
     """Write an adapter file whole or not at all. Raises BadAdapterFile if it would not be read back."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, block in enumerate(blocks):
         if block is None:
             continue

@@ -62,7 +62,8 @@ def host_blocks(model: nn.Module, add_residues: AddResidues) -> None:
     if isinstance(layers[0].mlp, HostFFN):
         raise UnsupportedBase("this model already hosts blocks")
     for i, layer in enumerate(layers):
-        layer.mlp = HostFFN(layer.mlp, i, add_residues)
+        ffn = layer.get_submodule("mlp")
+        layer.mlp = HostFFN(ffn, i, add_residues)
 
 
 def fingerprint(model: nn.Module, tokenizer: Any) -> str:

@@ -1,0 +1,1 @@
+"""The engine: schedule, run, apply. Knows nothing of HTTP."""

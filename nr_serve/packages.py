@@ -1,0 +1,41 @@
+"""Files out of package registries, through the registries' own clients.
+
+Knows pip; knows nothing of what the packages hold.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from nr_serve.errors import DownloadFailed
+
+REPORTED_LINES = 6  # of a client's complaint: enough to see why, short enough to read
+
+
+def pip_download(requirement: str, folder: Path) -> Path:
+    """Download one distribution, without what it depends on, and return its file.
+
+    `requirement` is what pip takes ("name==1.2.3"); `folder` must be empty and exist. Raises `DownloadFailed` when
+    pip is missing or fails, with the end of what it said.
+    """
+    options = ["--no-deps", "--no-input", "--disable-pip-version-check", "--quiet", "--only-binary=:all:"]
+    run_client([sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement])
+    files = sorted(folder.iterdir())
+    if len(files) != 1:
+        raise DownloadFailed(f"pip download {requirement} left {len(files)} files, expected one")
+    return files[0]
+
+
+def run_client(command: list[str]) -> str:
+    """Run a registry client and return its standard output; raise `DownloadFailed` with its last lines if it fails."""
+    shown = " ".join(command[:4])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise DownloadFailed(f"cannot run {command[0]}: {error.strerror or error}") from error
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-REPORTED_LINES:]
+        raise DownloadFailed(f"'{shown} ...' failed with exit status {done.returncode}:\n" + "\n".join(said))
+    return done.stdout

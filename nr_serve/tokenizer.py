@@ -1,0 +1,89 @@
+"""The base's tokenizer: text to ids, messages to ids, and ids back to text one token at a time. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nr_serve.errors import BadRequest
+
+_REPLACEMENT = "�"
+_CONTEXT = 6  # tokens of prompt kept before the answer: decoders that merge or strip spaces look back a little
+
+
+class Tokenizer:
+    """A thin, typed face of a `transformers` tokenizer."""
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+
+    @classmethod
+    def load(cls, model: str | Path) -> Tokenizer:
+        """Load from a local folder or a hub name."""
+        from transformers import AutoTokenizer
+
+        return cls(AutoTokenizer.from_pretrained(model))
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Ids of `text`, with the tokenizer's own special tokens (such as BOS) unless told otherwise."""
+        ids: list[int] = self.hf.encode(text, add_special_tokens=special_tokens)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, special_tokens: bool = False) -> str:
+        """Text of `ids`; special tokens are left out unless asked for."""
+        text: str = self.hf.decode(
+            list(ids), skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """One token decoded alone, special tokens by name."""
+        return self.decode([token_id], special_tokens=True)
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template: Any
+    ) -> str:
+        """Messages as the prompt text the model was trained on. Raises BadRequest if the template refuses."""
+        if not getattr(self.hf, "chat_template", None):
+            raise BadRequest("this base has no chat template; use /v1/completions", param="messages")
+        try:
+            text: str = self.hf.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template
+            )
+        except Exception as error:  # a template is the model author's program: whatever it raises is its refusal
+            raise BadRequest(f"the chat template refused the messages: {error}", param="messages") from error
+        return text
+
+
+class Detokenizer:
+    """Turns a growing answer into text, releasing only whole characters.
+
+    Owns a request's answer as text. `ids[:shown]` is out already; decoding starts at `start`, a little before,
+    because a token's text can depend on the ones just before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-_CONTEXT:])
+        self._start = 0
+        self._shown = len(self._ids)
+
+    def push(self, token_id: int) -> str:
+        """Add a token; the text it completes, "" while a character is incomplete."""
+        self._ids.append(token_id)
+        text = self._new_text()
+        if not text or text.endswith(_REPLACEMENT):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """What is still held back, incomplete characters as U+FFFD."""
+        text = self._new_text()
+        self._shown = len(self._ids)
+        return text
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
