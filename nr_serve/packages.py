@@ -17,8 +17,8 @@ REPORTED_LINES = 6  # of a client's complaint: enough to see why, short enough t
 def pip_download(requirement: str, folder: Path) -> Path:
     """Download one distribution, without what it depends on, and return its file.
 
-    `requirement` is what pip takes ("name==1.2.3"); `folder` must be empty and exist. Raises `DownloadFailed` when
-    pip is missing or fails, with the end of what it said.
+    `requirement` is what pip takes ("name==1.2.3"); `folder` must be empty and exist. Raises `DownloadFailed`
+    when pip is missing or fails, with the end of what it said.
     """
     options = ["--no-deps", "--no-input", "--disable-pip-version-check", "--quiet", "--only-binary=:all:"]
     run_client([sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement])
@@ -29,7 +29,7 @@ def pip_download(requirement: str, folder: Path) -> Path:
 
 
 def run_client(command: list[str]) -> str:
-    """Run a registry client and return its standard output; raise `DownloadFailed` with its last lines if it fails."""
+    """Run a registry client and return its standard output; raise `DownloadFailed` with its end if it fails."""
     shown = " ".join(command[:4])
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
