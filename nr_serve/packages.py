@@ -14,13 +14,16 @@ from nr_serve.errors import DownloadFailed
 REPORTED_LINES = 6  # of a client's complaint: enough to see why, short enough to read
 
 
-def pip_download(requirement: str, folder: Path) -> Path:
+def pip_download(requirement: str, folder: Path, *, wheel_only: bool = True) -> Path:
     """Download one distribution, without what it depends on, and return its file.
 
-    `requirement` is what pip takes ("name==1.2.3"); `folder` must be empty and exist. Raises `DownloadFailed`
+    `requirement` is what pip takes ("name==1.2.3"); `folder` must be empty and exist. With `wheel_only` a source
+    distribution, whose build code pip would run, is not taken. Raises `DownloadFailed`
     when pip is missing or fails, with the end of what it said.
     """
-    options = ["--no-deps", "--no-input", "--disable-pip-version-check", "--quiet", "--only-binary=:all:"]
+    options = ["--no-deps", "--no-input", "--disable-pip-version-check", "--quiet"]
+    if wheel_only:
+        options.append("--only-binary=:all:")
     run_client([sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement])
     files = sorted(folder.iterdir())
     if len(files) != 1:
@@ -28,11 +31,11 @@ def pip_download(requirement: str, folder: Path) -> Path:
     return files[0]
 
 
-def run_client(command: list[str]) -> str:
+def run_client(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
     """Run a registry client and return its standard output; raise `DownloadFailed` with its end if it fails."""
     shown = " ".join(command[:4])
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)
     except OSError as error:
         raise DownloadFailed(f"cannot run {command[0]}: {error.strerror or error}") from error
     if done.returncode != 0:

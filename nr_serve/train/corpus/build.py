@@ -1,0 +1,194 @@
+"""`fetch-corpus`: from a recipe to files of training and held-out text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from nr_serve.errors import BadRequest, DownloadFailed, NrError
+from nr_serve.train.corpus.clean import clean_document
+from nr_serve.train.corpus.extract import extract
+from nr_serve.train.corpus.packages import Packages
+from nr_serve.train.corpus.recipe import Source, read_recipe
+from nr_serve.train.corpus.split import Document, cut, deduplicate, hold_out, size, thin
+
+MANIFEST = "manifest.json"
+RAW_FACTOR = 4  # text read for each character kept, before duplicates go: bounds time and memory
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """One source on disk: its two files, and how many characters of text each holds."""
+
+    name: str
+    train: Path
+    heldout: Path
+    train_chars: int
+    heldout_chars: int
+
+
+def fetch_corpus(recipe: Path, out: Path, only: Sequence[str] = ()) -> list[Fetched]:
+    """Fetch the sources of `recipe` into the folder `out`, and return all that lie there then.
+
+    Writes `NAME.train.txt` and `NAME.heldout.txt` for each source: UTF-8, a paragraph a line, an empty line between
+    documents; and `manifest.json` with versions, licences and amounts. `only` picks sources by name or pattern
+    ("hu.*"). Sources already there and made by the same recipe are left as they are. Raises `DownloadFailed` naming
+    every source that failed, after the others were written; `BadRequest` when `only` picks none.
+    """
+    sources = [s for s in read_recipe(recipe) if not only or any(fnmatchcase(s.name, pattern) for pattern in only)]
+    if not sources:
+        raise BadRequest(f"corpus recipe {recipe} has no source that matches {', '.join(only)}")
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = _read_manifest(out)
+    missing = [source for source in sources if not _is_there(source, manifest, out)]
+    failures = _fetch_all(missing, out, manifest)
+    if failures:
+        raise DownloadFailed("\n".join([f"{len(failures)} of {len(sources)} sources failed:", *failures]))
+    return [_fetched(source.name, manifest[source.name], out) for source in sources]
+
+
+def _fetch_all(sources: list[Source], out: Path, manifest: dict[str, Any]) -> list[str]:
+    """Fetch each source, write the manifest after each, and return what went wrong, a line a source."""
+    failures = []
+    languages = sorted({source.language for source in sources if source.kind == "ddtp"})
+    with tempfile.TemporaryDirectory(prefix="nr-serve-corpus-") as work:
+        builder = Builder(Packages(Path(work), languages))
+        for number, source in enumerate(sources, 1):
+            _say(f"[{number}/{len(sources)}] {source.name}")
+            try:
+                manifest[source.name] = builder.build(source, out)
+            except (NrError, ValueError, LookupError, OSError, EOFError) as error:
+                # One bad package must not lose the others; every failure is reported at the end.
+                failures.append(f"{source.name}: {type(error).__name__}: {error}")
+                _say(f"{source.name} failed: {error}")
+            else:
+                _write_manifest(out, manifest)
+    return failures
+
+
+class Builder:
+    """Makes the text of one source after the other out of shared packages."""
+
+    def __init__(self, packages: Packages) -> None:
+        self._packages = packages
+        self._originals: dict[tuple[tuple[str, ...], tuple[str, ...]], frozenset[str]] = {}
+
+    def build(self, source: Source, out: Path) -> dict[str, Any]:
+        """Write the two files of `source` into `out` and return its entry in the manifest."""
+        files = self._files(source, source.files)
+        train, heldout = hold_out(self._documents(source, files))
+        if not train or not heldout:
+            raise DownloadFailed(f"no text left of {len(files)} files")
+        for part, documents in (("train", train), ("heldout", heldout)):
+            _write(out / f"{source.name}.{part}.txt", documents)
+        amounts = {"train_chars": size(train), "heldout_chars": size(heldout)}
+        _say(f"{source.name}: {size(train) / 1e6:.2f} + {size(heldout) / 1e6:.3f} million characters")
+        return {
+            **amounts,
+            "licence": source.licence,
+            "versions": self._versions(source),
+            "source": source.as_json(),
+        }
+
+    def _documents(self, source: Source, files: list[Path]) -> list[Document]:
+        originals = self._original_paragraphs(source)
+        translated = source.language != "en"
+        cleaned = (
+            clean_document(document, translated=translated, originals=originals)
+            for document in _raw_documents(files, source)
+        )
+        limit = source.limit_mb * 1e6
+        bounded = thin([document for document in cleaned if document], RAW_FACTOR * limit)
+        return thin(list(cut(deduplicate(bounded))), limit)
+
+    def _original_paragraphs(self, source: Source) -> frozenset[str]:
+        key = (source.packages, source.original)
+        if key not in self._originals:
+            raw = _raw_documents(self._files(source, source.original), source) if source.original else iter(())
+            empty: frozenset[str] = frozenset()
+            english = (clean_document(document, translated=False, originals=empty) for document in raw)
+            self._originals[key] = frozenset(paragraph for document in english for paragraph in document)
+        return self._originals[key]
+
+    def _files(self, source: Source, globs: Sequence[str]) -> list[Path]:
+        """Return the files to read, in an order that depends on their names alone."""
+        if source.kind == "ddtp":
+            return self._packages.descriptions(source.language)
+        fetch = self._packages.deb if source.kind == "deb" else self._packages.pypi
+        found: dict[str, Path] = {}
+        for root in [fetch(package) for package in source.packages]:
+            for glob in globs:
+                found |= {str(path.relative_to(root)): path for path in root.glob(glob) if _is_regular(path)}
+        if not found:
+            raise DownloadFailed(f"{', '.join(source.packages)} holds no {' or '.join(globs)}")
+        return [found[name] for name in sorted(found)]
+
+    def _versions(self, source: Source) -> dict[str, str]:
+        if source.kind == "ddtp":
+            files = self._packages.descriptions(source.language)
+            return {path.name: self._packages.versions[path.name] for path in files}
+        names = [package.partition("==")[0] for package in source.packages]
+        return {name: self._packages.versions[name] for name in names}
+
+
+def _raw_documents(files: list[Path], source: Source) -> Iterator[Document]:
+    strip = re.compile(source.strip) if source.strip else None
+    for path in files:
+        for document in extract(path, source):
+            yield [strip.sub("", paragraph) for paragraph in document] if strip else document
+
+
+def _is_regular(path: Path) -> bool:
+    # Links in packages point at the same text again, or at packages that are not there.
+    return path.is_file() and not path.is_symlink()
+
+
+def _write(path: Path, documents: list[Document]) -> None:
+    content = "\n\n".join("\n".join(document) for document in documents) + "\n"
+    _replace(path, content)
+
+
+def _replace(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(content, encoding="utf-8")
+    shutil.move(part, path)
+
+
+def _read_manifest(out: Path) -> dict[str, Any]:
+    path = out / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadRequest(f"{path} is damaged ({error}); delete it to fetch everything again") from error
+    return dict(manifest)
+
+
+def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    _replace(out / MANIFEST, json.dumps(dict(sorted(manifest.items())), indent=1, ensure_ascii=False) + "\n")
+
+
+def _is_there(source: Source, manifest: dict[str, Any], out: Path) -> bool:
+    files = [out / f"{source.name}.{part}.txt" for part in ("train", "heldout")]
+    entry = manifest.get(source.name, {})
+    return entry.get("source") == source.as_json() and all(path.is_file() for path in files)
+
+
+def _fetched(name: str, entry: dict[str, Any], out: Path) -> Fetched:
+    train, heldout = (out / f"{name}.{part}.txt" for part in ("train", "heldout"))
+    return Fetched(name, train, heldout, entry["train_chars"], entry["heldout_chars"])
+
+
+def _say(message: str) -> None:
+    print(f"corpus: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,81 @@
+"""What counts as text: normalising a paragraph, and telling prose from leftovers."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# A word is a run of letters; scripts written without spaces count each sign.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]+")
+INVISIBLE = re.compile(
+    r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffd]"
+)
+MIN_WORDS = 4
+MIN_LETTERS = 0.7  # of the characters that are not white space
+# Function words that no other language here has, and some that a few share. Not "a", "is" and "be", which are
+# common Hungarian words, nor "as", which is a Portuguese one.
+ENGLISH = frozenset(
+    ("the", "and", "you", "this", "with", "that", "which", "your", "from", "when", "used", "using", "these")
+)
+SHARED = ENGLISH.union(
+    (
+        "an",
+        "of",
+        "to",
+        "for",
+        "are",
+        "or",
+        "can",
+        "if",
+        "in",
+        "on",
+        "by",
+        "it",
+        "not",
+        "will",
+        "has",
+        "have",
+        "use",
+    ),
+)
+ENGLISH_SHARE, SHARED_SHARE = 0.1, 0.2
+
+
+def normalise(text: str) -> str:
+    """Return `text` as one line: NFC, no invisible characters, single spaces."""
+    return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text).replace("\n", " ")).split())
+
+
+def words(text: str) -> list[str]:
+    """Return the words of `text` in lower case, without digits and punctuation."""
+    return WORD.findall(text.lower())
+
+
+def is_prose(paragraph: str) -> bool:
+    """Tell whether a normalised paragraph has a few words and is mostly letters."""
+    solid = paragraph.replace(" ", "")
+    if not solid or len(words(paragraph)) < MIN_WORDS:
+        return False
+    return sum(map(_is_letter, solid)) >= MIN_LETTERS * len(solid)
+
+
+def looks_english(paragraph: str) -> bool:
+    """Tell whether a paragraph of a translation was left in English, judged by its function words."""
+    found = words(paragraph)
+    english = sum(word in ENGLISH for word in found)
+    shared = sum(word in SHARED for word in found)
+    return english > ENGLISH_SHARE * len(found) or shared > SHARED_SHARE * len(found)
+
+
+def clean_document(paragraphs: list[str], *, translated: bool, originals: frozenset[str]) -> list[str]:
+    """Return the prose of a document, normalised.
+
+    With `translated`, what is still in English is dropped: what looks like it, and what is in `originals`.
+    """
+    normal = (normalise(paragraph) for paragraph in paragraphs)
+    kept = (paragraph for paragraph in normal if is_prose(paragraph) and paragraph not in originals)
+    return [paragraph for paragraph in kept if not (translated and looks_english(paragraph))]
+
+
+def _is_letter(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LM"

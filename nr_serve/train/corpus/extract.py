@@ -1,0 +1,179 @@
+"""Paragraphs out of files: one reader a format, each from a file's bytes to documents."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bs4 import BeautifulSoup, Tag
+
+from nr_serve.train.corpus import man
+from nr_serve.train.corpus.recipe import Source
+from nr_serve.train.corpus.split import Document
+
+HTML_BLOCKS = ("p", "li", "dt", "dd", "td", "th", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "figcaption")
+HTML_DROPPED = ("script", "style", "pre", "nav", "header", "footer", "aside", "head", "form", "button")
+XML_BLOCKS = ("p", "title", "desc", "cite", "td", "para", "simpara", "term", "subtitle")
+XML_DROPPED: tuple[str, ...] = (
+    "credit",
+    "license",
+    "revision",
+    "include",
+    "code",
+    "screen",
+    "programlisting",
+    "comment",
+)
+XML_DROPPED += (
+    "years",
+    "legalnotice",
+    "copyright",
+    "authorgroup",
+    "revhistory",
+    "publisher",
+    "synopsis",
+    "bookinfo",
+)
+CONTENTS_TABLES = re.compile(r"nav_table|toc|contents|tocframe")  # links around a page, not its text
+MO_MAGIC = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}
+UI_MESSAGES = 60  # messages to a document: catalogues have no documents of their own
+FORTUNES = 20  # sayings to a document
+PASSAGE_CHARS = 400  # rows of a table are joined to paragraphs of at least this length
+TAG = re.compile(r"<[^<>]{1,200}>")
+MNEMONIC = re.compile(r"(?<!\w)[_~&](?=\w)|(?<=\w)[_~&](?=\w)|\(?[_~&]\w\)")
+
+
+def extract(path: Path, source: Source) -> Iterator[Document]:
+    """Yield the documents in the file at `path`, uncleaned; a name ending in .gz is decompressed first."""
+    data = path.read_bytes()
+    yield from READERS[source.format](gzip.decompress(data) if path.suffix == ".gz" else data, source)
+
+
+def html(data: bytes, source: Source) -> Iterator[Document]:
+    """Yield the innermost blocks of a page."""
+    soup = BeautifulSoup(data, "lxml")
+    for tag in soup.find_all(class_=CONTENTS_TABLES):
+        tag.decompose()
+    yield _blocks(soup, HTML_BLOCKS, HTML_DROPPED)
+
+
+def mallard(data: bytes, source: Source) -> Iterator[Document]:
+    """Yield the text blocks of a Mallard or DocBook page."""
+    yield _blocks(BeautifulSoup(data, "lxml-xml"), XML_BLOCKS, XML_DROPPED)
+
+
+def _blocks(soup: BeautifulSoup, blocks: tuple[str, ...], dropped: tuple[str, ...]) -> Document:
+    for tag in soup.find_all(lambda tag: tag.name.rpartition(":")[2] in dropped):
+        if not tag.decomposed:
+            tag.decompose()
+    found = [tag for tag in soup.find_all(blocks) if isinstance(tag, Tag)]
+    return [tag.get_text() for tag in found if tag.find(blocks) is None]
+
+
+def man_page(data: bytes, source: Source) -> Iterator[Document]:
+    """Yield the running text of a manual page."""
+    yield man.paragraphs(data.decode("utf-8", errors="replace"))
+
+
+def mo(data: bytes, source: Source) -> Iterator[Document]:
+    """Yield the translations in a message catalogue, those left as they were excepted."""
+    lines = [line for message in _messages(data) for line in _message_lines(message)]
+    yield from ([*chunk] for chunk in _chunks(lines, UI_MESSAGES))
+
+
+def _messages(data: bytes) -> Iterator[str]:
+    """Yield the translated strings of a .mo file; a plural gives its first form."""
+    order = MO_MAGIC.get(data[:4])
+    if order is None:
+        raise ValueError("not a message catalogue")
+    count, originals, translations = struct.unpack(f"{order}3I", data[8:20])
+    for i in range(count):
+        original, translation = (_mo_string(data, order, table + 8 * i) for table in (originals, translations))
+        if original and original.rpartition(b"\x04")[2] != translation:
+            yield translation.partition(b"\0")[0].decode("utf-8", errors="replace")
+
+
+def _mo_string(data: bytes, order: str, entry: int) -> bytes:
+    length, offset = struct.unpack(f"{order}2I", data[entry : entry + 8])
+    return data[offset : offset + length]
+
+
+def _message_lines(message: str) -> list[str]:
+    return MNEMONIC.sub("", TAG.sub(" ", message.replace("\\n", "\n"))).split("\n")
+
+
+def text(data: bytes, source: Source) -> Iterator[Document]:
+    """Yield plain text: what `match` finds, or what blank lines separate."""
+    content = data.decode("utf-8", errors="replace")
+    yield re.findall(source.match, content, re.MULTILINE) if source.match else re.split(r"\n\s*\n", content)
+
+
+def fortune(data: bytes, source: Source) -> Iterator[Document]:
+    """Yield sayings, which lines holding only % separate."""
+    sayings = re.split(r"^%\n", data.decode("utf-8", errors="replace"), flags=re.MULTILINE)
+    yield from ([*chunk] for chunk in _chunks(sayings, FORTUNES))
+
+
+def jsonl(data: bytes, source: Source) -> Iterator[Document]:
+    """Yield one document for each line's field, a paragraph a line of it."""
+    for line in data.decode("utf-8").splitlines():
+        if line.strip():
+            yield str(json.loads(line)[source.field]).split("\n")
+
+
+def table(data: bytes, source: Source) -> Iterator[Document]:
+    """Yield one document for each run of rows that agree in the `document` columns; the first row is a heading."""
+    rows = itertools.islice(csv.reader(io.StringIO(data.decode("utf-8"))), 1, None)
+    text_column, key_columns = int(source.field), [int(column) for column in source.document]
+    for _, run in itertools.groupby(rows, key=lambda row: [row[column] for column in key_columns]):
+        yield _joined(row[text_column] for row in run)
+
+
+def _joined(pieces: Iterator[str]) -> Document:
+    paragraphs: Document = []
+    for piece in pieces:
+        if paragraphs and len(paragraphs[-1]) < PASSAGE_CHARS:
+            paragraphs[-1] += " " + piece
+        else:
+            paragraphs.append(piece)
+    return paragraphs
+
+
+def ddtp(data: bytes, source: Source) -> Iterator[Document]:
+    """Yield one document for each description in apt's list: its heading, then its paragraphs."""
+    for stanza in data.decode("utf-8", errors="replace").split("\n\n"):
+        _, found, description = stanza.partition(f"\nDescription-{source.language}: ")
+        if found:
+            heading, _, body = description.partition("\n")
+            yield [heading, *_description_paragraphs(body)]
+
+
+def _description_paragraphs(body: str) -> Document:
+    """Undo Debian's layout: " ." separates paragraphs, items of lists begin with a sign."""
+    marked = re.sub(r"^ (\.$|\s*[-*+•]\s)", "\n", body, flags=re.MULTILINE)
+    return re.split(r"\n\s*\n", marked)
+
+
+def _chunks(items: list[str], length: int) -> Iterator[list[str]]:
+    for start in range(0, len(items), length):
+        yield items[start : start + length]
+
+
+READERS: dict[str, Callable[[bytes, Source], Iterator[Document]]] = {
+    "html": html,
+    "mallard": mallard,
+    "man": man_page,
+    "mo": mo,
+    "text": text,
+    "fortune": fortune,
+    "jsonl": jsonl,
+    "csv": table,
+    "ddtp": ddtp,
+}

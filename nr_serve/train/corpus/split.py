@@ -1,0 +1,89 @@
+"""Deduplicating documents and holding some of them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from nr_serve.train.corpus.clean import words
+
+Document = list[str]
+
+GRAM = 8  # words
+NEAR_DUPLICATE = 0.8  # of a paragraph's 8-grams seen before: dropped
+LEAKED = 0.2  # of a held-out paragraph's 8-grams seen in the training text: dropped
+DOCUMENT_CHARS = 8_000  # longer documents are cut, so that a share of a source can be held out
+RUNS = 10  # contiguous runs of held-out documents, spread over the source
+HELD_OUT = 0.08  # of the characters
+
+
+def grams(paragraph: str) -> set[int]:
+    """Return hashes of the paragraph's runs of 8 words; of the whole paragraph when it is shorter."""
+    found = words(paragraph)
+    return {hash(tuple(found[i : i + GRAM])) for i in range(max(1, len(found) - GRAM + 1))}
+
+
+def deduplicate(documents: Iterable[Document]) -> list[Document]:
+    """Drop every paragraph that repeats an earlier one, exactly or nearly, and documents left empty."""
+    seen: set[int] = set()
+    kept = []
+    for document in documents:
+        fresh = []
+        for paragraph in document:
+            own = grams(paragraph)
+            if len(own & seen) < NEAR_DUPLICATE * len(own):
+                fresh.append(paragraph)
+            seen |= own
+        if fresh:
+            kept.append(fresh)
+    return kept
+
+
+def cut(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield the documents in parts of at most about `DOCUMENT_CHARS` characters, in order."""
+    for document in documents:
+        part: Document = []
+        length = 0
+        for paragraph in document:
+            if part and length + len(paragraph) > DOCUMENT_CHARS:
+                yield part
+                part, length = [], 0
+            part.append(paragraph)
+            length += len(paragraph)
+        if part:
+            yield part
+
+
+def size(documents: Iterable[Document]) -> int:
+    """Return how many characters the paragraphs hold."""
+    return sum(len(paragraph) for document in documents for paragraph in document)
+
+
+def thin(documents: list[Document], limit: float) -> list[Document]:
+    """Return about `limit` characters of documents, taken evenly from the whole list."""
+    share = min(1.0, limit / max(1, size(documents)))
+    return [document for i, document in enumerate(documents) if int((i + 1) * share) > int(i * share)]
+
+
+def hold_out(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Split documents into training and held-out ones.
+
+    The list is cut into `RUNS` stretches of equal length (fewer when there are few documents), and the last
+    `HELD_OUT` of each stretch is held out: so what is held out is contiguous (neighbours resemble each other) and
+    yet covers the source. Held-out paragraphs that share 8-grams with the training text are dropped.
+    """
+    runs = max(1, min(RUNS, int(HELD_OUT * len(documents))))  # at least about one document held out of each
+    stretch = max(1.0, size(documents) / runs)
+    train: list[Document] = []
+    held: list[Document] = []
+    position = 0
+    for document in documents:
+        middle = position + size([document]) / 2
+        (held if middle % stretch >= (1 - HELD_OUT) * stretch else train).append(document)
+        position += size([document])
+    return train, _drop_leaked(held, train)
+
+
+def _drop_leaked(held: list[Document], train: list[Document]) -> list[Document]:
+    seen = {gram for document in train for paragraph in document for gram in grams(paragraph)}
+    clean = [[p for p in document if len((own := grams(p)) & seen) <= LEAKED * len(own)] for document in held]
+    return [document for document in clean if document]
