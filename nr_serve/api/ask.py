@@ -1,0 +1,205 @@
+"""From a request's body to what the engine is asked: prompts as ids, sampling, one `Submit` an answer."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from nr_serve.api.context import Context
+from nr_serve.api.schemas import ChatBody, CompletionBody, GenerationBody
+from nr_serve.api.selection import select
+from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.errors import BadRequest
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the engine reads it; `text` is what was sent, or None if ids were."""
+
+    ids: tuple[int, ...]
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One HTTP request's answers to be: answer i belongs to prompt i // n."""
+
+    id: str
+    model: str
+    n: int
+    prompts: tuple[Prompt, ...]
+    submits: tuple[Submit, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    def prompt(self, index: int) -> Prompt:
+        """The prompt of answer `index`."""
+        return self.prompts[index // self.n]
+
+
+async def completion_ask(context: Context, body: CompletionBody) -> Ask:
+    """Check a completion request and tokenise it. Raises BadRequest or NotFound."""
+    adapters = select(context, body.model, body.adapters)
+    if body.best_of is not None and body.best_of != body.n:
+        raise BadRequest("`best_of` is only supported when it equals `n`", param="best_of")
+    prompts = await context.text(lambda: _prompts(context, body))
+    sampling = replace(_sampling(context, body), logprobs=body.logprobs)
+    if body.echo and body.logprobs is not None:
+        sampling = replace(sampling, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
+    max_tokens = body.max_tokens
+    if max_tokens is None:
+        max_tokens = min(DEFAULT_MAX_TOKENS, _room(context, prompts))
+    _check_length(context, prompts, max_tokens, "prompt", "max_tokens")
+    return _ask("cmpl", body, adapters, prompts, _with_length(sampling, max_tokens))
+
+
+async def chat_ask(context: Context, body: ChatBody) -> Ask:
+    """Check a chat request and put its messages through the template. Raises BadRequest or NotFound."""
+    adapters = select(context, body.model, body.adapters)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise BadRequest("`logprobs` must be true when `top_logprobs` is given", param="top_logprobs")
+    both = (body.max_tokens, body.max_completion_tokens)
+    if None not in both and both[0] != both[1]:
+        raise BadRequest("`max_tokens` and `max_completion_tokens` differ; give one", param="max_tokens")
+    prompts = (await context.text(lambda: _chat_prompt(context, body)),)
+    sampling = replace(_sampling(context, body), logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    if max_tokens is None:
+        max_tokens = _room(context, prompts)
+    _check_length(context, prompts, max_tokens, "messages", param)
+    return _ask("chatcmpl", body, adapters, prompts, _with_length(sampling, max_tokens))
+
+
+def _ask(
+    kind: str,
+    body: GenerationBody,
+    adapters: tuple[str, ...] | None,
+    prompts: tuple[Prompt, ...],
+    sampling: Sampling,
+) -> Ask:
+    name = f"{kind}-{uuid.uuid4().hex}"
+    submits = tuple(
+        Submit(
+            request_id=f"{name}-{i}",
+            prompt_ids=prompts[i // body.n].ids,
+            # Answer i of n gets a seed of its own; asked again with the same seed, it is the same.
+            sampling=sampling if body.seed is None else replace(sampling, seed=body.seed + i % body.n),
+            adapters=adapters,
+            selected=body.model,
+            priority=body.priority,
+            gates=body.gates,
+        )
+        for i in range(len(prompts) * body.n)
+    )
+    return Ask(name, body.model, body.n, prompts, submits)
+
+
+def _prompts(context: Context, body: CompletionBody) -> tuple[Prompt, ...]:
+    given = body.prompt
+    if not given:
+        raise BadRequest("`prompt` must not be empty", param="prompt")
+    several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    vocab_size = context.engine.info.vocab_size
+    prompts = []
+    for i, each in enumerate(several):
+        param = "prompt" if len(several) == 1 else f"prompt[{i}]"
+        text = each if isinstance(each, str) else None
+        if isinstance(each, str):
+            ids = context.tokenizer.encode(each, special_tokens=body.add_special_tokens)
+        else:
+            ids = check_ids(each, vocab_size, param)
+        if not ids:
+            raise BadRequest("`prompt` must not be empty", param=param)
+        prompts.append(Prompt(tuple(ids), text))
+    return tuple(prompts)
+
+
+def _chat_prompt(context: Context, body: ChatBody) -> Prompt:
+    if body.add_generation_prompt and body.continue_final_message:
+        raise BadRequest(
+            "`add_generation_prompt` must be false when `continue_final_message` is true",
+            param="continue_final_message",
+        )
+    text = context.tokenizer.chat_prompt(
+        [message.plain() for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+    )
+    ids = context.tokenizer.encode(text, special_tokens=False)  # the template wrote its own
+    if not ids:
+        raise BadRequest("`messages` give an empty prompt", param="messages")
+    return Prompt(tuple(ids), text)
+
+
+def check_ids(ids: list[int], vocab_size: int, param: str) -> list[int]:
+    """Return `ids`; raise BadRequest if one is outside the vocabulary."""
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise BadRequest(f"token id {token_id} is not in 0..{vocab_size - 1}", param=param)
+    return ids
+
+
+def _sampling(context: Context, body: GenerationBody) -> Sampling:
+    vocab_size = context.engine.info.vocab_size
+    top_k = body.top_k or 0
+    return Sampling(
+        min_tokens=body.min_tokens or 0,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=max(top_k, 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
+        stop=body.stops,
+        stop_token_ids=tuple(check_ids(body.stop_token_ids or [], vocab_size, "stop_token_ids")),
+        ignore_eos=body.ignore_eos,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+
+
+def _logit_bias(given: Mapping[str, float], vocab_size: int) -> dict[int, float]:
+    bias = {}
+    for key, value in given.items():
+        if not (key.isascii() and key.isdecimal()):
+            raise BadRequest(f"logit_bias: {key!r} is not a token id", param="logit_bias")
+        if int(key) >= vocab_size:
+            raise BadRequest(f"logit_bias: token id {key} is not in 0..{vocab_size - 1}", param="logit_bias")
+        bias[int(key)] = value
+    return bias
+
+
+def _with_length(sampling: Sampling, max_tokens: int) -> Sampling:
+    if sampling.min_tokens > max_tokens:
+        raise BadRequest(
+            f"min_tokens ({sampling.min_tokens}) is above max_tokens ({max_tokens})", param="min_tokens"
+        )
+    return replace(sampling, max_tokens=max_tokens)
+
+
+def _room(context: Context, prompts: tuple[Prompt, ...]) -> int:
+    """Tokens left for the answer to the longest prompt; at least 1, so that a full prompt is refused as such."""
+    return max(1, context.engine.info.max_model_len - max(len(prompt.ids) for prompt in prompts))
+
+
+def _check_length(
+    context: Context, prompts: tuple[Prompt, ...], max_tokens: int, what: str, length_param: str
+) -> None:
+    longest = max(len(prompt.ids) for prompt in prompts)
+    limit = context.engine.info.max_model_len
+    if longest + max_tokens <= limit:
+        return
+    raise BadRequest(
+        f"This model's maximum context length is {limit} tokens. However, you requested {longest + max_tokens} "
+        f"tokens ({longest} in the {what}, {max_tokens} in the completion). "
+        f"Please reduce the length of the {what} or completion.",
+        param=length_param if longest < limit else what,
+    )

@@ -1,0 +1,221 @@
+"""Between asyncio and the engine's thread.
+
+Requests go in through the engine's own thread-safe queue. What they give comes back once a step, as one
+`call_soon_threadsafe`, and is dealt out here to an asyncio queue for each HTTP request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from nr_serve.engine.messages import (
+    AdapterView,
+    Command,
+    EngineInfo,
+    ListAdapters,
+    LoadAdapter,
+    Output,
+    PatchAdapter,
+    StepEvents,
+    Submit,
+    UnloadAdapter,
+)
+from nr_serve.errors import NrError, Unavailable
+from nr_serve.metrics import Metrics, RequestClock
+
+log = logging.getLogger(__name__)
+
+Status = Literal["loading", "ready", "failed", "stopped"]
+Deliver = Callable[[StepEvents], None]
+_POLL_SECONDS = 0.05
+
+
+class Engine(Protocol):
+    """What the API needs of an engine: all of it may be called from any thread."""
+
+    @property
+    def status(self) -> Status:
+        """Where the engine is in its life."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why it failed, if it did."""
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What it serves, once ready."""
+
+    def start(self) -> None:
+        """Begin loading, on a thread of its own."""
+
+    def stop(self) -> None:
+        """End the thread."""
+
+    def submit(self, request: Submit) -> None:
+        """Queue a request; what it gives goes to `deliver`."""
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; unknown ids are ignored."""
+
+    def call(self, command: Command) -> Future[Any]:
+        """Queue a command and return the future of its answer."""
+
+
+@dataclass
+class _Live:
+    inbox: asyncio.Queue[Output]
+    clock: RequestClock
+
+
+class AsyncEngine:
+    """An engine as coroutines see it. `build` gets the function that the engine must call once a step."""
+
+    def __init__(self, build: Callable[[Deliver], Engine], metrics: Metrics) -> None:
+        self._engine = build(self._deliver)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._live: dict[str, _Live] = {}
+        self._commands: set[asyncio.Task[Any]] = set()
+        self.metrics = metrics
+        self.status: Status = "loading"
+        self.adapters: dict[str, AdapterView] = {}
+        """Registered adapters as they were when last changed; the names are always right."""
+        self.on_status: Callable[[Status], None] = lambda status: None
+        """Called on the event loop when the status changes."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine failed, if it did."""
+        return self._engine.failure
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served. Raises Unavailable until the engine is ready."""
+        if self.status == "failed":
+            raise Unavailable(f"the engine failed: {self.failure}")
+        if self.status != "ready" or self._engine.info is None:
+            raise Unavailable(f"the server is not ready: {self.status}")
+        return self._engine.info
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Start the engine and keep watch over it; stop it on the way out."""
+        self._loop = asyncio.get_running_loop()
+        self._engine.start()
+        watch = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watch.cancel()
+            await asyncio.to_thread(self._engine.stop)
+            self._end_all(Unavailable("the server stopped"))
+
+    async def generate(self, requests: Sequence[Submit]) -> AsyncGenerator[Output, None]:
+        """Run requests together, yielding their outputs as they come.
+
+        Raises the error of the first that fails. However it ends, requests still running are aborted.
+        """
+        _ = self.info
+        inbox: asyncio.Queue[Output] = asyncio.Queue()
+        running: set[str] = set()
+        try:
+            for request in requests:
+                running.add(request.request_id)
+                self._live[request.request_id] = _Live(inbox, self.metrics.track(request))
+                self._engine.submit(request)
+            while running:
+                output = await inbox.get()
+                if output.finish_reason is not None:
+                    running.discard(output.request_id)
+                if output.finish_reason == "error":
+                    raise output.error or NrError("the engine gave no reason")
+                yield output
+        finally:
+            for request_id in running:
+                self._abort(request_id)
+
+    async def call(self, command: Command) -> Any:
+        """Have the engine carry out a command between two steps, and return its answer."""
+        _ = self.info
+        # A task of its own, shielded: a client that goes away does not undo what the engine is at work on,
+        # and what it did must still be noted.
+        task = asyncio.create_task(self._carry_out(command))
+        self._commands.add(task)
+        task.add_done_callback(self._commands.discard)
+        return await asyncio.shield(task)
+
+    async def _carry_out(self, command: Command) -> Any:
+        try:
+            answer = await asyncio.wrap_future(self._engine.call(command))
+        except NrError:
+            if isinstance(command, LoadAdapter):
+                self.metrics.load_failures.inc()
+            raise
+        self._note(command, answer)
+        return answer
+
+    def _note(self, command: Command, answer: Any) -> None:
+        if isinstance(command, LoadAdapter):
+            self.metrics.loaded(answer)
+        if isinstance(command, LoadAdapter | PatchAdapter):
+            self.adapters[answer.name] = answer
+        elif isinstance(command, UnloadAdapter):
+            self.adapters.pop(command.name, None)
+            self.metrics.unloaded(command.name)
+        elif isinstance(command, ListAdapters):
+            self.adapters = {view.name: view for view in answer}
+
+    def _abort(self, request_id: str) -> None:
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return
+        live.clock.end("abort")
+        try:
+            self._engine.abort(request_id)
+        except Unavailable as error:
+            log.debug("nothing to abort: %s", error)
+
+    def _deliver(self, events: StepEvents) -> None:
+        """Hand one step's events to the event loop. Called on the engine's thread."""
+        if self._loop is None or self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._deal, events)
+
+    def _deal(self, events: StepEvents) -> None:
+        if events.report is not None:
+            self.metrics.step(events.report)
+        for output in events.outputs:
+            live = self._live.get(output.request_id)
+            if live is None:  # aborted while the step ran
+                continue
+            if output.finish_reason is not None:
+                del self._live[output.request_id]
+            live.clock.output(output)
+            live.inbox.put_nowait(output)
+
+    async def _watch(self) -> None:
+        while self.status not in ("failed", "stopped"):
+            status = self._engine.status
+            if status != self.status:
+                await self._turn(status)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _turn(self, status: Status) -> None:
+        if status == "ready":
+            views = await asyncio.wrap_future(self._engine.call(ListAdapters()))
+            self._note(ListAdapters(), views)
+            for view in views:
+                self.metrics.loaded(view)
+        self.status = status
+        if status in ("failed", "stopped"):
+            self._end_all(Unavailable(f"the engine {status}: {self.failure or 'no reason given'}"))
+        self.on_status(status)
+
+    def _end_all(self, error: NrError) -> None:
+        outputs = tuple(Output(name, finish_reason="error", error=error) for name in self._live)
+        self._deal(StepEvents(outputs))

@@ -1,0 +1,44 @@
+"""What every route needs, handed to it by FastAPI."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar, cast
+
+from fastapi import Depends, Request
+
+from nr_serve.api.bridge import AsyncEngine
+from nr_serve.config import ServeConfig
+from nr_serve.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass
+class Context:
+    """The app's collaborators."""
+
+    engine: AsyncEngine
+    tokenizer: Tokenizer
+    config: ServeConfig
+    started: int = field(default_factory=lambda: int(time.time()))
+    """Unix time."""
+    text_thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="nr-text")
+    )
+    """Tokenises off the event loop, so that a long prompt does not hold up running streams."""
+
+    async def text(self, work: Callable[[], T]) -> T:
+        """Run tokenizer work on its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.text_thread, work)
+
+
+def _context(request: Request) -> Context:
+    return cast(Context, request.app.state.context)
+
+
+Ctx = Annotated[Context, Depends(_context)]

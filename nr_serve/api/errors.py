@@ -1,0 +1,124 @@
+"""Every error as OpenAI's clients read it: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound, NrError, QueueFull, TooLarge, Unauthorized
+
+_TYPES = {kind.status: kind.type for kind in (BadRequest, Unauthorized, Forbidden, NotFound, Conflict, TooLarge)}
+_TYPES[405] = "MethodNotAllowedError"
+_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TYPE_NAMES = {"str", "int", "float", "bool", "dict", "none", "nullable"}
+"""Names that pydantic puts in an error's place for the branch of a union, and that no field of ours has."""
+
+
+def error_body(error: NrError) -> dict[str, Any]:
+    """The error as a JSON body."""
+    return _body(error.message, error.type, error.param, error.status)
+
+
+def error_response(error: NrError) -> JSONResponse:
+    """The error as an HTTP answer."""
+    headers = {}
+    if isinstance(error, QueueFull):
+        headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), error.status, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make `app` answer every error in that form."""
+    app.add_exception_handler(NrError, _nr_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _nr_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, NrError)
+    return error_response(error)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return error_response(invalid_request(error.errors()))
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"Invalid URL ({request.method} {request.url.path})"
+    elif error.status_code == 405:
+        message = f"Not allowed to {request.method} on {request.url.path}"
+    kind = _TYPES.get(error.status_code, "InvalidRequestError")
+    return JSONResponse(_body(message, kind, None, error.status_code), error.status_code, error.headers)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the number is for the access log
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    # The stack trace goes to the log; the client learns only that it is not to blame.
+    return error_response(NrError("internal error; the server's log has the details"))
+
+
+def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
+    """What is wrong with a body, in one message that names the field."""
+    first = errors[0]
+    param = _param(first["loc"])
+    if first["type"] == "json_invalid":
+        return BadRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', 'cannot be read')}")
+    if first["type"] == "extra_forbidden":
+        return BadRequest(f"Unrecognized request argument supplied: {param}", param=param)
+    if first["type"] == "missing":
+        return BadRequest(f"`{param}` is required" if param else "a JSON body is required", param=param)
+    same_field = [e for e in errors if _param(e["loc"]) == param]
+    message = ", or: ".join(dict.fromkeys(_message(e) for e in same_field[:4]))
+    if first["type"] == "value_error":
+        return BadRequest(message, param=".".join(filter(None, (param, _named(message)))) or None)
+    return BadRequest(f"{param}: {message}" if param else message, param=param)
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def _named(message: str) -> str | None:
+    """The field a message of ours names in backquotes: a rule over several fields has no place of its own."""
+    match = re.match(r"`(\w+)`", message)
+    return match[1] if match else None
+
+
+def _param(place: Sequence[str | int]) -> str | None:
+    """`("body", "messages", 0, "content", "str")` as `messages[0].content`."""
+    name = ""
+    for part in place[1:]:
+        if isinstance(part, int):
+            name += f"[{part}]" if name else ""
+        elif part in _TYPE_NAMES or not _is_field(part):
+            break
+        else:
+            name += f".{part}" if name else part
+    return name or None
+
+
+def _is_field(part: str) -> bool:
+    return _FIELD.fullmatch(part) is not None or ("-" not in part and "[" not in part)
+
+
+def _body(message: str, kind: str, param: str | None, status: int) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}

@@ -1,0 +1,168 @@
+"""OpenAI's routes: completions, chat, models; and vLLM's tokenize and detokenize."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from nr_serve.api import chat, completions
+from nr_serve.api.answers import Envelope, Usage, Writer, collect
+from nr_serve.api.ask import Ask, chat_ask, check_ids, completion_ask
+from nr_serve.api.chat import ChatWriter
+from nr_serve.api.completions import CompletionWriter
+from nr_serve.api.context import Context, Ctx
+from nr_serve.api.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerationBody,
+    StreamOptions,
+    TokenizeBody,
+)
+from nr_serve.api.selection import check_model, model_card, model_cards
+from nr_serve.api.sse import EventStream, while_connected
+from nr_serve.engine.messages import Output
+from nr_serve.errors import BadRequest
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def create_completion(context: Ctx, request: Request, body: CompletionBody) -> Response:
+    """Continue a text, or several."""
+    ask = await while_connected(request, completion_ask(context, body))
+    writers = [CompletionWriter(context.tokenizer, body, ask.prompt(i), i) for i in range(len(ask.submits))]
+    kinds = (completions.OBJECT, completions.CHUNK)
+    return await _respond(context, request, body, ask, writers, kinds)
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(context: Ctx, request: Request, body: ChatBody) -> Response:
+    """Answer a conversation."""
+    ask = await while_connected(request, chat_ask(context, body))
+    writers = [
+        ChatWriter(context.tokenizer, body, ask.prompt(i), i, streamed=bool(body.stream))
+        for i in range(len(ask.submits))
+    ]
+    return await _respond(context, request, body, ask, writers, (chat.OBJECT, chat.CHUNK))
+
+
+@router.get("/v1/models")
+async def list_models(context: Ctx) -> JSONResponse:
+    """Everything that `model` may be."""
+    return JSONResponse({"object": "list", "data": model_cards(context)})
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(context: Ctx, model: str) -> JSONResponse:
+    """One model."""
+    return JSONResponse(model_card(context, model))
+
+
+@router.post("/tokenize")
+async def tokenize(context: Ctx, body: TokenizeBody) -> JSONResponse:
+    """Token ids of a prompt or of messages."""
+    check_model(context, body.model)
+    ids = await context.text(lambda: _token_ids(context, body))
+    strings = None
+    if body.return_token_strs:
+        strings = [context.tokenizer.token_text(token_id) for token_id in ids]
+    limit = context.engine.info.max_model_len
+    return JSONResponse({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
+
+
+@router.post("/detokenize")
+async def detokenize(context: Ctx, body: DetokenizeBody) -> JSONResponse:
+    """Text of token ids."""
+    check_model(context, body.model)
+    ids = check_ids(body.tokens, context.engine.info.vocab_size, "tokens")
+    text = await context.text(lambda: context.tokenizer.decode(ids, special_tokens=True))
+    return JSONResponse({"prompt": text})
+
+
+async def _respond(
+    context: Context,
+    request: Request,
+    body: GenerationBody,
+    ask: Ask,
+    writers: Sequence[Writer],
+    kinds: tuple[str, str],
+) -> Response:
+    envelope = Envelope(ask.id, ask.model, context.engine.info.fingerprint)
+    outputs = context.engine.generate(ask.submits)
+    if body.stream:
+        # The first output is awaited before the answer begins: a refusal still becomes an HTTP status.
+        first = await while_connected(request, _first(outputs))
+        options = body.stream_options or StreamOptions()
+        chunks = _chunks(ask, writers, envelope, kinds[1], options, _chain(first, outputs))
+        return EventStream(chunks, outputs)
+    async with aclosing(outputs):
+        whole = await while_connected(request, collect(ask, outputs))
+    usage = Usage(ask.prompt_tokens)
+    for output in whole:
+        usage.count(output)
+    extras = writers[0].extras(whole[0])
+    choices = [writer.choice(output) for writer, output in zip(writers, whole, strict=True)]
+    return JSONResponse(envelope.body(kinds[0], choices, usage=usage.body(), **extras))
+
+
+async def _first(outputs: AsyncGenerator[Output, None]) -> Output:
+    return await anext(outputs)
+
+
+async def _chain(first: Output, rest: AsyncGenerator[Output, None]) -> AsyncGenerator[Output, None]:
+    async with aclosing(rest):
+        yield first
+        async for output in rest:
+            yield output
+
+
+async def _chunks(
+    ask: Ask,
+    writers: Sequence[Writer],
+    envelope: Envelope,
+    kind: str,
+    options: StreamOptions,
+    outputs: AsyncGenerator[Output, None],
+) -> AsyncGenerator[dict[str, Any], None]:
+    usage = Usage(ask.prompt_tokens)
+    place = {submit.request_id: i for i, submit in enumerate(ask.submits)}
+
+    def chunk(choices: list[dict[str, Any]], *, last: bool = False, **extras: Any) -> dict[str, Any]:
+        if not options.include_usage:
+            return envelope.body(kind, choices, **extras)
+        shown = usage.body() if last or options.continuous_usage_stats else None
+        return envelope.body(kind, choices, usage=shown, **extras)
+
+    async with aclosing(outputs):
+        for writer in writers:
+            opening = writer.opening()
+            if opening is not None:
+                yield chunk([opening])
+        async for output in outputs:
+            usage.count(output)
+            writer = writers[place[output.request_id]]
+            if writer.shows(output):
+                extras = writer.extras(output)
+                yield chunk([writer.choice(output)], **extras)
+    if options.include_usage:
+        yield chunk([], last=True)
+
+
+def _token_ids(context: Context, body: TokenizeBody) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise BadRequest("give one of `prompt` and `messages`", param="prompt")
+    if body.prompt is not None:
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        return context.tokenizer.encode(body.prompt, special_tokens=special)
+    text = context.tokenizer.chat_prompt(
+        [message.plain() for message in body.messages or ()],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+    )
+    return context.tokenizer.encode(text, special_tokens=bool(body.add_special_tokens))

@@ -1,0 +1,219 @@
+"""Request bodies. Types are strict, unknown fields are errors, and what is not supported is refused by name.
+
+Every field that is accepted is honoured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictInt, model_validator
+
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_PROMPTS = 2048
+
+TokenIds = Annotated[list[StrictInt], FailFast()]
+NotSupported = Mapping[str, Sequence[Any]]
+_Texts = Annotated[list[str], FailFast(), Field(max_length=MAX_PROMPTS)]
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class Body(BaseModel):
+    """A JSON body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    not_supported: ClassVar[NotSupported] = {}
+    """Known fields this server does not have, and the values of each that ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name in cls.not_supported.keys() & data.keys():
+            if data[name] is not None and data[name] not in cls.not_supported[name]:
+                raise ValueError(f"`{name}` is not supported by this server")
+        return {name: value for name, value in data.items() if name not in cls.not_supported}
+
+
+class StreamOptions(Body):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+    not_supported: ClassVar[NotSupported] = {"include_obfuscation": [False]}
+
+
+class GenerationBody(Body):
+    """What completions and chat share: which model, how tokens are chosen, what is reported."""
+
+    model: str = Field(description="base name: gates route; base@none: no adapter; an adapter's name: that one")
+    adapters: list[str] | None = Field(None, max_length=64, description="exactly these adapters, whatever `model`")
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63 - MAX_CHOICES)
+    stop: _Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)] | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="-1 or 0: off")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=256)] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: bool | None = False
+    priority: int = Field(0, ge=-(2**31), lt=2**31, description="lower runs first")
+    gates: bool = Field(False, description="report the share of layers that fired, per token and adapter")
+    user: str | None = Field(None, description="the caller's own name for its user; not used")
+
+    not_supported: ClassVar[NotSupported] = {"cache_salt": [], "service_tier": ["auto", "default"]}
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("`stream_options` is only allowed with `stream`: true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | _Texts | TokenIds | Annotated[list[TokenIds], FailFast(), Field(max_length=MAX_PROMPTS)]
+    max_tokens: int | None = Field(None, ge=0, description="default 16")
+    best_of: int | None = Field(None, ge=1)
+    echo: bool | None = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = Field(True, description="put the tokenizer's special tokens before text prompts")
+
+    not_supported: ClassVar[NotSupported] = {**GenerationBody.not_supported, "suffix": [""]}
+
+
+class TextPart(Body):
+    """A part of a message: only text can be served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A chat message."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    not_supported: ClassVar[NotSupported] = {
+        "refusal": [],
+        "audio": [],
+        "tool_calls": [[]],
+        "function_call": [],
+    }
+
+    def plain(self) -> dict[str, str]:
+        """The message as chat templates take it: one string, and `system` for OpenAI's `developer`."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return message if self.name is None else message | {"name": self.name}
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="default: what the context leaves")
+    max_tokens: int | None = Field(None, ge=1, description="older name of max_completion_tokens")
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool = Field(True, description="open the assistant's turn after the messages")
+    continue_final_message: bool = Field(False, description="go on writing the last message")
+
+    not_supported: ClassVar[NotSupported] = {
+        **GenerationBody.not_supported,
+        "audio": [],
+        "function_call": ["none"],
+        "functions": [[]],
+        "metadata": [{}],
+        "modalities": [["text"]],
+        "moderation": [],
+        "parallel_tool_calls": [],
+        "prediction": [],
+        "prompt_cache_key": [],
+        "prompt_cache_options": [],
+        "prompt_cache_retention": [],
+        "reasoning_effort": [],
+        "response_format": [{"type": "text"}],
+        "safety_identifier": [],
+        "store": [False],
+        "tool_choice": ["none"],
+        "tools": [[]],
+        "verbosity": [],
+        "web_search_options": [],
+    }
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a prompt, or messages put through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = Field(None, description="default: true for a prompt, false for messages")
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    return_token_strs: bool | None = False
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds
+
+
+class LoadBody(Body):
+    """POST /v1/adapters: a file already on the server, inside an allowed folder."""
+
+    name: str
+    path: str = Field(min_length=1, description="absolute, or relative to an allowed folder")
+    replace: bool = False
+    pinned: bool = False
+    threshold: float | None = Field(None, description="default: the file's own")
+
+
+class PatchBody(Body):
+    """PATCH /v1/adapters/{name}: fields left out stay as they are."""
+
+    pinned: bool | None = None
+    threshold: float | None = None
+
+
+class LoadLoraBody(Body):
+    """POST /v1/load_lora_adapter, as vLLM has it."""
+
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+    base_model_name: str | None = None
+
+
+class UnloadLoraBody(Body):
+    """POST /v1/unload_lora_adapter, as vLLM has it."""
+
+    lora_name: str = ""

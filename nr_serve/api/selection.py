@@ -1,0 +1,107 @@
+"""Which adapters a model name stands for, and the models list."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from nr_serve.api.context import Context
+from nr_serve.engine.messages import AdapterView
+from nr_serve.errors import BadRequest, NotFound
+
+NONE = "@none"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def select(context: Context, model: str, adapters: Sequence[str] | None = None) -> tuple[str, ...] | None:
+    """The adapters to use: None is every attached one, () none. Raises NotFound for an unknown name.
+
+    `adapters`, if given, overrides what `model` stands for.
+    """
+    implied = _implied(context, model)
+    if adapters is None:
+        return implied
+    for i, name in enumerate(adapters):
+        if not _served(context, name):
+            raise NotFound(f"The adapter `{name}` does not exist", param=f"adapters[{i}]")
+    if len(set(adapters)) < len(adapters):
+        raise BadRequest("adapters: a name is given twice", param="adapters")
+    return tuple(adapters)
+
+
+def check_model(context: Context, model: str | None) -> None:
+    """Raise NotFound unless `model` is served or left out."""
+    if model is not None:
+        _implied(context, model)
+
+
+def check_name(context: Context, name: str, param: str | None = "name") -> None:
+    """Raise BadRequest unless `name` may be an adapter's."""
+    if not _NAME.fullmatch(name):
+        raise BadRequest(
+            "an adapter's name is 1 to 64 letters, digits, dots, hyphens and underscores, "
+            "and starts with a letter or a digit",
+            param=param,
+        )
+    if name == context.engine.info.model:
+        raise BadRequest(f"`{name}` is the base's name; give the adapter another", param=param)
+
+
+def model_cards(context: Context) -> list[dict[str, Any]]:
+    """Everything that `model` may be, as /v1/models shows it."""
+    base = context.engine.info.model
+    cards = [_card(context, base), _card(context, base + NONE) | {"parent": base}]
+    return cards + [_adapter_card(context, view) for view in context.engine.adapters.values()]
+
+
+def model_card(context: Context, model: str) -> dict[str, Any]:
+    """One model's card. Raises NotFound for an unknown name."""
+    for card in model_cards(context):
+        if card["id"] == model:
+            return card
+    raise _unknown(model)
+
+
+def _implied(context: Context, model: str) -> tuple[str, ...] | None:
+    base = context.engine.info.model
+    if model == base:
+        return None
+    if model == base + NONE:
+        return ()
+    if _served(context, model):
+        return (model,)
+    raise _unknown(model)
+
+
+def _served(context: Context, name: str) -> bool:
+    view = context.engine.adapters.get(name)
+    return view is not None and view.state != "loading"
+
+
+def _unknown(model: str) -> NotFound:
+    return NotFound(f"The model `{model}` does not exist", param="model")
+
+
+def _card(context: Context, name: str) -> dict[str, Any]:
+    info = context.engine.info
+    return {
+        "id": name,
+        "object": "model",
+        "created": context.started,
+        "owned_by": "nr-serve",
+        "root": info.model,
+        "parent": None,
+        "max_model_len": info.max_model_len,
+        "fingerprint": info.fingerprint,
+    }
+
+
+def _adapter_card(context: Context, view: AdapterView) -> dict[str, Any]:
+    return _card(context, view.name) | {
+        "created": int(view.loaded_at),
+        "parent": context.engine.info.model,
+        "version": view.version,
+        "language": view.domain,
+        "state": view.state,
+    }

@@ -1,0 +1,78 @@
+"""Server-sent events: chunks as they come, a last `[DONE]`, and nothing left running when the client goes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from nr_serve.api.errors import error_body
+from nr_serve.errors import NrError
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends `bodies` as events; at the end, or when the client goes away, closes them and their `source`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, bodies: AsyncGenerator[dict[str, Any], None], source: AsyncGenerator[Any, None]) -> None:
+        self._bodies = bodies
+        self._source = source
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, watching for the client to go."""
+        try:
+            await while_connected(receive, self._send(send))
+        except (ClientDisconnect, OSError):
+            return  # nobody is left to tell
+        finally:
+            await self._bodies.aclose()
+            await self._source.aclose()  # if not one event was asked for, `bodies` has not taken it over
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        last = DONE
+        try:
+            async for body in self._bodies:
+                await send({"type": "http.response.body", "body": event(body), "more_body": True})
+        except NrError as error:
+            last = event(error_body(error))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def while_connected(receive: Receive | Request, work: Awaitable[T]) -> T:
+    """Await `work`, but cancel it and raise ClientDisconnect as soon as the client is gone.
+
+    To be used once the request's body has been read: what comes after it can only be the disconnect.
+    """
+    gone = asyncio.ensure_future(_disconnect(receive.receive if isinstance(receive, Request) else receive))
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

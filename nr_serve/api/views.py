@@ -1,0 +1,51 @@
+"""Adapters as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nr_serve.engine.messages import AdapterGates, AdapterView, GateStatistics
+
+
+def adapter_body(view: AdapterView, statistics: GateStatistics | None = None) -> dict[str, Any]:
+    """An adapter as clients see it; with `statistics`, also on whose traffic it fired."""
+    body: dict[str, Any] = {
+        "name": view.name,
+        "object": "adapter",
+        "version": view.version,
+        "domain": view.domain,
+        "state": view.state,
+        "slot": view.slot,
+        "bytes": view.nbytes,
+        "h": view.h,
+        "carry": view.carry,
+        "threshold": view.threshold,
+        "pinned": view.pinned,
+        "requests": view.requests,
+        "loaded_at": view.loaded_at,
+        "load_seconds": view.load_seconds,
+        "gates": gates_body(view.gates),
+    }
+    if statistics is not None:
+        body["fired_by_selected"] = {
+            selected: count for (name, selected), count in statistics.cross.items() if name == view.name
+        }
+    return body
+
+
+def gates_body(gates: AdapterGates) -> dict[str, Any]:
+    """Gate totals; a rate is None until a token was seen."""
+    return {
+        "fired": sum(gates.fired),
+        "seen": sum(gates.seen),
+        "fired_rate": _rate(sum(gates.fired), sum(gates.seen)),
+        "mass": gates.mass,
+        "layer_groups": [
+            {"layers": group, "fired": fired, "seen": seen, "fired_rate": _rate(fired, seen)}
+            for group, fired, seen in zip(gates.layer_groups, gates.fired, gates.seen, strict=True)
+        ],
+    }
+
+
+def _rate(fired: int, seen: int) -> float | None:
+    return fired / seen if seen else None

@@ -1,0 +1,107 @@
+"""The command line. Each command is a settings class: its fields are the flags, its docstring the help.
+
+Commands import what they need when they run, so that help and the client's commands start at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsError
+
+from nr_serve import __version__
+from nr_serve.commands import COMMANDS
+from nr_serve.errors import NrError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        print(f"nr-serve {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        return _fail(f"there is no command {args[0]!r}; `nr-serve --help` lists them", 2)
+    return _run(args[0], args[1:])
+
+
+def _run(name: str, args: list[str]) -> int:
+    settings, action = COMMANDS[name]
+    try:
+        command = parse(settings, name, args)
+    except (ValidationError, SettingsError) as error:
+        return _fail(_wrong_setting(error), 2)
+    try:
+        return action(command)
+    except NrError as error:
+        return _fail(error.message, 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def parse(settings: type[BaseSettings], name: str, args: list[str]) -> BaseSettings:
+    """A command's settings from its arguments and the environment. Exits on `--help` and unknown flags."""
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        settings, cli_prog_name=f"nr-serve {name}", formatter_class=_Formatter
+    )
+    return CliApp.run(settings, cli_args=args, cli_settings_source=source)
+
+
+class _Formatter(RawDescriptionHelpFormatter):
+    """Help without what pydantic says of types and of defaults that are no values."""
+
+    def _get_help_string(self, action: Any) -> str:
+        text = action.help or ""
+        for noise in (" (default: None)", " (default: [])", " (default: False)"):
+            text = text.replace(noise, "")
+        return text.rstrip()
+
+    def _metavar_formatter(self, action: Any, default_metavar: str) -> Any:
+        if isinstance(action.metavar, str) and not action.metavar.startswith("{"):
+            name = action.metavar.removeprefix("list[").removesuffix("]").upper()
+            action.metavar = name.replace("SECRETSTR", "KEY")
+        return super()._metavar_formatter(action, default_metavar)
+
+
+def _help() -> str:
+    lines = [
+        "usage: nr-serve COMMAND [...]",
+        "",
+        "One frozen base model, many neutral-residue adapters, one server.",
+        "",
+    ]
+    width = max(map(len, COMMANDS)) + 2
+    for name, (settings, _) in COMMANDS.items():
+        lines.append(f"  {name:<{width}}{(settings.__doc__ or '').splitlines()[0]}")
+    return "\n".join([*lines, "", "`nr-serve COMMAND --help` shows a command's flags."])
+
+
+def _wrong_setting(error: ValidationError | SettingsError) -> str:
+    if isinstance(error, SettingsError):
+        return str(error)
+    wrong = []
+    for each in error.errors(include_url=False, include_input=False):
+        flag = "--" + str(each["loc"][0]).replace("_", "-") if each["loc"] else "settings"
+        wrong.append(f"{flag}: {each['msg']}")
+    return "; ".join(wrong)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

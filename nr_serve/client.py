@@ -1,0 +1,138 @@
+"""A client of a running server, for the command line and for scripts."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from nr_serve import errors
+from nr_serve.errors import NrError, Unavailable
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_SECONDS = 600.0  # a large adapter on a slow disk, or a long answer
+_ERRORS: dict[int, type[NrError]] = {
+    kind.status: kind
+    for kind in (
+        errors.BadRequest,
+        errors.Unauthorized,
+        errors.Forbidden,
+        errors.NotFound,
+        errors.Conflict,
+        errors.TooLarge,
+        errors.QueueFull,
+        errors.Unavailable,
+    )
+}
+
+
+class Client:
+    """Talks to one server. What the server refuses is raised as the NrError it stands for."""
+
+    def __init__(self, url: str = DEFAULT_URL, key: str | None = None, *, timeout_s: float = _SECONDS) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self._http = httpx.Client(
+                base_url=self.url,
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=httpx.Timeout(timeout_s, connect=10.0),
+                trust_env=not _is_loopback(httpx.URL(url).host),  # a proxy cannot reach this machine's loopback
+            )
+        except httpx.InvalidURL as error:
+            raise errors.BadRequest(f"{url} is not a URL: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def load(
+        self,
+        path: Path,
+        name: str | None = None,
+        *,
+        replace: bool = False,
+        pinned: bool = False,
+        threshold: float | None = None,
+    ) -> dict[str, Any]:
+        """Upload an adapter's file and load it; `name` defaults to the file's. Return the adapter."""
+        flags = {"replace": str(replace).lower(), "pinned": str(pinned).lower()}
+        if threshold is not None:
+            flags["threshold"] = repr(threshold)
+        try:
+            with path.open("rb") as file:
+                size = str(path.stat().st_size)
+                place = f"/v1/adapters/{quote(name or path.stem, safe='')}"
+                return self._json("PUT", place, content=file, params=flags, headers={"Content-Length": size})
+        except OSError as error:
+            raise errors.BadRequest(f"cannot read {path}: {error.strerror}") from error
+
+    def unload(self, name: str) -> dict[str, Any]:
+        """Unload an adapter; return it as it was."""
+        return self._json("DELETE", f"/v1/adapters/{quote(name, safe='')}")
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """Every registered adapter."""
+        adapters: list[dict[str, Any]] = self._json("GET", "/v1/adapters")["data"]
+        return adapters
+
+    def models(self) -> list[dict[str, Any]]:
+        """Everything that `model` may be in a request; the base comes first."""
+        models: list[dict[str, Any]] = self._json("GET", "/v1/models")["data"]
+        return models
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """POST /v1/completions, not streamed."""
+        return self._json("POST", "/v1/completions", json=body)
+
+    def wait_ready(self, timeout_s: float = 300.0, *, poll_s: float = 0.2) -> None:
+        """Return once the server takes requests. Raises Unavailable after `timeout_s`."""
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                self._json("GET", "/ready")
+                return
+            except Unavailable as error:
+                if time.monotonic() > end:
+                    raise Unavailable(f"not ready after {timeout_s:g} s: {error.message}") from error
+                time.sleep(poll_s)
+
+    def _json(self, method: str, place: str, **request: Any) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, place, **request)
+        except httpx.ConnectError as error:
+            raise Unavailable(f"no server answers at {self.url}; start one with `nr-serve serve`") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise Unavailable(f"{method} {self.url}{place} failed: {error or type(error).__name__}") from error
+        if response.is_error:
+            raise _error(response)
+        body: dict[str, Any] = response.json()
+        return body
+
+
+def _error(response: httpx.Response) -> NrError:
+    kind = _ERRORS.get(response.status_code, NrError)
+    try:
+        body = response.json()["error"]
+        return kind(str(body["message"]), param=body.get("param"))
+    except (ValueError, KeyError, TypeError):  # not an nr-serve, or something in between
+        return kind(f"{response.url} answered {response.status_code} {response.reason_phrase}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

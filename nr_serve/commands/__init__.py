@@ -1,0 +1,31 @@
+"""The commands by name: what each takes, and what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic_settings import BaseSettings
+
+from nr_serve.commands import files, remote, training
+from nr_serve.config import ServeConfig
+
+
+def _serve(config: ServeConfig) -> int:
+    from nr_serve.serve import serve
+
+    return serve(config)
+
+
+COMMANDS: Mapping[str, tuple[type[BaseSettings], Callable[[Any], int]]] = {
+    "serve": (ServeConfig, _serve),
+    "load-adapter": (remote.LoadAdapter, remote.load_adapter),
+    "unload-adapter": (remote.UnloadAdapter, remote.unload_adapter),
+    "list-adapters": (remote.ListAdapters, remote.list_adapters),
+    "inspect": (files.Inspect, files.inspect),
+    "train": (training.Train, training.train),
+    "evaluate": (training.Evaluate, training.evaluate),
+    "fetch-model": (training.FetchModel, training.fetch_model),
+    "fetch-corpus": (training.FetchCorpus, training.fetch_corpus),
+}
+"""Command -> (its flags, its action). The action returns the exit code."""

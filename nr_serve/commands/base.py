@@ -1,0 +1,48 @@
+"""What the commands' settings share."""
+
+from __future__ import annotations
+
+import os
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from nr_serve.client import DEFAULT_URL, Client
+
+
+class Command(BaseSettings):
+    """A command whose fields are flags alone: no environment variable sets them behind the user's back."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_enforce_required=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the command line only."""
+        return (init_settings,)
+
+
+class Remote(Command):
+    """A command that talks to a running server."""
+
+    url: str | None = Field(None, description=f"the server (default: $NR_URL, or {DEFAULT_URL})")
+    key: SecretStr | None = Field(None, description="its key (default: $NR_ADMIN_KEY, or $NR_API_KEY)")
+
+    def client(self) -> Client:
+        """A client of that server."""
+        key = self.key.get_secret_value() if self.key else None
+        key = key or os.environ.get("NR_ADMIN_KEY") or os.environ.get("NR_API_KEY")
+        return Client(self.url or os.environ.get("NR_URL") or DEFAULT_URL, key)

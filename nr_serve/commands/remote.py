@@ -1,0 +1,91 @@
+"""load-adapter, unload-adapter, list-adapters: changes to a running server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from nr_serve.commands.base import Remote
+
+
+class LoadAdapter(Remote):
+    """Upload an adapter file to a running server and attach it."""
+
+    file: CliPositionalArg[Path] = Field(description="the adapter's .safetensors file")
+    name: str | None = Field(None, description="name to serve it under (default: the file's)")
+    replace: bool = Field(False, description="replace the adapter of this name, if there is one")
+    pin: bool = Field(False, description="keep it attached")
+    threshold: float | None = Field(None, description="a gate fires above this (default: the file's own)")
+
+
+class UnloadAdapter(Remote):
+    """Unload an adapter from a running server."""
+
+    name: CliPositionalArg[str] = Field(description="the adapter's name")
+
+
+class ListAdapters(Remote):
+    """List a running server's adapters."""
+
+
+def load_adapter(command: LoadAdapter) -> int:
+    """Load; print name, version, slot and seconds."""
+    with command.client() as client:
+        adapter = client.load(
+            command.file, command.name, replace=command.replace, pinned=command.pin, threshold=command.threshold
+        )
+    print(
+        f"{adapter['name']}: version {adapter['version']}, {_place(adapter)}, "
+        f"loaded in {adapter['load_seconds']:.2f} s"
+    )
+    return 0
+
+
+def unload_adapter(command: UnloadAdapter) -> int:
+    """Unload; print the name."""
+    with command.client() as client:
+        adapter = client.unload(command.name)
+    print(f"{adapter['name']}: unloaded")
+    return 0
+
+
+def list_adapters(command: ListAdapters) -> int:
+    """Print a table of the adapters."""
+    with command.client() as client:
+        adapters = client.adapters()
+    if not adapters:
+        print("no adapter is loaded")
+        return 0
+    header = ("NAME", "VERSION", "DOMAIN", "STATE", "SLOT", "MB", "THRESHOLD", "REQUESTS", "FIRED")
+    for line in table([header, *map(_row, adapters)]):
+        print(line)
+    return 0
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines with aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _row(adapter: Mapping[str, Any]) -> tuple[str, ...]:
+    rate = adapter["gates"]["fired_rate"]
+    return (
+        adapter["name"] + (" (pinned)" if adapter["pinned"] else ""),
+        adapter["version"],
+        adapter["domain"] or "-",
+        adapter["state"],
+        "-" if adapter["slot"] is None else str(adapter["slot"]),
+        f"{adapter['bytes'] / 1e6:.1f}",
+        f"{adapter['threshold']:g}",
+        str(adapter["requests"]),
+        "-" if rate is None else f"{rate:.2%}",
+    )
+
+
+def _place(adapter: Mapping[str, Any]) -> str:
+    return adapter["state"] if adapter["slot"] is None else f"slot {adapter['slot']}"
