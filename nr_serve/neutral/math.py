@@ -39,7 +39,7 @@ def carry(z_T: Tensor, a: float, state: Tensor) -> Tensor:
     return torch.stack(carried) if carried else z_T
 
 
-def block_gate(m_T: Tensor, threshold: float = 0.0) -> Tensor:
+def block_gate(m_T: Tensor, threshold: float | Tensor = 0.0) -> Tensor:
     """Block gate g = relu(m - threshold), [T]. The gate *fired* where g > 0."""
     return torch.relu(m_T - threshold)
 

@@ -1,0 +1,281 @@
+"""The adapters as the engine has them: names and versions (registry), weights (bank), statistics by name.
+
+Everything here runs on the engine's thread, between steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from nr_serve.engine.messages import AdapterGates, AdapterView, GateStatistics, LoadAdapter, PatchAdapter
+from nr_serve.engine.request import Request
+from nr_serve.errors import BadRequest, NrError
+from nr_serve.neutral.bank import LABELS, Bank
+from nr_serve.neutral.format import Adapter
+from nr_serve.neutral.registry import Registry, Selection, Version
+
+COPY_SECONDS = 0.002  # of copying weights between two steps: small beside a step, so that no stream feels it
+LAYER_GROUPS = 4  # layers are counted in a few groups, to bound the number of time series
+
+
+@dataclass(eq=False, slots=True)
+class _Copy:
+    """A version on its way into its slot."""
+
+    version: Version
+    pieces: Iterator[None]
+    started: float
+    answer: Future[AdapterView] | None = None
+    """Set for a load: the version is published, and this answered, when the copy is done."""
+    replace: bool = False
+
+
+@dataclass(slots=True)
+class _GateTotals:
+    fired_L: list[int]
+    seen_L: list[int]
+    mass: float = 0.0
+    cross: dict[str, int] = field(default_factory=dict)
+
+
+class Adapters:
+    """Loads, replaces, unloads and attaches adapters while steps run."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.registry = Registry(bank.slots)
+        self._bank = bank
+        self._copies: deque[_Copy] = deque()
+        self._totals: dict[str, _GateTotals] = {}
+        self._labels: dict[str, int] = {}
+
+    # Requests
+
+    def check_selection(self, names: tuple[str, ...] | None) -> None:
+        """Raise NotFound or BadRequest if a request's selection cannot be served."""
+        if names is None:
+            return
+        self.registry.resolve(names)
+        if len(set(names)) > self._bank.slots:
+            raise BadRequest(f"at most {self._bank.slots} adapters can act at once", param="adapters")
+
+    def admit(self, request: Request) -> bool:
+        """Fix the request's selection and hold it; False while some of it is not attached yet."""
+        selection = request.selection
+        if selection is None:
+            selection = self.registry.resolve(request.submit.adapters)
+        for version in selection:
+            if version.slot is None:
+                self._start_copy(version, time.perf_counter(), beside=selection)
+        if not all(version.attached for version in selection):
+            return False
+        if request.selection is None:
+            request.selection = selection
+            self.registry.hold(selection)
+        return True
+
+    def release(self, request: Request) -> None:
+        """The request ended: its versions may leave their slots."""
+        if request.selection is None:
+            return
+        if any(version.retired for version in request.selection):
+            self._read_totals()
+        self._detach(self.registry.release(request.selection))
+        request.selection = None
+
+    def label(self, selected: str) -> int:
+        """Row of the cross statistics for a selection's name; all beyond the bound share the last."""
+        if selected not in self._labels and len(self._labels) >= LABELS - 1:
+            selected = "other"
+        return self._labels.setdefault(selected, len(self._labels))
+
+    def shares(self, fired_S: tuple[int, ...], selection: Selection) -> dict[str, float]:
+        """Share of layers fired at a token, by adapter."""
+        layers = self._bank.layers
+        return {v.name: fired_S[v.slot] / layers for v in selection if v.slot is not None and fired_S}
+
+    # Changes
+
+    def load(self, message: LoadAdapter, adapter: Adapter, answer: Future[AdapterView], started: float) -> None:
+        """Start to attach a checked adapter; `answer` gets its view once it is published, or the error."""
+        try:
+            self.registry.check_name(message.name, replace=message.replace)
+            self._bank.check_fits(adapter)
+        except NrError as error:
+            answer.set_exception(error)
+            return
+        threshold = adapter.info.threshold if message.threshold is None else message.threshold
+        version = Version(message.name, adapter.version, adapter, threshold, pinned=message.pinned)
+        if not self._start_copy(version, started, answer=answer, replace=message.replace):
+            # Every slot is in use: it is registered, and attached when one comes free or somebody asks for it.
+            self._publish(_Copy(version, iter(()), started, answer, message.replace))
+
+    def unload(self, name: str) -> AdapterView:
+        """Forget a name; running requests keep the version they hold. Raises NotFound."""
+        view = self.view(self.registry.get(name))
+        self._read_totals()
+        self._detach(self.registry.remove(name))
+        self._totals.pop(name, None)
+        return view
+
+    def patch(self, message: PatchAdapter) -> AdapterView:
+        """Turn an adapter's dials. Raises NotFound."""
+        version = self.registry.get(message.name)
+        if message.pinned is not None:
+            version.pinned = message.pinned
+        if message.threshold is not None:
+            version.threshold = message.threshold
+            if version.attached and version.slot is not None:
+                self._bank.set_threshold(version.slot, message.threshold)
+        return self.view(version)
+
+    @property
+    def copying(self) -> bool:
+        """Whether weights are on their way into a slot."""
+        return bool(self._copies)
+
+    def copy_some(self, seconds: float = COPY_SECONDS) -> None:
+        """Copy weights for about so long, at least a layer; publish what is complete."""
+        end = time.perf_counter() + seconds
+        while self._copies:
+            copy = self._copies[0]
+            for _ in copy.pieces:
+                if time.perf_counter() >= end:
+                    return
+            self._copies.popleft()
+            self._finish_copy(copy)
+
+    # Reading
+
+    def view(self, version: Version) -> AdapterView:
+        """What people see of a version."""
+        adapter: Adapter = version.payload
+        copying = version.slot is not None and not version.attached
+        return AdapterView(
+            name=version.name,
+            version=version.digest,
+            domain=adapter.info.domain,
+            state="attached" if version.attached else "loading" if copying else "registered",
+            slot=version.slot,
+            nbytes=adapter.nbytes,
+            h=adapter.h,
+            carry=adapter.info.carry,
+            threshold=version.threshold,
+            pinned=version.pinned,
+            requests=version.requests,
+            loaded_at=version.loaded_at,
+            load_seconds=version.load_seconds,
+            gates=self._gates(version.name),
+        )
+
+    def views(self) -> tuple[AdapterView, ...]:
+        """Every registered adapter, by name."""
+        self._read_totals()
+        return tuple(self.view(version) for version in self.registry)
+
+    def statistics(self) -> GateStatistics:
+        """Gate totals since the start, of registered names."""
+        self._read_totals()
+        names = [version.name for version in self.registry]
+        cross = {(n, s): k for n in names if n in self._totals for s, k in self._totals[n].cross.items()}
+        return GateStatistics(
+            adapters={name: self._gates(name) for name in names},
+            cross=cross,
+            slots_used=self.registry.slots_used,
+            slots_total=self._bank.slots,
+        )
+
+    # Inside
+
+    def _start_copy(
+        self,
+        version: Version,
+        started: float,
+        *,
+        beside: Selection = (),
+        answer: Future[AdapterView] | None = None,
+        replace: bool = False,
+    ) -> bool:
+        """Give the version a slot and start to fill it; False if none can be had."""
+        self._read_totals()  # what was counted in the slot so far belongs to whoever leaves it
+        slot = self.registry.place(version, beside=beside)
+        if slot is None:
+            return False
+        self._bank.detach(slot)
+        pieces = self._bank.attach(slot, version.payload, version.threshold)
+        self._copies.append(_Copy(version, pieces, started, answer, replace))
+        return True
+
+    def _fill_free_slots(self) -> None:
+        """Attach registered adapters that found no slot before, the newest first."""
+        for version in sorted(self.registry, key=lambda v: -v.loaded_at):
+            if self.registry.slots_used == self._bank.slots:
+                return
+            if version.slot is None:
+                self._start_copy(version, time.perf_counter())
+
+    def _finish_copy(self, copy: _Copy) -> None:
+        if copy.answer is not None:
+            self._publish(copy)
+        else:
+            self._detach(self.registry.attach(copy.version))
+
+    def _publish(self, copy: _Copy) -> None:
+        assert copy.answer is not None
+        version = copy.version
+        try:
+            self.registry.check_name(version.name, replace=copy.replace)
+        except NrError as error:  # somebody else took the name while this was copied
+            self._detach(self.registry.displace(version))
+            copy.answer.set_exception(error)
+            return
+        if version.slot is not None:
+            self.registry.attach(version)
+        self._read_totals()
+        self._detach(self.registry.publish(version))
+        self._fill_free_slots()
+        version.load_seconds = time.perf_counter() - copy.started
+        copy.answer.set_result(self.view(version))
+
+    def _detach(self, slots: list[int]) -> None:
+        for slot in slots:
+            self._bank.detach(slot)
+        if slots:
+            self._fill_free_slots()
+
+    def _read_totals(self) -> None:
+        """Add what the bank counted to the totals of whoever sits in each slot."""
+        read = self._bank.read_totals()
+        for slot in range(self._bank.slots):
+            version = self.registry.in_slot(slot)
+            if version is None or version.name not in self.registry:
+                continue
+            zeros = [0] * self._bank.layers
+            totals = self._totals.setdefault(version.name, _GateTotals(list(zeros), list(zeros)))
+            for layer in range(self._bank.layers):
+                totals.fired_L[layer] += read.fired_LS[layer][slot]
+                totals.seen_L[layer] += read.seen_LS[layer][slot]
+            totals.mass += read.mass_S[slot]
+            for selected, label in self._labels.items():
+                if read.cross_KS[label][slot]:
+                    totals.cross[selected] = totals.cross.get(selected, 0) + read.cross_KS[label][slot]
+
+    def _gates(self, name: str) -> AdapterGates:
+        totals = self._totals.get(name)
+        if totals is None:
+            return AdapterGates()
+        groups = _layer_groups(self._bank.layers)
+        return AdapterGates(
+            layer_groups=tuple(f"{group.start}-{group.stop - 1}" for group in groups),
+            fired=tuple(sum(totals.fired_L[i] for i in group) for group in groups),
+            seen=tuple(sum(totals.seen_L[i] for i in group) for group in groups),
+            mass=totals.mass,
+        )
+
+
+def _layer_groups(layers: int) -> list[range]:
+    size = -(-layers // LAYER_GROUPS)
+    return [range(start, min(start + size, layers)) for start in range(0, layers, size)]

@@ -1,0 +1,103 @@
+"""Paged attention as one of transformers' attention functions, so that no model is rewritten.
+
+Registered as "nr_paged" with a mask function that returns None: who may attend to whom is the batch's business.
+Shape suffixes: T tokens of a step, H query heads, K key heads, G = H / K, D head size, B, n, N as in `Group`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from nr_serve.engine.batch import Batch, Group
+from nr_serve.errors import UnsupportedBase
+
+NAME = "nr_paged"
+_KNOWN = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
+
+
+class KVCache:
+    """Keys and values of every layer, in cells of one token; pages are runs of cells."""
+
+    def __init__(
+        self, *, layers: int, cells: int, heads: int, head_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (layers, cells, heads, head_size)
+        self.keys_LCKD = torch.zeros(shape, device=device, dtype=dtype)
+        self.values_LCKD = torch.zeros(shape, device=device, dtype=dtype)
+
+    @staticmethod
+    def bytes_per_cell(*, layers: int, heads: int, head_size: int, dtype: torch.dtype) -> int:
+        """Memory one token takes."""
+        return 2 * layers * heads * head_size * dtype.itemsize
+
+
+def register() -> None:
+    """Make the attention known to transformers; again is harmless."""
+    AttentionInterface.register(NAME, paged_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    nr_batch: Batch,
+    nr_cache: KVCache,
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over a step. query [1, H, T, D], key and value [1, K, T, D]; gives [1, T, H, D].
+
+    Raises UnsupportedBase if the model asks for something this function does not compute.
+    """
+    asked = sorted(k for k, v in unknown.items() if v is not None and k not in _KNOWN)
+    if asked or dropout or attention_mask is not None:
+        raise UnsupportedBase(f"attention needs {', '.join(asked) or 'a mask or dropout'}, which is not supported")
+    layer: Any = module.layer_idx
+    keys_CKD, values_CKD = nr_cache.keys_LCKD[layer], nr_cache.values_LCKD[layer]
+    keys_CKD.index_copy_(0, nr_batch.cells_T, key[0].transpose(0, 1))
+    values_CKD.index_copy_(0, nr_batch.cells_T, value[0].transpose(0, 1))
+    query_THD = query[0].transpose(0, 1)
+    outputs = [
+        _attend(query_THD, keys_CKD, values_CKD, group, nr_batch.visible(i, sliding_window), scaling)
+        for i, group in enumerate(nr_batch.groups)
+    ]
+    return torch.cat(outputs)[None], None
+
+
+def _attend(
+    query_THD: Tensor,
+    keys_CKD: Tensor,
+    values_CKD: Tensor,
+    group: Group,
+    visible_BnN: Tensor,
+    scaling: float | None,
+) -> Tensor:
+    """One group's attention, [B * n, H, D]."""
+    n, last = group.count, group.first + group.pieces * group.count
+    _, H, D = query_THD.shape
+    K = keys_CKD.shape[1]
+    # The G query heads of a key head become further queries of it, so keys are not repeated.
+    query_BKGnD = query_THD[group.first : last].view(-1, n, K, H // K, D).permute(0, 2, 3, 1, 4)
+    keys_BKND = keys_CKD[group.cells_BN].transpose(1, 2)
+    values_BKND = values_CKD[group.cells_BN].transpose(1, 2)
+    mask_B1QN = visible_BnN.repeat(1, H // K, 1)[:, None]
+    out_BKQD = F.scaled_dot_product_attention(
+        query_BKGnD.reshape(-1, K, (H // K) * n, D), keys_BKND, values_BKND, attn_mask=mask_B1QN, scale=scaling
+    )
+    out_BnKGD = out_BKQD.view(-1, K, H // K, n, D).permute(0, 3, 1, 2, 4)
+    return out_BnKGD.reshape(-1, H, D)

@@ -1,0 +1,144 @@
+"""A step's pieces as tensors: where every token goes and what it may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nr_serve.engine.scheduler import Piece
+from nr_serve.neutral.bank import StepTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Pieces of one length, whose attention is computed together.
+
+    Shape suffixes: B pieces, n tokens of each, N longest context.
+    """
+
+    first: int
+    """Index in the step of the group's first token; the tokens of its pieces lie end to end."""
+    pieces: int
+    count: int
+    cells_BN: Tensor
+    """KV cells of each piece's context, in order; cell 0 stands in where a context is shorter."""
+    visible_BnN: Tensor
+    """Bool: which of them each token may attend to."""
+    positions_Bn: Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step, laid end to end: T tokens, decodes first."""
+
+    input_ids_T: Tensor
+    positions_T: Tensor
+    cells_T: Tensor
+    """KV cell each token's key and value go to: page * page_size + place in the page."""
+    groups: list[Group]
+    tokens: StepTokens
+    bounds: list[tuple[int, int]]
+    """Each piece's tokens, as a range of the step."""
+    _windows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def visible(self, group: int, window: int | None) -> Tensor:
+        """What a group's tokens may attend to, [B, n, N], limited to the last `window` positions if given."""
+        whole = self.groups[group]
+        if window is None:
+            return whole.visible_BnN
+        key = (group, window)
+        if key not in self._windows:
+            context_N = torch.arange(whole.cells_BN.shape[1], device=whole.cells_BN.device)
+            near_BnN = context_N > whole.positions_Bn[:, :, None] - window
+            self._windows[key] = whole.visible_BnN & near_BnN
+        return self._windows[key]
+
+
+def build_batch(
+    pieces: Sequence[Piece],
+    labels: Sequence[int],
+    *,
+    page_size: int,
+    slots: int,
+    device: torch.device,
+) -> Batch:
+    """Lay the pieces end to end. They must be ordered by length; `labels` has one entry a piece."""
+    counts = np.array([p.count for p in pieces])
+    ends = np.cumsum(counts)
+    positions = np.concatenate([np.arange(p.start, p.start + p.count) for p in pieces])
+    offsets = np.concatenate([np.arange(n) for n in counts])
+    piece_of = np.repeat(np.arange(len(pieces)), counts)
+    input_ids = np.concatenate([p.request.tokens[p.start : p.start + p.count] for p in pieces])
+    cells = [_cells(p, page_size) for p in pieces]
+    written = np.concatenate([c[p.start :] for c, p in zip(cells, pieces, strict=True)])
+
+    selected = np.zeros((len(pieces), slots), dtype=bool)
+    for i, piece in enumerate(pieces):
+        for version in piece.request.selection or ():
+            assert version.slot is not None
+            selected[i, version.slot] = True
+    rows = np.array([p.request.row for p in pieces])
+
+    def put(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    tokens = StepTokens(
+        offset_T=put(offsets),
+        row_T=put(rows[piece_of]),
+        last_P=put(ends - 1),
+        selected_TS=put(selected[piece_of]),
+        label_T=put(np.array(labels)[piece_of]),
+    )
+    starts = ends - counts
+    return Batch(
+        input_ids_T=put(input_ids.astype(np.int64)),
+        positions_T=put(positions),
+        cells_T=put(written),
+        groups=_groups(pieces, cells, starts, device),
+        tokens=tokens,
+        bounds=[(int(s), int(e)) for s, e in zip(starts, ends, strict=True)],
+    )
+
+
+def _cells(piece: Piece, page_size: int) -> np.ndarray:
+    """KV cells of the piece's request, from its first token to the piece's last."""
+    pages = np.array(piece.request.pages)
+    cells = (pages[:, None] * page_size + np.arange(page_size)).reshape(-1)
+    return cells[: piece.start + piece.count]
+
+
+def _groups(
+    pieces: Sequence[Piece], cells: list[np.ndarray], starts: np.ndarray, device: torch.device
+) -> list[Group]:
+    groups: list[Group] = []
+    i = 0
+    while i < len(pieces):
+        count = pieces[i].count
+        j = i + 1
+        # Only single tokens are worth padding together; prompts' chunks differ too much in context.
+        while count == 1 and j < len(pieces) and pieces[j].count == 1:
+            j += 1
+        groups.append(_group(pieces[i:j], cells[i:j], int(starts[i]), device))
+        i = j
+    return groups
+
+
+def _group(pieces: Sequence[Piece], cells: list[np.ndarray], first: int, device: torch.device) -> Group:
+    count = pieces[0].count
+    padded = np.zeros((len(pieces), max(map(len, cells))), dtype=np.int64)
+    for row, own in zip(padded, cells, strict=True):
+        row[: len(own)] = own
+    positions = np.array([p.start for p in pieces])[:, None] + np.arange(count)
+    visible = np.arange(padded.shape[1]) <= positions[:, :, None]
+    return Group(
+        first=first,
+        pieces=len(pieces),
+        count=count,
+        cells_BN=torch.from_numpy(padded).to(device),
+        visible_BnN=torch.from_numpy(visible).to(device),
+        positions_Bn=torch.from_numpy(positions).to(device),
+    )

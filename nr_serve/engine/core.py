@@ -1,0 +1,215 @@
+"""The engine without its thread: takes requests, and steps. A step is three verbs: schedule, run, apply.
+
+Torch-free: everything with tensors is behind `Runs`.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from nr_serve.engine.adapters import Adapters
+from nr_serve.engine.messages import Output, StepEvents, StepReport, Submit, Token
+from nr_serve.engine.pages import PagePool
+from nr_serve.engine.request import AnswerText, Gates, Request, TopLogprobs
+from nr_serve.engine.scheduler import Piece, Result, Schedule, Scheduler
+from nr_serve.errors import BadRequest, NrError, QueueFull
+from nr_serve.tokenizer import Detokenizer, Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Runs(Protocol):
+    """What the core needs of a runner."""
+
+    eos_ids: frozenset[int]
+
+    def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
+        """One forward pass; a result for each piece."""
+        ...
+
+
+class Core:
+    """Owns the requests. Not thread-safe: `EngineLoop` calls it from one thread."""
+
+    def __init__(
+        self,
+        runner: Runs,
+        adapters: Adapters,
+        tokenizer: Tokenizer,
+        pool: PagePool,
+        *,
+        max_model_len: int,
+        max_running: int,
+        max_waiting: int,
+        max_batch_tokens: int,
+    ) -> None:
+        self.scheduler = Scheduler(
+            pool, max_running=max_running, max_batch_tokens=max_batch_tokens, admit=adapters.admit
+        )
+        self._runner = runner
+        self._adapters = adapters
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._max_waiting = max_waiting
+        self._requests: dict[str, Request] = {}
+        self._arrivals = 0
+        self._steps = 0
+
+    @property
+    def idle(self) -> bool:
+        """No request waits or runs."""
+        return not self._requests
+
+    def add(self, submit: Submit) -> Output | None:
+        """Queue a request; an output, at once, if it is refused."""
+        try:
+            self._check(submit)
+        except NrError as error:
+            return Output(submit.request_id, finish_reason="error", error=error)
+        self._arrivals += 1
+        seed = submit.sampling.seed
+        request = Request(
+            submit=submit,
+            eos_ids=self._runner.eos_ids,
+            seed=random.getrandbits(63) if seed is None else seed,
+            text=AnswerText(Detokenizer(self._tokenizer, submit.prompt_ids), submit.sampling.stop),
+            arrival=self._arrivals,
+        )
+        self._requests[request.id] = request
+        self.scheduler.add(request)
+        return None
+
+    def abort(self, request_id: str) -> Output | None:
+        """Drop a request; what it held comes back. None if it is not known (any more)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._drop(request)
+        return Output(request_id, finish_reason="abort")
+
+    def abort_all(self, error: NrError) -> StepEvents:
+        """Drop every request; each is answered with `error`."""
+        return StepEvents(tuple(self._fail(request, error) for request in list(self._requests.values())))
+
+    def step(self) -> StepEvents:
+        """One forward pass over a mixed batch; outputs of all that it moved on."""
+        started = time.perf_counter()
+        schedule = self.scheduler.schedule()
+        # Single tokens first, then chunks by length: the batch wants pieces of one length together.
+        pieces = sorted(schedule.pieces, key=lambda piece: piece.count)
+        results = self._run(pieces) if pieces else []
+        outputs = self._apply(schedule, pieces, results)
+        return StepEvents(tuple(outputs), self._report(pieces, started) if pieces else None)
+
+    def check(self) -> None:
+        """Integrity while idle: no page, row or slot is lost. Raises RuntimeError."""
+        self.scheduler.check()
+        self._adapters.registry.check()
+
+    def _check(self, submit: Submit) -> None:
+        longest = len(submit.prompt_ids) + submit.sampling.max_tokens
+        if not submit.prompt_ids:
+            raise BadRequest("the prompt is empty", param="prompt")
+        if longest > self._max_model_len:
+            raise BadRequest(
+                f"the prompt's {len(submit.prompt_ids)} tokens and max_tokens {submit.sampling.max_tokens} "
+                f"exceed the {self._max_model_len} tokens this server takes",
+                param="max_tokens",
+            )
+        if submit.request_id in self._requests:
+            raise BadRequest(f"request id {submit.request_id!r} is in use")
+        if len(self.scheduler.waiting) >= self._max_waiting:
+            raise QueueFull(f"{len(self.scheduler.waiting)} requests wait already; try again later")
+        self._adapters.check_selection(submit.adapters)
+
+    def _run(self, pieces: list[Piece]) -> list[Result] | NrError:
+        labels = [self._adapters.label(piece.request.submit.selected) for piece in pieces]
+        try:
+            return self._runner.run(pieces, labels)
+        except Exception:
+            # Whatever went wrong with this batch must not stop the server: its requests are failed, others go on.
+            log.exception("a step over %d requests failed", len(pieces))
+            return NrError("the step that computed this request failed; the server's log says why")
+
+    def _apply(self, schedule: Schedule, pieces: list[Piece], results: list[Result] | NrError) -> list[Output]:
+        outputs = []
+        for request, error in schedule.refused:
+            del self._requests[request.id]
+            outputs.append(Output(request.id, finish_reason="error", error=error))
+        if isinstance(results, NrError):
+            return outputs + [self._fail(piece.request, results) for piece in pieces]
+        for piece, result in zip(pieces, results, strict=True):
+            self.scheduler.advance(piece)
+            output = self._apply_piece(piece, result)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _apply_piece(self, piece: Piece, result: Result) -> Output | None:
+        request = piece.request
+        gates = [self._adapters.shares(fired, request.selection or ()) for fired in result.fired]
+        _add_prompt_report(piece, result, gates)
+        if not piece.samples:
+            return None
+        prompt = self._prompt_tokens(request) if request.reports_prompt and not request.generated else None
+        if result.token is None:
+            self._drop(request)
+            return Output(request.id, prompt=prompt, finish_reason="length")
+        token = self._token(result.token, result.logprob, gates[-1] if gates else None)
+        text, finish_reason, stop_reason = request.append(result.token)
+        if finish_reason is not None:
+            self._drop(request)
+        return Output(request.id, (token,), text, prompt, finish_reason, stop_reason)
+
+    def _prompt_tokens(self, request: Request) -> tuple[Token, ...]:
+        ids = request.submit.prompt_ids
+        # The first token has no log probability: nothing came before it.
+        logprobs = [None, *request.prompt_logprobs] if request.prompt_logprobs else [None] * len(ids)
+        gates: Sequence[Gates | None] = request.prompt_gates or [None] * len(ids)
+        return tuple(self._token(i, p, g) for i, p, g in zip(ids, logprobs, gates, strict=True))
+
+    def _token(self, token_id: int, logprob: TopLogprobs | None, gates: Gates | None) -> Token:
+        text = self._tokenizer.token_text
+        own, likeliest = logprob or (None, ())
+        return Token(token_id, text(token_id), own, tuple((i, text(i), p) for i, p in likeliest), gates)
+
+    def _fail(self, request: Request, error: NrError) -> Output:
+        self._drop(request)
+        return Output(request.id, finish_reason="error", error=error)
+
+    def _drop(self, request: Request) -> None:
+        del self._requests[request.id]
+        self.scheduler.drop(request)
+        self._adapters.release(request)
+
+    def _report(self, pieces: list[Piece], started: float) -> StepReport:
+        self._steps += 1
+        decode = sum(piece.start >= piece.request.prompt_length for piece in pieces)
+        pool = self.scheduler.pool
+        return StepReport(
+            step=self._steps,
+            seconds=time.perf_counter() - started,
+            prefill_tokens=sum(piece.count for piece in pieces) - decode,
+            decode_tokens=decode,
+            requests=len(pieces),
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            preemptions=self.scheduler.preemptions,
+            pages_used=pool.used,
+            pages_total=pool.total,
+        )
+
+
+def _add_prompt_report(piece: Piece, result: Result, gates: Sequence[Gates]) -> None:
+    """Keep what is known of the prompt's tokens; a preempted request computes some of them again."""
+    request = piece.request
+    for position, logprob in enumerate(result.prompt_logprobs, start=piece.start):
+        if position == len(request.prompt_logprobs):
+            request.prompt_logprobs.append(logprob)
+    for position, share in enumerate(gates, start=piece.start):
+        if position == len(request.prompt_gates) and position < request.prompt_length:
+            request.prompt_gates.append(share)

@@ -1,0 +1,266 @@
+"""The engine's thread: one queue in, one hand-over a step out. Nothing else touches the engine's state."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nr_serve.config import ServeConfig
+from nr_serve.engine.messages import (
+    Abort,
+    AdapterView,
+    Command,
+    EngineInfo,
+    ListAdapters,
+    LoadAdapter,
+    PatchAdapter,
+    ReadGates,
+    StepEvents,
+    Submit,
+    UnloadAdapter,
+)
+from nr_serve.errors import NrError, Unavailable
+from nr_serve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nr_serve.engine.adapters import Adapters
+    from nr_serve.engine.core import Core
+    from nr_serve.neutral.format import Adapter, Base
+
+log = logging.getLogger(__name__)
+Status = Literal["loading", "ready", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    command: Command
+    answer: Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A load whose file was read and found good."""
+
+    message: LoadAdapter
+    adapter: Adapter
+    answer: Future[AdapterView]
+    started: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+class EngineLoop:
+    """Runs the engine. `submit`, `abort`, `call` and `stop` may be called from any thread."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        model_path: str | Path,
+        tokenizer: Tokenizer,
+        deliver: Callable[[StepEvents], None],
+    ) -> None:
+        """`deliver` is called on the engine's thread, once a step."""
+        self.status: Status = "loading"
+        self.failure: str | None = None
+        self.info: EngineInfo | None = None
+        self._config = config
+        self._model_path = model_path
+        self._tokenizer = tokenizer
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[Submit | Abort | _Call | _Checked | _Stop] = queue.SimpleQueue()
+        self._closing = threading.Lock()  # held to enqueue and to close, so that no message is left unanswered
+        self._closed = False
+        self._readers = ThreadPoolExecutor(1, "nr-adapter-reader")
+        self._thread = threading.Thread(target=self._main, name="nr-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread: it loads the base, attaches the configured adapters, then serves."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the current step and wait; whoever still waits is answered with Unavailable."""
+        with self._closing:
+            if not self._closed:
+                self._inbox.put(_Stop())
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._readers.shutdown()
+
+    def submit(self, request: Submit) -> None:
+        """Queue a request; its outputs come through `deliver`. Raises Unavailable."""
+        self._put(request)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request whose client is gone. Harmless if it, or the engine, is gone already."""
+        with self._closing:
+            if not self._closed:
+                self._inbox.put(Abort(request_id))
+
+    def call(self, command: Command) -> Future[Any]:
+        """Carry out a command between two steps; the future gets its answer or an NrError. Raises Unavailable."""
+        answer: Future[Any] = Future()
+        answer.set_running_or_notify_cancel()  # from here on it cannot be cancelled under the engine's hands
+        if isinstance(command, LoadAdapter):
+            self._require_ready()
+            self._readers.submit(self._read, command, answer, time.perf_counter())
+        else:
+            self._put(_Call(command, answer))
+        return answer
+
+    # On any thread
+
+    def _put(self, message: Submit | _Call | _Checked) -> None:
+        with self._closing:
+            self._require_ready()
+            self._inbox.put(message)
+
+    def _require_ready(self) -> None:
+        if self.status != "ready":
+            raise Unavailable(self.failure or f"the server is not ready: its engine is {self.status}")
+
+    # On the reader's thread
+
+    def _read(self, message: LoadAdapter, answer: Future[AdapterView], started: float) -> None:
+        try:
+            self._put(_Checked(message, self._read_file(message.path), answer, started))
+        except NrError as error:
+            answer.set_exception(error)
+        except Exception as error:
+            log.exception("reading %s failed", message.path)
+            answer.set_exception(NrError(f"reading the adapter failed: {type(error).__name__}"))
+
+    def _read_file(self, path: Path) -> Adapter:
+        from nr_serve.neutral.format import Base, read_adapter
+
+        assert self.info is not None
+        base: Base = Base(self.info.model, self.info.fingerprint, self.info.layers, self.info.d)
+        return read_adapter(path, base, max_bytes=int(self._config.max_adapter_gib * 2**30))
+
+    # On the engine's thread
+
+    def _main(self) -> None:
+        error = Unavailable("the server stopped")
+        core: Core | None = None
+        try:
+            core, adapters = self._load()
+            self.status = "ready"
+            log.info("ready: %s", self.info)
+            self._serve(core, adapters)
+            self.status = "stopped"
+        except NrError as failure:
+            error = Unavailable(f"the engine failed: {failure.message}")
+            self.failure, self.status = failure.message, "failed"
+        except Exception as failure:
+            log.exception("the engine failed")
+            error = Unavailable("the engine failed; the server's log says why")
+            self.failure, self.status = f"{type(failure).__name__}: {failure}", "failed"
+        finally:
+            self._close(core, error)
+
+    def _load(self) -> tuple[Core, Adapters]:
+        from nr_serve.engine.adapters import Adapters
+        from nr_serve.engine.core import Core
+        from nr_serve.engine.pages import PagePool
+        from nr_serve.engine.runner import Runner
+
+        config = self._config
+        name = config.served_model_name or Path(self._model_path).name
+        runner = Runner.load(self._model_path, self._tokenizer, config, name)
+        self.info = runner.info
+        adapters = Adapters(runner.bank)
+        core = Core(
+            runner,
+            adapters,
+            self._tokenizer,
+            PagePool(runner.pages, config.page_size),
+            max_model_len=runner.info.max_model_len,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+            max_batch_tokens=config.max_batch_tokens,
+        )
+        for entry in config.adapter:
+            self._attach_at_start(entry, adapters)
+        return core, adapters
+
+    def _attach_at_start(self, entry: str, adapters: Adapters) -> None:
+        name, _, file = entry.rpartition("=")
+        message = LoadAdapter(name or Path(file).stem, Path(file))
+        answer: Future[AdapterView] = Future()
+        adapters.load(message, self._read_file(message.path), answer, time.perf_counter())
+        while adapters.copying:
+            adapters.copy_some()
+        view = answer.result()
+        log.info("adapter %s: version %s, %s", view.name, view.version, view.state)
+
+    def _serve(self, core: Core, adapters: Adapters) -> None:
+        while True:
+            idle = core.idle and not adapters.copying
+            if idle:
+                core.check()
+            if not self._take_messages(core, adapters, wait=idle):
+                return
+            adapters.copy_some()
+            if not core.idle:
+                self._deliver(core.step())
+
+    def _take_messages(self, core: Core, adapters: Adapters, *, wait: bool) -> bool:
+        """Handle what is in the queue; with `wait`, at least one message. False once told to stop."""
+        refused = []
+        try:
+            message = self._inbox.get(block=wait)
+            while not isinstance(message, _Stop):
+                if isinstance(message, Submit):
+                    refused.append(core.add(message))
+                elif isinstance(message, Abort):
+                    refused.append(core.abort(message.request_id))
+                elif isinstance(message, _Checked):
+                    adapters.load(message.message, message.adapter, message.answer, message.started)
+                else:
+                    _carry_out(message, adapters)
+                message = self._inbox.get(block=False)
+        except queue.Empty:
+            outputs = tuple(output for output in refused if output is not None)
+            if outputs:
+                self._deliver(StepEvents(outputs))
+            return True
+        return False
+
+    def _close(self, core: Core | None, error: NrError) -> None:
+        """Answer everybody who still waits; nothing can be enqueued any more."""
+        with self._closing:
+            self._closed = True
+        if core is not None:
+            self._deliver(core.abort_all(error))
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, Submit):
+                from nr_serve.engine.messages import Output
+
+                self._deliver(StepEvents((Output(message.request_id, finish_reason="error", error=error),)))
+            elif isinstance(message, _Call | _Checked):
+                message.answer.set_exception(error)
+
+
+def _carry_out(call: _Call, adapters: Adapters) -> None:
+    try:
+        match call.command:
+            case UnloadAdapter(name):
+                call.answer.set_result(adapters.unload(name))
+            case PatchAdapter():
+                call.answer.set_result(adapters.patch(call.command))
+            case ListAdapters():
+                call.answer.set_result(adapters.views())
+            case ReadGates():
+                call.answer.set_result(adapters.statistics())
+    except NrError as error:
+        call.answer.set_exception(error)

@@ -1,0 +1,137 @@
+"""A request inside the engine: its tokens, its pages, its text, and when it ends. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nr_serve.engine.messages import FinishReason, Sampling, Submit
+from nr_serve.neutral.registry import Selection
+from nr_serve.tokenizer import Detokenizer
+
+Gates = Mapping[str, float]
+"""Share of layers fired at a token, by adapter."""
+
+TopLogprobs = tuple[float, tuple[tuple[int, float], ...]]
+"""A token's log probability, and (id, log probability) of the likeliest in its place."""
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """Tokens [0, computed) have their keys and values in `pages`; the rest are still to be fed."""
+
+    submit: Submit
+    eos_ids: frozenset[int]
+    seed: int
+    """The one asked for, or one drawn for it."""
+    text: AnswerText
+    arrival: int
+    tokens: list[int] = field(default_factory=list)
+    """Prompt and answer so far."""
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    row: int | None = None
+    """Row of its carried gate state while it runs."""
+    selection: Selection | None = None
+    """Fixed when it is first admitted, kept over preemptions."""
+    prompt_logprobs: list[TopLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as computed."""
+    prompt_gates: list[Gates] = field(default_factory=list)
+    """Of the prompt's tokens, as far as computed."""
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.submit.prompt_ids)
+
+    @property
+    def id(self) -> str:
+        """The client's id for it."""
+        return self.submit.request_id
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are chosen."""
+        return self.submit.sampling
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of prompt."""
+        return len(self.submit.prompt_ids)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of answer so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens still to be fed; 1 while it decodes."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first, and who is preempted last."""
+        return (self.submit.priority, self.arrival)
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether the prompt's tokens are part of the answer."""
+        return self.sampling.prompt_logprobs is not None or self.submit.gates
+
+    def append(self, token_id: int) -> tuple[str, FinishReason | None, int | str | None]:
+        """Take a new token: the text it releases, and why the request ends here, if it does."""
+        self.tokens.append(token_id)
+        sampling = self.sampling
+        may_stop = self.generated >= sampling.min_tokens
+        if may_stop and token_id in sampling.stop_token_ids:
+            return self.text.finish(), "stop", token_id
+        if may_stop and token_id in self.eos_ids and not sampling.ignore_eos:
+            return self.text.finish(), "stop", None
+        shown, stop = self.text.push(token_id, may_stop=may_stop)
+        if stop is not None:
+            return shown, "stop", stop
+        if self.generated >= sampling.max_tokens:
+            last, stop = self.text.finish_at_length(may_stop=may_stop)
+            return shown + last, "stop" if stop is not None else "length", stop
+        return shown, None, None
+
+
+class AnswerText:
+    """The answer as text. Holds back a tail that could still become a stop string."""
+
+    def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...]) -> None:
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._held = ""
+
+    def push(self, token_id: int, *, may_stop: bool) -> tuple[str, str | None]:
+        """Text released by a token, and the stop string it completed, if one."""
+        self._held += self._detokenizer.push(token_id)
+        return self._release(may_stop)
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        text, self._held = self._held + self._detokenizer.flush(), ""
+        return text
+
+    def finish_at_length(self, *, may_stop: bool) -> tuple[str, str | None]:
+        """The rest of the text when the length ends it; the last characters may complete a stop string."""
+        self._held += self._detokenizer.flush()
+        shown, stop = self._release(may_stop)
+        return (shown, stop) if stop is not None else (shown + self.finish(), None)
+
+    def _release(self, may_stop: bool) -> tuple[str, str | None]:
+        if may_stop:
+            found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+            if found:
+                at, stop = min(found)
+                shown, self._held = self._held[:at], ""
+                return shown, stop
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, None
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

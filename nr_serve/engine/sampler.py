@@ -1,0 +1,90 @@
+"""From logits to tokens. Every request is sampled on its own, with noise that depends on its seed alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nr_serve.engine.messages import Sampling
+from nr_serve.engine.request import Request, TopLogprobs
+
+
+def sample(logits_V: Tensor, request: Request) -> int:
+    """The next token of one request, from the model's logits for it (float32, [V]; not changed)."""
+    sampling = request.sampling
+    logits_V = adjust(logits_V, request)
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    probabilities_V = truncate(logits_V / sampling.temperature, sampling).softmax(-1)
+    # argmax(p / e) with e exponential draws from p (the Gumbel trick). One generator per token, seeded by the
+    # request and the place in its answer: the draw does not depend on the batch, nor on a preemption.
+    generator = torch.Generator().manual_seed(_mix(request.seed, request.generated))
+    noise_V = torch.empty(logits_V.shape[-1]).exponential_(generator=generator).to(logits_V.device)
+    return int((probabilities_V / noise_V).argmax())
+
+
+def adjust(logits_V: Tensor, request: Request) -> Tensor:
+    """Logits after bias, penalties and the tokens `min_tokens` forbids. Penalties as in OpenAI's API and CTRL."""
+    sampling = request.sampling
+    answer = request.tokens[request.prompt_length :]
+    biased = bool(sampling.logit_bias) or len(answer) < sampling.min_tokens
+    penalised = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
+    if not biased and not penalised:
+        return logits_V
+    logits_V = logits_V.clone()
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(request.tokens)), device=logits_V.device)
+        score = logits_V[seen]
+        scaled = torch.where(score > 0, score / sampling.repetition_penalty, score * sampling.repetition_penalty)
+        logits_V[seen] = scaled
+    if answer and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = Counter(answer)
+        ids = torch.tensor(list(counts), device=logits_V.device)
+        times = torch.tensor(list(counts.values()), device=logits_V.device)
+        logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
+    for token_id, bias in sampling.logit_bias.items():
+        logits_V[token_id] += bias
+    if len(answer) < sampling.min_tokens:
+        logits_V[sorted(request.eos_ids | set(sampling.stop_token_ids))] = -torch.inf
+    return logits_V
+
+
+def truncate(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """Logits with -inf for the tokens that top_k, top_p and min_p leave out; the likeliest always stays."""
+    if 0 < sampling.top_k < logits_V.shape[-1]:
+        kth = logits_V.topk(sampling.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ordered_V, ids_V = logits_V.sort(descending=True)
+        before_V = ordered_V.softmax(-1).cumsum(-1) - ordered_V.softmax(-1)
+        dropped_V = before_V >= sampling.top_p
+        dropped_V[0] = False
+        logits_V = logits_V.masked_fill(torch.zeros_like(dropped_V).scatter(0, ids_V, dropped_V), -torch.inf)
+    if sampling.min_p > 0:
+        probabilities_V = logits_V.softmax(-1)
+        too_small_V = probabilities_V < sampling.min_p * probabilities_V.max()
+        logits_V = logits_V.masked_fill(too_small_V, -torch.inf)
+    return logits_V
+
+
+def log_probabilities(logits_NV: Tensor, ids_N: Sequence[int], top: int) -> list[TopLogprobs]:
+    """For each row of the model's logits (float32), the token's log probability and the `top` likeliest."""
+    # -9999 stands for log 0 and for what weights gone wild may give: JSON has neither -inf nor NaN.
+    logprobs_NV = logits_NV.log_softmax(-1).nan_to_num(nan=-9999.0, neginf=-9999.0)
+    chosen_N = logprobs_NV.gather(1, torch.tensor(list(ids_N), device=logits_NV.device)[:, None])[:, 0].tolist()
+    if top == 0:
+        return [(logprob, ()) for logprob in chosen_N]
+    best = logprobs_NV.topk(top, dim=-1)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [(logprob, tuple(zip(*both, strict=True))) for logprob, both in zip(chosen_N, pairs, strict=True)]
+
+
+def _mix(seed: int, place: int) -> int:
+    """A 63-bit seed from a request's seed and a place (SplitMix64's finaliser, Steele et al. 2014)."""
+    z = (seed * 0x9E3779B97F4A7C15 + place + 1) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) >> 1

@@ -1,0 +1,163 @@
+"""The scheduler: which tokens of which requests go into the next step. Torch-free.
+
+Every running request that decodes gets its one token; what is left of the step's token budget goes to prompts,
+in chunks, oldest first; then waiting requests are admitted while there is budget, a row and pages for all their
+tokens. When a decode needs a page and none is free, the request that comes last is preempted: it gives
+everything back and is computed again from its tokens later.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nr_serve.engine.pages import PagePool
+from nr_serve.engine.request import Request, TopLogprobs
+from nr_serve.errors import NrError
+
+Admit = Callable[[Request], bool]
+"""Fixes a request's selection; False while its adapters are not attached yet. Raises NrError to refuse it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens [start, start + count) of one request, fed in this step."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the piece ends with the last known token, so that the next one can be chosen."""
+        return self.start + self.count == len(self.request.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What running a piece gave."""
+
+    token: int | None
+    """The next token, if the piece samples and the request wants one."""
+    logprob: TopLogprobs | None = None
+    """Of that token, if asked for."""
+    prompt_logprobs: tuple[TopLogprobs, ...] = ()
+    """Of the prompt's tokens [start + 1, start + count + 1), if asked for."""
+    fired: tuple[tuple[int, ...], ...] = ()
+    """Layers fired, for each token of the piece by slot, if asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step's work, and the requests that were refused on the way."""
+
+    pieces: list[Piece]
+    refused: list[tuple[Request, NrError]]
+
+
+class Scheduler:
+    """Owns the queue, the running requests, their pages and their rows."""
+
+    def __init__(self, pool: PagePool, *, max_running: int, max_batch_tokens: int, admit: Admit) -> None:
+        self.pool = pool
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.preemptions = 0
+        self._rows = list(range(max_running - 1, -1, -1))
+        self._max_running = max_running
+        self._max_batch_tokens = max(max_batch_tokens, max_running)
+        self._admit = admit
+
+    def add(self, request: Request) -> None:
+        """Queue a request by priority, then arrival."""
+        insort(self.waiting, request, key=lambda r: r.order)
+
+    def schedule(self) -> Schedule:
+        """Choose the next step's pieces; takes pages and rows as needed."""
+        preempted = self._grow_decodes()
+        pieces = [Piece(r, r.computed, 1) for r in self.running if r.remaining == 1]
+        budget = self._max_batch_tokens - len(pieces)
+        for request in self.running:
+            if request.remaining > 1 and budget > 0:
+                pieces.append(self._chunk(request, budget))
+                budget -= pieces[-1].count
+        refused = [] if preempted else self._admit_waiting(pieces, budget)
+        return Schedule(pieces, refused)
+
+    def advance(self, piece: Piece) -> None:
+        """The piece's tokens are computed."""
+        piece.request.computed = piece.start + piece.count
+
+    def drop(self, request: Request) -> None:
+        """The request ended, wherever it was: take everything back."""
+        if request in self.running:
+            self.running.remove(request)
+            self._take_back(request)
+        else:
+            self.waiting.remove(request)
+
+    def check(self) -> None:
+        """Integrity while nothing runs. Raises RuntimeError."""
+        self.pool.check()
+        if sorted(self._rows) != list(range(self._max_running)):
+            raise RuntimeError("rows of carried state are lost")
+
+    def _chunk(self, request: Request, budget: int) -> Piece:
+        return Piece(request, request.computed, min(request.remaining, budget))
+
+    def _grow_decodes(self) -> bool:
+        """Give each decoding request a page for its next token; True if somebody was preempted for it."""
+        before = self.preemptions
+        for request in list(self.running):
+            while request in self.running and len(request.pages) < self.pool.needed(len(request.tokens)):
+                page = self.pool.take(1)
+                if page is not None:
+                    request.pages += page
+                else:
+                    self._preempt(self.running[-1])
+        return self.preemptions > before
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._take_back(request)
+        request.computed = 0
+        self.preemptions += 1
+        self.add(request)
+
+    def _admit_waiting(self, pieces: list[Piece], budget: int) -> list[tuple[Request, NrError]]:
+        refused = []
+        blocked = False
+        for request in list(self.waiting):
+            needed = self.pool.needed(len(request.tokens))
+            if budget <= 0 or not self._rows or needed > self.pool.free:
+                break
+            # Nobody overtakes a request that waits for a slot, except preempted ones: they may hold that slot.
+            if blocked and request.selection is None:
+                continue
+            try:
+                admitted = self._admit(request)
+            except NrError as error:
+                refused.append((request, error))
+                self.waiting.remove(request)
+                continue
+            if not admitted:
+                blocked = True
+                continue
+            self._start(request, needed)
+            pieces.append(self._chunk(request, budget))
+            budget -= pieces[-1].count
+        return refused
+
+    def _start(self, request: Request, pages: int) -> None:
+        self.waiting.remove(request)
+        request.pages = self.pool.take(pages) or []
+        request.row = self._rows.pop()
+        insort(self.running, request, key=lambda r: r.order)
+
+    def _take_back(self, request: Request) -> None:
+        self.pool.give_back(request.pages)
+        request.pages = []
+        assert request.row is not None
+        self._rows.append(request.row)
+        request.row = None

@@ -1,0 +1,133 @@
+"""Tiny random models and adapters, and the naive loop that every fast path is held against."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from nr_serve.neutral import math
+from nr_serve.neutral.format import Adapter, AdapterInfo, Block
+from nr_serve.neutral.host import fingerprint, host_blocks
+from nr_serve.tokenizer import Tokenizer
+
+VOCAB = 300
+D = 48
+LAYERS = 3
+
+
+def tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges: 256 bytes, then named tokens up to VOCAB."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(alphabet)} | {f"<{i}>": i for i in range(len(alphabet), VOCAB)}
+    raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<299>", chat_template=template)
+    return Tokenizer(fast)
+
+
+def model(kind: str = "llama", *, seed: int = 0, **overrides):
+    """A random model of one of transformers' classes, float32."""
+    common = {
+        "vocab_size": VOCAB,
+        "hidden_size": D,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "eos_token_id": 299,
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+    }
+    config = AutoConfig.for_model(kind, **(common | overrides))
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def adapter(
+    base, seed: int, *, carry: float = 0.0, h: int = 16, scale: float = 2.0, threshold: float = 0.0
+) -> Adapter:
+    """A random adapter whose gates open on about half the tokens; its last layer is narrower."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g)
+
+    blocks = []
+    for i in range(LAYERS):
+        width = h if i < LAYERS - 1 else h // 2
+        blocks.append(
+            Block(
+                gate=rand(D) / D**0.5,
+                bias=torch.zeros(()),
+                w_in=rand(width, D) / D**0.5,
+                w_gate=rand(width, D) / D**0.5,
+                w_out=scale * rand(D, width) / width**0.5,
+            )
+        )
+    info = AdapterInfo(
+        base="tiny",
+        base_fingerprint=fingerprint(base, tokenizer().hf),
+        layers=LAYERS,
+        d=D,
+        carry=carry,
+        threshold=threshold,
+        domain=f"test-{seed}",
+    )
+    nbytes = sum(t.nbytes for b in blocks for t in (b.gate, b.bias, b.w_in, b.w_gate, b.w_out))
+    return Adapter(info=info, blocks=tuple(blocks), version=f"v{seed}", nbytes=nbytes)
+
+
+class Naive:
+    """One request at a time, the whole sequence at every step, residues by `math.py` alone."""
+
+    def __init__(self, base) -> None:
+        self.model = copy.deepcopy(base)
+        host_blocks(self.model, self._add)
+        self._adapters: Sequence[Adapter] = ()
+
+    def _add(self, layer, x, y):
+        for each in self._adapters:
+            block = each.blocks[layer]
+            if block is None:
+                continue
+            z = math.gate_logit(x[0], block.gate, block.bias)
+            m = math.carry(z, each.info.carry, torch.tensor(torch.nan))
+            g = math.block_gate(m, each.info.threshold)
+            y = y + math.residue(x[0], g, block.w_in, block.w_gate, block.w_out)[None]
+        return y
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int], adapters: Sequence[Adapter] = ()) -> torch.Tensor:
+        """[T, V]."""
+        self._adapters = adapters
+        return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+    def greedy(self, prompt: Sequence[int], tokens: int, adapters: Sequence[Adapter] = ()):
+        """Greedy answer and, for each of its tokens, the log probabilities it was chosen from."""
+        ids, chosen_from = list(prompt), []
+        for _ in range(tokens):
+            logprobs = self.logits(ids, adapters)[-1].log_softmax(-1)
+            chosen_from.append(logprobs)
+            ids.append(int(logprobs.argmax()))
+        return ids[len(prompt) :], chosen_from
+
+
+def save(base, folder: Path) -> Path:
+    """A model folder as `--model` takes it."""
+    base.save_pretrained(folder)
+    tokenizer().hf.save_pretrained(folder)
+    return folder

@@ -1,0 +1,70 @@
+"""Every supported class of base against transformers' own generate(); what cannot be served is refused."""
+
+import copy
+
+import pytest
+import torch
+
+from nr_serve.config import ServeConfig
+from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.runner import Runner
+from nr_serve.errors import UnsupportedBase
+from tests import tiny
+from tests.unit.test_exactness import engine
+
+WINDOW = {"sliding_window": 6}
+BASES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": WINDOW,
+    "gemma3_text": WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_greedy_answers_equal_generate(kind):
+    base = tiny.model(kind, **BASES[kind])
+    prompts = [list(range(5, 45)), [7], [250, 3, 9, 11, 12, 80, 81, 82, 83, 84]]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        generated = copy.deepcopy(base).generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False
+        )
+        expected.append(generated[0, len(prompt) :].tolist())
+    core, _ = engine(base, pages=40, budget=16, running=4)
+    for i, prompt in enumerate(prompts):
+        sampling = Sampling(max_tokens=12, temperature=0, min_tokens=12)
+        assert core.add(Submit(str(i), tuple(prompt), sampling)) is None
+    answers = {}
+    while not core.idle:
+        for output in core.step().outputs:
+            answers.setdefault(output.request_id, []).extend(t.id for t in output.tokens)
+    assert [answers[str(i)] for i in range(len(prompts))] == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "reason"),
+    [
+        ("gemma2", {}, "caps its attention logits"),
+        ("mixtral", {"num_local_experts": 2}, "mixture-of-experts"),
+        ("gpt2", {"n_embd": tiny.D, "n_head": 4, "n_layer": 2}, "no list of decoder layers"),
+        ("mamba", {"state_size": 4}, "no list of decoder layers"),
+    ],
+)
+def test_a_base_that_cannot_be_served_is_refused_with_the_reason(kind, overrides, reason):
+    base = tiny.model(kind, **overrides)
+    with pytest.raises(UnsupportedBase, match=reason):
+        Runner(base, tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+
+
+def test_a_base_whose_logits_come_out_wrong_is_refused():
+    base = tiny.model("llama")
+
+    def scramble(module, args, kwargs, output):
+        return (output[0] * (2 if kwargs.get("nr_batch") is not None else 1), *output[1:])
+
+    base.model.layers[1].self_attn.register_forward_hook(scramble, with_kwargs=True)
+    with pytest.raises(UnsupportedBase, match="logits differ"):
+        Runner(base, tiny.tokenizer(), ServeConfig(pages=40), "tiny")

@@ -1,0 +1,99 @@
+"""Greedy answers equal a naive loop, whatever is batched, chunked, preempted or selected beside them."""
+
+import random
+from concurrent.futures import Future
+
+import pytest
+
+from nr_serve.config import ServeConfig
+from nr_serve.engine.adapters import Adapters
+from nr_serve.engine.core import Core
+from nr_serve.engine.messages import LoadAdapter, Sampling, Submit
+from nr_serve.engine.pages import PagePool
+from nr_serve.engine.runner import Runner
+from tests import tiny
+
+REQUESTS = 300
+
+
+def engine(
+    base, *, pages: int, budget: int, running: int, page_size: int = 4, slots: int = 4
+) -> tuple[Core, Adapters]:
+    config = ServeConfig(pages=pages, page_size=page_size, slots=slots, slot_width=16, max_running=running)
+    tokenizer = tiny.tokenizer()
+    runner = Runner(base, tokenizer, config, "tiny")
+    adapters = Adapters(runner.bank)
+    core = Core(
+        runner,
+        adapters,
+        tokenizer,
+        PagePool(pages, page_size),
+        max_model_len=runner.info.max_model_len,
+        max_running=running,
+        max_waiting=1000,
+        max_batch_tokens=budget,
+    )
+    return core, adapters
+
+
+def load(adapters: Adapters, name: str, adapter) -> None:
+    answer: Future = Future()
+    adapters.load(LoadAdapter(name, path=None), adapter, answer, 0.0)
+    adapters.copy_some(seconds=60)
+    assert answer.result(timeout=0).state == "attached"
+
+
+@pytest.mark.parametrize("budget", [8, 13, 64])
+def test_random_traffic_equals_the_naive_loop(budget):
+    rng = random.Random(budget)
+    base = tiny.model()
+    naive = tiny.Naive(base)
+    made = {f"a{i}": tiny.adapter(base, seed=i, carry=[0.0, 0.5, 0.5, 0.0][i]) for i in range(4)}
+    core, adapters = engine(base, pages=24, budget=budget, running=8)
+    for name, adapter in made.items():
+        load(adapters, name, adapter)
+
+    choices = [(), ("a0",), ("a1",), ("a1", "a2"), ("a0", "a1", "a3"), None]
+    requests, answers = {}, {}
+    for i in range(REQUESTS // 3):
+        prompt = tuple(rng.randrange(290) for _ in range(rng.randint(1, 40)))
+        sampling = Sampling(max_tokens=rng.randint(1, 20), temperature=0, logprobs=3, ignore_eos=True)
+        requests[str(i)] = Submit(str(i), prompt, sampling, rng.choice(choices))
+    queue = list(requests.values())
+    while queue or not core.idle:
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            if queue:
+                assert core.add(queue.pop(0)) is None
+        for output in core.step().outputs:
+            assert output.error is None
+            answers.setdefault(output.request_id, []).extend(output.tokens)
+    core.check()
+    assert core.scheduler.preemptions > 5
+
+    changed = 0
+    for key, request in requests.items():
+        selected = list(made.values()) if request.adapters is None else [made[n] for n in request.adapters]
+        got = [token.id for token in answers[key]]
+        assert len(got) == request.sampling.max_tokens
+        # The naive loop's answer: each token is the likeliest after the prompt and the answer so far. One
+        # forward pass over the whole sequence checks them all, as no position sees what follows it.
+        logprobs_TV = naive.logits([*request.prompt_ids, *got], selected).log_softmax(-1)[
+            len(request.prompt_ids) - 1 :
+        ]
+        assert got == logprobs_TV.argmax(-1).tolist()[:-1], (key, request.adapters)
+        for token, logprobs_V in zip(answers[key], logprobs_TV, strict=False):
+            best = logprobs_V.topk(3)
+            assert [i for i, *_ in token.top] == best.indices.tolist()
+            assert [p for *_, p in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+            assert token.logprob == pytest.approx(float(logprobs_V[token.id]), abs=1e-4)
+        plain_TV = naive.logits([*request.prompt_ids, *got])[len(request.prompt_ids) - 1 :]
+        changed += bool(selected) and got != plain_TV.argmax(-1).tolist()[:-1]
+    assert changed > REQUESTS / 3 / 3, "the adapters of this test change too little to show a mistake"
+
+
+def test_the_naive_loop_is_what_the_check_above_assumes():
+    base = tiny.model()
+    naive = tiny.Naive(base)
+    adapters = [tiny.adapter(base, seed=1, carry=0.5), tiny.adapter(base, seed=2)]
+    answer, _ = naive.greedy(range(20), 10, adapters)
+    assert answer == naive.logits([*range(20), *answer], adapters)[19:-1].argmax(-1).tolist()
