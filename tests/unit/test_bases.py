@@ -50,7 +50,7 @@ def test_greedy_answers_equal_generate(kind):
         ("gemma2", {}, "caps its attention logits"),
         ("mixtral", {"num_local_experts": 2}, "mixture-of-experts"),
         ("gpt2", {"n_embd": tiny.D, "n_head": 4, "n_layer": 2}, "no list of decoder layers"),
-        ("mamba", {"state_size": 4}, "no list of decoder layers"),
+        ("mamba", {"state_size": 4}, "layers of kind linear_attention"),
     ],
 )
 def test_a_base_that_cannot_be_served_is_refused_with_the_reason(kind, overrides, reason):
