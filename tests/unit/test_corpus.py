@@ -316,6 +316,20 @@ def test_a_source_whose_recipe_changed_is_fetched_again(registry, tmp_path):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["hu.x"]["licence"] == "GPL"
 
 
+def test_held_out_text_is_compared_with_every_source_of_its_language(registry, tmp_path):
+    twin = TABLE + TABLE.replace('name = "x"', 'name = "y"')
+    fetched = build.fetch_corpus(recipe(tmp_path, TABLE), tmp_path / "out", ["hu.x"])
+    assert fetched[0].heldout_chars > 0
+    # The same package again: what one source holds out the other trains on, but for the runs both hold out.
+    (registry / "hu_HU" / "00.txt").unlink()
+    x, y = build.fetch_corpus(recipe(tmp_path, twin), tmp_path / "out", ["hu.*"])
+    train = x.train.read_text() + y.train.read_text()
+    held = (x.heldout.read_text() + y.heldout.read_text()).split("\n")
+    assert not [line for line in held if line and line in train]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["hu.x"]["compared"] == ["hu.x", "hu.y"]
+
+
 def test_a_name_that_matches_no_source_is_refused(tmp_path):
     with pytest.raises(BadRequest, match=r"no source that matches fi\.x"):
         build.fetch_corpus(recipe(tmp_path, TABLE), tmp_path / "out", ["fi.x"])

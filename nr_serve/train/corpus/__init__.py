@@ -1,8 +1,8 @@
 """Text to train and measure with, fetched from package registries.
 
 `recipe` says which packages, `packages` brings them, `extract` reads their files, `clean` decides what is text,
-`split` holds some of it out, `build` puts these together. A *document* is a list of paragraphs; a paragraph is one
-line.
+`split` holds some of it out, `files` writes it down, `build` puts these together. A *document* is a list of
+paragraphs; a paragraph is one line.
 """
 
 from nr_serve.train.corpus.build import Fetched, fetch_corpus

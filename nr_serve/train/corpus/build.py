@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nr_serve.errors import BadRequest, DownloadFailed, NrError
 from nr_serve.train.corpus.clean import clean_document
 from nr_serve.train.corpus.extract import extract
+from nr_serve.train.corpus.files import (
+    Manifest,
+    read_documents,
+    read_manifest,
+    text_file,
+    write_documents,
+    write_manifest,
+)
 from nr_serve.train.corpus.packages import Packages
 from nr_serve.train.corpus.recipe import Source, read_recipe
-from nr_serve.train.corpus.split import Document, cut, deduplicate, hold_out, size, thin
+from nr_serve.train.corpus.split import Document, cut, deduplicate, drop_leaked, hold_out, shared_grams, size, thin
 
-MANIFEST = "manifest.json"
+PARTS = ("train", "heldout")
 RAW_FACTOR = 4  # text read for each character kept, before duplicates go: bounds time and memory
 
 
@@ -48,20 +54,22 @@ def fetch_corpus(recipe: Path, out: Path, only: Sequence[str] = ()) -> list[Fetc
     if not sources:
         raise BadRequest(f"corpus recipe {recipe} has no source that matches {', '.join(only)}")
     out.mkdir(parents=True, exist_ok=True)
-    manifest = _read_manifest(out)
+    manifest = read_manifest(out)
     missing = [source for source in sources if not _is_there(source, manifest, out)]
-    failures = _fetch_all(missing, out, manifest)
+    failures = _fetch_all(missing, out, manifest) if missing else []
+    for language in sorted({source.language for source in sources}):
+        _compare_sources(language, out, manifest)
     if failures:
         raise DownloadFailed("\n".join([f"{len(failures)} of {len(sources)} sources failed:", *failures]))
     return [_fetched(source.name, manifest[source.name], out) for source in sources]
 
 
-def _fetch_all(sources: list[Source], out: Path, manifest: dict[str, Any]) -> list[str]:
+def _fetch_all(sources: list[Source], out: Path, manifest: Manifest) -> list[str]:
     """Fetch each source, write the manifest after each, and return what went wrong, a line a source."""
     failures = []
     languages = sorted({source.language for source in sources if source.kind == "ddtp"})
-    with tempfile.TemporaryDirectory(prefix="nr-serve-corpus-") as work:
-        builder = Builder(Packages(Path(work), languages))
+    with tempfile.TemporaryDirectory(prefix=".packages-", dir=out) as work:
+        builder = Builder(Packages(Path(work).resolve(), languages))
         for number, source in enumerate(sources, 1):
             _say(f"[{number}/{len(sources)}] {source.name}")
             try:
@@ -71,8 +79,29 @@ def _fetch_all(sources: list[Source], out: Path, manifest: dict[str, Any]) -> li
                 failures.append(f"{source.name}: {type(error).__name__}: {error}")
                 _say(f"{source.name} failed: {error}")
             else:
-                _write_manifest(out, manifest)
+                write_manifest(out, manifest)
     return failures
+
+
+def _compare_sources(language: str, out: Path, manifest: Manifest) -> None:
+    """Drop held-out text that lies in the training text of any source of the language.
+
+    A program's messages are in its manual too, for example. Each entry of the manifest tells which sources it was
+    compared with, so that this is done again only when a source came.
+    """
+    own = (name for name in manifest if name.startswith(f"{language}."))
+    names = sorted(name for name in own if all(text_file(out, name, part).is_file() for part in PARTS))
+    if all(manifest[name].get("compared") == names for name in names):
+        return
+    _say(f"comparing the held-out text of {len(names)} sources in {language} with their training text")
+    held = {name: list(read_documents(text_file(out, name, "heldout"))) for name in names}
+    train = chain.from_iterable(read_documents(text_file(out, name, "train")) for name in names)
+    shared = shared_grams(chain.from_iterable(held.values()), train)
+    for name in names:
+        kept = drop_leaked(held[name], shared)
+        write_documents(text_file(out, name, "heldout"), kept)
+        manifest[name] |= {"heldout_chars": size(kept), "compared": names}
+    write_manifest(out, manifest)
 
 
 class Builder:
@@ -89,7 +118,7 @@ class Builder:
         if not train or not heldout:
             raise DownloadFailed(f"no text left of {len(files)} files")
         for part, documents in (("train", train), ("heldout", heldout)):
-            _write(out / f"{source.name}.{part}.txt", documents)
+            write_documents(text_file(out, source.name, part), documents)
         amounts = {"train_chars": size(train), "heldout_chars": size(heldout)}
         _say(f"{source.name}: {size(train) / 1e6:.2f} + {size(heldout) / 1e6:.3f} million characters")
         return {
@@ -152,41 +181,14 @@ def _is_regular(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _write(path: Path, documents: list[Document]) -> None:
-    content = "\n\n".join("\n".join(document) for document in documents) + "\n"
-    _replace(path, content)
-
-
-def _replace(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(content, encoding="utf-8")
-    shutil.move(part, path)
-
-
-def _read_manifest(out: Path) -> dict[str, Any]:
-    path = out / MANIFEST
-    if not path.exists():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadRequest(f"{path} is damaged ({error}); delete it to fetch everything again") from error
-    return dict(manifest)
-
-
-def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
-    _replace(out / MANIFEST, json.dumps(dict(sorted(manifest.items())), indent=1, ensure_ascii=False) + "\n")
-
-
-def _is_there(source: Source, manifest: dict[str, Any], out: Path) -> bool:
-    files = [out / f"{source.name}.{part}.txt" for part in ("train", "heldout")]
+def _is_there(source: Source, manifest: Manifest, out: Path) -> bool:
     entry = manifest.get(source.name, {})
-    return entry.get("source") == source.as_json() and all(path.is_file() for path in files)
+    there = all(text_file(out, source.name, part).is_file() for part in PARTS)
+    return there and entry.get("source") == source.as_json()
 
 
 def _fetched(name: str, entry: dict[str, Any], out: Path) -> Fetched:
-    train, heldout = (out / f"{name}.{part}.txt" for part in ("train", "heldout"))
+    train, heldout = (text_file(out, name, part) for part in PARTS)
     return Fetched(name, train, heldout, entry["train_chars"], entry["heldout_chars"])
 
 

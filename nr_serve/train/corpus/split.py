@@ -80,10 +80,17 @@ def hold_out(documents: list[Document]) -> tuple[list[Document], list[Document]]
         middle = position + size([document]) / 2
         (held if middle % stretch >= (1 - HELD_OUT) * stretch else train).append(document)
         position += size([document])
-    return train, _drop_leaked(held, train)
+    return train, drop_leaked(held, shared_grams(held, train))
 
 
-def _drop_leaked(held: list[Document], train: list[Document]) -> list[Document]:
-    seen = {gram for document in train for paragraph in document for gram in grams(paragraph)}
-    clean = [[p for p in document if len((own := grams(p)) & seen) <= LEAKED * len(own)] for document in held]
+def shared_grams(held: Iterable[Document], train: Iterable[Document]) -> set[int]:
+    """Return the 8-grams that held-out and training text have in common."""
+    # Held-out text is the smaller: only its grams are kept, however much training text goes by.
+    own = {gram for document in held for paragraph in document for gram in grams(paragraph)}
+    return {gram for document in train for paragraph in document for gram in grams(paragraph) & own}
+
+
+def drop_leaked(held: Iterable[Document], shared: set[int]) -> list[Document]:
+    """Drop the held-out paragraphs with too many 8-grams in `shared`, and documents left empty."""
+    clean = [[p for p in document if len((own := grams(p)) & shared) <= LEAKED * len(own)] for document in held]
     return [document for document in clean if document]

@@ -1,0 +1,54 @@
+"""The corpus on disk: text files, a paragraph a line and an empty line between documents, and their manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nr_serve.errors import BadRequest
+from nr_serve.train.corpus.split import Document
+
+MANIFEST = "manifest.json"
+Manifest = dict[str, dict[str, Any]]  # by the source's name
+
+
+def text_file(out: Path, name: str, part: str) -> Path:
+    """Return the path of a source's text; `part` is "train" or "heldout"."""
+    return out / f"{name}.{part}.txt"
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """Yield the documents of a text file."""
+    for document in path.read_text(encoding="utf-8").split("\n\n"):
+        if document.strip():
+            yield document.strip("\n").split("\n")
+
+
+def write_documents(path: Path, documents: list[Document]) -> None:
+    """Write a text file whole or not at all."""
+    _replace(path, "\n\n".join("\n".join(document) for document in documents) + "\n")
+
+
+def read_manifest(out: Path) -> Manifest:
+    """Return the manifest of the folder, empty when there is none; raise `BadRequest` when it is damaged."""
+    path = out / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise BadRequest(f"{path} is damaged ({error}); delete it to fetch everything again") from error
+
+
+def write_manifest(out: Path, manifest: Manifest) -> None:
+    """Write the manifest whole or not at all."""
+    _replace(out / MANIFEST, json.dumps(dict(sorted(manifest.items())), indent=1, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, content: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(content, encoding="utf-8")
+    os.replace(part, path)
