@@ -18,7 +18,8 @@ from pathlib import Path
 from nr_serve.errors import DownloadFailed
 from nr_serve.packages import pip_download, run_client
 
-REPLACED = ("Acquire::Languages", "Dir::Etc::parts", "Dir::Etc::main")  # of the machine's own apt settings
+# Of the machine's own apt settings; the hooks that follow an update would work on the machine's lists, as root.
+REPLACED = ("Acquire::Languages", "Dir::Etc::parts", "Dir::Etc::main", "APT::Update::P")
 
 
 class Packages:
