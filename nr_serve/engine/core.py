@@ -97,13 +97,13 @@ class Core:
 
     def step(self) -> StepEvents:
         """One forward pass over a mixed batch; outputs of all that it moved on."""
-        started = time.perf_counter()
+        started, preempted = time.perf_counter(), self.scheduler.preemptions
         schedule = self.scheduler.schedule()
         # Single tokens first, then chunks by length: the batch wants pieces of one length together.
         pieces = sorted(schedule.pieces, key=lambda piece: piece.count)
         results = self._run(pieces) if pieces else []
         outputs = self._apply(schedule, pieces, results)
-        return StepEvents(tuple(outputs), self._report(pieces, started) if pieces else None)
+        return StepEvents(tuple(outputs), self._report(pieces, started, preempted) if pieces else None)
 
     def check(self) -> None:
         """Integrity while idle: no page, row or slot is lost. Raises RuntimeError."""
@@ -186,7 +186,7 @@ class Core:
         self.scheduler.drop(request)
         self._adapters.release(request)
 
-    def _report(self, pieces: list[Piece], started: float) -> StepReport:
+    def _report(self, pieces: list[Piece], started: float, preempted: int) -> StepReport:
         self._steps += 1
         decode = sum(piece.start >= piece.request.prompt_length for piece in pieces)
         pool = self.scheduler.pool
@@ -198,7 +198,7 @@ class Core:
             requests=len(pieces),
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
-            preemptions=self.scheduler.preemptions,
+            preemptions=self.scheduler.preemptions - preempted,
             pages_used=pool.used,
             pages_total=pool.total,
         )

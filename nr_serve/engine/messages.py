@@ -112,6 +112,7 @@ class StepReport:
     running: int
     waiting: int
     preemptions: int
+    """Requests put back in the queue by this step."""
     pages_used: int
     pages_total: int
 

@@ -1,0 +1,38 @@
+# syntax=docker/dockerfile:1
+# CPU:  docker build -t nr-serve --build-arg BASE=ubuntu:24.04 .
+# GPU:  docker build -t nr-serve .
+ARG BASE=nvidia/cuda:12.8.1-base-ubuntu24.04
+
+FROM ${BASE} AS build
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+# The wheels bring their own CUDA libraries; for a CPU image point this at a folder or index with CPU builds.
+ARG TORCH=torch==2.13.0
+ARG PIP_EXTRA_INDEX_URL
+RUN python3 -m venv /opt/nr-serve && /opt/nr-serve/bin/pip install --no-cache-dir "${TORCH}"
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY nr_serve ./nr_serve
+RUN /opt/nr-serve/bin/pip install --no-cache-dir .
+
+FROM ${BASE}
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 10001 nr \
+    && install --directory --owner nr /cache /adapters
+COPY --from=build /opt/nr-serve /opt/nr-serve
+ENV PATH=/opt/nr-serve/bin:$PATH \
+    NR_CACHE=/cache \
+    NR_HOST=0.0.0.0 \
+    NR_PORT=8000 \
+    PYTHONUNBUFFERED=1
+USER nr
+WORKDIR /home/nr
+VOLUME ["/cache", "/adapters"]
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
+    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
+ENTRYPOINT ["nr-serve"]
+CMD ["serve"]
