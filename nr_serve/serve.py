@@ -14,7 +14,7 @@ import uvicorn
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine, Deliver, Engine, Status
 from nr_serve.config import ServeConfig
-from nr_serve.errors import NrError
+from nr_serve.errors import NrError, UnsupportedBase
 from nr_serve.metrics import Metrics
 from nr_serve.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ def serve(config: ServeConfig) -> int:
     _warn_if_open(config)
     with bind(config.host, config.port) as listener:
         model = _model_folder(config.model)
-        tokenizer = Tokenizer.load(model)
+        tokenizer = _tokenizer(model)
         engine = AsyncEngine(lambda deliver: _engine(config, model, tokenizer, deliver), Metrics())
         server = uvicorn.Server(
             uvicorn.Config(
@@ -107,6 +107,15 @@ def _model_folder(model: str) -> str | Path:
     from nr_serve.default_model import fetch_model
 
     return fetch_model()
+
+
+def _tokenizer(model: str | Path) -> Tokenizer:
+    if str(model).startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise UnsupportedBase(f"there is no model folder {model}")
+    try:
+        return Tokenizer.load(model)
+    except (OSError, ValueError) as error:
+        raise UnsupportedBase(f"cannot load the tokenizer of {model}: {error}") from error
 
 
 def _address(listener: socket.socket) -> str:

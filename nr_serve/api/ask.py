@@ -142,7 +142,7 @@ def check_ids(ids: list[int], vocab_size: int, param: str) -> list[int]:
     """Return `ids`; raise BadRequest if one is outside the vocabulary."""
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
-            raise BadRequest(f"token id {token_id} is not in 0..{vocab_size - 1}", param=param)
+            raise BadRequest(f"{param}: token id {token_id} is not in 0..{vocab_size - 1}", param=param)
     return ids
 
 

@@ -88,8 +88,9 @@ def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
         return BadRequest(f"`{param}` is required" if param else "a JSON body is required", param=param)
     same_field = [e for e in errors if _param(e["loc"]) == param]
     message = ", or: ".join(dict.fromkeys(_message(e) for e in same_field[:4]))
-    if first["type"] == "value_error":
-        return BadRequest(message, param=".".join(filter(None, (param, _named(message)))) or None)
+    named = _named(message)
+    if named is not None:
+        return BadRequest(message, param=f"{param}.{named}" if param else named)
     return BadRequest(f"{param}: {message}" if param else message, param=param)
 
 
@@ -121,4 +122,11 @@ def _is_field(part: str) -> bool:
 
 
 def _body(message: str, kind: str, param: str | None, status: int) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    return {
+        "error": {"message": _sendable(message), "type": kind, "param": param and _sendable(param), "code": status}
+    }
+
+
+def _sendable(text: str) -> str:
+    """An unknown field's name, or a path, may hold what UTF-8 cannot."""
+    return text.encode(errors="replace").decode()

@@ -8,17 +8,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_PROMPTS = 2048
 
-TokenIds = Annotated[list[StrictInt], FailFast()]
+
+def _whole_characters(text: str) -> str:
+    # JSON can spell half a surrogate pair, which can neither be tokenised nor sent back.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("not text: it holds half a surrogate pair") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
 NotSupported = Mapping[str, Sequence[Any]]
-_Texts = Annotated[list[str], FailFast(), Field(max_length=MAX_PROMPTS)]
-_Text = Annotated[str, Field(min_length=1)]
+_Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+_Stop = Annotated[Text, Field(min_length=1)]
 
 
 class Body(BaseModel):
@@ -34,8 +45,8 @@ class Body(BaseModel):
     def _refuse(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        for name in cls.not_supported.keys() & data.keys():
-            if data[name] is not None and data[name] not in cls.not_supported[name]:
+        for name, harmless in cls.not_supported.items():
+            if data.get(name) is not None and data[name] not in harmless:
                 raise ValueError(f"`{name}` is not supported by this server")
         return {name: value for name, value in data.items() if name not in cls.not_supported}
 
@@ -52,13 +63,13 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """What completions and chat share: which model, how tokens are chosen, what is reported."""
 
-    model: str = Field(description="base name: gates route; base@none: no adapter; an adapter's name: that one")
-    adapters: list[str] | None = Field(None, max_length=64, description="exactly these adapters, whatever `model`")
+    model: Text = Field(description="base name: gates route; base@none: no adapter; an adapter's name: that one")
+    adapters: list[Text] | None = Field(None, max_length=64, description="exactly these adapters, whatever `model`")
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63 - MAX_CHOICES)
-    stop: _Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="-1 or 0: off")
@@ -74,7 +85,7 @@ class GenerationBody(Body):
     return_token_ids: bool | None = False
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="lower runs first")
     gates: bool = Field(False, description="report the share of layers that fired, per token and adapter")
-    user: str | None = Field(None, description="the caller's own name for its user; not used")
+    user: Text | None = Field(None, description="the caller's own name for its user; not used")
 
     not_supported: ClassVar[NotSupported] = {"cache_salt": [], "service_tier": ["auto", "default"]}
 
@@ -95,7 +106,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | _Texts | TokenIds | Annotated[list[TokenIds], FailFast(), Field(max_length=MAX_PROMPTS)]
+    prompt: Text | _Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
     max_tokens: int | None = Field(None, ge=0, description="default 16")
     best_of: int | None = Field(None, ge=1)
     echo: bool | None = False
@@ -109,15 +120,15 @@ class TextPart(Body):
     """A part of a message: only text can be served."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     """A chat message."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
 
     not_supported: ClassVar[NotSupported] = {
         "refusal": [],
@@ -171,8 +182,8 @@ class ChatBody(GenerationBody):
 class TokenizeBody(Body):
     """POST /tokenize: a prompt, or messages put through the chat template."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(None, description="default: true for a prompt, false for messages")
     add_generation_prompt: bool = True
@@ -183,15 +194,15 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    model: str | None = None
+    model: Text | None = None
     tokens: TokenIds
 
 
 class LoadBody(Body):
     """POST /v1/adapters: a file already on the server, inside an allowed folder."""
 
-    name: str
-    path: str = Field(min_length=1, description="absolute, or relative to an allowed folder")
+    name: Text
+    path: Text = Field(min_length=1, description="absolute, or relative to an allowed folder")
     replace: bool = False
     pinned: bool = False
     threshold: float | None = Field(None, description="default: the file's own")
@@ -207,13 +218,13 @@ class PatchBody(Body):
 class LoadLoraBody(Body):
     """POST /v1/load_lora_adapter, as vLLM has it."""
 
-    lora_name: str = ""
-    lora_path: str = ""
+    lora_name: Text = ""
+    lora_path: Text = ""
     load_inplace: bool = False
-    base_model_name: str | None = None
+    base_model_name: Text | None = None
 
 
 class UnloadLoraBody(Body):
     """POST /v1/unload_lora_adapter, as vLLM has it."""
 
-    lora_name: str = ""
+    lora_name: Text = ""

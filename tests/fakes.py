@@ -1,0 +1,299 @@
+"""A tokenizer without a model and an engine without tensors, and a server over them in a thread."""
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import uvicorn
+
+from nr_serve.api.app import create_app
+from nr_serve.api.bridge import AsyncEngine
+from nr_serve.config import ServeConfig
+from nr_serve.engine.messages import (
+    AdapterGates,
+    AdapterView,
+    EngineInfo,
+    GateStatistics,
+    ListAdapters,
+    LoadAdapter,
+    Output,
+    PatchAdapter,
+    ReadGates,
+    StepEvents,
+    StepReport,
+    Submit,
+    Token,
+    UnloadAdapter,
+)
+from nr_serve.errors import BadAdapterFile, Conflict, NotFound, Unavailable
+from nr_serve.metrics import Metrics
+from nr_serve.serve import bind
+from nr_serve.tokenizer import Detokenizer, Tokenizer
+
+BOS, EOS, VOCAB = 256, 257, 258
+MAX_MODEL_LEN = 200
+
+
+class ByteTokenizer:
+    """A byte is a token; BOS comes first."""
+
+    chat_template = "yes"
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        text, held = "", bytearray()
+        for i in [*ids, None]:
+            if i is not None and i < BOS:
+                held.append(i)
+                continue
+            text, held = text + held.decode(errors="replace"), bytearray()
+            if i is not None and not skip_special_tokens:
+                text += "<s>" if i == BOS else "</s>"
+        return text
+
+    def apply_chat_template(
+        self, messages: list[dict], tokenize: bool, add_generation_prompt: bool, **more: Any
+    ) -> str:
+        if messages[0]["role"] == "assistant":
+            raise ValueError("the user speaks first")
+        text = "".join(f"[{m['role']}]{m['content']}" for m in messages)
+        return text + "[assistant]" * add_generation_prompt
+
+
+def tokenizer() -> Tokenizer:
+    return Tokenizer(ByteTokenizer())
+
+
+def view(name: str, version: str = "v1", **more: Any) -> AdapterView:
+    values: dict[str, Any] = {"domain": "hu", "state": "attached", "slot": 0, "nbytes": 1000, "h": 16, "carry": 0.5}
+    values |= {"threshold": 0.0, "pinned": False, "requests": 0, "loaded_at": 1e9, "load_seconds": 0.25}
+    values |= {"gates": AdapterGates(("0-1", "2-3"), (3, 1), (10, 10), 2.5)}
+    return AdapterView(name=name, version=version, **(values | more))
+
+
+class FakeEngine:
+    """Writes a, b, c, ... from the letter that the seed says, a token a step, until max_tokens or a stop."""
+
+    def __init__(self, deliver: Callable[[StepEvents], None]) -> None:
+        self.status, self.failure, self.info = "loading", None, None
+        self.deliver = deliver
+        self.submits: list[Submit] = []
+        self.commands: list[Any] = []
+        self.aborted: list[str] = []
+        self.adapters: dict[str, AdapterView] = {"hu": view("hu")}
+        self.answer: Callable[[Submit], list[int]] = letters
+        self.error: dict[int, Exception] = {}
+        """Error to end one request with, by how many tokens it has by then."""
+        self.may_load, self.steps_may_run = threading.Event(), threading.Event()
+        self.may_load.set()
+        self.steps_may_run.set()
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._running: dict[str, tuple[Submit, list[int], Detokenizer]] = {}
+        self._steps = 0
+        self._thread = threading.Thread(target=self._main, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.may_load.set()
+        self.steps_may_run.set()
+        self._inbox.put(None)
+        self._thread.join()
+
+    def submit(self, request: Submit) -> None:
+        self._check()
+        self.submits.append(request)
+        self._inbox.put(request)
+
+    def abort(self, request_id: str) -> None:
+        self._check()
+        self.aborted.append(request_id)
+        self._inbox.put(request_id)
+
+    def call(self, command: Any) -> Future:
+        self._check()
+        future: Future = Future()
+        future.set_running_or_notify_cancel()
+        self.commands.append(command)
+        self._inbox.put((command, future))
+        return future
+
+    def fail(self, reason: str) -> None:
+        self.failure, self.status = reason, "failed"
+
+    def _check(self) -> None:
+        if self.status != "ready":
+            raise Unavailable(f"engine {self.status}")
+
+    def _main(self) -> None:
+        self.may_load.wait()
+        if self.failure is not None:
+            self.status = "failed"
+            return
+        self.info = EngineInfo("base", "f00d", 4, 8, VOCAB, MAX_MODEL_LEN, "cpu", "float32", 8, 64)
+        self.status = "ready"
+        while self._take():
+            if self._running:
+                self.steps_may_run.wait()
+                self.deliver(self._step())
+
+    def _take(self) -> bool:
+        while not (self._running and self._inbox.empty()):
+            message = self._inbox.get()
+            if message is None:
+                return False
+            if isinstance(message, Submit):
+                self._running[message.request_id] = (message, [], Detokenizer(tokenizer(), message.prompt_ids))
+            elif isinstance(message, str):
+                self._running.pop(message, None)
+            else:
+                _carry_out(self, *message)
+        return True
+
+    def _step(self) -> StepEvents:
+        outputs = [self._advance(*running) for running in list(self._running.values())]
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._running[output.request_id]
+        self._steps += 1
+        time.sleep(0.001)
+        report = StepReport(self._steps, 0.001, 0, len(outputs), len(outputs), len(self._running), 0, 0, 1, 100)
+        return StepEvents(tuple(outputs), report)
+
+    def _advance(self, submit: Submit, written: list[int], text: Detokenizer) -> Output:
+        name, asked = submit.request_id, submit.sampling
+        if len(written) in self.error:
+            return Output(name, finish_reason="error", error=self.error.pop(len(written)))
+        prompt = None
+        if not written and (asked.prompt_logprobs is not None or submit.gates):
+            prompt = tuple(_token(i, submit, first=at == 0, prompt=True) for at, i in enumerate(submit.prompt_ids))
+        if asked.max_tokens == 0:
+            return Output(name, prompt=prompt, finish_reason="length")
+        token_id = self.answer(submit)[len(written)]
+        written.append(token_id)
+        shown = text.push(token_id)
+        reason, stop = None, None
+        if token_id in asked.stop_token_ids or any(s.endswith(shown) for s in asked.stop if shown):
+            reason, stop, shown = "stop", token_id if token_id in asked.stop_token_ids else shown, ""
+        elif len(written) == asked.max_tokens:
+            reason = "length"
+        tokens = (_token(token_id, submit),)
+        return Output(name, tokens, shown, prompt, reason, stop)
+
+
+def letters(submit: Submit) -> list[int]:
+    start = submit.sampling.seed or 0
+    return [97 + (start + i) % 26 for i in range(MAX_MODEL_LEN)]
+
+
+def _token(token_id: int, submit: Submit, *, first: bool = False, prompt: bool = False) -> Token:
+    k = submit.sampling.prompt_logprobs if prompt else submit.sampling.logprobs
+    gates = {"hu": 0.5} if submit.gates else None
+    text = tokenizer().token_text(token_id)
+    if k is None or first:
+        return Token(token_id, text, gates=gates)
+    top = tuple((j, tokenizer().token_text(j), -0.25 * (j - 96)) for j in range(97, 97 + k))
+    return Token(token_id, text, -1.5, top, gates)
+
+
+def _carry_out(engine: FakeEngine, command: Any, future: Future) -> None:
+    adapters = engine.adapters
+    try:
+        match command:
+            case ListAdapters():
+                future.set_result(tuple(adapters.values()))
+            case ReadGates():
+                gates = {name: each.gates for name, each in adapters.items()}
+                future.set_result(GateStatistics(gates, {("hu", "base"): 4}, len(adapters), 8))
+            case LoadAdapter(name, path, replaces):
+                if not path.read_bytes().startswith(b"good"):
+                    raise BadAdapterFile("not a whole safetensors file")
+                if name in adapters and not replaces:
+                    raise Conflict("taken", param="name")
+                more = {"pinned": command.pinned, "threshold": command.threshold or 0.0}
+                adapters[name] = view(name, path.read_bytes().hex()[:12], slot=len(adapters), **more)
+                future.set_result(adapters[name])
+            case _ if command.name not in adapters:
+                raise NotFound(f"The adapter `{command.name}` does not exist", param="name")
+            case UnloadAdapter(name):
+                future.set_result(adapters.pop(name))
+            case PatchAdapter(name, pinned, threshold):
+                change = {"pinned": pinned, "threshold": threshold}
+                adapters[name] = replace(adapters[name], **{k: v for k, v in change.items() if v is not None})
+                future.set_result(adapters[name])
+    except Exception as error:
+        future.set_exception(error)
+
+
+class Served:
+    """A running server: its engine, and a client of it."""
+
+    def __init__(self, engine: FakeEngine, url: str) -> None:
+        self.engine, self.url = engine, url
+        self.http = httpx.Client(base_url=url, trust_env=False, timeout=10)
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return self.http.post("/v1/completions", json={"model": "base", "prompt": "hi"} | body)
+
+    def chat(self, **body: Any) -> httpx.Response:
+        asked = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+        return self.http.post("/v1/chat/completions", json=asked | body)
+
+    def asked(self) -> Submit:
+        """The last request the engine got."""
+        return self.engine.submits[-1]
+
+    def until(self, path: str, status: int) -> httpx.Response:
+        """Ask until the answer has this status."""
+        for _ in range(500):
+            response = self.http.get(path)
+            if response.status_code == status:
+                return response
+            time.sleep(0.01)
+        raise AssertionError(f"{path} answers {response.status_code} {response.text}")
+
+
+@contextmanager
+def serving(failure: str | None = None, *, loading: bool = False, **config: Any):
+    """Run the app over a fake engine, in a thread, until the block ends."""
+    engines: list[FakeEngine] = []
+
+    def build(deliver: Any) -> FakeEngine:
+        engines.append(FakeEngine(deliver))
+        engines[0].failure = failure
+        if loading:
+            engines[0].may_load.clear()
+        return engines[0]
+
+    app = create_app(AsyncEngine(build, Metrics()), tokenizer(), ServeConfig(**config))
+    listener = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    served = Served(engines[0], "http://{}:{}".format(*listener.getsockname()))
+    try:
+        if not loading:
+            served.until("/health", 503) if failure else served.until("/ready", 200)
+        yield served
+    finally:
+        served.http.close()
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The JSON of each server-sent event; the last must be [DONE]."""
+    data = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert data.pop() == "[DONE]"
+    return [json.loads(each) for each in data]

@@ -1,0 +1,136 @@
+import os
+
+import pytest
+
+from tests.fakes import serving
+
+
+@pytest.fixture
+def server(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "da.safetensors").write_bytes(b"good file")
+    (tmp_path / "secret.safetensors").write_bytes(b"good secret")
+    with serving(adapter_dir=[tmp_path / "in"], max_adapter_gib=100 / 2**30) as served:
+        yield served
+
+
+def put(server, name, content=b"good da", **flags):
+    return server.http.put(f"/v1/adapters/{name}", content=content, params=flags)
+
+
+def test_an_uploaded_file_is_loaded_and_gone_from_disk(server):
+    response = put(server, "da", pinned=True, threshold=0.25)
+    body = response.json()
+    assert response.status_code == 201
+    assert (body["name"], body["pinned"], body["threshold"], body["slot"]) == ("da", True, 0.25, 1)
+    assert not server.engine.commands[-1].path.exists()
+    assert server.complete(model="da", max_tokens=1).status_code == 200
+
+
+def test_a_name_that_is_taken_needs_replace(server):
+    error = put(server, "hu").json()["error"]
+    assert (error["code"], error["type"]) == (409, "ConflictError")
+    assert put(server, "hu", replace=True).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["a b", "-a", ".a", "a" * 65, "base", "base@none", "é"])
+def test_a_name_that_could_be_mistaken_is_refused(server, name):
+    response = put(server, name)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "name")
+
+
+@pytest.mark.parametrize(("content", "status"), [(b"bad", 400), (b"", 400), (b"good" + b"x" * 100, 413)])
+def test_a_bad_file_is_refused_and_changes_nothing(server, content, status):
+    assert put(server, "da", content).status_code == status
+    assert put(server, "da", iter([content])).status_code == status  # of a length not said beforehand
+    assert [a["name"] for a in server.http.get("/v1/adapters").json()["data"]] == ["hu"]
+
+
+@pytest.mark.parametrize("flags", [{"replace": "maybe"}, {"threshold": "x"}, {"threshold": "nan"}])
+def test_wrong_flags_are_refused_by_name(server, flags):
+    response = put(server, "da", **flags)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, next(iter(flags)))
+
+
+def test_a_file_on_the_server_is_loaded_by_any_path_inside_the_folder(server, tmp_path):
+    for i, path in enumerate(
+        ("da.safetensors", str(tmp_path / "in" / "da.safetensors"), str(tmp_path / "in"), ".")
+    ):
+        response = server.http.post("/v1/adapters", json={"name": f"da{i}", "path": path})
+        assert response.status_code == 201, response.text
+
+
+def test_paths_outside_the_folder_are_forbidden_whether_they_exist_or_not(server, tmp_path):
+    os.symlink(tmp_path / "secret.safetensors", tmp_path / "in" / "link.safetensors")
+    os.symlink(tmp_path, tmp_path / "in" / "up")
+    outside = ["../secret.safetensors", str(tmp_path / "secret.safetensors"), "/etc/passwd", "/no/such/file"]
+    answers = set()
+    for path in [*outside, "link.safetensors", "up/secret.safetensors"]:
+        response = server.http.post("/v1/adapters", json={"name": "x", "path": path})
+        answers.add((response.status_code, response.text))
+    ((status, text),) = answers
+    assert status == 403
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("nope.safetensors", 404), ("x" * 5000, 400), ("a\0b", 400), ("", 400)],
+)
+def test_unusable_paths_inside_are_refused(server, path, status):
+    response = server.http.post("/v1/adapters", json={"name": "x", "path": path})
+    assert (response.status_code, response.json()["error"]["param"]) == (status, "path")
+
+
+def test_without_a_folder_nothing_on_the_server_can_be_loaded():
+    with serving() as server:
+        response = server.http.post("/v1/adapters", json={"name": "x", "path": "/etc/passwd"})
+        assert response.status_code == 403
+
+
+def test_dials_change_and_the_rest_stays(server):
+    body = server.http.patch("/v1/adapters/hu", json={"threshold": 0.5}).json()
+    assert (body["threshold"], body["pinned"]) == (0.5, False)
+    assert server.http.patch("/v1/adapters/hu", json={"pinned": True}).json()["threshold"] == 0.5
+    assert server.http.patch("/v1/adapters/da", json={}).status_code == 404
+
+
+def test_an_unloaded_adapter_is_no_model_any_more(server):
+    assert server.http.delete("/v1/adapters/hu").json()["deleted"] is True
+    assert server.complete(model="hu").status_code == 404
+    assert server.http.delete("/v1/adapters/hu").status_code == 404
+    assert server.http.get("/v1/adapters/hu").status_code == 404
+
+
+def test_an_adapter_shows_what_its_gates_did(server):
+    (body,) = server.http.get("/v1/adapters").json()["data"]
+    assert body == server.http.get("/v1/adapters/hu").json()
+    assert body["gates"]["fired_rate"] == 0.2
+    assert body["gates"]["layer_groups"][0] == {"layers": "0-1", "fired": 3, "seen": 10, "fired_rate": 0.3}
+    assert body["fired_by_selected"] == {"base": 4}
+
+
+def test_vllms_routes_answer_as_vllm_does(server):
+    load = {"lora_name": "da", "lora_path": "da.safetensors"}
+    response = server.http.post("/v1/load_lora_adapter", json=load)
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'da' added successfully.")
+    assert server.http.post("/v1/load_lora_adapter", json=load).status_code == 400
+    assert server.http.post("/v1/load_lora_adapter", json=load | {"load_inplace": True}).status_code == 200
+    response = server.http.post("/v1/unload_lora_adapter", json={"lora_name": "da"})
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'da' removed successfully.")
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status"),
+    [
+        ("load", {"lora_name": "da"}, 400),
+        ("load", {"lora_path": "da"}, 400),
+        ("load", {"lora_name": "da", "lora_path": "nope"}, 404),
+        ("load", {"lora_name": "da", "lora_path": "/etc/passwd"}, 403),
+        ("load", {"lora_name": "da", "lora_path": ".", "base_model_name": "other"}, 400),
+        ("unload", {}, 400),
+        ("unload", {"lora_name": "da"}, 404),
+    ],
+)
+def test_vllms_routes_refuse_as_vllm_does(server, route, body, status):
+    assert server.http.post(f"/v1/{route}_lora_adapter", json=body).status_code == status

@@ -1,0 +1,227 @@
+import pytest
+
+from tests.fakes import BOS, MAX_MODEL_LEN, events, letters, serving
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as served:
+        yield served
+
+
+def test_a_completion_has_openais_shape(server):
+    body = server.complete(max_tokens=4).json()
+    assert body["id"].startswith("cmpl-")
+    assert body["object"] == "text_completion"
+    assert body["model"] == "base"
+    assert body["system_fingerprint"] == "f00d"
+    assert body["choices"] == [
+        {"index": 0, "text": "abcd", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    ]
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+
+
+def test_the_default_length_is_openais_and_fits_the_context(server):
+    assert server.complete().json()["usage"]["completion_tokens"] == 16
+    assert server.complete(prompt="x" * (MAX_MODEL_LEN - 5)).json()["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("hi", [(BOS, 104, 105)]),
+        (["hi", "ho"], [(BOS, 104, 105), (BOS, 104, 111)]),
+        ([104, 105], [(104, 105)]),
+        ([[104], [105]], [(104,), (105,)]),
+    ],
+)
+def test_a_prompt_is_text_or_ids_or_a_list_of_either(server, prompt, ids):
+    count = len(server.engine.submits)
+    body = server.complete(prompt=prompt, max_tokens=1).json()
+    assert [submit.prompt_ids for submit in server.engine.submits[count:]] == ids
+    assert [choice["index"] for choice in body["choices"]] == list(range(len(ids)))
+    assert body["usage"]["prompt_tokens"] == sum(map(len, ids))
+
+
+def test_each_of_n_answers_has_a_seed_of_its_own_and_prompts_are_counted_once(server):
+    body = server.complete(prompt=["x", "yy"], n=2, best_of=2, seed=7, max_tokens=2).json()
+    assert [choice["text"] for choice in body["choices"]] == ["hi", "ij", "hi", "ij"]
+    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+
+
+def test_every_sampling_field_reaches_the_engine(server):
+    asked = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1,
+        "repetition_penalty": 1.5, "logit_bias": {"97": -100, "98": 2.5}, "min_tokens": 2, "ignore_eos": True,
+        "stop": ["zz"], "stop_token_ids": [250], "seed": 3, "logprobs": 2, "prompt_logprobs": 1, "max_tokens": 4,
+    }  # fmt: skip
+    assert server.complete(**asked, priority=-2, gates=True, user="me").status_code == 200
+    submit, sampling = server.asked(), server.asked().sampling
+    wanted = asked | {"logit_bias": {97: -100.0, 98: 2.5}, "stop": ("zz",), "stop_token_ids": (250,)}
+    assert {name: getattr(sampling, name) for name in asked} == wanted
+    assert (submit.priority, submit.gates, submit.selected, submit.adapters) == (-2, True, "base", None)
+
+
+@pytest.mark.parametrize("off", [-1, 0, None])
+def test_top_k_is_off_at_minus_one_and_zero(server, off):
+    server.complete(top_k=off)
+    assert server.asked().sampling.top_k == 0
+
+
+def test_logprobs_are_parallel_lists(server):
+    logprobs = server.complete(max_tokens=2, logprobs=1).json()["choices"][0]["logprobs"]
+    assert logprobs == {
+        "tokens": ["a", "b"],
+        "token_logprobs": [-1.5, -1.5],
+        "top_logprobs": [{"a": -0.25}, {"a": -0.25, "b": -1.5}],
+        "text_offset": [0, 1],
+    }
+
+
+def test_echo_with_max_tokens_0_scores_the_prompt(server):
+    body = server.complete(prompt=[104, 105, 106], echo=True, logprobs=1, max_tokens=0).json()
+    choice = body["choices"][0]
+    assert choice["text"] == "hij"
+    assert choice["logprobs"]["tokens"] == ["h", "i", "j"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.5, -1.5]
+    assert choice["logprobs"]["top_logprobs"][0] is None
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2]
+    assert body["usage"]["completion_tokens"] == 0
+
+
+def test_echo_puts_the_text_that_was_sent_before_the_answer(server):
+    assert server.complete(prompt="hő", echo=True, max_tokens=2).json()["choices"][0]["text"] == "hőab"
+    streamed = events(server.complete(prompt="hő", echo=True, max_tokens=2, stream=True))
+    assert [event["choices"][0]["text"] for event in streamed] == ["hőa", "b"]
+
+
+def test_prompt_logprobs_and_token_ids_are_vllms(server):
+    choice = server.complete(prompt=[104, 105], prompt_logprobs=1, return_token_ids=True, max_tokens=1).json()
+    choice = choice["choices"][0]
+    assert choice["prompt_logprobs"] == [
+        None,
+        {
+            "97": {"logprob": -0.25, "rank": 1, "decoded_token": "a"},
+            "105": {"logprob": -1.5, "rank": None, "decoded_token": "i"},
+        },
+    ]
+    assert choice["prompt_token_ids"] == [104, 105]
+    assert choice["token_ids"] == [97]
+
+
+def test_gates_are_reported_per_token_beside_whole_characters(server):
+    server.engine.answer = lambda submit: list("ő".encode()) * 9
+    try:
+        choice = server.complete(prompt="é", gates=True, max_tokens=2).json()["choices"][0]
+    finally:
+        server.engine.answer = letters
+    assert choice["gates"] == {
+        "prompt": [{"hu": 0.5}] * 3,
+        "prompt_text": ["", "", "é"],
+        "tokens": [{"hu": 0.5}] * 2,
+        "token_text": ["", "ő"],
+    }
+
+
+def test_a_stream_says_what_the_whole_answer_says(server):
+    asked = {"prompt": ["x", "y"], "n": 2, "seed": 1, "max_tokens": 3, "logprobs": 1, "gates": True, "echo": True}
+    whole = server.complete(**asked).json()
+    streamed = events(server.complete(**asked, stream=True))
+    assert {event["id"] for event in streamed} == {streamed[0]["id"]}
+    for choice in whole["choices"]:
+        parts = [c for event in streamed for c in event["choices"] if c["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert [p["finish_reason"] for p in parts] == [None] * (len(parts) - 1) + ["length"]
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            assert [x for part in parts for x in part["logprobs"][name]] == choice["logprobs"][name]
+        assert parts[0]["gates"]["prompt"] == choice["gates"]["prompt"]
+        assert [x for part in parts for x in part["gates"]["tokens"]] == choice["gates"]["tokens"]
+
+
+def test_a_stream_reports_usage_at_its_end_if_asked(server):
+    streamed = events(server.complete(max_tokens=2, stream=True, stream_options={"include_usage": True}))
+    assert [event["usage"] for event in streamed[:-1]] == [None, None]
+    assert streamed[-1]["choices"] == []
+    assert streamed[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+
+
+def test_a_stream_reports_usage_all_along_if_asked(server):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    streamed = events(server.complete(max_tokens=2, stream=True, stream_options=options))
+    assert [event["usage"]["completion_tokens"] for event in streamed] == [1, 2, 2]
+
+
+def test_a_stop_ends_the_answer_and_is_named(server):
+    choice = server.complete(stop="c").json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("ab", "stop", "c")
+    choice = server.complete(stop_token_ids=[99]).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("ab", "stop", 99)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1), ("temperature", 3), ("temperature", "0"), ("temperature", True), ("top_p", 0),
+        ("top_p", 1.1), ("top_k", -2), ("top_k", 1.5), ("min_p", 2), ("presence_penalty", 3),
+        ("frequency_penalty", -3), ("repetition_penalty", 0), ("n", 0), ("n", 129), ("n", "1"), ("best_of", 2),
+        ("suffix", "x"), ("logprobs", 21), ("logprobs", True), ("prompt_logprobs", -1), ("max_tokens", -1),
+        ("max_tokens", 1.5), ("min_tokens", 17), ("stop", 5), ("stop", ""), ("stop", ["x"] * 17), ("stop", [1]),
+        ("stop_token_ids", [258]), ("stop_token_ids", [-1]), ("stop_token_ids", "x"), ("seed", "x"), ("echo", 1),
+        ("stream", "yes"), ("stream_options", {"include_usage": True}), ("logit_bias", {"x": 1}),
+        ("logit_bias", {"258": 1}), ("logit_bias", [1]), ("cache_salt", "x"), ("adapters", "hu"), ("priority", "x"),
+        ("gates", "x"), ("prompt", ""), ("prompt", []), ("prompt", [258]), ("prompt", [-1]), ("prompt", None),
+        ("prompt", 5), ("prompt", ["x", 5]), ("prompt", [True]), ("prompt", {"x": 1}), ("model", 5),
+        ("model", None), ("service_tier", "flex"), ("unheard_of", 1), ("use_beam_search", True),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_refused_by_name(server, field, value):
+    response = server.complete(**{field: value})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["type"]) == (400, 400, "BadRequestError")
+    assert error["param"] == field
+    assert field in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("prompt", ["x", ""], None),
+        ("prompt", [[97], []], "prompt[1]"),
+        ("prompt", [[97], [258]], "prompt[1]"),
+        ("logit_bias", {"97": 101}, "logit_bias"),
+        ("stream_options", {"x": True}, "stream_options.x"),
+    ],
+)
+def test_the_place_in_a_field_is_named(server, field, value, param):
+    response = server.complete(**{field: value, "stream": True})
+    if param is None:  # BOS alone is a prompt
+        assert response.status_code == 200
+    else:
+        assert response.status_code == 400
+        assert response.json()["error"]["param"].startswith(param)
+
+
+def test_neither_nan_nor_half_a_character_passes(server):
+    for text in ('{"model":"base","prompt":"x","temperature":NaN}', '{"model":"base","prompt":"\\ud800"}'):
+        response = server.http.post("/v1/completions", content=text, headers={"content-type": "application/json"})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] in ("temperature", "prompt")
+
+
+def test_what_asks_for_nothing_is_taken(server):
+    nothing = dict.fromkeys(
+        ("suffix", "cache_salt", "service_tier", "stop", "seed", "n", "logprobs", "top_k", "temperature", "user")
+    )
+    nothing.pop("n")
+    assert server.complete(**nothing, best_of=1, logit_bias=None, stream=None, echo=None).status_code == 200
+    assert server.complete(suffix="", service_tier="auto").status_code == 200
+
+
+def test_a_prompt_too_long_is_refused_as_openai_does(server):
+    error = server.complete(prompt="x" * MAX_MODEL_LEN).json()["error"]
+    assert error["message"].startswith(
+        "This model's maximum context length is 200 tokens. However, you requested 202"
+    )
+    assert error["param"] == "prompt"
+    assert server.complete(max_tokens=198).json()["error"]["param"] == "max_tokens"
+    assert server.complete(max_tokens=197).status_code == 200

@@ -1,0 +1,205 @@
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from nr_serve.errors import BadRequest, QueueFull
+from tests.fakes import events, serving
+
+ROUTES = [
+    ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/x"),
+    ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/v1/adapters"), ("GET", "/v1/adapters/x"),
+]  # fmt: skip
+CHANGES = [
+    ("PUT", "/v1/adapters/x"), ("POST", "/v1/adapters"), ("PATCH", "/v1/adapters/x"), ("DELETE", "/v1/adapters/x"),
+    ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"),
+]  # fmt: skip
+OPEN = [("GET", path) for path in ("/", "/health", "/ready", "/metrics", "/version", "/openapi.json")]
+
+
+@pytest.fixture
+def server():
+    with serving() as served:
+        yield served
+
+
+def status(served, method, path, key=None):
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    response = served.http.request(method, path, headers=headers)
+    if response.is_error:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    return response.status_code
+
+
+def test_every_route_is_listed_here_as_open_guarded_or_a_change(server):
+    paths = server.http.get("/openapi.json").json()["paths"]
+    served = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    known = {(m, p.replace("/models/x", "/models/{model}").replace("/x", "/{name}")) for m, p in ROUTES + CHANGES}
+    assert served == known | set(OPEN) - {("GET", "/openapi.json")}
+
+
+def test_with_both_keys_each_opens_its_own():
+    with serving(api_key="user", admin_key="admin") as served:
+        for method, path in ROUTES:
+            assert status(served, method, path) == status(served, method, path, "wrong") == 401
+            assert status(served, method, path, "user") not in (401, 403)
+            assert status(served, method, path, "admin") not in (401, 403)
+        for method, path in CHANGES:
+            assert status(served, method, path) == status(served, method, path, "wrong") == 401
+            assert status(served, method, path, "user") == 403
+            assert status(served, method, path, "admin") not in (401, 403)
+        for method, path in OPEN:
+            assert status(served, method, path) == 200
+
+
+@pytest.mark.parametrize(("keys", "inference"), [({"api_key": "k"}, 401), ({"admin_key": "k"}, 200)])
+def test_one_key_alone_guards_changes(keys, inference):
+    with serving(**keys) as served:
+        assert status(served, "GET", "/v1/models") == inference
+        assert status(served, "DELETE", "/v1/adapters/x") == 401
+        assert status(served, "DELETE", "/v1/adapters/x", "k") == 404
+
+
+def test_a_missing_key_is_asked_for_before_the_body_is_read():
+    with serving(api_key="k") as served:
+        response = served.http.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert response.json()["error"]["type"] == "AuthenticationError"
+
+
+def test_routes_and_methods_that_do_not_exist(server):
+    error = server.http.get("/v2/x").json()["error"]
+    assert (error["code"], error["message"]) == (404, "Invalid URL (GET /v2/x)")
+    response = server.http.delete("/v1/completions")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert response.json()["error"]["code"] == 405
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"[]", b"\xff\xfe", b'"x"', b"null", b"{" * 100_000])
+def test_a_body_that_is_no_object_is_refused(server, content):
+    response = server.http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, 400)
+
+
+def test_a_body_over_16_mib_is_refused_whether_its_length_is_said_or_not(server):
+    content = b" " * (2**24 + 1)
+    for body in (content, iter([content])):
+        response = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert (response.status_code, response.json()["error"]["type"]) == (413, "RequestTooLargeError")
+
+
+def test_a_full_queue_says_when_to_come_back(server):
+    for stream in (False, True):
+        server.engine.error[0] = QueueFull("1024 requests wait already")
+        response = server.complete(stream=stream)
+        assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+        assert response.json()["error"]["type"] == "RateLimitError"
+
+
+def test_a_refusal_by_the_engine_before_the_first_token_is_a_status(server):
+    for ask in (server.complete, server.chat):
+        server.engine.error[0] = BadRequest("no page is free for this", param="prompt")
+        answer = ask(n=3, stream=True)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "prompt"
+
+
+def test_an_error_in_mid_stream_is_the_streams_last_event(server):
+    server.engine.error[2] = BadRequest("out of pages")
+    lines = [line for line in server.complete(stream=True).text.split("\n\n") if line]
+    assert len(lines) == 3
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["message"] == "out of pages"
+
+
+def test_one_failing_answer_aborts_its_siblings(server):
+    server.engine.error[3] = BadRequest("no")
+    assert server.complete(n=3).status_code == 400
+    time.sleep(0.05)
+    assert len(server.engine.aborted) == 2
+
+
+def test_a_bug_is_a_500_without_a_trace(server, caplog):
+    def bug(submit):
+        raise RuntimeError("secret detail")
+
+    server.engine.submit = bug
+    response = server.complete()
+    assert (response.status_code, response.json()["error"]["type"]) == (500, "InternalServerError")
+    assert "secret" not in response.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_client_that_goes_away_has_its_requests_aborted(server, stream, started):
+    if not started:
+        server.engine.steps_may_run.clear()
+    server.engine.answer = lambda submit: [97] * 10_000
+    body = json.dumps({"model": "base", "prompt": "x", "max_tokens": 190, "n": 2, "stream": stream}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        if started and stream:
+            client.recv(100)
+        time.sleep(0.05)
+    for _ in range(100):
+        if len(server.engine.aborted) == 2:
+            break
+        time.sleep(0.01)
+    server.engine.steps_may_run.set()
+    assert len(server.engine.aborted) == 2
+    assert "nr_requests_in_flight 0.0" in server.http.get("/metrics").text
+
+
+def test_until_the_engine_is_ready_the_server_lives_but_refuses():
+    with serving(loading=True) as served:
+        assert served.http.get("/health").json() == {"status": "loading"}
+        for answer in (served.http.get("/ready"), served.complete(), served.http.get("/v1/adapters")):
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "ServiceUnavailableError")
+        assert served.http.get("/metrics").status_code == 200
+        served.engine.may_load.set()
+        served.until("/ready", 200)
+        assert served.complete(model="hu").status_code == 200
+
+
+def test_an_engine_that_cannot_start_is_unhealthy_and_says_why():
+    with serving(failure="this base is not supported") as served:
+        for path in ("/health", "/ready", "/v1/models"):
+            response = served.http.get(path)
+            assert response.status_code == 503
+            assert "this base is not supported" in response.json()["error"]["message"]
+        assert served.complete().status_code == 503
+        assert served.http.get("/metrics").status_code == 200
+
+
+def test_an_engine_that_dies_answers_whoever_waits(server):
+    server.engine.steps_may_run.clear()
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(server.complete)
+        time.sleep(0.1)
+        server.engine.fail("the GPU is gone")
+        answer = waiting.result(5)
+    assert (answer.status_code, server.http.get("/health").status_code) == (503, 503)
+    assert "the GPU is gone" in answer.json()["error"]["message"]
+
+
+def test_the_document_promises_no_422(server):
+    document = server.http.get("/openapi.json").text
+    assert '"422"' not in document
+    assert "ValidationError" not in document
+
+
+def test_the_playground_loads_nothing_from_elsewhere(server):
+    response = server.http.get("/")
+    assert "http://" not in response.text
+    assert "https://" not in response.text
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+
+
+def test_many_streams_share_the_steps(server):
+    assert len(events(server.complete(n=8, max_tokens=5, stream=True))) == 40
+    text = server.http.get("/metrics").text
+    assert "nr_step_requests_sum 40.0" in text

@@ -1,0 +1,82 @@
+import pytest
+
+from tests.fakes import BOS, serving
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as served:
+        yield served
+
+
+@pytest.mark.parametrize(
+    ("model", "adapters", "selection"),
+    [
+        ("base", None, None),
+        ("base@none", None, ()),
+        ("hu", None, ("hu",)),
+        ("base", ["hu"], ("hu",)),
+        ("base@none", ["hu"], ("hu",)),
+        ("hu", [], ()),
+    ],
+)
+def test_model_and_adapters_say_what_may_fire(server, model, adapters, selection):
+    assert server.complete(model=model, adapters=adapters, max_tokens=1).json()["model"] == model
+    assert server.asked().adapters == selection
+    assert server.asked().selected == model
+
+
+def test_an_unknown_model_is_refused_in_openais_words(server):
+    for answer in (server.complete(model="nope"), server.chat(model="nope"), server.http.get("/v1/models/nope")):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["type"]) == (404, 404, "NotFoundError")
+        assert (error["message"], error["param"]) == ("The model `nope` does not exist", "model")
+
+
+def test_unknown_or_repeated_adapters_are_refused(server):
+    error = server.complete(adapters=["hu", "da"]).json()["error"]
+    assert (error["code"], error["param"]) == (404, "adapters[1]")
+    error = server.complete(adapters=["hu", "hu"]).json()["error"]
+    assert (error["code"], error["param"]) == (400, "adapters")
+
+
+def test_models_are_the_base_the_bare_base_and_the_adapters(server):
+    cards = server.http.get("/v1/models").json()["data"]
+    assert [(card["id"], card["parent"], card["root"]) for card in cards] == [
+        ("base", None, "base"), ("base@none", "base", "base"), ("hu", "base", "base")
+    ]  # fmt: skip
+    assert cards[2]["version"] == "v1"
+    assert (cards[2]["language"], cards[2]["state"]) == ("hu", "attached")
+    for card in cards:
+        assert card["object"] == "model"
+        assert server.http.get(f"/v1/models/{card['id']}").json() == card
+
+
+def test_tokenize_and_detokenize_are_each_others_inverse(server):
+    body = server.http.post("/tokenize", json={"prompt": "hő", "return_token_strs": True}).json()
+    assert body["tokens"] == [BOS, *"hő".encode()]
+    assert (body["count"], body["max_model_len"]) == (4, 200)
+    assert body["token_strs"][:2] == ["<s>", "h"]
+    back = server.http.post("/detokenize", json={"tokens": body["tokens"], "model": "hu"}).json()
+    assert back == {"prompt": "<s>hő"}
+
+
+def test_tokenize_takes_messages_too(server):
+    body = server.http.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()
+    assert bytes(body["tokens"]) == b"[user]x[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
+        ("/tokenize", {"prompt": "x", "model": "nope"}, "model"),
+        ("/detokenize", {"tokens": [258]}, "tokens"),
+        ("/detokenize", {"tokens": "x"}, "tokens"),
+    ],
+)
+def test_wrong_tokenizer_requests_are_refused_by_name(server, route, body, param):
+    response = server.http.post(route, json=body)
+    assert response.status_code in (400, 404)
+    assert response.json()["error"]["param"] == param

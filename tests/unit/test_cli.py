@@ -1,0 +1,201 @@
+import json
+
+import pytest
+import torch
+
+from nr_serve.cli import main, parse
+from nr_serve.commands import COMMANDS
+from nr_serve.config import ServeConfig
+from nr_serve.errors import NrError
+from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
+from nr_serve.serve import bind
+from tests.fakes import serving
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("NR_URL", "NR_API_KEY", "NR_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(admin_key="k") as served:
+        yield served
+
+
+@pytest.fixture
+def against(server, monkeypatch):
+    """The environment names the server and its key: no flag is needed."""
+    monkeypatch.setenv("NR_URL", server.url)
+    monkeypatch.setenv("NR_ADMIN_KEY", "k")
+    return server
+
+
+@pytest.fixture
+def hu(tmp_path):
+    path = tmp_path / "hu.safetensors"
+    d, h = 8, 4
+    block = Block(*(torch.ones(shape) for shape in ((d,), (), (h, d), (h, d), (d, h))))
+    info = AdapterInfo("base", "f00d", 2, d, carry=0.5, domain="hu", results={"loss": {"hu": 1.25}})
+    write_adapter(path, info, (block, None))
+    return path
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, (settings, _) in COMMANDS.items():
+        assert f"  {name} " in text
+        assert settings.__doc__.splitlines()[0] in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_helps_and_refuses_an_unknown_flag(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: nr-serve {name}" in text
+    assert "None" not in text
+    with pytest.raises(SystemExit) as end:
+        main([name, "x", "--no-such-flag"])
+    assert end.value.code == 2
+
+
+def test_every_setting_is_a_flag_with_its_text_as_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in ServeConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert field.description.replace("%%", "%")[:30] in text.replace("%%", "%")
+
+
+def test_a_flag_wins_over_the_environment_and_lists_repeat(monkeypatch):
+    monkeypatch.setenv("NR_PORT", "1")
+    monkeypatch.setenv("NR_SLOTS", "3")
+    config = parse(
+        ServeConfig, "serve", ["--port", "2", "--adapter", "a", "--adapter", "b=c", "--adapter-dir", "/x"]
+    )
+    assert (config.port, config.slots, config.adapter) == (2, 3, ["a", "b=c"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["serve", "--port", "x"], "--port"),
+        (["serve", "--slots", "0"], "--slots"),
+        (["nonsense"], "nonsense"),
+        (["evaluate", "f", "--corpus", "x", "--windows", "0"], "--windows"),
+    ],
+)
+def test_a_wrong_setting_is_named_and_ends_with_2(args, message, capsys):
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_an_adapter_is_loaded_listed_and_unloaded_with_no_further_flag(against, tmp_path, capsys):
+    path = tmp_path / "da.safetensors"
+    path.write_bytes(b"good da")
+    assert main(["load-adapter", str(path)]) == 0
+    assert capsys.readouterr().out.strip().startswith("da: version 676f6f642064, slot 1, loaded in 0.25 s")
+    assert main(["list-adapters"]) == 0
+    header, hu, da = capsys.readouterr().out.splitlines()
+    assert header.split()[-1] == "FIRED"
+    assert hu.split()[-1] == "20.00%"
+    assert da.split()[:4] == ["da", "676f6f642064", "hu", "attached"]
+    assert main(["load-adapter", str(path), "--replace", "--pin", "--threshold", "0.5", "--name", "da"]) == 0
+    assert "(pinned)" not in capsys.readouterr().out
+    assert main(["unload-adapter", "da"]) == 0
+    assert capsys.readouterr().out == "da: unloaded\n"
+
+
+def test_flags_win_over_the_environment_for_the_client_too(server, monkeypatch, capsys):
+    monkeypatch.setenv("NR_URL", "http://127.0.0.1:9")
+    assert main(["list-adapters", "--url", server.url, "--key", "k"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["unload-adapter", "nope"], "`nope` does not exist"),
+        (["load-adapter", "/no/such.safetensors"], "cannot read /no/such.safetensors"),
+        (["inspect", "/no/such.safetensors"], "cannot read such.safetensors"),
+        (["list-adapters", "--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_on_stderr_and_a_1(against, args, message, capsys):
+    assert main(args) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_inspect_prints_a_file_for_people_and_for_programs(hu, capsys):
+    assert main(["inspect", str(hu)]) == 0
+    text = capsys.readouterr().out
+    assert "loss.hu: 1.25" in text
+    assert "f00d" in text
+    assert main(["inspect", str(hu), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["layers"], summary["blocks"], summary["h"], summary["carry"]) == (2, 1, 4, 0.5)
+    assert summary["parameters"] == 8 + 1 + 3 * 32
+
+
+def test_fetch_model_prints_the_folder_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nr_serve.default_model.fetch_model", lambda out: out)
+    assert main(["fetch-model", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path)
+
+
+def test_train_hands_its_flags_to_the_trainer(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("nr_serve.train.trainer.train", lambda *args, **more: calls.append((*args, more)) or "file")
+    assert main(["train", "r.toml", "--corpus", "c", "--out", "o", "--resume"]) == 0
+    ((recipe, out, corpus, more),) = calls
+    assert (str(recipe), str(out), str(corpus), more) == ("r.toml", "o", "c", {"resume": True})
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(capsys):
+    with bind("127.0.0.1", 0) as taken:
+        assert main(["serve", "--port", str(taken.getsockname()[1]), "--model", "/no/such"]) == 1
+    assert "Address already in use" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_said(capsys):
+    assert main(["serve", "--port", "0", "--model", "/no/such"]) == 1
+    assert capsys.readouterr().err == "error: there is no model folder /no/such\n"
+
+
+def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(monkeypatch, capsys):
+    from tests import fakes
+
+    def build(config, model, tokenizer, deliver):
+        engine = fakes.FakeEngine(deliver)
+        engine.failure = "this base has no per-layer mlp"
+        return engine
+
+    monkeypatch.setattr("nr_serve.serve._engine", build)
+    monkeypatch.setattr("nr_serve.serve._tokenizer", lambda model: fakes.tokenizer())
+    assert main(["serve", "--port", "0", "--model", "x", "--host", "127.0.0.1"]) == 1
+    assert capsys.readouterr().err.endswith("error: this base has no per-layer mlp\n")
+
+
+def test_an_open_server_is_warned_about(capsys):
+    from nr_serve.serve import _warn_if_open
+
+    _warn_if_open(ServeConfig(host="0.0.0.0"))
+    assert "anyone who reaches 0.0.0.0" in capsys.readouterr().err
+    _warn_if_open(ServeConfig(host="0.0.0.0", api_key="x"))
+    _warn_if_open(ServeConfig(host="::1"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_host_that_is_not_ours_is_refused():
+    with pytest.raises(NrError, match="cannot listen on"):
+        bind("192.0.2.1", 0)

@@ -1,0 +1,100 @@
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from nr_serve import errors
+from nr_serve.client import Client
+from nr_serve.serve import bind
+from tests.fakes import serving
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(admin_key="k") as served:
+        yield served
+
+
+@pytest.fixture
+def client(server):
+    with Client(server.url, "k") as client:
+        yield client
+
+
+def test_an_adapter_is_loaded_under_its_files_name_listed_and_unloaded(client, tmp_path):
+    path = tmp_path / "da.safetensors"
+    path.write_bytes(b"good")
+    assert client.load(path, pinned=True, threshold=0.5)["threshold"] == 0.5
+    assert [adapter["name"] for adapter in client.adapters()] == ["hu", "da"]
+    with pytest.raises(errors.Conflict):
+        client.load(path)
+    assert client.load(path, replace=True)["name"] == "da"
+    assert client.load(path, "en.x")["name"] == "en.x"
+    assert client.unload("da")["deleted"] is True
+    with pytest.raises(errors.NotFound, match="`da` does not exist"):
+        client.unload("da")
+
+
+def test_what_the_server_refuses_is_raised_with_its_message_and_field(client, tmp_path):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(b"bad")
+    with pytest.raises(errors.BadRequest, match="not a whole safetensors file"):
+        client.load(path)
+    with pytest.raises(errors.BadRequest) as caught:
+        client.complete(model="base", prompt="x", n=0)
+    assert caught.value.param == "n"
+    with pytest.raises(errors.BadRequest, match="cannot read"):
+        client.load(tmp_path / "none.safetensors")
+
+
+def test_a_missing_key_is_said(server, tmp_path):
+    with Client(server.url) as client, pytest.raises(errors.Unauthorized):
+        client.unload("hu")
+
+
+def test_completions_and_models(client):
+    assert client.complete(model="base", prompt="x", max_tokens=2)["choices"][0]["text"] == "ab"
+    assert client.models()[0]["id"] == "base"
+
+
+def test_waiting_ends_when_the_server_is_ready():
+    with serving(loading=True) as served, Client(served.url) as client:
+        with pytest.raises(errors.Unavailable, match="not ready after"):
+            client.wait_ready(0.05, poll_s=0.01)
+        threading.Timer(0.1, served.engine.may_load.set).start()
+        client.wait_ready(10, poll_s=0.01)
+
+
+def test_no_server_is_said_with_what_to_do():
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    listener.close()
+    with Client(f"http://127.0.0.1:{port}") as client, pytest.raises(errors.Unavailable, match="nr-serve serve"):
+        client.adapters()
+
+
+def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(server, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://192.0.2.1:9")
+    with Client(server.url) as client:
+        assert client.models()
+
+
+def test_another_kind_of_server_is_not_taken_for_ours():
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(502)
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{other.server_port}") as client, pytest.raises(errors.NrError, match="502"):
+            client.adapters()
+        other.shutdown()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://[", "ftp://x"])
+def test_a_wrong_url_is_said(url):
+    with pytest.raises(errors.NrError), Client(url) as client:
+        client.adapters()
