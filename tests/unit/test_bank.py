@@ -1,0 +1,348 @@
+"""The bank's fast path against the definition, summed naively in float64, request by request."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from nr_serve.errors import BadAdapterFile
+from nr_serve.neutral import math
+from nr_serve.neutral.bank import LABELS, Bank, StepTokens
+from nr_serve.neutral.format import Adapter, AdapterInfo, Block
+
+D, LAYERS, SLOTS, WIDTH, ROWS = 8, 3, 4, 6, 5
+NAN = float("nan")
+
+
+def bank(dtype=torch.float32) -> Bank:
+    device = torch.device("cpu")
+    return Bank(layers=LAYERS, d=D, slots=SLOTS, width=WIDTH, rows=ROWS, device=device, dtype=dtype)
+
+
+def adapter(seed: int, *, carry=0.0, widths=(WIDTH,) * LAYERS, bias=0.0) -> Adapter:
+    """Random; a width of 0 leaves that layer's block out."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.randn(shape, generator=g)
+
+    blocks = tuple(
+        Block(rand(D) / D**0.5, bias + 0.3 * rand(), rand(h, D), rand(h, D), rand(D, h)) if h else None
+        for h in widths
+    )
+    info = AdapterInfo("tiny", "", LAYERS, D, carry=carry)
+    return Adapter(info, blocks, f"v{seed}", nbytes=0)
+
+
+def attach(to: Bank, slot: int, what: Adapter, threshold=0.0) -> None:
+    for _ in to.attach(slot, what, threshold):
+        pass
+
+
+def tokens(pieces, labels=None) -> StepTokens:
+    """`pieces`: (row, length, selected slots), laid end to end."""
+    lengths = [n for _, n, _ in pieces]
+    selected_PS = torch.zeros(len(pieces), SLOTS, dtype=torch.bool)
+    for i, (_, _, slots) in enumerate(pieces):
+        selected_PS[i, list(slots)] = True
+    of_T = torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor(lengths))
+    return StepTokens(
+        offset_T=torch.cat([torch.arange(n) for n in lengths]),
+        row_T=torch.tensor([row for row, _, _ in pieces])[of_T],
+        last_P=torch.tensor(lengths).cumsum(0) - 1,
+        selected_TS=selected_PS[of_T],
+        label_T=torch.tensor(labels or [0] * len(pieces))[of_T],
+    )
+
+
+def step(on: Bank, pieces, x_LTd, y_LTd, labels=None):
+    """One step. Each layer's y with residues, and the layers fired."""
+    on.begin(tokens(pieces, labels))
+    # y may be reused, so the bank gets a copy; with a batch dimension in front, as models have it.
+    out = [on.add_residues(i, x_LTd[i][None], y_LTd[i].clone()[None])[0] for i in range(LAYERS)]
+    return torch.stack(out), on.end()
+
+
+@dataclass
+class NaiveSlot:
+    """An adapter in a slot as the definition sees it: every row's logits since both began."""
+
+    adapter: Adapter
+    threshold: float
+    z: dict = field(default_factory=lambda: {(layer, row): [] for layer in range(LAYERS) for row in range(ROWS)})
+
+    def gates(self, layer: int, row: int, x_nd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(m - threshold, g) of new tokens of a row, float64 [n]: the whole row is carried again each time."""
+        block = self.adapter.blocks[layer]
+        if block is None:
+            return torch.full((len(x_nd),), -1.0), torch.zeros(len(x_nd), dtype=torch.float64)
+        z = self.z[layer, row]
+        z.extend((x_nd.double() @ block.gate.double() + block.bias.double()).tolist())
+        m = math.carry(torch.tensor(z).double(), self.adapter.info.carry, torch.tensor(NAN))[-len(x_nd) :]
+        return m - self.threshold, math.block_gate(m, self.threshold)
+
+
+class NaiveBank:
+    """The same calls, one token, slot and layer at a time."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, NaiveSlot] = {}
+        self.fired = torch.zeros(LAYERS, SLOTS)
+        self.seen = torch.zeros(LAYERS, SLOTS)
+        self.mass = torch.zeros(SLOTS, dtype=torch.float64)
+        self.cross = torch.zeros(LABELS, SLOTS)
+        self.smallest_margin = torch.inf
+
+    def forget_row(self, row: int) -> None:
+        for slot in self.slots.values():
+            for layer in range(LAYERS):
+                slot.z[layer, row] = []
+
+    def step(self, pieces, x_LTd, y_LTd, labels):
+        out = y_LTd.double().clone()
+        layers_fired_TS = torch.zeros(y_LTd.shape[1], SLOTS, dtype=torch.int32)
+        start = 0
+        for (row, n, selected), label in zip(pieces, labels, strict=True):
+            own = slice(start, start + n)
+            start += n
+            for s, slot in self.slots.items():
+                for layer in range(LAYERS):
+                    over_n, g_n = slot.gates(layer, row, x_LTd[layer, own])
+                    self.smallest_margin = min(self.smallest_margin, float(over_n.abs().min()))
+                    self.cross[label, s] += int((over_n > 0).sum())
+                    block = slot.adapter.blocks[layer]
+                    if s not in selected or block is None:
+                        continue
+                    weights = (block.w_in.double(), block.w_gate.double(), block.w_out.double())
+                    out[layer, own] += math.residue(x_LTd[layer, own].double(), g_n, *weights)
+                    layers_fired_TS[own, s] += (g_n > 0).int()
+                    self.fired[layer, s] += int((g_n > 0).sum())
+                    self.seen[layer, s] += n
+                    self.mass[s] += g_n.sum()
+        return out, layers_fired_TS
+
+
+def random_adapter(rng, seed):
+    widths = [rng.choice([0, 1, 2, WIDTH]) for _ in range(LAYERS)]
+    widths[rng.randrange(LAYERS)] = rng.randint(1, WIDTH)
+    return adapter(seed, carry=rng.choice([0.0, 0.5, 0.9]), widths=widths, bias=rng.choice([-1.0, 0.0, 0.5]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_steps_and_changes_equal_the_naive_sum(seed):
+    """Attach (with steps between its pieces), detach, replace, dials, new rows, chunks of any length."""
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    fast, naive = bank(), NaiveBank()
+    # Half of the walks select slots that are empty or being written too: they must add nothing.
+    reckless = seed % 2 == 1
+    copying: dict[int, tuple] = {}
+    steps = opened = 0
+    for i in range(150):
+        roll = rng.random()
+        slot = rng.randrange(SLOTS)
+        if roll < 0.10 and slot not in copying:
+            what, threshold = random_adapter(rng, 1000 * seed + i), rng.choice([0.0, 0.0, 0.4, -0.2])
+            fast.detach(slot)
+            naive.slots.pop(slot, None)
+            copying[slot] = (fast.attach(slot, what, threshold), NaiveSlot(what, threshold))
+        elif roll < 0.14 and slot not in copying:
+            fast.detach(slot)
+            naive.slots.pop(slot, None)
+        elif roll < 0.18 and slot in naive.slots:
+            naive.slots[slot].threshold = rng.choice([0.0, 0.3, 0.8])
+            fast.set_threshold(slot, naive.slots[slot].threshold)
+        elif roll < 0.24:
+            row = rng.randrange(ROWS)
+            fast.forget_row(row)
+            naive.forget_row(row)
+        for key, (pieces, waiting) in list(copying.items()):
+            if next(pieces, "done") == "done":
+                naive.slots[key] = waiting
+                del copying[key]
+        rows = rng.sample(range(ROWS), rng.randint(1, ROWS))
+        selectable = list(range(SLOTS)) if reckless else list(naive.slots)
+        pieces = [
+            (r, rng.choice([1, 1, 1, 2, 9]), rng.sample(selectable, rng.randint(0, len(selectable)))) for r in rows
+        ]
+        labels = [rng.randrange(LABELS) for _ in rows]
+        T = sum(n for _, n, _ in pieces)
+        x_LTd, y_LTd = torch.randn(2, LAYERS, T, D, generator=g)
+        got, fired_TS = step(fast, pieces, x_LTd, y_LTd, labels)
+        want, want_fired_TS = naive.step(pieces, x_LTd, y_LTd, labels)
+        torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5)
+        if naive.slots:
+            assert fired_TS is not None
+            keep = [s for s in range(SLOTS) if s in naive.slots]
+            assert torch.equal(fired_TS[:, keep], want_fired_TS[:, keep])
+            assert not fired_TS[:, [s for s in range(SLOTS) if s not in naive.slots]].any()
+        steps += 1
+        opened += bool((want != y_LTd.double()).any())
+        if rng.random() < 0.1:
+            assert_totals(fast, naive, seen=not reckless)
+    assert_totals(fast, naive, seen=not reckless)
+    assert opened > steps / 3, "too few gates opened to show a mistake"
+    assert naive.smallest_margin > 2e-7, "a gate stood on its threshold: the counts above would be a matter of luck"
+
+
+def assert_totals(fast: Bank, naive: NaiveBank, *, seen: bool) -> None:
+    totals = fast.read_totals()
+    assert totals.fired_LS == naive.fired.int().tolist()
+    assert totals.mass_S == pytest.approx(naive.mass.tolist(), rel=1e-4, abs=1e-4)
+    assert totals.cross_KS == naive.cross.int().tolist()
+    if seen:
+        assert totals.seen_LS == naive.seen.int().tolist()
+    for counter in (naive.fired, naive.seen, naive.mass, naive.cross):
+        counter.zero_()
+    assert not any(torch.tensor(counter).any() for counter in counters(fast.read_totals()))
+
+
+def counters(totals):
+    return totals.fired_LS, totals.seen_LS, totals.mass_S, totals.cross_KS
+
+
+def test_y_comes_back_to_the_bit_where_no_gate_fired():
+    on, shut = bank(), adapter(1, bias=-100.0)
+    attach(on, 0, shut)
+    attach(on, 1, adapter(2))
+    x_LTd = torch.randn(LAYERS, 7, D, generator=torch.Generator().manual_seed(0))
+    y_LTd = torch.randn(LAYERS, 7, D, generator=torch.Generator().manual_seed(1))
+    y_LTd[:, :, 0], y_LTd[:, :, 1], y_LTd[:, :, 2] = -0.0, NAN, 1e-42  # what adding 0 would not keep
+    for selected in ((), (0,), (0, 2)):
+        out, fired_TS = step(on, [(0, 4, selected), (1, 3, selected)], x_LTd, y_LTd)
+        assert torch.equal(out.view(torch.int32), y_LTd.view(torch.int32))
+        assert not fired_TS.any()
+    # And token by token, where a neighbour's gate fired.
+    out, fired_TS = step(on, [(0, 4, (0, 1)), (1, 3, (0, 1))], x_LTd, y_LTd)
+    assert fired_TS.any()
+    logits_LT = torch.stack(
+        [math.gate_logit(x_LTd[i], on.gate_LdS[i, :, 1], on.bias_LS[i, 1]) for i in range(LAYERS)]
+    )
+    closed_LT = logits_LT < 0
+    assert closed_LT.any()
+    assert torch.equal(out[closed_LT].view(torch.int32), y_LTd[closed_LT].view(torch.int32))
+    assert not torch.equal(out[~closed_LT].view(torch.int32), y_LTd[~closed_LT].view(torch.int32))
+
+
+@pytest.mark.parametrize("poison", [NAN, float("inf"), -float("inf")])
+@pytest.mark.parametrize("detached", [True, False])
+def test_poisoned_slots_that_are_not_selected_never_touch_the_output(poison, detached):
+    g = torch.Generator().manual_seed(3)
+    x_LTd, y_LTd = torch.randn(2, LAYERS, 12, D, generator=g)
+    clean, wild = bank(), bank()
+    for each in (clean, wild):
+        attach(each, 1, adapter(1, carry=0.5))
+        attach(each, 3, adapter(3))
+        attach(each, 2, adapter(2))
+    for weights in (wild.gate_LdS[:, :, 2], wild.bias_LS[:, 2], wild.w_in_SLhd[2], wild.w_out_SLhd[2]):
+        weights.fill_(poison)
+    if detached:
+        clean.detach(2)
+        wild.detach(2)
+    pieces = [(0, 5, (1, 3)), (2, 1, ()), (3, 6, (1,))]
+    for _ in range(2):  # the second step goes on from the states of the first
+        want, want_fired_TS = step(clean, pieces, x_LTd, y_LTd)
+        got, fired_TS = step(wild, pieces, x_LTd, y_LTd)
+        assert torch.equal(got, want)
+        assert torch.equal(fired_TS, want_fired_TS)
+    totals, want_totals = wild.read_totals(), clean.read_totals()
+    assert (totals.fired_LS, totals.seen_LS) == (want_totals.fired_LS, want_totals.seen_LS)
+    assert totals.mass_S == want_totals.mass_S
+
+
+def test_a_request_gone_wild_does_not_spoil_the_others_nor_the_statistics():
+    on, calm = bank(), bank()
+    attach(on, 0, adapter(1, carry=0.5))
+    attach(calm, 0, adapter(1, carry=0.5))
+    x_LTd, y_LTd = torch.randn(2, LAYERS, 9, D, generator=torch.Generator().manual_seed(4))
+    want, _ = step(calm, [(0, 4, (0,)), (2, 3, (0,))], x_LTd[:, [0, 1, 2, 3, 6, 7, 8]], y_LTd[:, :7])
+    wild_LTd = x_LTd.clone()
+    wild_LTd[:, 4:6] = NAN
+    got, _ = step(on, [(0, 4, (0,)), (1, 2, (0,)), (2, 3, (0,))], wild_LTd, y_LTd[:, [0, 1, 2, 3, 0, 0, 4, 5, 6]])
+    torch.testing.assert_close(got[:, [0, 1, 2, 3, 6, 7, 8]], want)
+    totals = on.read_totals()
+    assert totals.mass_S == pytest.approx(calm.read_totals().mass_S), "one NaN would stay in the totals for ever"
+
+
+def test_an_adapter_acts_only_once_all_of_it_is_copied():
+    on = bank()
+    x_LTd, y_LTd = torch.randn(2, LAYERS, 6, D, generator=torch.Generator().manual_seed(5))
+    attach(on, 1, adapter(1))
+    only_other, _ = step(on, [(0, 6, (1,))], x_LTd, y_LTd)
+    copy = on.attach(0, adapter(2), 0.0)
+    on.forget_row(0)
+    for _ in range(LAYERS):
+        next(copy)
+        got, fired_TS = step(on, [(0, 6, (0, 1))], x_LTd, y_LTd)
+        on.forget_row(0)
+        assert torch.equal(got, only_other)
+        assert not fired_TS[:, 0].any()
+    assert next(copy, "done") == "done"
+    got, fired_TS = step(on, [(0, 6, (0, 1))], x_LTd, y_LTd)
+    assert fired_TS[:, 0].any()
+    assert not torch.equal(got, only_other)
+
+
+def test_a_narrow_adapter_is_not_widened_by_the_one_before_it_in_the_slot():
+    x_LTd, y_LTd = torch.randn(2, LAYERS, 20, D, generator=torch.Generator().manual_seed(6))
+    fresh, used = bank(), bank()
+    attach(used, 2, adapter(1))
+    used.detach(2)
+    for each in (fresh, used):
+        attach(each, 2, adapter(2, widths=(2, 0, 1)))
+    want, fired_TS = step(fresh, [(0, 20, (2,))], x_LTd, y_LTd)
+    got, _ = step(used, [(0, 20, (2,))], x_LTd, y_LTd)
+    assert torch.equal(got, want)
+    assert fired_TS.any()
+    assert torch.equal(got[1], y_LTd[1]), "the layer without a block adds nothing"
+    assert [int(layer[2] > 0) for layer in used.read_totals().seen_LS] == [1, 0, 1]
+
+
+def test_a_forgotten_row_starts_a_sequence_and_the_others_go_on():
+    on = bank()
+    attach(on, 0, adapter(1, carry=0.9))
+    x_LTd, y_LTd = torch.randn(2, LAYERS, 2, D, generator=torch.Generator().manual_seed(7))
+    first, _ = step(on, [(0, 1, (0,)), (1, 1, (0,))], x_LTd, y_LTd)
+    on.forget_row(0)
+    states_LS = on.state_LRS[:, 1].clone()
+    again, _ = step(on, [(0, 1, (0,))], x_LTd[:, :1], y_LTd[:, :1])
+    torch.testing.assert_close(again, first[:, :1])
+    assert torch.equal(on.state_LRS[:, 1, 0], states_LS[:, 0])
+    assert not states_LS[:, 0].isnan().any()
+    carried, _ = step(on, [(1, 1, (0,))], x_LTd[:, :1], y_LTd[:, :1])
+    assert not torch.allclose(carried, again), "the carry of this test is too small to show a mistake"
+
+
+def test_with_nothing_attached_a_step_costs_and_changes_nothing():
+    on = bank()
+    attach(on, 0, adapter(1))
+    on.detach(0)
+    y_Td = torch.randn(3, D)
+    on.begin(tokens([(0, 3, (0,))]))
+    assert on.add_residues(0, torch.randn(3, D), y_Td) is y_Td
+    assert on.end() is None
+    assert not any(torch.tensor(counter).any() for counter in counters(on.read_totals()))
+
+
+def test_a_bfloat16_stream_opens_the_gates_of_float32_logits():
+    """Gates are evaluated in float32 whatever the stream is; only the block's product is rounded."""
+    on, what = bank(torch.bfloat16), adapter(8, carry=0.5)
+    attach(on, 1, what)
+    x_LTd, y_LTd = torch.randn(2, LAYERS, 40, D, generator=torch.Generator().manual_seed(8)).bfloat16()
+    got, fired_TS = step(on, [(0, 40, (1,))], x_LTd, y_LTd)
+    assert got.dtype == torch.bfloat16
+    naive = NaiveBank()
+    naive.slots[1] = NaiveSlot(what, 0.0)
+    want, want_fired_TS = naive.step([(0, 40, (1,))], x_LTd, y_LTd, [0])
+    assert torch.equal(fired_TS, want_fired_TS)
+    torch.testing.assert_close(got.double(), want, atol=0.1, rtol=0.05)
+
+
+def test_an_adapter_wider_than_a_slot_is_refused_by_name_of_the_flag():
+    wide = adapter(9, widths=(1, WIDTH + 1, 1))
+    with pytest.raises(BadAdapterFile, match=f"--slot-width {WIDTH + 1}"):
+        bank().check_fits(wide)
+    on = bank()
+    with pytest.raises(BadAdapterFile):
+        next(on.attach(0, wide, 0.0))
+    assert on.attached == set()
