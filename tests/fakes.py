@@ -32,7 +32,7 @@ from nr_serve.engine.messages import (
     Token,
     UnloadAdapter,
 )
-from nr_serve.errors import BadAdapterFile, Conflict, NotFound, Unavailable
+from nr_serve.errors import BadAdapterFile, Conflict, NotFound, NrError, Unavailable
 from nr_serve.metrics import Metrics
 from nr_serve.serve import bind
 from nr_serve.tokenizer import Detokenizer, Tokenizer
@@ -231,7 +231,7 @@ def _carry_out(engine: FakeEngine, command: Any, future: Future) -> None:
                 change = {"pinned": pinned, "threshold": threshold}
                 adapters[name] = replace(adapters[name], **{k: v for k, v in change.items() if v is not None})
                 future.set_result(adapters[name])
-    except Exception as error:
+    except NrError as error:
         future.set_exception(error)
 
 

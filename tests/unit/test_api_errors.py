@@ -140,8 +140,8 @@ def test_a_client_that_goes_away_has_its_requests_aborted(server, stream, starte
     body = json.dumps({"model": "base", "prompt": "x", "max_tokens": 190, "n": 2, "stream": stream}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         if started and stream:
             client.recv(100)
         time.sleep(0.05)
