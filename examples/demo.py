@@ -1,10 +1,11 @@
-"""The main job, end to end: serve the base, load the Hungarian adapter beside a running stream, ask in two languages.
+"""The main job, end to end: serve the base, load an adapter beside a running stream, ask in two languages.
 
 Run it with `make demo`. It starts its own server on a free port and stops it at the end.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -100,7 +101,7 @@ def load_beside_a_stream(url: str, model: str) -> None:
     during = len(events) - before
     loaded.set()
     reader.join()
-    gaps = sorted(b - a for a, b in zip(events, events[1:], strict=False))
+    gaps = sorted(b - a for a, b in itertools.pairwise(events))
     print(
         f"meanwhile an English stream wrote {during} tokens; between two tokens: "
         f"median {1e3 * gaps[len(gaps) // 2]:.0f} ms, longest {1e3 * gaps[-1]:.0f} ms"
@@ -161,9 +162,8 @@ def main() -> None:
         ask_in_two_languages(url, client, model)
         print("\nloss in nats a token      frozen base   base + hu, gates route")
         for language, texts in (("Hungarian", HUNGARIAN_TEXT), ("English", ENGLISH_TEXT)):
-            print(
-                f"  {language:22}  {loss(client, f'{model}@none', texts):11.3f}   {loss(client, model, texts):11.3f}"
-            )
+            alone, routed = loss(client, f"{model}@none", texts), loss(client, model, texts)
+            print(f"  {language:22}  {alone:11.3f}   {routed:11.3f}")
         print()
         subprocess.run(
             [sys.executable, "-m", "nr_serve.cli", "list-adapters"], check=True, env={"NR_URL": url} | os.environ
