@@ -11,6 +11,11 @@ from safetensors.torch import load_file, save_file
 PROMPT = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 
 
+def _lasting(adapter):
+    """What of an adapter's view only a change of the adapter changes."""
+    return {k: v for k, v in adapter.items() if k not in ("gates", "fired_by_selected")}
+
+
 def _wrong_shape(good, path):
     tensors = load_file(good)
     tensors["layers.3.w_in"] = tensors["layers.3.w_in"][:, :-1].contiguous()
@@ -69,7 +74,7 @@ def test_a_bad_file_is_refused_and_changes_nothing(url, client, base, random_ada
     refused = httpx.put(f"{url}/v1/adapters/x", params={"replace": "true"}, content=body)
     assert 400 <= refused.status_code < 500
     assert message in refused.json()["error"]["message"]
-    assert [{**a, "gates": None} for a in client.adapters()] == [{**a, "gates": None} for a in before]
+    assert [_lasting(a) for a in client.adapters()] == [_lasting(a) for a in before]
     assert client.complete(model="x", **PROMPT)["choices"] == answer_before
 
 
