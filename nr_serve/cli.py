@@ -85,12 +85,14 @@ def _help() -> str:
     width = max(map(len, COMMANDS)) + 2
     for name, (settings, _) in COMMANDS.items():
         lines.append(f"  {name:<{width}}{(settings.__doc__ or '').splitlines()[0]}")
-    return "\n".join([*lines, "", "`nr-serve COMMAND --help` shows a command's flags."])
+    lines += ["", "`nr-serve COMMAND --help` shows a command's flags."]
+    lines += ["Each flag of `serve` is an environment variable too: --max-running is NR_MAX_RUNNING."]
+    return "\n".join(lines)
 
 
 def _wrong_setting(error: ValidationError | SettingsError) -> str:
     if isinstance(error, SettingsError):
-        return str(error)
+        return f"{error}; in the environment, a list is JSON: NR_ADAPTER='[\"hu.safetensors\"]'"
     wrong = []
     for each in error.errors(include_url=False, include_input=False):
         flag = "--" + str(each["loc"][0]).replace("_", "-") if each["loc"] else "settings"

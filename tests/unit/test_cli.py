@@ -1,4 +1,7 @@
 import json
+import socket
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from nr_serve.config import ServeConfig
 from nr_serve.errors import NrError
 from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
 from nr_serve.serve import bind
+from nr_serve.train.base import load_base
+from tests import tiny
 from tests.fakes import serving
 
 
@@ -40,6 +45,10 @@ def hu(tmp_path):
     info = AdapterInfo("base", "f00d", 2, d, carry=0.5, domain="hu", results={"loss": {"hu": 1.25}})
     write_adapter(path, info, (block, None))
     return path
+
+
+def _fingerprint(folder: Path) -> str:
+    return load_base(str(folder)).fingerprint
 
 
 def test_help_lists_every_command(capsys):
@@ -161,6 +170,25 @@ def test_train_hands_its_flags_to_the_trainer(tmp_path, monkeypatch, capsys):
     assert (str(recipe), str(out), str(corpus), more) == ("r.toml", "o", "c", {"resume": True})
 
 
+def test_evaluate_prints_loss_and_fired_shares_with_and_without_the_adapters(tmp_path, capsys):
+    base = tiny.model()
+    folder = tiny.save(base, tmp_path / "tiny")
+    made = tiny.adapter(base, 1, carry=0.5)
+    write_adapter(
+        tmp_path / "hu.safetensors", replace(made.info, base_fingerprint=_fingerprint(folder)), made.blocks
+    )
+    (tmp_path / "en.x.heldout.txt").write_text("Some text to read.\n\n" * 20)
+    args = ["evaluate", str(tmp_path / "hu.safetensors"), "--corpus", str(tmp_path), "--model", str(folder)]
+    args += ["--window", "16", "--windows", "2"]
+    assert main([*args, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["source"], row["tokens"]) == ("en.x", 32)
+    assert row["loss"] != row["base_loss"]
+    assert 0 < row["fired"]["hu"] < 1
+    assert main(args) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[-2:] == ["FIRED", "hu"]
+
+
 def test_a_port_in_use_is_said_before_anything_is_loaded(capsys):
     with bind("127.0.0.1", 0) as taken:
         assert main(["serve", "--port", str(taken.getsockname()[1]), "--model", "/no/such"]) == 1
@@ -194,6 +222,11 @@ def test_an_open_server_is_warned_about(capsys):
     _warn_if_open(ServeConfig(host="0.0.0.0", api_key="x"))
     _warn_if_open(ServeConfig(host="::1"))
     assert capsys.readouterr().err == ""
+
+
+def test_chunks_are_sent_at_once():
+    with bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # asyncio turns Nagle's delay off on no other
 
 
 def test_a_host_that_is_not_ours_is_refused():
