@@ -28,7 +28,10 @@ from nr_serve.errors import BadAdapterFile, TooLarge
 FORMAT = "neutral-residues"
 FORMAT_VERSION = 1
 GATES = ("relu",)
-_TENSOR = re.compile(r"layers\.(\d+)\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
+MAX_LAYERS = 9999
+MAX_THRESHOLD = 1e30
+"""Far above any gate, and still a float32."""
+_TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -129,10 +132,10 @@ def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...
         named = {"block_gate": block.gate, "block_gate_bias": block.bias}
         named |= {"w_in": block.w_in, "w_gate": block.w_gate, "w_out": block.w_out}
         tensors |= {f"layers.{i}.{name}": t.detach().cpu().contiguous() for name, t in named.items()}
-    _blocks(tensors, info)
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     for name, value in asdict(info).items():
         metadata[name] = value if isinstance(value, str) else json.dumps(value)
+    _blocks(tensors, _info(metadata))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         safetensors.torch.save_file(tensors, part, metadata)
@@ -152,11 +155,12 @@ def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
 
 
 def _parse(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if data[:1] == b"\x80" or data[:2] == b"PK":
-        raise BadAdapterFile("this is a pickle or zip file, not safetensors; pickle is never loaded")
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError) as error:
+        # Looked at only now: a safetensors file whose header has the right length begins with the same bytes.
+        if data[:1] == b"\x80" or data[:2] == b"PK":
+            raise BadAdapterFile("this is a pickle or zip file, not safetensors; pickle is never loaded") from error
         raise BadAdapterFile(f"not a whole safetensors file: {error}") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__") or {}
@@ -183,6 +187,10 @@ def _info(metadata: Mapping[str, str]) -> AdapterInfo:
         raise BadAdapterFile(f"gate {info.gate!r} cannot be served; known: {', '.join(GATES)}")
     if not 0 <= info.carry < 1:
         raise BadAdapterFile(f"carry must be in [0, 1), not {info.carry}")
+    if abs(info.threshold) > MAX_THRESHOLD:
+        raise BadAdapterFile(f"threshold must be within {MAX_THRESHOLD:g}")
+    if not 0 < info.layers <= MAX_LAYERS:
+        raise BadAdapterFile(f"layers must be in 1..{MAX_LAYERS}")
     return info
 
 
@@ -196,7 +204,7 @@ _JSON_TYPES: Mapping[str, tuple[type, ...]] = {
 def _json(name: str, text: str, kind: str) -> Any:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadAdapterFile(f"metadata {name} is not JSON: {text[:40]!r}") from error
     finite = not isinstance(value, float) or abs(value) < float("inf")
     if not isinstance(value, _JSON_TYPES[kind]) or isinstance(value, bool) or not finite:
@@ -238,7 +246,7 @@ def _block(layer: int, named: Mapping[str, Tensor], d: int) -> Block:
         raise BadAdapterFile(f"layer {layer} lacks {', '.join(missing)}")
     bias = named.get("block_gate_bias", torch.zeros(()))
     h = named["w_in"].shape[0] if named["w_in"].dim() == 2 else 0
-    wanted = {"block_gate": (d,), "w_in": (h, d), "w_gate": (h, d), "w_out": (d, h)}
+    wanted = {"w_in": (h, d), "block_gate": (d,), "w_gate": (h, d), "w_out": (d, h)}
     for name, shape in wanted.items():
         if h == 0 or tuple(named[name].shape) != shape:
             found = list(named[name].shape)

@@ -1,0 +1,443 @@
+"""The adapter file comes back as it was written, and every other file is refused with the reason."""
+
+import hashlib
+import json
+import pickle
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nr_serve.errors import BadAdapterFile, NrError, TooLarge
+from nr_serve.neutral.format import Adapter, AdapterInfo, Base, Block, read_adapter, write_adapter
+
+D, LAYERS = 4, 3
+BASE = Base("tiny", "f00d", LAYERS, D)
+INFO = AdapterInfo(
+    base="tiny",
+    base_fingerprint="f00d",
+    layers=LAYERS,
+    d=D,
+    carry=0.5,
+    threshold=0.25,
+    domain="hu",
+    recipe={"steps": 3, "text": ["árvíztűrő", None]},
+    results={"leak": 0.001},
+)
+QUICK = settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def blocks(dtype=torch.float32, widths=(2, 0, 3)):
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.randn(shape, generator=g).to(dtype)
+
+    return tuple(Block(rand(D), rand(), rand(h, D), rand(h, D), rand(D, h)) if h else None for h in widths)
+
+
+def parts(data: bytes) -> tuple[dict, bytes]:
+    """Header and tensor bytes of a safetensors file, by its published layout."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def whole(header: dict, body: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + body
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, INFO, blocks())
+    return path
+
+
+def refused(path, match: str, base: Base | None = BASE, **options) -> None:
+    with pytest.raises(BadAdapterFile, match=match):
+        read_adapter(path, base, **options)
+
+
+# What is written comes back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_written_is_read_back_to_the_bit(tmp_path, dtype):
+    path, written = tmp_path / "a.safetensors", blocks(dtype)
+    write_adapter(path, INFO, written)
+    got = read_adapter(path, BASE)
+    assert got.info == INFO
+    assert got.version == hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    assert got.h == 3
+    assert [block and block.h for block in got.blocks] == [2, None, 3]
+    for block, want in zip(got.blocks, written, strict=True):
+        if want is None:
+            continue
+        for name in ("gate", "bias", "w_in", "w_gate", "w_out"):
+            tensor, expected = getattr(block, name), getattr(want, name)
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, expected)
+    assert got.nbytes == sum(D + 1 + 3 * h * D for h in (2, 3)) * dtype.itemsize
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_the_file_has_the_documented_names_shapes_and_values(path):
+    header, body = parts(path.read_bytes())
+    metadata = header.pop("__metadata__")
+    assert metadata["format"] == "neutral-residues"
+    assert metadata["format_version"] == "1"
+    assert json.loads(metadata["recipe"]) == INFO.recipe
+    shapes = {name: entry["shape"] for name, entry in header.items()}
+    assert shapes == {
+        f"layers.{i}.{name}": shape
+        for i, h in ((0, 2), (2, 3))
+        for name, shape in {
+            "block_gate": [D],
+            "block_gate_bias": [],
+            "w_in": [h, D],
+            "w_gate": [h, D],
+            "w_out": [D, h],
+        }.items()
+    }
+    start, stop = header["layers.2.w_out"]["data_offsets"]
+    values = np.frombuffer(body[start:stop], dtype="<f4").reshape(D, 3)
+    assert np.array_equal(values, blocks()[2].w_out.numpy())
+
+
+def test_a_bias_that_is_absent_is_0(path):
+    header, body = parts(path.read_bytes())
+    at, end = header["layers.0.block_gate_bias"]["data_offsets"]
+    del header["layers.0.block_gate_bias"]
+    for entry in header.values():
+        if "data_offsets" in entry and entry["data_offsets"][0] >= end:
+            entry["data_offsets"] = [offset - (end - at) for offset in entry["data_offsets"]]
+    path.write_bytes(whole(header, body[:at] + body[end:]))
+    got = read_adapter(path, BASE)
+    assert got.blocks[0].bias.shape == ()
+    assert float(got.blocks[0].bias) == 0
+    assert torch.equal(got.blocks[2].w_out, blocks()[2].w_out)
+
+
+@pytest.mark.parametrize("length", [0x780, 0x880, 0x4B50])
+def test_a_header_whose_length_looks_like_a_pickle_or_zip_is_read(tmp_path, length):
+    """The file begins with its header's length: one in 32 begins with the byte that pickles begin with."""
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, INFO, blocks(widths=(1, 0, 0)))
+    header, body = parts(path.read_bytes())
+    text = json.dumps(header).encode()
+    assert len(text) <= length
+    text = text.ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + text + body)
+    assert read_adapter(path, BASE).h == 1
+
+
+def test_huge_and_foreign_metadata_are_kept(tmp_path):
+    path = tmp_path / "a.safetensors"
+    info = replace(INFO, domain="😀\u202eß\x00", recipe={"é" * 50: "長" * 300_000}, results={"deep": [[[[1]]]]})
+    write_adapter(path, info, blocks())
+    assert read_adapter(path, BASE).info == info
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("base", "match"),
+    [
+        (replace(BASE, fingerprint="beef"), "another base: tiny .f00d., not tiny .beef."),
+        (replace(BASE, layers=4), "3 layers of width 4 .tiny.; tiny has 4 of 4"),
+        (replace(BASE, d=8), "3 layers of width 4 .tiny.; tiny has 3 of 8"),
+    ],
+)
+def test_another_base_is_refused(path, base, match):
+    refused(path, match, base)
+    assert read_adapter(path).info.base == "tiny", "without a base any adapter can be inspected"
+
+
+def test_a_file_cut_anywhere_is_refused(path):
+    data = path.read_bytes()
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    cuts = {0, 1, 7, 8, 9, header_end // 2, header_end - 1, header_end, header_end + 1, len(data) - 1}
+    for cut in sorted(cuts | set(range(10, len(data), 97))):
+        path.write_bytes(data[:cut])
+        refused(path, "not a whole safetensors file")
+    path.write_bytes(data + b"\0")
+    refused(path, "not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "match"),
+    [
+        ("layers.0.block_gate", (D + 1,), r"block_gate has shape \[5\], wanted \[4\]"),
+        ("layers.0.block_gate", (1, D), r"block_gate has shape \[1, 4\]"),
+        ("layers.0.w_in", (2, D + 1), r"w_in has shape \[2, 5\], wanted \[2, 4\]"),
+        ("layers.0.w_in", (3, D), r"w_gate has shape \[2, 4\], wanted \[3, 4\]"),
+        ("layers.0.w_in", (2 * D,), r"w_in has shape \[8\], wanted \[h, 4\]"),
+        ("layers.0.w_in", (0, D), r"w_in has shape \[0, 4\]"),
+        ("layers.0.w_gate", (D, 2), r"w_gate has shape \[4, 2\], wanted \[2, 4\]"),
+        ("layers.0.w_out", (2, D), r"w_out has shape \[2, 4\], wanted \[4, 2\]"),
+        ("layers.0.block_gate_bias", (2,), "block_gate_bias has shape"),
+        ("layers.1.w_in", (2, D), "layer 1 lacks block_gate, w_gate, w_out"),
+        ("layers.3.w_in", (2, D), "unexpected tensor 'layers.3.w_in'"),
+        ("layers.00.w_in", (2, D), "unexpected tensor"),
+        ("layers.\u0660.w_in", (2, D), "unexpected tensor"),
+        ("layers.0.w_in.weight", (2, D), "unexpected tensor"),
+        ("layers.-1.w_in", (2, D), "unexpected tensor"),
+        ("x", (1,), "unexpected tensor 'x'"),
+        ("layers." + "1" * 5000 + ".w_in", (2, D), "unexpected tensor"),
+        ("lm_head.weight", (2, D), "unexpected tensor"),
+    ],
+)
+def test_wrong_shapes_and_names_are_refused(path, name, shape, match):
+    rewrite(path, {name: torch.zeros(shape)})
+    refused(path, match)
+
+
+def rewrite(path, changed: dict[str, torch.Tensor]) -> None:
+    """Replace or add float32 tensors, without safetensors' or the project's own writer."""
+    header, body = parts(path.read_bytes())
+    metadata = header.pop("__metadata__")
+    tensors = {name: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for name, e in header.items()}
+    tensors |= {name: ("F32", list(t.shape), t.numpy().tobytes()) for name, t in changed.items()}
+    header, body = {"__metadata__": metadata}, b""
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    path.write_bytes(whole(header, body))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["block_gate", "block_gate_bias", "w_in", "w_gate", "w_out"])
+def test_values_that_are_not_finite_are_refused(path, value, name):
+    shape = {"block_gate": (D,), "block_gate_bias": (), "w_out": (D, 3)}.get(name, (3, D))
+    tensor = torch.zeros(shape)
+    tensor.view(-1)[-1] = value
+    rewrite(path, {f"layers.2.{name}": tensor})
+    refused(path, f"layers.2.{name} holds NaN or infinite values")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bytes_each"),
+    [("I32", 4), ("I64", 8), ("F64", 8), ("U8", 1), ("U16", 2), ("BOOL", 1), ("F8_E4M3", 1), ("C64", 8)],
+)
+def test_other_types_of_number_are_refused(path, dtype, bytes_each):
+    header, body = parts(path.read_bytes())
+    entry = {"dtype": dtype, "shape": [D], "data_offsets": [len(body), len(body) + D * bytes_each]}
+    path.write_bytes(whole(header | {"layers.1.block_gate": entry}, body + bytes(D * bytes_each)))
+    refused(path, "layers.1.block_gate has dtype")
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("F4", 4), ("F6_E2M3", 6), ("F8_E8M0", 8), ("F128", 128), ("f32", 32)])
+def test_types_of_number_that_torch_may_not_have_are_refused(path, dtype, bits):
+    header, body = parts(path.read_bytes())
+    entry = {"dtype": dtype, "shape": [D], "data_offsets": [len(body), len(body) + D * bits // 8]}
+    path.write_bytes(whole(header | {"layers.1.block_gate": entry}, body + bytes(D * bits // 8)))
+    refused(path, "has dtype|not a whole safetensors file")
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (pytest.fail, ("the pickle was run",))
+
+    path = tmp_path / "a.safetensors"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        path.write_bytes(pickle.dumps(Evil(), protocol))
+        refused(path, "pickle is never loaded" if protocol > 1 else "not a whole safetensors file")
+    torch.save({"layers.0.w_in": torch.zeros(2, D)}, path)
+    refused(path, "pickle is never loaded")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.safetensors", b"")
+    refused(path, "pickle or zip file")
+
+
+@pytest.mark.parametrize("length", [10 * 2**30, 2**63, 2**64 - 1, 0, 1])
+def test_a_header_that_lies_about_its_length_is_refused(path, length):
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    refused(path, "not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [10 * 2**28], "data_offsets": [0, 10 * 2**30]},
+        {"shape": [2**40, 2**40], "data_offsets": [0, 16]},
+        {"shape": [2**63], "data_offsets": [0, 16]},
+        {"shape": [D], "data_offsets": [16, 0]},
+        {"shape": [D], "data_offsets": [-16, 0]},
+        {"shape": [-D], "data_offsets": [0, 16]},
+        {"shape": [D], "data_offsets": [2**64 - 16, 2**64]},
+        {"shape": [D], "data_offsets": [0, 12]},
+        {"shape": "4", "data_offsets": [0, 16]},
+        {"shape": [D]},
+    ],
+)
+def test_tensors_that_claim_what_is_not_there_are_refused(path, entry):
+    header, body = parts(path.read_bytes())
+    header["layers.0.block_gate"] = {"dtype": "F32"} | entry
+    path.write_bytes(whole(header, body))
+    refused(path, "not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"format": None}, "not an adapter: its metadata lacks format"),
+        ({"format": "lora"}, "not an adapter"),
+        ({"format_version": "2"}, "written in adapter format '2'; this nr-serve reads format 1"),
+        ({"format_version": None}, "adapter format ''"),
+        ({"base": None, "d": None}, "metadata lacks base, d"),
+        ({"base_fingerprint": None}, "metadata lacks base_fingerprint"),
+        ({"layers": "three"}, "layers is not JSON"),
+        ({"layers": "3.0"}, "layers has the wrong type"),
+        ({"layers": "true"}, "layers has the wrong type"),
+        ({"layers": "null"}, "layers has the wrong type"),
+        ({"layers": "0"}, "layers must be in"),
+        ({"layers": "-3"}, "layers must be in"),
+        ({"layers": "1000000000000"}, "layers must be in"),
+        ({"layers": "9" * 6000}, "layers is not JSON|layers must be in"),
+        ({"d": "-4"}, "has shape"),
+        ({"gate": "elu"}, "gate 'elu' cannot be served; known: relu"),
+        ({"carry": "1"}, "carry must be in"),
+        ({"carry": "-0.1"}, "carry must be in"),
+        ({"carry": "NaN"}, "carry has the wrong type"),
+        ({"threshold": "Infinity"}, "threshold has the wrong type"),
+        ({"threshold": "1e300"}, "threshold must be within"),
+        ({"threshold": "-1" + "0" * 400}, "threshold must be within"),
+        ({"threshold": '"0"'}, "threshold has the wrong type"),
+        ({"recipe": "[]"}, "recipe has the wrong type"),
+        ({"recipe": "[" * 100_000}, "recipe is not JSON"),
+        ({"results": "{"}, "results is not JSON"),
+    ],
+)
+def test_metadata_that_is_missing_or_wrong_is_refused(path, changed, match):
+    header, body = parts(path.read_bytes())
+    metadata = header["__metadata__"] | changed
+    header["__metadata__"] = {name: value for name, value in metadata.items() if value is not None}
+    path.write_bytes(whole(header, body))
+    refused(path, match, base=None)
+
+
+def test_a_file_without_metadata_or_without_blocks_is_refused(path):
+    header, body = parts(path.read_bytes())
+    metadata = header.pop("__metadata__")
+    path.write_bytes(whole(header, body))
+    refused(path, "not an adapter")
+    path.write_bytes(whole({"__metadata__": metadata}, b""))
+    refused(path, "the file holds no block")
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    refused(tmp_path / "none.safetensors", "cannot read none.safetensors: No such file")
+    refused(tmp_path, "cannot read .*: Is a directory")
+    empty = tmp_path / "empty.safetensors"
+    empty.write_bytes(b"")
+    refused(empty, "not a whole safetensors file")
+
+
+def test_a_file_over_the_limit_is_too_large_before_it_is_read(path):
+    size = path.stat().st_size
+    assert isinstance(read_adapter(path, BASE, max_bytes=size), Adapter)
+    path.write_bytes(b"not even an adapter".ljust(size))
+    with pytest.raises(TooLarge, match=f"{size:,} bytes; the limit is {size - 1:,}"):
+        read_adapter(path, BASE, max_bytes=size - 1)
+
+
+@pytest.mark.parametrize(
+    ("info", "made", "match"),
+    [
+        (replace(INFO, carry=1.0), blocks(), "carry must be in"),
+        (replace(INFO, gate="elu"), blocks(), "gate 'elu'"),
+        (replace(INFO, threshold=float("nan")), blocks(), "threshold has the wrong type"),
+        (INFO, (None, None, None), "holds no block"),
+        (INFO, (None, None, None, blocks()[0]), "unexpected tensor"),
+        (replace(INFO, d=D + 1), blocks(), "wanted"),
+        (INFO, (replace(blocks()[0], w_in=torch.full((2, D), float("nan"))), None, None), "NaN"),
+    ],
+)
+def test_what_would_be_refused_is_not_written(tmp_path, info, made, match):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"the one before")
+    with pytest.raises(BadAdapterFile, match=match):
+        write_adapter(path, info, made)
+    assert path.read_bytes() == b"the one before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# Any bytes at all
+
+EDITS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6)
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def read_any(path, data: bytes) -> None:
+    path.write_bytes(data)
+    reasons: list[str] = []
+    for base in (BASE, None):
+        try:
+            adapter = read_adapter(path, base)
+        except NrError as error:
+            reasons.append(error.message)
+            continue
+        assert 0 <= adapter.info.carry < 1
+        for block in filter(None, adapter.blocks):
+            assert block.w_out.T.shape == block.w_in.shape == block.w_gate.shape == (block.h, adapter.info.d)
+            assert block.gate.shape == (adapter.info.d,)
+            assert all(
+                torch.isfinite(t).all() for t in (block.gate, block.bias, block.w_in, block.w_gate, block.w_out)
+            )
+    assert all(reasons), "a refusal without a reason"
+
+
+@QUICK
+@given(edits=EDITS, cut=st.floats(0.9, 1) | st.just(1.0), in_header=st.booleans())
+def test_no_change_of_bytes_raises_anything_but_a_refusal(path, edits, cut, in_header):
+    write_adapter(path, INFO, blocks())
+    data = bytearray(path.read_bytes())
+    reach = 8 + int.from_bytes(data[:8], "little") if in_header else len(data)
+    for place, value in edits:
+        data[int(place * (reach - 1))] = value
+    read_any(path, bytes(data[: int(cut * len(data))]))
+
+
+@QUICK
+@given(which=st.integers(0, 10), part=st.sampled_from(["all", "dtype", "shape", "data_offsets"]), junk=JUNK)
+def test_no_header_raises_anything_but_a_refusal(path, which, part, junk):
+    write_adapter(path, INFO, blocks())
+    header, body = parts(path.read_bytes())
+    name = sorted(header)[which % len(header)]
+    if part == "all" or name == "__metadata__":
+        header[name] = junk
+    else:
+        header[name][part] = junk
+    read_any(path, whole(header, body))
+
+
+@QUICK
+@given(
+    field=st.sampled_from(
+        ["format_version", "base", "layers", "d", "carry", "threshold", "gate", "recipe", "results"]
+    ),
+    text=JUNK.map(json.dumps) | st.text(),
+)
+def test_no_metadata_raises_anything_but_a_refusal(path, field, text):
+    write_adapter(path, INFO, blocks())
+    header, body = parts(path.read_bytes())
+    header["__metadata__"][field] = text
+    read_any(path, whole(header, body))
