@@ -90,7 +90,7 @@ class AdapterModule(nn.Module):
 
     def layer(self, i: int) -> BlockModule | None:
         """Layer i's block, if it has one."""
-        module = self.layers[str(i)] if str(i) in self.layers else None
+        module = dict(self.layers.items()).get(str(i))
         assert module is None or isinstance(module, BlockModule)
         return module
 
@@ -101,7 +101,7 @@ class AdapterModule(nn.Module):
     def export(self, dtype: torch.dtype) -> tuple[Block | None, ...]:
         """The blocks as an adapter file holds them."""
         modules = [self.layer(i) for i in range(self.depth)]
-        return tuple(module and module.export(dtype) for module in modules)
+        return tuple(None if module is None else module.export(dtype) for module in modules)
 
 
 @dataclass

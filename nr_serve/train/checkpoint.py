@@ -36,6 +36,8 @@ class Checkpoint:
     """Gradient steps taken."""
     recipe: dict[str, Any]
     base_fingerprint: str
+    text_digest: str
+    """`text.Classes.digest` of the text it trained on."""
     results: dict[str, Any]
     """The last measurement on held-out text."""
     blocks: dict[str, Tensor]
@@ -54,6 +56,7 @@ def save(out: Path, checkpoint: Checkpoint) -> Path:
         "step": checkpoint.step,
         "recipe": checkpoint.recipe,
         "base_fingerprint": checkpoint.base_fingerprint,
+        "text_digest": checkpoint.text_digest,
         "results": checkpoint.results,
     }
     (part / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nr_serve.neutral.scan import segmented_carry
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule, window_inputs
 from nr_serve.train.recipe import Gate
 from nr_serve.train.text import Classes, Windows, join
@@ -58,6 +57,18 @@ def solve_ridge(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tu
     return w_d, mean_y - w_d @ mean_d
 
 
+def causal_mean(x_NTd: Tensor, offset_NT: Tensor, a: float) -> Tensor:
+    """u_t = a u_(t-1) + (1 - a) x_t along each window, anew where the offset is 0; [N, T, d]."""
+    if a == 0:
+        return x_NTd
+    u_NTd = torch.empty_like(x_NTd)
+    u_NTd[:, 0] = x_NTd[:, 0]
+    for t in range(1, x_NTd.shape[1]):
+        moved_Nd = torch.lerp(x_NTd[:, t], u_NTd[:, t - 1], a)
+        u_NTd[:, t] = torch.where(offset_NT[:, t, None] == 0, x_NTd[:, t], moved_Nd)
+    return u_NTd
+
+
 class Fitter:
     """Fits or only recalibrates the gates of one adapter while a forward pass over all classes runs.
 
@@ -67,7 +78,7 @@ class Fitter:
     def __init__(self, adapter: AdapterModule, classes: Mapping[str, Windows], target: str, gate: Gate) -> None:
         self.adapter, self.target, self.gate = adapter, target, gate
         windows = join(classes.values())
-        self.offset_T = windows.offset_NT.flatten()
+        self.offset_NT = windows.offset_NT
         self.names = list(classes)
         per_window = torch.cat([torch.full((len(c),), i) for i, c in enumerate(classes.values())])
         fits = torch.cat([torch.arange(len(c)) % 2 == 0 for c in classes.values()])
@@ -97,9 +108,9 @@ class Fitter:
             self._calibrate(layer, module, self._carried(x_Td), rescale=False)
 
     def _carried(self, x_Td: Tensor) -> Tensor:
-        a = self.adapter.carry
-        x_Td = x_Td.float()
-        return x_Td if a == 0 else segmented_carry(x_Td, torch.full((x_Td.shape[1],), a), self.offset_T)
+        return causal_mean(
+            x_Td.float().view(*self.offset_NT.shape, -1), self.offset_NT, self.adapter.carry
+        ).flatten(0, 1)
 
     def _weights(self, target_T: Tensor) -> Tensor:
         """Half of the weight to the target, the other half in equal parts to the other classes."""
@@ -129,10 +140,11 @@ def _set(module: BlockModule, w_d: Tensor, b: Tensor) -> None:
 
 
 def gate_classes(classes: Classes, tokens: int) -> dict[str, Windows]:
-    """About `tokens` tokens of every class, the target's under the name `target`."""
-    named = {"target": classes.target} | dict(classes.original) | dict(classes.background)
-    length = classes.target.ids_NT.shape[1]
-    return {name: windows.take(slice(max(2, tokens // length))) for name, windows in named.items()}
+    """About `tokens` tokens of every class, and four times that of the target, whose weight is half of the fit."""
+    count = max(2, tokens // classes.target.ids_NT.shape[1])
+    others = dict(classes.original) | dict(classes.background)
+    fitted = {name: windows.take(slice(count)) for name, windows in others.items()}
+    return {"target": classes.target.take(slice(4 * count))} | fitted
 
 
 @torch.no_grad()

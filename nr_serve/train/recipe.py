@@ -127,7 +127,7 @@ class Run(_Section):
     warmup_tokens: int = Field(default=10_000, ge=0, description="Tokens over which the learning rate rises.")
     schedule: Literal["cosine", "constant-decay", "constant"] = Field(
         default="cosine",
-        description="cosine: to 0 over the budget; constant-decay: constant, then linear to 0; constant: as it says.",
+        description="cosine: to 0 over the budget; constant-decay: constant, then linear to 0; constant: level.",
     )
     decay_share: float = Field(
         default=0.25, gt=0, le=1, description="Share of the budget, at its end, over which constant-decay falls."

@@ -6,6 +6,7 @@ Shape suffixes: N windows, T tokens a window.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from nr_serve.train.recipe import BadRecipe, Data, Run
 
 PIECE_CHARACTERS = 8000
 """Longer documents are cut at paragraphs, so that one long book does not crowd out the other documents."""
+
+CLASS_TOKENS = 65_536
+"""A class that only keeps the gates shut is read this far: the text of a run must not depend on its budget."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def language(path: Path) -> str:
 
 def read_documents(path: Path) -> list[str]:
     """The documents of a file of one paragraph a line and an empty line between documents, the longest cut."""
-    documents = []
+    documents: list[str] = []
     for document in path.read_text(encoding="utf-8").split("\n\n"):
         documents.extend(_pieces([line for line in document.split("\n") if line.strip()]))
     return documents
@@ -134,6 +138,13 @@ class Classes:
     original: Mapping[str, Windows]
     background: Mapping[str, Windows]
 
+    def digest(self) -> str:
+        """16 hex digits that tell this text from any other."""
+        digest = hashlib.sha256()
+        for windows in (self.target, *self.original.values(), *self.background.values()):
+            digest.update(windows.ids_NT.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
 
 class Rotation:
     """An endless, seeded order over classes of windows: the classes in turn, each reshuffled every epoch."""
@@ -183,8 +194,8 @@ class Mix:
         return windows - original - background, original, background
 
 
-def read_classes(folder: Path, data: Data, tokenizer: Any, run: Run, class_tokens: int) -> Classes:
-    """The recipe's training text, packed; about `class_tokens` of each class that is not the target.
+def read_classes(folder: Path, data: Data, tokenizer: Any, run: Run) -> Classes:
+    """The recipe's training text, packed; at most `CLASS_TOKENS` tokens of each class that is not the target.
 
     Raises BadRecipe if a glob matches no file or a class has less than two windows of text.
     """
@@ -200,9 +211,9 @@ def read_classes(folder: Path, data: Data, tokenizer: Any, run: Run, class_token
         background.setdefault(language(path), []).extend(read_documents(path))
 
     def packed(named: Mapping[str, list[str]]) -> dict[str, Windows]:
-        return {n: _packed(n, d, tokenizer, run, class_tokens) for n, d in named.items()}
+        return {n: _packed(n, d, tokenizer, run, CLASS_TOKENS) for n, d in named.items()}
 
-    return Classes(_packed("target", target, tokenizer, run, run.tokens), packed(original), packed(background))
+    return Classes(_packed("target", target, tokenizer, run, None), packed(original), packed(background))
 
 
 def read_heldout(
@@ -215,7 +226,7 @@ def read_heldout(
     return sources
 
 
-def _packed(name: str, documents: list[str], tokenizer: Any, run: Run, tokens: int) -> Windows:
+def _packed(name: str, documents: list[str], tokenizer: Any, run: Run, tokens: int | None) -> Windows:
     windows = pack(tokenizer, documents, run.window, tokens, run.seed)
     if len(windows) < 2:
         raise BadRecipe(f"the text of {name} fills {len(windows)} windows of {run.window} tokens; 2 are needed")

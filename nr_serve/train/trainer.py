@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nr_serve.errors import Conflict, NrError
 from nr_serve.evaluate.heldout import SourceResult, measure
@@ -45,7 +44,7 @@ def train(recipe: Path, out: Path, corpus: Path, *, resume: bool = False) -> Pat
     out.mkdir(parents=True, exist_ok=True)
     base = load_base(plan.base, plan.run.dtype)
     found = checkpoints.latest(out) if resume else None
-    trainer = Trainer(plan, base, out, corpus, found and checkpoints.load(found))
+    trainer = Trainer(plan, base, out, corpus, None if found is None else checkpoints.load(found))
     trainer.run()
     return trainer.export(out / f"{plan.domain}.safetensors")
 
@@ -87,8 +86,7 @@ class Trainer:
         run = recipe.run
         self.log_path = out / "log.jsonl"
         _say("reading and packing the text")
-        needed = max(recipe.gate.fit_tokens, run.tokens // 20)
-        self.classes = text.read_classes(corpus, recipe.data, base.tokenizer, run, needed)
+        self.classes = text.read_classes(corpus, recipe.data, base.tokenizer, run)
         self.heldout = text.read_heldout(
             corpus, recipe.data.heldout, base.tokenizer, run.window, run.validate_windows
         )
@@ -115,6 +113,8 @@ class Trainer:
             raise Conflict("the recipe differs from that of the run to resume")
         if saved.base_fingerprint != self.base.fingerprint:
             raise Conflict("the base differs from that of the run to resume")
+        if saved.text_digest != self.classes.digest():
+            raise Conflict("the corpus differs from that of the run to resume")
         for i in range(self.adapter.depth):
             if f"layers.{i}.gate" not in saved.blocks:
                 self.adapter.drop(i)
@@ -192,7 +192,7 @@ class Trainer:
         quiet = losses.local_loss(record.local_sum, max(1, int(is_original_BT.sum())), self.adapter.depth)
         loss = lm + self.recipe.loss.alpha * quiet
         if loss.requires_grad:  # not if no gate fired at all
-            loss.backward()
+            torch.autograd.backward(loss)
         return float(lm.detach()), record.fired_share(0)
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ class Trainer:
         loss = losses.local_loss(record.local_sum, others.ids_NT.numel(), self.adapter.depth)
         if loss.requires_grad:
             with torch.enable_grad():
-                (self.recipe.loss.alpha * loss).backward()
+                torch.autograd.backward(self.recipe.loss.alpha * loss)
         return float(loss), record.fired_share(0)
 
     def validate(self) -> Mapping[str, SourceResult]:
@@ -227,6 +227,7 @@ class Trainer:
             step=self.step,
             recipe=self.recipe.dump(),
             base_fingerprint=self.base.fingerprint,
+            text_digest=self.classes.digest(),
             results=self.results,
             blocks=self.adapter.state_dict(),
             optimizer=self.optimizer.state_dict(),

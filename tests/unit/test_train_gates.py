@@ -1,0 +1,124 @@
+"""Closed-form gates: exact least squares, thresholds that hold, layer after layer."""
+
+import numpy as np
+import pytest
+import torch
+
+from nr_serve.neutral import math
+from nr_serve.train.attach import AdapterModule, Attached, window_inputs
+from nr_serve.train.gates import Fitter, causal_mean, fit_gates, solve_ridge
+from nr_serve.train.recipe import Gate
+from nr_serve.train.text import Windows
+from tests import tiny
+
+
+def classes(count: int = 60, length: int = 16) -> dict[str, Windows]:
+    """Three classes of windows that use different tokens, most of the time."""
+    g = torch.Generator().manual_seed(5)
+    made = {}
+    for i, name in enumerate(("target", "en", "da")):
+        own = torch.randint(i * 8, i * 8 + 8, (count, length), generator=g)
+        any_ = torch.randint(0, 24, (count, length), generator=g)
+        ids = torch.where(torch.rand(count, length, generator=g) < 0.8, own, any_)
+        made[name] = Windows(ids, torch.arange(length).expand(count, length) % 8)
+    return made
+
+
+def test_ridge_equals_weighted_least_squares_in_float64():
+    g = np.random.default_rng(0)
+    u, y, weight = g.normal(size=(500, 7)) + 3, g.normal(size=500), g.uniform(0.1, 2, size=500)
+    ridge = 0.01
+    w, b = solve_ridge(*(torch.from_numpy(a) for a in (u, y, weight)), ridge)
+    p = weight / weight.sum()
+    centred = u - p @ u
+    penalty = ridge * (p @ centred**2).mean()
+    rows = np.vstack([np.sqrt(p)[:, None] * centred, np.sqrt(penalty) * np.eye(7)])
+    expected = np.linalg.lstsq(rows, np.concatenate([np.sqrt(p) * (y - p @ y), np.zeros(7)]), rcond=None)[0]
+    assert np.allclose(w.numpy(), expected, atol=1e-10)
+    assert float(b) == pytest.approx(p @ y - (p @ u) @ expected)
+
+
+def test_a_gate_fitted_on_carried_inputs_is_the_carried_gate():
+    g = torch.Generator().manual_seed(0)
+    x, w, b = torch.randn(2, 9, 5, generator=g), torch.randn(5, generator=g), torch.tensor(0.3)
+    u = causal_mean(x, torch.arange(9).expand(2, 9) % 6, 0.7)
+    for row in range(2):
+        for document in (slice(0, 6), slice(6, 9)):
+            m = math.carry(math.gate_logit(x[row, document], w, b), 0.7, torch.tensor(torch.nan))
+            assert torch.allclose(u[row, document] @ w + b, m, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained_blocks", [False, True])
+def test_fitted_gates_hold_the_percentile_and_open_to_one_on_average(trained_blocks):
+    model = tiny.model()
+    adapter = AdapterModule.fresh(tiny.LAYERS, tiny.D, 16, carry=0.5, seed=0)
+    if trained_blocks:
+        for i in range(tiny.LAYERS):
+            adapter.layer(i).w_out.data.normal_(generator=torch.Generator().manual_seed(i))
+    attached = Attached(model, [adapter])
+    named = classes()
+    gate = Gate(percentile=95.0)
+    report = fit_gates(model, attached, named, gate)
+    for name, windows in named.items():
+        odd = windows.take(slice(1, None, 2))
+        record = attached.begin(odd.offset_NT)
+        with torch.no_grad():
+            model.model(odd.ids_NT, use_cache=False, **window_inputs(odd.offset_NT))
+        for layer in range(tiny.LAYERS):
+            share = record.fired[0][layer] / odd.ids_NT.numel()
+            fit = report[layer]
+            assert share == pytest.approx(fit.found if name == "target" else fit.misfired[name], abs=0.02)
+            assert name == "target" or share <= 0.06
+    assert report[0].found > 0.5
+
+
+def test_mean_open_gate_on_the_target_is_one():
+    model, named = tiny.model(), classes()
+    adapter = AdapterModule.fresh(tiny.LAYERS, tiny.D, 16, carry=0.5, seed=0)
+    seen = {}
+    attached = Attached(model, [adapter])
+    fit_gates(model, attached, named, Gate())
+    odd = named["target"].take(slice(1, None, 2))
+
+    def look(layer, x):
+        seen[layer] = adapter.layer(layer).gates(x, odd.offset_NT.flatten(), 0.5).detach()
+
+    attached.before = look
+    attached.begin(odd.offset_NT)
+    model.model(odd.ids_NT, use_cache=False, **window_inputs(odd.offset_NT))
+    for g in seen.values():
+        assert float(g[g > 0].mean()) == pytest.approx(1.0, abs=0.01)
+
+
+def test_refitting_the_thresholds_keeps_direction_and_scale():
+    model = tiny.model()
+    adapter = AdapterModule.fresh(tiny.LAYERS, tiny.D, 16, carry=0.5, seed=0)
+    attached = Attached(model, [adapter])
+    fit_gates(model, attached, classes(), Gate(percentile=90.0))
+    before = {name: p.clone() for name, p in adapter.named_parameters()}
+    fit_gates(model, attached, classes(), Gate(percentile=99.0), only_bias=True)
+    for name, p in adapter.named_parameters():
+        if name.endswith("bias"):
+            assert p < before[name]
+        else:
+            assert torch.equal(p, before[name])
+
+
+def test_layers_that_find_too_little_get_no_block():
+    model = tiny.model()
+    adapter = AdapterModule.fresh(tiny.LAYERS, tiny.D, 16, carry=0.5, seed=0)
+    attached = Attached(model, [adapter])
+    report = fit_gates(model, attached, classes(), Gate(min_found=0.999))
+    kept = [i for i in range(tiny.LAYERS) if adapter.layer(i) is not None]
+    assert kept == [i for i in range(tiny.LAYERS) if report[i].found >= 0.999]
+    assert len(kept) < tiny.LAYERS
+    assert [b is not None for b in adapter.export(torch.float32)] == [i in kept for i in range(tiny.LAYERS)]
+
+
+def test_classes_weigh_the_same_however_much_text_they_have():
+    named = classes()
+    named["en"] = named["en"].take(slice(8))
+    fitter = Fitter(AdapterModule.fresh(1, 4, 16, 0.0, 0), named, "target", Gate())
+    weight = fitter._weights(fitter.class_T == 0)[fitter.fits_T]
+    of = fitter.class_T[fitter.fits_T]
+    assert [float(weight[of == i].sum()) for i in range(3)] == pytest.approx([0.5, 0.25, 0.25])

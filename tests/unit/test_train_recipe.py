@@ -1,0 +1,99 @@
+"""Recipes: what is refused and what it says, sizes, and which run continues which."""
+
+import copy
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe, read_recipe
+
+SMALL = {
+    "domain": "hu",
+    "data": {"target": ["hu.*"], "original": ["en.*"]},
+    "blocks": {"h": 16},
+    "run": {"tokens": 8192, "window": 128, "batch_tokens": 512},
+}
+
+
+def recipe(**sections) -> Recipe:
+    values = copy.deepcopy(SMALL)
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
+    return parse_recipe(values)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"gate": {"percentil": 99}}, "gate.percentil is not a known key"),
+        ({"speed": "fast"}, "speed is not a known key"),
+        ({"run": {"tokens": "many"}}, "run.tokens"),
+        ({"run": {"batch_tokens": 500}}, "batch_tokens (500) is not a multiple of window (128)"),
+        ({"run": {"original_share": 0.5, "background_share": 0.4}}, "less than one target window a step"),
+        ({"run": {"tokens": 100}}, "tokens is less than one step"),
+        ({"blocks": {"capacity": 0.1}}, "exactly one of h and capacity"),
+        ({"blocks": {"carry": 1.0}}, "blocks.carry"),
+        ({"gate": {"init": "paper"}}, "must be trained"),
+        ({"loss": {"kind": "l2"}}, "loss.kind"),
+        ({"data": {"target": []}}, "data.target"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_the_key(sections, said):
+    with pytest.raises(BadRecipe, match=r".") as error:
+        recipe(**sections)
+    assert said in error.value.message
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(BadRecipe) as error:
+        parse_recipe({"domain": "hu", "x": 1})
+    assert all(name in error.value.message for name in ("x is not", "data", "blocks", "run"))
+
+
+def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path):
+    with pytest.raises(BadRecipe, match="cannot read"):
+        read_recipe(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(BadRecipe, match=r"bad.toml is not TOML"):
+        read_recipe(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(("capacity", "h"), [(0.05, 128), (0.2, 512), (0.0001, 16)])
+def test_capacity_gives_the_width(capacity, h):
+    sized = recipe(blocks={"h": None, "capacity": capacity})
+    assert sized.blocks.width(134_515_008, 576, 30) == h
+
+
+def test_every_field_says_what_it_is():
+    def sections(model):
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if hasattr(inner, "model_fields"):
+                yield from sections(inner)
+            else:
+                yield name, field
+
+    assert [name for name, field in sections(Recipe) if not field.description] == []
+
+
+def test_only_what_is_logged_may_change_on_resume():
+    first = recipe()
+    assert recipe(run={"log_every": 1, "validate_every": 512}).continues(first, 4096)
+    assert not recipe(run={"lr": 1e-4}).continues(first, 4096)
+    assert not recipe(gate={"percentile": 99}).continues(first, 0)
+
+
+def test_the_budget_may_grow_until_the_learning_rate_falls():
+    level = {"schedule": "constant-decay", "decay_share": 0.25}
+    first, longer = recipe(run=level), recipe(run=level | {"tokens": 16384})
+    assert longer.continues(first, 6144)
+    assert not longer.continues(first, 6145)
+    assert not recipe(run={"tokens": 16384}).continues(recipe(), 4096 + 10_000)
+
+
+@pytest.mark.parametrize("path", sorted(Path("adapters").glob("*/recipe.toml")), ids=str)
+def test_shipped_recipes_are_read(path: Path):
+    shipped = read_recipe(path)
+    assert parse_recipe(shipped.dump()) == shipped
+    assert tomllib.loads(path.read_text())["domain"] == path.parent.name
