@@ -1,0 +1,269 @@
+"""Names, versions, slots and pins, over random walks held against a model that keeps no slots of its own."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+
+from nr_serve.errors import Conflict, NotFound
+from nr_serve.neutral.registry import Registry, Version
+
+NAMES = "abcdefg"
+
+
+def version(name: str, digest: str = "", *, pinned: bool = False) -> Version:
+    return Version(name, digest, payload=None, threshold=0.0, pinned=pinned)
+
+
+def loaded(registry: Registry, name: str, **options) -> Version:
+    new = version(name, **options)
+    if registry.place(new) is not None:
+        registry.attach(new)
+    registry.publish(new)
+    return new
+
+
+class Walk:
+    """A random user of the registry. `slots` is what it was told, call by call, and nothing else."""
+
+    def __init__(self, seed: int, slots: int) -> None:
+        self.rng = random.Random(seed)
+        self.registry = Registry(slots)
+        self.slots: dict[int, Version] = {}
+        self.copying: dict[Version, bool] = {}  # to publish when done?
+        self.current: dict[str, Version] = {}
+        self.held: list[tuple[Version, ...]] = []
+        self.last_used: dict[Version, int] = {}
+        self.clock = 0
+        self.seen = {"evicted": 0, "drained": 0, "no slot": 0, "conflicts": 0}
+
+    def holders(self, of: Version) -> int:
+        return sum(of in selection for selection in self.held)
+
+    def place(self, new: Version, beside=()) -> None:
+        attached = {slot: v for slot, v in self.slots.items() if v not in self.copying}
+        takeable = {
+            slot: v for slot, v in attached.items() if not (v.pinned or self.holders(v) or v in beside or v.retired)
+        }
+        slot = self.registry.place(new, beside=beside)
+        free = set(range(len(self.registry._in_slot))) - self.slots.keys()
+        if free:
+            assert slot in free
+        elif takeable:
+            oldest = min(self.last_used.get(v, 0) for v in takeable.values())
+            assert self.last_used.get(takeable[slot], 0) == oldest, "not the least recently used was taken"
+            assert takeable[slot].slot is None
+            self.seen["evicted"] += 1
+        else:
+            assert slot is None
+            self.seen["no slot"] += 1
+            return
+        self.slots[slot] = new
+
+    def freed(self, slots: list[int], expected: set[Version]) -> None:
+        """`slots` came free, and they are those of `expected`."""
+        assert len(slots) == len(set(slots))
+        assert {self.slots.pop(slot) for slot in slots} == expected
+        self.seen["drained"] += len(slots)
+
+    def load(self) -> None:
+        new = version(self.rng.choice(NAMES), str(self.clock), pinned=self.rng.random() < 0.2)
+        self.place(new)
+        if new.slot is not None:
+            self.copying[new] = True
+        elif self.rng.random() < 0.5:
+            self.publish(new)
+
+    def publish(self, new: Version) -> None:
+        old = self.current.get(new.name)
+        if old is not None and self.rng.random() < 0.2:  # as when somebody else took the name meanwhile
+            with pytest.raises(Conflict):
+                self.registry.check_name(new.name, replace=False)
+            gone = {new} if new.slot is not None else set()
+            self.freed(self.registry.displace(new), gone)
+            self.seen["conflicts"] += 1
+            return
+        self.registry.check_name(new.name, replace=True)
+        if new.slot is not None:
+            assert self.registry.attach(new) == []
+        gone = {old} if old and old in self.slots.values() and not self.holders(old) else set()
+        self.freed(self.registry.publish(new), gone - self.copying.keys())
+        self.current[new.name] = new
+
+    def finish_copy(self) -> None:
+        if not self.copying:
+            return
+        new = self.rng.choice(list(self.copying))
+        if self.copying.pop(new):
+            self.publish(new)
+        else:
+            self.freed(self.registry.attach(new), {new} if new.retired else set())
+
+    def remove(self) -> None:
+        name = self.rng.choice(NAMES)
+        if name not in self.current:
+            with pytest.raises(NotFound):
+                self.registry.remove(name)
+            return
+        old = self.current.pop(name)
+        idle = old in self.slots.values() and old not in self.copying and not self.holders(old)
+        self.freed(self.registry.remove(name), {old} if idle else set())
+
+    def request(self) -> None:
+        names = self.rng.sample(sorted(self.current), min(len(self.current), self.rng.randint(0, 2)))
+        selection = self.registry.resolve(None if self.rng.random() < 0.2 else names + names[:1])
+        if len(selection) == len(names):
+            assert all(v is self.current[v.name] for v in selection)
+        for each in selection:
+            if each.slot is None:
+                self.place(each, beside=selection)
+                if each.slot is not None:
+                    self.copying[each] = False
+        if all(v.attached for v in selection):
+            self.clock += 1
+            self.registry.hold(selection)
+            self.held.append(selection)
+            self.last_used |= dict.fromkeys(selection, self.clock)
+
+    def end_request(self) -> None:
+        if not self.held:
+            return
+        selection = self.held.pop(self.rng.randrange(len(self.held)))
+        done = {v for v in selection if v.retired and not self.holders(v)}
+        self.freed(self.registry.release(selection), done)
+
+    def pin(self) -> None:
+        if self.current:
+            each = self.rng.choice(list(self.current.values()))
+            each.pinned = not each.pinned
+
+    def check(self) -> None:
+        registry = self.registry
+        for slot in range(len(registry._in_slot)):
+            there = registry.in_slot(slot)
+            assert there is self.slots.get(slot)
+            assert there is None or there.slot == slot
+        assert registry.slots_used == len(self.slots)
+        assert list(registry) == [self.current[name] for name in sorted(self.current)]
+        every = {*self.current.values(), *self.slots.values(), *(v for s in self.held for v in s)}
+        for each in every:
+            assert each.requests == self.holders(each)
+            assert (each.slot is not None) == (each in self.slots.values())
+            assert each.attached == (each in self.slots.values() and each not in self.copying)
+            if each.requests:
+                assert each.attached, "a running request lost its adapter"
+            assert each.retired == (self.current.get(each.name) is not each and not self.copying.get(each, False))
+        attached = [v for v in self.current.values() if v.attached]
+        assert set(registry.resolve(None)) == set(attached)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_random_walk_keeps_every_promise(seed):
+    walk = Walk(seed, slots=seed % 4 + 1)
+    moves = {
+        walk.load: 4,
+        walk.finish_copy: 6,
+        walk.remove: 1,
+        walk.request: 5,
+        walk.end_request: 4,
+        walk.pin: 1,
+    }
+    for _ in range(1500):
+        walk.rng.choices(list(moves), list(moves.values()))[0]()
+        walk.check()
+    while walk.copying:
+        walk.finish_copy()
+    while walk.held:
+        walk.end_request()
+        walk.check()
+    walk.registry.check()
+    assert all(walk.seen.values()), walk.seen
+
+
+def test_the_least_recently_used_leaves_and_the_pinned_stay():
+    registry = Registry(3)
+    a, b, c = (loaded(registry, name) for name in "abc")
+    for selection in ((b,), (a,), (c,), (b,)):
+        registry.hold(selection)
+        registry.release(selection)
+    a.pinned = True
+    loaded(registry, "d")
+    assert (a.attached, b.attached, c.attached) == (True, True, False)
+
+
+def test_a_version_that_was_replaced_keeps_its_slot_until_its_last_request_ends():
+    registry = Registry(2)
+    old = loaded(registry, "a")
+    registry.hold((old,))
+    registry.hold((old,))
+    new = version("a")
+    registry.place(new)
+    registry.attach(new)
+    assert registry.publish(new) == []
+    assert registry.resolve(["a"]) == (new,)
+    assert registry.resolve(None) == (new,)
+    assert registry.release((old,)) == []
+    assert registry.in_slot(0) is old
+    assert registry.release((old,)) == [0]
+    assert registry.in_slot(0) is None
+
+
+def test_a_version_unloaded_while_it_is_copied_keeps_its_slot_until_the_copy_ends():
+    registry = Registry(1)
+    late = version("a")
+    registry.publish(late)
+    assert registry.place(late) == 0
+    assert registry.remove("a") == []
+    assert registry.place(version("b")) is None, "the slot is being written"
+    assert registry.attach(late) == [0]
+    assert registry.resolve(None) == ()
+
+
+def test_versions_wanted_together_do_not_push_each_other_out():
+    registry = Registry(2)
+    a, _ = (loaded(registry, name) for name in "ab")
+    c, d = version("c"), version("d")
+    registry.publish(c)
+    registry.publish(d)
+    wanted = (a, c)
+    assert registry.place(c, beside=wanted) == 1
+    registry.attach(c)
+    assert registry.place(d, beside=(a, c, d)) is None
+
+
+def test_names_are_refused_by_what_is_wrong_with_them():
+    registry = Registry(1)
+    loaded(registry, "a")
+    with pytest.raises(Conflict, match="'a' is loaded already"):
+        registry.check_name("a", replace=False)
+    registry.check_name("a", replace=True)
+    registry.check_name("b", replace=False)
+    with pytest.raises(NotFound, match="'b'"):
+        registry.resolve(["a", "b"])
+    assert "a" in registry
+    assert "b" not in registry
+
+
+def test_a_slot_that_is_still_held_is_lost_when_nothing_runs():
+    registry = Registry(1)
+    registry.hold((loaded(registry, "a"),))
+    with pytest.raises(RuntimeError, match="slot 0 is lost to a"):
+        registry.check()
+
+
+def test_the_brain_never_imports_torch():
+    modules = ["neutral.registry", "engine.scheduler", "engine.pages", "engine.request", "engine.messages"]
+    program = f"""
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "numpy", "fastapi"):
+            raise ImportError("the brain imports " + name)
+
+sys.meta_path.insert(0, Blocked())
+for name in {modules}:
+    __import__("nr_serve." + name)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
