@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from nr_serve.api.context import Context, Ctx
-from nr_serve.api.schemas import LoadBody, LoadLoraBody, PatchBody, UnloadLoraBody
+from nr_serve.api.schemas import MAX_THRESHOLD, LoadBody, LoadLoraBody, PatchBody, UnloadLoraBody
 from nr_serve.api.selection import check_name
 from nr_serve.api.uploads import receive_file
 from nr_serve.api.views import adapter_body
@@ -52,7 +52,7 @@ async def put_adapter(
     name: str,
     replace: Annotated[bool, Query()] = False,
     pinned: Annotated[bool, Query()] = False,
-    threshold: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+    threshold: Annotated[float | None, Query(ge=-MAX_THRESHOLD, le=MAX_THRESHOLD, allow_inf_nan=False)] = None,
 ) -> JSONResponse:
     """Load the adapter in the body: the bytes of its file."""
     check_name(context, name)

@@ -169,8 +169,8 @@ def _sampling(context: Context, body: GenerationBody) -> Sampling:
 def _logit_bias(given: Mapping[str, float], vocab_size: int) -> dict[int, float]:
     bias = {}
     for key, value in given.items():
-        if not (key.isascii() and key.isdecimal()):
-            raise BadRequest(f"logit_bias: {key!r} is not a token id", param="logit_bias")
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise BadRequest(f"logit_bias: {key[:20]!r} is not a token id", param="logit_bias")
         if int(key) >= vocab_size:
             raise BadRequest(f"logit_bias: token id {key} is not in 0..{vocab_size - 1}", param="logit_bias")
         bias[int(key)] = value

@@ -207,7 +207,11 @@ class AsyncEngine:
 
     async def _turn(self, status: Status) -> None:
         if status == "ready":
-            views = await asyncio.wrap_future(self._engine.call(ListAdapters()))
+            try:
+                views = await asyncio.wrap_future(self._engine.call(ListAdapters()))
+            except Unavailable as error:  # it failed just now: the next look shows it
+                log.debug("ready no more: %s", error)
+                return
             self._note(ListAdapters(), views)
             for view in views:
                 self.metrics.loaded(view)

@@ -14,6 +14,7 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_PROMPTS = 2048
+MAX_THRESHOLD = 1e6
 
 
 def _whole_characters(text: str) -> str:
@@ -72,13 +73,13 @@ class GenerationBody(Body):
     stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, description="-1 or 0: off")
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="-1 or 0: off")
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    min_tokens: int | None = Field(None, ge=0)
+    min_tokens: int | None = Field(None, ge=0, lt=2**31)
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[StrictInt], Field(max_length=256)] | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -107,7 +108,7 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: Text | _Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
-    max_tokens: int | None = Field(None, ge=0, description="default 16")
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="default 16")
     best_of: int | None = Field(None, ge=1)
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -148,8 +149,8 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="default: what the context leaves")
-    max_tokens: int | None = Field(None, ge=1, description="older name of max_completion_tokens")
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: what the context leaves")
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="older name of max_completion_tokens")
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = Field(True, description="open the assistant's turn after the messages")
@@ -205,14 +206,14 @@ class LoadBody(Body):
     path: Text = Field(min_length=1, description="absolute, or relative to an allowed folder")
     replace: bool = False
     pinned: bool = False
-    threshold: float | None = Field(None, description="default: the file's own")
+    threshold: float | None = Field(None, ge=-MAX_THRESHOLD, le=MAX_THRESHOLD, description="default: the file's")
 
 
 class PatchBody(Body):
     """PATCH /v1/adapters/{name}: fields left out stay as they are."""
 
     pinned: bool | None = None
-    threshold: float | None = None
+    threshold: float | None = Field(None, ge=-MAX_THRESHOLD, le=MAX_THRESHOLD)
 
 
 class LoadLoraBody(Body):

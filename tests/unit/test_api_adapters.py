@@ -46,7 +46,9 @@ def test_a_bad_file_is_refused_and_changes_nothing(server, content, status):
     assert [a["name"] for a in server.http.get("/v1/adapters").json()["data"]] == ["hu"]
 
 
-@pytest.mark.parametrize("flags", [{"replace": "maybe"}, {"threshold": "x"}, {"threshold": "nan"}])
+@pytest.mark.parametrize(
+    "flags", [{"replace": "maybe"}, {"threshold": "x"}, {"threshold": "nan"}, {"threshold": "1e300"}]
+)
 def test_wrong_flags_are_refused_by_name(server, flags):
     response = put(server, "da", **flags)
     assert (response.status_code, response.json()["error"]["param"]) == (400, next(iter(flags)))
