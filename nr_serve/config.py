@@ -34,7 +34,7 @@ class ServeConfig(BaseSettings):
     adapter_dir: list[Path] = Field([], description="folder that POST /v1/adapters may load from; may be repeated")
     slots: int = Field(8, ge=1, le=1024, description="adapters attached at once")
     slot_width: int | None = Field(
-        None, ge=1, description="widest block a slot holds (default: 20%% of the base's parameters)"
+        None, ge=1, description="widest block a slot holds (default: 20% of the base's parameters)"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type of weights and activations")
@@ -52,3 +52,13 @@ class ServeConfig(BaseSettings):
     api_key: SecretStr | None = Field(None, description="key that clients must send (default: none needed)")
     admin_key: SecretStr | None = Field(None, description="key that adapter changes need (default: none needed)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what to log")
+
+
+def settings_table() -> str:
+    """The settings as a Markdown table; docs/settings.md holds it."""
+    rows = ["| flag | environment | meaning |", "| --- | --- | --- |"]
+    for name, setting in ServeConfig.model_fields.items():
+        default = setting.default
+        shown = f" (default: {default})" if default not in (None, []) else ""
+        rows.append(f"| `--{name.replace('_', '-')}` | `NR_{name.upper()}` | {setting.description}{shown} |")
+    return "\n".join(rows)

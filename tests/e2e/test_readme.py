@@ -1,0 +1,67 @@
+"""What the README shows is run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic_settings import BaseSettings
+
+from nr_serve.cli import parse
+from nr_serve.commands import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND_LINES = [
+    line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    nr-serve [a-z]", line)
+]
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_every_command_line_is_understood(line):
+    _, name, *args = shlex.split(line)
+    settings, _ = COMMANDS[name]
+    assert isinstance(parse(settings, name, args), BaseSettings)
+
+
+def test_the_commands_against_a_running_server_work(url, client):
+    remote = [
+        line for line in COMMAND_LINES if line.split()[1] in ("load-adapter", "list-adapters", "unload-adapter")
+    ]
+    assert len(remote) == 3
+    for line in remote:
+        done = subprocess.run(
+            [sys.executable, "-m", "nr_serve.cli", *shlex.split(line)[1:]],
+            cwd=ROOT,
+            env={"NR_URL": url},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "hu" in done.stdout
+    assert client.adapters() == []
+
+
+def test_the_python_example_prints_an_answer(url, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(code.replace("http://127.0.0.1:8000", url), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_demo_shows_what_the_readme_says():
+    done = subprocess.run(
+        [sys.executable, "examples/demo.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+    assert out.count("= the base's answer") == 4, out
+    losses = dict(re.findall(r"  (Hungarian|English) +([\d.]+ +[\d.]+)", out))
+    before, after = map(float, losses["Hungarian"].split())
+    assert after < before - 0.5
+    before, after = map(float, losses["English"].split())
+    assert after == pytest.approx(before, rel=0.002)
+    shared = float(re.search(r"([\d.]+) requests shared each pass", out)[1])
+    assert shared > 4
