@@ -119,6 +119,8 @@ class Adapters:
         self._read_totals()
         self._detach(self.registry.remove(name))
         self._totals.pop(name, None)
+        for totals in self._totals.values():
+            totals.cross.pop(name, None)
         return view
 
     def patch(self, message: PatchAdapter) -> AdapterView:

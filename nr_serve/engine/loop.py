@@ -154,7 +154,7 @@ class EngineLoop:
         try:
             core, adapters = self._load()
             self.status = "ready"
-            log.info("ready: %s", self.info)
+            log.debug("ready: %s", self.info)
             self._serve(core, adapters)
             self.status = "stopped"
         except NrError as failure:

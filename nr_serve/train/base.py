@@ -47,12 +47,13 @@ def load_base(base: str, dtype: str = "float32") -> FrozenBase:
 
         source = str(fetch_model())
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UnsupportedBase(f"cannot load the base {source}: {error}") from error
-    model.requires_grad_(False).eval()
+    model.requires_grad_(False)
+    model.eval()
     name = Path(source).name
     return FrozenBase(name, model, tokenizer, host.fingerprint(model, tokenizer))

@@ -44,7 +44,7 @@ def solve_ridge(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tu
     moment_dd = torch.zeros(d, d, dtype=torch.float64)
     cross_d = torch.zeros(d, dtype=torch.float64)
     mean_d = torch.zeros(d, dtype=torch.float64)
-    for u, y, weight in zip(*(t.split(CHUNK_TOKENS) for t in (u_Td, y_T, weight_T)), strict=True):
+    for u, y, weight in zip(*(torch.split(t, CHUNK_TOKENS) for t in (u_Td, y_T, weight_T)), strict=True):
         u, weight = u.double(), weight.double() / total
         weighted = u * weight[:, None]
         moment_dd += weighted.T @ u

@@ -19,11 +19,11 @@ import torch
 
 from nr_serve.errors import Conflict, NrError
 from nr_serve.evaluate.heldout import SourceResult, measure
-from nr_serve.neutral.format import AdapterInfo, write_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import losses, text
 from nr_serve.train.attach import AdapterModule, Attached, window_inputs
 from nr_serve.train.base import FrozenBase, load_base
+from nr_serve.train.export import restore, write_run
 from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.recipe import Recipe, Run, parse_recipe, read_recipe
 
@@ -115,10 +115,8 @@ class Trainer:
             raise Conflict("the base differs from that of the run to resume")
         if saved.text_digest != self.classes.digest():
             raise Conflict("the corpus differs from that of the run to resume")
-        for i in range(self.adapter.depth):
-            if f"layers.{i}.gate" not in saved.blocks:
-                self.adapter.drop(i)
-        self.adapter.load_state_dict(saved.blocks)
+        self.adapter = restore(self.recipe, self.base, saved.blocks)
+        self.attached.adapters = [self.adapter]
         self.optimizer = self._optimizer()
         self.optimizer.load_state_dict(saved.optimizer)
         self.step, self.results = saved.step, saved.results
@@ -238,18 +236,8 @@ class Trainer:
         """Write the adapter file as training stands."""
         self.save()
         self.validate()
-        info = AdapterInfo(
-            base=self.base.name,
-            base_fingerprint=self.base.fingerprint,
-            layers=self.base.layers,
-            d=self.base.d,
-            carry=self.recipe.blocks.carry,
-            domain=self.recipe.domain,
-            recipe=self.recipe.dump(),
-            results={"tokens": self.step * self.recipe.run.batch_tokens, "heldout": self.results},
-        )
-        write_adapter(path, info, self.adapter.export(torch.bfloat16))
-        return path
+        results = {"tokens": self.step * self.recipe.run.batch_tokens, "heldout": self.results}
+        return write_run(path, self.recipe, self.base, self.adapter, results)
 
     def _check(self, result: StepResult) -> None:
         if not math.isfinite(result.lm + result.local + result.norm):
