@@ -219,10 +219,16 @@ def read_classes(folder: Path, data: Data, tokenizer: Any, run: Run) -> Classes:
 def read_heldout(
     folder: Path, globs: Iterable[str], tokenizer: Any, window: int, windows: int
 ) -> dict[str, Windows]:
-    """Up to `windows` windows of each source that matches, by source name."""
+    """Up to `windows` windows of each source that matches, by source name.
+
+    Raises BadRecipe if a glob matches no file or a source fills no window.
+    """
     sources = {}
     for path in find_files(folder, globs):
-        sources[source_name(path)] = pack(tokenizer, read_documents(path), window, windows * window, seed=0)
+        name = source_name(path)
+        sources[name] = pack(tokenizer, read_documents(path), window, windows * window, seed=0)
+        if len(sources[name]) == 0:
+            raise BadRecipe(f"the held-out text of {name} fills 0 windows of {window} tokens")
     return sources
 
 

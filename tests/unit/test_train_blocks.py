@@ -95,7 +95,7 @@ def test_fresh_blocks_start_as_the_paper_says_and_add_nothing():
     block = adapter.layer(1)
     assert not block.w_out.any()
     for weight in (block.w_in, block.w_gate):
-        assert float(weight.var()) == pytest.approx(1 / (d * layers), rel=0.1)
+        assert weight.var().item() == pytest.approx(1 / (d * layers), rel=0.1)
 
 
 def test_local_loss_on_a_stream_without_gradient_reaches_every_block():

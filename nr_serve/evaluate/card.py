@@ -1,0 +1,73 @@
+"""An adapter's card: one page of Markdown, made from its file and its measured report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nr_serve.evaluate.heldout import Report, SourceReport
+from nr_serve.neutral.format import Adapter
+
+
+def card(name: str, adapter: Adapter, report: Report) -> str:
+    """The card of `adapter`, which `report` calls `name`. The sources of its domain come first."""
+    info = adapter.info
+    blocks = [block for block in adapter.blocks if block is not None]
+    parameters = sum(t.numel() for b in blocks for t in (b.gate, b.bias, b.w_in, b.w_gate, b.w_out))
+    lines = [
+        f"# {name}",
+        "",
+        f"Neutral residues for `{info.domain}`, to attach to `{info.base}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| version | `{adapter.version}` |",
+        f"| base | `{info.base}`, fingerprint `{info.base_fingerprint}` |",
+        f"| blocks | {len(blocks)} of {info.layers} layers, h up to {adapter.h}, d {info.d} |",
+        f"| size | {parameters:,} parameters, {adapter.nbytes / 2**20:.1f} MiB |",
+        f"| gate | {info.gate}, carry {info.carry:g}, threshold {info.threshold:g} |",
+        *_training_rows(info.recipe, info.results),
+        "",
+        "## Measured",
+        "",
+        f"Held-out loss in nats a token, windows of {report.window} tokens, {_attached(name, report)}; "
+        "*fired* is the share of token-layers on which a block of this adapter acted.",
+        "",
+        "| text | base | attached | change | fired | tokens |",
+        "|---|---:|---:|---:|---:|---:|",
+        *(_source_row(source, measured, name) for source, measured in _own_first(info.domain, report.sources)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _training_rows(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    rows = []
+    if "tokens" in results:
+        rows.append(f"| trained on | {results['tokens']:,} tokens |")
+    if "gate" in recipe and "data" in recipe:
+        moved = "trained" if recipe["gate"]["trained"] else "frozen"
+        rows.append(f"| gates | {recipe['gate']['init']}, {moved} |")
+        rows.append(f"| target text | {_globs(recipe['data']['target'])} |")
+        rows.append(f"| original text | {_globs(recipe['data']['original'])} |")
+        rows.append(f"| background text | {_globs(recipe['data']['background'])} |")
+    return rows
+
+
+def _globs(globs: list[str]) -> str:
+    return ", ".join(f"`{pattern}`" for pattern in globs) or "none"
+
+
+def _attached(name: str, report: Report) -> str:
+    others = [f"`{other}`" for other in report.adapters if other != name]
+    return f"attached together with {', '.join(others)}" if others else "attached alone"
+
+
+def _own_first(domain: str, sources: Mapping[str, SourceReport]) -> list[tuple[str, SourceReport]]:
+    return sorted(sources.items(), key=lambda item: (item[0].split(".")[0] != domain, item[0]))
+
+
+def _source_row(source: str, measured: SourceReport, name: str) -> str:
+    return (
+        f"| {source} | {measured.before:.3f} | {measured.after:.3f} | {measured.change:+.2%} "
+        f"| {measured.fired[name]:.2%} | {measured.tokens:,} |"
+    )

@@ -1,0 +1,119 @@
+"""Evaluation: losses before and after, who fires, the card, and exports from a run that goes on."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nr_serve.errors import BadAdapterFile, BadRequest, Conflict
+from nr_serve.evaluate.card import card
+from nr_serve.evaluate.heldout import compare, evaluate
+from nr_serve.neutral.format import read_adapter, write_adapter
+from nr_serve.train.base import FrozenBase, load_base
+from nr_serve.train.export import export_run
+from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.text import read_heldout
+from nr_serve.train.trainer import train
+from tests import tiny
+from tests.unit.test_train_run import base, corpus, write_recipe  # noqa: F401  (fixtures)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    paths = []
+    for seed in (1, 2):
+        made = tiny.adapter(tiny.model(), seed, carry=0.5 * (seed - 1))
+        paths.append(tmp_path / f"a{seed}.safetensors")
+        write_adapter(paths[-1], made.info, made.blocks)
+    return paths
+
+
+def test_losses_equal_the_naive_loop_with_both_adapters_attached(files, base, corpus):  # noqa: F811
+    report = evaluate(files, str(base), corpus, ["hu.*.heldout.txt"], window=16, windows=3)
+    loaded = [read_adapter(path) for path in files]
+    windows = read_heldout(corpus, ["hu.*.heldout.txt"], tiny.tokenizer().hf, 16, 3)["hu.a"]
+    for attached, loss in (((), report.sources["hu.a"].before), (loaded, report.sources["hu.a"].after)):
+        naive, sums, count = tiny.Naive(tiny.model()), 0.0, 0
+        for ids, offset in zip(windows.ids_NT.tolist(), windows.offset_NT.tolist(), strict=True):
+            starts = [t for t, place in enumerate(offset) if place == 0] + [len(ids)]
+            for first, last in itertools.pairwise(starts):
+                if last - first < 2:
+                    continue
+                logprobs = naive.logits(ids[first:last], attached).log_softmax(-1)
+                sums -= float(logprobs[:-1].gather(1, torch.tensor(ids[first + 1 : last])[:, None]).sum())
+                count += last - first - 1
+        assert loss == pytest.approx(sums / count, rel=1e-5)
+    assert 0.1 < report.sources["hu.a"].fired["a1"] < 0.9
+
+
+def test_the_report_is_one_json_document_and_the_card_a_page(files, base, corpus):  # noqa: F811
+    report = evaluate(files, str(base), corpus, ["*.heldout.txt"], window=16, windows=2)
+    read = json.loads(report.to_json())
+    assert set(read["sources"]) == {"hu.a", "en.a", "da.a"}
+    assert set(read["sources"]["hu.a"]["fired"]) == {"a1", "a2"}
+    assert list(read["adapters"]) == ["a1", "a2"]
+    page = card("a1", read_adapter(files[0]), report)
+    assert "attached together with `a2`" in page
+    assert f"| hu.a | {report.sources['hu.a'].before:.3f} |" in page
+
+
+def test_the_card_puts_the_domains_own_text_first(files, base, corpus):  # noqa: F811
+    path = files[0]
+    made = read_adapter(path)
+    info = made.info.__class__(**{**vars(made.info), "domain": "hu"})
+    write_adapter(path, info, made.blocks)
+    report = evaluate([path], str(base), corpus, ["*.heldout.txt"], window=16, windows=2)
+    rows = [line.split("|")[1].strip() for line in card("a1", read_adapter(path), report).splitlines()[-3:]]
+    assert rows == ["hu.a", "da.a", "en.a"]
+
+
+def test_what_does_not_fit_is_refused(files, base, corpus, tmp_path):  # noqa: F811
+    other = tiny.save(tiny.model(seed=9), tmp_path / "other")
+    with pytest.raises(BadAdapterFile, match="made for another base"):
+        evaluate(files, str(other), corpus, ["hu.*"])
+    with pytest.raises(BadRequest, match="same name"):
+        evaluate([files[0], files[0]], str(base), corpus, ["hu.*"])
+    with pytest.raises(BadRecipe, match="no text"):
+        evaluate(files, str(base), corpus, ["xx.*"])
+    with pytest.raises(BadRecipe, match=r"hu\.a fills 0 windows"):
+        evaluate(files, str(base), corpus, ["hu.*.heldout.txt"], window=100_000)
+
+
+def test_an_export_from_a_checkpoint_is_the_file_the_run_ends_with(base, corpus, tmp_path):  # noqa: F811
+    path = train(write_recipe(tmp_path, base, tokens=512), tmp_path / "run", corpus)
+    exported = export_run(tmp_path / "run", tmp_path / "mid.safetensors")
+    ours, theirs = read_adapter(exported), read_adapter(path)
+    assert ours.info.base_fingerprint == theirs.info.base_fingerprint
+    assert all(torch.equal(a.w_out, b.w_out) for a, b in zip(ours.blocks, theirs.blocks, strict=True))
+
+
+def test_an_export_can_set_the_thresholds_anew(base, corpus, tmp_path):  # noqa: F811
+    path = train(write_recipe(tmp_path, base, tokens=512), tmp_path / "run", corpus)
+    strict = export_run(tmp_path / "run", tmp_path / "strict.safetensors", corpus=corpus, percentile=99.9)
+    ours, theirs = read_adapter(strict), read_adapter(path)
+    assert all(a.bias <= b.bias for a, b in zip(ours.blocks, theirs.blocks, strict=True))
+    assert all(torch.equal(a.gate, b.gate) for a, b in zip(ours.blocks, theirs.blocks, strict=True))
+    assert ours.info.results == {"tokens": 512, "percentile": 99.9}
+    with pytest.raises(Conflict, match="needs the corpus"):
+        export_run(tmp_path / "run", tmp_path / "x.safetensors", percentile=99.0)
+    with pytest.raises(Conflict, match="no checkpoint"):
+        export_run(tmp_path, tmp_path / "x.safetensors")
+
+
+def test_comparing_leaves_the_base_as_it_is_where_nothing_fires(corpus):  # noqa: F811
+    made = tiny.adapter(tiny.model(), 1, threshold=1e6)
+    model = tiny.model()
+    frozen = FrozenBase("tiny", model, tiny.tokenizer().hf, "f")
+    texts = read_heldout(corpus, ["en.*.heldout.txt"], frozen.tokenizer, 16, 2)
+    source = compare(frozen, {"a": made}, texts).sources["en.a"]
+    assert source.before == source.after
+    assert source.fired == {"a": 0}
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path):
+    from nr_serve.errors import UnsupportedBase
+
+    with pytest.raises(UnsupportedBase, match="cannot load"):
+        load_base(str(tmp_path))
