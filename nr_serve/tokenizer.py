@@ -59,8 +59,8 @@ class Tokenizer:
 class Detokenizer:
     """Turns a growing answer into text, releasing only whole characters.
 
-    Owns a request's answer as text. `ids[:shown]` is out already; decoding starts at `start`, a little before,
-    because a token's text can depend on the ones just before it.
+    Owns a request's answer as text. `ids[:shown]` is out already, and `out` characters of what follows; decoding
+    starts at `start`, a little before, because a token's text can depend on the ones just before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
@@ -68,20 +68,24 @@ class Detokenizer:
         self._ids = list(prompt_ids[-_CONTEXT:])
         self._start = 0
         self._shown = len(self._ids)
+        self._out = 0
 
     def push(self, token_id: int) -> str:
         """Add a token; the text it completes, "" while a character is incomplete."""
         self._ids.append(token_id)
         text = self._new_text()
-        if not text or text.endswith(_REPLACEMENT):
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return text
+        whole = text.rstrip(_REPLACEMENT)
+        released = whole[self._out :]
+        if text and whole == text:
+            self._start, self._shown, self._out = self._shown, len(self._ids), 0
+        else:
+            self._out = len(whole)
+        return released
 
     def flush(self) -> str:
         """What is still held back, incomplete characters as U+FFFD."""
-        text = self._new_text()
-        self._shown = len(self._ids)
+        text = self._new_text()[self._out :]
+        self._shown, self._out = len(self._ids), 0
         return text
 
     def _new_text(self) -> str:
