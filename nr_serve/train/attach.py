@@ -116,8 +116,6 @@ class Pass:
     """The tokens with a local loss (None: all), bool [T]."""
     fired: list[list[int]] = field(default_factory=list)
     """Tokens that fired, by adapter and layer."""
-    fired_T: Tensor | None = None
-    """With `by_token`: layers fired, int64 [adapters, T]."""
     local_sum: Tensor | None = None
     """Sum of the local terms, over tokens and layers."""
 
@@ -145,7 +143,6 @@ class Attached:
         """Start a forward pass over those windows; the returned record fills up as the model runs."""
         self.now = Pass(offset_BT.flatten(), local, None if local_BT is None else local_BT.flatten())
         self.now.fired = [[0] * adapter.depth for adapter in self.adapters]
-        self.now.fired_T = torch.zeros(len(self.adapters), offset_BT.numel(), dtype=torch.int32)
         return self.now
 
     def _add(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
@@ -171,8 +168,6 @@ class Attached:
             now.fired[which][layer] = index_f.numel()
             if index_f.numel() == 0:
                 return out_Td
-            if now.fired_T is not None:
-                now.fired_T[which, index_f] += 1
             every = index_f.numel() == g_T.numel()
             x_fd, g_f = (x_Td, g_T) if every else (x_Td[index_f], g_T[index_f])
             r_fd = module.residue(x_fd, g_f)

@@ -6,9 +6,12 @@ A checkpoint holds `blocks.safetensors`, `optimizer.pt` (tensors and numbers onl
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +50,9 @@ class Checkpoint:
 
 def save(out: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint below `out` and remove all but the newest two."""
-    part = out / f".{PREFIX}{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    for torn in out.glob(f".{PREFIX}*.part"):  # a killed run's; `alone` keeps living ones out
+        shutil.rmtree(torn)
+    part = out / f".{PREFIX}{checkpoint.step:08d}.part"
     part.mkdir(parents=True)
     safetensors.torch.save_file(checkpoint.blocks, part / "blocks.safetensors")
     torch.save(checkpoint.optimizer, part / "optimizer.pt")
@@ -71,6 +75,17 @@ def save(out: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the run in `out`; raises Conflict if another process holds it. A killed process lets go."""
+    with (out / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(f"another process trains in {out}") from error
+        yield
+
+
 def latest(out: Path) -> Path | None:
     """The newest checkpoint below `out`, if there is one."""
     folders = _folders(out)
@@ -88,12 +103,6 @@ def load(folder: Path) -> Checkpoint:
         )
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise BadCheckpoint(f"cannot read the checkpoint {folder}: {error}") from error
-
-
-def refuse_old_run(out: Path) -> None:
-    """Raise Conflict if `out` holds checkpoints: a new run must not overwrite another's."""
-    if latest(out) is not None:
-        raise Conflict(f"{out} holds checkpoints of an earlier run; resume it or name another folder")
 
 
 def _folders(out: Path) -> list[Path]:

@@ -35,18 +35,19 @@ class TrainingDiverged(NrError):
 def train(recipe: Path, out: Path, corpus: Path, *, resume: bool = False) -> Path:
     """Train an adapter as `recipe` says, on the text in `corpus`; returns the file, `out`/<domain>.safetensors.
 
-    `out` also receives checkpoints and `log.jsonl`. Raises BadRecipe; Conflict if `out` holds another run;
-    TrainingDiverged if the loss stops being finite.
+    `out` also receives checkpoints and `log.jsonl`. Raises BadRecipe; Conflict if `out` holds another run or
+    another process trains there; TrainingDiverged if the loss stops being finite.
     """
     plan = read_recipe(recipe)
-    if not resume:
-        checkpoints.refuse_old_run(out)
     out.mkdir(parents=True, exist_ok=True)
-    base = load_base(plan.base, plan.run.dtype)
-    found = checkpoints.latest(out) if resume else None
-    trainer = Trainer(plan, base, out, corpus, None if found is None else checkpoints.load(found))
-    trainer.run()
-    return trainer.export(out / f"{plan.domain}.safetensors")
+    with checkpoints.alone(out):
+        found = checkpoints.latest(out)
+        if found is not None and not resume:
+            raise Conflict(f"{out} holds checkpoints of an earlier run; resume it or name another folder")
+        saved = None if found is None else checkpoints.load(found)
+        trainer = Trainer(plan, load_base(plan.base, plan.run.dtype), out, corpus, saved)
+        trainer.run()
+        return trainer.export(out / f"{plan.domain}.safetensors")
 
 
 def learning_rate(run: Run, step: int) -> float:

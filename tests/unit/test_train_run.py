@@ -144,6 +144,14 @@ def test_a_checkpoint_half_written_is_not_seen(tmp_path, base, corpus):
     assert len(list(out.glob("checkpoint-*"))) == checkpoints.KEPT
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path, base, corpus):
+    out = tmp_path / "out"
+    out.mkdir()
+    with checkpoints.alone(out), pytest.raises(Conflict, match="another process"):
+        train(write_recipe(tmp_path, base, tokens=256), out, corpus)
+    train(write_recipe(tmp_path, base, tokens=256), out, corpus)
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path, base, corpus):
     out = tmp_path / "out"
     train(write_recipe(tmp_path, base, tokens=256), out, corpus)
