@@ -11,12 +11,14 @@ from torch import Tensor
 from nr_serve.engine.messages import Sampling
 from nr_serve.engine.request import Request, TopLogprobs
 
+_GREEDY = 1e-5  # temperatures below this choose the likeliest: dividing by them would overflow
+
 
 def sample(logits_V: Tensor, request: Request) -> int:
     """The next token of one request, from the model's logits for it (float32, [V]; not changed)."""
     sampling = request.sampling
     logits_V = adjust(logits_V, request)
-    if sampling.temperature == 0:
+    if sampling.temperature < _GREEDY:
         return int(logits_V.argmax())
     probabilities_V = truncate(logits_V / sampling.temperature, sampling).softmax(-1)
     # argmax(p / e) with e exponential draws from p (the Gumbel trick). One generator per token, seeded by the

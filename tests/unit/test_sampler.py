@@ -1,0 +1,224 @@
+"""Sampling against transformers' own processors, OpenAI's formulas, float64, and the law of large numbers."""
+
+import math
+import random
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.request import AnswerText, Request
+from nr_serve.engine.sampler import adjust, log_probabilities, sample, truncate
+from nr_serve.tokenizer import Detokenizer
+from tests import tiny
+
+VOCAB = 40
+NAN, INF = float("nan"), float("inf")
+
+
+def request(prompt=(1,), answer=(), *, seed=0, eos=(), **sampling) -> Request:
+    made = Request(
+        submit=Submit("r", tuple(prompt), Sampling(**sampling)),
+        eos_ids=frozenset(eos),
+        seed=seed,
+        text=AnswerText(Detokenizer(tiny.tokenizer(), ()), ()),
+        arrival=0,
+    )
+    made.tokens += answer
+    return made
+
+
+def logits(seed: int, size: int = VOCAB) -> torch.Tensor:
+    return 3 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def chi_square(counts, expected) -> float:
+    return sum((c - e) ** 2 / e for c, e in zip(counts, expected, strict=True))
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_temperature_top_k_top_p_and_min_p_are_those_of_transformers(seed):
+    rng = random.Random(seed)
+    sampling = Sampling(
+        temperature=rng.choice([0.3, 1.0, 1.7]),
+        top_k=rng.choice([0, 1, 2, 7, VOCAB - 1, VOCAB, 1000]),
+        top_p=rng.choice([1.0, 0.95, 0.5, 0.1, 1e-6]),
+        min_p=rng.choice([0.0, 0.01, 0.3, 1.0]),
+    )
+    theirs = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_k:
+        theirs.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        theirs.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        theirs.append(MinPLogitsWarper(sampling.min_p))
+    raw = logits(seed)
+    want = theirs(torch.tensor([[0]]), raw[None].clone())[0]
+    got = truncate(raw / sampling.temperature, sampling)
+    assert torch.equal(got.isneginf(), want.isneginf()), sampling
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 5.0])
+def test_the_repetition_penalty_is_that_of_transformers_over_prompt_and_answer(penalty):
+    made = request([3, 5, 5, 9], [7, 3], repetition_penalty=penalty)
+    want = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([made.tokens]), logits(1)[None].clone())[0]
+    assert (logits(1)[made.tokens] > 0).any()
+    assert (logits(1)[made.tokens] < 0).any()
+    torch.testing.assert_close(adjust(logits(1), made), want)
+
+
+def test_presence_and_frequency_penalties_count_the_answer_alone():
+    answer = [4, 4, 4, 8, 0]
+    got = adjust(logits(2), request([9, 9, 4], answer, presence_penalty=0.7, frequency_penalty=-0.25))
+    want = [x - 0.7 * (i in answer) + 0.25 * answer.count(i) for i, x in enumerate(logits(2).tolist())]
+    assert got.tolist() == pytest.approx(want, abs=1e-6)
+    untouched = adjust(logits(2), request([9, 9, 4], presence_penalty=0.7, frequency_penalty=-0.25))
+    assert torch.equal(untouched, logits(2))
+
+
+def test_the_logit_bias_is_added():
+    got = adjust(logits(3), request(logit_bias={0: 1.5, 39: -100.0}))
+    want = logits(3)
+    want[0] += 1.5
+    want[39] -= 100
+    assert torch.equal(got, want)
+    assert sample(logits(3), request(logit_bias={17: 100.0}, temperature=0)) == 17
+
+
+def test_before_min_tokens_no_token_that_ends_the_answer_is_chosen():
+    settings = {"min_tokens": 2, "eos": (5, 6), "stop_token_ids": (7,)}
+    for answer, forbidden in (([], {5, 6, 7}), ([1], {5, 6, 7}), ([1, 1], set())):
+        got = adjust(logits(4), request(answer=answer, **settings))
+        assert set(got.isneginf().nonzero().flatten().tolist()) == forbidden
+    high = logits(4)
+    high[5] = 100
+    for seed in range(20):
+        assert sample(high, request(seed=seed, **settings)) not in (5, 6, 7)
+        assert sample(high, request(seed=seed, answer=[1, 1], **settings)) == 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 2.0},
+        {"presence_penalty": 1.0},
+        {"logit_bias": {1: 1.0}},
+        {"min_tokens": 9, "eos": (2,)},
+        {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1},
+    ],
+)
+def test_the_models_logits_are_not_changed(options):
+    given = logits(5)
+    sample(given, request([1, 2], [1], **options))
+    assert torch.equal(given, logits(5))
+
+
+# The draw
+
+
+def test_at_temperature_0_the_likeliest_is_chosen_after_penalties():
+    raw = logits(6)
+    best, second = raw.topk(2).indices.tolist()
+    assert sample(raw, request(temperature=0)) == best
+    assert sample(raw, request(temperature=0, logit_bias={best: -100.0})) == second
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-12, 1e-40, 1e-46, 5e-324])
+def test_the_smallest_temperatures_choose_the_likeliest_too(temperature):
+    for seed in range(10):
+        assert sample(logits(seed), request(temperature=temperature, seed=seed)) == int(logits(seed).argmax())
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.7}, {"top_p": 0.8, "temperature": 0.7}, {"top_k": 5}])
+def test_frequencies_follow_the_probabilities(options):
+    draws, raw = 3000, logits(7, size=12) / 2
+    probabilities = (
+        truncate(raw / options.get("temperature", 1.0), Sampling(**options)).double().softmax(-1).tolist()
+    )
+    # Half of the draws by seed, half by place in the answer: both must be independent.
+    got = [sample(raw, request(seed=s, **options)) for s in range(draws // 2)]
+    got += [sample(raw, request(seed=-1, answer=[0] * place, **options)) for place in range(draws // 2)]
+    kept = [i for i, p in enumerate(probabilities) if p > 0]
+    assert set(got) <= set(kept)
+    statistic = chi_square([got.count(i) for i in kept], [draws * probabilities[i] for i in kept])
+    assert statistic < 33, "beyond the 0.999 quantile of chi-square with 11 degrees of freedom (31.3)"
+
+
+def test_draws_at_neighbouring_places_are_independent():
+    raw = torch.tensor([1.0, 0.5, 0.0])
+    p = raw.double().softmax(-1)
+    got = [sample(raw, request(seed=3, answer=[0] * place)) for place in range(2000)]
+    pairs = [a * 3 + b for a, b in zip(got[::2], got[1::2], strict=True)]
+    expected = (1000 * torch.outer(p, p)).flatten().tolist()
+    assert chi_square([pairs.count(i) for i in range(9)], expected) < 28, "0.999 quantile with 8: 26.1"
+
+
+def test_the_same_seed_and_place_give_the_same_token():
+    def answer(seed):
+        made = request(seed=seed)
+        for place in range(40):
+            made.tokens.append(sample(logits(place), made))
+        return made.tokens
+
+    torch.manual_seed(1)
+    first = answer(5)
+    torch.manual_seed(2)
+    assert answer(5) == first, "torch's own generator had a say"
+    assert answer(6) != first
+    assert answer(-5) != first
+    assert answer(2**63 - 1) != answer(2**63 - 2)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_logits_gone_wild_give_a_token_and_numbers(value, everywhere):
+    raw = logits(8)
+    raw[... if everywhere else 3] = value
+    for options in (
+        {},
+        {"temperature": 0},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"min_p": 0.2},
+        {"repetition_penalty": 2.0, "presence_penalty": 1.0},
+    ):
+        assert 0 <= sample(raw, request(answer=[3], **options)) < VOCAB
+    for logprob, top in log_probabilities(raw[None], [3], 5):
+        assert all(math.isfinite(p) for p in (logprob, *(p for _, p in top)))
+
+
+# Reports
+
+
+def test_log_probabilities_are_those_of_float64():
+    rows = torch.stack([logits(9), 30 * logits(10), logits(11) - 1000])
+    ids = [4, int(rows[1].argmin()), 0]
+    got = log_probabilities(rows, ids, 5)
+    want_NV = rows.double().log_softmax(-1)
+    for (logprob, top), token_id, want_V in zip(got, ids, want_NV, strict=True):
+        assert logprob == pytest.approx(float(want_V[token_id]), abs=1e-4)
+        best = want_V.topk(5)
+        assert [i for i, _ in top] == best.indices.tolist()
+        assert [p for _, p in top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert [top for _, top in log_probabilities(rows, ids, 0)] == [(), (), ()]
+    assert [p for p, _ in log_probabilities(rows, ids, 0)] == [p for p, _ in got]
+    assert len(log_probabilities(rows, ids, VOCAB)[0][1]) == VOCAB
+
+
+def test_a_token_that_cannot_be_has_a_log_probability_that_json_can_carry():
+    raw = logits(12)
+    raw[3] = -INF
+    assert log_probabilities(raw[None], [3], 0) == [(-9999.0, ())]
