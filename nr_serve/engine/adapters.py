@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from nr_serve.engine.messages import AdapterGates, AdapterView, GateStatistics, LoadAdapter, PatchAdapter
 from nr_serve.engine.request import Request
-from nr_serve.errors import BadRequest, NrError
+from nr_serve.errors import BadRequest, NrError, Unavailable
 from nr_serve.neutral.bank import LABELS, Bank
-from nr_serve.neutral.format import Adapter
+from nr_serve.neutral.format import MAX_THRESHOLD, Adapter
 from nr_serve.neutral.registry import Registry, Selection, Version
 
 COPY_SECONDS = 0.002  # of copying weights between two steps: small beside a step, so that no stream feels it
@@ -63,13 +63,16 @@ class Adapters:
             raise BadRequest(f"at most {self._bank.slots} adapters can act at once", param="adapters")
 
     def admit(self, request: Request) -> bool:
-        """Fix the request's selection and hold it; False while some of it is not attached yet."""
+        """Fix the request's selection and hold it; False while some of it is not attached yet.
+
+        Raises NotFound if a name is gone, Unavailable if pinned adapters leave the selection no room.
+        """
         selection = request.selection
         if selection is None:
             selection = self.registry.resolve(request.submit.adapters)
         for version in selection:
-            if version.slot is None:
-                self._start_copy(version, time.perf_counter(), beside=selection)
+            if version.slot is None and not self._start_copy(version, time.perf_counter(), beside=selection):
+                self._check_room(selection)
         if not all(version.attached for version in selection):
             return False
         if request.selection is None:
@@ -104,10 +107,11 @@ class Adapters:
         try:
             self.registry.check_name(message.name, replace=message.replace)
             self._bank.check_fits(adapter)
+            threshold = adapter.info.threshold if message.threshold is None else message.threshold
+            _check_threshold(threshold)
         except NrError as error:
             answer.set_exception(error)
             return
-        threshold = adapter.info.threshold if message.threshold is None else message.threshold
         version = Version(message.name, adapter.version, adapter, threshold, pinned=message.pinned)
         if not self._start_copy(version, started, answer=answer, replace=message.replace):
             # Every slot is in use: it is registered, and attached when one comes free or somebody asks for it.
@@ -115,8 +119,8 @@ class Adapters:
 
     def unload(self, name: str) -> AdapterView:
         """Forget a name; running requests keep the version they hold. Raises NotFound."""
-        view = self.view(self.registry.get(name))
         self._read_totals()
+        view = self.view(self.registry.get(name))
         self._detach(self.registry.remove(name))
         self._totals.pop(name, None)
         for totals in self._totals.values():
@@ -124,8 +128,10 @@ class Adapters:
         return view
 
     def patch(self, message: PatchAdapter) -> AdapterView:
-        """Turn an adapter's dials. Raises NotFound."""
+        """Turn an adapter's dials. Raises NotFound, or BadRequest for a threshold out of range."""
         version = self.registry.get(message.name)
+        if message.threshold is not None:
+            _check_threshold(message.threshold)
         if message.pinned is not None:
             version.pinned = message.pinned
         if message.threshold is not None:
@@ -167,7 +173,7 @@ class Adapters:
             carry=adapter.info.carry,
             threshold=version.threshold,
             pinned=version.pinned,
-            requests=version.requests,
+            requests=self.registry.requests(version.name),
             loaded_at=version.loaded_at,
             load_seconds=version.load_seconds,
             gates=self._gates(version.name),
@@ -211,6 +217,13 @@ class Adapters:
         self._copies.append(_Copy(version, pieces, started, answer, replace))
         return True
 
+    def _check_room(self, selection: Selection) -> None:
+        """Raise Unavailable if the selection can get its slots only once somebody unpins or unloads."""
+        pinned = sum(v.pinned and v.slot is not None and v not in selection for v in self.registry)
+        if len(selection) + pinned > self._bank.slots:
+            names = ", ".join(v.name for v in selection)
+            raise Unavailable(f"no slot for {names}: {pinned} of {self._bank.slots} hold pinned adapters")
+
     def _fill_free_slots(self) -> None:
         """Attach registered adapters that found no slot before, the newest first."""
         for version in sorted(self.registry, key=lambda v: -v.loaded_at):
@@ -220,6 +233,8 @@ class Adapters:
                 self._start_copy(version, time.perf_counter())
 
     def _finish_copy(self, copy: _Copy) -> None:
+        if copy.version.slot is not None:  # the dial may have been turned since the copy began
+            self._bank.set_threshold(copy.version.slot, copy.version.threshold)
         if copy.answer is not None:
             self._publish(copy)
         else:
@@ -276,6 +291,11 @@ class Adapters:
             seen=tuple(sum(totals.seen_L[i] for i in group) for group in groups),
             mass=totals.mass,
         )
+
+
+def _check_threshold(threshold: float) -> None:
+    if not abs(threshold) <= MAX_THRESHOLD:
+        raise BadRequest(f"threshold must be within {MAX_THRESHOLD:g}", param="threshold")
 
 
 def _layer_groups(layers: int) -> list[range]:

@@ -66,6 +66,10 @@ class Registry:
         """Who sits in a slot, retired or not."""
         return self._in_slot[slot]
 
+    def requests(self, name: str) -> int:
+        """Running requests that hold any version of a name."""
+        return sum(v.requests for v in self._in_slot if v is not None and v.name == name)
+
     @property
     def slots_used(self) -> int:
         """Slots that hold or receive a version."""
