@@ -156,6 +156,13 @@ class Adapters:
             self._copies.popleft()
             self._finish_copy(copy)
 
+    def abandon(self, error: NrError) -> None:
+        """Answer every load whose copy is under way with `error`: the engine is at its end."""
+        for copy in self._copies:
+            if copy.answer is not None:
+                copy.answer.set_exception(error)
+        self._copies.clear()
+
     # Reading
 
     def view(self, version: Version) -> AdapterView:

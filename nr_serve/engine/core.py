@@ -92,8 +92,10 @@ class Core:
         return Output(request_id, finish_reason="abort")
 
     def abort_all(self, error: NrError) -> StepEvents:
-        """Drop every request; each is answered with `error`."""
-        return StepEvents(tuple(self._fail(request, error) for request in list(self._requests.values())))
+        """Answer every request with `error`. Takes nothing back, which could fail too: the engine is at its end."""
+        outputs = tuple(Output(name, finish_reason="error", error=error) for name in self._requests)
+        self._requests.clear()
+        return StepEvents(outputs)
 
     def step(self) -> StepEvents:
         """One forward pass over a mixed batch; outputs of all that it moved on."""
@@ -151,7 +153,9 @@ class Core:
 
     def _apply_piece(self, piece: Piece, result: Result) -> Output | None:
         request = piece.request
-        gates = [self._adapters.shares(fired, request.selection or ()) for fired in result.fired]
+        # Every token gets its entry, also while nothing is attached and nothing can fire.
+        fired_n = result.fired or ((),) * (piece.count if request.submit.gates else 0)
+        gates = [self._adapters.shares(fired, request.selection or ()) for fired in fired_n]
         _add_prompt_report(piece, result, gates)
         if not piece.samples:
             return None

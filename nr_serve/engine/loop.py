@@ -20,6 +20,7 @@ from nr_serve.engine.messages import (
     EngineInfo,
     ListAdapters,
     LoadAdapter,
+    Output,
     PatchAdapter,
     ReadGates,
     StepEvents,
@@ -112,7 +113,10 @@ class EngineLoop:
         answer.set_running_or_notify_cancel()  # from here on it cannot be cancelled under the engine's hands
         if isinstance(command, LoadAdapter):
             self._require_ready()
-            self._readers.submit(self._read, command, answer, time.perf_counter())
+            try:
+                self._readers.submit(self._read, command, answer, time.perf_counter())
+            except RuntimeError as error:  # stopped since the line above
+                raise Unavailable("the server stopped") from error
         else:
             self._put(_Call(command, answer))
         return answer
@@ -151,6 +155,7 @@ class EngineLoop:
     def _main(self) -> None:
         error = Unavailable("the server stopped")
         core: Core | None = None
+        adapters: Adapters | None = None
         try:
             core, adapters = self._load()
             self.status = "ready"
@@ -165,7 +170,7 @@ class EngineLoop:
             error = Unavailable("the engine failed; the server's log says why")
             self.failure, self.status = f"{type(failure).__name__}: {failure}", "failed"
         finally:
-            self._close(core, error)
+            self._close(core, adapters, error)
 
     def _load(self) -> tuple[Core, Adapters]:
         from nr_serve.engine.adapters import Adapters
@@ -211,41 +216,44 @@ class EngineLoop:
                 return
             adapters.copy_some()
             if not core.idle:
-                self._deliver(core.step())
+                events = core.step()
+                if events.outputs or events.report is not None:
+                    self._deliver(events)
 
     def _take_messages(self, core: Core, adapters: Adapters, *, wait: bool) -> bool:
         """Handle what is in the queue; with `wait`, at least one message. False once told to stop."""
-        refused = []
+        outputs: list[Output | None] = []
         try:
             message = self._inbox.get(block=wait)
             while not isinstance(message, _Stop):
                 if isinstance(message, Submit):
-                    refused.append(core.add(message))
+                    outputs.append(core.add(message))
                 elif isinstance(message, Abort):
-                    refused.append(core.abort(message.request_id))
+                    outputs.append(core.abort(message.request_id))
                 elif isinstance(message, _Checked):
                     adapters.load(message.message, message.adapter, message.answer, message.started)
                 else:
                     _carry_out(message, adapters)
                 message = self._inbox.get(block=False)
         except queue.Empty:
-            outputs = tuple(output for output in refused if output is not None)
-            if outputs:
-                self._deliver(StepEvents(outputs))
             return True
+        finally:
+            given = tuple(output for output in outputs if output is not None)
+            if given:
+                self._deliver(StepEvents(given))
         return False
 
-    def _close(self, core: Core | None, error: NrError) -> None:
+    def _close(self, core: Core | None, adapters: Adapters | None, error: NrError) -> None:
         """Answer everybody who still waits; nothing can be enqueued any more."""
         with self._closing:
             self._closed = True
         if core is not None:
             self._deliver(core.abort_all(error))
+        if adapters is not None:
+            adapters.abandon(error)
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, Submit):
-                from nr_serve.engine.messages import Output
-
                 self._deliver(StepEvents((Output(message.request_id, finish_reason="error", error=error),)))
             elif isinstance(message, _Call | _Checked):
                 message.answer.set_exception(error)
@@ -264,3 +272,6 @@ def _carry_out(call: _Call, adapters: Adapters) -> None:
                 call.answer.set_result(adapters.statistics())
     except NrError as error:
         call.answer.set_exception(error)
+    except Exception as error:
+        call.answer.set_exception(NrError(f"the command failed: {type(error).__name__}"))
+        raise  # half of it may be done: the engine stops rather than go on from there
