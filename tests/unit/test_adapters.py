@@ -1,0 +1,353 @@
+"""Adapters come, go and change under running requests, and every request keeps what it was admitted with."""
+
+import dataclasses
+from concurrent.futures import Future
+
+import pytest
+
+from nr_serve.engine.messages import LoadAdapter, PatchAdapter, Sampling, Submit
+from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, Unavailable
+from nr_serve.neutral import math
+from tests import tiny
+from tests.unit.test_exactness import engine
+
+PROMPT = tuple(range(30, 50))
+ANSWER = 12
+
+
+class Server:
+    """A tiny engine, stepped by hand; answers are checked against the naive loop."""
+
+    def __init__(self, *, slots=2, budget=32) -> None:
+        self.base = tiny.model()
+        self.naive = tiny.Naive(self.base)
+        self.core, self.adapters = engine(self.base, pages=200, budget=budget, running=8, slots=slots)
+        self.tokens: dict[str, list[int]] = {}
+        self.ended: dict[str, object] = {}
+        self.prompts: dict[str, tuple] = {}
+
+    def load(self, name, adapter, *, finish=True, **options) -> Future:
+        answer: Future = Future()
+        self.adapters.load(LoadAdapter(name, path=None, **options), adapter, answer, 0.0)
+        if finish:
+            self.adapters.copy_some(seconds=60)
+        return answer
+
+    def made(self, seed, **options):
+        return tiny.adapter(self.base, seed, **options)
+
+    def ask(self, name, adapters=None, *, selected="", gates=False, tokens=ANSWER) -> None:
+        sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)
+        assert self.core.add(Submit(name, PROMPT, sampling, adapters, selected, gates=gates)) is None
+
+    def step(self, *, copy=True) -> None:
+        if copy:
+            self.adapters.copy_some(seconds=0)
+        for output in self.core.step().outputs:
+            self.tokens.setdefault(output.request_id, []).extend(t.id for t in output.tokens)
+            if output.prompt is not None:
+                self.prompts[output.request_id] = output.prompt
+            if output.finish_reason is not None:
+                self.ended[output.request_id] = output.error or output.finish_reason
+
+    def finish(self) -> None:
+        for _ in range(500):
+            if self.core.idle and not self.adapters.copying:
+                self.core.check()
+                return
+            self.step()
+        raise AssertionError("somebody waits for ever")
+
+    def expected(self, *adapters) -> list[int]:
+        return self.naive.greedy(PROMPT, ANSWER, adapters)[0]
+
+    def state(self, name):
+        return next((v.state for v in self.adapters.views() if v.name == name), None)
+
+    def slot(self, name):
+        return self.adapters.registry.get(name).slot
+
+
+def error_of(answer: Future) -> Exception:
+    error = answer.exception(timeout=0)
+    assert error is not None
+    return error
+
+
+def test_a_load_is_published_only_when_all_of_it_is_copied():
+    server = Server()
+    a = server.made(1)
+    answer = server.load("a", a, finish=False)
+    for _ in range(tiny.LAYERS):
+        assert not answer.done()
+        assert server.state("a") is None
+        server.adapters.copy_some(seconds=0)
+    server.adapters.copy_some(seconds=0)
+    view = answer.result(timeout=0)
+    assert (view.name, view.state, view.version, view.h, view.nbytes) == ("a", "attached", "v1", a.h, a.nbytes)
+    assert (view.domain, view.carry, view.threshold, view.pinned, view.requests) == ("test-1", 0.0, 0.0, False, 0)
+    server.ask("r")
+    server.finish()
+    assert server.tokens["r"] == server.expected(a) != server.expected()
+
+
+def test_requests_keep_the_version_they_were_admitted_with_when_it_is_replaced():
+    server = Server(slots=2)
+    old, new = server.made(1), server.made(2, carry=0.5)
+    server.load("a", old)
+    server.ask("before", ("a",))
+    for _ in range(3):
+        server.step()
+    answer = server.load("a", new, finish=False, replace=True)
+    while not answer.done():
+        server.step()
+    server.ask("after", ("a",))
+    assert server.adapters.registry.slots_used == 2
+    assert server.adapters.view(server.adapters.registry.get("a")).requests == 1, "the old version's request counts"
+    server.finish()
+    assert server.tokens["before"] == server.expected(old)
+    assert server.tokens["after"] == server.expected(new)
+    assert server.expected(old) != server.expected(new)
+    assert server.adapters.registry.slots_used == 1
+    assert answer.result().version == "v2"
+
+
+def test_a_request_keeps_an_adapter_that_is_unloaded_and_the_waiting_are_refused():
+    server = Server(slots=1, budget=len(PROMPT))
+    a = server.made(1)
+    server.load("a", a)
+    server.ask("running", ("a",))
+    server.step()
+    server.ask("waiting", ("a",))
+    view = server.adapters.unload("a")
+    assert view.state == "attached"
+    assert view.gates.seen, "the view is of all that was counted, up to the end"
+    assert server.adapters.views() == ()
+    with pytest.raises(NotFound):
+        server.adapters.check_selection(("a",))
+    with pytest.raises(NotFound):
+        server.adapters.unload("a")
+    server.finish()
+    assert server.tokens["running"] == server.expected(a)
+    assert isinstance(server.ended["waiting"], NotFound)
+    assert server.adapters.registry.slots_used == 0
+    server.ask("later")
+    server.finish()
+    assert server.tokens["later"] == server.expected()
+
+
+def test_more_adapters_than_slots_are_attached_on_demand_for_exact_answers():
+    server = Server(slots=2)
+    made = {f"a{i}": server.made(i, carry=0.5 * (i % 2)) for i in range(5)}
+    for name, each in made.items():
+        server.load(name, each)
+    states = [view.state for view in server.adapters.views()]
+    assert states.count("attached") == 2
+    assert states.count("registered") == 3
+    asked = [("a0",), ("a3", "a1"), ("a2",), ("a4",), (), ("a0", "a4"), None, ("a1",), ("a2", "a3")]
+    for i, names in enumerate(asked):
+        server.ask(str(i), names)
+    server.finish()
+    for i, names in enumerate(asked):
+        if names is not None:
+            assert server.tokens[str(i)] == server.expected(*(made[n] for n in names)), names
+    assert len({tuple(answer) for answer in server.tokens.values()}) > 5
+
+
+def test_the_selection_of_the_base_name_is_what_is_attached_when_it_is_admitted():
+    server = Server(slots=3)
+    a, b = server.made(1), server.made(2)
+    server.load("a", a)
+    server.ask("one")
+    server.step()
+    server.load("b", b)
+    server.ask("two")
+    server.finish()
+    assert server.tokens["one"] == server.expected(a)
+    assert server.tokens["two"] == server.expected(a, b) != server.expected(a)
+
+
+@pytest.mark.parametrize("case", ["name taken", "too wide", "threshold", "name taken meanwhile"])
+def test_a_load_that_fails_changes_nothing(case):
+    server = Server(slots=1)
+    a, b = server.made(1), server.made(2)
+    first = server.load("a", a, finish=case != "name taken meanwhile")
+    if case == "name taken meanwhile":
+        # Both were free to load when they began. The one slot is being written, so the second is published first.
+        second = server.load("a", b)
+        assert second.result(timeout=0).version == "v2"
+        assert isinstance(error_of(first), Conflict)
+        expected = server.expected(b)
+    else:
+        wide = server.made(3, h=17)
+        options, adapter, kind = {
+            "name taken": ({}, b, Conflict),
+            "too wide": ({"replace": True}, wide, BadAdapterFile),
+            "threshold": ({"replace": True, "threshold": 1e39}, b, BadRequest),
+        }[case]
+        before = server.adapters.views()
+        assert isinstance(error_of(server.load("a", adapter, **options)), kind)
+        assert server.adapters.views() == before
+        expected = server.expected(a)
+    assert not server.adapters.copying or case == "name taken meanwhile"
+    server.ask("r", ("a",))
+    server.finish()
+    assert server.tokens["r"] == expected
+    assert server.adapters.registry.slots_used == 1
+
+
+def test_a_file_with_a_threshold_no_float32_holds_is_refused_too():
+    server = Server()
+    a = server.made(1)
+    wild = dataclasses.replace(a, info=dataclasses.replace(a.info, threshold=float("nan")))
+    assert isinstance(error_of(server.load("a", wild)), BadRequest)
+    assert server.adapters.views() == ()
+
+
+def test_the_threshold_is_a_dial_that_acts_with_the_next_step():
+    server = Server()
+    server.load("a", server.made(1, threshold=0.2))
+    server.load("b", server.made(2), threshold=0.7)
+    assert [v.threshold for v in server.adapters.views()] == [0.2, 0.7]
+    view = server.adapters.patch(PatchAdapter("a", threshold=0.5))
+    assert (view.threshold, view.pinned) == (0.5, False)
+    server.ask("half", ("a",))
+    server.finish()
+    assert server.tokens["half"] == server.expected(server.made(1, threshold=0.5))
+    server.adapters.patch(PatchAdapter("a", threshold=1e6))
+    server.ask("shut", ("a",))
+    server.finish()
+    assert server.tokens["shut"] == server.expected()
+    with pytest.raises(NotFound):
+        server.adapters.patch(PatchAdapter("c", threshold=0.0))
+    for threshold in (float("nan"), float("inf"), -1e39):
+        with pytest.raises(BadRequest):
+            server.adapters.patch(PatchAdapter("a", threshold=threshold))
+    assert server.adapters.view(server.adapters.registry.get("a")).threshold == 1e6
+
+
+def test_a_dial_turned_while_the_weights_are_copied_is_not_lost():
+    server = Server(slots=1)
+    server.load("a", server.made(1))
+    server.load("b", server.made(2))
+    server.ask("r", ("b",) if server.slot("b") is None else ("a",))
+    wanted = "b" if server.slot("b") is None else "a"
+    server.step()
+    assert server.state(wanted) == "loading"
+    server.adapters.patch(PatchAdapter(wanted, threshold=1e6))
+    server.finish()
+    assert server.tokens["r"] == server.expected(), "the threshold shuts every gate"
+
+
+def test_pinned_adapters_stay_and_a_selection_without_room_is_refused_at_once():
+    server = Server(slots=2)
+    made = {name: server.made(i) for i, name in enumerate("abc")}
+    for name, each in made.items():
+        server.load(name, each, pinned=name != "c")
+    assert [server.state(name) for name in "abc"] == ["attached", "attached", "registered"]
+    server.ask("c", ("c",))
+    server.ask("behind", ("a",))
+    server.finish()
+    assert isinstance(server.ended["c"], Unavailable)
+    assert server.tokens["behind"] == server.expected(made["a"]), "a request nobody can serve held up the others"
+    server.adapters.patch(PatchAdapter("a", pinned=False))
+    server.ask("c again", ("c",))
+    server.finish()
+    assert server.tokens["c again"] == server.expected(made["c"])
+    assert [server.state(name) for name in "abc"] == ["registered", "attached", "attached"]
+    with pytest.raises(BadRequest, match="at most 2"):
+        server.adapters.check_selection(("a", "b", "c"))
+
+
+def test_statistics_belong_to_names_survive_replacement_and_go_with_the_name():
+    server = Server(slots=2)
+    server.load("a", server.made(1))
+    server.load("b", server.made(2))
+    server.ask("1", ("a",), selected="hu")
+    server.finish()
+    first = server.adapters.statistics()
+    fed = len(PROMPT) + ANSWER - 1
+    assert first.adapters["a"].layer_groups == ("0-0", "1-1", "2-2")
+    assert first.adapters["a"].seen == (fed,) * tiny.LAYERS
+    assert first.adapters["b"].seen == (0,) * tiny.LAYERS
+    ids = [*PROMPT, *server.tokens["1"]][:-1]
+    assert first.adapters["a"].fired == fired_by_the_definition(ids, server.made(1))
+    assert first.adapters["a"].mass > 0
+    assert first.cross["a", "hu"] == sum(first.adapters["a"].fired)
+    assert first.cross["b", "hu"] > 0, "b is observed on traffic that did not select it"
+    assert (first.slots_used, first.slots_total) == (2, 2)
+
+    server.load("a", server.made(3), replace=True)
+    server.ask("2", ("a",), selected="hu")
+    server.finish()
+    second = server.adapters.statistics()
+    assert second.adapters["a"].seen == (2 * fed,) * tiny.LAYERS
+    assert second.adapters["a"].mass > first.adapters["a"].mass
+
+    server.adapters.unload("a")
+    third = server.adapters.statistics()
+    assert third.adapters.keys() == {"b"}
+    assert {name for name, _ in third.cross} == {"b"}
+    server.load("a", server.made(3))
+    assert server.adapters.statistics().adapters["a"].mass == 0, "a new name starts at nothing"
+
+
+def test_statistics_follow_an_adapter_from_slot_to_slot():
+    server = Server(slots=1)
+    for i in range(3):
+        server.load(f"a{i}", server.made(i))
+    fed = len(PROMPT) + ANSWER - 1
+    for i in (0, 1, 0, 2, 0):
+        server.ask(f"r{i}{server.core._arrivals}", (f"a{i}",))
+    server.finish()
+    statistics = server.adapters.statistics()
+    assert [statistics.adapters[f"a{i}"].seen[0] for i in range(3)] == [3 * fed, fed, fed]
+
+
+def fired_by_the_definition(ids, adapter):
+    """Gates that fired in each layer, counted in the naive model's own forward pass."""
+    fired = [0] * tiny.LAYERS
+    naive = tiny.Naive(tiny.model())
+    add = naive._add
+
+    def counting(layer, x, y):
+        block = adapter.blocks[layer]
+        fired[layer] = int((math.gate_logit(x[0], block.gate, block.bias) > 0).sum())
+        return add(layer, x, y)
+
+    for layer in naive.model.model.layers:
+        layer.mlp.add_residues = counting
+    naive.logits(ids, [adapter])
+    return tuple(fired)
+
+
+def test_beyond_a_bound_selections_share_one_label():
+    server = Server()
+    labels = [server.adapters.label(f"s{i}") for i in range(200)]
+    assert len(set(labels)) == 64
+    assert labels == [server.adapters.label(f"s{i}") for i in range(200)]
+    assert set(labels[100:]) == {labels[-1]}
+
+
+def test_gates_are_reported_for_every_token_with_adapters_and_without():
+    server = Server(slots=2, budget=8)
+    server.load("a", server.made(1))
+    server.ask("some", ("a",), gates=True)
+    server.finish()
+    prompt = server.prompts["some"]
+    assert [token.id for token in prompt] == list(PROMPT)
+    shares = [token.gates["a"] for token in prompt]
+    assert set(shares) <= {i / tiny.LAYERS for i in range(tiny.LAYERS + 1)}
+    assert len(set(shares)) > 1
+    # The prompt is read in chunks; in the middle of it the last adapter is unloaded, or the first one loaded.
+    server.ask("unloaded", (), gates=True)
+    server.step()
+    server.adapters.unload("a")
+    server.finish()
+    server.ask("loaded", (), gates=True)
+    server.step()
+    server.load("b", server.made(2))
+    server.finish()
+    for name in ("unloaded", "loaded"):
+        assert [dict(token.gates) for token in server.prompts[name]] == [{}] * len(PROMPT)
+        assert server.tokens[name] == server.expected()
