@@ -1,6 +1,8 @@
 """Adapters come, go and change under running requests, and every request keeps what it was admitted with."""
 
 import dataclasses
+import random
+from collections import Counter
 from concurrent.futures import Future
 
 import pytest
@@ -257,6 +259,61 @@ def test_pinned_adapters_stay_and_a_selection_without_room_is_refused_at_once():
     assert [server.state(name) for name in "abc"] == ["registered", "attached", "attached"]
     with pytest.raises(BadRequest, match="at most 2"):
         server.adapters.check_selection(("a", "b", "c"))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_loads_replacements_unloads_and_aborts_never_change_an_answer_under_way(seed):
+    rng = random.Random(seed)
+    server = Server(slots=3, budget=16)
+    made = [server.made(i, carry=rng.choice([0.0, 0.5]), h=rng.choice([4, 16])) for i in range(6)]
+    admitted = record_admissions(server)
+    names, asked, loads = "abcde", 0, []
+    for _ in range(160):
+        roll, name = rng.random(), rng.choice(names)
+        if roll < 0.15:
+            loads.append(server.load(name, rng.choice(made), finish=False, replace=rng.random() < 0.7))
+        elif roll < 0.20 and name in server.adapters.registry:
+            server.adapters.unload(name)
+        elif roll < 0.25 and name in server.adapters.registry:
+            server.adapters.patch(PatchAdapter(name, pinned=rng.random() < 0.4))
+        elif roll < 0.28 and asked:
+            server.core.abort(str(rng.randrange(asked)))
+        elif roll < 0.7:
+            current = [view.name for view in server.adapters.views()]
+            selection = rng.choice(
+                [None, (), tuple(rng.sample(current, min(len(current), rng.choice([1, 1, 2, 3]))))]
+            )
+            server.ask(str(asked), selection)
+            asked += 1
+        server.step(copy=rng.random() < 0.8)
+    server.finish()
+    assert all(load.done() for load in loads)
+    assert server.adapters.registry.slots_used <= 3
+    checked = Counter()
+    for key, why in server.ended.items():
+        if why != "length":
+            assert isinstance(why, NotFound | Unavailable)
+            continue
+        got = server.tokens[key]
+        logits_TV = server.naive.logits([*PROMPT, *got], admitted[key])[len(PROMPT) - 1 : -1]
+        assert got == logits_TV.argmax(-1).tolist()
+        checked[len(admitted[key])] += 1
+    assert min(checked[0], checked[1], checked[2] + checked[3]) > 5, checked
+
+
+def record_admissions(server) -> dict[str, list]:
+    """What each request was admitted with, filled in as it happens."""
+    admitted = {}
+    admit = server.core.scheduler._admit
+
+    def recording(request):
+        if not admit(request):
+            return False
+        admitted.setdefault(request.id, [version.payload for version in request.selection])
+        return True
+
+    server.core.scheduler._admit = recording
+    return admitted
 
 
 def test_statistics_belong_to_names_survive_replacement_and_go_with_the_name():
