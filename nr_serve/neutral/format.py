@@ -139,6 +139,7 @@ def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         safetensors.torch.save_file(tensors, part, metadata)
+        part.chmod(0o644)  # the library leaves it readable by its owner alone
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
