@@ -1,0 +1,357 @@
+"""The engine's thread: what is asked of it is answered, whatever fails and whenever it stops."""
+
+import queue
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from nr_serve.config import ServeConfig
+from nr_serve.engine.loop import EngineLoop
+from nr_serve.engine.messages import (
+    ListAdapters,
+    LoadAdapter,
+    PatchAdapter,
+    ReadGates,
+    Sampling,
+    Submit,
+    UnloadAdapter,
+)
+from nr_serve.errors import (
+    BadAdapterFile,
+    BadRequest,
+    Conflict,
+    NotFound,
+    NrError,
+    QueueFull,
+    TooLarge,
+    Unavailable,
+)
+from nr_serve.neutral.bank import Bank
+from nr_serve.neutral.format import write_adapter
+from tests import tiny
+
+PATIENCE = 60  # seconds until a test gives up on an answer that should come at once
+PROMPT = tuple(range(40, 60))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tiny.model(), tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Adapter files by name, and the adapters in them."""
+    made = {name: tiny.adapter(tiny.model(), seed) for seed, name in enumerate(("a", "b"))}
+    place = tmp_path_factory.mktemp("adapters")
+    for name, adapter in made.items():
+        write_adapter(place / f"{name}.safetensors", adapter.info, adapter.blocks)
+    return place, made
+
+
+class Loop(EngineLoop):
+    """The real loop; tests wait for `up`, and reach its parts through `core` and `adapters`."""
+
+    def __init__(self, folder, **config) -> None:
+        settings = {"pages": 64, "page_size": 4, "slots": 2, "slot_width": 16, "max_running": 4, "device": "cpu"}
+        self.up = threading.Event()
+        self.delivered: queue.SimpleQueue = queue.SimpleQueue()
+        self.hold = threading.Event()
+        self.hold.set()
+        super().__init__(ServeConfig(**settings | config), folder, tiny.tokenizer(), self.delivered.put)
+
+    def _serve(self, core, adapters):
+        self.core, self.adapters = core, adapters
+        self.up.set()
+        assert self.hold.wait(PATIENCE)
+        super()._serve(core, adapters)
+
+    def begin(self) -> "Loop":
+        self.start()
+        assert self.up.wait(PATIENCE), self.failure
+        return self
+
+    def pause_after_a_step(self) -> tuple[threading.Event, threading.Event]:
+        """Hold the engine before its second step from now: an event set when it stands, and one to let it go on."""
+        step, reached, go_on = self.core.step, threading.Event(), threading.Event()
+        steps = []
+
+        def held():
+            steps.append(1)
+            if len(steps) == 2:
+                reached.set()
+                assert go_on.wait(PATIENCE)
+            return step()
+
+        self.core.step = held
+        return reached, go_on
+
+    def outputs(self, *wanted: str) -> dict[str, list]:
+        """Every output, by request, until all of `wanted` ended."""
+        got: dict[str, list] = {}
+        left = set(wanted)
+        while left:
+            for output in self.delivered.get(timeout=PATIENCE).outputs:
+                got.setdefault(output.request_id, []).append(output)
+                if output.finish_reason is not None:
+                    left.discard(output.request_id)
+        return got
+
+    def answer(self, request: Submit) -> tuple[list[int], str]:
+        self.submit(request)
+        outputs = self.outputs(request.request_id)[request.request_id]
+        return [token.id for output in outputs for token in output.tokens], outputs[-1].finish_reason
+
+
+@pytest.fixture
+def loop(folder):
+    loop = Loop(folder).begin()
+    yield loop
+    loop.stop()
+
+
+def ask(name: str, adapters=(), *, tokens=6, prompt=PROMPT) -> Submit:
+    return Submit(name, prompt, Sampling(max_tokens=tokens, temperature=0, ignore_eos=True), adapters)
+
+
+def expected(*adapters, tokens=6):
+    return tiny.Naive(tiny.model()).greedy(PROMPT, tokens, adapters)[0]
+
+
+def result(answer: Future):
+    return answer.result(timeout=PATIENCE)
+
+
+def error_of(answer: Future) -> NrError:
+    error = answer.exception(timeout=PATIENCE)
+    assert isinstance(error, NrError)
+    return error
+
+
+def test_a_request_is_answered_as_the_naive_loop_would(loop):
+    assert loop.status == "ready"
+    assert (loop.info.model, loop.info.layers, loop.info.d, loop.info.slots) == ("tiny", tiny.LAYERS, tiny.D, 2)
+    assert loop.answer(ask("r")) == (expected(), "length")
+
+
+def test_every_step_is_one_hand_over_with_its_report(loop):
+    for name in ("x", "y", "z"):
+        loop.submit(ask(name, tokens=4))
+    reports, ended = [], 0
+    while ended < 3:
+        events = loop.delivered.get(timeout=PATIENCE)
+        reports.append(events.report)
+        ended += sum(output.finish_reason is not None for output in events.outputs)
+    assert [report.step for report in reports] == list(range(1, len(reports) + 1))
+    assert sum(report.prefill_tokens for report in reports) == 3 * len(PROMPT)
+    assert sum(report.decode_tokens for report in reports) == 3 * 3
+    assert reports[-1].pages_used == 0
+    assert loop.delivered.empty()
+
+
+def test_before_it_is_ready_and_after_it_stopped_requests_are_refused(folder):
+    loop = Loop(folder)
+    for refused in (lambda: loop.submit(ask("r")), lambda: loop.call(ListAdapters())):
+        with pytest.raises(Unavailable, match="loading"):
+            refused()
+    loop.begin()
+    loop.stop()
+    loop.stop()
+    assert loop.status == "stopped"
+    for refused in (
+        lambda: loop.submit(ask("r")),
+        lambda: loop.call(ListAdapters()),
+        lambda: loop.call(LoadAdapter("a", folder / "a.safetensors")),
+    ):
+        with pytest.raises(Unavailable, match="stopped"):
+            refused()
+    loop.abort("r")
+
+
+def test_an_aborted_request_gives_everything_back(loop):
+    reached, go_on = loop.pause_after_a_step()
+    loop.submit(ask("gone", tokens=200))
+    assert reached.wait(PATIENCE)
+    loop.submit(ask("stays"))
+    loop.abort("gone")
+    loop.abort("nobody")
+    go_on.set()
+    got = loop.outputs("gone", "stays")
+    assert got["gone"][-1].finish_reason == "abort"
+    assert sum(len(output.tokens) for output in got["gone"]) == 2, "one a step"
+    assert [t.id for output in got["stays"] for t in output.tokens] == expected()
+    assert loop.answer(ask("after")) == (expected(), "length")
+    result(loop.call(ListAdapters()))
+    assert loop.core.scheduler.pool.used == 0
+
+
+def test_refusals_reach_the_client(folder):
+    loop = Loop(folder, max_waiting=1, max_model_len=64)
+    loop.hold.clear()
+    loop.begin()
+    asked = {
+        "long": (ask("long", tokens=64), BadRequest),
+        "empty": (ask("empty", prompt=()), BadRequest),
+        "unknown": (ask("unknown", ("a",)), NotFound),
+        "fits": (ask("fits"), None),
+        "full": (ask("full"), QueueFull),
+    }
+    for request, _ in asked.values():
+        loop.submit(request)
+    loop.hold.set()
+    got = loop.outputs(*asked)
+    for name, (_, kind) in asked.items():
+        last = got[name][-1]
+        assert (last.finish_reason, type(last.error)) == (
+            ("length", type(None)) if kind is None else ("error", kind)
+        )
+    loop.stop()
+
+
+def test_adapters_are_loaded_changed_read_and_unloaded(loop, files):
+    place, made = files
+    view = result(loop.call(LoadAdapter("hu", place / "a.safetensors", threshold=0.1)))
+    assert (view.name, view.state, view.threshold, view.domain) == ("hu", "attached", 0.1, "test-0")
+    assert result(loop.call(PatchAdapter("hu", pinned=True, threshold=0.0))).pinned
+    assert loop.answer(ask("r", ("hu",))) == (expected(made["a"]), "length")
+    assert isinstance(error_of(loop.call(LoadAdapter("hu", place / "b.safetensors"))), Conflict)
+    assert result(loop.call(LoadAdapter("hu", place / "b.safetensors", replace=True))).domain == "test-1"
+    assert loop.answer(ask("s", ("hu",))) == (expected(made["b"]), "length")
+    assert result(loop.call(ReadGates())).adapters["hu"].mass > 0
+    assert [v.name for v in result(loop.call(ListAdapters()))] == ["hu"]
+    assert result(loop.call(UnloadAdapter("hu"))).name == "hu"
+    assert isinstance(error_of(loop.call(UnloadAdapter("hu"))), NotFound)
+    assert isinstance(error_of(loop.call(PatchAdapter("hu", pinned=True))), NotFound)
+    assert result(loop.call(ListAdapters())) == ()
+
+
+def test_a_file_that_is_refused_changes_nothing(folder, files, tmp_path):
+    place, made = files
+    loop = Loop(folder, max_adapter_gib=1e-4).begin()  # about 100 kB
+    result(loop.call(LoadAdapter("a", place / "a.safetensors")))
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes((place / "b.safetensors").read_bytes()[:-1])
+    big = tmp_path / "big.safetensors"
+    big.write_bytes(bytes(200_000))
+    for path, kind in ((bad, BadAdapterFile), (big, TooLarge), (tmp_path / "none", BadAdapterFile)):
+        assert isinstance(error_of(loop.call(LoadAdapter("a", path, replace=True))), kind)
+    assert loop.answer(ask("r", ("a",))) == (expected(made["a"]), "length")
+    loop.stop()
+
+
+def test_adapters_of_the_settings_are_attached_before_it_is_ready(folder, files):
+    place, made = files
+    entries = [str(place / "a.safetensors"), f"hu={place / 'b.safetensors'}"]
+    loop = Loop(folder, adapter=entries).begin()
+    assert [(v.name, v.state) for v in result(loop.call(ListAdapters()))] == [("a", "attached"), ("hu", "attached")]
+    assert loop.answer(ask("r", None)) == (expected(made["a"], made["b"]), "length")
+    loop.stop()
+
+
+@pytest.mark.parametrize("fault", ["no base", "no adapter", "name twice"])
+def test_a_start_that_fails_says_why_and_refuses(folder, files, tmp_path, fault):
+    place, _ = files
+    file = str(place / "a.safetensors")
+    entries = {"no base": [], "no adapter": [str(tmp_path / "none.safetensors")], "name twice": [file, file]}[fault]
+    loop = Loop(tmp_path / "nowhere" if fault == "no base" else folder, adapter=entries)
+    loop.start()
+    loop._thread.join(PATIENCE)
+    assert loop.status == "failed"
+    assert {"no base": "nowhere", "no adapter": "none.safetensors", "name twice": "'a'"}[fault] in loop.failure
+    with pytest.raises(Unavailable) as refusal:
+        loop.submit(ask("r"))
+    assert refusal.value.message == loop.failure
+    loop.stop()
+
+
+def test_a_step_that_raises_fails_its_requests_alone_and_the_next_one_works(folder, files):
+    place, made = files
+    loop = Loop(folder, max_running=2)
+    loop.hold.clear()
+    loop.begin()
+    run, steps = loop.core._runner.run, []
+
+    def fails_once(pieces, labels):
+        steps.append([piece.request.id for piece in pieces])
+        if len(steps) == 3:
+            raise RuntimeError("out of memory")
+        return run(pieces, labels)
+
+    loop.core._runner.run = fails_once
+    loop.hold.set()
+    result(loop.call(LoadAdapter("a", place / "a.safetensors")))
+    for name in ("one", "two", "three"):
+        loop.submit(ask(name, ("a",)))
+    got = loop.outputs("one", "two", "three")
+    failed = {name for name, outputs in got.items() if outputs[-1].error is not None}
+    assert failed == set(steps[2])
+    assert "three" not in failed
+    for name in failed:
+        assert got[name][-1].finish_reason == "error"
+        assert "out of memory" not in got[name][-1].error.message, "a client is told nothing of the inside"
+    assert [t.id for output in got["three"] for t in output.tokens] == expected(made["a"])
+    assert loop.status == "ready"
+    assert result(loop.call(ListAdapters()))[0].requests == 0
+    assert loop.core.scheduler.pool.used == 0
+    loop.stop()
+
+
+def test_stopping_answers_everybody(folder, files, monkeypatch):
+    """Running, waiting and refused requests, a load under way, and a command just before the end."""
+    place, _ = files
+    copying = threading.Event()
+
+    def endless(self, slot, adapter, threshold):
+        copying.set()
+        while True:
+            yield
+
+    monkeypatch.setattr(Bank, "attach", endless)
+    loop = Loop(folder, max_running=1).begin()
+    load = loop.call(LoadAdapter("a", place / "a.safetensors"))
+    assert copying.wait(PATIENCE)
+    reached, go_on = loop.pause_after_a_step()
+    loop.submit(ask("running", tokens=200))
+    assert reached.wait(PATIENCE)
+    loop.submit(ask("waiting"))
+    loop.submit(ask("refused", prompt=()))
+    listed = loop.call(ListAdapters())
+    join = loop._thread.join
+    loop._thread.join = lambda: (go_on.set(), join())  # the engine goes on once it has been told to stop
+    loop.stop()
+    got = loop.outputs("running", "waiting", "refused")
+    assert isinstance(got["running"][-1].error, Unavailable)
+    assert isinstance(got["waiting"][-1].error, Unavailable)
+    assert isinstance(got["refused"][-1].error, BadRequest)
+    assert isinstance(error_of(load), Unavailable)
+    assert listed.done()
+    assert not loop._thread.is_alive()
+
+
+@pytest.mark.parametrize("where", ["integrity", "command"])
+def test_an_engine_that_breaks_down_answers_everybody_and_refuses_from_then_on(folder, where):
+    loop = Loop(folder)
+    loop.hold.clear()
+    loop.begin()
+
+    def breaks(*_):
+        raise RuntimeError("pages are lost")
+
+    if where == "integrity":
+        loop.core.check = breaks
+        loop.submit(ask("r"))
+    else:
+        loop.adapters.views = breaks
+        listed = loop.call(ListAdapters())
+        loop.submit(ask("r"))
+    loop.hold.set()
+    last = loop.outputs("r")["r"][-1]
+    loop._thread.join(PATIENCE)
+    assert isinstance(last.error, Unavailable)
+    if where == "command":
+        assert "pages are lost" not in error_of(listed).message
+    assert loop.status == "failed"
+    with pytest.raises(Unavailable, match="pages are lost"):
+        loop.submit(ask("s"))
+    loop.stop()
