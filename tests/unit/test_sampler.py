@@ -134,6 +134,7 @@ def test_at_temperature_0_the_likeliest_is_chosen_after_penalties():
     best, second = raw.topk(2).indices.tolist()
     assert sample(raw, request(temperature=0)) == best
     assert sample(raw, request(temperature=0, logit_bias={best: -100.0})) == second
+    assert sample(raw, request(top_p=0.0)) == best, "the likeliest always stays"
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-12, 1e-40, 1e-46, 5e-324])
@@ -182,6 +183,15 @@ def test_the_same_seed_and_place_give_the_same_token():
     assert answer(2**63 - 1) != answer(2**63 - 2)
 
 
+def test_an_answer_is_not_that_of_the_next_seed_a_token_later():
+    def draws(seed, places):
+        return [sample(logits(0) / 9, request(seed=seed, answer=[0] * place)) for place in places]
+
+    assert len(set(draws(5, range(1, 30)))) > 5
+    for step in (-1, 1):
+        assert draws(5, range(1, 30)) != draws(5 + step, range(1 - step, 30 - step))
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_logits_gone_wild_give_a_token_and_numbers(value, everywhere):
@@ -198,6 +208,7 @@ def test_logits_gone_wild_give_a_token_and_numbers(value, everywhere):
         assert 0 <= sample(raw, request(answer=[3], **options)) < VOCAB
     for logprob, top in log_probabilities(raw[None], [3], 5):
         assert all(math.isfinite(p) for p in (logprob, *(p for _, p in top)))
+        assert value == INF or logprob == -9999
 
 
 # Reports
