@@ -9,6 +9,7 @@ from typing import Any
 from nr_serve.errors import BadRequest
 
 _REPLACEMENT = "�"
+_MOST_HELD = 16  # tokens decoded again with each further one while they give no whole character
 _CONTEXT = 6  # tokens of prompt kept before the answer: decoders that merge or strip spaces look back a little
 
 
@@ -17,6 +18,7 @@ class Tokenizer:
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
+        self._texts: dict[int, str] = {}  # log probabilities ask for the same tokens over and over
 
     @classmethod
     def load(cls, model: str | Path) -> Tokenizer:
@@ -39,7 +41,9 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """One token decoded alone, special tokens by name."""
-        return self.decode([token_id], special_tokens=True)
+        if token_id not in self._texts:
+            self._texts[token_id] = self.decode([token_id], special_tokens=True)
+        return self._texts[token_id]
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template: Any
@@ -76,7 +80,10 @@ class Detokenizer:
         text = self._new_text()
         whole = text.rstrip(_REPLACEMENT)
         released = whole[self._out :]
-        if text and whole == text:
+        stuck = len(self._ids) - self._shown > _MOST_HELD  # no character is that long: these bytes are no text
+        if stuck:
+            whole, released = text, text[self._out :]
+        if stuck or (text and whole == text):
             self._start, self._shown, self._out = self._shown, len(self._ids), 0
         else:
             self._out = len(whole)

@@ -58,7 +58,14 @@ def model(kind: str = "llama", *, seed: int = 0, **overrides):
 
 
 def adapter(
-    base, seed: int, *, carry: float = 0.0, h: int = 16, scale: float = 2.0, threshold: float = 0.0
+    base,
+    seed: int,
+    *,
+    carry: float = 0.0,
+    h: int = 16,
+    scale: float = 2.0,
+    threshold: float = 0.0,
+    bare_layers: Sequence[int] = (),
 ) -> Adapter:
     """A random adapter whose gates open on about half the tokens; its last layer is narrower."""
     g = torch.Generator().manual_seed(seed)
@@ -87,7 +94,8 @@ def adapter(
         threshold=threshold,
         domain=f"test-{seed}",
     )
-    nbytes = sum(t.nbytes for b in blocks for t in (b.gate, b.bias, b.w_in, b.w_gate, b.w_out))
+    blocks = [None if i in bare_layers else block for i, block in enumerate(blocks)]
+    nbytes = sum(t.nbytes for b in blocks if b for t in (b.gate, b.bias, b.w_in, b.w_gate, b.w_out))
     return Adapter(info=info, blocks=tuple(blocks), version=f"v{seed}", nbytes=nbytes)
 
 

@@ -1,4 +1,4 @@
-"""The adapters as the engine has them: names and versions (registry), weights (bank), statistics by name.
+"""The adapters as the engine has them: names and versions (registry) and their weights (bank). Torch-free.
 
 Everything here runs on the engine's thread, between steps.
 """
@@ -9,17 +9,21 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from nr_serve.engine.messages import AdapterGates, AdapterView, GateStatistics, LoadAdapter, PatchAdapter
+from nr_serve.engine.gates import OTHER, GateCounts
+from nr_serve.engine.messages import AdapterGates, AdapterView, LoadAdapter, PatchAdapter
 from nr_serve.engine.request import Request
 from nr_serve.errors import BadRequest, NrError, Unavailable
-from nr_serve.neutral.bank import LABELS, Bank
-from nr_serve.neutral.format import MAX_THRESHOLD, Adapter
+from nr_serve.neutral import MAX_THRESHOLD
 from nr_serve.neutral.registry import Registry, Selection, Version
 
+if TYPE_CHECKING:
+    from nr_serve.neutral.bank import Bank
+    from nr_serve.neutral.format import Adapter
+
 COPY_SECONDS = 0.002  # of copying weights between two steps: small beside a step, so that no stream feels it
-LAYER_GROUPS = 4  # layers are counted in a few groups, to bound the number of time series
 
 
 @dataclass(eq=False, slots=True)
@@ -34,14 +38,6 @@ class _Copy:
     replace: bool = False
 
 
-@dataclass(slots=True)
-class _GateTotals:
-    fired_L: list[int]
-    seen_L: list[int]
-    mass: float = 0.0
-    cross: dict[str, int] = field(default_factory=dict)
-
-
 class Adapters:
     """Loads, replaces, unloads and attaches adapters while steps run."""
 
@@ -49,8 +45,7 @@ class Adapters:
         self.registry = Registry(bank.slots)
         self._bank = bank
         self._copies: deque[_Copy] = deque()
-        self._totals: dict[str, _GateTotals] = {}
-        self._labels: dict[str, int] = {}
+        self._gates = GateCounts(bank, self.registry)
 
     # Requests
 
@@ -62,8 +57,10 @@ class Adapters:
         if len(set(names)) > self._bank.slots:
             raise BadRequest(f"at most {self._bank.slots} adapters can act at once", param="adapters")
 
-    def admit(self, request: Request) -> bool:
-        """Fix the request's selection and hold it; False while some of it is not attached yet.
+    def admit(self, request: Request, *, may_copy: bool) -> bool:
+        """Fix the request's selection and hold it; False while some of it is not attached.
+
+        With `may_copy` what is missing is set about to be attached.
 
         Raises NotFound if a name is gone, Unavailable if pinned adapters leave the selection no room.
         """
@@ -71,7 +68,9 @@ class Adapters:
         if selection is None:
             selection = self.registry.resolve(request.submit.adapters)
         for version in selection:
-            if version.slot is None and not self._start_copy(version, time.perf_counter(), beside=selection):
+            if version.slot is not None or not may_copy:
+                continue
+            if not self._start_copy(version, time.perf_counter(), beside=selection):
                 self._check_room(selection)
         if not all(version.attached for version in selection):
             return False
@@ -85,15 +84,15 @@ class Adapters:
         if request.selection is None:
             return
         if any(version.retired for version in request.selection):
-            self._read_totals()
+            self._gates.read()
         self._detach(self.registry.release(request.selection))
         request.selection = None
 
-    def label(self, selected: str) -> int:
-        """Row of the cross statistics for a selection's name; all beyond the bound share the last."""
-        if selected not in self._labels and len(self._labels) >= LABELS - 1:
-            selected = "other"
-        return self._labels.setdefault(selected, len(self._labels))
+    def label(self, request: Request) -> int:
+        """Row of the cross statistics that the request's tokens count under."""
+        # A name that was unloaded meanwhile must not come back as a time series.
+        late = any(version.retired for version in request.selection or ())
+        return self._gates.row(OTHER if late else request.submit.selected)
 
     def shares(self, fired_S: tuple[int, ...], selection: Selection) -> dict[str, float]:
         """Share of layers fired at a token, by adapter."""
@@ -112,19 +111,17 @@ class Adapters:
         except NrError as error:
             answer.set_exception(error)
             return
-        version = Version(message.name, adapter.version, adapter, threshold, pinned=message.pinned)
+        version = Version(message.name, adapter.version, adapter, threshold, pinned=self._pinned(message))
         if not self._start_copy(version, started, answer=answer, replace=message.replace):
             # Every slot is in use: it is registered, and attached when one comes free or somebody asks for it.
             self._publish(_Copy(version, iter(()), started, answer, message.replace))
 
     def unload(self, name: str) -> AdapterView:
         """Forget a name; running requests keep the version they hold. Raises NotFound."""
-        self._read_totals()
+        self._gates.read()
         view = self.view(self.registry.get(name))
         self._detach(self.registry.remove(name))
-        self._totals.pop(name, None)
-        for totals in self._totals.values():
-            totals.cross.pop(name, None)
+        self._gates.forget(name)
         return view
 
     def patch(self, message: PatchAdapter) -> AdapterView:
@@ -183,25 +180,18 @@ class Adapters:
             requests=self.registry.requests(version.name),
             loaded_at=version.loaded_at,
             load_seconds=version.load_seconds,
-            gates=self._gates(version.name),
+            gates=self._gates.of(version.name),
         )
 
     def views(self) -> tuple[AdapterView, ...]:
         """Every registered adapter, by name."""
-        self._read_totals()
+        self._gates.read()
         return tuple(self.view(version) for version in self.registry)
 
-    def statistics(self) -> GateStatistics:
-        """Gate totals since the start, of registered names."""
-        self._read_totals()
-        names = [version.name for version in self.registry]
-        cross = {(n, s): k for n in names if n in self._totals for s, k in self._totals[n].cross.items()}
-        return GateStatistics(
-            adapters={name: self._gates(name) for name in names},
-            cross=cross,
-            slots_used=self.registry.slots_used,
-            slots_total=self._bank.slots,
-        )
+    def gates(self) -> tuple[dict[str, AdapterGates], dict[tuple[str, str], int]]:
+        """Gate totals of every registered adapter, and who fired on whose traffic."""
+        self._gates.read()
+        return {version.name: self._gates.of(version.name) for version in self.registry}, self._gates.cross()
 
     # Inside
 
@@ -215,14 +205,21 @@ class Adapters:
         replace: bool = False,
     ) -> bool:
         """Give the version a slot and start to fill it; False if none can be had."""
-        self._read_totals()  # what was counted in the slot so far belongs to whoever leaves it
-        slot = self.registry.place(version, beside=beside)
+        slot = self.registry.find_slot(beside)
         if slot is None:
             return False
+        self._gates.read()  # what was counted in the slot so far belongs to whoever leaves it
+        self.registry.place(version, slot)
         self._bank.detach(slot)
         pieces = self._bank.attach(slot, version.payload, version.threshold)
         self._copies.append(_Copy(version, pieces, started, answer, replace))
         return True
+
+    def _pinned(self, message: LoadAdapter) -> bool:
+        """Whether the version to come is pinned: as asked, else as the one it replaces."""
+        if message.pinned is not None:
+            return message.pinned
+        return message.name in self.registry and self.registry.get(message.name).pinned
 
     def _check_room(self, selection: Selection) -> None:
         """Raise Unavailable if the selection can get its slots only once somebody unpins or unloads."""
@@ -258,7 +255,7 @@ class Adapters:
             return
         if version.slot is not None:
             self.registry.attach(version)
-        self._read_totals()
+        self._gates.read()
         self._detach(self.registry.publish(version))
         self._fill_free_slots()
         version.load_seconds = time.perf_counter() - copy.started
@@ -270,41 +267,7 @@ class Adapters:
         if slots:
             self._fill_free_slots()
 
-    def _read_totals(self) -> None:
-        """Add what the bank counted to the totals of whoever sits in each slot."""
-        read = self._bank.read_totals()
-        for slot in range(self._bank.slots):
-            version = self.registry.in_slot(slot)
-            if version is None or version.name not in self.registry:
-                continue
-            zeros = [0] * self._bank.layers
-            totals = self._totals.setdefault(version.name, _GateTotals(list(zeros), list(zeros)))
-            for layer in range(self._bank.layers):
-                totals.fired_L[layer] += read.fired_LS[layer][slot]
-                totals.seen_L[layer] += read.seen_LS[layer][slot]
-            totals.mass += read.mass_S[slot]
-            for selected, label in self._labels.items():
-                if read.cross_KS[label][slot]:
-                    totals.cross[selected] = totals.cross.get(selected, 0) + read.cross_KS[label][slot]
-
-    def _gates(self, name: str) -> AdapterGates:
-        totals = self._totals.get(name)
-        if totals is None:
-            return AdapterGates()
-        groups = _layer_groups(self._bank.layers)
-        return AdapterGates(
-            layer_groups=tuple(f"{group.start}-{group.stop - 1}" for group in groups),
-            fired=tuple(sum(totals.fired_L[i] for i in group) for group in groups),
-            seen=tuple(sum(totals.seen_L[i] for i in group) for group in groups),
-            mass=totals.mass,
-        )
-
 
 def _check_threshold(threshold: float) -> None:
     if not abs(threshold) <= MAX_THRESHOLD:
         raise BadRequest(f"threshold must be within {MAX_THRESHOLD:g}", param="threshold")
-
-
-def _layer_groups(layers: int) -> list[range]:
-    size = -(-layers // LAYER_GROUPS)
-    return [range(start, min(start + size, layers)) for start in range(0, layers, size)]

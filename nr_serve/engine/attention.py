@@ -26,14 +26,11 @@ class KVCache:
     def __init__(
         self, *, layers: int, cells: int, heads: int, head_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (layers, cells, heads, head_size)
+        shape = (layers, cells + 1, heads, head_size)
         self.keys_LCKD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LCKD = torch.zeros(shape, device=device, dtype=dtype)
-
-    @staticmethod
-    def bytes_per_cell(*, layers: int, heads: int, head_size: int, dtype: torch.dtype) -> int:
-        """Memory one token takes."""
-        return 2 * layers * heads * head_size * dtype.itemsize
+        self.spare_cell = cells
+        """A cell that is never written: it stands in where there is nothing to attend to."""
 
 
 def register() -> None:

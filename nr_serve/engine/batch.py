@@ -25,7 +25,7 @@ class Group:
     pieces: int
     count: int
     cells_BN: Tensor
-    """KV cells of each piece's context, in order; cell 0 stands in where a context is shorter."""
+    """KV cells of each piece's context, in order; the spare cell stands in where a context is shorter."""
     visible_BnN: Tensor
     """Bool: which of them each token may attend to."""
     positions_Bn: Tensor
@@ -63,10 +63,14 @@ def build_batch(
     labels: Sequence[int],
     *,
     page_size: int,
+    spare_cell: int,
     slots: int,
     device: torch.device,
 ) -> Batch:
-    """Lay the pieces end to end. They must be ordered by length; `labels` has one entry a piece."""
+    """Lay the pieces end to end. They must be ordered by length; `labels` has one entry a piece.
+
+    `spare_cell` is a KV cell that is never written and holds zeros.
+    """
     counts = np.array([p.count for p in pieces])
     ends = np.cumsum(counts)
     positions = np.concatenate([np.arange(p.start, p.start + p.count) for p in pieces])
@@ -98,7 +102,7 @@ def build_batch(
         input_ids_T=put(input_ids.astype(np.int64)),
         positions_T=put(positions),
         cells_T=put(written),
-        groups=_groups(pieces, cells, starts, device),
+        groups=_groups(pieces, cells, starts, spare_cell, device),
         tokens=tokens,
         bounds=[(int(s), int(e)) for s, e in zip(starts, ends, strict=True)],
     )
@@ -112,7 +116,7 @@ def _cells(piece: Piece, page_size: int) -> np.ndarray:
 
 
 def _groups(
-    pieces: Sequence[Piece], cells: list[np.ndarray], starts: np.ndarray, device: torch.device
+    pieces: Sequence[Piece], cells: list[np.ndarray], starts: np.ndarray, spare_cell: int, device: torch.device
 ) -> list[Group]:
     groups: list[Group] = []
     i = 0
@@ -122,14 +126,17 @@ def _groups(
         # Only single tokens are worth padding together; prompts' chunks differ too much in context.
         while count == 1 and j < len(pieces) and pieces[j].count == 1:
             j += 1
-        groups.append(_group(pieces[i:j], cells[i:j], int(starts[i]), device))
+        groups.append(_group(pieces[i:j], cells[i:j], int(starts[i]), spare_cell, device))
         i = j
     return groups
 
 
-def _group(pieces: Sequence[Piece], cells: list[np.ndarray], first: int, device: torch.device) -> Group:
+def _group(
+    pieces: Sequence[Piece], cells: list[np.ndarray], first: int, spare_cell: int, device: torch.device
+) -> Group:
     count = pieces[0].count
-    padded = np.zeros((len(pieces), max(map(len, cells))), dtype=np.int64)
+    # Not a cell in use: what is masked out still meets a weight of 0, and 0 times another request's NaN is NaN.
+    padded = np.full((len(pieces), max(map(len, cells))), spare_cell, dtype=np.int64)
     for row, own in zip(padded, cells, strict=True):
         row[: len(own)] = own
     positions = np.array([p.start for p in pieces])[:, None] + np.arange(count)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nr_serve.engine.adapters import Adapters
-from nr_serve.engine.messages import Output, StepEvents, StepReport, Submit, Token
+from nr_serve.engine.messages import GateStatistics, Output, StepEvents, StepReport, Submit, Token
 from nr_serve.engine.pages import PagePool
 from nr_serve.engine.request import AnswerText, Gates, Request, TopLogprobs
 from nr_serve.engine.scheduler import Piece, Result, Schedule, Scheduler
@@ -20,6 +20,7 @@ from nr_serve.errors import BadRequest, NrError, QueueFull
 from nr_serve.tokenizer import Detokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
+MAX_FAILED_STEPS = 5  # in a row
 
 
 class Runs(Protocol):
@@ -58,6 +59,7 @@ class Core:
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
         self._steps = 0
+        self._failed_steps = 0
 
     @property
     def idle(self) -> bool:
@@ -107,6 +109,21 @@ class Core:
         outputs = self._apply(schedule, pieces, results)
         return StepEvents(tuple(outputs), self._report(pieces, started, preempted) if pieces else None)
 
+    def statistics(self) -> GateStatistics:
+        """Gate totals and gauges, as they are between two steps."""
+        gates, cross = self._adapters.gates()
+        scheduler, registry = self.scheduler, self._adapters.registry
+        return GateStatistics(
+            adapters=gates,
+            cross=cross,
+            slots_used=registry.slots_used,
+            slots_total=registry.slots,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=scheduler.pool.used,
+            pages_total=scheduler.pool.total,
+        )
+
     def check(self) -> None:
         """Integrity while idle: no page, row or slot is lost. Raises RuntimeError."""
         self.scheduler.check()
@@ -129,13 +146,19 @@ class Core:
         self._adapters.check_selection(submit.adapters)
 
     def _run(self, pieces: list[Piece]) -> list[Result] | NrError:
-        labels = [self._adapters.label(piece.request.submit.selected) for piece in pieces]
+        labels = [self._adapters.label(piece.request) for piece in pieces]
         try:
-            return self._runner.run(pieces, labels)
+            results = self._runner.run(pieces, labels)
         except Exception:
-            # Whatever went wrong with this batch must not stop the server: its requests are failed, others go on.
+            # Whatever went wrong with this batch must not stop the server: its requests are failed, others go
+            # on. Unless it goes wrong every time: then the device is lost, and only a new process will help.
+            self._failed_steps += 1
+            if self._failed_steps == MAX_FAILED_STEPS:
+                raise
             log.exception("a step over %d requests failed", len(pieces))
             return NrError("the step that computed this request failed; the server's log says why")
+        self._failed_steps = 0
+        return results
 
     def _apply(self, schedule: Schedule, pieces: list[Piece], results: list[Result] | NrError) -> list[Output]:
         outputs = []
@@ -153,6 +176,8 @@ class Core:
 
     def _apply_piece(self, piece: Piece, result: Result) -> Output | None:
         request = piece.request
+        if result.error is not None:
+            return self._fail(request, result.error)
         # Every token gets its entry, also while nothing is attached and nothing can fire.
         fired_n = result.fired or ((),) * (piece.count if request.submit.gates else 0)
         gates = [self._adapters.shares(fired, request.selection or ()) for fired in fired_n]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import (
@@ -23,6 +23,7 @@ from nr_serve.engine.messages import (
     Output,
     PatchAdapter,
     ReadGates,
+    Status,
     StepEvents,
     Submit,
     UnloadAdapter,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from nr_serve.neutral.format import Adapter, Base
 
 log = logging.getLogger(__name__)
-Status = Literal["loading", "ready", "failed", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ class EngineLoop:
                 elif isinstance(message, _Checked):
                     adapters.load(message.message, message.adapter, message.answer, message.started)
                 else:
-                    _carry_out(message, adapters)
+                    _carry_out(message, core, adapters)
                 message = self._inbox.get(block=False)
         except queue.Empty:
             return True
@@ -259,7 +259,7 @@ class EngineLoop:
                 message.answer.set_exception(error)
 
 
-def _carry_out(call: _Call, adapters: Adapters) -> None:
+def _carry_out(call: _Call, core: Core, adapters: Adapters) -> None:
     try:
         match call.command:
             case UnloadAdapter(name):
@@ -269,7 +269,7 @@ def _carry_out(call: _Call, adapters: Adapters) -> None:
             case ListAdapters():
                 call.answer.set_result(adapters.views())
             case ReadGates():
-                call.answer.set_result(adapters.statistics())
+                call.answer.set_result(core.statistics())
     except NrError as error:
         call.answer.set_exception(error)
     except Exception as error:

@@ -13,7 +13,8 @@ from typing import Literal
 from nr_serve.errors import NrError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-AdapterState = Literal["loading", "attached", "registered", "draining"]
+AdapterState = Literal["loading", "attached", "registered"]
+Status = Literal["loading", "ready", "failed", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,8 @@ class LoadAdapter:
     name: str
     path: Path
     replace: bool = False
-    pinned: bool = False
+    pinned: bool | None = None
+    """None: as the version it replaces."""
     threshold: float | None = None
     """None: the file's own."""
 
@@ -214,6 +216,10 @@ class GateStatistics:
     """(adapter, selected) -> token-layers on which the adapter's gate was open on that selection's traffic."""
     slots_used: int
     slots_total: int
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ class Request:
     pages: list[int] = field(default_factory=list)
     row: int | None = None
     """Row of its carried gate state while it runs."""
+    overtaken: int = 0
+    """Requests admitted before it while it waited for a slot."""
     selection: Selection | None = None
     """Fixed when it is first admitted, kept over preemptions."""
     prompt_logprobs: list[TopLogprobs] = field(default_factory=list)

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine import attention
 from nr_serve.engine.attention import KVCache
+from nr_serve.engine.base import check_base, end_tokens, load_base, max_model_len
 from nr_serve.engine.batch import Batch, build_batch
 from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.probe import Probe
 from nr_serve.engine.request import TopLogprobs
 from nr_serve.engine.sampler import log_probabilities, sample
 from nr_serve.engine.scheduler import Piece, Result
-from nr_serve.errors import UnsupportedBase
+from nr_serve.errors import NrError
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.host import capacity_width, decoder_layers, fingerprint, host_blocks
 from nr_serve.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 DEFAULT_CAPACITY = 0.2  # the paper's extra capacity, as a share of the base's parameters
 
 
@@ -32,87 +34,53 @@ class Runner:
 
     def __init__(self, model: Any, tokenizer: Tokenizer, config: ServeConfig, name: str) -> None:
         """Take over a loaded model (it is changed in place). Raises UnsupportedBase with the reason."""
+        shape = check_base(model)
         self.model = model.eval().requires_grad_(False)
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
+        self.eos_ids = end_tokens(model, tokenizer)
+        mark, probe = fingerprint(model, tokenizer.hf), Probe(model, tokenizer)
+        self.bank = self._bank(config, int(shape.hidden_size))
         self.page_size = config.page_size
-        shape = _check_model(model)
-        mark = fingerprint(model, tokenizer.hf)
-        probe = Probe(model, tokenizer)
-        self.eos_ids = _eos_ids(model, tokenizer)
-
-        layers, d = len(decoder_layers(model)), int(shape.hidden_size)
-        width = config.slot_width or capacity_width(model, DEFAULT_CAPACITY)
-        self.bank = Bank(
-            layers=layers,
-            d=d,
+        self.pages, self.cache = self._kv_cache(config, shape)
+        self.info = EngineInfo(
+            model=name,
+            fingerprint=mark,
+            layers=self.bank.layers,
+            d=self.bank.d,
+            vocab_size=int(shape.vocab_size),
+            max_model_len=max_model_len(shape, config, self.pages * self.page_size),
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
             slots=config.slots,
-            width=width,
-            rows=config.max_running,
-            device=self.device,
-            dtype=self.dtype,
-        )
-        heads = int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
-        head_size = int(getattr(shape, "head_dim", None) or d // shape.num_attention_heads)
-        bytes_per_page = self.page_size * KVCache.bytes_per_cell(
-            layers=layers, heads=heads, head_size=head_size, dtype=self.dtype
-        )
-        self.pages = config.pages or max(1, int(config.kv_cache_gib * 2**30) // bytes_per_page)
-        self.cache = KVCache(
-            layers=layers,
-            cells=self.pages * self.page_size,
-            heads=heads,
-            head_size=head_size,
-            device=self.device,
-            dtype=self.dtype,
+            slot_width=self.bank.width,
         )
         attention.register()
         model.set_attn_implementation(attention.NAME)
         host_blocks(model, self.bank.add_residues)
-        self.info = EngineInfo(
-            model=name,
-            fingerprint=mark,
-            layers=layers,
-            d=d,
-            vocab_size=int(shape.vocab_size),
-            max_model_len=_max_model_len(shape, config, self.pages * self.page_size),
-            device=str(self.device),
-            dtype=str(self.dtype).removeprefix("torch."),
-            slots=config.slots,
-            slot_width=width,
-        )
-        probe.check(self)
+        probe.check(self._all_logits, page_size=self.page_size, pages=self.pages)
 
     @classmethod
     def load(cls, path: Path | str, tokenizer: Tokenizer, config: ServeConfig, name: str) -> Runner:
-        """Load a base model from a folder or the hub, on the configured device and in the configured dtype."""
+        """Load a base and take it over. Raises UnsupportedBase."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UnsupportedBase("--device cuda was asked for, but torch sees no CUDA device")
-        default = torch.float32 if device == "cpu" else torch.bfloat16
-        dtype = default if config.dtype == "auto" else getattr(torch, config.dtype)
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise UnsupportedBase(f"cannot load {path}: {error}") from error
-        return cls(model.to(device), tokenizer, config, name)
+        return cls(load_base(path, config), tokenizer, config, name)
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
         """One step: a forward pass over all pieces, then a token for each piece that samples."""
-        batch = build_batch(pieces, labels, page_size=self.page_size, slots=self.bank.slots, device=self.device)
         for piece in pieces:
             if piece.start == 0 and piece.request.row is not None:
                 self.bank.forget_row(piece.request.row)
+        batch = self._batch(pieces, labels)
         wanted = [_logit_positions(piece) for piece in pieces]
         positions = [start + p for (start, _), own in zip(batch.bounds, wanted, strict=True) for p in own]
         logits_NV, fired_TS = self.forward(batch, positions)
         results, at = [], 0
         for piece, own, (start, end) in zip(pieces, wanted, batch.bounds, strict=True):
             fired_nS = fired_TS[start:end] if fired_TS is not None and piece.request.submit.gates else None
-            results.append(_result(piece, logits_NV[at : at + len(own)], fired_nS))
+            results.append(_guarded_result(piece, logits_NV[at : at + len(own)], fired_nS))
             at += len(own)
         return results
 
@@ -132,35 +100,56 @@ class Runner:
             fired_TS = self.bank.end()
         return output.logits[0].float(), fired_TS
 
+    def _batch(self, pieces: Sequence[Piece], labels: Sequence[int]) -> Batch:
+        return build_batch(
+            pieces,
+            labels,
+            page_size=self.page_size,
+            spare_cell=self.cache.spare_cell,
+            slots=self.bank.slots,
+            device=self.device,
+        )
 
-def _check_model(model: Any) -> Any:
-    """The model's text configuration, if it can be served. Raises UnsupportedBase."""
-    config = model.config.get_text_config()
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedBase(f"{name} has an encoder; only decoder-only models are served")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise UnsupportedBase(f"{name} has layers of kind {', '.join(sorted(kinds))}, which are not supported")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise UnsupportedBase(f"{name} caps its attention logits, which is not supported")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedBase(f"{name} does not take transformers' attention interface")
-    decoder_layers(model)
-    return config
+    @torch.inference_mode()
+    def _all_logits(self, piece: Piece) -> Tensor:
+        return self.forward(self._batch([piece], [0]), list(range(piece.count)))[0]
+
+    def _bank(self, config: ServeConfig, d: int) -> Bank:
+        return Bank(
+            layers=len(decoder_layers(self.model)),
+            d=d,
+            slots=config.slots,
+            width=config.slot_width or capacity_width(self.model, DEFAULT_CAPACITY),
+            rows=config.max_running,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:
+        """The cache and its size in pages."""
+        layers = len(decoder_layers(self.model))
+        heads = int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
+        head_size = int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
+        per_page = config.page_size * 2 * layers * heads * head_size * self.dtype.itemsize
+        pages = config.pages or max(1, int(config.kv_cache_gib * 2**30) // per_page)
+        cache = KVCache(
+            layers=layers,
+            cells=pages * config.page_size,
+            heads=heads,
+            head_size=head_size,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        return pages, cache
 
 
-def _max_model_len(shape: Any, config: ServeConfig, cells: int) -> int:
-    longest = int(getattr(shape, "max_position_embeddings", None) or cells)
-    if config.max_model_len is not None and config.max_model_len > longest:
-        raise UnsupportedBase(f"--max-model-len {config.max_model_len}: the base was made for {longest} tokens")
-    return min(config.max_model_len or longest, cells)
-
-
-def _eos_ids(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    listed = ids if isinstance(ids, list) else [ids]
-    return frozenset(i for i in [*listed, tokenizer.hf.eos_token_id] if i is not None)
+def _guarded_result(piece: Piece, logits_NV: Tensor, fired_nS: Tensor | None) -> Result:
+    """`_result`; what goes wrong with one request must not touch the others of its step."""
+    try:
+        return _result(piece, logits_NV, fired_nS)
+    except Exception:
+        log.exception("request %s could not be sampled", piece.request.id)
+        return Result(None, error=NrError("this request could not be sampled; the server's log says why"))
 
 
 def _logit_positions(piece: Piece) -> list[int]:

@@ -9,15 +9,22 @@ everything back and is computed again from its tokens later.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from nr_serve.engine.pages import PagePool
 from nr_serve.engine.request import Request, TopLogprobs
 from nr_serve.errors import NrError
 
-Admit = Callable[[Request], bool]
-"""Fixes a request's selection; False while its adapters are not attached yet. Raises NrError to refuse it."""
+MAX_OVERTAKEN = 64  # requests that may go before one that waits for a slot
+
+
+class Admit(Protocol):
+    """Fixes a request's selection; False while its adapters are not attached. Raises NrError to refuse it."""
+
+    def __call__(self, request: Request, *, may_copy: bool) -> bool:
+        """With `may_copy` it may set about attaching them, taking slots that are idle."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ class Result:
     """Of the prompt's tokens [start + 1, start + count + 1), if asked for."""
     fired: tuple[tuple[int, ...], ...] = ()
     """Layers fired, for each token of the piece by slot, if asked for."""
+    error: NrError | None = None
+    """Why there is no token, if something went wrong with this request alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,23 +136,24 @@ class Scheduler:
 
     def _admit_waiting(self, pieces: list[Piece], budget: int) -> list[tuple[Request, NrError]]:
         refused = []
-        blocked = False
+        blocked: Request | None = None
         for request in list(self.waiting):
             needed = self.pool.needed(len(request.tokens))
             if budget <= 0 or not self._rows or needed > self.pool.free:
                 break
-            # Nobody overtakes a request that waits for a slot, except preempted ones: they may hold that slot.
-            if blocked and request.selection is None:
+            if blocked is not None and not _may_overtake(request, blocked):
                 continue
             try:
-                admitted = self._admit(request)
+                admitted = self._admit(request, may_copy=blocked is None)
             except NrError as error:
                 refused.append((request, error))
                 self.waiting.remove(request)
                 continue
             if not admitted:
-                blocked = True
+                blocked = blocked or request
                 continue
+            if blocked is not None:
+                blocked.overtaken += 1
             self._start(request, needed)
             pieces.append(self._chunk(request, budget))
             budget -= pieces[-1].count
@@ -161,3 +171,13 @@ class Scheduler:
         assert request.row is not None
         self._rows.append(request.row)
         request.row = None
+
+
+def _may_overtake(request: Request, blocked: Request) -> bool:
+    """Whether `request` may be admitted before `blocked`, which waits for its adapters to get slots.
+
+    The base alone needs no slot, and preempted requests may hold the very slot that is waited for. Others may
+    keep slots busy, so only so many of them go first: the waiting one must get its turn.
+    """
+    needs_no_slot = request.submit.adapters == () or request.selection is not None
+    return needs_no_slot or blocked.overtaken < MAX_OVERTAKEN

@@ -21,8 +21,6 @@ from nr_serve.neutral import math
 from nr_serve.neutral.format import Adapter
 from nr_serve.neutral.scan import segmented_carry
 
-LABELS = 64
-"""Selections told apart in `Totals.cross`."""
 _SHUT = -1e30  # bias of a layer without a block: finite, so that the carry of it stays finite
 
 
@@ -39,7 +37,7 @@ class StepTokens:
     selected_TS: Tensor
     """Bool: may this slot act on this token."""
     label_T: Tensor
-    """Which selection the token counts under in the cross statistics, below LABELS."""
+    """Which selection the token counts under in the cross statistics, below the bank's `labels`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +54,20 @@ class Bank:
     """Slots allocated once; adapters come and go in place, so device pointers stay valid."""
 
     def __init__(
-        self, *, layers: int, d: int, slots: int, width: int, rows: int, device: torch.device, dtype: torch.dtype
+        self,
+        *,
+        layers: int,
+        d: int,
+        slots: int,
+        width: int,
+        rows: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        labels: int = 64,
     ) -> None:
         self.layers, self.d, self.slots, self.width, self.rows = layers, d, slots, width, rows
         self.device, self.dtype = device, dtype
+        self.labels = labels
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -79,7 +87,7 @@ class Bank:
         self._fired_LS = zeros(layers, slots, dtype=torch.int64)
         self._seen_LS = zeros(layers, slots, dtype=torch.int64)
         self._mass_S = zeros(slots, dtype=torch.float64)
-        self._cross_KS = zeros(LABELS, slots, dtype=torch.int64)
+        self._cross_KS = zeros(labels, slots, dtype=torch.int64)
         self._has_block_LS = zeros(layers, slots, dtype=torch.int64)
         self._step: StepTokens | None = None
         self._open_TS: Tensor | None = None

@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nr_serve.errors import BadAdapterFile, TooLarge
+from nr_serve.neutral import MAX_THRESHOLD
 
 FORMAT = "neutral-residues"
 FORMAT_VERSION = 1
 GATES = ("relu",)
 MAX_LAYERS = 9999
-MAX_THRESHOLD = 1e30
 """Far above any gate, and still a float32."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +84,7 @@ class Adapter:
     blocks: tuple[Block | None, ...]
     """One entry a layer of the base; None where the layer has no block."""
     version: str
-    """First 12 hex digits of the file's SHA-256."""
+    """First 12 hex digits of a SHA-256 over the metadata and the tensors; the file may hold them in any order."""
     nbytes: int
     """Size of the tensors."""
 
@@ -118,7 +118,7 @@ def read_adapter(path: Path, base: Base | None = None, *, max_bytes: int | None 
     return Adapter(
         info=info,
         blocks=blocks,
-        version=hashlib.sha256(data).hexdigest()[:12],
+        version=_version(tensors, metadata),
         nbytes=sum(t.nbytes for t in tensors.values()),
     )
 
@@ -165,6 +165,14 @@ def _parse(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise BadAdapterFile(f"not a whole safetensors file: {error}") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__") or {}
+
+
+def _version(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _info(metadata: Mapping[str, str]) -> AdapterInfo:

@@ -39,7 +39,7 @@ class Version:
 
 
 Selection = tuple[Version, ...]
-"""The versions one request may use, in slot order of no meaning."""
+"""The versions one request may use, in no particular order."""
 
 
 class Registry:
@@ -59,7 +59,7 @@ class Registry:
     def get(self, name: str) -> Version:
         """The current version of a name. Raises NotFound."""
         if name not in self._by_name:
-            raise NotFound(f"no adapter is called {name!r}", param="model")
+            raise NotFound(f"no adapter is called {name!r}")
         return self._by_name[name]
 
     def in_slot(self, slot: int) -> Version | None:
@@ -69,6 +69,11 @@ class Registry:
     def requests(self, name: str) -> int:
         """Running requests that hold any version of a name."""
         return sum(v.requests for v in self._in_slot if v is not None and v.name == name)
+
+    @property
+    def slots(self) -> int:
+        """Slots there are."""
+        return len(self._in_slot)
 
     @property
     def slots_used(self) -> int:
@@ -98,20 +103,24 @@ class Registry:
             return tuple(v for v in self._by_name.values() if v.attached)
         return tuple(self.get(name) for name in dict.fromkeys(names))
 
-    def place(self, version: Version, *, beside: Selection = ()) -> int | None:
-        """Give `version` a slot: a free one, or the least recently used that may be taken; None if there is none.
+    def find_slot(self, beside: Selection = ()) -> int | None:
+        """A free slot, or the least recently used one that may be taken; None if there is none.
 
-        Versions in `beside` are not moved. The version counts as attached only after `attach`.
+        Versions in `beside` are not moved.
         """
-        slot = next((i for i, v in enumerate(self._in_slot) if v is None), None)
-        if slot is None:
-            idle = [v for v in self._in_slot if v and v.attached and not (v.pinned or v.requests or v in beside)]
-            if not idle:
-                return None
-            slot = self._vacate(min(idle, key=lambda v: v.used))
+        free = next((slot for slot, version in enumerate(self._in_slot) if version is None), None)
+        if free is not None:
+            return free
+        idle = [v for v in self._in_slot if v and v.attached and not (v.pinned or v.requests or v in beside)]
+        return min(idle, key=lambda v: v.used).slot if idle else None
+
+    def place(self, version: Version, slot: int) -> None:
+        """Give `version` a slot that `find_slot` found; it counts as attached only after `attach`."""
+        occupant = self._in_slot[slot]
+        if occupant is not None:
+            self._vacate(occupant)
         version.slot = slot
         self._in_slot[slot] = version
-        return slot
 
     def attach(self, version: Version) -> list[int]:
         """Note that its slot holds all of it. The slots that came free (its own, if it was retired meanwhile)."""

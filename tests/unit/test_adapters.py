@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from nr_serve.engine.gates import GateCounts
 from nr_serve.engine.messages import LoadAdapter, PatchAdapter, Sampling, Submit
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, Unavailable
 from nr_serve.neutral import math
@@ -306,8 +307,8 @@ def record_admissions(server) -> dict[str, list]:
     admitted = {}
     admit = server.core.scheduler._admit
 
-    def recording(request):
-        if not admit(request):
+    def recording(request, *, may_copy):
+        if not admit(request, may_copy=may_copy):
             return False
         admitted.setdefault(request.id, [version.payload for version in request.selection])
         return True
@@ -322,7 +323,7 @@ def test_statistics_belong_to_names_survive_replacement_and_go_with_the_name():
     server.load("b", server.made(2))
     server.ask("1", ("a",), selected="hu")
     server.finish()
-    first = server.adapters.statistics()
+    first = server.core.statistics()
     fed = len(PROMPT) + ANSWER - 1
     assert first.adapters["a"].layer_groups == ("0-0", "1-1", "2-2")
     assert first.adapters["a"].seen == (fed,) * tiny.LAYERS
@@ -337,16 +338,16 @@ def test_statistics_belong_to_names_survive_replacement_and_go_with_the_name():
     server.load("a", server.made(3), replace=True)
     server.ask("2", ("a",), selected="hu")
     server.finish()
-    second = server.adapters.statistics()
+    second = server.core.statistics()
     assert second.adapters["a"].seen == (2 * fed,) * tiny.LAYERS
     assert second.adapters["a"].mass > first.adapters["a"].mass
 
     server.adapters.unload("a")
-    third = server.adapters.statistics()
+    third = server.core.statistics()
     assert third.adapters.keys() == {"b"}
     assert {name for name, _ in third.cross} == {"b"}
     server.load("a", server.made(3))
-    assert server.adapters.statistics().adapters["a"].mass == 0, "a new name starts at nothing"
+    assert server.core.statistics().adapters["a"].mass == 0, "a new name starts at nothing"
 
 
 def test_statistics_follow_an_adapter_from_slot_to_slot():
@@ -357,7 +358,7 @@ def test_statistics_follow_an_adapter_from_slot_to_slot():
     for i in (0, 1, 0, 2, 0):
         server.ask(f"r{i}{server.core._arrivals}", (f"a{i}",))
     server.finish()
-    statistics = server.adapters.statistics()
+    statistics = server.core.statistics()
     assert [statistics.adapters[f"a{i}"].seen[0] for i in range(3)] == [3 * fed, fed, fed]
 
 
@@ -378,12 +379,16 @@ def fired_by_the_definition(ids, adapter):
     return tuple(fired)
 
 
-def test_beyond_a_bound_selections_share_one_label():
+def test_beyond_a_bound_selections_share_one_row_and_an_unloaded_name_gives_its_row_back():
     server = Server()
-    labels = [server.adapters.label(f"s{i}") for i in range(200)]
-    assert len(set(labels)) == 64
-    assert labels == [server.adapters.label(f"s{i}") for i in range(200)]
-    assert set(labels[100:]) == {labels[-1]}
+    counts = GateCounts(server.adapters._bank, server.adapters.registry)
+    rows = [counts.row(f"s{i}") for i in range(200)]
+    assert len(set(rows)) == 64
+    assert rows == [counts.row(f"s{i}") for i in range(200)]
+    assert set(rows[63:]) == {counts.row("other")}
+    counts.forget("s5")
+    assert counts.row("new") == rows[5]
+    assert counts.row("s5") == counts.row("other")
 
 
 def test_gates_are_reported_for_every_token_with_adapters_and_without():

@@ -8,8 +8,10 @@ import torch
 
 from nr_serve.errors import BadAdapterFile
 from nr_serve.neutral import math
-from nr_serve.neutral.bank import LABELS, Bank, StepTokens
+from nr_serve.neutral.bank import Bank, StepTokens
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block
+
+LABELS = 64
 
 D, LAYERS, SLOTS, WIDTH, ROWS = 8, 3, 4, 6, 5
 NAN = float("nan")
@@ -269,6 +271,7 @@ def test_an_adapter_acts_only_once_all_of_it_is_copied():
     x_LTd, y_LTd = torch.randn(2, LAYERS, 6, D, generator=torch.Generator().manual_seed(5))
     attach(on, 1, adapter(1))
     only_other, _ = step(on, [(0, 6, (1,))], x_LTd, y_LTd)
+    attach(on, 0, adapter(3))  # the one it replaces is shut from the first piece on
     copy = on.attach(0, adapter(2), 0.0)
     on.forget_row(0)
     for _ in range(LAYERS):

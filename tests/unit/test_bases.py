@@ -50,6 +50,11 @@ def test_greedy_answers_equal_generate(kind):
         ("gemma2", {}, "caps its attention logits"),
         ("mixtral", {"num_local_experts": 2}, "mixture-of-experts"),
         ("gpt2", {"n_embd": tiny.D, "n_head": 4, "n_layer": 2}, "no list of decoder layers"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "dynamic rotary",
+        ),
         ("mamba", {"state_size": 4}, "layers of kind linear_attention"),
     ],
 )

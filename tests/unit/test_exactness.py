@@ -36,11 +36,11 @@ def engine(
     return core, adapters
 
 
-def load(adapters: Adapters, name: str, adapter) -> None:
+def load(adapters: Adapters, name: str, adapter, *, state: str = "attached") -> None:
     answer: Future = Future()
     adapters.load(LoadAdapter(name, path=None), adapter, answer, 0.0)
     adapters.copy_some(seconds=60)
-    assert answer.result(timeout=0).state == "attached"
+    assert answer.result(timeout=0).state == state
 
 
 @pytest.mark.parametrize("budget", [8, 13, 64])
@@ -48,7 +48,12 @@ def test_random_traffic_equals_the_naive_loop(budget):
     rng = random.Random(budget)
     base = tiny.model()
     naive = tiny.Naive(base)
-    made = {f"a{i}": tiny.adapter(base, seed=i, carry=[0.0, 0.5, 0.5, 0.0][i]) for i in range(4)}
+    made = {
+        "a0": tiny.adapter(base, seed=0),
+        "a1": tiny.adapter(base, seed=1, carry=0.5),
+        "a2": tiny.adapter(base, seed=2, carry=0.5, threshold=0.3),
+        "a3": tiny.adapter(base, seed=3, bare_layers=(1,)),
+    }
     core, adapters = engine(base, pages=24, budget=budget, running=8)
     for name, adapter in made.items():
         load(adapters, name, adapter)

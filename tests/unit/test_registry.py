@@ -16,9 +16,16 @@ def version(name: str, digest: str = "", *, pinned: bool = False) -> Version:
     return Version(name, digest, payload=None, threshold=0.0, pinned=pinned)
 
 
+def place(registry: Registry, new: Version, beside=()) -> int | None:
+    slot = registry.find_slot(beside)
+    if slot is not None:
+        registry.place(new, slot)
+    return slot
+
+
 def loaded(registry: Registry, name: str, **options) -> Version:
     new = version(name, **options)
-    if registry.place(new) is not None:
+    if place(registry, new) is not None:
         registry.attach(new)
     registry.publish(new)
     return new
@@ -46,8 +53,8 @@ class Walk:
         takeable = {
             slot: v for slot, v in attached.items() if not (v.pinned or self.holders(v) or v in beside or v.retired)
         }
-        slot = self.registry.place(new, beside=beside)
-        free = set(range(len(self.registry._in_slot))) - self.slots.keys()
+        free = set(range(self.registry.slots)) - self.slots.keys()
+        slot = place(self.registry, new, beside)
         if free:
             assert slot in free
         elif takeable:
@@ -140,7 +147,7 @@ class Walk:
 
     def check(self) -> None:
         registry = self.registry
-        for slot in range(len(registry._in_slot)):
+        for slot in range(registry.slots):
             there = registry.in_slot(slot)
             assert there is self.slots.get(slot)
             assert there is None or there.slot == slot
@@ -198,7 +205,7 @@ def test_a_version_that_was_replaced_keeps_its_slot_until_its_last_request_ends(
     registry.hold((old,))
     registry.hold((old,))
     new = version("a")
-    registry.place(new)
+    place(registry, new)
     registry.attach(new)
     assert registry.publish(new) == []
     assert registry.resolve(["a"]) == (new,)
@@ -213,9 +220,9 @@ def test_a_version_unloaded_while_it_is_copied_keeps_its_slot_until_the_copy_end
     registry = Registry(1)
     late = version("a")
     registry.publish(late)
-    assert registry.place(late) == 0
+    assert place(registry, late) == 0
     assert registry.remove("a") == []
-    assert registry.place(version("b")) is None, "the slot is being written"
+    assert place(registry, version("b")) is None, "the slot is being written"
     assert registry.attach(late) == [0]
     assert registry.resolve(None) == ()
 
@@ -227,9 +234,9 @@ def test_versions_wanted_together_do_not_push_each_other_out():
     registry.publish(c)
     registry.publish(d)
     wanted = (a, c)
-    assert registry.place(c, beside=wanted) == 1
+    assert place(registry, c, wanted) == 1
     registry.attach(c)
-    assert registry.place(d, beside=(a, c, d)) is None
+    assert place(registry, d, (a, c, d)) is None
 
 
 def test_names_are_refused_by_what_is_wrong_with_them():

@@ -8,7 +8,7 @@ import pytest
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.pages import PagePool
 from nr_serve.engine.request import AnswerText, Request
-from nr_serve.engine.scheduler import Scheduler
+from nr_serve.engine.scheduler import MAX_OVERTAKEN, Scheduler
 from nr_serve.errors import NotFound, NrError
 from nr_serve.tokenizer import Detokenizer
 
@@ -26,7 +26,7 @@ def request(arrival: int, prompt: int, answer: int = 1, *, priority=0, adapters=
     return Request(submit=submit, eos_ids=frozenset(), seed=0, text=text, arrival=arrival)
 
 
-def admit_all(request: Request) -> bool:
+def admit_all(request: Request, *, may_copy: bool = True) -> bool:
     request.selection = ()
     return True
 
@@ -41,18 +41,20 @@ class Slots:
     held: dict[str, set[Request]] = field(default_factory=dict)
     tried: list[tuple[Request, bool]] = field(default_factory=list)
 
-    def __call__(self, request: Request) -> bool:
-        admitted = self._admit(request)
+    def __call__(self, request: Request, *, may_copy: bool) -> bool:
+        admitted = self._admit(request, may_copy)
         self.tried.append((request, admitted))
         return admitted
 
-    def _admit(self, request: Request) -> bool:
+    def _admit(self, request: Request, may_copy: bool) -> bool:
         names = request.submit.adapters or ()
         if "unknown" in names:
             raise NotFound("no such adapter")
         for name in names:
             if name in self.attached:
                 continue
+            if not may_copy:
+                return False
             if len(self.attached) == self.slots:
                 idle = [n for n in self.attached if not self.held.get(n) and n not in names]
                 if not idle:
@@ -78,7 +80,7 @@ class Traffic:
         self.rng = rng = random.Random(seed)
         self.pool = PagePool(rng.choice([12, 20, 40]), page_size=rng.choice([1, 3, 4]))
         self.max_running = rng.randint(1, 8)
-        self.budget = rng.choice([8, 9, 16, 50])
+        self.budget = rng.choice([3, 9, 16, 50])
         self.slots = Slots(rng, 2)
         self.scheduler = Scheduler(
             self.pool, max_running=self.max_running, max_batch_tokens=self.budget, admit=self.slots
@@ -176,11 +178,11 @@ class Traffic:
             assert piece.samples == (piece.count == piece.request.remaining)
         given = {p.request: p.count for p in pieces}
         assert all(given.get(r) == 1 for r in decoding if r in running), "a decode was left out"
-        # The rest of the budget goes to prompts oldest first: whoever follows a prompt cut short gets nothing.
-        prompts = [r for r in running if r.remaining > 1]
-        cut = [given.get(r, 0) < r.remaining for r in prompts]
-        if True in cut:
-            assert not any(given.get(r) for r in prompts[cut.index(True) + 1 :])
+        # The rest of the budget goes to prompts one after the other: only the last may be cut short, by its end.
+        prompts = [p for p in pieces if p.request.remaining > 1]
+        assert all(p.samples for p in prompts[:-1])
+        unfinished = [r for r in running if given.get(r, 0) < r.remaining]
+        if unfinished:
             assert sum(given.values()) == max(self.budget, self.max_running), "budget was left over"
 
     def _check_admitted(self, before, waited, schedule) -> None:
@@ -194,10 +196,11 @@ class Traffic:
             for older in self.scheduler.waiting:
                 if older.order > new.order or older not in waited:
                     continue
-                # Overtaken: only one that waits for a slot, and only by one that was preempted.
+                # Overtaken: only one that waits for a slot, and by those that need none or by a bounded number.
                 assert turned_away
                 assert turned_away[0].order <= older.order
-                assert new.generated or new in self.resumable, "a new request overtook one that waits for a slot"
+                needs_none = new.submit.adapters == () or new.generated or new in self.resumable
+                assert needs_none or turned_away[0].overtaken <= MAX_OVERTAKEN
         self.resumed += sum(r in self.resumable for r in admitted)
         self.waited_for_slot += bool(turned_away)
         left = self.scheduler.waiting
@@ -279,15 +282,27 @@ def test_a_request_alone_grows_to_the_last_page():
     assert scheduler.preemptions == 0
 
 
-def test_nobody_overtakes_a_request_that_waits_for_a_slot_except_the_preempted():
-    blocked = {"2"}
-    asked = []
+def test_a_request_that_waits_for_a_slot_is_overtaken_so_often_and_then_by_those_alone_that_need_none():
+    def admit(request: Request, *, may_copy: bool) -> bool:
+        assert may_copy == (request.id == "1" or "1" not in waiting)
+        return "a" not in (request.submit.adapters or ()) and admit_all(request)
 
-    def admit(request: Request) -> bool:
-        asked.append(request.id)
-        if request.id in blocked:
-            return False
-        return admit_all(request)
+    waiting = {"1"}
+    scheduler = Scheduler(PagePool(500, 2), max_running=200, max_batch_tokens=400, admit=admit)
+    scheduler.add(request(1, 1, adapters=("a",)))
+    for i in range(2, MAX_OVERTAKEN + 10):
+        scheduler.add(request(i, 1, adapters=("b",)))
+    alone = request(900, 1, adapters=())
+    scheduler.add(alone)
+    started = run(scheduler)
+    assert set(started) == {str(i) for i in range(2, MAX_OVERTAKEN + 2)} | {"900"}
+
+
+def test_preempted_requests_overtake_one_that_waits_for_a_slot():
+    blocked = {"2"}
+
+    def admit(request: Request, *, may_copy: bool) -> bool:
+        return request.id not in blocked and admit_all(request)
 
     scheduler = Scheduler(PagePool(5, 2), max_running=4, max_batch_tokens=20, admit=admit)
     holder, victim = request(1, 5, 9), request(4, 4, 9)
@@ -296,18 +311,18 @@ def test_nobody_overtakes_a_request_that_waits_for_a_slot_except_the_preempted()
     run(scheduler)
     run(scheduler)  # the later one needs a third page, and there are five
     assert scheduler.waiting == [victim]
-    scheduler.add(request(2, 1))
-    scheduler.add(request(3, 1))
+    late = request(2, 1, adapters=("a",))
+    late.overtaken = MAX_OVERTAKEN
+    scheduler.add(late)
+    scheduler.add(request(3, 1, adapters=("b",)))
     scheduler.drop(holder)
-    asked.clear()
     assert run(scheduler) == {"4": 5}
-    assert asked == ["2", "4"]
     blocked.clear()
     assert run(scheduler) == {"4": 1, "2": 1, "3": 1}
 
 
 def test_a_refused_request_leaves_the_queue_and_those_behind_it_go_on():
-    def admit(request: Request) -> bool:
+    def admit(request: Request, *, may_copy: bool) -> bool:
         if request.id == "1":
             raise NotFound("gone")
         return admit_all(request)

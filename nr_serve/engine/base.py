@@ -1,0 +1,88 @@
+"""The base model: loaded as transformers has it, and checked before it is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from nr_serve.config import ServeConfig
+from nr_serve.errors import UnsupportedBase
+from nr_serve.neutral.host import decoder_layers
+from nr_serve.tokenizer import Tokenizer
+
+# The frequencies of these depend on the longest sequence in the batch: a request would feel its neighbours.
+_ROPE_BY_LENGTH = {"dynamic", "longrope"}
+
+
+def load_base(path: Path | str, config: ServeConfig) -> Any:
+    """Load a model from a folder or the hub, on the configured device, in the configured dtype.
+
+    Raises UnsupportedBase if there is none, or no such device.
+    """
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedBase("--device cuda was asked for, but torch sees no CUDA device")
+    default = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = default if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UnsupportedBase(f"cannot load {path}: {error}") from error
+    return model.to(device)
+
+
+def check_base(model: Any) -> Any:
+    """The model's text configuration, if it can be served. Raises UnsupportedBase with the reason."""
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedBase(f"{name} has an encoder; only decoder-only models are served")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise UnsupportedBase(f"{name} has layers of kind {', '.join(sorted(kinds))}, which are not supported")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UnsupportedBase(f"{name} caps its attention logits, which is not supported")
+    ropes = _rope_types(getattr(config, "rope_parameters", None)) & _ROPE_BY_LENGTH
+    if ropes:
+        raise UnsupportedBase(f"{name} has {', '.join(sorted(ropes))} rotary embeddings, which are not supported")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedBase(f"{name} does not take transformers' attention interface")
+    decoder_layers(model)
+    return config
+
+
+def max_model_len(shape: Any, config: ServeConfig, cells: int) -> int:
+    """Longest prompt plus answer: as configured, else what the base was made for and the KV cache holds.
+
+    Raises UnsupportedBase if more was asked for than either.
+    """
+    longest = int(getattr(shape, "max_position_embeddings", None) or cells)
+    if config.max_model_len is None:
+        return min(longest, cells)
+    if config.max_model_len > longest:
+        raise UnsupportedBase(f"--max-model-len {config.max_model_len}: the base was made for {longest} tokens")
+    if config.max_model_len > cells:
+        raise UnsupportedBase(
+            f"--max-model-len {config.max_model_len}: the KV cache holds {cells} tokens; raise --kv-cache-gib"
+        )
+    return config.max_model_len
+
+
+def end_tokens(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end an answer."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [ids]
+    vocabulary = model.config.get_text_config().vocab_size
+    return frozenset(i for i in [*listed, tokenizer.hf.eos_token_id] if i is not None and i < vocabulary)
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """The kinds of rotary embedding in a configuration; some have a set of parameters for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = [_rope_types(value) for value in parameters.values()]
+    own = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
+    return own.union(*nested)

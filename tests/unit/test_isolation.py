@@ -1,0 +1,114 @@
+"""One request's trouble is its own: weights gone wild, sampling that fails, a step that fails."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nr_serve.engine import runner as runner_module
+from nr_serve.engine.core import MAX_FAILED_STEPS
+from nr_serve.engine.messages import Sampling, Submit
+from tests import tiny
+from tests.unit.test_exactness import engine, load
+
+
+def ask(request_id: str, prompt, adapters=(), **sampling) -> Submit:
+    return Submit(request_id, tuple(prompt), Sampling(**{"max_tokens": 8, "temperature": 0} | sampling), adapters)
+
+
+def answers(core) -> dict[str, list[int]]:
+    got: dict[str, list[int]] = {}
+    while not core.idle:
+        for output in core.step().outputs:
+            got.setdefault(output.request_id, []).extend(token.id for token in output.tokens)
+    core.check()
+    return got
+
+
+def test_weights_gone_wild_do_not_touch_the_requests_beside_them():
+    base = tiny.model()
+    wild = tiny.adapter(base, seed=1, scale=1e38)
+    core, adapters = engine(base, pages=40, budget=64, running=4)
+    load(adapters, "wild", wild)
+    asked = [ask("wild", range(60), ("wild",)), ask("short", range(3)), ask("middle", range(7, 30))]
+    core.add(asked[1])
+    alone = answers(core)["short"]
+    core.add(asked[2])
+    alone_middle = answers(core)["middle"]
+    for submit in asked:
+        core.add(submit)
+    together = answers(core)
+    assert together["short"] == alone
+    assert together["middle"] == alone_middle
+
+
+def test_a_request_that_cannot_be_sampled_fails_alone(monkeypatch):
+    base = tiny.model()
+    core, _ = engine(base, pages=40, budget=64, running=4)
+    sample = runner_module.sample
+
+    def sample_or_fail(logits, request):
+        if request.id == "bad" and request.generated == 2:
+            raise IndexError("out of the vocabulary")
+        return sample(logits, request)
+
+    monkeypatch.setattr(runner_module, "sample", sample_or_fail)
+    core.add(ask("bad", range(5)))
+    core.add(ask("good", range(9)))
+    outputs = []
+    while not core.idle:
+        outputs += core.step().outputs
+    core.check()
+    assert [o.error is not None for o in outputs if o.request_id == "bad"] == [False, False, True]
+    assert sum(len(o.tokens) for o in outputs if o.request_id == "good") == 8
+
+
+def test_steps_that_always_fail_end_the_engine(monkeypatch):
+    core, _ = engine(tiny.model(), pages=40, budget=64, running=4)
+
+    def lost(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(core._runner, "run", lost)
+    for i in range(MAX_FAILED_STEPS - 1):
+        core.add(ask(str(i), range(5)))
+        (output,) = core.step().outputs
+        assert output.error is not None
+    core.add(ask("last", range(5)))
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        core.step()
+
+
+def test_the_gauges_are_right_after_an_abort():
+    core, _ = engine(tiny.model(), pages=40, budget=64, running=1)
+    core.add(ask("running", range(30)))
+    core.add(ask("waiting", range(30)))
+    core.step()
+    now = core.statistics()
+    assert (now.running, now.waiting, now.pages_used > 0) == (1, 1, True)
+    core.abort("running")
+    core.abort("waiting")
+    now = core.statistics()
+    assert dataclasses.astuple(now)[-4:] == (0, 0, 0, now.pages_total)
+
+
+def test_requests_for_the_base_alone_overtake_one_that_waits_for_a_slot():
+    base = tiny.model()
+    core, adapters = engine(base, pages=60, budget=64, running=8, slots=1)
+    load(adapters, "a", tiny.adapter(base, seed=1))
+    core.add(ask("holds", range(5), ("a",), max_tokens=40))
+    core.step()
+    load(adapters, "b", tiny.adapter(base, seed=2), state="registered")
+    core.add(ask("waits", range(5), ("b",)))
+    core.add(ask("free", range(5)))
+    finished = []
+    while not core.idle:
+        adapters.copy_some()
+        finished += [o.request_id for o in core.step().outputs if o.finish_reason]
+    assert finished == ["free", "holds", "waits"]
+
+
+def test_wild_logits_are_what_the_first_test_needs():
+    base = tiny.model()
+    logits = tiny.Naive(base).logits(range(60), [tiny.adapter(base, seed=1, scale=1e38)])
+    assert not torch.isfinite(logits).all()
