@@ -260,7 +260,8 @@ def test_a_slot_that_is_still_held_is_lost_when_nothing_runs():
 
 
 def test_the_brain_never_imports_torch():
-    modules = ["neutral.registry", "engine.scheduler", "engine.pages", "engine.request", "engine.messages"]
+    engine = ["adapters", "core", "gates", "loop", "messages", "pages", "request", "scheduler"]
+    modules = ["neutral.registry", *(f"engine.{name}" for name in engine)]
     program = f"""
 import sys
 
