@@ -92,7 +92,9 @@ class Loop(EngineLoop):
         got: dict[str, list] = {}
         left = set(wanted)
         while left:
-            for output in self.delivered.get(timeout=PATIENCE).outputs:
+            events = self.delivered.get(timeout=PATIENCE)
+            assert events.outputs or events.report is not None, "a hand-over of nothing"
+            for output in events.outputs:
                 got.setdefault(output.request_id, []).append(output)
                 if output.finish_reason is not None:
                     left.discard(output.request_id)
@@ -246,6 +248,16 @@ def test_adapters_of_the_settings_are_attached_before_it_is_ready(folder, files)
     loop = Loop(folder, adapter=entries).begin()
     assert [(v.name, v.state) for v in result(loop.call(ListAdapters()))] == [("a", "attached"), ("hu", "attached")]
     assert loop.answer(ask("r", None)) == (expected(made["a"], made["b"]), "length")
+    loop.stop()
+
+
+def test_a_request_waits_for_its_adapter_to_be_copied(folder, files):
+    place, made = files
+    entries = [str(place / "a.safetensors"), str(place / "b.safetensors")]
+    loop = Loop(folder, adapter=entries, slots=1).begin()
+    (waiting,) = [v.name for v in result(loop.call(ListAdapters())) if v.state == "registered"]
+    assert loop.answer(ask("r", (waiting,))) == (expected(made[waiting]), "length")
+    assert [v.name for v in result(loop.call(ListAdapters())) if v.state == "attached"] == [waiting]
     loop.stop()
 
 
