@@ -95,9 +95,8 @@ class Adapters:
         return self._gates.row(OTHER if late else request.submit.selected)
 
     def shares(self, fired_S: tuple[int, ...], selection: Selection) -> dict[str, float]:
-        """Share of layers fired at a token, by adapter."""
-        layers = self._bank.layers
-        return {v.name: fired_S[v.slot] / layers for v in selection if v.slot is not None and fired_S}
+        """Share of an adapter's blocks that fired at a token, by adapter."""
+        return {v.name: fired_S[v.slot] / v.payload.depth for v in selection if v.slot is not None and fired_S}
 
     # Changes
 

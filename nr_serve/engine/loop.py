@@ -247,7 +247,7 @@ class EngineLoop:
         """Answer everybody who still waits; nothing can be enqueued any more."""
         with self._closing:
             self._closed = True
-        if core is not None:
+        if core is not None and not core.idle:
             self._deliver(core.abort_all(error))
         if adapters is not None:
             adapters.abandon(error)

@@ -58,7 +58,7 @@ class Submit:
     priority: int = 0
     """Lower runs first."""
     gates: bool = False
-    """Report, per token and adapter, the share of layers whose gate fired."""
+    """Report, per token and adapter, the share of its blocks that fired."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Token:
     top: tuple[tuple[int, str, float], ...] = ()
     """(id, text, logprob) of the likeliest tokens, best first."""
     gates: Mapping[str, float] | None = None
-    """Share of layers fired, by adapter: at this token if it is in the prompt, else while it was written."""
+    """Share of an adapter's blocks that fired: at this token if it is in the prompt, else while it was written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from nr_serve.neutral.registry import Selection
 from nr_serve.tokenizer import Detokenizer
 
 Gates = Mapping[str, float]
-"""Share of layers fired at a token, by adapter."""
+"""Share of an adapter's blocks that fired at a token, by adapter."""
 
 TopLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 """A token's log probability, and (id, log probability) of the likeliest in its place."""

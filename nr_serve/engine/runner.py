@@ -21,8 +21,9 @@ from nr_serve.engine.request import TopLogprobs
 from nr_serve.engine.sampler import log_probabilities, sample
 from nr_serve.engine.scheduler import Piece, Result
 from nr_serve.errors import NrError
+from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
-from nr_serve.neutral.host import capacity_width, decoder_layers, fingerprint, host_blocks
+from nr_serve.neutral.host import decoder_layers, fingerprint, host_blocks
 from nr_serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -115,11 +116,13 @@ class Runner:
         return self.forward(self._batch([piece], [0]), list(range(piece.count)))[0]
 
     def _bank(self, config: ServeConfig, d: int) -> Bank:
+        layers = len(decoder_layers(self.model))
+        parameters = sum(p.numel() for p in self.model.parameters())
         return Bank(
-            layers=len(decoder_layers(self.model)),
+            layers=layers,
             d=d,
             slots=config.slots,
-            width=config.slot_width or capacity_width(self.model, DEFAULT_CAPACITY),
+            width=config.slot_width or block_width(DEFAULT_CAPACITY, parameters=parameters, d=d, layers=layers),
             rows=config.max_running,
             device=self.device,
             dtype=self.dtype,

@@ -89,6 +89,11 @@ class Adapter:
     """Size of the tensors."""
 
     @property
+    def depth(self) -> int:
+        """Layers with a block."""
+        return sum(block is not None for block in self.blocks)
+
+    @property
     def h(self) -> int:
         """Width of the widest block."""
         return max(block.h for block in self.blocks if block is not None)

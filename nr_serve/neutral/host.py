@@ -100,14 +100,3 @@ def _sample(weight: Tensor) -> bytes:
     flat = weight.detach().flatten()
     picked = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).cpu()
     return picked.view(torch.uint8).numpy().tobytes()
-
-
-def capacity_width(model: nn.Module, capacity: float) -> int:
-    """Block width h, a multiple of 16, at which the blocks add `capacity` times the base's parameters.
-
-    h = capacity N / (3 d L): three matrices [h, d] in each of L layers (gates not counted).
-    """
-    config: Any = model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    h: float = capacity * parameters / (3 * config.get_text_config().hidden_size * len(decoder_layers(model)))
-    return max(16, round(h / 16) * 16)

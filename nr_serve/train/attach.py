@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nr_serve.neutral import host
 from nr_serve.neutral.format import Adapter, Block
-from nr_serve.neutral.math import block, block_gate, gate_logit
+from nr_serve.neutral.math import block_gate, gate_logit, residue
 from nr_serve.neutral.scan import segmented_carry
 
 LocalTerm = Callable[[Tensor, Tensor], Tensor]
@@ -41,8 +41,7 @@ class BlockModule(nn.Module):
 
     def residue(self, x_fd: Tensor, g_f: Tensor) -> Tensor:
         """What the block adds to the FFN's output, [f, d]."""
-        out_fd = block(x_fd, *(w.to(x_fd.dtype) for w in (self.w_in, self.w_gate, self.w_out)))
-        return g_f[:, None].to(x_fd.dtype) * out_fd
+        return residue(x_fd, g_f, *(w.to(x_fd.dtype) for w in (self.w_in, self.w_gate, self.w_out)))
 
     def export(self, dtype: torch.dtype) -> Block:
         """The block as an adapter file holds it: weights in `dtype`, gate in float32.
@@ -116,13 +115,14 @@ class Pass:
     """The tokens with a local loss (None: all), bool [T]."""
     fired: list[list[int]] = field(default_factory=list)
     """Tokens that fired, by adapter and layer."""
+    blocks: list[int] = field(default_factory=list)
+    """Layers with a block, by adapter."""
     local_sum: Tensor | None = None
     """Sum of the local terms, over tokens and layers."""
 
     def fired_share(self, adapter: int) -> float:
-        """Share of token-layers (of all the base's layers) that fired."""
-        layers = self.fired[adapter]
-        return sum(layers) / (len(layers) * self.offset_T.numel())
+        """Share of token-layers that fired, of the layers where the adapter has a block."""
+        return sum(self.fired[adapter]) / (self.blocks[adapter] * self.offset_T.numel())
 
 
 class Attached:
@@ -143,6 +143,7 @@ class Attached:
         """Start a forward pass over those windows; the returned record fills up as the model runs."""
         self.now = Pass(offset_BT.flatten(), local, None if local_BT is None else local_BT.flatten())
         self.now.fired = [[0] * adapter.depth for adapter in self.adapters]
+        self.now.blocks = [len(adapter.layers) for adapter in self.adapters]
         return self.now
 
     def _add(self, layer: int, x: Tensor, y: Tensor) -> Tensor:

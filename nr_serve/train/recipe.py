@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nr_serve.errors import BadRequest
+from nr_serve.neutral import block_width
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -68,7 +69,7 @@ class Blocks(_Section):
         if self.h is not None:
             return self.h
         assert self.capacity is not None
-        return max(16, 16 * round(self.capacity * parameters / (3 * d * layers) / 16))
+        return block_width(self.capacity, parameters=parameters, d=d, layers=layers)
 
 
 class Gate(_Section):

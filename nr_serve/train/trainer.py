@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from nr_serve.errors import Conflict, NrError
-from nr_serve.evaluate.heldout import SourceResult, measure
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import losses, text
 from nr_serve.train.attach import AdapterModule, Attached, window_inputs
 from nr_serve.train.base import FrozenBase, load_base
 from nr_serve.train.export import restore, write_run
 from nr_serve.train.gates import fit_gates, gate_classes
+from nr_serve.train.measure import SourceResult, measure
 from nr_serve.train.recipe import Recipe, Run, parse_recipe, read_recipe
 
 
