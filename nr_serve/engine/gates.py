@@ -65,7 +65,8 @@ class GateCounts:
     def forget(self, name: str) -> None:
         """Drop an unloaded adapter: its totals, and the selections that named it."""
         self._totals.pop(name, None)
-        for selected in [s for s in self._rows if name in s.split("+")]:
+        # The shared row stays, even for an adapter that bears its name.
+        for selected in [s for s in self._rows if s != OTHER and name in s.split("+")]:
             del self._rows[selected]
             for totals in self._totals.values():
                 totals.cross.pop(selected, None)

@@ -468,6 +468,8 @@ def test_beyond_a_bound_selections_share_one_row_and_an_unloaded_name_gives_its_
     counts.forget("s5")
     assert counts.row("new") == rows[5]
     assert counts.row("s5") == counts.row("other")
+    counts.forget("other")
+    assert counts.row("s5") == counts.row("other") == 0, "an adapter may be called other"
 
 
 def test_gates_are_reported_for_every_token_with_adapters_and_without():
