@@ -19,6 +19,7 @@ from nr_serve.engine.messages import AdapterView, GateStatistics, Output, StepRe
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 _STEP_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_MOST_SELECTED = 64
 
 
 class Metrics:
@@ -28,6 +29,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._gates = _GateCollector()
+        self._selected: set[str] = set()
         self.registry.register(self._gates)
         self._define_requests()
         self._define_steps()
@@ -44,11 +46,8 @@ class Metrics:
         self.step_requests.observe(report.requests)
         self.computed_tokens.labels("prefill").inc(report.prefill_tokens)
         self.computed_tokens.labels("decode").inc(report.decode_tokens)
-        self.running.set(report.running)
-        self.waiting.set(report.waiting)
         self.preemptions.inc(report.preemptions)
-        self.pages_used.set(report.pages_used)
-        self.pages_total.set(report.pages_total)
+        self._set_load(report)
 
     def loaded(self, view: AdapterView) -> None:
         """Count an adapter that was attached or replaced."""
@@ -58,18 +57,35 @@ class Metrics:
     def unloaded(self, name: str) -> None:
         """Count an unload, and forget the labels that only this adapter needed."""
         self.unloads.inc()
-        self.requests.remove_by_labels({"selected": name})
+        for selected in [each for each in self._selected if name in each.split("+")]:
+            self.requests.remove_by_labels({"selected": selected})
+            self._selected.discard(selected)
+
+    def selected(self, name: str) -> str:
+        """The label of a selection: clients may join any adapters, so only so many joined names are told apart."""
+        if "+" in name and name not in self._selected and len(self._selected) >= _MOST_SELECTED:
+            return "other"
+        self._selected.add(name)
+        return name
 
     def render(self, gates: GateStatistics | None, adapters: Sequence[AdapterView]) -> bytes:
         """Return the exposition text; `gates` is None while the engine cannot be asked."""
+        if gates is not None:
+            self._set_load(gates)
         self._gates.statistics = gates
         self._gates.adapters = adapters
         return generate_latest(self.registry)
 
+    def _set_load(self, now: StepReport | GateStatistics) -> None:
+        self.running.set(now.running)
+        self.waiting.set(now.waiting)
+        self.pages_used.set(now.pages_used)
+        self.pages_total.set(now.pages_total)
+
     def _define_requests(self) -> None:
         registry = self.registry
         self.requests = Counter(
-            "nr_requests", "Answers ended, by model asked and why", ["selected", "finish_reason"], registry=registry
+            "nr_requests", "Answers ended, by selection and why", ["selected", "finish_reason"], registry=registry
         )
         self.in_flight = Gauge("nr_requests_in_flight", "Answers not ended yet", registry=registry)
         self.prompt_tokens = Counter("nr_prompt_tokens", "Prompt tokens of answered requests", registry=registry)
@@ -137,7 +153,7 @@ class RequestClock:
         """The request is over: `reason` is why."""
         metrics = self._metrics
         metrics.in_flight.dec()
-        metrics.requests.labels(self._selected, reason).inc()
+        metrics.requests.labels(metrics.selected(self._selected), reason).inc()
         if reason in ("stop", "length"):
             metrics.prompt_tokens.inc(self._prompt_tokens)
             metrics.request_seconds.observe(time.monotonic() - self._arrived)

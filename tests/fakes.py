@@ -46,6 +46,9 @@ class ByteTokenizer:
 
     chat_template = "yes"
 
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(i): i for i in range(BOS)} | {"": BOS}
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
@@ -91,6 +94,8 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.adapters: dict[str, AdapterView] = {"hu": view("hu")}
         self.answer: Callable[[Submit], list[int]] = letters
+        self.load = (0, 0, 0, 100)
+        """Requests running and waiting, pages used and there, as ReadGates answers."""
         self.error: dict[int, Exception] = {}
         """Error to end one request with, by how many tokens it has by then."""
         self.may_load, self.steps_may_run = threading.Event(), threading.Event()
@@ -214,17 +219,19 @@ def _carry_out(engine: FakeEngine, command: Any, future: Future) -> None:
                 future.set_result(tuple(adapters.values()))
             case ReadGates():
                 gates = {name: each.gates for name, each in adapters.items()}
-                future.set_result(GateStatistics(gates, {("hu", "base"): 4}, len(adapters), 8))
+                future.set_result(GateStatistics(gates, {("hu", "base"): 4}, len(adapters), 8, *engine.load))
             case LoadAdapter(name, path, replaces):
                 if not path.read_bytes().startswith(b"good"):
                     raise BadAdapterFile("not a whole safetensors file")
                 if name in adapters and not replaces:
                     raise Conflict("taken", param="name")
-                more = {"pinned": command.pinned, "threshold": command.threshold or 0.0}
+                pinned = adapters[name].pinned if name in adapters else False
+                more = {"pinned": pinned if command.pinned is None else command.pinned}
+                more["threshold"] = command.threshold or 0.0
                 adapters[name] = view(name, path.read_bytes().hex()[:12], slot=len(adapters), **more)
                 future.set_result(adapters[name])
             case _ if command.name not in adapters:
-                raise NotFound(f"The adapter `{command.name}` does not exist", param="name")
+                raise NotFound(f"no adapter is called {command.name!r}")
             case UnloadAdapter(name):
                 future.set_result(adapters.pop(name))
             case PatchAdapter(name, pinned, threshold):

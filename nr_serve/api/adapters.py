@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from nr_serve.api.context import Context, Ctx
-from nr_serve.api.schemas import MAX_THRESHOLD, LoadBody, LoadLoraBody, PatchBody, UnloadLoraBody
+from nr_serve.api.schemas import LoadBody, LoadLoraBody, PatchBody, UnloadLoraBody
 from nr_serve.api.selection import check_name
 from nr_serve.api.uploads import receive_file
 from nr_serve.api.views import adapter_body
@@ -23,6 +23,7 @@ from nr_serve.engine.messages import (
     UnloadAdapter,
 )
 from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound
+from nr_serve.neutral import MAX_THRESHOLD
 
 router = APIRouter()
 
@@ -51,7 +52,7 @@ async def put_adapter(
     request: Request,
     name: str,
     replace: Annotated[bool, Query()] = False,
-    pinned: Annotated[bool, Query()] = False,
+    pinned: Annotated[bool | None, Query()] = None,
     threshold: Annotated[float | None, Query(ge=-MAX_THRESHOLD, le=MAX_THRESHOLD, allow_inf_nan=False)] = None,
 ) -> JSONResponse:
     """Load the adapter in the body: the bytes of its file."""
@@ -75,14 +76,14 @@ async def post_adapter(context: Ctx, body: LoadBody) -> JSONResponse:
 @router.patch("/v1/adapters/{name}")
 async def patch_adapter(context: Ctx, name: str, body: PatchBody) -> JSONResponse:
     """Change an adapter's dials."""
-    view = await context.engine.call(PatchAdapter(name, body.pinned, body.threshold))
+    view = await _change(context, PatchAdapter(name, body.pinned, body.threshold))
     return JSONResponse(adapter_body(view))
 
 
 @router.delete("/v1/adapters/{name}")
 async def delete_adapter(context: Ctx, name: str) -> JSONResponse:
     """Unload an adapter; requests in flight keep it until they end."""
-    view = await context.engine.call(UnloadAdapter(name))
+    view = await _change(context, UnloadAdapter(name))
     return JSONResponse(adapter_body(view) | {"deleted": True})
 
 
@@ -146,6 +147,14 @@ async def _load(context: Context, command: LoadAdapter) -> JSONResponse:
     status = 200 if command.name in context.engine.adapters else 201
     view = await context.engine.call(command)
     return JSONResponse(adapter_body(view), status)
+
+
+async def _change(context: Context, command: PatchAdapter | UnloadAdapter) -> AdapterView:
+    try:
+        view: AdapterView = await context.engine.call(command)
+    except NotFound as error:  # the engine does not know where in the request the name stood
+        raise _unknown(command.name) from error
+    return view
 
 
 def _check_free(context: Context, name: str, replace: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,6 @@ from typing import Any, Protocol
 from nr_serve.api.ask import Ask
 from nr_serve.engine.messages import Output, Token
 from nr_serve.tokenizer import Detokenizer, Tokenizer
-
-_LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's stand-in
 
 
 class Writer(Protocol):
@@ -93,7 +90,7 @@ def legacy_logprobs(tokens: Iterable[Token], k: int, offset: int) -> dict[str, A
     lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token in tokens:
         lists["tokens"].append(token.text)
-        lists["token_logprobs"].append(None if token.logprob is None else finite(token.logprob))
+        lists["token_logprobs"].append(token.logprob)
         lists["top_logprobs"].append(_legacy_top(token, k))
         lists["text_offset"].append(offset)
         offset += len(token.text)
@@ -105,8 +102,8 @@ def _legacy_top(token: Token, k: int) -> dict[str, float] | None:
         return None
     top: dict[str, float] = {}
     for _, text, logprob in token.top[:k]:
-        top.setdefault(text, finite(logprob))
-    top.setdefault(token.text, finite(token.logprob))
+        top.setdefault(text, logprob)
+    top.setdefault(token.text, token.logprob)
     return top
 
 
@@ -119,17 +116,12 @@ def _ranked(token: Token, k: int) -> dict[str, Any] | None:
     if token.logprob is None:
         return None
     entries: dict[str, Any] = {
-        str(token_id): {"logprob": finite(logprob), "rank": rank, "decoded_token": text}
+        str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": text}
         for rank, (token_id, text, logprob) in enumerate(token.top[:k], start=1)
     }
-    own = {"logprob": finite(token.logprob), "rank": None, "decoded_token": token.text}
+    own = {"logprob": token.logprob, "rank": None, "decoded_token": token.text}
     entries.setdefault(str(token.id), own)
     return entries
-
-
-def finite(logprob: float) -> float:
-    """A log probability that JSON can carry."""
-    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
 
 
 class GateWriter:

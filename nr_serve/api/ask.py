@@ -5,10 +5,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nr_serve.api.context import Context
 from nr_serve.api.schemas import ChatBody, CompletionBody, GenerationBody
-from nr_serve.api.selection import select
+from nr_serve.api.selection import select, selection_name
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.errors import BadRequest
 
@@ -48,7 +49,12 @@ async def completion_ask(context: Context, body: CompletionBody) -> Ask:
     adapters = select(context, body.model, body.adapters)
     if body.best_of is not None and body.best_of != body.n:
         raise BadRequest("`best_of` is only supported when it equals `n`", param="best_of")
-    prompts = await context.text(lambda: _prompts(context, body))
+    given = _several(body)
+    _check_count(context, len(given), body.n)
+    for i, each in enumerate(given):
+        if isinstance(each, str):
+            check_size(context, each, _place(given, i))
+    prompts = await context.text(lambda: _prompts(context, body, given))
     sampling = replace(_sampling(context, body), logprobs=body.logprobs)
     if body.echo and body.logprobs is not None:
         sampling = replace(sampling, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
@@ -56,7 +62,7 @@ async def completion_ask(context: Context, body: CompletionBody) -> Ask:
     if max_tokens is None:
         max_tokens = min(DEFAULT_MAX_TOKENS, _room(context, prompts))
     _check_length(context, prompts, max_tokens, "prompt", "max_tokens")
-    return _ask("cmpl", body, adapters, prompts, _with_length(sampling, max_tokens))
+    return _ask(context, "cmpl", body, adapters, prompts, _with_length(sampling, max_tokens))
 
 
 async def chat_ask(context: Context, body: ChatBody) -> Ask:
@@ -67,6 +73,7 @@ async def chat_ask(context: Context, body: ChatBody) -> Ask:
     both = (body.max_tokens, body.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise BadRequest("`max_tokens` and `max_completion_tokens` differ; give one", param="max_tokens")
+    _check_count(context, 1, body.n)
     prompts = (await context.text(lambda: _chat_prompt(context, body)),)
     sampling = replace(_sampling(context, body), logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     max_tokens = body.max_completion_tokens or body.max_tokens
@@ -74,10 +81,11 @@ async def chat_ask(context: Context, body: ChatBody) -> Ask:
     if max_tokens is None:
         max_tokens = _room(context, prompts)
     _check_length(context, prompts, max_tokens, "messages", param)
-    return _ask("chatcmpl", body, adapters, prompts, _with_length(sampling, max_tokens))
+    return _ask(context, "chatcmpl", body, adapters, prompts, _with_length(sampling, max_tokens))
 
 
 def _ask(
+    context: Context,
     kind: str,
     body: GenerationBody,
     adapters: tuple[str, ...] | None,
@@ -85,6 +93,7 @@ def _ask(
     sampling: Sampling,
 ) -> Ask:
     name = f"{kind}-{uuid.uuid4().hex}"
+    selected = selection_name(context, adapters)
     submits = tuple(
         Submit(
             request_id=f"{name}-{i}",
@@ -92,7 +101,7 @@ def _ask(
             # Answer i of n gets a seed of its own; asked again with the same seed, it is the same.
             sampling=sampling if body.seed is None else replace(sampling, seed=body.seed + i % body.n),
             adapters=adapters,
-            selected=body.model,
+            selected=selected,
             priority=body.priority,
             gates=body.gates,
         )
@@ -101,15 +110,24 @@ def _ask(
     return Ask(name, body.model, body.n, prompts, submits)
 
 
-def _prompts(context: Context, body: CompletionBody) -> tuple[Prompt, ...]:
-    given = body.prompt
+def _several(body: CompletionBody) -> list[str | list[int]]:
+    """The prompts of a body, each as text or as ids."""
+    given: Any = body.prompt
     if not given:
         raise BadRequest("`prompt` must not be empty", param="prompt")
-    several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+
+
+def _place(given: list[str | list[int]], i: int) -> str:
+    """Where prompt i stands in the body."""
+    return "prompt" if len(given) == 1 else f"prompt[{i}]"
+
+
+def _prompts(context: Context, body: CompletionBody, given: list[str | list[int]]) -> tuple[Prompt, ...]:
     vocab_size = context.engine.info.vocab_size
     prompts = []
-    for i, each in enumerate(several):
-        param = "prompt" if len(several) == 1 else f"prompt[{i}]"
+    for i, each in enumerate(given):
+        param = _place(given, i)
         text = each if isinstance(each, str) else None
         if isinstance(each, str):
             ids = context.tokenizer.encode(each, special_tokens=body.add_special_tokens)
@@ -132,10 +150,33 @@ def _chat_prompt(context: Context, body: ChatBody) -> Prompt:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
+    check_size(context, text, "messages")
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template wrote its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
     return Prompt(tuple(ids), text)
+
+
+def _check_count(context: Context, prompts: int, n: int) -> None:
+    """Refuse what could never be queued, before anything of it is built."""
+    most = context.config.max_waiting
+    if prompts * n > most:
+        raise BadRequest(
+            f"{prompts} prompts with `n` = {n} ask for {prompts * n} answers; at most {most} can wait here",
+            param="n" if n > 1 else "prompt",
+        )
+
+
+def check_size(context: Context, text: str, what: str) -> None:
+    """Refuse text too long for the model whatever its tokens are, before the work of finding them."""
+    limit = context.engine.info.max_model_len
+    size, most = len(text.encode()), limit * context.token_bytes
+    if size > most:
+        raise BadRequest(
+            f"This model's maximum context length is {limit} tokens, at most {most} bytes of text. "
+            f"However, you sent {size} bytes. Please reduce the length of the {what}.",
+            param=what,
+        )
 
 
 def check_ids(ids: list[int], vocab_size: int, param: str) -> list[int]:

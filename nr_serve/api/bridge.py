@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from nr_serve.engine.messages import (
     AdapterView,
@@ -22,6 +22,7 @@ from nr_serve.engine.messages import (
     LoadAdapter,
     Output,
     PatchAdapter,
+    Status,
     StepEvents,
     Submit,
     UnloadAdapter,
@@ -31,7 +32,6 @@ from nr_serve.metrics import Metrics, RequestClock
 
 log = logging.getLogger(__name__)
 
-Status = Literal["loading", "ready", "failed", "stopped"]
 Deliver = Callable[[StepEvents], None]
 _POLL_SECONDS = 0.05
 

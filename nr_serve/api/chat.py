@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nr_serve.api.answers import GateWriter, finite, prompt_logprobs
+from nr_serve.api.answers import GateWriter, prompt_logprobs
 from nr_serve.api.ask import Prompt
 from nr_serve.api.schemas import ChatBody
 from nr_serve.engine.messages import Output, Token
@@ -78,4 +78,4 @@ class ChatWriter:
 
 
 def _entry(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -31,6 +31,12 @@ class Context:
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="nr-text")
     )
     """Tokenises off the event loop, so that a long prompt does not hold up running streams."""
+    token_bytes: int = field(init=False)
+    """No token stands for more bytes of text."""
+
+    def __post_init__(self) -> None:
+        # Vocabularies spell some bytes with two or three: this is an upper bound.
+        self.token_bytes = max(len(token.encode()) for token in self.tokenizer.hf.get_vocab())
 
     async def text(self, work: Callable[[], T]) -> T:
         """Run tokenizer work on its thread."""

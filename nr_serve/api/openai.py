@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from nr_serve.api import chat, completions
 from nr_serve.api.answers import Envelope, Usage, Writer, collect
-from nr_serve.api.ask import Ask, chat_ask, check_ids, completion_ask
+from nr_serve.api.ask import Ask, chat_ask, check_ids, check_size, completion_ask
 from nr_serve.api.chat import ChatWriter
 from nr_serve.api.completions import CompletionWriter
 from nr_serve.api.context import Context, Ctx
@@ -68,11 +68,8 @@ async def get_model(context: Ctx, model: str) -> JSONResponse:
 async def tokenize(context: Ctx, body: TokenizeBody) -> JSONResponse:
     """Token ids of a prompt or of messages."""
     check_model(context, body.model)
-    ids = await context.text(lambda: _token_ids(context, body))
-    strings = None
-    if body.return_token_strs:
-        strings = [context.tokenizer.token_text(token_id) for token_id in ids]
     limit = context.engine.info.max_model_len
+    ids, strings = await context.text(lambda: _tokens(context, body))
     return JSONResponse({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
 
 
@@ -154,10 +151,16 @@ async def _chunks(
         yield chunk([], last=True)
 
 
+def _tokens(context: Context, body: TokenizeBody) -> tuple[list[int], list[str] | None]:
+    ids = _token_ids(context, body)
+    return ids, [context.tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+
+
 def _token_ids(context: Context, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest("give one of `prompt` and `messages`", param="prompt")
     if body.prompt is not None:
+        check_size(context, body.prompt, "prompt")
         special = True if body.add_special_tokens is None else body.add_special_tokens
         return context.tokenizer.encode(body.prompt, special_tokens=special)
     text = context.tokenizer.chat_prompt(
@@ -165,4 +168,5 @@ def _token_ids(context: Context, body: TokenizeBody) -> list[int]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
+    check_size(context, text, "messages")
     return context.tokenizer.encode(text, special_tokens=bool(body.add_special_tokens))

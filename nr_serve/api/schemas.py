@@ -10,11 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
 
+from nr_serve.neutral import MAX_THRESHOLD
+
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_PROMPTS = 2048
-MAX_THRESHOLD = 1e6
 
 
 def _whole_characters(text: str) -> str:
@@ -85,7 +86,7 @@ class GenerationBody(Body):
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool | None = False
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="lower runs first")
-    gates: bool = Field(False, description="report the share of layers that fired, per token and adapter")
+    gates: bool = Field(False, description="report the share of its blocks that fired, per token and adapter")
     user: Text | None = Field(None, description="the caller's own name for its user; not used")
 
     not_supported: ClassVar[NotSupported] = {"cache_salt": [], "service_tier": ["auto", "default"]}
@@ -205,7 +206,7 @@ class LoadBody(Body):
     name: Text
     path: Text = Field(min_length=1, description="absolute, or relative to an allowed folder")
     replace: bool = False
-    pinned: bool = False
+    pinned: bool | None = Field(None, description="default: as the version it replaces")
     threshold: float | None = Field(None, ge=-MAX_THRESHOLD, le=MAX_THRESHOLD, description="default: the file's")
 
 

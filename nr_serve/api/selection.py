@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from nr_serve.api.context import Context
 from nr_serve.engine.messages import AdapterView
 from nr_serve.errors import BadRequest, NotFound
+from nr_serve.names import check_adapter_name
 
 NONE = "@none"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def select(context: Context, model: str, adapters: Sequence[str] | None = None) -> tuple[str, ...] | None:
@@ -23,11 +22,19 @@ def select(context: Context, model: str, adapters: Sequence[str] | None = None) 
     if adapters is None:
         return implied
     for i, name in enumerate(adapters):
-        if not _served(context, name):
+        if name not in context.engine.adapters:
             raise NotFound(f"The adapter `{name}` does not exist", param=f"adapters[{i}]")
     if len(set(adapters)) < len(adapters):
         raise BadRequest("adapters: a name is given twice", param="adapters")
     return tuple(adapters)
+
+
+def selection_name(context: Context, adapters: Sequence[str] | None) -> str:
+    """One name for a selection, however it was asked for; the metrics' label."""
+    base = context.engine.info.model
+    if adapters is None:
+        return base
+    return "+".join(sorted(adapters)) or base + NONE
 
 
 def check_model(context: Context, model: str | None) -> None:
@@ -38,14 +45,7 @@ def check_model(context: Context, model: str | None) -> None:
 
 def check_name(context: Context, name: str, param: str | None = "name") -> None:
     """Raise BadRequest unless `name` may be an adapter's."""
-    if not _NAME.fullmatch(name):
-        raise BadRequest(
-            "an adapter's name is 1 to 64 letters, digits, dots, hyphens and underscores, "
-            "and starts with a letter or a digit",
-            param=param,
-        )
-    if name == context.engine.info.model:
-        raise BadRequest(f"`{name}` is the base's name; give the adapter another", param=param)
+    check_adapter_name(name, context.engine.info.model, param=param)
 
 
 def model_cards(context: Context) -> list[dict[str, Any]]:
@@ -69,14 +69,9 @@ def _implied(context: Context, model: str) -> tuple[str, ...] | None:
         return None
     if model == base + NONE:
         return ()
-    if _served(context, model):
+    if model in context.engine.adapters:
         return (model,)
     raise _unknown(model)
-
-
-def _served(context: Context, name: str) -> bool:
-    view = context.engine.adapters.get(name)
-    return view is not None and view.state != "loading"
 
 
 def _unknown(model: str) -> NotFound:

@@ -33,6 +33,18 @@ def test_a_name_that_is_taken_needs_replace(server):
     assert put(server, "hu", replace=True).status_code == 200
 
 
+def test_a_replacement_stays_pinned_unless_told_otherwise(server):
+    load = {"name": "da", "path": "da.safetensors", "replace": True}
+    assert server.http.post("/v1/adapters", json=load).json()["pinned"] is False
+    assert put(server, "da", replace=True, pinned=True).json()["pinned"] is True
+    assert put(server, "da", replace=True).json()["pinned"] is True
+    assert server.http.post("/v1/adapters", json=load).json()["pinned"] is True
+    again = {"lora_name": "da", "lora_path": "da.safetensors", "load_inplace": True}
+    assert server.http.post("/v1/load_lora_adapter", json=again).status_code == 200
+    assert server.http.get("/v1/adapters/da").json()["pinned"] is True
+    assert server.http.post("/v1/adapters", json=load | {"pinned": False}).json()["pinned"] is False
+
+
 @pytest.mark.parametrize("name", ["a b", "-a", ".a", "a" * 65, "base", "base@none", "é"])
 def test_a_name_that_could_be_mistaken_is_refused(server, name):
     response = put(server, name)
@@ -94,7 +106,13 @@ def test_dials_change_and_the_rest_stays(server):
     body = server.http.patch("/v1/adapters/hu", json={"threshold": 0.5}).json()
     assert (body["threshold"], body["pinned"]) == (0.5, False)
     assert server.http.patch("/v1/adapters/hu", json={"pinned": True}).json()["threshold"] == 0.5
-    assert server.http.patch("/v1/adapters/da", json={}).status_code == 404
+
+
+def test_an_unknown_adapters_place_in_the_request_is_named(server):
+    path = "/v1/adapters/da"
+    for answer in (server.http.patch(path, json={}), server.http.delete(path), server.http.get(path)):
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "name")
+        assert answer.json()["error"]["message"] == "The adapter `da` does not exist"
 
 
 def test_an_unloaded_adapter_is_no_model_any_more(server):

@@ -1,6 +1,9 @@
 import pytest
 
-from tests.fakes import BOS, MAX_MODEL_LEN, events, letters, serving
+from tests.fakes import BOS, MAX_MODEL_LEN, ByteTokenizer, events, letters, serving
+
+MOST_BYTES = 2 * MAX_MODEL_LEN  # the fake's vocabulary spells some bytes with two
+LONG = "x" * (MOST_BYTES + 1)
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +230,41 @@ def test_a_prompt_too_long_is_refused_as_openai_does(server):
     assert error["param"] == "prompt"
     assert server.complete(max_tokens=198).json()["error"]["param"] == "max_tokens"
     assert server.complete(max_tokens=197).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("/v1/completions", {"model": "base", "prompt": LONG}, "prompt"),
+        ("/v1/completions", {"model": "base", "prompt": ["x", LONG]}, "prompt[1]"),
+        ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": LONG}]}, "messages"),
+        ("/tokenize", {"prompt": LONG}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+    ],
+)
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(server, monkeypatch, route, body, param):
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda *args, **more: pytest.fail("tokenised"))
+    response = server.http.post(route, json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith("This model's maximum context length is 200 tokens, at most 400 bytes")
+
+
+def test_text_that_might_fit_is_tokenised_to_see(server):
+    error = server.complete(prompt="x" * MOST_BYTES).json()["error"]
+    assert "you requested 402" in error["message"]
+    assert server.http.post("/tokenize", json={"prompt": "x" * MOST_BYTES}).json()["count"] == MOST_BYTES + 1
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"prompt": ["x"] * 3, "n": 2}, "n"), ({"prompt": ["x"] * 5}, "prompt"), ({"n": 5}, "n")],
+)
+def test_more_answers_than_can_wait_are_refused_before_anything_is_built(monkeypatch, body, param):
+    with serving(max_waiting=4) as server:
+        assert server.complete(prompt=["x"] * 2, n=2, max_tokens=1).status_code == 200
+        monkeypatch.setattr(ByteTokenizer, "encode", lambda *args, **more: pytest.fail("tokenised"))
+        response = server.complete(**body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+        assert "at most 4" in response.json()["error"]["message"]
+        assert server.chat(n=5).json()["error"]["param"] == "n"

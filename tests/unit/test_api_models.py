@@ -1,6 +1,8 @@
+import threading
+
 import pytest
 
-from tests.fakes import BOS, serving
+from tests.fakes import BOS, ByteTokenizer, serving, view
 
 
 @pytest.fixture(scope="module")
@@ -10,20 +12,36 @@ def server():
 
 
 @pytest.mark.parametrize(
-    ("model", "adapters", "selection"),
+    ("model", "adapters", "selection", "selected"),
     [
-        ("base", None, None),
-        ("base@none", None, ()),
-        ("hu", None, ("hu",)),
-        ("base", ["hu"], ("hu",)),
-        ("base@none", ["hu"], ("hu",)),
-        ("hu", [], ()),
+        ("base", None, None, "base"),
+        ("base@none", None, (), "base@none"),
+        ("hu", None, ("hu",), "hu"),
+        ("base", ["hu"], ("hu",), "hu"),
+        ("base@none", ["hu"], ("hu",), "hu"),
+        ("hu", [], (), "base@none"),
     ],
 )
-def test_model_and_adapters_say_what_may_fire(server, model, adapters, selection):
+def test_model_and_adapters_say_what_may_fire(server, model, adapters, selection, selected):
     assert server.complete(model=model, adapters=adapters, max_tokens=1).json()["model"] == model
     assert server.asked().adapters == selection
-    assert server.asked().selected == model
+    assert server.asked().selected == selected
+
+
+def test_a_selection_has_one_name_in_whatever_order_it_is_given():
+    with serving() as server:
+        server.http.put("/v1/adapters/da", content=b"good")
+        for adapters in (["hu", "da"], ["da", "hu"]):
+            assert server.complete(model="hu", adapters=adapters, max_tokens=1).status_code == 200
+            assert (server.asked().adapters, server.asked().selected) == (tuple(adapters), "da+hu")
+
+
+def test_an_adapter_on_its_way_back_into_a_slot_is_served():
+    with serving() as server:
+        server.engine.adapters["hu"] = view("hu", state="loading")
+        assert server.http.get("/v1/adapters/hu").json()["state"] == "loading"
+        assert server.complete(model="hu").status_code == 200
+        assert server.complete(adapters=["hu"]).status_code == 200
 
 
 def test_an_unknown_model_is_refused_in_openais_words(server):
@@ -59,6 +77,24 @@ def test_tokenize_and_detokenize_are_each_others_inverse(server):
     assert body["token_strs"][:2] == ["<s>", "h"]
     back = server.http.post("/detokenize", json={"tokens": body["tokens"], "model": "hu"}).json()
     assert back == {"prompt": "<s>hő"}
+
+
+def test_text_is_made_and_read_off_the_event_loop(monkeypatch):
+    threads = set()
+
+    def noted(work):
+        def working(*args, **more):
+            threads.add(threading.current_thread().name)
+            return work(*args, **more)
+
+        return working
+
+    monkeypatch.setattr(ByteTokenizer, "encode", noted(ByteTokenizer.encode))
+    monkeypatch.setattr(ByteTokenizer, "decode", noted(ByteTokenizer.decode))
+    with serving() as server:
+        tokens = server.http.post("/tokenize", json={"prompt": "hi", "return_token_strs": True}).json()["tokens"]
+        server.http.post("/detokenize", json={"tokens": tokens})
+    assert threads == {"nr-text_0"}
 
 
 def test_tokenize_takes_messages_too(server):

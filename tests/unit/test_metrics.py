@@ -74,6 +74,32 @@ def test_an_unloaded_adapter_leaves_no_label_behind():
     assert samples(metrics)["nr_adapter_unloads_total"] == 1
 
 
+def test_joined_selections_go_with_each_adapter_in_them_and_only_so_many_are_told_apart():
+    metrics = Metrics()
+    for selected in ("base", "da+hu", "sk"):
+        metrics.track(Submit("r", (1,), Sampling(), selected=selected)).end("stop")
+    metrics.unloaded("hu")
+    text = metrics.render(None, ()).decode()
+    assert "da+hu" not in text
+    assert 'selected="sk"' in text
+    for i in range(1000):
+        metrics.track(Submit("r", (1,), Sampling(), selected=f"da+x{i}")).end("stop")
+    metrics.track(submit()).end("stop")
+    got = {name: value for name, value in samples(metrics).items() if name.startswith("nr_requests_total")}
+    assert len(got) < 100
+    assert got['nr_requests_total{finish_reason="stop",selected="other"}'] > 900
+    assert got['nr_requests_total{finish_reason="stop",selected="base"}'] == 2
+
+
+def test_what_runs_and_waits_is_asked_when_the_metrics_are_read():
+    with serving() as server:
+        server.complete(max_tokens=2)
+        server.engine.load = (3, 4, 5, 6)  # aborts, say: no step has reported them
+        got = read(server.http.get("/metrics").text)
+    assert (got["nr_requests_running"], got["nr_requests_waiting"]) == (3, 4)
+    assert (got["nr_pages_used"], got["nr_pages_total"]) == (5, 6)
+
+
 def test_the_server_exports_every_metric_with_help():
     with serving() as server:
         server.complete(max_tokens=3)

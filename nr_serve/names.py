@@ -1,0 +1,28 @@
+"""What an adapter may be called. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from nr_serve.errors import BadRequest
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_adapter_name(name: str, base: str | None = None, *, param: str | None = "name") -> None:
+    """Raise BadRequest unless an adapter may have this name beside a base called `base`."""
+    if not _NAME.fullmatch(name):
+        raise BadRequest(
+            "an adapter's name is 1 to 64 letters, digits, dots, hyphens and underscores, "
+            "and starts with a letter or a digit",
+            param=param,
+        )
+    if name == base:
+        raise BadRequest(f"`{name}` is the base's name; give the adapter another", param=param)
+
+
+def adapter_entry(entry: str) -> tuple[str, Path]:
+    """Name and file of `NAME=FILE`, or of a file that lends its own name."""
+    name, _, file = entry.rpartition("=")
+    return name or Path(file).stem, Path(file)
