@@ -92,11 +92,11 @@ def _help() -> str:
 
 def _wrong_setting(error: ValidationError | SettingsError) -> str:
     if isinstance(error, SettingsError):
-        return f"{error}; in the environment, a list is JSON: NR_ADAPTER='[\"hu.safetensors\"]'"
+        return str(error)
     wrong = []
     for each in error.errors(include_url=False, include_input=False):
         flag = "--" + str(each["loc"][0]).replace("_", "-") if each["loc"] else "settings"
-        wrong.append(f"{flag}: {each['msg']}")
+        wrong.append(f"{flag}: {each['msg'].removeprefix('Value error, ')}")
     return "; ".join(wrong)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,7 +42,7 @@ class Client:
                 base_url=self.url,
                 headers={"Authorization": f"Bearer {key}"} if key else {},
                 timeout=httpx.Timeout(timeout_s, connect=10.0),
-                trust_env=not _is_loopback(httpx.URL(url).host),  # a proxy cannot reach this machine's loopback
+                trust_env=not is_loopback(httpx.URL(url).host),  # a proxy cannot reach this machine's loopback
             )
         except httpx.InvalidURL as error:
             raise errors.BadRequest(f"{url} is not a URL: {error}") from error
@@ -64,11 +65,16 @@ class Client:
         name: str | None = None,
         *,
         replace: bool = False,
-        pinned: bool = False,
+        pinned: bool | None = None,
         threshold: float | None = None,
     ) -> dict[str, Any]:
-        """Upload an adapter's file and load it; `name` defaults to the file's. Return the adapter."""
-        flags = {"replace": str(replace).lower(), "pinned": str(pinned).lower()}
+        """Upload an adapter's file and load it; `name` defaults to the file's. Return the adapter.
+
+        With `pinned` None it is pinned if the adapter it replaces is.
+        """
+        flags = {"replace": str(replace).lower()}
+        if pinned is not None:
+            flags["pinned"] = str(pinned).lower()
         if threshold is not None:
             flags["threshold"] = repr(threshold)
         try:
@@ -97,14 +103,18 @@ class Client:
         """POST /v1/completions, not streamed."""
         return self._json("POST", "/v1/completions", json=body)
 
-    def wait_ready(self, timeout_s: float = 300.0, *, poll_s: float = 0.2) -> None:
-        """Return once the server takes requests. Raises Unavailable after `timeout_s`."""
+    def wait_ready(
+        self, timeout_s: float = 300.0, *, poll_s: float = 0.2, alive: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Return once the server takes requests. Raises Unavailable after `timeout_s`, or if not `alive`."""
         end = time.monotonic() + timeout_s
         while True:
             try:
                 self._json("GET", "/ready")
                 return
             except Unavailable as error:
+                if not alive():
+                    raise Unavailable("the server ended before it was ready") from error
                 if time.monotonic() > end:
                     raise Unavailable(f"not ready after {timeout_s:g} s: {error.message}") from error
                 time.sleep(poll_s)
@@ -131,7 +141,8 @@ def _error(response: httpx.Response) -> NrError:
         return kind(f"{response.url} answered {response.status_code} {response.reason_phrase}")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether `host` can be reached from this machine alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

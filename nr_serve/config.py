@@ -6,32 +6,35 @@ A flag wins over the environment, the environment over the default.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from nr_serve.errors import BadRequest
+from nr_serve.names import adapter_entry, check_adapter_name
+
+FLAGS = SettingsConfigDict(
+    extra="forbid", cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True, cli_avoid_json=True
+)
+"""How every command's fields become flags."""
 
 
 class ServeConfig(BaseSettings):
     """Serve a base model with adapters over OpenAI's HTTP API."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="NR_",
-        frozen=True,
-        extra="forbid",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        populate_by_name=True,
-    )
+    model_config = FLAGS | SettingsConfigDict(env_prefix="NR_", frozen=True, populate_by_name=True)
 
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
     served_model_name: str | None = Field(None, description="name clients use for the base (default: the folder's)")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
-    adapter: list[str] = Field([], description="adapter to attach at start, FILE or NAME=FILE; may be repeated")
-    adapter_dir: list[Path] = Field([], description="folder that POST /v1/adapters may load from; may be repeated")
+    adapter: Annotated[list[str], NoDecode] = Field(
+        [], description="adapter to attach at start, FILE or NAME=FILE; may be repeated"
+    )
+    adapter_dir: Annotated[list[Path], NoDecode] = Field(
+        [], description="folder that POST /v1/adapters may load from; may be repeated"
+    )
     slots: int = Field(8, ge=1, le=1024, description="adapters attached at once")
     slot_width: int | None = Field(
         None, ge=1, description="widest block a slot holds (default: 20% of the base's parameters)"
@@ -52,6 +55,28 @@ class ServeConfig(BaseSettings):
     api_key: SecretStr | None = Field(None, description="key that clients must send (default: none needed)")
     admin_key: SecretStr | None = Field(None, description="key that adapter changes need (default: none needed)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what to log")
+
+    @field_validator("adapter", "adapter_dir", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """Lists come as one text, from the environment and from repeated flags."""
+        if not isinstance(value, str):
+            return value
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+    @field_validator("adapter")
+    @classmethod
+    def _check_names(cls, entries: list[str]) -> list[str]:
+        for entry in entries:
+            try:
+                check_adapter_name(adapter_entry(entry)[0])
+            except BadRequest as error:
+                raise ValueError(f"{entry}: {error.message}") from error
+        return entries
+
+    def base_name(self, model: str | Path) -> str:
+        """What clients call the base that was loaded from `model`."""
+        return self.served_model_name or Path(model).name
 
 
 def settings_table() -> str:

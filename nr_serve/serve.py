@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import signal
 import socket
@@ -12,10 +11,13 @@ from pathlib import Path
 import uvicorn
 
 from nr_serve.api.app import create_app
-from nr_serve.api.bridge import AsyncEngine, Deliver, Engine, Status
+from nr_serve.api.bridge import AsyncEngine, Deliver, Engine
+from nr_serve.client import is_loopback
 from nr_serve.config import ServeConfig
+from nr_serve.engine.messages import Status
 from nr_serve.errors import NrError, UnsupportedBase
 from nr_serve.metrics import Metrics
+from nr_serve.names import adapter_entry, check_adapter_name
 from nr_serve.tokenizer import Tokenizer
 
 GRACE_SECONDS = 30
@@ -29,6 +31,8 @@ def serve(config: ServeConfig) -> int:
     _warn_if_open(config)
     with bind(config.host, config.port) as listener:
         model = _model_folder(config.model)
+        for entry in config.adapter:
+            check_adapter_name(adapter_entry(entry)[0], config.base_name(model))
         tokenizer = _tokenizer(model)
         engine = AsyncEngine(lambda deliver: _engine(config, model, tokenizer, deliver), Metrics())
         server = uvicorn.Server(
@@ -125,19 +129,12 @@ def _address(listener: socket.socket) -> str:
 
 
 def _warn_if_open(config: ServeConfig) -> None:
-    if config.api_key is None and config.admin_key is None and not _is_loopback(config.host):
+    if config.api_key is None and config.admin_key is None and not is_loopback(config.host):
         print(
             f"warning: anyone who reaches {config.host} may use this server and change its adapters; "
             "set --api-key and --admin-key",
             file=sys.stderr,
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _end(signum: int, frame: object) -> None:

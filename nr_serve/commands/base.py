@@ -8,19 +8,13 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nr_serve.client import DEFAULT_URL, Client
+from nr_serve.config import FLAGS
 
 
 class Command(BaseSettings):
     """A command whose fields are flags alone: no environment variable sets them behind the user's back."""
 
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        cli_enforce_required=True,
-    )
+    model_config = FLAGS | SettingsConfigDict(cli_enforce_required=True)
 
     @classmethod
     def settings_customise_sources(

@@ -1,5 +1,6 @@
 """The documentation says what the code says."""
 
+import re
 from pathlib import Path
 
 from nr_serve.config import ServeConfig, settings_table
@@ -13,6 +14,12 @@ def test_the_settings_page_holds_the_settings():
     )
 
 
-def test_a_list_in_the_environment_is_json_as_the_page_says(monkeypatch):
-    monkeypatch.setenv("NR_ADAPTER", '["hu=hu.safetensors"]')
-    assert ServeConfig().adapter == ["hu=hu.safetensors"]
+def test_a_list_in_the_environment_has_commas_as_the_page_says(monkeypatch):
+    (example,) = re.findall(r"`NR_ADAPTER=(.+)`", (DOCS / "settings.md").read_text(encoding="utf-8"))
+    monkeypatch.setenv("NR_ADAPTER", example)
+    assert ServeConfig().adapter == ["hu.safetensors", "da=x.safetensors"]
+    monkeypatch.setenv("NR_ADAPTER", "hu.safetensors")
+    monkeypatch.setenv("NR_ADAPTER_DIR", "/a, b/c,")
+    assert (ServeConfig().adapter, ServeConfig().adapter_dir) == (["hu.safetensors"], [Path("/a"), Path("b/c")])
+    monkeypatch.setenv("NR_ADAPTER", "")
+    assert ServeConfig().adapter == []
