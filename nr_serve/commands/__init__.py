@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, tuple[type[BaseSettings], Callable[[Any], int]]] = {
     "list-adapters": (remote.ListAdapters, remote.list_adapters),
     "inspect": (files.Inspect, files.inspect),
     "train": (training.Train, training.train),
+    "export-adapter": (training.ExportAdapter, training.export_adapter),
     "evaluate": (training.Evaluate, training.evaluate),
     "fetch-model": (training.FetchModel, training.fetch_model),
     "fetch-corpus": (training.FetchCorpus, training.fetch_corpus),

@@ -18,7 +18,7 @@ class LoadAdapter(Remote):
     file: CliPositionalArg[Path] = Field(description="the adapter's .safetensors file")
     name: str | None = Field(None, description="name to serve it under (default: the file's)")
     replace: bool = Field(False, description="replace the adapter of this name, if there is one")
-    pin: bool = Field(False, description="keep it attached")
+    pin: bool | None = Field(None, description="keep it attached (default: as the one it replaces)")
     threshold: float | None = Field(None, description="a gate fires above this (default: the file's own)")
 
 

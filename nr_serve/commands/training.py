@@ -1,16 +1,19 @@
-"""train, evaluate, fetch-model, fetch-corpus: making adapters and measuring them."""
+"""train, export-adapter, evaluate, fetch-model, fetch-corpus: making adapters and measuring them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from nr_serve.commands.base import Command
 from nr_serve.commands.remote import table
+from nr_serve.errors import BadRequest
+
+if TYPE_CHECKING:
+    from nr_serve.evaluate.heldout import Report
 
 
 class Train(Command):
@@ -20,6 +23,17 @@ class Train(Command):
     corpus: Path = Field(description="folder of text, as fetch-corpus leaves it")
     out: Path = Field(description="folder for the adapter, its checkpoints and its log")
     resume: bool = Field(False, description="go on from the last checkpoint in the folder")
+
+
+class ExportAdapter(Command):
+    """Write the adapter of a training run's newest checkpoint; the run may still be going."""
+
+    run: CliPositionalArg[Path] = Field(description="the run's folder")
+    file: CliPositionalArg[Path] = Field(description="the adapter file to write")
+    percentile: float | None = Field(
+        None, gt=0, lt=100, description="set the thresholds anew, at this percentile of the logits of --corpus"
+    )
+    corpus: Path | None = Field(None, description="folder of text, for --percentile")
 
 
 class Evaluate(Command):
@@ -32,6 +46,7 @@ class Evaluate(Command):
     window: int = Field(256, ge=8, description="tokens read at once")
     windows: int = Field(32, ge=1, description="most windows a source")
     json_: bool = Field(False, alias="json", description="print JSON")
+    card: Path | None = Field(None, description="file for a page on the first adapter, in Markdown")
 
 
 class FetchModel(Command):
@@ -56,21 +71,33 @@ def train(command: Train) -> int:
     return 0
 
 
+def export_adapter(command: ExportAdapter) -> int:
+    """Export; print the adapter's file."""
+    from nr_serve.train.export import export_run
+
+    print(export_run(command.run, command.file, corpus=command.corpus, percentile=command.percentile))
+    return 0
+
+
 def evaluate(command: Evaluate) -> int:
-    """Measure; print a row a source."""
-    rows = _measure(command)
-    if command.json_:
-        print(json.dumps(rows, indent=2))
-        return 0
-    names = list(rows[0]["fired"])
-    header = ["SOURCE", "TOKENS", "BASE LOSS", "LOSS", "CHANGE", *(f"FIRED {name}" for name in names)]
-    lines = [
-        [r["source"], str(r["tokens"]), f"{r['base_loss']:.4f}", f"{r['loss']:.4f}", f"{r['change']:+.4f}"]
-        + [f"{r['fired'][name]:.2%}" for name in names]
-        for r in rows
-    ]
-    for line in table([header, *lines]):
+    """Measure; print a row a source; write the card."""
+    from nr_serve.evaluate.card import card
+    from nr_serve.evaluate.heldout import evaluate as run
+    from nr_serve.neutral.format import read_adapter
+
+    report = run(
+        command.files,
+        command.model,
+        command.corpus,
+        command.source,
+        window=command.window,
+        windows=command.windows,
+    )
+    for line in [report.to_json()] if command.json_ else table(_rows(report)):
         print(line)
+    if command.card is not None:
+        first = command.files[0]
+        _write(command.card, card(first.stem, read_adapter(first), report))
     return 0
 
 
@@ -93,30 +120,18 @@ def fetch_corpus(command: FetchCorpus) -> int:
     return 0
 
 
-def _measure(command: Evaluate) -> list[dict[str, Any]]:
-    from nr_serve.evaluate.heldout import measure
-    from nr_serve.neutral.format import Base, read_adapter
-    from nr_serve.train.attach import AdapterModule, Attached
-    from nr_serve.train.base import load_base
-    from nr_serve.train.text import read_heldout
-
-    base = load_base(command.model)
-    shape = Base(base.name, base.fingerprint, base.layers, base.d)
-    modules = [AdapterModule.from_file(read_adapter(file, shape)) for file in command.files]
-    sources = read_heldout(command.corpus, command.source, base.tokenizer, command.window, command.windows)
-    attached = Attached(base.model, [])
-    before = measure(base.model, attached, sources)
-    attached.adapters = modules
-    after = measure(base.model, attached, sources)
-    names = [file.stem for file in command.files]
-    return [
-        {
-            "source": name,
-            "tokens": after[name].tokens,
-            "base_loss": before[name].loss,
-            "loss": after[name].loss,
-            "change": after[name].loss - before[name].loss,
-            "fired": dict(zip(names, after[name].fired, strict=True)),
-        }
-        for name in sources
+def _rows(report: Report) -> list[list[str]]:
+    header = ["SOURCE", "TOKENS", "BASE LOSS", "LOSS", "CHANGE", *(f"FIRED {name}" for name in report.adapters)]
+    rows = [
+        [name, str(source.tokens), f"{source.before:.4f}", f"{source.after:.4f}", f"{source.change:+.2%}"]
+        + [f"{source.fired[adapter]:.2%}" for adapter in report.adapters]
+        for name, source in report.sources.items()
     ]
+    return [header, *rows]
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadRequest(f"cannot write {path}: {error.strerror}") from error

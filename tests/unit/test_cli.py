@@ -96,7 +96,10 @@ def test_a_flag_wins_over_the_environment_and_lists_repeat(monkeypatch):
         (["serve", "--port", "x"], "--port"),
         (["serve", "--slots", "0"], "--slots"),
         (["nonsense"], "nonsense"),
+        (["serve", "--adapter", "a.safetensors", "--adapter", "a b=c"], "--adapter: a b=c: an adapter's name"),
+        (["serve", "--adapter", "_x.safetensors"], "--adapter: _x.safetensors: an adapter's name"),
         (["evaluate", "f", "--corpus", "x", "--windows", "0"], "--windows"),
+        (["export-adapter", "r", "f", "--percentile", "100"], "--percentile"),
     ],
 )
 def test_a_wrong_setting_is_named_and_ends_with_2(args, message, capsys):
@@ -117,7 +120,11 @@ def test_an_adapter_is_loaded_listed_and_unloaded_with_no_further_flag(against, 
     assert hu.split()[-1] == "20.00%"
     assert da.split()[:4] == ["da", "676f6f642064", "hu", "attached"]
     assert main(["load-adapter", str(path), "--replace", "--pin", "--threshold", "0.5", "--name", "da"]) == 0
-    assert "(pinned)" not in capsys.readouterr().out
+    capsys.readouterr()
+    assert against.engine.commands[-1].pinned is True
+    assert main(["load-adapter", str(path), "--replace"]) == 0
+    assert against.engine.commands[-1].pinned is None
+    capsys.readouterr()
     assert main(["unload-adapter", "da"]) == 0
     assert capsys.readouterr().out == "da: unloaded\n"
 
@@ -170,7 +177,21 @@ def test_train_hands_its_flags_to_the_trainer(tmp_path, monkeypatch, capsys):
     assert (str(recipe), str(out), str(corpus), more) == ("r.toml", "o", "c", {"resume": True})
 
 
-def test_evaluate_prints_loss_and_fired_shares_with_and_without_the_adapters(tmp_path, capsys):
+def test_export_adapter_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("nr_serve.train.export.export_run", lambda *args, **more: calls.append((*args, more)) or 7)
+    assert main(["export-adapter", "r", "f", "--percentile", "99.5", "--corpus", "c"]) == 0
+    assert capsys.readouterr().out == "7\n"
+    assert main(["export-adapter", "r", "f"]) == 0
+    assert calls == [
+        (Path("r"), Path("f"), {"corpus": Path("c"), "percentile": 99.5}),
+        (Path("r"), Path("f"), {"corpus": None, "percentile": None}),
+    ]
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Arguments that evaluate a tiny adapter, hu, beside its base."""
     base = tiny.model()
     folder = tiny.save(base, tmp_path / "tiny")
     made = tiny.adapter(base, 1, carry=0.5)
@@ -179,14 +200,32 @@ def test_evaluate_prints_loss_and_fired_shares_with_and_without_the_adapters(tmp
     )
     (tmp_path / "en.x.heldout.txt").write_text("Some text to read.\n\n" * 20)
     args = ["evaluate", str(tmp_path / "hu.safetensors"), "--corpus", str(tmp_path), "--model", str(folder)]
-    args += ["--window", "16", "--windows", "2"]
-    assert main([*args, "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert (row["source"], row["tokens"]) == ("en.x", 32)
-    assert row["loss"] != row["base_loss"]
-    assert 0 < row["fired"]["hu"] < 1
-    assert main(args) == 0
-    assert capsys.readouterr().out.splitlines()[0].split()[-2:] == ["FIRED", "hu"]
+    return [*args, "--window", "16", "--windows", "2"]
+
+
+def test_evaluate_prints_loss_and_fired_shares_with_and_without_the_adapters(evaluated, capsys):
+    assert main([*evaluated, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    source = report["sources"]["en.x"]
+    assert (source["tokens"], list(report["adapters"])) == (32, ["hu"])
+    assert source["before"] != source["after"]
+    assert 0 < source["fired"]["hu"] < 1
+    assert main(evaluated) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[-3:] == ["CHANGE", "FIRED", "hu"]
+    assert row.split()[4] == f"{source['after'] / source['before'] - 1:+.2%}"
+
+
+def test_evaluate_writes_a_card_and_says_where_it_cannot(evaluated, tmp_path, capsys):
+    assert main([*evaluated, "--card", str(tmp_path / "card.md")]) == 0
+    assert (tmp_path / "card.md").read_text().startswith("# hu\n")
+    assert main([*evaluated, "--card", str(tmp_path / "no" / "card.md")]) == 1
+    assert "card.md: No such file" in capsys.readouterr().err
+
+
+def test_evaluate_tells_two_files_of_one_name_apart_or_refuses(evaluated, capsys):
+    assert main([*evaluated[:2], *evaluated[1:]]) == 1
+    assert "two adapters have the same name" in capsys.readouterr().err
 
 
 def test_a_port_in_use_is_said_before_anything_is_loaded(capsys):
@@ -198,6 +237,14 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(capsys):
 def test_a_model_that_is_not_there_is_said(capsys):
     assert main(["serve", "--port", "0", "--model", "/no/such"]) == 1
     assert capsys.readouterr().err == "error: there is no model folder /no/such\n"
+
+
+@pytest.mark.parametrize(("args", "name"), [([], "base-x"), (["--served-model-name", "b"], "b")])
+def test_an_adapter_of_the_bases_name_is_refused_before_anything_is_loaded(tmp_path, args, name, capsys):
+    folder = tmp_path / "base-x"
+    folder.mkdir()
+    assert main(["serve", "--port", "0", "--model", str(folder), "--adapter", f"{name}=f", *args]) == 1
+    assert capsys.readouterr().err == f"error: `{name}` is the base's name; give the adapter another\n"
 
 
 def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(monkeypatch, capsys):
