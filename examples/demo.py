@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nr_serve.client import Client
 from nr_serve.default_model import fetch_model
+from nr_serve.local import local_server
 
 ADAPTER = Path(__file__).parent.parent / "adapters" / "hu" / "hu.safetensors"
 ENGLISH = [
@@ -55,22 +53,9 @@ ENGLISH_TEXT = [
 ]
 
 
-@contextmanager
-def server() -> Iterator[tuple[str, Client]]:
-    """A server of our own: its URL and a client."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "nr_serve.cli", "serve", "--port", str(port), "--log-level", "warning"]
-    process = subprocess.Popen(command)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        with Client(url) as client:
-            client.wait_ready()
-            yield url, client
-    finally:
-        process.terminate()
-        process.wait()
+def run(url: str, *args: str) -> None:
+    """Run a command of `nr-serve` against the demo's server."""
+    subprocess.run([sys.executable, "-m", "nr_serve.cli", *args], check=True, env=os.environ | {"NR_URL": url})
 
 
 def stream(url: str, model: str, events: list[float], loaded: threading.Event) -> None:
@@ -78,6 +63,7 @@ def stream(url: str, model: str, events: list[float], loaded: threading.Event) -
     body = {"model": model, "prompt": "Once upon a time", "max_tokens": 400, "stream": True, "temperature": 0}
     after = 0
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120, trust_env=False) as response:
+        response.raise_for_status()
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 events.append(time.monotonic())
@@ -92,12 +78,13 @@ def load_beside_a_stream(url: str, model: str) -> None:
     loaded = threading.Event()
     reader = threading.Thread(target=stream, args=(url, model, events, loaded))
     reader.start()
-    while len(events) < 10:
+    while len(events) < 10 and reader.is_alive():
         time.sleep(0.02)
+    if len(events) < 10:
+        raise SystemExit("the stream ended before the adapter could be loaded beside it")
     before = len(events)
-    command = [sys.executable, "-m", "nr_serve.cli", "load-adapter", str(ADAPTER)]
-    print(f"$ nr-serve load-adapter adapters/hu/{ADAPTER.name}")
-    subprocess.run(command, check=True, env=os.environ | {"NR_URL": url})
+    print(f"$ nr-serve load-adapter adapters/hu/{ADAPTER.name}", flush=True)
+    run(url, "load-adapter", str(ADAPTER))
     during = len(events) - before
     loaded.set()
     reader.join()
@@ -154,8 +141,8 @@ def main() -> None:
     print("fetching the base model (kept in a cache after the first time) ...", flush=True)
     fetch_model()
     started = time.monotonic()
-    with server() as (url, client):
-        model = client.models()[0]["id"]
+    with local_server("--log-level", "warning") as client:
+        url, model = client.url, client.models()[0]["id"]
         print(f"serving {model} after {time.monotonic() - started:.1f} s\n")
         load_beside_a_stream(url, model)
         print("\none batch, two languages, one model name:")
@@ -164,10 +151,8 @@ def main() -> None:
         for language, texts in (("Hungarian", HUNGARIAN_TEXT), ("English", ENGLISH_TEXT)):
             alone, routed = loss(client, f"{model}@none", texts), loss(client, model, texts)
             print(f"  {language:22}  {alone:11.3f}   {routed:11.3f}")
-        print()
-        subprocess.run(
-            [sys.executable, "-m", "nr_serve.cli", "list-adapters"], check=True, env={"NR_URL": url} | os.environ
-        )
+        print(flush=True)
+        run(url, "list-adapters")
     print(f"\ndone in {time.monotonic() - started:.0f} s")
 
 

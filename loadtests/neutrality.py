@@ -30,7 +30,7 @@ def prompts(corpus: Path, sources: list[str], count: int, words: int, seed: int)
     return [" ".join(line.split()[:words]) for line in chosen]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Ask, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default=DEFAULT_URL)
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     asked = prompts(args.corpus, args.source, args.prompts, args.words, args.seed)
     with Client(args.url) as client:
@@ -56,8 +56,8 @@ def main() -> None:
     ]
     for each in differing:
         print(json.dumps(each, ensure_ascii=False))
-    shares = [share for r in routed for part in r["gates"].values() for share in part]
-    fired = {name: sum(share[name] for share in shares) / len(shares) for name in adapters}
+    shares = [share for r in routed for part in ("prompt", "tokens") for share in r["gates"][part]]
+    fired = {name: sum(share.get(name, 0.0) for share in shares) / len(shares) for name in adapters}
     result = {
         "prompts": len(asked),
         "equal": len(asked) - len(differing),

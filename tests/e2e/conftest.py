@@ -1,8 +1,5 @@
 """A real server process with the real base model, shared by the tests here."""
 
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import torch
 
 from nr_serve.client import Client
 from nr_serve.default_model import fetch_model
+from nr_serve.local import local_server
 from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
 
 ADAPTER = Path(__file__).parents[2] / "adapters" / "hu" / "hu.safetensors"
@@ -26,18 +24,8 @@ def pytest_collection_modifyitems(items):
 def url() -> Iterator[str]:
     """URL of a running server with no adapter loaded."""
     fetch_model()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "nr_serve.cli", "serve", "--port", str(port), "--max-batch-tokens", "64"]
-    process = subprocess.Popen(command)
-    try:
-        with Client(f"http://127.0.0.1:{port}") as client:
-            client.wait_ready()
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        assert process.wait(timeout=60) == 0, "the server did not end cleanly"
+    with local_server("--max-batch-tokens", "64") as client:
+        yield client.url
 
 
 @pytest.fixture

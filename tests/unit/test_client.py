@@ -5,6 +5,7 @@ import pytest
 
 from nr_serve import errors
 from nr_serve.client import Client
+from nr_serve.local import local_server
 from nr_serve.serve import bind
 from tests.fakes import serving
 
@@ -28,7 +29,8 @@ def test_an_adapter_is_loaded_under_its_files_name_listed_and_unloaded(client, t
     assert [adapter["name"] for adapter in client.adapters()] == ["hu", "da"]
     with pytest.raises(errors.Conflict):
         client.load(path)
-    assert client.load(path, replace=True)["name"] == "da"
+    assert client.load(path, replace=True)["pinned"] is True
+    assert client.load(path, replace=True, pinned=False)["pinned"] is False
     assert client.load(path, "en.x")["name"] == "en.x"
     assert client.unload("da")["deleted"] is True
     with pytest.raises(errors.NotFound, match="`da` does not exist"):
@@ -63,6 +65,16 @@ def test_waiting_ends_when_the_server_is_ready():
             client.wait_ready(0.05, poll_s=0.01)
         threading.Timer(0.1, served.engine.may_load.set).start()
         client.wait_ready(10, poll_s=0.01)
+
+
+def test_waiting_for_a_server_that_ended_ends():
+    with Client("http://127.0.0.1:9") as client, pytest.raises(errors.Unavailable, match="ended before"):
+        client.wait_ready(60, alive=lambda: False)
+
+
+def test_a_local_server_that_cannot_start_is_not_waited_for():
+    with pytest.raises(errors.Unavailable, match="ended before"), local_server("--model", "/no/such"):
+        pytest.fail("it cannot be ready")
 
 
 def test_no_server_is_said_with_what_to_do():
