@@ -19,12 +19,12 @@ _END_SECONDS = 60.0
 def local_server(*flags: str) -> Iterator[Client]:
     """Run `nr-serve serve` with `flags` on a free port until the block ends; a client of it, once it is ready.
 
-    The NR_* variables of the environment do not reach it. Raises Unavailable if the server ends before it is
+    Of the environment's NR_* variables only the cache folder's reaches it. Raises Unavailable if the server ends before it is
     ready, NrError if it does not end in order.
     """
     port = _free_port()
     command = [sys.executable, "-m", "nr_serve.cli", "serve", "--port", str(port), *flags]
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("NR_")}
+    plain = {k: v for k, v in os.environ.items() if k == "NR_CACHE" or not k.startswith("NR_")}
     process = subprocess.Popen(command, env=plain)
     try:
         with Client(f"http://127.0.0.1:{port}") as client:
