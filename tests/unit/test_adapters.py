@@ -104,6 +104,9 @@ def test_a_load_is_published_only_when_all_of_it_is_copied():
     server.ask("r")
     server.finish()
     assert server.tokens["r"] == server.expected(a) != server.expected()
+    assert server.adapters._bank.attached == {server.slot("a")}
+    server.load("a", server.made(2), replace=True)
+    assert server.adapters._bank.attached == {server.slot("a")}, "the one before it is shut"
 
 
 def test_requests_keep_the_version_they_were_admitted_with_when_it_is_replaced():
@@ -436,6 +439,21 @@ def test_the_last_tokens_of_a_replaced_version_count_too():
     server.load("a", server.made(2), replace=True)
     server.finish()
     assert server.core.statistics().adapters["a"].seen == (len(PROMPT) + ANSWER - 1,) * tiny.LAYERS
+
+
+def test_an_unloaded_adapter_that_still_runs_is_counted_no_more():
+    server = Server(slots=2)
+    server.load("a", server.made(1))
+    server.load("b", server.made(2))
+    server.ask("r", ("a",), selected="a")
+    server.step()
+    server.adapters.unload("a")
+    server.finish()
+    statistics = server.core.statistics()
+    assert statistics.adapters.keys() == {"b"}
+    assert {key for key in statistics.cross if "a" in key} == set()
+    server.load("a", server.made(1))
+    assert set(server.core.statistics().adapters["a"].seen) == {0}
 
 
 def gates_by_the_definition(ids, adapter):

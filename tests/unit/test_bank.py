@@ -140,7 +140,7 @@ def test_random_steps_and_changes_equal_the_naive_sum(seed):
     reckless = seed % 2 == 1
     copying: dict[int, tuple] = {}
     steps = opened = 0
-    for i in range(150):
+    for i in range(110):
         roll = rng.random()
         slot = rng.randrange(SLOTS)
         if roll < 0.10 and slot not in copying:

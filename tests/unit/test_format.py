@@ -29,7 +29,7 @@ INFO = AdapterInfo(
     results={"leak": 0.001},
 )
 QUICK = settings(
-    max_examples=200,
+    max_examples=120,
     deadline=None,
     derandomize=True,
     database=None,
