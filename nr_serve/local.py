@@ -19,8 +19,8 @@ _END_SECONDS = 60.0
 def local_server(*flags: str) -> Iterator[Client]:
     """Run `nr-serve serve` with `flags` on a free port until the block ends; a client of it, once it is ready.
 
-    Of the environment's NR_* variables only the cache folder's reaches it. Raises Unavailable if the server ends before it is
-    ready, NrError if it does not end in order.
+    Of the environment's NR_* variables only the cache folder's reaches it. Raises Unavailable if the server ends
+    before it is ready, NrError if it does not end in order.
     """
     port = _free_port()
     command = [sys.executable, "-m", "nr_serve.cli", "serve", "--port", str(port), *flags]
