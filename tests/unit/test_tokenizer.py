@@ -72,6 +72,12 @@ def test_bytes_that_are_no_text_come_out_once_as_replacement_characters():
         assert "".join(pushed(bytes_as_ids(data))) == data.decode(errors="replace")
 
 
+def test_bytes_that_never_become_text_are_not_held_back_for_ever():
+    pieces = pushed(bytes_as_ids(b"a" + b"\x80" * 60 + "zé".encode()))
+    assert "".join(pieces) == "a" + "\ufffd" * 60 + "zé"
+    assert "\ufffd" in "".join(pieces[:30])
+
+
 def test_special_tokens_are_not_text_unless_asked_for():
     ids = [*bytes_as_ids(b"ab"), EOS]
     assert TOKENIZER.decode(ids) == "ab"
