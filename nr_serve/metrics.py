@@ -22,6 +22,9 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _MOST_SELECTED = 64
 
 
+_OTHER = "other"
+
+
 class Metrics:
     """The server's metrics, in a registry of their own."""
 
@@ -64,9 +67,13 @@ class Metrics:
     def selected(self, name: str) -> str:
         """The label of a selection: clients may join any adapters, so only so many joined names are told apart."""
         if "+" in name and name not in self._selected and len(self._selected) >= _MOST_SELECTED:
-            return "other"
+            return _OTHER
         self._selected.add(name)
         return name
+
+    def ended(self, selected: str, reason: str) -> None:
+        """Count an answer. One whose adapter was unloaded meanwhile must not bring its name back."""
+        self.requests.labels(selected if selected in self._selected else _OTHER, reason).inc()
 
     def render(self, gates: GateStatistics | None, adapters: Sequence[AdapterView]) -> bytes:
         """Return the exposition text; `gates` is None while the engine cannot be asked."""
@@ -136,7 +143,7 @@ class RequestClock:
 
     def __init__(self, metrics: Metrics, request: Submit) -> None:
         self._metrics = metrics
-        self._selected = request.selected
+        self._selected = metrics.selected(request.selected)
         self._prompt_tokens = len(request.prompt_ids)
         self._arrived = time.monotonic()
         self._last_token: float | None = None
@@ -153,7 +160,7 @@ class RequestClock:
         """The request is over: `reason` is why."""
         metrics = self._metrics
         metrics.in_flight.dec()
-        metrics.requests.labels(metrics.selected(self._selected), reason).inc()
+        metrics.ended(self._selected, reason)
         if reason in ("stop", "length"):
             metrics.prompt_tokens.inc(self._prompt_tokens)
             metrics.request_seconds.observe(time.monotonic() - self._arrived)

@@ -71,7 +71,8 @@ def _bearer(header: str) -> str | None:
 def _same(given: str | None, wanted: str | None) -> bool:
     if given is None or wanted is None:
         return False
-    return hmac.compare_digest(given.encode(), wanted.encode())
+    # Header values are bytes, shown as latin-1; a key that is not ASCII is sent as UTF-8.
+    return hmac.compare_digest(given.encode("latin-1"), wanted.encode())
 
 
 def _unauthorized(given: str | None) -> Unauthorized:

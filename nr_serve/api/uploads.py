@@ -7,16 +7,29 @@ from pathlib import Path
 
 from fastapi import Request
 
-from nr_serve.errors import BadRequest, TooLarge
+from nr_serve.errors import BadRequest, TooLarge, Unavailable
 
 _WRITE_BYTES = 2**20
 
 
 async def receive_file(request: Request, path: Path, max_bytes: int) -> None:
-    """Write the request's body to `path`. Raises TooLarge, or BadRequest if it is empty."""
+    """Write the request's body to `path`.
+
+    Raises TooLarge, BadRequest if it is empty, Unavailable if it cannot be stored.
+    """
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise _too_large(max_bytes)
+    try:
+        taken = await _write(request, path, max_bytes)
+    except OSError as error:
+        raise Unavailable(f"the upload could not be stored: {error.strerror}") from error
+    if taken == 0:
+        raise BadRequest("the body is empty; send the adapter's file")
+
+
+async def _write(request: Request, path: Path, max_bytes: int) -> int:
+    """Write the body; the bytes written."""
     taken, held = 0, bytearray()
     with path.open("wb") as file:
         async for chunk in request.stream():
@@ -28,8 +41,7 @@ async def receive_file(request: Request, path: Path, max_bytes: int) -> None:
                 await asyncio.to_thread(file.write, bytes(held))
                 held.clear()
         await asyncio.to_thread(file.write, bytes(held))
-    if taken == 0:
-        raise BadRequest("the body is empty; send the adapter's file")
+    return taken
 
 
 def _too_large(max_bytes: int) -> TooLarge:

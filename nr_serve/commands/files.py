@@ -56,7 +56,7 @@ def _summary(adapter: Adapter) -> dict[str, Any]:
         "gate": info.gate,
         "carry": info.carry,
         "threshold": info.threshold,
-        "parameters": sum(t.numel() for b in blocks for t in (b.gate, b.bias, b.w_in, b.w_gate, b.w_out)),
+        "parameters": adapter.parameters,
         "bytes": adapter.nbytes,
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for b in blocks for t in (b.gate, b.w_in)}),
         "recipe": dict(info.recipe),

@@ -29,6 +29,7 @@ from nr_serve.engine.messages import (
     UnloadAdapter,
 )
 from nr_serve.errors import NrError, Unavailable
+from nr_serve.names import adapter_entry
 from nr_serve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class EngineLoop:
         from nr_serve.engine.runner import Runner
 
         config = self._config
-        name = config.served_model_name or Path(self._model_path).name
+        name = config.base_name(self._model_path)
         runner = Runner.load(self._model_path, self._tokenizer, config, name)
         self.info = runner.info
         adapters = Adapters(runner.bank)
@@ -198,8 +199,7 @@ class EngineLoop:
         return core, adapters
 
     def _attach_at_start(self, entry: str, adapters: Adapters) -> None:
-        name, _, file = entry.rpartition("=")
-        message = LoadAdapter(name or Path(file).stem, Path(file))
+        message = LoadAdapter(*adapter_entry(entry))
         answer: Future[AdapterView] = Future()
         adapters.load(message, self._read_file(message.path), answer, time.perf_counter())
         while adapters.copying:

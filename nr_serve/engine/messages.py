@@ -54,7 +54,7 @@ class Submit:
     sampling: Sampling
     adapters: tuple[str, ...] | None = None
     selected: str = ""
-    """Label of the selection in the metrics: the model name the client asked for."""
+    """Label of the selection in the metrics."""
     priority: int = 0
     """Lower runs first."""
     gates: bool = False

@@ -12,8 +12,6 @@ from nr_serve.neutral.format import Adapter
 def card(name: str, adapter: Adapter, report: Report) -> str:
     """The card of `adapter`, which `report` calls `name`. The sources of its domain come first."""
     info = adapter.info
-    blocks = [block for block in adapter.blocks if block is not None]
-    parameters = sum(t.numel() for b in blocks for t in (b.gate, b.bias, b.w_in, b.w_gate, b.w_out))
     lines = [
         f"# {name}",
         "",
@@ -23,8 +21,8 @@ def card(name: str, adapter: Adapter, report: Report) -> str:
         "|---|---|",
         f"| version | `{adapter.version}` |",
         f"| base | `{info.base}`, fingerprint `{info.base_fingerprint}` |",
-        f"| blocks | {len(blocks)} of {info.layers} layers, h up to {adapter.h}, d {info.d} |",
-        f"| size | {parameters:,} parameters, {adapter.nbytes / 2**20:.1f} MiB |",
+        f"| blocks | {adapter.depth} of {info.layers} layers, h up to {adapter.h}, d {info.d} |",
+        f"| size | {adapter.parameters:,} parameters, {adapter.nbytes / 2**20:.1f} MiB |",
         f"| gate | {info.gate}, carry {info.carry:g}, threshold {info.threshold:g} |",
         *_training_rows(info.recipe, info.results),
         "",

@@ -202,6 +202,6 @@ class Bank:
         # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
         g_TS = torch.where(step.selected_TS, math.block_gate(m_TS, self.threshold_S), 0.0)
         self._fired_LS[layer] += (g_TS > 0).sum(0)
-        # A stream gone wild must not leave its NaN in the totals for ever.
-        self._mass_S += g_TS.nan_to_num(posinf=0.0).sum(0)
+        # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
+        self._mass_S += g_TS.double().nan_to_num(posinf=0.0).sum(0)
         return g_TS

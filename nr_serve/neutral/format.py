@@ -29,6 +29,7 @@ from nr_serve.neutral import MAX_THRESHOLD
 FORMAT = "neutral-residues"
 FORMAT_VERSION = 1
 GATES = ("relu",)
+_LONGEST_TEXT = 200
 MAX_LAYERS = 9999
 """Far above any gate, and still a float32."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
@@ -92,6 +93,12 @@ class Adapter:
     def depth(self) -> int:
         """Layers with a block."""
         return sum(block is not None for block in self.blocks)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all its tensors."""
+        present = [b for b in self.blocks if b is not None]
+        return sum(t.numel() for b in present for t in (b.gate, b.bias, b.w_in, b.w_gate, b.w_out))
 
     @property
     def h(self) -> int:
@@ -163,11 +170,11 @@ def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
 def _parse(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # torch raises the last two
         # Looked at only now: a safetensors file whose header has the right length begins with the same bytes.
         if data[:1] == b"\x80" or data[:2] == b"PK":
             raise BadAdapterFile("this is a pickle or zip file, not safetensors; pickle is never loaded") from error
-        raise BadAdapterFile(f"not a whole safetensors file: {error}") from error
+        raise BadAdapterFile(f"not a whole safetensors file: {_short(error)}") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__") or {}
 
@@ -185,12 +192,16 @@ def _info(metadata: Mapping[str, str]) -> AdapterInfo:
         raise BadAdapterFile(f"not an adapter: its metadata lacks format={FORMAT!r}")
     version = metadata.get("format_version", "")
     if version != str(FORMAT_VERSION):
-        raise BadAdapterFile(f"written in adapter format {version!r}; this nr-serve reads format {FORMAT_VERSION}")
+        raise BadAdapterFile(
+            f"written in adapter format {_short(version)!r}; this nr-serve reads format {FORMAT_VERSION}"
+        )
     values: dict[str, Any] = {}
     for spec in fields(AdapterInfo):
         if spec.name not in metadata:
             continue
         text = metadata[spec.name]
+        if spec.type == "str" and not (len(text) <= _LONGEST_TEXT and text.isprintable()):
+            raise BadAdapterFile(f"metadata {spec.name} is not a line of at most {_LONGEST_TEXT} characters")
         values[spec.name] = text if spec.type == "str" else _json(spec.name, text, str(spec.type))
     try:
         info = AdapterInfo(**values)
@@ -206,6 +217,11 @@ def _info(metadata: Mapping[str, str]) -> AdapterInfo:
     if not 0 < info.layers <= MAX_LAYERS:
         raise BadAdapterFile(f"layers must be in 1..{MAX_LAYERS}")
     return info
+
+
+def _short(text: object) -> str:
+    """Text of a file's author, cut to what a message may hold."""
+    return str(text)[:_LONGEST_TEXT]
 
 
 _JSON_TYPES: Mapping[str, tuple[type, ...]] = {
@@ -243,7 +259,7 @@ def _blocks(tensors: Mapping[str, Tensor], info: AdapterInfo) -> tuple[Block | N
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None or int(match[1]) >= info.layers:
-            raise BadAdapterFile(f"unexpected tensor {name!r} for a base with {info.layers} layers")
+            raise BadAdapterFile(f"unexpected tensor {_short(name)!r} for a base with {info.layers} layers")
         if tensor.dtype not in _DTYPES:
             raise BadAdapterFile(f"{name} has dtype {tensor.dtype}; float32, bfloat16 or float16 is needed")
         if not bool(torch.isfinite(tensor).all()):

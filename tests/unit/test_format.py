@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from nr_serve.errors import BadAdapterFile, NrError, TooLarge
 from nr_serve.neutral.format import Adapter, AdapterInfo, Base, Block, read_adapter, write_adapter
@@ -148,7 +150,7 @@ def test_a_header_whose_length_looks_like_a_pickle_or_zip_is_read(tmp_path, leng
 
 def test_huge_and_foreign_metadata_are_kept(tmp_path):
     path = tmp_path / "a.safetensors"
-    info = replace(INFO, domain="😀\u202eß\x00", recipe={"é" * 50: "長" * 300_000}, results={"deep": [[[[1]]]]})
+    info = replace(INFO, domain="日本語 ß", recipe={"é" * 50: "長" * 300_000}, results={"deep": [[[[1]]]]})
     write_adapter(path, info, blocks())
     assert read_adapter(path, BASE).info == info
 
@@ -444,3 +446,33 @@ def test_no_metadata_raises_anything_but_a_refusal(path, field, text):
     header, body = parts(path.read_bytes())
     header["__metadata__"][field] = text
     read_any(path, whole(header, body))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"z": {"dtype": "F32", "shape": [2**64 - 1, 0], "data_offsets": [0, 0]}},
+        {"z": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}},
+        {"z": {"dtype": "F32", "shape": [1] * 5000, "data_offsets": [0, 4]}},
+    ],
+)
+def test_shapes_that_no_tensor_can_have_are_refused(tmp_path, entry):
+    header = json.dumps(entry).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(entry["z"]["data_offsets"][1]))
+    with pytest.raises(BadAdapterFile):
+        read_adapter(file)
+
+
+@pytest.mark.parametrize("domain", ["x" * 201, "hu\x1b[2J", "two\nlines"])
+def test_text_that_is_not_a_short_line_is_refused(tmp_path, domain):
+    write_adapter(tmp_path / "a.safetensors", INFO, blocks())
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() | {"domain": domain}
+    save_file(tensors, tmp_path / "b.safetensors", metadata)
+    with pytest.raises(BadAdapterFile, match="domain is not a line"):
+        read_adapter(tmp_path / "b.safetensors", BASE)
+    with pytest.raises(BadAdapterFile, match="domain is not a line"):
+        write_adapter(tmp_path / "c.safetensors", replace(INFO, domain=domain), blocks())
+    assert not (tmp_path / "c.safetensors").exists()

@@ -112,3 +112,16 @@ def test_wild_logits_are_what_the_first_test_needs():
     base = tiny.model()
     logits = tiny.Naive(base).logits(range(60), [tiny.adapter(base, seed=1, scale=1e38)])
     assert not torch.isfinite(logits).all()
+
+
+def test_gates_of_any_size_keep_the_totals_finite():
+    base = tiny.model()
+    core, adapters = engine(base, pages=40, budget=64, running=4)
+    huge = tiny.adapter(base, seed=1, scale=0.0)
+    blocks = tuple(dataclasses.replace(b, bias=torch.tensor(3e38)) for b in huge.blocks)
+    load(adapters, "huge", dataclasses.replace(huge, blocks=blocks))
+    core.add(ask("r", range(9), ("huge",)))
+    answers(core)
+    gates = core.statistics().adapters["huge"]
+    assert sum(gates.fired) == sum(gates.seen) > 0
+    assert gates.mass == pytest.approx(3e38 * sum(gates.fired), rel=1e-3)
