@@ -305,7 +305,7 @@ def test_preempted_requests_overtake_one_that_waits_for_a_slot():
         return request.id not in blocked and admit_all(request)
 
     scheduler = Scheduler(PagePool(5, 2), max_running=4, max_batch_tokens=20, admit=admit)
-    holder, victim = request(1, 5, 9), request(4, 4, 9)
+    holder, victim = request(1, 5, 9), request(4, 4, 9, adapters=("c",))
     scheduler.add(holder)
     scheduler.add(victim)
     run(scheduler)
