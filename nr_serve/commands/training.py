@@ -34,6 +34,7 @@ class ExportAdapter(Command):
         None, gt=0, lt=100, description="set the thresholds anew, at this percentile of the logits of --corpus"
     )
     corpus: Path | None = Field(None, description="folder of text, for --percentile")
+    threshold: float = Field(0.0, description="a gate fires above this; more costs learning and lessens leak")
 
 
 class Evaluate(Command):
@@ -75,7 +76,15 @@ def export_adapter(command: ExportAdapter) -> int:
     """Export; print the adapter's file."""
     from nr_serve.train.export import export_run
 
-    print(export_run(command.run, command.file, corpus=command.corpus, percentile=command.percentile))
+    print(
+        export_run(
+            command.run,
+            command.file,
+            corpus=command.corpus,
+            percentile=command.percentile,
+            threshold=command.threshold,
+        )
+    )
     return 0
 
 

@@ -18,11 +18,19 @@ from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.recipe import Recipe, parse_recipe
 
 
-def export_run(run: Path, path: Path, *, corpus: Path | None = None, percentile: float | None = None) -> Path:
+def export_run(
+    run: Path,
+    path: Path,
+    *,
+    corpus: Path | None = None,
+    percentile: float | None = None,
+    threshold: float = 0.0,
+) -> Path:
     """Write the adapter of the newest checkpoint in folder `run` to `path`; the run may still be going.
 
     With `percentile` the gates' thresholds are first set anew, at that percentile of the logits of the text in
-    `corpus` on the stream as the trained blocks leave it. Raises Conflict if there is no checkpoint.
+    `corpus` on the stream as the trained blocks leave it. `threshold` is written to the file: a gate there is
+    relu(m - threshold), so that a little above 0 trades some learning for less leak. Raises Conflict if there is no checkpoint.
     """
     if percentile is not None and corpus is None:
         raise Conflict("setting thresholds anew needs the corpus")
@@ -40,7 +48,9 @@ def export_run(run: Path, path: Path, *, corpus: Path | None = None, percentile:
         recalibrate(recipe, base, adapter, corpus, percentile)
         # What was measured before belongs to other thresholds.
         results = {"tokens": results["tokens"], "percentile": percentile}
-    return write_run(path, recipe, base, adapter, results)
+    if threshold:
+        results = {"tokens": results["tokens"]}  # what was measured belongs to threshold 0
+    return write_run(path, recipe, base, adapter, results, threshold)
 
 
 def restore(recipe: Recipe, base: FrozenBase, blocks: Mapping[str, torch.Tensor]) -> AdapterModule:
@@ -64,7 +74,12 @@ def recalibrate(recipe: Recipe, base: FrozenBase, adapter: AdapterModule, corpus
 
 
 def write_run(
-    path: Path, recipe: Recipe, base: FrozenBase, adapter: AdapterModule, results: Mapping[str, Any]
+    path: Path,
+    recipe: Recipe,
+    base: FrozenBase,
+    adapter: AdapterModule,
+    results: Mapping[str, Any],
+    threshold: float = 0.0,
 ) -> Path:
     """Write the adapter file, weights in bfloat16."""
     info = AdapterInfo(
@@ -73,6 +88,7 @@ def write_run(
         layers=base.layers,
         d=base.d,
         carry=recipe.blocks.carry,
+        threshold=threshold,
         domain=recipe.domain,
         recipe=recipe.dump(),
         results=results,
