@@ -30,7 +30,8 @@ def export_run(
 
     With `percentile` the gates' thresholds are first set anew, at that percentile of the logits of the text in
     `corpus` on the stream as the trained blocks leave it. `threshold` is written to the file: a gate there is
-    relu(m - threshold), so that a little above 0 trades some learning for less leak. Raises Conflict if there is no checkpoint.
+    relu(m - threshold), so that a little above 0 trades some learning for less leak.
+    Raises Conflict if there is no checkpoint.
     """
     if percentile is not None and corpus is None:
         raise Conflict("setting thresholds anew needs the corpus")

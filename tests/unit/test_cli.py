@@ -180,12 +180,12 @@ def test_train_hands_its_flags_to_the_trainer(tmp_path, monkeypatch, capsys):
 def test_export_adapter_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("nr_serve.train.export.export_run", lambda *args, **more: calls.append((*args, more)) or 7)
-    assert main(["export-adapter", "r", "f", "--percentile", "99.5", "--corpus", "c"]) == 0
+    assert main(["export-adapter", "r", "f", "--percentile", "99.5", "--corpus", "c", "--threshold", "0.3"]) == 0
     assert capsys.readouterr().out == "7\n"
     assert main(["export-adapter", "r", "f"]) == 0
     assert calls == [
-        (Path("r"), Path("f"), {"corpus": Path("c"), "percentile": 99.5}),
-        (Path("r"), Path("f"), {"corpus": None, "percentile": None}),
+        (Path("r"), Path("f"), {"corpus": Path("c"), "percentile": 99.5, "threshold": 0.3}),
+        (Path("r"), Path("f"), {"corpus": None, "percentile": None, "threshold": 0.0}),
     ]
 
 

@@ -91,6 +91,9 @@ def test_an_export_from_a_checkpoint_is_the_file_the_run_ends_with(base, corpus,
 
 def test_an_export_can_set_the_thresholds_anew(base, corpus, tmp_path):  # noqa: F811
     path = train(write_recipe(tmp_path, base, tokens=512), tmp_path / "run", corpus)
+    dialled = read_adapter(export_run(tmp_path / "run", tmp_path / "dialled.safetensors", threshold=0.25))
+    assert dialled.info.threshold == 0.25
+    assert set(dialled.info.results) == {"tokens"}
     strict = export_run(tmp_path / "run", tmp_path / "strict.safetensors", corpus=corpus, percentile=99.9)
     ours, theirs = read_adapter(strict), read_adapter(path)
     assert all(a.bias <= b.bias for a, b in zip(ours.blocks, theirs.blocks, strict=True))
