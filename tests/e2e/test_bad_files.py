@@ -62,7 +62,7 @@ def _ten_gigabytes_of_tensor(good, path):
         (_truncated, "not a whole safetensors file"),
         (_ten_gigabytes_of_header, "not a whole safetensors file"),
         (_ten_gigabytes_of_tensor, "not a whole safetensors file"),
-        (lambda good, path: b"", "not a whole safetensors file"),
+        (lambda good, path: b"", "the body is empty"),
     ],
 )
 def test_a_bad_file_is_refused_and_changes_nothing(url, client, base, random_adapter, tmp_path, spoil, message):
