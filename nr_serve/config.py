@@ -45,7 +45,7 @@ class ServeConfig(BaseSettings):
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt plus answer, tokens (default: base's)"
     )
-    max_batch_tokens: int = Field(512, ge=1, description="most tokens in one step")
+    max_batch_tokens: int = Field(512, ge=1, description="most tokens in one step; never less than --max-running")
     max_running: int = Field(64, ge=1, description="most requests in one step")
     max_waiting: int = Field(1024, ge=1, description="longest queue; further requests get 429")
     page_size: int = Field(16, ge=1, description="tokens a page of KV cache holds")

@@ -69,8 +69,9 @@ def paged_attention(
     keys_CKD.index_copy_(0, nr_batch.cells_T, key[0].transpose(0, 1))
     values_CKD.index_copy_(0, nr_batch.cells_T, value[0].transpose(0, 1))
     query_THD = query[0].transpose(0, 1)
+    repeats = query_THD.shape[1] // keys_CKD.shape[1]
     outputs = [
-        _attend(query_THD, keys_CKD, values_CKD, group, nr_batch.visible(i, sliding_window), scaling)
+        _attend(query_THD, keys_CKD, values_CKD, group, nr_batch.mask(i, sliding_window, repeats), scaling)
         for i, group in enumerate(nr_batch.groups)
     ]
     return torch.cat(outputs)[None], None
@@ -81,7 +82,7 @@ def _attend(
     keys_CKD: Tensor,
     values_CKD: Tensor,
     group: Group,
-    visible_BnN: Tensor,
+    mask_B1QN: Tensor,
     scaling: float | None,
 ) -> Tensor:
     """One group's attention, [B * n, H, D]."""
@@ -92,7 +93,6 @@ def _attend(
     query_BKGnD = query_THD[group.first : last].view(-1, n, K, H // K, D).permute(0, 2, 3, 1, 4)
     keys_BKND = keys_CKD[group.cells_BN].transpose(1, 2)
     values_BKND = values_CKD[group.cells_BN].transpose(1, 2)
-    mask_B1QN = visible_BnN.repeat(1, H // K, 1)[:, None]
     out_BKQD = F.scaled_dot_product_attention(
         query_BKGnD.reshape(-1, K, (H // K) * n, D), keys_BKND, values_BKND, attn_mask=mask_B1QN, scale=scaling
     )

@@ -43,19 +43,25 @@ class Batch:
     tokens: StepTokens
     bounds: list[tuple[int, int]]
     """Each piece's tokens, as a range of the step."""
-    _windows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
 
-    def visible(self, group: int, window: int | None) -> Tensor:
-        """What a group's tokens may attend to, [B, n, N], limited to the last `window` positions if given."""
-        whole = self.groups[group]
+    def mask(self, group: int, window: int | None, repeats: int) -> Tensor:
+        """What a group's queries may attend to, bool [B, 1, repeats * n, N].
+
+        Only the last `window` positions if given. The n tokens come `repeats` times, once for each query head of
+        a key head. Made once a step, as every layer of a kind asks for the same.
+        """
+        key = (group, window, repeats)
+        if key not in self._masks:
+            self._masks[key] = self._visible(self.groups[group], window).repeat(1, repeats, 1)[:, None]
+        return self._masks[key]
+
+    @staticmethod
+    def _visible(group: Group, window: int | None) -> Tensor:
         if window is None:
-            return whole.visible_BnN
-        key = (group, window)
-        if key not in self._windows:
-            context_N = torch.arange(whole.cells_BN.shape[1], device=whole.cells_BN.device)
-            near_BnN = context_N > whole.positions_Bn[:, :, None] - window
-            self._windows[key] = whole.visible_BnN & near_BnN
-        return self._windows[key]
+            return group.visible_BnN
+        context_N = torch.arange(group.cells_BN.shape[1], device=group.cells_BN.device)
+        return group.visible_BnN & (context_N > group.positions_Bn[:, :, None] - window)
 
 
 def build_batch(

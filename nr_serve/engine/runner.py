@@ -130,7 +130,7 @@ class Runner:
 
     def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:
         """The cache and its size in pages."""
-        layers = len(decoder_layers(self.model))
+        layers = self.bank.layers
         heads = int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
         head_size = int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
         per_page = config.page_size * 2 * layers * heads * head_size * self.dtype.itemsize

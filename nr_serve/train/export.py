@@ -44,13 +44,12 @@ def export_run(
     if saved.base_fingerprint != base.fingerprint:
         raise Conflict(f"the base differs from that of the run in {run}")
     adapter = restore(recipe, base, saved.blocks)
-    results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens, "heldout": saved.results}
+    results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
     if percentile is not None and corpus is not None:
         recalibrate(recipe, base, adapter, corpus, percentile)
-        # What was measured before belongs to other thresholds.
-        results = {"tokens": results["tokens"], "percentile": percentile}
-    if threshold:
-        results = {"tokens": results["tokens"]}  # what was measured belongs to threshold 0
+        results["percentile"] = percentile
+    elif not threshold:  # what was measured while it trained holds for the thresholds of the training alone
+        results["heldout"] = saved.results
     return write_run(path, recipe, base, adapter, results, threshold)
 
 
