@@ -19,6 +19,9 @@ FLAGS = SettingsConfigDict(
 )
 """How every command's fields become flags."""
 
+PROBE_TOKENS = 512
+"""Longest probe text; what a file holds beyond is not read."""
+
 
 class ServeConfig(BaseSettings):
     """Serve a base model with adapters over OpenAI's HTTP API."""
@@ -52,11 +55,23 @@ class ServeConfig(BaseSettings):
     kv_cache_gib: float = Field(1.0, gt=0, description="memory for the KV cache, GiB")
     pages: int | None = Field(None, ge=1, description="pages of KV cache (default: from --kv-cache-gib)")
     max_adapter_gib: float = Field(2.0, gt=0, description="largest adapter file taken, GiB")
+    max_leak: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="refuse an adapter, or a threshold, whose gates fire on more than this share of a probe text's "
+        "token-layers (default: never)",
+    )
+    probe_text: Annotated[list[Path], NoDecode] = Field(
+        [],
+        description=f"text an adapter must be neutral on, a UTF-8 file, its first {PROBE_TOKENS} tokens; "
+        "may be repeated (default: English of several kinds)",
+    )
     api_key: SecretStr | None = Field(None, description="key that clients must send (default: none needed)")
     admin_key: SecretStr | None = Field(None, description="key that adapter changes need (default: none needed)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what to log")
 
-    @field_validator("adapter", "adapter_dir", mode="before")
+    @field_validator("adapter", "adapter_dir", "probe_text", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """Lists come as one text, from the environment and from repeated flags."""

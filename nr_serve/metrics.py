@@ -184,16 +184,23 @@ class _GateCollector(Collector):
         self.adapters: Sequence[AdapterView] = ()
 
     def collect(self) -> Iterator[Metric]:
-        yield self._adapters()
+        yield from self._adapters()
         if self.statistics is not None:
             yield from self._gates(self.statistics)
             yield from self._slots(self.statistics)
 
-    def _adapters(self) -> Metric:
+    def _adapters(self) -> Iterator[Metric]:
         nbytes = GaugeMetricFamily("nr_adapter_bytes", "Size of an adapter's tensors", labels=["adapter"])
+        leak = GaugeMetricFamily(
+            "nr_adapter_leak_ratio",
+            "Share of a probe text's token-layers on which the adapter's gates fired when it was measured",
+            labels=["adapter", "probe"],
+        )
         for view in self.adapters:
             nbytes.add_metric([view.name], view.nbytes)
-        return nbytes
+            for name, measured in (view.neutrality or {}).items():
+                leak.add_metric([view.name, name], measured.rate)
+        yield from (nbytes, leak)
 
     @staticmethod
     def _gates(statistics: GateStatistics) -> Iterator[Metric]:

@@ -21,6 +21,7 @@ from nr_serve.engine.messages import (
     AdapterView,
     EngineInfo,
     GateStatistics,
+    Leak,
     ListAdapters,
     LoadAdapter,
     Output,
@@ -80,6 +81,7 @@ def view(name: str, version: str = "v1", **more: Any) -> AdapterView:
     values: dict[str, Any] = {"domain": "hu", "state": "attached", "slot": 0, "nbytes": 1000, "h": 16, "carry": 0.5}
     values |= {"threshold": 0.0, "pinned": False, "requests": 0, "loaded_at": 1e9, "load_seconds": 0.25}
     values |= {"gates": AdapterGates(("0-1", "2-3"), (3, 1), (10, 10), 2.5)}
+    values |= {"neutrality": {"prose": Leak(1, 400, 100), "code": Leak(3, 400, 100)}}
     return AdapterView(name=name, version=version, **(values | more))
 
 

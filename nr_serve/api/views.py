@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nr_serve.engine.messages import AdapterGates, AdapterView, GateStatistics
+from nr_serve.engine.messages import AdapterGates, AdapterView, GateStatistics, Neutrality
 
 
 def adapter_body(view: AdapterView, statistics: GateStatistics | None = None) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def adapter_body(view: AdapterView, statistics: GateStatistics | None = None) ->
         "loaded_at": view.loaded_at,
         "load_seconds": view.load_seconds,
         "gates": gates_body(view.gates),
+        "neutrality": neutrality_body(view.neutrality),
     }
     if statistics is not None:
         body["fired_by_selected"] = {
@@ -45,6 +46,13 @@ def gates_body(gates: AdapterGates) -> dict[str, Any]:
             for group, fired, seen in zip(gates.layer_groups, gates.fired, gates.seen, strict=True)
         ],
     }
+
+
+def neutrality_body(neutrality: Neutrality | None) -> dict[str, Any] | None:
+    """The leak on each probe text, a share of its token-layers; None until it was measured."""
+    if neutrality is None:
+        return None
+    return {name: {"leak": measured.rate, "tokens": measured.tokens} for name, measured in neutrality.items()}
 
 
 def _rate(fired: int, seen: int) -> float | None:

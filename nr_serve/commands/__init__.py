@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_settings import BaseSettings
 
-from nr_serve.commands import files, remote, training
+from nr_serve.commands import comparison, evaluation, files, remote, training
 from nr_serve.config import ServeConfig
 
 
@@ -24,8 +24,11 @@ COMMANDS: Mapping[str, tuple[type[BaseSettings], Callable[[Any], int]]] = {
     "list-adapters": (remote.ListAdapters, remote.list_adapters),
     "inspect": (files.Inspect, files.inspect),
     "train": (training.Train, training.train),
+    "sweep": (training.Sweep, training.sweep),
+    "calibrate": (training.Calibrate, training.calibrate),
     "export-adapter": (training.ExportAdapter, training.export_adapter),
-    "evaluate": (training.Evaluate, training.evaluate),
+    "evaluate": (evaluation.Evaluate, evaluation.evaluate),
+    "compare": (comparison.Compare, comparison.compare),
     "fetch-model": (training.FetchModel, training.fetch_model),
     "fetch-corpus": (training.FetchCorpus, training.fetch_corpus),
 }

@@ -33,14 +33,14 @@ class ListAdapters(Remote):
 
 
 def load_adapter(command: LoadAdapter) -> int:
-    """Load; print name, version, slot and seconds."""
+    """Load; print name, version, slot, seconds and leak."""
     with command.client() as client:
         adapter = client.load(
             command.file, command.name, replace=command.replace, pinned=command.pin, threshold=command.threshold
         )
     print(
         f"{adapter['name']}: version {adapter['version']}, {_place(adapter)}, "
-        f"loaded in {adapter['load_seconds']:.2f} s"
+        f"loaded in {adapter['load_seconds']:.2f} s, leak {_leak(adapter)}"
     )
     return 0
 
@@ -60,7 +60,7 @@ def list_adapters(command: ListAdapters) -> int:
     if not adapters:
         print("no adapter is loaded")
         return 0
-    header = ("NAME", "VERSION", "DOMAIN", "STATE", "SLOT", "MB", "THRESHOLD", "REQUESTS", "FIRED")
+    header = ("NAME", "VERSION", "DOMAIN", "STATE", "SLOT", "MB", "THRESHOLD", "REQUESTS", "LEAK", "FIRED")
     for line in table([header, *map(_row, adapters)]):
         print(line)
     return 0
@@ -83,8 +83,17 @@ def _row(adapter: Mapping[str, Any]) -> tuple[str, ...]:
         f"{adapter['bytes'] / 1e6:.1f}",
         f"{adapter['threshold']:g}",
         str(adapter["requests"]),
+        _leak(adapter),
         "-" if rate is None else f"{rate:.2%}",
     )
+
+
+def _leak(adapter: Mapping[str, Any]) -> str:
+    """The worst on any probe text, and the text's name."""
+    if adapter["neutrality"] is None:
+        return "-"
+    name, worst = max(adapter["neutrality"].items(), key=lambda item: item[1]["leak"])
+    return f"{worst['leak']:.2%} ({name})"
 
 
 def _place(adapter: Mapping[str, Any]) -> str:

@@ -1,28 +1,51 @@
-"""train, export-adapter, evaluate, fetch-model, fetch-corpus: making adapters and measuring them."""
+"""train, sweep, calibrate, export-adapter, fetch-model, fetch-corpus: making adapters."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from nr_serve.commands.base import Command
 from nr_serve.commands.remote import table
-from nr_serve.errors import BadRequest
-
-if TYPE_CHECKING:
-    from nr_serve.evaluate.heldout import Report
 
 
 class Train(Command):
-    """Train an adapter as a recipe says."""
+    """Train an adapter, or a baseline, as a recipe says."""
 
     recipe: CliPositionalArg[Path] = Field(description="the recipe, a TOML file")
     corpus: Path = Field(description="folder of text, as fetch-corpus leaves it")
     out: Path = Field(description="folder for the adapter, its checkpoints and its log")
+    set: list[str] = Field(
+        [], description="KEY=VALUE, such as run.tokens=100000: change the recipe; may be repeated"
+    )
     resume: bool = Field(False, description="go on from the last checkpoint in the folder")
+    tensorboard: bool = Field(False, description="also log for TensorBoard, in the folder's `runs`")
+
+
+class Sweep(Command):
+    """Train a recipe several times with keys changed, then compare; goes on where it was stopped."""
+
+    sweep: CliPositionalArg[Path] = Field(description="the sweep, a TOML file")
+    corpus: Path = Field(description="folder of text, as fetch-corpus leaves it")
+    out: Path = Field(description="folder for the runs, a folder each, and the comparison")
+    source: list[str] = Field(["*.heldout.txt"], description="held-out files to compare on; may be repeated")
+    windows: int = Field(32, ge=1, description="most windows a source")
+
+
+class Calibrate(Command):
+    """Fit the gates of a trained adapter anew, so that it can live beside others; its blocks stay."""
+
+    file: CliPositionalArg[Path] = Field(description="the adapter file; it must carry its recipe")
+    beside: list[Path] = Field([], description="an adapter it shall live beside; may be repeated")
+    corpus: Path = Field(description="folder of text, with that of all these adapters' recipes")
+    out: Path = Field(description="the adapter file to write")
+    model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
+    carry: float | None = Field(None, ge=0, lt=1, description="carry of the new gates (default: as it was)")
+    set: list[str] = Field(
+        [], description="KEY=VALUE in the recipe's [gate], such as percentile=99.9; may be repeated"
+    )
 
 
 class ExportAdapter(Command):
@@ -30,24 +53,7 @@ class ExportAdapter(Command):
 
     run: CliPositionalArg[Path] = Field(description="the run's folder")
     file: CliPositionalArg[Path] = Field(description="the adapter file to write")
-    percentile: float | None = Field(
-        None, gt=0, lt=100, description="set the thresholds anew, at this percentile of the logits of --corpus"
-    )
-    corpus: Path | None = Field(None, description="folder of text, for --percentile")
     threshold: float = Field(0.0, description="a gate fires above this; more costs learning and lessens leak")
-
-
-class Evaluate(Command):
-    """Measure adapters' loss and fired shares on text, beside the base's own loss."""
-
-    files: CliPositionalArg[list[Path]] = Field(description="adapter files, all attached at once")
-    corpus: Path = Field(description="folder of text, as fetch-corpus leaves it")
-    source: list[str] = Field(["*.heldout.txt"], description="which of its files to measure on; may be repeated")
-    model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
-    window: int = Field(256, ge=8, description="tokens read at once")
-    windows: int = Field(32, ge=1, description="most windows a source")
-    json_: bool = Field(False, alias="json", description="print JSON")
-    card: Path | None = Field(None, description="file for a page on the first adapter, in Markdown")
 
 
 class FetchModel(Command):
@@ -65,10 +71,46 @@ class FetchCorpus(Command):
 
 
 def train(command: Train) -> int:
-    """Train; print the adapter's file."""
+    """Train; print the adapter's file, or the baseline's folder."""
+    from nr_serve.train.recipe import parse_changes, read_recipe
     from nr_serve.train.trainer import train as run
 
-    print(run(command.recipe, command.out, command.corpus, resume=command.resume))
+    recipe = read_recipe(command.recipe, parse_changes(command.set))
+    print(run(recipe, command.out, command.corpus, resume=command.resume, tensorboard=command.tensorboard))
+    return 0
+
+
+def sweep(command: Sweep) -> int:
+    """Train every run; compare those that ended; 1 if one failed."""
+    from nr_serve.evaluate.compare import compare_runs, write_comparison
+    from nr_serve.train.sweep import run_sweep
+
+    results = run_sweep(command.sweep, command.out, command.corpus)
+    ended = {name: command.out / name for name, result in results.items() if isinstance(result, Path)}
+    if ended:
+        comparison = compare_runs(ended, command.corpus, command.source, windows=command.windows)
+        for path in write_comparison(comparison, ended, command.out):
+            print(path)
+    return 0 if len(ended) == len(results) else 1
+
+
+def calibrate(command: Calibrate) -> int:
+    """Calibrate; print the file."""
+    from nr_serve.train.calibrate import calibrate as run
+    from nr_serve.train.recipe import parse_changes
+
+    changes = parse_changes(command.set)
+    print(
+        run(
+            command.file,
+            command.beside,
+            command.corpus,
+            command.out,
+            base=command.model,
+            carry=command.carry,
+            changes=changes,
+        )
+    )
     return 0
 
 
@@ -76,37 +118,7 @@ def export_adapter(command: ExportAdapter) -> int:
     """Export; print the adapter's file."""
     from nr_serve.train.export import export_run
 
-    print(
-        export_run(
-            command.run,
-            command.file,
-            corpus=command.corpus,
-            percentile=command.percentile,
-            threshold=command.threshold,
-        )
-    )
-    return 0
-
-
-def evaluate(command: Evaluate) -> int:
-    """Measure; print a row a source; write the card."""
-    from nr_serve.evaluate.card import card
-    from nr_serve.evaluate.heldout import evaluate as run
-    from nr_serve.neutral.format import read_adapter
-
-    report = run(
-        command.files,
-        command.model,
-        command.corpus,
-        command.source,
-        window=command.window,
-        windows=command.windows,
-    )
-    for line in [report.to_json()] if command.json_ else table(_rows(report)):
-        print(line)
-    if command.card is not None:
-        first = command.files[0]
-        _write(command.card, card(first.stem, read_adapter(first), report))
+    print(export_run(command.run, command.file, threshold=command.threshold))
     return 0
 
 
@@ -127,20 +139,3 @@ def fetch_corpus(command: FetchCorpus) -> int:
     for line in table([("SOURCE", "TRAIN CHARS", "HELD-OUT CHARS"), *rows]):
         print(line)
     return 0
-
-
-def _rows(report: Report) -> list[list[str]]:
-    header = ["SOURCE", "TOKENS", "BASE LOSS", "LOSS", "CHANGE", *(f"FIRED {name}" for name in report.adapters)]
-    rows = [
-        [name, str(source.tokens), f"{source.before:.4f}", f"{source.after:.4f}", f"{source.change:+.2%}"]
-        + [f"{source.fired[adapter]:.2%}" for adapter in report.adapters]
-        for name, source in report.sources.items()
-    ]
-    return [header, *rows]
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BadRequest(f"cannot write {path}: {error.strerror}") from error

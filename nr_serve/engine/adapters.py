@@ -5,17 +5,20 @@ Everything here runs on the engine's thread, between steps.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
+from nr_serve.engine.canary import Canary
 from nr_serve.engine.gates import OTHER, GateCounts
 from nr_serve.engine.messages import AdapterGates, AdapterView, LoadAdapter, PatchAdapter
 from nr_serve.engine.request import Request
-from nr_serve.errors import BadRequest, NrError, Unavailable
+from nr_serve.errors import BadRequest, Conflict, NrError, Unavailable
 from nr_serve.neutral import MAX_THRESHOLD
 from nr_serve.neutral.registry import Registry, Selection, Version
 
@@ -27,24 +30,30 @@ COPY_SECONDS = 0.002  # of copying weights between two steps: small beside a ste
 
 
 @dataclass(eq=False, slots=True)
-class _Copy:
-    """A version on its way into its slot."""
+class _Change:
+    """A version on its way into its slot or, with a `patch`, to another threshold there."""
 
     version: Version
     pieces: Iterator[None]
+    """The work to do first, between steps: copying and measuring."""
     started: float
     answer: Future[AdapterView] | None = None
-    """Set for a load: the version is published, and this answered, when the copy is done."""
+    """Set for a load and for a patch: it is answered when it acts. A load is published then."""
     replace: bool = False
+    patch: PatchAdapter | None = None
+    evicted: Version | None = None
+    """Who had the slot before."""
 
 
 class Adapters:
     """Loads, replaces, unloads and attaches adapters while steps run."""
 
-    def __init__(self, bank: Bank) -> None:
+    def __init__(self, bank: Bank, canary: Canary | None = None) -> None:
+        """Without a `canary` nothing is measured."""
         self.registry = Registry(bank.slots)
         self._bank = bank
-        self._copies: deque[_Copy] = deque()
+        self._canary = canary or Canary({}, fired=lambda piece, slot, threshold: 0)
+        self._changes: deque[_Change] = deque()
         self._gates = GateCounts(bank, self.registry)
 
     # Requests
@@ -81,12 +90,9 @@ class Adapters:
 
     def release(self, request: Request) -> None:
         """The request ended: its versions may leave their slots."""
-        if request.selection is None:
-            return
-        if any(version.retired for version in request.selection):
-            self._gates.read()
-        self._detach(self.registry.release(request.selection))
-        request.selection = None
+        if request.selection is not None:
+            self._release(request.selection)
+            request.selection = None
 
     def label(self, request: Request) -> int:
         """Row of the cross statistics that the request's tokens count under."""
@@ -111,9 +117,13 @@ class Adapters:
             answer.set_exception(error)
             return
         version = Version(message.name, adapter.version, adapter, threshold, pinned=self._pinned(message))
-        if not self._start_copy(version, started, answer=answer, replace=message.replace):
-            # Every slot is in use: it is registered, and attached when one comes free or somebody asks for it.
-            self._publish(_Copy(version, iter(()), started, answer, message.replace))
+        if self._start_copy(version, started, answer=answer, replace=message.replace):
+            return
+        if self._canary.max_leak is not None:
+            answer.set_exception(_unmeasured(version))
+            return
+        # Every slot is in use: it is registered, and attached when one comes free or somebody asks for it.
+        self._publish(_Change(version, iter(()), started, answer, message.replace))
 
     def unload(self, name: str) -> AdapterView:
         """Forget a name; running requests keep the version they hold. Raises NotFound."""
@@ -121,43 +131,55 @@ class Adapters:
         view = self.view(self.registry.get(name))
         self._detach(self.registry.remove(name))
         self._gates.forget(name)
+        self._canary.keep(self.registry)
         return view
 
-    def patch(self, message: PatchAdapter) -> AdapterView:
-        """Turn an adapter's dials. Raises NotFound, or BadRequest for a threshold out of range."""
-        version = self.registry.get(message.name)
-        if message.threshold is not None:
-            _check_threshold(message.threshold)
-        if message.pinned is not None:
-            version.pinned = message.pinned
-        if message.threshold is not None:
-            version.threshold = message.threshold
-            if version.attached and version.slot is not None:
-                self._bank.set_threshold(version.slot, message.threshold)
-        return self.view(version)
+    def patch(self, message: PatchAdapter, answer: Future[AdapterView]) -> None:
+        """Turn an adapter's dials; `answer` gets its view, or the error.
+
+        A new threshold acts only once the leak at it is known: its gates then move the stream that others read.
+        """
+        try:
+            version = self.registry.get(message.name)
+            if message.threshold is not None:
+                _check_threshold(message.threshold)
+                if self._must_measure(version, message.threshold):
+                    self._start_patch(version, message, message.threshold, answer)
+                    return
+        except NrError as error:
+            answer.set_exception(error)
+            return
+        self._turn(version, message)
+        answer.set_result(self.view(version))
 
     @property
     def copying(self) -> bool:
-        """Whether weights are on their way into a slot."""
-        return bool(self._copies)
+        """Whether weights are on their way into a slot, or an adapter is being measured."""
+        return bool(self._changes)
 
     def copy_some(self, seconds: float = COPY_SECONDS) -> None:
-        """Copy weights for about so long, at least a layer; publish what is complete."""
+        """Copy weights and measure for about so long, at least a layer or a piece; publish what is ready."""
         end = time.perf_counter() + seconds
-        while self._copies:
-            copy = self._copies[0]
-            for _ in copy.pieces:
-                if time.perf_counter() >= end:
-                    return
-            self._copies.popleft()
-            self._finish_copy(copy)
+        while self._changes:
+            change = self._changes[0]
+            try:
+                for _ in change.pieces:
+                    if time.perf_counter() >= end:
+                        return
+            except NrError as error:
+                self._changes.popleft()
+                self._refuse(change, error)
+            else:
+                self._changes.popleft()
+                self._finish(change)
+            self._canary.keep(self.registry)
 
     def abandon(self, error: NrError) -> None:
-        """Answer every load whose copy is under way with `error`: the engine is at its end."""
-        for copy in self._copies:
-            if copy.answer is not None:
-                copy.answer.set_exception(error)
-        self._copies.clear()
+        """Answer every load and patch under way with `error`: the engine is at its end."""
+        for change in self._changes:
+            if change.answer is not None:
+                change.answer.set_exception(error)
+        self._changes.clear()
 
     # Reading
 
@@ -180,6 +202,7 @@ class Adapters:
             loaded_at=version.loaded_at,
             load_seconds=version.load_seconds,
             gates=self._gates.of(version.name),
+            neutrality=self._canary.report(version),
         )
 
     def views(self) -> tuple[AdapterView, ...]:
@@ -208,11 +231,34 @@ class Adapters:
         if slot is None:
             return False
         self._gates.read()  # what was counted in the slot so far belongs to whoever leaves it
+        evicted = self.registry.in_slot(slot)
         self.registry.place(version, slot)
         self._bank.detach(slot)
-        pieces = self._bank.attach(slot, version.payload, version.threshold)
-        self._copies.append(_Copy(version, pieces, started, answer, replace))
+        # Shut until it is finished: what is measured may be refused, and must not be observed meanwhile.
+        copied = self._bank.attach(slot, version.payload, math.inf)
+        pieces = chain(copied, self._canary.measure(version, version.threshold))
+        self._changes.append(_Change(version, pieces, started, answer, replace, evicted=evicted))
         return True
+
+    def _must_measure(self, version: Version, threshold: float) -> bool:
+        """Whether a threshold must wait for its turn to be measured.
+
+        An adapter outside the slots is measured when it gets one, if any leak is taken.
+        """
+        if any(change.patch is not None and change.version is version for change in self._changes):
+            return True  # the last to ask must be the last to act
+        now = version.slot is not None or self._canary.max_leak is not None
+        return now and self._canary.needs(version, threshold)
+
+    def _start_patch(
+        self, version: Version, message: PatchAdapter, threshold: float, answer: Future[AdapterView]
+    ) -> None:
+        started = time.perf_counter()
+        if version.slot is None and not self._start_copy(version, started):
+            raise _unmeasured(version)
+        self.registry.hold((version,))  # as a request does, so that it stays in its slot
+        pieces = self._canary.measure(version, threshold)
+        self._changes.append(_Change(version, pieces, started, answer, patch=message))
 
     def _pinned(self, message: LoadAdapter) -> bool:
         """Whether the version to come is pinned: as asked, else as the one it replaces."""
@@ -235,36 +281,90 @@ class Adapters:
             if version.slot is None:
                 self._start_copy(version, time.perf_counter())
 
-    def _finish_copy(self, copy: _Copy) -> None:
-        if copy.version.slot is not None:  # the dial may have been turned since the copy began
-            self._bank.set_threshold(copy.version.slot, copy.version.threshold)
-        if copy.answer is not None:
-            self._publish(copy)
+    def _finish(self, change: _Change) -> None:
+        version = change.version
+        if change.patch is not None:
+            self._finish_patch(change, change.patch)
+            return
+        assert version.slot is not None
+        self._bank.set_threshold(version.slot, version.threshold)
+        if change.answer is not None:
+            self._publish(change)
         else:
-            self._detach(self.registry.attach(copy.version))
+            self._detach(self.registry.attach(version))
 
-    def _publish(self, copy: _Copy) -> None:
-        assert copy.answer is not None
-        version = copy.version
+    def _finish_patch(self, change: _Change, patch: PatchAdapter) -> None:
+        assert change.answer is not None
+        version = change.version
+        self._release((version,))
+        if version.retired:
+            change.answer.set_exception(Conflict(f"adapter {version.name!r} was replaced or unloaded meanwhile"))
+        else:
+            self._turn(version, patch)
+            change.answer.set_result(self.view(version))
+
+    def _refuse(self, change: _Change, error: NrError) -> None:
+        """The canary said no: leave everything as it was."""
+        if change.answer is None:
+            # It was registered before it could be measured, so it is served, and still counts as not measured.
+            self._finish(change)
+            return
+        if change.patch is not None:
+            self._release((change.version,))
+        else:
+            self._take_back(change)
+        change.answer.set_exception(error)
+
+    def _take_back(self, change: _Change) -> None:
+        """Empty the slot of a version that will not be published, for whoever was there before."""
+        for slot in self.registry.displace(change.version):
+            self._bank.detach(slot)
+        before = change.evicted
+        if before is not None and before.slot is None and not before.retired:
+            self._start_copy(before, time.perf_counter())
+        self._fill_free_slots()
+
+    def _turn(self, version: Version, patch: PatchAdapter) -> None:
+        if patch.pinned is not None:
+            version.pinned = patch.pinned
+        if patch.threshold is not None:
+            version.threshold = patch.threshold
+            if version.attached and version.slot is not None:
+                self._bank.set_threshold(version.slot, patch.threshold)
+
+    def _publish(self, change: _Change) -> None:
+        assert change.answer is not None
+        version = change.version
         try:
-            self.registry.check_name(version.name, replace=copy.replace)
+            self.registry.check_name(version.name, replace=change.replace)
         except NrError as error:  # somebody else took the name while this was copied
-            self._detach(self.registry.displace(version))
-            copy.answer.set_exception(error)
+            self._take_back(change)
+            change.answer.set_exception(error)
             return
         if version.slot is not None:
             self.registry.attach(version)
         self._gates.read()
         self._detach(self.registry.publish(version))
         self._fill_free_slots()
-        version.load_seconds = time.perf_counter() - copy.started
-        copy.answer.set_result(self.view(version))
+        version.load_seconds = time.perf_counter() - change.started
+        change.answer.set_result(self.view(version))
+
+    def _release(self, selection: Selection) -> None:
+        if any(version.retired for version in selection):
+            self._gates.read()
+        self._detach(self.registry.release(selection))
 
     def _detach(self, slots: list[int]) -> None:
         for slot in slots:
             self._bank.detach(slot)
         if slots:
             self._fill_free_slots()
+
+
+def _unmeasured(version: Version) -> Unavailable:
+    return Unavailable(
+        f"adapter {version.name!r} cannot be measured, as --max-leak demands: every slot is in use; try again later"
+    )
 
 
 def _check_threshold(threshold: float) -> None:

@@ -175,15 +175,25 @@ class EngineLoop:
 
     def _load(self) -> tuple[Core, Adapters]:
         from nr_serve.engine.adapters import Adapters
+        from nr_serve.engine.canary import Canary
         from nr_serve.engine.core import Core
         from nr_serve.engine.pages import PagePool
+        from nr_serve.engine.probe_text import probe_requests, read_probe_texts
         from nr_serve.engine.runner import Runner
 
         config = self._config
+        texts = read_probe_texts(config.probe_text, self._tokenizer)  # first: a wrong file is said at once
         name = config.base_name(self._model_path)
         runner = Runner.load(self._model_path, self._tokenizer, config, name)
         self.info = runner.info
-        adapters = Adapters(runner.bank)
+        requests = probe_requests(
+            texts,
+            self._tokenizer,
+            longest=runner.info.max_model_len,
+            row=runner.probe_row,
+            pages=runner.probe_pages,
+        )
+        adapters = Adapters(runner.bank, Canary(requests, runner.fired, config.max_leak))
         core = Core(
             runner,
             adapters,
@@ -265,7 +275,7 @@ def _carry_out(call: _Call, core: Core, adapters: Adapters) -> None:
             case UnloadAdapter(name):
                 call.answer.set_result(adapters.unload(name))
             case PatchAdapter():
-                call.answer.set_result(adapters.patch(call.command))
+                adapters.patch(call.command, call.answer)
             case ListAdapters():
                 call.answer.set_result(adapters.views())
             case ReadGates():

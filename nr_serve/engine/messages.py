@@ -151,7 +151,7 @@ class UnloadAdapter:
 
 @dataclass(frozen=True, slots=True)
 class PatchAdapter:
-    """Change the dials given (None: leave). Answer: `AdapterView`."""
+    """Change the dials given (None: leave). Answer: `AdapterView`, once the leak at a new threshold is known."""
 
     name: str
     pinned: bool | None = None
@@ -191,6 +191,29 @@ class AdapterView:
     """Unix time."""
     load_seconds: float
     gates: AdapterGates
+    neutrality: Neutrality | None = None
+    """Its leak on each probe text; None until it was measured at its threshold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """What an adapter's gates did on one probe text."""
+
+    fired: int
+    """Token-layers on which a gate fired."""
+    seen: int
+    """Token-layers evaluated."""
+    tokens: int
+    """Length of the text as measured."""
+
+    @property
+    def rate(self) -> float:
+        """Share of the token-layers on which a gate fired."""
+        return self.fired / self.seen
+
+
+Neutrality = Mapping[str, Leak]
+"""An adapter's leak on each probe text, by the text's name."""
 
 
 @dataclass(frozen=True, slots=True)

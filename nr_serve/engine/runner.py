@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nr_serve.config import ServeConfig
+from nr_serve.config import PROBE_TOKENS, ServeConfig
 from nr_serve.engine import attention
 from nr_serve.engine.attention import KVCache
 from nr_serve.engine.base import check_base, end_tokens, load_base, max_model_len
@@ -20,7 +20,7 @@ from nr_serve.engine.probe import Probe
 from nr_serve.engine.request import TopLogprobs
 from nr_serve.engine.sampler import log_probabilities, sample
 from nr_serve.engine.scheduler import Piece, Result
-from nr_serve.errors import NrError
+from nr_serve.errors import BadAdapterFile, NrError
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.host import decoder_layers, fingerprint, host_blocks
@@ -44,6 +44,8 @@ class Runner:
         self.bank = self._bank(config, int(shape.hidden_size))
         self.page_size = config.page_size
         self.pages, self.cache = self._kv_cache(config, shape)
+        self.probe_row = config.max_running
+        self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.info = EngineInfo(
             model=name,
             fingerprint=mark,
@@ -71,9 +73,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
         """One step: a forward pass over all pieces, then a token for each piece that samples."""
-        for piece in pieces:
-            if piece.start == 0 and piece.request.row is not None:
-                self.bank.forget_row(piece.request.row)
+        self._forget_rows(pieces)
         batch = self._batch(pieces, labels)
         wanted = [_logit_positions(piece) for piece in pieces]
         positions = [start + p for (start, _), own in zip(batch.bounds, wanted, strict=True) for p in own]
@@ -84,6 +84,21 @@ class Runner:
             results.append(_guarded_result(piece, logits_NV[at : at + len(own)], fired_nS))
             at += len(own)
         return results
+
+    @torch.inference_mode()
+    def fired(self, piece: Piece, slot: int, threshold: float) -> int:
+        """Run a piece of probe text; token-layers on which a gate of the adapter in `slot` fired.
+
+        Nothing is counted, and the slot is left as it was. Raises BadAdapterFile if the stream becomes NaN.
+        """
+        self._forget_rows([piece])
+        with self.bank.trial(slot, threshold):
+            _, fired_TS = self.forward(self._batch([piece], [0]), [])
+        # Behind a residue gone wild every gate is NaN, which does not fire: that must not pass for neutral.
+        if self.bank.state_LRS[:, self.probe_row, slot].isnan().any():
+            raise BadAdapterFile("its residues drive the base to values that are not finite")
+        assert fired_TS is not None
+        return int(fired_TS[:, slot].sum())
 
     def forward(self, batch: Batch, positions: list[int]) -> tuple[Tensor, Tensor | None]:
         """Logits at the given tokens of the step, float32 [N, V], and layers fired by token and slot."""
@@ -100,6 +115,12 @@ class Runner:
         finally:
             fired_TS = self.bank.end()
         return output.logits[0].float(), fired_TS
+
+    def _forget_rows(self, pieces: Sequence[Piece]) -> None:
+        """A piece at the start of a sequence carries nothing on."""
+        for piece in pieces:
+            if piece.start == 0 and piece.request.row is not None:
+                self.bank.forget_row(piece.request.row)
 
     def _batch(self, pieces: Sequence[Piece], labels: Sequence[int]) -> Batch:
         return build_batch(
@@ -123,13 +144,13 @@ class Runner:
             d=d,
             slots=config.slots,
             width=config.slot_width or block_width(DEFAULT_CAPACITY, parameters=parameters, d=d, layers=layers),
-            rows=config.max_running,
+            rows=config.max_running + 1,  # one for probe texts
             device=self.device,
             dtype=self.dtype,
         )
 
     def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:
-        """The cache and its size in pages."""
+        """The cache, and the pages of it that requests may have; beyond them are those for one probe text."""
         layers = self.bank.layers
         heads = int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
         head_size = int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
@@ -137,13 +158,17 @@ class Runner:
         pages = config.pages or max(1, int(config.kv_cache_gib * 2**30) // per_page)
         cache = KVCache(
             layers=layers,
-            cells=pages * config.page_size,
+            cells=(pages + _probe_pages(config.page_size)) * config.page_size,
             heads=heads,
             head_size=head_size,
             device=self.device,
             dtype=self.dtype,
         )
         return pages, cache
+
+
+def _probe_pages(page_size: int) -> int:
+    return -(-PROBE_TOKENS // page_size)
 
 
 def _guarded_result(piece: Piece, logits_NV: Tensor, fired_nS: Tensor | None) -> Result:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nr_serve.evaluate.heldout import Report, SourceReport
+from nr_serve.evaluate.roles import assign_roles
+from nr_serve.evaluate.tables import markdown, task_rows
+from nr_serve.evaluate.tasks import TaskScores
 from nr_serve.neutral.format import Adapter
 
 
-def card(name: str, adapter: Adapter, report: Report) -> str:
-    """The card of `adapter`, which `report` calls `name`. The sources of its domain come first."""
+def card(
+    name: str,
+    adapter: Adapter,
+    report: Report,
+    *,
+    tasks: Mapping[str, TaskScores] | None = None,
+    links: Sequence[str] = (),
+) -> str:
+    """The card of `adapter`, which `report` calls `name`. The text that it learned comes first.
+
+    `links` are lines of Markdown that show its plots.
+    """
     info = adapter.info
     lines = [
         f"# {name}",
@@ -29,13 +42,30 @@ def card(name: str, adapter: Adapter, report: Report) -> str:
         "## Measured",
         "",
         f"Held-out loss in nats a token, windows of {report.window} tokens, {_attached(name, report)}; "
-        "*fired* is the share of token-layers on which a block of this adapter acted.",
+        "*fired* is the share of token-layers on which a block of this adapter acted; after ±, the standard error "
+        "of the change, paired over windows.",
         "",
         "| text | base | attached | change | fired | tokens |",
         "|---|---:|---:|---:|---:|---:|",
-        *(_source_row(source, measured, name) for source, measured in _own_first(info.domain, report.sources)),
+        *(_source_row(source, measured, name) for source, measured in _own_first(adapter, report.sources)),
+        *_tasks(tasks or {}),
+        *(line for link in links for line in ("", link)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tasks(tasks: Mapping[str, TaskScores]) -> list[str]:
+    if not tasks:
+        return []
+    about = "Multiple choice, by lm-evaluation-harness: `acc` counts likelihood, `acc_norm` likelihood a character."
+    return [
+        "",
+        "## Tasks",
+        "",
+        about,
+        "",
+        *markdown(task_rows(tasks)),
+    ]
 
 
 def _training_rows(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
@@ -60,12 +90,13 @@ def _attached(name: str, report: Report) -> str:
     return f"attached together with {', '.join(others)}" if others else "attached alone"
 
 
-def _own_first(domain: str, sources: Mapping[str, SourceReport]) -> list[tuple[str, SourceReport]]:
-    return sorted(sources.items(), key=lambda item: (item[0].split(".")[0] != domain, item[0]))
+def _own_first(adapter: Adapter, sources: Mapping[str, SourceReport]) -> list[tuple[str, SourceReport]]:
+    roles = assign_roles(sources, {"this": adapter}, {})
+    return sorted(sources.items(), key=lambda item: (roles[item[0]].kind != "own", item[0]))
 
 
 def _source_row(source: str, measured: SourceReport, name: str) -> str:
     return (
-        f"| {source} | {measured.before:.3f} | {measured.after:.3f} | {measured.change:+.2%} "
+        f"| {source} | {measured.before:.3f} | {measured.after:.3f} | {measured.difference} "
         f"| {measured.fired[name]:.2%} | {measured.tokens:,} |"
     )

@@ -9,13 +9,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from nr_serve.errors import BadRequest
-from nr_serve.neutral.format import Adapter, Base, read_adapter
-from nr_serve.train.attach import AdapterModule, Attached
-from nr_serve.train.base import FrozenBase, load_base
-from nr_serve.train.measure import measure
-from nr_serve.train.text import Windows, read_heldout
+from nr_serve.evaluate.difference import Difference, difference
+from nr_serve.evaluate.hosted import Hosted, load
+from nr_serve.neutral.format import Adapter
+from nr_serve.train.base import FrozenBase
+from nr_serve.train.measure import SourceResult
+from nr_serve.train.pack import Windows
+from nr_serve.train.text import read_heldout
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,14 @@ class SourceReport:
     """Loss of the base alone, nats a token."""
     after: float
     """Loss with every adapter attached, nats a token."""
+    difference: Difference
+    """`after` less `before`."""
     tokens: int
     """Tokens read."""
     fired: Mapping[str, float]
     """Share of token-layers that fired, by adapter's name."""
+    fired_by_layer: Mapping[str, Sequence[float | None]]
+    """Share of tokens that fired in each layer, by adapter's name; None where it has no block."""
 
     @property
     def change(self) -> float:
@@ -49,9 +55,13 @@ class Report:
     """Tokens a window."""
     sources: Mapping[str, SourceReport]
 
+    def document(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return asdict(self)
+
     def to_json(self) -> str:
         """The report as one JSON document."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
+        return json.dumps(self.document(), indent=1, sort_keys=True)
 
 
 def evaluate(
@@ -69,38 +79,43 @@ def evaluate(
     adapter's name is its file's. Raises BadAdapterFile for a file that does not fit the base, BadRequest if two
     have the same name, BadRecipe if a glob matches nothing.
     """
-    names = [path.stem for path in adapters]
-    if len(set(names)) < len(names):
-        raise BadRequest(f"two adapters have the same name: {', '.join(names)}", param="adapters")
-    frozen = load_base(base)
-    loaded = [read_adapter(path, _identity(frozen)) for path in adapters]
-    texts = read_heldout(corpus, sources, frozen.tokenizer, window, windows)
-    return compare(frozen, dict(zip(names, loaded, strict=True)), texts)
+    hosted = load(adapters, base)
+    return attach_all(hosted, read_heldout(corpus, sources, hosted.base.tokenizer, window, windows))
 
 
 def compare(base: FrozenBase, adapters: Mapping[str, Adapter], texts: Mapping[str, Windows]) -> Report:
     """Loss and fired shares of `texts`, by source, without and with the adapters. The base must be unhosted."""
-    attached = Attached(base.model, [])
-    before = measure(base.model, attached, texts)
-    attached.adapters = [AdapterModule.from_file(adapter) for adapter in adapters.values()]
-    after = measure(base.model, attached, texts)
+    return attach_all(Hosted(base, adapters), texts)
+
+
+def attach_all(hosted: Hosted, texts: Mapping[str, Windows]) -> Report:
+    """Loss and fired shares of `texts`, by source, with none and with all of the adapters attached."""
+    return report(hosted, texts, hosted.measure((), texts), hosted.measure(hosted.names, texts))
+
+
+def report(
+    hosted: Hosted,
+    texts: Mapping[str, Windows],
+    before: Mapping[str, SourceResult],
+    after: Mapping[str, SourceResult],
+) -> Report:
+    """The report of `texts` measured with none and with all of the adapters attached."""
+    names = hosted.names
     sources = {
-        name: SourceReport(
-            before=before[name].loss,
-            after=after[name].loss,
-            tokens=after[name].tokens,
-            fired=dict(zip(adapters, after[name].fired, strict=True)),
+        source: SourceReport(
+            before=before[source].loss,
+            after=after[source].loss,
+            difference=difference(before[source], after[source]),
+            tokens=after[source].tokens,
+            fired=dict(zip(names, after[source].fired, strict=True)),
+            fired_by_layer=dict(zip(names, after[source].fired_by_layer, strict=True)),
         )
-        for name in texts
+        for source in texts
     }
     return Report(
-        base=base.name,
-        base_fingerprint=base.fingerprint,
-        adapters={name: adapter.version for name, adapter in adapters.items()},
+        base=hosted.base.name,
+        base_fingerprint=hosted.base.fingerprint,
+        adapters=hosted.versions,
         window=next(iter(texts.values())).ids_NT.shape[1],
         sources=sources,
     )
-
-
-def _identity(base: FrozenBase) -> Base:
-    return Base(base.name, base.fingerprint, base.layers, base.d)

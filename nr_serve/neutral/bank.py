@@ -11,6 +11,7 @@ K labels, d width of the stream, h width of a slot.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,7 @@ class Bank:
         self._has_block_LS = zeros(layers, slots, dtype=torch.int64)
         self._step: StepTokens | None = None
         self._open_TS: Tensor | None = None
+        self._counts = True
 
     # Slots
 
@@ -105,7 +107,8 @@ class Bank:
     def attach(self, slot: int, adapter: Adapter, threshold: float) -> Iterator[None]:
         """Copy an adapter into a slot, a layer between yields; it can fire once the iterator is exhausted.
 
-        Steps may run between yields: until the end the slot's threshold is infinite.
+        Steps may run between yields: until the end the slot's threshold is infinite. With an infinite `threshold`
+        the slot is filled and stays shut, until `set_threshold`.
         """
         self.check_fits(adapter)
         self.detach(slot)
@@ -142,6 +145,16 @@ class Bank:
         """Clear a row's carried state: its next token starts a sequence."""
         self.state_LRS[:, row] = torch.nan
 
+    @contextmanager
+    def trial(self, slot: int, threshold: float) -> Iterator[None]:
+        """Steps within it use this threshold in the slot and are not counted; afterwards all is as it was."""
+        before = self.threshold_S[slot].clone()
+        self.threshold_S[slot], self._counts = threshold, False
+        try:
+            yield
+        finally:
+            self.threshold_S[slot], self._counts = before, True
+
     # Steps
 
     def begin(self, tokens: StepTokens) -> None:
@@ -150,7 +163,8 @@ class Bank:
             return
         self._step = tokens
         self._open_TS = torch.zeros_like(tokens.selected_TS, dtype=torch.int32)
-        self._seen_LS += self._has_block_LS * tokens.selected_TS.sum(0)
+        if self._counts:
+            self._seen_LS += self._has_block_LS * tokens.selected_TS.sum(0)
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the residues of the selected adapters whose gate fired; x and y are [..., d], y may be reused.
@@ -180,7 +194,8 @@ class Bank:
         self._step = self._open_TS = None
         if step is None or open_TS is None:
             return None
-        self._cross_KS.index_add_(0, step.label_T, open_TS.to(torch.int64))
+        if self._counts:
+            self._cross_KS.index_add_(0, step.label_T, open_TS.to(torch.int64))
         return open_TS * step.selected_TS
 
     def read_totals(self) -> Totals:
@@ -201,7 +216,8 @@ class Bank:
         self._open_TS += m_TS > self.threshold_S
         # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
         g_TS = torch.where(step.selected_TS, math.block_gate(m_TS, self.threshold_S), 0.0)
-        self._fired_LS[layer] += (g_TS > 0).sum(0)
-        # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
-        self._mass_S += g_TS.double().nan_to_num(posinf=0.0).sum(0)
+        if self._counts:
+            self._fired_LS[layer] += (g_TS > 0).sum(0)
+            # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
+            self._mass_S += g_TS.double().nan_to_num(posinf=0.0).sum(0)
         return g_TS

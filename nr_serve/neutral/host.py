@@ -66,6 +66,13 @@ def host_blocks(model: nn.Module, add_residues: AddResidues) -> None:
         layer.mlp = HostFFN(ffn, i, add_residues)
 
 
+def unhost_blocks(model: nn.Module) -> None:
+    """Put every layer's own FFN back, in place; what hosts no blocks stays as it is."""
+    for layer in decoder_layers(model):
+        if isinstance(layer.mlp, HostFFN):
+            layer.mlp = layer.mlp.ffn
+
+
 def fingerprint(model: nn.Module, tokenizer: Any) -> str:
     """Identity of a base: 16 hex digits over its shape, its tokenizer's vocabulary and a sample of its weights.
 

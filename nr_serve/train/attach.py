@@ -15,11 +15,27 @@ from torch import Tensor, nn
 
 from nr_serve.neutral import host
 from nr_serve.neutral.format import Adapter, Block
-from nr_serve.neutral.math import block_gate, gate_logit, residue
+from nr_serve.neutral.math import gate_logit, residue
 from nr_serve.neutral.scan import segmented_carry
+from nr_serve.train.activations import GATES
+from nr_serve.train.losses import LayerOutput, LocalLoss
 
-LocalTerm = Callable[[Tensor, Tensor], Tensor]
-"""(residue [f, d], FFN output [f, d]) -> scalar, the tokens' summed local loss."""
+Variance = Callable[[int, int], float]
+"""(width d, layers L) -> variance of a weight at its start."""
+
+
+def paper_variance(d: int, layers: int) -> float:
+    """1 / (d L), the start of arXiv 2410.02744, section 3."""
+    return 1 / (d * layers)
+
+
+def he_variance(d: int, layers: int) -> float:
+    """2 / d, for layers followed by a ReLU (He et al., arXiv 1502.01852); `layers` is not read."""
+    return 2 / d
+
+
+VARIANCE: dict[str, Variance] = {"paper": paper_variance, "he": he_variance}
+"""The starts by the recipe's name."""
 
 
 class BlockModule(nn.Module):
@@ -33,11 +49,12 @@ class BlockModule(nn.Module):
         self.w_gate = nn.Parameter(block.w_gate.clone())
         self.w_out = nn.Parameter(block.w_out.clone())
 
-    def gates(self, x_Td: Tensor, offset_T: Tensor, carry: float, threshold: float = 0.0) -> Tensor:
-        """Block gate of every token, [T], float32; the carry starts anew where the offset is 0."""
-        z_T1 = gate_logit(x_Td, self.gate, self.bias)[:, None]
+    def carried(self, x_Td: Tensor, offset_T: Tensor, carry: float) -> Tensor:
+        """Carried logit of every token, [T], float32; the carry starts anew where the offset is 0."""
+        with torch.autocast(x_Td.device.type, enabled=False):  # which would make the product bfloat16
+            z_T1 = gate_logit(x_Td, self.gate, self.bias)[:, None]
         m_T1 = z_T1 if carry == 0 else segmented_carry(z_T1, z_T1.new_tensor([carry]), offset_T)
-        return block_gate(m_T1[:, 0], threshold)
+        return m_T1[:, 0]
 
     def residue(self, x_fd: Tensor, g_f: Tensor) -> Tensor:
         """What the block adds to the FFN's output, [f, d]."""
@@ -55,28 +72,44 @@ class BlockModule(nn.Module):
 class AdapterModule(nn.Module):
     """One adapter: a block a layer, None where a layer has none."""
 
-    def __init__(self, blocks: Sequence[Block | None], carry: float, threshold: float = 0.0) -> None:
+    def __init__(
+        self, blocks: Sequence[Block | None], carry: float, threshold: float = 0.0, kind: str = "relu"
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({str(i): BlockModule(b) for i, b in enumerate(blocks) if b is not None})
         self.depth = len(blocks)
         self.carry = carry
         self.threshold = threshold
+        self.kind = kind
 
     @classmethod
-    def fresh(cls, layers: int, d: int, h: int, carry: float, seed: int) -> AdapterModule:
-        """Blocks before training: W_out = 0; W_in, W_gate and the gates normal with variance 1 / (d L).
+    def fresh(
+        cls,
+        widths: Sequence[int],
+        d: int,
+        carry: float,
+        seed: int,
+        variance: Variance = paper_variance,
+        gate_variance: Variance = paper_variance,
+        kind: str = "relu",
+    ) -> AdapterModule:
+        """Blocks before training, of width h a layer (0: no block): W_out = 0, all else normal, mean 0.
 
-        Source: arXiv 2410.02744, section 3 (a smaller start than He's 2 / d).
+        The variance of W_in and W_gate is `variance(d, layers)`, that of the gate's w `gate_variance(d, layers)`.
+        A `kind` of `none` has w = 0 and b = 1: a gate that is always 1.
         """
         generator = torch.Generator().manual_seed(seed)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator) / math.sqrt(d * layers)
+        def normal(variance: Variance, *shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator) * math.sqrt(variance(d, len(widths)))
 
-        blocks = [
-            Block(normal(d), torch.zeros(()), normal(h, d), normal(h, d), torch.zeros(d, h)) for _ in range(layers)
-        ]
-        return cls(blocks, carry)
+        def block(h: int) -> Block:
+            w, b = normal(gate_variance, d), torch.zeros(())
+            if kind == "none":
+                w, b = torch.zeros(d), torch.ones(())
+            return Block(w, b, normal(variance, h, d), normal(variance, h, d), torch.zeros(d, h))
+
+        return cls([block(h) if h else None for h in widths], carry, kind="relu" if kind == "none" else kind)
 
     @classmethod
     def from_file(cls, adapter: Adapter) -> AdapterModule:
@@ -109,16 +142,18 @@ class Pass:
 
     offset_T: Tensor
     """Each token's place in its document's piece, all windows laid end to end."""
-    local: LocalTerm | None = None
-    """Gathers the local loss of the tokens in `local_T`."""
-    local_T: Tensor | None = None
-    """The tokens with a local loss (None: all), bool [T]."""
+    local: LocalLoss | None = None
+    """Gathers the local loss of the tokens that are not of the target."""
+    target_T: Tensor | None = None
+    """Which tokens are of the target (None: none), bool [T]; only a local loss reads it."""
     fired: list[list[int]] = field(default_factory=list)
     """Tokens that fired, by adapter and layer."""
     blocks: list[int] = field(default_factory=list)
     """Layers with a block, by adapter."""
     local_sum: Tensor | None = None
     """Sum of the local terms, over tokens and layers."""
+    watch: Callable[[int, int, Tensor], None] | None = None
+    """Called with (adapter, layer, gates [T]) where the adapter has a block."""
 
     def fired_share(self, adapter: int) -> float:
         """Share of token-layers that fired, of the layers where the adapter has a block."""
@@ -139,9 +174,9 @@ class Attached:
         self.now = Pass(torch.zeros(0, dtype=torch.int64))
         host.host_blocks(model, self._add)
 
-    def begin(self, offset_BT: Tensor, local: LocalTerm | None = None, local_BT: Tensor | None = None) -> Pass:
+    def begin(self, offset_BT: Tensor, local: LocalLoss | None = None, target_BT: Tensor | None = None) -> Pass:
         """Start a forward pass over those windows; the returned record fills up as the model runs."""
-        self.now = Pass(offset_BT.flatten(), local, None if local_BT is None else local_BT.flatten())
+        self.now = Pass(offset_BT.flatten(), local, None if target_BT is None else target_BT.flatten())
         self.now.fired = [[0] * adapter.depth for adapter in self.adapters]
         self.now.blocks = [len(adapter.layers) for adapter in self.adapters]
         return self.now
@@ -164,33 +199,36 @@ class Attached:
         streams_grad = torch.is_grad_enabled()
         # Where the stream carries no gradient, a local loss still needs one through this layer's block alone.
         with torch.set_grad_enabled(streams_grad or now.local is not None):
-            g_T = module.gates(x_Td, now.offset_T, adapter.carry, adapter.threshold)
+            m_T = module.carried(x_Td, now.offset_T, adapter.carry)
+            g_T = GATES[adapter.kind](m_T - adapter.threshold)
+            if now.watch is not None:
+                now.watch(which, layer, g_T.detach())
             index_f = g_T.detach().nonzero()[:, 0]
             now.fired[which][layer] = index_f.numel()
-            if index_f.numel() == 0:
-                return out_Td
             every = index_f.numel() == g_T.numel()
             x_fd, g_f = (x_Td, g_T) if every else (x_Td[index_f], g_T[index_f])
-            r_fd = module.residue(x_fd, g_f)
+            r_fd = module.residue(x_fd, g_f) if index_f.numel() else x_fd
             if now.local is not None:
-                self._gather_local(r_fd, y_Td, index_f)
-        r_fd = r_fd if streams_grad else r_fd.detach()
+                self._gather_local(now.local, m_T, r_fd, y_Td, index_f)
+        if index_f.numel() == 0:
+            return out_Td
+        r_fd = (r_fd if streams_grad else r_fd.detach()).to(out_Td.dtype)
         return out_Td + r_fd if every else out_Td.index_add(0, index_f, r_fd)
 
-    def _gather_local(self, r_fd: Tensor, y_Td: Tensor, index_f: Tensor) -> None:
+    def _gather_local(self, local: LocalLoss, m_T: Tensor, r_fd: Tensor, y_Td: Tensor, index_f: Tensor) -> None:
         now = self.now
-        assert now.local is not None
-        if now.local_T is not None:
-            kept = now.local_T[index_f]
-            r_fd, index_f = r_fd[kept], index_f[kept]
-        term = now.local(r_fd, y_Td.detach()[index_f])
-        now.local_sum = term if now.local_sum is None else now.local_sum + term
+        target_T = torch.zeros_like(m_T, dtype=torch.bool) if now.target_T is None else now.target_T
+        other_f = ~target_T[index_f]
+        r_fd, index_f = r_fd[other_f], index_f[other_f]
+        term = local(LayerOutput(m_T, target_T, r_fd, y_Td.detach()[index_f]))
+        if term.requires_grad:
+            now.local_sum = term if now.local_sum is None else now.local_sum + term
 
 
 def window_inputs(offset_BT: Tensor) -> dict[str, Tensor]:
     """Positions and mask that keep a window's documents apart; the mask only where a window has several."""
     inputs = {"position_ids": offset_BT}
-    place_T = torch.arange(offset_BT.shape[1])
+    place_T = torch.arange(offset_BT.shape[1], device=offset_BT.device)
     if bool((offset_BT == place_T).all()):
         return inputs
     document_BT = (offset_BT == 0).cumsum(dim=1)

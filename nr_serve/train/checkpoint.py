@@ -1,7 +1,7 @@
-"""Checkpoints of a run: a folder each, whole or not there, so that a killed run goes on exactly where it was.
+"""Checkpoints of a run: a folder each, complete or not seen, so that a killed run goes on exactly where it was.
 
-A checkpoint holds `blocks.safetensors`, `optimizer.pt` (tensors and numbers only, read with `weights_only`) and
-`state.json`.
+The loop (`transformers.Trainer`) writes the optimizer, the schedule and the random states; this module adds what
+it is that trains, and marks the folder complete by writing `state.json` last.
 """
 
 from __future__ import annotations
@@ -9,22 +9,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from nr_serve.errors import Conflict, NrError
+from nr_serve.train.attach import AdapterModule
 
 PREFIX = "checkpoint-"
 KEPT = 2
+STATE = "state.json"
+WEIGHTS = "trained.safetensors"
 
 
 class BadCheckpoint(NrError):
@@ -33,46 +35,79 @@ class BadCheckpoint(NrError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything the loop needs to go on."""
+    """What a run was when it was saved."""
 
+    folder: Path
     step: int
     """Gradient steps taken."""
     recipe: dict[str, Any]
     base_fingerprint: str
     text_digest: str
-    """`text.Classes.digest` of the text it trained on."""
+    """`Classes.digest` of the text it trained on."""
     results: dict[str, Any]
-    """The last measurement on held-out text."""
-    blocks: dict[str, Tensor]
-    """The adapter module's state dict."""
-    optimizer: dict[str, Any]
+    """The measurements on held-out text so far."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained tensors, by the learner's names. Raises BadCheckpoint."""
+        try:
+            return safetensors.torch.load_file(self.folder / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise BadCheckpoint(f"cannot read the checkpoint {self.folder}: {error}") from error
 
 
-def save(out: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint below `out` and remove all but the newest two."""
-    for torn in out.glob(f".{PREFIX}*.part"):  # a killed run's; `alone` keeps living ones out
-        shutil.rmtree(torn)
-    part = out / f".{PREFIX}{checkpoint.step:08d}.part"
-    part.mkdir(parents=True)
-    safetensors.torch.save_file(checkpoint.blocks, part / "blocks.safetensors")
-    torch.save(checkpoint.optimizer, part / "optimizer.pt")
+def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write the trained tensors of a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+
+
+def complete(checkpoint: Checkpoint) -> None:
+    """Mark a checkpoint complete, all else being written: from here on a resumed run starts there."""
+    folder = checkpoint.folder
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != STATE]
+    for path in files:
+        _sync(path)
     state = {
         "step": checkpoint.step,
         "recipe": checkpoint.recipe,
         "base_fingerprint": checkpoint.base_fingerprint,
         "text_digest": checkpoint.text_digest,
         "results": checkpoint.results,
+        "files": {path.name: path.stat().st_size for path in files},
     }
-    (part / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for path in part.iterdir():
-        _sync(path)
-    final = out / f"{PREFIX}{checkpoint.step:08d}"
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
-    _sync(out)
-    for old in _folders(out)[:-KEPT]:
-        shutil.rmtree(old)
-    return final
+    part = folder / f".{STATE}.part"
+    part.write_text(json.dumps(state, indent=1), encoding="utf-8")
+    _sync(part)
+    os.replace(part, folder / STATE)
+    _sync(folder)
+
+
+def save_gates(path: Path, adapter: AdapterModule, fits: Mapping[str, Any]) -> None:
+    """Keep fitted gates, and what they were fitted to."""
+    gates = {name: tensor for name, tensor in adapter.state_dict().items() if _is_gate(name)}
+    part = path.with_suffix(".part")
+    safetensors.torch.save_file(gates, part, metadata={"fits": json.dumps(fits, sort_keys=True)})
+    os.replace(part, path)
+
+
+def load_gates(path: Path, adapter: AdapterModule, fits: Mapping[str, Any]) -> bool:
+    """Give a fresh adapter the gates kept in `path`, if they fit; a layer without one loses its block."""
+    if not path.is_file():
+        return False
+    with safetensors.safe_open(path, "pt") as file:
+        if file.metadata() != {"fits": json.dumps(fits, sort_keys=True)}:
+            return False
+        gates = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    for i in range(adapter.depth):
+        if adapter.layer(i) is not None and f"layers.{i}.gate" not in gates:
+            adapter.drop(i)
+    adapter.load_state_dict(gates, strict=False)
+    return True
+
+
+def _is_gate(name: str) -> bool:
+    return name.rsplit(".", 1)[1] in ("gate", "bias")
 
 
 @contextmanager
@@ -87,26 +122,27 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def latest(out: Path) -> Path | None:
-    """The newest checkpoint below `out`, if there is one."""
-    folders = _folders(out)
-    return folders[-1] if folders else None
+    """The newest complete checkpoint below `out`, if there is one."""
+    folders = [path for path in out.glob(f"{PREFIX}*") if (path / STATE).is_file()] if out.is_dir() else []
+    return max(folders, key=_step) if folders else None
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint. Raises BadCheckpoint, naming the folder."""
+    """Read a checkpoint. Raises BadCheckpoint, naming the folder, also if a file of it is missing or cut."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(
-            **state,
-            blocks=safetensors.torch.load_file(folder / "blocks.safetensors"),
-            optimizer=torch.load(folder / "optimizer.pt", weights_only=True),
-        )
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        files = state.pop("files")
+        for name, size in files.items():
+            if (folder / name).stat().st_size != size:
+                raise ValueError(f"{name} is not {size} bytes long")
+        return Checkpoint(folder=folder, **state)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise BadCheckpoint(f"cannot read the checkpoint {folder}: {error}") from error
 
 
-def _folders(out: Path) -> list[Path]:
-    return sorted(out.glob(f"{PREFIX}*")) if out.is_dir() else []
+def _step(folder: Path) -> int:
+    digits = folder.name.removeprefix(PREFIX)
+    return int(digits) if digits.isdigit() else -1
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From a run to an adapter file: at its end, or from its newest checkpoint at any time."""
+"""What comes of a run: an adapter file, or the folder of a baseline; from its end or from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -7,73 +7,87 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nr_serve.errors import Conflict
+from nr_serve.errors import BadRequest, Conflict
+from nr_serve.neutral import host
 from nr_serve.neutral.format import AdapterInfo, write_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import text
-from nr_serve.train.attach import AdapterModule, Attached
+from nr_serve.train.attach import AdapterModule
 from nr_serve.train.base import FrozenBase, load_base
-from nr_serve.train.gates import fit_gates, gate_classes
+from nr_serve.train.learner import Learner
+from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Recipe, parse_recipe
 
 
-def export_run(
-    run: Path,
-    path: Path,
-    *,
-    corpus: Path | None = None,
-    percentile: float | None = None,
-    threshold: float = 0.0,
-) -> Path:
+def export_run(run: Path, path: Path, *, threshold: float = 0.0) -> Path:
     """Write the adapter of the newest checkpoint in folder `run` to `path`; the run may still be going.
 
-    With `percentile` the gates' thresholds are first set anew, at that percentile of the logits of the text in
-    `corpus` on the stream as the trained blocks leave it. `threshold` is written to the file: a gate there is
-    relu(m - threshold), so that a little above 0 trades some learning for less leak.
-    Raises Conflict if there is no checkpoint.
+    `threshold` is written to the file: a gate there is relu(m - threshold), so that a little above 0 trades some
+    learning for less leak. Raises Conflict if there is no checkpoint, BadRequest if the run makes no adapter.
     """
-    if percentile is not None and corpus is None:
-        raise Conflict("setting thresholds anew needs the corpus")
+    recipe, base, learner, saved = load_run(run)
+    if learner.adapter is None or not _served(recipe):
+        raise BadRequest(f"the run in {run} makes no adapter file: {_why(recipe)}")
+    results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
+    if not threshold:  # what was measured while it trained holds for the thresholds of the training alone
+        results["heldout"] = saved.results
+    return write_blocks(path, recipe, base, learner.adapter, results, threshold)
+
+
+def load_run(run: Path) -> tuple[Recipe, FrozenBase, Learner, checkpoints.Checkpoint]:
+    """A run as its newest checkpoint left it. Raises Conflict if there is none, or if the base has changed."""
     found = checkpoints.latest(run)
     if found is None:
         raise Conflict(f"{run} holds no checkpoint")
     saved = checkpoints.load(found)
     recipe = parse_recipe(saved.recipe, f"the recipe in {found}")
-    base = load_base(recipe.base, recipe.run.dtype)
+    base = load_base(recipe.base, recipe.base_dtype)
     if saved.base_fingerprint != base.fingerprint:
         raise Conflict(f"the base differs from that of the run in {run}")
-    adapter = restore(recipe, base, saved.blocks)
-    results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
-    if percentile is not None and corpus is not None:
-        recalibrate(recipe, base, adapter, corpus, percentile)
-        results["percentile"] = percentile
-    elif not threshold:  # what was measured while it trained holds for the thresholds of the training alone
-        results["heldout"] = saved.results
-    return write_run(path, recipe, base, adapter, results, threshold)
+    learner = make_learner(recipe, base)
+    load_weights(learner, saved.weights())
+    return recipe, base, learner, saved
 
 
-def restore(recipe: Recipe, base: FrozenBase, blocks: Mapping[str, torch.Tensor]) -> AdapterModule:
-    """The adapter of a checkpoint."""
-    adapter = AdapterModule.fresh(
-        base.layers, base.d, recipe.blocks.width(base.parameters, base.d, base.layers), recipe.blocks.carry, 0
-    )
-    for i in range(adapter.depth):
-        if f"layers.{i}.gate" not in blocks:
-            adapter.drop(i)
-    adapter.load_state_dict(dict(blocks))
-    return adapter
+def load_weights(learner: Learner, weights: Mapping[str, Tensor]) -> None:
+    """Put the tensors of a checkpoint in a fresh learner; layers it has no block for lose theirs.
+
+    Raises BadCheckpoint if they are not the learner's.
+    """
+    adapter = learner.adapter
+    if adapter is not None:
+        for i in range(adapter.depth):
+            if adapter.layer(i) is not None and f"adapter.layers.{i}.gate" not in weights:
+                adapter.drop(i)
+    expected = learner.trained_state().keys()
+    if weights.keys() != expected:
+        odd = sorted(weights.keys() ^ expected)[0]
+        raise checkpoints.BadCheckpoint(f"the checkpoint is not of this method and base: {odd}")
+    learner.load_state_dict(dict(weights), strict=False)
 
 
-def recalibrate(recipe: Recipe, base: FrozenBase, adapter: AdapterModule, corpus: Path, percentile: float) -> None:
-    """Set the adapter's thresholds anew on the stream as it is, with the classes that fitted its gates."""
-    gate = recipe.gate.model_copy(update={"percentile": percentile})
-    classes = text.read_classes(corpus, recipe.data, base.tokenizer, recipe.run)
-    attached = Attached(base.model, [adapter])
-    fit_gates(base.model, attached, gate_classes(classes, gate.fit_tokens), gate, only_bias=True)
+def write_result(out: Path, recipe: Recipe, base: FrozenBase, learner: Learner, results: Mapping[str, Any]) -> Path:
+    """Write what a finished run made: an adapter file, else a folder that PEFT or transformers reads."""
+    folder = result_path(out, recipe)
+    if learner.adapter is not None and _served(recipe):
+        return write_blocks(folder, recipe, base, learner.adapter, results)
+    if learner.adapter is not None:
+        checkpoints.save_weights(folder, learner.trained_state())
+        return folder
+    host.unhost_blocks(base.model)  # so that the layers have their own names again
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return folder
 
 
-def write_run(
+def result_path(out: Path, recipe: Recipe) -> Path:
+    """Where a run in `out` leaves what it made."""
+    has_blocks = recipe.method in ("neutral", "adapter")
+    return out / (f"{recipe.domain}.safetensors" if has_blocks and _served(recipe) else recipe.method)
+
+
+def write_blocks(
     path: Path,
     recipe: Recipe,
     base: FrozenBase,
@@ -95,3 +109,13 @@ def write_run(
     )
     write_adapter(path, info, adapter.export(torch.bfloat16))
     return path
+
+
+def _served(recipe: Recipe) -> bool:
+    return recipe.method == "adapter" or recipe.gate.kind in ("relu", "none")
+
+
+def _why(recipe: Recipe) -> str:
+    if recipe.method in ("lora", "finetune"):
+        return f"its method is {recipe.method}"
+    return f"only relu gates are served, not {recipe.gate.kind}"

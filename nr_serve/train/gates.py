@@ -1,4 +1,4 @@
-"""Closed-form gates: each layer's gate fitted to tell the target's tokens from every other class, by least squares.
+"""Fitted gates: each layer's gate tells the target's tokens from every other class, by a convex problem.
 
 The carry is linear, so the carried logit of a token is w · u + b with u the causal mean of its inputs
 (u_t = a u_(t-1) + (1 - a) x_t, u_0 = x_0): a gate can be fitted on u as if it were not carried. Layers are fitted
@@ -9,18 +9,21 @@ Shape suffixes: N windows, T tokens (of all windows laid end to end), d width of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule, window_inputs
+from nr_serve.train.mix import Classes
+from nr_serve.train.pack import Windows, join
 from nr_serve.train.recipe import Gate
-from nr_serve.train.text import Classes, Windows, join
 
 CHUNK_TOKENS = 8192
+NEWTON_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,8 @@ def solve_ridge(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tu
     """
     d = u_Td.shape[1]
     total = weight_T.double().sum()
-    moment_dd = torch.zeros(d, d, dtype=torch.float64)
-    cross_d = torch.zeros(d, dtype=torch.float64)
-    mean_d = torch.zeros(d, dtype=torch.float64)
+    moment_dd = u_Td.new_zeros(d, d, dtype=torch.float64)
+    cross_d, mean_d = moment_dd.new_zeros(d), moment_dd.new_zeros(d)
     for u, y, weight in zip(*(torch.split(t, CHUNK_TOKENS) for t in (u_Td, y_T, weight_T)), strict=True):
         u, weight = u.double(), weight.double() / total
         weighted = u * weight[:, None]
@@ -53,8 +55,53 @@ def solve_ridge(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tu
     mean_y = (y_T.double() * weight_T.double()).sum() / total
     covariance_dd = moment_dd - torch.outer(mean_d, mean_d)
     penalty = ridge * covariance_dd.diagonal().mean()
-    w_d = torch.linalg.solve(covariance_dd + penalty * torch.eye(d), cross_d - mean_d * mean_y)
+    w_d = torch.linalg.solve(covariance_dd + penalty * torch.eye(d, device=u_Td.device), cross_d - mean_d * mean_y)
     return w_d, mean_y - w_d @ mean_d
+
+
+def solve_logistic(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """w [d] and b [] that minimise sum_t weight_t CE(sigmoid(w · u_t + b), y_t) + ridge v |w|^2 / 2.
+
+    v is the mean weighted variance of a feature (weights sum to 1); y is 0 or 1. Newton's method with step halving
+    (iteratively reweighted least squares: Hastie, Tibshirani, Friedman, "The Elements of Statistical Learning",
+    section 4.4.1); the problem is convex. Unlike least squares it spends nothing on tokens that are already far on
+    their side: the direction is decided by those that are easily confused.
+    """
+    p_T = (weight_T / weight_T.sum()).float()
+    y_T = y_T.float()
+    mean_d = (p_T[:, None] * u_Td.float()).sum(0)
+    centred_Td = u_Td.float() - mean_d
+    scale = (p_T[:, None] * centred_Td.square()).sum(0).mean().sqrt()
+    x_Te = torch.cat([centred_Td / scale, torch.ones_like(centred_Td[:, :1])], dim=1)  # e = d + 1
+    penalty_e = torch.full_like(x_Te[0], ridge)
+    penalty_e[-1] = 0.0
+    v_e = torch.zeros_like(penalty_e)
+    floor_ee = torch.eye(len(v_e), dtype=torch.float64, device=v_e.device)
+
+    def loss(v_e: Tensor) -> float:
+        z_T = x_Te @ v_e
+        return float((p_T * (F.softplus(z_T) - y_T * z_T)).sum() + 0.5 * (penalty_e * v_e * v_e).sum())
+
+    now = loss(v_e)
+    for _ in range(NEWTON_STEPS):
+        chance_T = torch.sigmoid(x_Te @ v_e)
+        slope_e = (p_T * (chance_T - y_T)) @ x_Te + penalty_e * v_e
+        curve_ee = (x_Te * (p_T * chance_T * (1 - chance_T))[:, None]).T @ x_Te + penalty_e.diag()
+        step_e = torch.linalg.solve(curve_ee.double() + 1e-12 * floor_ee, slope_e.double()).float()
+        size = 1.0
+        while (then := loss(v_e - size * step_e)) > now and size > 1e-3:
+            size /= 2
+        if then >= now:
+            break
+        v_e, gain, now = v_e - size * step_e, now - then, then
+        if gain < 1e-6 * now:
+            break
+    w_d = v_e[:-1].double() / scale
+    return w_d, v_e[-1].double() - w_d @ mean_d.double()
+
+
+SOLVERS = {"closed-form": solve_ridge, "logistic": solve_logistic}
+"""How a gate's direction is found, by the recipe's name."""
 
 
 def causal_mean(x_NTd: Tensor, offset_NT: Tensor, a: float) -> Tensor:
@@ -70,19 +117,26 @@ def causal_mean(x_NTd: Tensor, offset_NT: Tensor, a: float) -> Tensor:
 
 
 class Fitter:
-    """Fits or only recalibrates the gates of one adapter while a forward pass over all classes runs.
+    """Fits the gates of one adapter while a forward pass over all classes runs.
 
     Even windows of a class fit, odd ones calibrate: a threshold set on the text of the fit would be too low.
     """
 
-    def __init__(self, adapter: AdapterModule, classes: Mapping[str, Windows], target: str, gate: Gate) -> None:
-        self.adapter, self.target, self.gate = adapter, target, gate
-        windows = join(classes.values())
-        self.offset_NT = windows.offset_NT
+    def __init__(
+        self,
+        adapter: AdapterModule,
+        classes: Mapping[str, Windows],
+        target: str,
+        gate: Gate,
+        original: Collection[str] = (),
+    ) -> None:
+        self.adapter, self.target, self.gate, self.original = adapter, target, gate, original
+        self.windows = join(classes.values()).to(next(adapter.parameters()).device)
+        self.offset_NT = self.windows.offset_NT
         self.names = list(classes)
-        per_window = torch.cat([torch.full((len(c),), i) for i, c in enumerate(classes.values())])
-        fits = torch.cat([torch.arange(len(c)) % 2 == 0 for c in classes.values()])
-        length = windows.ids_NT.shape[1]
+        device, length = self.offset_NT.device, self.offset_NT.shape[1]
+        per_window = torch.cat([torch.full((len(c),), i, device=device) for i, c in enumerate(classes.values())])
+        fits = torch.cat([torch.arange(len(c), device=device) % 2 == 0 for c in classes.values()])
         self.class_T = per_window.repeat_interleave(length)
         self.fits_T = fits.repeat_interleave(length)
         self.report: dict[int, LayerFit] = {}
@@ -95,17 +149,12 @@ class Fitter:
         u_Td = self._carried(x_Td)
         target_T = self.class_T == self.names.index(self.target)
         weight_T = self._weights(target_T)[self.fits_T]
-        w_d, b = solve_ridge(u_Td[self.fits_T], target_T[self.fits_T].double(), weight_T, self.gate.ridge)
+        solve = SOLVERS[self.gate.init]
+        w_d, b = solve(u_Td[self.fits_T], target_T[self.fits_T].double(), weight_T, self.gate.ridge)
         _set(module, w_d, b)
-        self._calibrate(layer, module, u_Td, rescale=True)
+        self._calibrate(layer, module, u_Td)
         if self.report[layer].found < self.gate.min_found:
             self.adapter.drop(layer)
-
-    def recalibrate(self, layer: int, x_Td: Tensor) -> None:
-        """Move only the layer's bias, so that the percentile holds on the stream as it is now."""
-        module = self.adapter.layer(layer)
-        if module is not None:
-            self._calibrate(layer, module, self._carried(x_Td), rescale=False)
 
     def _carried(self, x_Td: Tensor) -> Tensor:
         return causal_mean(
@@ -113,21 +162,24 @@ class Fitter:
         ).flatten(0, 1)
 
     def _weights(self, target_T: Tensor) -> Tensor:
-        """Half of the weight to the target, the other half in equal parts to the other classes."""
+        """The target's share of the weight, and the rest in equal parts to the other classes."""
         counts = torch.bincount(self.class_T[self.fits_T], minlength=len(self.names)).double()
-        per_class = 0.5 / (len(self.names) - 1) / counts
-        per_class[self.names.index(self.target)] *= len(self.names) - 1
-        return per_class[self.class_T]
+        share = torch.full_like(counts, (1 - self.gate.target_weight) / (len(self.names) - 1))
+        share[self.names.index(self.target)] = self.gate.target_weight
+        return (share / counts)[self.class_T]
 
-    def _calibrate(self, layer: int, module: BlockModule, u_Td: Tensor, *, rescale: bool) -> None:
+    def _percentile(self, name: str) -> float:
+        looser = self.gate.background_percentile
+        return self.gate.percentile if looser is None or name in self.original else looser
+
+    def _calibrate(self, layer: int, module: BlockModule, u_Td: Tensor) -> None:
         checks_T = ~self.fits_T
         m_T = (u_Td @ module.gate.detach() + module.bias.detach())[checks_T].double()
         by_class = {name: m_T[self.class_T[checks_T] == i] for i, name in enumerate(self.names)}
         target_m = by_class.pop(self.target)
-        q = self.gate.percentile / 100
-        threshold = max(float(m.quantile(q)) for m in by_class.values())
+        threshold = max(float(m.quantile(self._percentile(name) / 100)) for name, m in by_class.items())
         open_m = target_m[target_m > threshold] - threshold
-        scale = 1 / float(open_m.mean()) if rescale and len(open_m) else 1.0
+        scale = 1 / float(open_m.mean()) if len(open_m) else 1.0
         _set(module, module.gate.detach().double() * scale, (module.bias.detach().double() - threshold) * scale)
         misfired = {name: float((m > threshold).double().mean()) for name, m in by_class.items()}
         self.report[layer] = LayerFit(len(open_m) / len(target_m), misfired)
@@ -140,7 +192,7 @@ def _set(module: BlockModule, w_d: Tensor, b: Tensor) -> None:
 
 
 def gate_classes(classes: Classes, tokens: int) -> dict[str, Windows]:
-    """About `tokens` tokens of every class, and four times that of the target, whose weight is half of the fit."""
+    """About `tokens` tokens of every class, and four times that of the target, which is told from all of them."""
     count = max(2, tokens // classes.target.ids_NT.shape[1])
     others = dict(classes.original) | dict(classes.background)
     fitted = {name: windows.take(slice(count)) for name, windows in others.items()}
@@ -149,16 +201,22 @@ def gate_classes(classes: Classes, tokens: int) -> dict[str, Windows]:
 
 @torch.no_grad()
 def fit_gates(
-    model: Any, attached: Attached, classes: Mapping[str, Windows], gate: Gate, *, only_bias: bool = False
+    model: Any,
+    attached: Attached,
+    classes: Mapping[str, Windows],
+    gate: Gate,
+    *,
+    original: Collection[str] = (),
 ) -> dict[int, LayerFit]:
-    """Fit the gates of the one attached adapter in a single forward pass; returns how well, by layer.
+    """Fit the gates of the first attached adapter in a single forward pass; returns how well, by layer.
 
-    With `only_bias` the gates keep their direction and scale and only the thresholds are set anew, which is
-    safe after training: the blocks have learned beside those gates. Memory: all classes' tokens at once.
+    The stream is as the residues of that adapter, by the gates already fitted below, and of the others attached
+    leave it. `original` names the classes that `background_percentile` does not touch. Memory: all classes'
+    tokens at once.
     """
-    fitter = Fitter(attached.adapters[0], classes, "target", gate)
-    windows = join(classes.values())
-    attached.before = fitter.recalibrate if only_bias else fitter.fit
+    fitter = Fitter(attached.adapters[0], classes, "target", gate, original)
+    windows = fitter.windows
+    attached.before = fitter.fit
     try:
         attached.begin(windows.offset_NT)
         model.model(windows.ids_NT, use_cache=False, **window_inputs(windows.offset_NT))

@@ -1,9 +1,13 @@
 """The losses of training. Each is a small function with its formula.
 
-Shape suffixes: B windows, T tokens, V vocabulary, d width of the stream, f fired tokens.
+Shape suffixes: B windows, T tokens (of all windows laid end to end in a local loss), V vocabulary, d width of
+the stream, f fired tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +26,51 @@ def lm_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=-100)
 
 
-def l1(r_fd: Tensor, ffn_fd: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class LayerOutput:
+    """What one layer's block did with the tokens of a pass: what a local loss may read."""
+
+    m_T: Tensor
+    """Carried logits, float32."""
+    target_T: Tensor
+    """Which tokens are of the target, bool."""
+    r_fd: Tensor
+    """Residues of the fired tokens that are not of the target."""
+    ffn_fd: Tensor
+    """The FFN's own output on the same tokens, without gradient."""
+
+
+def l1(layer: LayerOutput) -> Tensor:
     """Sum over fired tokens of ||r||_1 / d, where r = g * block(x) is the residue.
 
     Divided by tokens and layers it is the local loss of arXiv 2410.02744, section 3: tokens that did not fire
-    add 0. `ffn_fd` is not read.
+    add 0.
     """
-    return r_fd.float().abs().sum() / r_fd.shape[-1]
+    return layer.r_fd.float().abs().sum() / layer.r_fd.shape[-1]
 
 
-def l1_relative(r_fd: Tensor, ffn_fd: Tensor) -> Tensor:
+def l1_relative(layer: LayerOutput) -> Tensor:
     """Sum over fired tokens of ||r||_1 / ||FFN(x)||_1: `l1` free of the scale of the base's stream."""
-    norm_f = ffn_fd.float().abs().sum(-1)
+    norm_f = layer.ffn_fd.float().abs().sum(-1)
     tiny = torch.finfo(torch.float32).tiny
-    return (r_fd.float().abs().sum(-1) / norm_f.clamp_min(tiny)).sum()
+    return (layer.r_fd.float().abs().sum(-1) / norm_f.clamp_min(tiny)).sum()
 
 
-LOCAL = {"l1": l1, "l1-relative": l1_relative}
+def cross_entropy(layer: LayerOutput) -> Tensor:
+    """Sum over tokens of CE(sigmoid(m), token is of the target): a domain classifier in every layer.
+
+    The alternative to ReLU and l1 in arXiv 2410.02744, section 4.
+    """
+    return F.binary_cross_entropy_with_logits(layer.m_T, layer.target_T.float(), reduction="sum")
+
+
+LocalLoss = Callable[[LayerOutput], Tensor]
+"""One layer's summed local loss, a scalar."""
+
+LOCAL: dict[str, LocalLoss] = {"l1": l1, "l1-relative": l1_relative, "cross-entropy": cross_entropy}
 """The local losses by the recipe's name."""
 
 
-def local_loss(summed: Tensor | None, tokens: int, layers: int) -> Tensor:
-    """Mean over tokens and layers of the gathered local terms; 0 if nothing fired."""
-    return torch.zeros(()) if summed is None else summed / (tokens * layers)
+def local_loss(summed: Tensor | None, tokens: int, layers: int) -> Tensor | None:
+    """Mean over tokens and layers of the gathered local terms; None if nothing was gathered."""
+    return None if summed is None else summed / (tokens * layers)

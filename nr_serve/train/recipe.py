@@ -6,6 +6,8 @@ Knows nothing of torch, so that a recipe can be checked without loading a model.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,31 +30,58 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    """Which text of the corpus folder plays which part. Globs of file names; a file is `<lang>.<source>...`."""
+    """Which text plays which part.
+
+    An entry is a glob of files in the corpus folder, each named `<lang>.<source>...`, or a data set that the
+    library `datasets` streams, `datasets:NAME[:CONFIG][@SPLIT]`, where NAME is one on the hub or a folder and SPLIT
+    is `train` by default. A file `.jsonl` holds a document a line, any other a paragraph a line and an empty line
+    between documents; both may be compressed, `.gz` or `.xz`.
+    """
 
     target: Globs = Field(min_length=1, description="Text of the domain to learn.")
     original: Globs = Field(
-        min_length=1, description="Text of the base's own domain: each file is a class the gates must stay shut on."
+        min_length=1,
+        description="Text of the base's own domain: each source is a class the gates must stay shut on.",
     )
     background: Globs = Field(
-        default=(), description="Text of other domains: each language is a class the gates must stay shut on."
+        default=(),
+        description="Text of other domains: each language and data set is a class the gates must stay shut on.",
     )
     heldout: Globs = Field(default=(), description="Text measured during training and never trained on.")
+    text_field: str = Field(
+        default="text", min_length=1, description="The field of JSONL lines and data sets that holds a document."
+    )
+    target_tokens: Positive | None = Field(
+        default=None,
+        description="Read no more of the target than this many tokens (default: all of it). A run reads them again "
+        "and again, however long it is, so that it can be continued with a larger budget.",
+    )
     chat: bool = Field(
         default=True,
         description="Also keep the gates shut on original text wrapped in the base's chat template, if it has one.",
     )
 
+    @model_validator(mode="after")
+    def _bounded(self) -> Data:
+        if self.target_tokens is None and any(entry.startswith("datasets:") for entry in self.target):
+            raise ValueError("target_tokens is needed when the target is a data set, which may have no end")
+        return self
+
 
 class Blocks(_Section):
     """The shape of the blocks; give exactly one of `h` and `capacity`."""
 
-    h: Positive | None = Field(default=None, description="Width of every block.")
+    h: Positive | tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, description="Width of every block, or one a layer (0: no block there)."
+    )
     capacity: float | None = Field(
         default=None,
         gt=0,
         le=1,
         description="Extra parameters as a share of the base's: h = capacity N / (3 d L), to a multiple of 16.",
+    )
+    init: Literal["paper", "he"] = Field(
+        default="paper", description="Variance of W_in and W_gate at the start: paper: 1 / (d L); he: 2 / d."
     )
     carry: float = Field(
         default=0.5, ge=0, lt=1, description="a in m_t = a m_(t-1) + (1 - a) z_t; 0 is the paper's gate."
@@ -62,22 +91,35 @@ class Blocks(_Section):
     def _one_size(self) -> Blocks:
         if (self.h is None) == (self.capacity is None):
             raise ValueError("give exactly one of h and capacity")
+        if isinstance(self.h, tuple) and not any(self.h):
+            raise ValueError("no layer has a block")
         return self
 
-    def width(self, parameters: int, d: int, layers: int) -> int:
-        """Width h of a block for a base with that many parameters, width d and layers; at least 16."""
-        if self.h is not None:
+    def widths(self, parameters: int, d: int, layers: int) -> tuple[int, ...]:
+        """Width h of each layer's block, for a base with that many parameters, width d and layers.
+
+        Raises BadRecipe if the recipe lists widths for another number of layers.
+        """
+        if isinstance(self.h, tuple):
+            if len(self.h) != layers:
+                raise BadRecipe(f"blocks.h lists {len(self.h)} widths; the base has {layers} layers")
             return self.h
-        assert self.capacity is not None
-        return block_width(self.capacity, parameters=parameters, d=d, layers=layers)
+        if self.capacity is not None:
+            return (block_width(self.capacity, parameters=parameters, d=d, layers=layers),) * layers
+        assert self.h is not None
+        return (self.h,) * layers
 
 
 class Gate(_Section):
-    """How the gates start, and whether they train."""
+    """How the gates look and start, and whether they train. Only a neutral run reads it."""
 
-    init: Literal["closed-form", "paper"] = Field(
+    kind: Literal["relu", "elu", "sigmoid", "tanh", "none"] = Field(
+        default="relu", description="The gate as a function of the logit; only relu, and none, can be served."
+    )
+    init: Literal["closed-form", "logistic", "paper", "he"] = Field(
         default="closed-form",
-        description="closed-form: ridge regression against the other classes; paper: random, variance 1/(d L).",
+        description="closed-form: ridge regression against the other classes; logistic: logistic regression "
+        "against them; paper: random, variance 1 / (d L); he: random, variance 2 / d.",
     )
     trained: bool = Field(default=False, description="Whether gradient steps move the gates.")
     percentile: float = Field(
@@ -85,6 +127,12 @@ class Gate(_Section):
         gt=50,
         lt=100,
         description="The threshold is the highest of every other class's percentile of the logit.",
+    )
+    background_percentile: float | None = Field(
+        default=None, gt=50, lt=100, description="The same for background classes (default: `percentile`)."
+    )
+    target_weight: float = Field(
+        default=0.5, gt=0, lt=1, description="The target's share of the fit's weight; less of it, fewer misfires."
     )
     fit_tokens: Positive = Field(default=8192, description="Tokens of each class that fit and calibrate the gates.")
     ridge: float = Field(
@@ -94,24 +142,41 @@ class Gate(_Section):
         default=0.0, description="Layers whose gate finds less than this share of the target get no block."
     )
 
+    @property
+    def fitted(self) -> bool:
+        """Whether the gates are fitted before training, rather than random or absent."""
+        return self.kind != "none" and self.init in ("closed-form", "logistic")
+
     @model_validator(mode="after")
     def _learns(self) -> Gate:
-        if self.init == "paper" and not self.trained:
-            raise ValueError("random gates (init = 'paper') must be trained")
+        if self.kind != "none" and not self.fitted and not self.trained:
+            raise ValueError(f"random gates (init = '{self.init}') must be trained")
+        if self.kind == "none" and self.trained:
+            raise ValueError("a gate of kind 'none' has nothing to train")
         return self
 
 
 class Loss(_Section):
-    """The local loss, which keeps the blocks quiet on text that is not the target's."""
+    """The local loss, which keeps the blocks quiet on text not of the target. Only a neutral run reads it."""
 
     alpha: float = Field(default=1.0, ge=0, description="Weight of the local loss beside the LM loss.")
-    kind: Literal["l1", "l1-relative"] = Field(
+    kind: Literal["l1", "l1-relative", "cross-entropy"] = Field(
         default="l1-relative",
-        description="l1: the residue's l1 norm over d; l1-relative: over the l1 norm of the FFN's own output.",
+        description="l1: the residue's l1 norm over d; l1-relative: over the l1 norm of the FFN's own output; "
+        "cross-entropy: of the gate's logit, as a classifier of the target.",
     )
     lm_on_original: bool = Field(
         default=False, description="Whether the original windows of a batch carry the LM loss too."
     )
+
+
+class Lora(_Section):
+    """The shape of the LoRA baseline. Only a lora run reads it."""
+
+    rank: Positive | None = Field(
+        default=None, description="Rank on every linear layer (default: as many parameters as the blocks have)."
+    )
+    alpha: Positive = Field(default=32, description="LoRA's alpha: its update is scaled by alpha over rank.")
 
 
 class Run(_Section):
@@ -119,7 +184,13 @@ class Run(_Section):
 
     tokens: Positive = Field(description="Budget: tokens of all windows, target and not, before training ends.")
     window: int = Field(default=256, ge=8, description="Tokens a window.")
-    batch_tokens: Positive = Field(default=1024, description="Tokens a step; a multiple of the window.")
+    batch_tokens: Positive = Field(
+        default=1024, description="Tokens a step, over all processes; a multiple of the window."
+    )
+    accumulate: Positive = Field(
+        default=1,
+        description="Parts of a step whose gradients are summed, to save memory; each process takes so many.",
+    )
     original_share: Share = Field(default=0.1, description="Share of the windows that is original text.")
     background_share: Share = Field(default=0.1, description="Share of the windows that is background text.")
     lr: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
@@ -135,14 +206,24 @@ class Run(_Section):
     )
     seed: int = Field(default=0, ge=0, description="Seed of the blocks' start and of the order of the text.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Type the base computes in; the blocks' weights are float32."
+        default="float32",
+        description="Type the passes compute in (bfloat16: by autocast); what is trained is float32.",
     )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute each layer twice rather than keep what the backward pass needs."
+    )
+    compile: bool = Field(default=False, description="Compile the model with torch.compile.")
     log_every: Positive = Field(default=5, description="Steps between two lines of the log.")
     checkpoint_every: Positive = Field(default=10_000, description="Tokens between two checkpoints.")
     validate_every: Positive = Field(
         default=50_000, description="Tokens between two measurements on held-out text."
     )
     validate_windows: Positive = Field(default=8, description="Windows of each held-out class measured then.")
+    patience: Positive | None = Field(
+        default=None,
+        description="Stop after so many measurements without a better loss on the target's held-out text, and keep "
+        "the best (default: run to the end).",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Run:
@@ -171,17 +252,47 @@ class Run(_Section):
             return self.warmup_tokens
         return self.tokens if self.schedule == "constant" else round(self.tokens * (1 - self.decay_share))
 
+    def every(self, tokens: int) -> int:
+        """Those tokens in steps, at least one."""
+        return max(1, tokens // self.batch_tokens)
+
 
 class Recipe(_Section):
     """Everything that decides what an adapter becomes, besides the text itself."""
 
     base: str = Field(default="default", description="`default` (SmolLM2-135M), a folder or a model hub's name.")
+    method: Literal["neutral", "adapter", "lora", "finetune"] = Field(
+        default="neutral",
+        description="neutral: gated blocks; adapter: blocks without gate and local loss; lora: PEFT's LoRA; "
+        "finetune: all of the base. The last three put the LM loss on the original windows too, and read no "
+        "background.",
+    )
     domain: str = Field(min_length=1, description="What is learned: a language tag such as `hu`, or a name.")
     data: Data
     blocks: Blocks
     gate: Gate = Gate()
     loss: Loss = Loss()
+    lora: Lora = Lora()
     run: Run
+
+    @property
+    def speaks_original(self) -> bool:
+        """Whether original windows carry the LM loss."""
+        return self.method != "neutral" or self.loss.lm_on_original
+
+    @property
+    def keeps_quiet(self) -> bool:
+        """Whether there is a local loss."""
+        return self.method == "neutral" and self.loss.alpha > 0
+
+    @property
+    def base_dtype(self) -> str:
+        """Type the base's weights are held in: float32 if they train."""
+        return "float32" if self.method == "finetune" else self.run.dtype
+
+    def owns(self, source: str) -> bool:
+        """Whether a source such as `hu.lohelp` is of the target: its first two parts match a target glob's."""
+        return any(fnmatch(source, ".".join(glob.split(".")[:2])) for glob in self.data.target)
 
     def dump(self) -> dict[str, Any]:
         """The recipe as plain values, for JSON."""
@@ -192,7 +303,7 @@ class Recipe(_Section):
 
         The budget may differ while the learning rate has not depended on it; what is only logged may differ.
         """
-        free = {"log_every", "checkpoint_every", "validate_every", "validate_windows"}
+        free = {"log_every", "checkpoint_every", "validate_every", "validate_windows", "accumulate"}
         if self.run.tokens != earlier.run.tokens and tokens <= min(self.run.decay_start, earlier.run.decay_start):
             free |= {"tokens"}
         mine, other = self.dump(), earlier.dump()
@@ -202,15 +313,46 @@ class Recipe(_Section):
         return mine == other
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read and check a recipe. Raises BadRecipe, naming the key at fault."""
+def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe, with the keys in `changes` (such as `run.tokens`) set anew.
+
+    Raises BadRecipe, naming the key at fault.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadRecipe(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRecipe(f"{path.name} is not TOML: {error}") from error
+    for key, value in (changes or {}).items():
+        _set(values, key, value)
     return parse_recipe(values, path.name)
+
+
+def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["run.lr=1e-3", "method=lora"]` as keys and values; values as in TOML, or plain words. Raises BadRecipe."""
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise BadRecipe(f"{pair!r} is not KEY=VALUE")
+        try:
+            changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[key.strip()] = value.strip()
+    return changes
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise BadRecipe(f"{key}: {section} is not a section")
+    values[last] = value
+    other = {"h": "capacity", "capacity": "h"}.get(last)
+    if sections == ["blocks"] and other is not None:
+        values.pop(other, None)
 
 
 def parse_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:

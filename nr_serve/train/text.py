@@ -1,97 +1,111 @@
-"""Text files to windows of tokens: reading, tokenising, packing, and the order in which windows are taken.
+"""The text that training reads: a recipe's sources to classes of windows.
 
-Nothing here depends on how far a run has come: a batch is a function of the recipe, the text and the step.
-Shape suffixes: N windows, T tokens a window.
+The text of a run never depends on its budget, because a run may be continued with a larger one.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from nr_serve.train.documents import PIECE_CHARACTERS
+from nr_serve.train.mix import Classes
+from nr_serve.train.overlap import overlap
+from nr_serve.train.pack import Packed, Windows, pack
 from nr_serve.train.recipe import BadRecipe, Data, Run
-
-PIECE_CHARACTERS = 8000
-"""Longer documents are cut at paragraphs, so that one long book does not crowd out the other documents."""
+from nr_serve.train.sources import Source, find_sources, read_in_turn
+from nr_serve.train.token_cache import TokenCache, tokenizer_key
 
 CLASS_TOKENS = 65_536
-"""A class that only keeps the gates shut is read this far: the text of a run must not depend on its budget."""
+"""Tokens of a class that only keeps the gates shut."""
+
+POOL_CHARACTERS = 2**24
+"""A limited class is drawn from the first so many characters of its sources, not from the very first documents."""
+
+POOL_CHARACTERS_A_TOKEN = 8
+"""The same for a large limit: text has fewer characters a token than this."""
+
+CHAT_DOCUMENTS = 100
+"""Documents of each class of original text that are wrapped in the chat template."""
+
+MOST_OVERLAP = 0.2
+"""Texts that share more of their 8-grams than this are one text; the worst pair of our own corpus shares 0.03."""
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Token ids and each token's place in its document's piece (0 starts one), both int64 [N, T]."""
+def read_classes(folder: Path, data: Data, tokenizer: Any, run: Run, cache: TokenCache | None = None) -> Classes:
+    """The recipe's training text, packed; at most `CLASS_TOKENS` tokens of each class that is not the target.
 
-    ids_NT: Tensor
-    offset_NT: Tensor
-
-    def __len__(self) -> int:
-        return self.ids_NT.shape[0]
-
-    def take(self, rows: slice | Sequence[int]) -> Windows:
-        """Those windows."""
-        return Windows(self.ids_NT[rows], self.offset_NT[rows])
-
-
-def join(parts: Iterable[Windows]) -> Windows:
-    """All windows of `parts`, in order."""
-    listed = list(parts)
-    return Windows(torch.cat([part.ids_NT for part in listed]), torch.cat([part.offset_NT for part in listed]))
-
-
-def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
-    """Files of `folder` that match, sorted, each once. Raises BadRecipe for a glob that matches none."""
-    found: set[Path] = set()
-    for pattern in globs:
-        matches = [path for path in folder.glob(pattern) if path.is_file()]
-        if not matches:
-            raise BadRecipe(f"no text in {folder} matches {pattern!r}")
-        found.update(matches)
-    return sorted(found)
+    Raises BadRecipe if a source is missing, empty, damaged or has two roles, if a class has less than two windows
+    of text, or if the target's text is another class's too; DownloadFailed if a data set cannot be reached.
+    """
+    roles = find_roles(folder, data)
+    original = _by_class((source.name, source) for source in roles["original"])
+    background = _by_class((source.language, source) for source in roles["background"])
+    _check_names([*original, *background])
+    packer = _Packer(tokenizer, run.window, run.seed, cache or TokenCache())
+    target = packer.pack("target", roles["target"], data.target_tokens)
+    packed_original = {name: packer.pack(name, sources, CLASS_TOKENS) for name, sources in original.items()}
+    packed_background = {name: packer.pack(name, sources, CLASS_TOKENS) for name, sources in background.items()}
+    grams = {"target": target.grams}
+    grams |= {f"original {name}": packed.grams for name, packed in packed_original.items()}
+    grams |= {f"background {name}": packed.grams for name, packed in packed_background.items()}
+    _check_target(grams)
+    if data.chat and getattr(tokenizer, "chat_template", None):
+        packed_original["chat"] = packer.pack_chat(list(original.values()))
+    return Classes(target.windows, _windows(packed_original), _windows(packed_background), grams)
 
 
-def source_name(path: Path) -> str:
-    """`hu.lohelp` of `hu.lohelp.train.txt`."""
-    return ".".join(path.name.split(".")[:2])
+def read_heldout(
+    folder: Path,
+    written: Iterable[str],
+    tokenizer: Any,
+    window: int,
+    windows: int,
+    *,
+    text_field: str = "text",
+    apart_from: Classes | None = None,
+    cache: TokenCache | None = None,
+) -> dict[str, Windows]:
+    """Up to `windows` windows of each class of the sources `written` in a recipe's way, by the class's name.
+
+    Raises BadRecipe if a source is missing, empty or damaged, if a class fills no window, or if its text is also in
+    the training text `apart_from`: what is measured on learned text tells nothing, and a warning in the log of a
+    long run is not read.
+    """
+    packer = _Packer(tokenizer, window, 0, cache or TokenCache(), fewest=1)
+    classes = _by_class((source.name, source) for source in find_sources(folder, written, text_field))
+    packed = {name: packer.pack(name, sources, windows * window) for name, sources in classes.items()}
+    for name, held in packed.items():
+        for other, grams in {} if apart_from is None else apart_from.grams.items():
+            _check_overlap(f"the held-out text of {name}", held.grams, _text_of(other), grams)
+    return _windows(packed)
 
 
-def language(path: Path) -> str:
-    """`hu` of `hu.lohelp.train.txt`."""
-    return path.name.split(".")[0]
-
-
-def read_documents(path: Path) -> list[str]:
-    """The documents of a file of one paragraph a line and an empty line between documents, the longest cut."""
-    documents: list[str] = []
-    for document in path.read_text(encoding="utf-8").split("\n\n"):
-        documents.extend(_pieces([line for line in document.split("\n") if line.strip()]))
-    return documents
-
-
-def _pieces(paragraphs: list[str]) -> Iterator[str]:
-    piece: list[str] = []
-    length = 0
-    for paragraph in paragraphs:
-        if piece and length + len(paragraph) > PIECE_CHARACTERS:
-            yield "\n".join(piece)
-            piece, length = [], 0
-        piece.append(paragraph)
-        length += len(paragraph)
-    if piece:
-        yield "\n".join(piece)
+def find_roles(folder: Path, data: Data) -> dict[str, list[Source]]:
+    """The sources by role. Raises BadRecipe for a glob that matches none and for a source that is listed twice."""
+    listed = {
+        "target": data.target,
+        "original": data.original,
+        "background": data.background,
+        "heldout": data.heldout,
+    }
+    roles = {}
+    role_of: dict[str, str] = {}
+    for role, written in listed.items():
+        roles[role] = find_sources(folder, written, data.text_field)
+        for source in roles[role]:
+            if source.identity in role_of:
+                raise BadRecipe(f"{source} is in both data.{role_of[source.identity]} and data.{role}")
+            role_of[source.identity] = role
+    return roles
 
 
 def chat_documents(tokenizer: Any, documents: Iterable[str]) -> list[str]:
-    """Each document as one exchange in the base's chat template; none if it has no template."""
-    if not getattr(tokenizer, "chat_template", None):
-        return []
+    """Each document as one exchange in the base's chat template; the tokenizer must have one."""
     wrapped = []
     for document in documents:
         paragraphs = document.split("\n")
@@ -103,137 +117,75 @@ def chat_documents(tokenizer: Any, documents: Iterable[str]) -> list[str]:
     return wrapped
 
 
-def pack(tokenizer: Any, documents: Sequence[str], window: int, limit: int | None, seed: int) -> Windows:
-    """Documents in a shuffled order, laid end to end and cut into windows; at most about `limit` tokens.
+class _Packer:
+    """Packs sources for one tokenizer, window and seed, through the cache."""
 
-    A document cut by a window's end goes on in the next window as a piece of its own, from offset 0.
-    """
-    order = list(documents)
-    random.Random(seed).shuffle(order)
-    ids: list[int] = []
-    starts: list[bool] = []
-    for at in range(0, len(order), 256):
-        for tokens in tokenizer(order[at : at + 256])["input_ids"]:
-            ids += tokens
-            starts += [i == 0 for i in range(len(tokens))]
-        if limit is not None and len(ids) >= limit:
-            break
-    count = (len(ids) if limit is None else min(limit, len(ids))) // window
-    ids_NT = torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
-    starts_NT = torch.tensor(starts[: count * window], dtype=torch.bool).view(count, window)
-    return Windows(ids_NT, _offsets(starts_NT))
+    def __init__(self, tokenizer: Any, window: int, seed: int, cache: TokenCache, fewest: int = 2) -> None:
+        self.tokenizer, self.window, self.seed, self.cache, self.fewest = tokenizer, window, seed, cache, fewest
+        self.key = [tokenizer_key(tokenizer), window, seed, PIECE_CHARACTERS]
 
+    def pack(self, name: str, sources: Sequence[Source], limit: int | None) -> Packed:
+        """The text of a class, at most `limit` tokens of it; None is all."""
+        pool = None if limit is None else max(POOL_CHARACTERS, POOL_CHARACTERS_A_TOKEN * limit)
+        key = ["text", pool, [source.fingerprint() for source in sources]]
+        return self._packed(name, key, limit, lambda: read_in_turn(sources, pool))
 
-def _offsets(starts_NT: Tensor) -> Tensor:
-    place_T = torch.arange(starts_NT.shape[1])
-    last_start_NT = torch.where(starts_NT, place_T, 0).cummax(dim=1).values
-    return place_T - last_start_NT
+    def pack_chat(self, classes: Sequence[Sequence[Source]]) -> Packed:
+        """The first documents of each class as exchanges in the chat template."""
+        key = ["chat", CHAT_DOCUMENTS, [[source.fingerprint() for source in sources] for sources in classes]]
+        return self._packed("chat", key, CLASS_TOKENS, lambda: chat_documents(self.tokenizer, _firsts(classes)))
 
+    def _packed(self, name: str, key: list[Any], limit: int | None, read: Callable[[], list[str]]) -> Packed:
+        def make() -> Packed:
+            return pack(self.tokenizer, read(), self.window, limit, self.seed)
 
-@dataclass(frozen=True)
-class Classes:
-    """Windows by the part they play and by class; a class's name is a source (`en.fortunes`) or a language."""
-
-    target: Windows
-    original: Mapping[str, Windows]
-    background: Mapping[str, Windows]
-
-    def digest(self) -> str:
-        """16 hex digits that tell this text from any other."""
-        digest = hashlib.sha256()
-        for windows in (self.target, *self.original.values(), *self.background.values()):
-            digest.update(windows.ids_NT.numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-class Rotation:
-    """An endless, seeded order over classes of windows: the classes in turn, each reshuffled every epoch."""
-
-    def __init__(self, classes: Iterable[Windows], seed: int) -> None:
-        self.classes = list(classes)
-        self.seed = seed
-        self._orders: dict[int, tuple[int, list[int]]] = {}
-
-    def at(self, i: int) -> Windows:
-        """The i-th window of the order, [1, T]."""
-        turn, which = divmod(i, len(self.classes))
-        windows = self.classes[which]
-        epoch, row = divmod(turn, len(windows))
-        if self._orders.get(which, (-1, []))[0] != epoch:
-            order = list(range(len(windows)))
-            random.Random(f"{self.seed}.{which}.{epoch}").shuffle(order)
-            self._orders[which] = (epoch, order)
-        return windows.take([self._orders[which][1][row]])
-
-
-class Mix:
-    """What each step reads: so many target, original and background windows that the shares hold over a run."""
-
-    def __init__(self, classes: Classes, run: Run) -> None:
-        self.run = run
-        self.target = Rotation([classes.target], run.seed)
-        self.original = Rotation(classes.original.values(), run.seed)
-        self.background = Rotation(classes.background.values(), run.seed)
-
-    def batch(self, step: int) -> tuple[Windows, Windows | None, Windows | None]:
-        """Target, original and background windows of step 0, 1, ...; None where a step has none."""
-        before, after = self._taken(step), self._taken(step + 1)
-        target, original, background = (
-            [rotation.at(i) for i in range(first, last)]
-            for rotation, first, last in zip(
-                (self.target, self.original, self.background), before, after, strict=True
+        packed = self.cache.packed([*self.key, limit, *key], make)
+        if len(packed.windows) < self.fewest:
+            raise BadRecipe(
+                f"the text of {name} fills {len(packed.windows)} windows of {self.window} tokens; "
+                f"{self.fewest} must be filled"
             )
+        return packed
+
+
+def _firsts(classes: Iterable[Sequence[Source]]) -> Iterable[str]:
+    for sources in classes:
+        yield from islice(chain.from_iterable(source.documents() for source in sources), CHAT_DOCUMENTS)
+
+
+def _by_class(named: Iterable[tuple[str, Source]]) -> dict[str, list[Source]]:
+    classes: dict[str, list[Source]] = {}
+    for name, source in named:
+        classes.setdefault(name, []).append(source)
+    return classes
+
+
+def _windows(packed: Mapping[str, Packed]) -> dict[str, Windows]:
+    return {name: each.windows for name, each in packed.items()}
+
+
+def _check_names(names: Iterable[str]) -> None:
+    seen = {"target", "chat"}  # the names of the two classes that are not named after a source
+    for name in names:
+        if name in seen:
+            raise BadRecipe(f"two classes of text are named {name!r}; rename a file or take another data set")
+        seen.add(name)
+
+
+def _check_target(grams: Mapping[str, Tensor]) -> None:
+    for name, other in grams.items():
+        if name != "target":
+            _check_overlap("the target", grams["target"], _text_of(name), other)
+
+
+def _text_of(name: str) -> str:
+    return "the target" if name == "target" else f"the text of {name}"
+
+
+def _check_overlap(a: str, grams_a: Tensor, b: str, grams_b: Tensor) -> None:
+    share = overlap(grams_a, grams_b)
+    if share > MOST_OVERLAP:
+        raise BadRecipe(
+            f"{a} and {b} share {share:.0%} of their runs of eight words; "
+            f"more than {MOST_OVERLAP:.0%} means the same text in two places"
         )
-        return join(target), join(original) if original else None, join(background) if background else None
-
-    def _taken(self, steps: int) -> tuple[int, int, int]:
-        """Target, original and background windows taken before step `steps`."""
-        windows = steps * self.run.windows_a_step
-        original = int(windows * self.run.original_share + 1e-9)
-        background = int(windows * self.run.background_share + 1e-9)
-        return windows - original - background, original, background
-
-
-def read_classes(folder: Path, data: Data, tokenizer: Any, run: Run) -> Classes:
-    """The recipe's training text, packed; at most `CLASS_TOKENS` tokens of each class that is not the target.
-
-    Raises BadRecipe if a glob matches no file or a class has less than two windows of text.
-    """
-    target_files = find_files(folder, data.target)
-    target = [document for path in target_files for document in read_documents(path)]
-    original = {source_name(path): read_documents(path) for path in find_files(folder, data.original)}
-    if data.chat:
-        chats = chat_documents(tokenizer, [d for documents in original.values() for d in documents[:100]])
-        if chats:
-            original["chat"] = chats
-    background: dict[str, list[str]] = {}
-    for path in find_files(folder, data.background):
-        background.setdefault(language(path), []).extend(read_documents(path))
-
-    def packed(named: Mapping[str, list[str]]) -> dict[str, Windows]:
-        return {n: _packed(n, d, tokenizer, run, CLASS_TOKENS) for n, d in named.items()}
-
-    return Classes(_packed("target", target, tokenizer, run, None), packed(original), packed(background))
-
-
-def read_heldout(
-    folder: Path, globs: Iterable[str], tokenizer: Any, window: int, windows: int
-) -> dict[str, Windows]:
-    """Up to `windows` windows of each source that matches, by source name.
-
-    Raises BadRecipe if a glob matches no file or a source fills no window.
-    """
-    sources = {}
-    for path in find_files(folder, globs):
-        name = source_name(path)
-        sources[name] = pack(tokenizer, read_documents(path), window, windows * window, seed=0)
-        if len(sources[name]) == 0:
-            raise BadRecipe(f"the held-out text of {name} fills 0 windows of {window} tokens")
-    return sources
-
-
-def _packed(name: str, documents: list[str], tokenizer: Any, run: Run, tokens: int | None) -> Windows:
-    windows = pack(tokenizer, documents, run.window, tokens, run.seed)
-    if len(windows) < 2:
-        raise BadRecipe(f"the text of {name} fills {len(windows)} windows of {run.window} tokens; 2 are needed")
-    return windows

@@ -1,6 +1,6 @@
-"""The training loop: a recipe and a corpus in, an adapter file out.
+"""Training: a recipe and a corpus in, an adapter file out. The loop itself is `transformers.Trainer`.
 
-A run is a function of its recipe, corpus and base: no random state lives in the loop, so a resumed run takes
+A run is a function of its recipe, corpus and base: a batch depends on the step alone, so a resumed run takes
 exactly the steps that an uninterrupted one takes.
 """
 
@@ -8,46 +8,63 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from nr_serve.errors import Conflict, NrError
+from nr_serve.errors import BadRequest, Conflict, NrError
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import losses, text
-from nr_serve.train.attach import AdapterModule, Attached, window_inputs
+from nr_serve.train import text
 from nr_serve.train.base import FrozenBase, load_base
-from nr_serve.train.export import restore, write_run
+from nr_serve.train.export import load_weights, write_result
 from nr_serve.train.gates import fit_gates, gate_classes
-from nr_serve.train.measure import SourceResult, measure
-from nr_serve.train.recipe import Recipe, Run, parse_recipe, read_recipe
+from nr_serve.train.measure import measure
+from nr_serve.train.methods import make_learner
+from nr_serve.train.mix import Classes, Mix
+from nr_serve.train.recipe import BadRecipe, Recipe, Run, parse_recipe
 
 
 class TrainingDiverged(NrError):
     """The loss is no longer a number; the last checkpoint is from before."""
 
 
-def train(recipe: Path, out: Path, corpus: Path, *, resume: bool = False) -> Path:
-    """Train an adapter as `recipe` says, on the text in `corpus`; returns the file, `out`/<domain>.safetensors.
+class TrainingStopped(NrError):
+    """Training could not go on, and the last good checkpoint is kept."""
 
-    `out` also receives checkpoints and `log.jsonl`. Raises BadRecipe; Conflict if `out` holds another run or
-    another process trains there; TrainingDiverged if the loss stops being finite.
+
+def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tensorboard: bool = False) -> Path:
+    """Train as `recipe` says, on the text in `corpus`; returns what came of it.
+
+    That is a file, `out`/<domain>.safetensors, for a method with blocks, else a folder, `out`/<method>. `out` also
+    receives checkpoints and `log.jsonl`, and with `tensorboard` its event files. Processes started by
+    `accelerate launch` share each step. Raises BadRecipe; Conflict if `out` holds another run or another process
+    trains there; TrainingDiverged if the loss stops being finite; TrainingStopped if the disk is full.
     """
-    plan = read_recipe(recipe)
-    out.mkdir(parents=True, exist_ok=True)
-    with checkpoints.alone(out):
-        found = checkpoints.latest(out)
-        if found is not None and not resume:
-            raise Conflict(f"{out} holds checkpoints of an earlier run; resume it or name another folder")
-        saved = None if found is None else checkpoints.load(found)
-        trainer = Trainer(plan, load_base(plan.base, plan.run.dtype), out, corpus, saved)
-        trainer.run()
-        return trainer.export(out / f"{plan.domain}.safetensors")
+    first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with checkpoints.alone(out) if first else nullcontext():
+            found = checkpoints.latest(out)
+            if found is not None and not resume:
+                raise Conflict(f"{out} holds checkpoints of an earlier run; resume it or name another folder")
+            saved = None if found is None else checkpoints.load(found)
+            run = TrainingRun(recipe, load_base(recipe.base, recipe.base_dtype), out, corpus, saved)
+            return run.train(tensorboard=tensorboard)
+    except OSError as error:
+        kept = checkpoints.latest(out)
+        where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+        raise TrainingStopped(f"cannot write in {out}: {error.strerror}; {where}") from error
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -62,208 +79,267 @@ def learning_rate(run: Run, step: int) -> float:
     return run.lr * (0.5 - 0.5 * math.cos(math.pi * left) if run.schedule == "cosine" else left)
 
 
-@dataclass
-class StepResult:
-    """What one step measured."""
-
-    lm: float
-    """LM loss, nats a token."""
-    local: float
-    norm: float
-    """Norm of the gradient before clipping."""
-    target_fired: float
-    """Share of the target's token-layers that fired."""
-    other_fired: float
-    """Share of the other windows' token-layers that fired."""
-
-
-class Trainer:
-    """One run: the base with its blocks, the optimizer, the text."""
+class TrainingRun:
+    """One run: its text, its learner, and what it has measured."""
 
     def __init__(
         self, recipe: Recipe, base: FrozenBase, out: Path, corpus: Path, saved: checkpoints.Checkpoint | None
     ) -> None:
-        self.recipe, self.base, self.out = recipe, base, out
+        self.recipe, self.base, self.out, self.saved = recipe, base, out, saved
         run = recipe.run
-        self.log_path = out / "log.jsonl"
         _say("reading and packing the text")
         self.classes = text.read_classes(corpus, recipe.data, base.tokenizer, run)
+        self.digest = self.classes.digest()
         self.heldout = text.read_heldout(
-            corpus, recipe.data.heldout, base.tokenizer, run.window, run.validate_windows
+            corpus,
+            recipe.data.heldout,
+            base.tokenizer,
+            run.window,
+            run.validate_windows,
+            text_field=recipe.data.text_field,
+            apart_from=self.classes,
         )
-        self.mix = text.Mix(self.classes, run)
-        h = recipe.blocks.width(base.parameters, base.d, base.layers)
-        self.adapter = AdapterModule.fresh(base.layers, base.d, h, recipe.blocks.carry, run.seed)
-        self.attached = Attached(base.model, [self.adapter])
-        self.step, self.results = 0, dict[str, Any]()
-        if saved is None:
-            self._start()
-        else:
-            self._resume(saved)
+        if saved is not None:
+            self._check_resumable(saved)
+        self.learner = make_learner(recipe, base)
+        self.results: dict[str, Any] = saved.results if saved else {}
+        self.log = Log(out / "log.jsonl")
 
-    def _start(self) -> None:
-        if self.recipe.gate.init == "closed-form":
-            self.fit_gates()
-        self.optimizer = self._optimizer()
-        self.validate()
-        self.save()
-
-    def _resume(self, saved: checkpoints.Checkpoint) -> None:
-        tokens = saved.step * self.recipe.run.batch_tokens
-        if not self.recipe.continues(parse_recipe(saved.recipe), tokens):
+    def _check_resumable(self, saved: checkpoints.Checkpoint) -> None:
+        if not self.recipe.continues(parse_recipe(saved.recipe), saved.step * self.recipe.run.batch_tokens):
             raise Conflict("the recipe differs from that of the run to resume")
         if saved.base_fingerprint != self.base.fingerprint:
             raise Conflict("the base differs from that of the run to resume")
-        if saved.text_digest != self.classes.digest():
+        if saved.text_digest != self.digest:
             raise Conflict("the corpus differs from that of the run to resume")
-        self.adapter = restore(self.recipe, self.base, saved.blocks)
-        self.attached.adapters = [self.adapter]
-        self.optimizer = self._optimizer()
-        self.optimizer.load_state_dict(saved.optimizer)
-        self.step, self.results = saved.step, saved.results
-        _say(f"resuming after step {self.step}")
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        trained = self.recipe.gate.trained
-        for name, parameter in self.adapter.named_parameters():
-            parameter.requires_grad_(trained or name.rsplit(".", 1)[1] not in ("gate", "bias"))
-        run = self.recipe.run
-        parameters = [p for p in self.adapter.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=run.lr, weight_decay=run.weight_decay, foreach=True)
+    def train(self, *, tensorboard: bool) -> Path:
+        """Take the steps that are left; returns the adapter file or the folder of the trained model."""
+        arguments = training_arguments(self.recipe.run, self.out, tensorboard=tensorboard)
+        self.learner.to(arguments.device)
+        if self.saved is None:
+            if self.recipe.method == "neutral" and self.recipe.gate.fitted:
+                self.fit_gates()
+        else:
+            load_weights(self.learner, self.saved.weights())
+            _say(f"resuming after step {self.saved.step}")
+        loop = Loop(self, arguments)
+        if self.saved is None:
+            self.validate(0)
+        loop.train(resume_from_checkpoint=None if self.saved is None else str(self.saved.folder))
+        if not loop.is_world_process_zero():
+            return self.out
+        steps = loop.state.global_step
+        self.validate(steps)
+        results = {"tokens": steps * self.recipe.run.batch_tokens, "heldout": self.results}
+        self.log.write({"event": "end", "step": steps, "tokens": results["tokens"]})
+        return write_result(self.out, self.recipe, self.base, self.learner, results)
 
-    def fit_gates(self, *, only_bias: bool = False) -> None:
-        """Fit the gates in closed form on the stream as it is (or set their thresholds anew) and log how well."""
+    def fit_gates(self) -> None:
+        """Fit the gates on the stream as it is, and log how well; a run killed since then finds them fitted."""
+        adapter = self.learner.adapter
+        assert adapter is not None
+        gate, kept = self.recipe.gate, self.out / "gates.safetensors"
+        fits = {
+            "gate": gate.model_dump(),
+            "carry": adapter.carry,
+            "text": self.digest,
+            "base": self.base.fingerprint,
+        }
+        if checkpoints.load_gates(kept, adapter, fits):
+            return
         _say("fitting the gates")
-        gate = self.recipe.gate
         classes = gate_classes(self.classes, gate.fit_tokens)
-        report = fit_gates(self.base.model, self.attached, classes, gate, only_bias=only_bias)
-        self._log({"event": "gates", "layers": {i: asdict(fit) for i, fit in report.items()}})
+        report = fit_gates(self.base.model, self.learner.attached, classes, gate, original=self.classes.original)
+        self.log.write({"event": "gates", "layers": {i: asdict(fit) for i, fit in report.items()}})
         found = sum(fit.found for fit in report.values()) / len(report)
         worst = max(max(fit.misfired.values()) for fit in report.values())
         _say(f"gates find {found:.1%} of the target, misfire on at most {worst:.2%} of a class in a layer")
+        checkpoints.save_gates(kept, adapter, fits)
 
-    def run(self) -> None:
-        """Take the steps that are left."""
-        run = self.recipe.run
-        since, tokens = time.monotonic(), 0
-        while self.step < run.steps:
-            result = self.take_step()
-            self._check(result)
-            self.step += 1
-            tokens += run.batch_tokens
-            if self.step % run.log_every == 0 or self.step == run.steps:
-                rate = tokens / (time.monotonic() - since)
-                self._report(result, rate)
-                since, tokens = time.monotonic(), 0
-            if self._due(run.validate_every):
-                self.validate()
-                since, tokens = time.monotonic(), 0
-            if self._due(run.checkpoint_every):
-                self.save()
-
-    def take_step(self) -> StepResult:
-        """One gradient step: forward and backward on the batch, clip, update."""
-        target, original, background = self.mix.batch(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe.run, self.step)
-        spoken = original if self.recipe.loss.lm_on_original else None
-        lm, target_fired = self._learn(target, spoken)
-        quiet = [windows for windows in (original, background) if windows is not None and windows is not spoken]
-        local, other_fired = self._keep_quiet(text.join(quiet)) if quiet else (0.0, 0.0)
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.recipe.run.clip)
-        if math.isfinite(float(norm)) and math.isfinite(lm + local):
-            self.optimizer.step()
-        return StepResult(lm, local, float(norm), target_fired, other_fired)
-
-    def _learn(self, target: text.Windows, original: text.Windows | None) -> tuple[float, float]:
-        """Gradient of the LM loss on these windows, and of the local loss on the original ones among them.
-
-        Returns the LM loss and the share of token-layers fired.
-        """
-        windows = target if original is None else text.join([target, original])
-        local = None if original is None else losses.LOCAL[self.recipe.loss.kind]
-        is_original_BT = (torch.arange(len(windows)) >= len(target))[:, None].expand_as(windows.ids_NT)
-        record = self.attached.begin(windows.offset_NT, local, is_original_BT)
-        output = self.base.model(windows.ids_NT, use_cache=False, **window_inputs(windows.offset_NT))
-        lm = losses.lm_loss(output.logits, losses.next_token_labels(windows.ids_NT, windows.offset_NT))
-        quiet = losses.local_loss(record.local_sum, max(1, int(is_original_BT.sum())), self.adapter.depth)
-        loss = lm + self.recipe.loss.alpha * quiet
-        if loss.requires_grad:  # not if no gate fired at all
-            torch.autograd.backward(loss)
-        return float(lm.detach()), record.fired_share(0)
-
-    @torch.no_grad()
-    def _keep_quiet(self, others: text.Windows) -> tuple[float, float]:
-        """Gradient of the local loss on text that is not the target's; (loss, share of token-layers fired).
-
-        Each block answers for its own residue: the gradient does not run down the stream, so these windows
-        cost a forward pass and the few tokens that fired.
-        """
-        record = self.attached.begin(others.offset_NT, losses.LOCAL[self.recipe.loss.kind])
-        self.base.model.model(others.ids_NT, use_cache=False, **window_inputs(others.offset_NT))
-        loss = losses.local_loss(record.local_sum, others.ids_NT.numel(), self.adapter.depth)
-        if loss.requires_grad:
-            with torch.enable_grad():
-                torch.autograd.backward(self.recipe.loss.alpha * loss)
-        return float(loss), record.fired_share(0)
-
-    def validate(self) -> Mapping[str, SourceResult]:
-        """Measure the held-out sources as the adapter is now, and log them."""
-        measured = measure(self.base.model, self.attached, self.heldout)
-        for name, source in measured.items():
+    def validate(self, step: int) -> float:
+        """Measure the held-out sources as they are now and log them; returns the mean loss on the target's."""
+        for name, source in measure(self.base.model, self.learner.attached, self.heldout).items():
             before = self.results.get(name, {}).get("before", source.loss)
-            self.results[name] = {"before": before, "after": source.loss, "fired": source.fired[0]}
-        self._log({"event": "heldout", "sources": self.results})
+            self.results[name] = {"before": before, "after": source.loss}
+            if source.fired:
+                self.results[name]["fired"] = source.fired[0]
+        self.log.write({"event": "heldout", "step": step, "sources": self.results})
         for name, r in self.results.items():
-            _say(f"  {name:16} loss {r['before']:.3f} -> {r['after']:.3f}  fired {r['fired']:.2%}")
-        return measured
+            fired = f"  fired {r['fired']:.2%}" if "fired" in r else ""
+            _say(f"  {name:16} loss {r['before']:.3f} -> {r['after']:.3f}{fired}")
+        own = [r["after"] for name, r in self.results.items() if self.recipe.owns(name)]
+        return sum(own) / len(own) if own else math.nan
 
-    def save(self) -> None:
-        """Write a checkpoint."""
-        saved = checkpoints.Checkpoint(
-            step=self.step,
-            recipe=self.recipe.dump(),
-            base_fingerprint=self.base.fingerprint,
-            text_digest=self.classes.digest(),
-            results=self.results,
-            blocks=self.adapter.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+
+class Log:
+    """A run's log: one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Add a line."""
+        with self.path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+
+
+class Batches(Dataset[dict[str, tuple[Tensor, Tensor]]]):
+    """The parts of all steps, in order: each step is cut in as many parts as processes and accumulation need."""
+
+    def __init__(self, classes: Classes, run: Run, processes: int) -> None:
+        parts = processes * run.accumulate
+        if run.windows_a_step % parts:
+            raise BadRecipe(f"{run.windows_a_step} windows a step do not divide into {parts} parts")
+        windows = run.windows_a_step // parts
+        if windows * (1 - run.original_share - run.background_share) < 1:
+            raise BadRecipe(f"the shares leave less than one target window in each of a step's {parts} parts")
+        self.length = run.steps * parts
+        self.mix = Mix(classes, run.model_copy(update={"batch_tokens": windows * run.window}))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict[str, tuple[Tensor, Tensor]]:
+        named = zip(("target", "original", "background"), self.mix.batch(i), strict=True)
+        return {name: (w.ids_NT, w.offset_NT) for name, w in named if w is not None}
+
+
+def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArguments:
+    """The recipe's steps in the words of `transformers.Trainer`."""
+    stops = run.patience is not None
+    save, validate = run.every(run.checkpoint_every), run.every(run.validate_every)
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=run.steps,
+        per_device_train_batch_size=1,  # a part of a step: see Batches
+        gradient_accumulation_steps=run.accumulate,
+        max_grad_norm=run.clip,
+        bf16=run.dtype == "bfloat16",
+        torch_compile=run.compile,
+        ddp_find_unused_parameters=True,  # a block whose gate stayed shut takes no part in a step
+        logging_steps=run.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=validate if stops else save,  # the best checkpoint is one that was measured
+        save_total_limit=checkpoints.KEPT,
+        eval_strategy="steps",
+        eval_steps=validate,
+        load_best_model_at_end=stops,
+        metric_for_best_model="loss" if stops else None,
+        greater_is_better=False if stops else None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=["tensorboard"] if tensorboard else [],
+        seed=run.seed,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs: one process each, never DataParallel
+    return arguments
+
+
+class Loop(transformers.Trainer):
+    """The gradient steps of a run."""
+
+    def __init__(self, run: TrainingRun, arguments: TrainingArguments) -> None:
+        self.run, self.learner = run, run.learner
+        plan = run.recipe.run
+        parameters = list(self.learner.trained().values())
+        optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, foreach=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(plan, step) / plan.lr)
+        self.batches = Batches(run.classes, plan, arguments.world_size)
+        callbacks: list[TrainerCallback] = [EarlyStoppingCallback(plan.patience)] if plan.patience else []
+        super().__init__(
+            model=self.learner,
+            args=arguments,
+            train_dataset=self.batches,
+            eval_dataset=[],  # measured by the run, in its own way
+            data_collator=lambda parts: parts[0],
+            optimizers=(optimizer, schedule),
+            callbacks=callbacks,
         )
-        checkpoints.save(self.out, saved)
+        self.model_accepts_loss_kwargs = False
+        self._sums: dict[str, float] = {}
+        self._parts, self._since = 0, time.monotonic()
 
-    def export(self, path: Path) -> Path:
-        """Write the adapter file as training stands."""
-        self.save()
-        self.validate()
-        results = {"tokens": self.step * self.recipe.run.batch_tokens, "heldout": self.results}
-        return write_run(path, self.recipe, self.base, self.adapter, results)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.batches)
 
-    def _check(self, result: StepResult) -> None:
-        if not math.isfinite(result.lm + result.local + result.norm):
-            self._log({"event": "diverged", "step": self.step, **asdict(result)})
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The learner's loss on one part of a step. Raises TrainingDiverged if it is not finite."""
+        output = model(**inputs)
+        for name in ("lm", "local", "target_fired", "other_fired"):
+            self._sums[name] = self._sums.get(name, 0.0) + float(output[name])
+        self._parts += 1
+        self._check(output["loss"], "loss")
+        return (output["loss"], output) if return_outputs else output["loss"]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm: Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        self._check(norm, "gradient norm")
+        return norm
+
+    def _check(self, value: Tensor, what: str) -> None:
+        value = value.detach()
+        if not math.isfinite(float(value)):
+            self.run.log.write({"event": "diverged", "step": self.state.global_step, what: float(value)})
             raise TrainingDiverged(
-                f"step {self.step}: LM loss {result.lm}, local loss {result.local}, gradient norm {result.norm}; "
-                f"the last good checkpoint is {checkpoints.latest(self.out)}"
+                f"step {self.state.global_step}: the {what} is {float(value)}; "
+                f"the last good checkpoint is {checkpoints.latest(self.run.out)}"
             )
 
-    def _due(self, every_tokens: int) -> bool:
-        tokens, batch = self.step * self.recipe.run.batch_tokens, self.recipe.run.batch_tokens
-        return tokens // every_tokens > (tokens - batch) // every_tokens
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the means since the last time, with the rate."""
+        if self._parts and "loss" in logs:
+            tokens = (self.state.global_step - self._logged_step) * self.run.recipe.run.batch_tokens
+            logs |= {name: total / self._parts for name, total in self._sums.items()}
+            logs["tokens_a_second"] = tokens / (time.monotonic() - self._since)
+            self._sums, self._parts = {}, 0
+            done = self.state.global_step * self.run.recipe.run.batch_tokens
+            if self.is_world_process_zero():
+                self.run.log.write({"event": "step", "step": self.state.global_step, "tokens": done} | _plain(logs))
+        super().log(logs, start_time)
+        self._since, self._logged_step = time.monotonic(), self.state.global_step
 
-    def _report(self, result: StepResult, rate: float) -> None:
-        run = self.recipe.run
-        done = self.step * run.batch_tokens
-        self._log({"event": "step", "step": self.step, "tokens": done, "tokens_a_second": rate, **asdict(result)})
-        _say(
-            f"{done:,}/{run.tokens:,} tokens  {rate:.0f}/s  lm {result.lm:.3f}  local {result.local:.2e}  "
-            f"norm {result.norm:.2f}  fired {result.target_fired:.1%} of target, {result.other_fired:.2%} of others"
-        )
+    _logged_step = 0
 
-    def _log(self, entry: dict[str, Any]) -> None:
-        with self.log_path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(entry) + "\n")
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the held-out sources."""
+        metrics = {"eval_loss": self.run.validate(self.state.global_step)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        assert output_dir is not None
+        checkpoints.save_weights(Path(output_dir), self.learner.trained_state())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            checkpoints.complete(
+                checkpoints.Checkpoint(
+                    folder=self.run.out / f"{checkpoints.PREFIX}{self.state.global_step}",
+                    step=self.state.global_step,
+                    recipe=self.run.recipe.dump(),
+                    base_fingerprint=self.run.base.fingerprint,
+                    text_digest=self.run.digest,
+                    results=self.run.results,
+                )
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.learner, checkpoints.load(Path(resume_from_checkpoint)).weights())
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is None:
+            raise BadRequest("no held-out text of the target was measured, so there is no best checkpoint")
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _plain(logs: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in logs.items()}
 
 
 def _say(message: str) -> None:

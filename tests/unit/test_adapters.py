@@ -48,6 +48,11 @@ class Server:
             self.adapters.copy_some(seconds=60)
         return answer
 
+    def patch(self, name, **dials) -> Future:
+        answer: Future = Future()
+        self.adapters.patch(PatchAdapter(name, **dials), answer)
+        return answer
+
     def made(self, seed, **options):
         return tiny.adapter(self.base, seed, **options)
 
@@ -279,20 +284,18 @@ def test_the_threshold_is_a_dial_that_acts_with_the_next_step():
     server.load("a", server.made(1, threshold=0.2))
     server.load("b", server.made(2), threshold=0.7)
     assert [v.threshold for v in server.adapters.views()] == [0.2, 0.7]
-    view = server.adapters.patch(PatchAdapter("a", threshold=0.5))
+    view = server.patch("a", threshold=0.5).result(timeout=0)
     assert (view.threshold, view.pinned) == (0.5, False)
     server.ask("half", ("a",))
     server.finish()
     assert server.tokens["half"] == server.expected(server.made(1, threshold=0.5))
-    server.adapters.patch(PatchAdapter("a", threshold=1e6))
+    server.patch("a", threshold=1e6)
     server.ask("shut", ("a",))
     server.finish()
     assert server.tokens["shut"] == server.expected()
-    with pytest.raises(NotFound):
-        server.adapters.patch(PatchAdapter("c", threshold=0.0))
+    assert isinstance(error_of(server.patch("c", threshold=0.0)), NotFound)
     for threshold in (float("nan"), float("inf"), -1e39):
-        with pytest.raises(BadRequest):
-            server.adapters.patch(PatchAdapter("a", threshold=threshold))
+        assert isinstance(error_of(server.patch("a", threshold=threshold)), BadRequest)
     assert server.adapters.view(server.adapters.registry.get("a")).threshold == 1e6
 
 
@@ -304,7 +307,7 @@ def test_a_dial_turned_while_the_weights_are_copied_is_not_lost():
     wanted = "b" if server.slot("b") is None else "a"
     server.step()
     assert server.state(wanted) == "loading"
-    server.adapters.patch(PatchAdapter(wanted, threshold=1e6))
+    server.patch(wanted, threshold=1e6)
     server.finish()
     assert server.tokens["r"] == server.expected(), "the threshold shuts every gate"
 
@@ -320,7 +323,7 @@ def test_pinned_adapters_stay_and_a_selection_without_room_is_refused_at_once():
     server.finish()
     assert isinstance(server.ended["c"], Unavailable)
     assert server.tokens["behind"] == server.expected(made["a"]), "a request nobody can serve held up the others"
-    server.adapters.patch(PatchAdapter("a", pinned=False))
+    server.patch("a", pinned=False)
     server.ask("c again", ("c",))
     server.finish()
     assert server.tokens["c again"] == server.expected(made["c"])
@@ -343,7 +346,7 @@ def test_random_loads_replacements_unloads_and_aborts_never_change_an_answer_und
         elif roll < 0.20 and name in server.adapters.registry:
             server.adapters.unload(name)
         elif roll < 0.25 and name in server.adapters.registry:
-            server.adapters.patch(PatchAdapter(name, pinned=rng.random() < 0.4))
+            server.patch(name, pinned=rng.random() < 0.4)
         elif roll < 0.28 and asked:
             server.core.abort(str(rng.randrange(asked)))
         elif roll < 0.7:

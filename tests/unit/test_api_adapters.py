@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from tests.fakes import serving
+from tests.fakes import serving, view
 
 
 @pytest.fixture
@@ -128,6 +128,16 @@ def test_an_adapter_shows_what_its_gates_did(server):
     assert body["gates"]["fired_rate"] == 0.2
     assert body["gates"]["layer_groups"][0] == {"layers": "0-1", "fired": 3, "seen": 10, "fired_rate": 0.3}
     assert body["fired_by_selected"] == {"base": 4}
+
+
+def test_an_adapter_shows_its_leak_on_every_probe_text_and_null_until_it_was_measured(server):
+    body = server.http.get("/v1/adapters/hu").json()
+    expected = {"prose": {"leak": 0.0025, "tokens": 100}, "code": {"leak": 0.0075, "tokens": 100}}
+    assert body["neutrality"] == expected
+    assert put(server, "da").json()["neutrality"] == expected
+    server.engine.adapters["hu"] = view("hu", neutrality=None)
+    assert server.http.patch("/v1/adapters/hu", json={"pinned": True}).json()["neutrality"] is None
+    assert server.http.get("/v1/adapters").json()["data"][0]["neutrality"] is None
 
 
 def test_vllms_routes_answer_as_vllm_does(server):

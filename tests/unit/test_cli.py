@@ -9,12 +9,13 @@ import torch
 from nr_serve.cli import main, parse
 from nr_serve.commands import COMMANDS
 from nr_serve.config import ServeConfig
-from nr_serve.errors import NrError
+from nr_serve.errors import BadRequest, NrError
 from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
 from nr_serve.serve import bind
 from nr_serve.train.base import load_base
 from tests import tiny
 from tests.fakes import serving
+from tests.tiny_run import RECIPE
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,7 @@ def test_a_flag_wins_over_the_environment_and_lists_repeat(monkeypatch):
         (["serve", "--adapter", "a.safetensors", "--adapter", "a b=c"], "--adapter: a b=c: an adapter's name"),
         (["serve", "--adapter", "_x.safetensors"], "--adapter: _x.safetensors: an adapter's name"),
         (["evaluate", "f", "--corpus", "x", "--windows", "0"], "--windows"),
-        (["export-adapter", "r", "f", "--percentile", "100"], "--percentile"),
+        (["calibrate", "f", "--corpus", "c", "--out", "o", "--carry", "1"], "--carry"),
     ],
 )
 def test_a_wrong_setting_is_named_and_ends_with_2(args, message, capsys):
@@ -113,11 +114,13 @@ def test_an_adapter_is_loaded_listed_and_unloaded_with_no_further_flag(against, 
     path = tmp_path / "da.safetensors"
     path.write_bytes(b"good da")
     assert main(["load-adapter", str(path)]) == 0
-    assert capsys.readouterr().out.strip().startswith("da: version 676f6f642064, slot 1, loaded in 0.25 s")
+    loaded = "da: version 676f6f642064, slot 1, loaded in 0.25 s, leak 0.75% (code)\n"
+    assert capsys.readouterr().out == loaded
     assert main(["list-adapters"]) == 0
     header, hu, da = capsys.readouterr().out.splitlines()
     assert header.split()[-1] == "FIRED"
     assert hu.split()[-1] == "20.00%"
+    assert hu.split()[-3:-1] == ["0.75%", "(code)"]
     assert da.split()[:4] == ["da", "676f6f642064", "hu", "attached"]
     assert main(["load-adapter", str(path), "--replace", "--pin", "--threshold", "0.5", "--name", "da"]) == 0
     capsys.readouterr()
@@ -169,24 +172,64 @@ def test_fetch_model_prints_the_folder_last(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path)
 
 
-def test_train_hands_its_flags_to_the_trainer(tmp_path, monkeypatch, capsys):
+def test_train_hands_its_flags_and_the_changed_recipe_to_the_trainer(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("nr_serve.train.trainer.train", lambda *args, **more: calls.append((*args, more)) or "file")
-    assert main(["train", "r.toml", "--corpus", "c", "--out", "o", "--resume"]) == 0
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.format(base="b", tokens=256, lr=0.1, gate=""))
+    flags = [
+        "--corpus",
+        "c",
+        "--out",
+        "o",
+        "--resume",
+        "--tensorboard",
+        "--set",
+        "run.lr=0.5",
+        "--set",
+        "method=lora",
+    ]
+    assert main(["train", str(path), *flags]) == 0
     ((recipe, out, corpus, more),) = calls
-    assert (str(recipe), str(out), str(corpus), more) == ("r.toml", "o", "c", {"resume": True})
+    assert (recipe.run.lr, recipe.method, recipe.run.tokens) == (0.5, "lora", 256)
+    assert (str(out), str(corpus), more) == ("o", "c", {"resume": True, "tensorboard": True})
+    assert capsys.readouterr().out == "file\n"
+    assert main(["train", str(path), "--corpus", "c", "--out", "o", "--set", "run.steps=3"]) == 1
+    assert "run.steps is not a known key" in capsys.readouterr().err
 
 
 def test_export_adapter_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("nr_serve.train.export.export_run", lambda *args, **more: calls.append((*args, more)) or 7)
-    assert main(["export-adapter", "r", "f", "--percentile", "99.5", "--corpus", "c", "--threshold", "0.3"]) == 0
+    assert main(["export-adapter", "r", "f", "--threshold", "0.3"]) == 0
     assert capsys.readouterr().out == "7\n"
     assert main(["export-adapter", "r", "f"]) == 0
-    assert calls == [
-        (Path("r"), Path("f"), {"corpus": Path("c"), "percentile": 99.5, "threshold": 0.3}),
-        (Path("r"), Path("f"), {"corpus": None, "percentile": None, "threshold": 0.0}),
-    ]
+    assert calls == [(Path("r"), Path("f"), {"threshold": t}) for t in (0.3, 0.0)]
+
+
+def test_calibrate_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(
+        "nr_serve.train.calibrate.calibrate", lambda *args, **more: calls.append((*args, more)) or 7
+    )
+    beside = ["--beside", "a", "--beside", "b"]
+    assert main(["calibrate", "f", *beside, "--corpus", "c", "--out", "o", "--set", "percentile=99.9"]) == 0
+    assert capsys.readouterr().out == "7\n"
+    more = {"base": "default", "carry": None, "changes": {"percentile": 99.9}}
+    assert calls == [(Path("f"), [Path("a"), Path("b")], Path("c"), Path("o"), more)]
+
+
+def test_sweep_compares_the_runs_that_ended_and_fails_if_one_did(monkeypatch, capsys):
+    ends = {"a": Path("made"), "b": BadRequest("diverged")}
+    compared = []
+    monkeypatch.setattr("nr_serve.train.sweep.run_sweep", lambda *args: ends)
+    monkeypatch.setattr(
+        "nr_serve.evaluate.compare.compare_runs", lambda *args, **more: compared.append(args) or "c"
+    )
+    monkeypatch.setattr("nr_serve.evaluate.compare.write_comparison", lambda *args: [Path("x.md")])
+    assert main(["sweep", "s.toml", "--corpus", "c", "--out", "o"]) == 1
+    assert compared == [({"a": Path("o/a")}, Path("c"), ["*.heldout.txt"])]
+    assert capsys.readouterr().out == "x.md\n"
 
 
 @pytest.fixture

@@ -251,6 +251,31 @@ def test_adapters_of_the_settings_are_attached_before_it_is_ready(folder, files)
     loop.stop()
 
 
+def test_an_adapter_is_measured_on_the_probe_texts_and_refused_above_the_limit(folder, files, tmp_path):
+    place, _ = files
+    (tmp_path / "law.txt").write_text("The court found for the plaintiff.")
+    law = tuple(b"The court found for the plaintiff.")
+    loop = Loop(folder, max_leak=0.0, probe_text=[tmp_path / "law.txt"]).begin()
+    view = result(loop.call(LoadAdapter("a", place / "a.safetensors", threshold=1e6)))
+    assert {name: (leak.rate, leak.tokens) for name, leak in view.neutrality.items()} == {"law": (0, len(law))}
+    loop.submit(ask("r", ("a",), tokens=100))
+    error = error_of(loop.call(LoadAdapter("a", place / "b.safetensors", replace=True)))
+    assert isinstance(error, BadRequest)
+    assert "'law'" in error.message
+    assert isinstance(error_of(loop.call(PatchAdapter("a", threshold=0.0))), BadRequest)
+    assert result(loop.call(ListAdapters()))[0].threshold == 1e6
+    assert [t.id for o in loop.outputs("r")["r"] for t in o.tokens] == expected(tokens=100), "every gate is shut"
+    loop.stop()
+
+
+def test_a_built_in_text_is_no_longer_than_the_server_takes(loop, files):
+    place, _ = files
+    view = result(loop.call(LoadAdapter("a", place / "a.safetensors")))
+    assert {leak.tokens for leak in view.neutrality.values()} == {loop.info.max_model_len}
+    assert 0 < min(leak.rate for leak in view.neutrality.values()) < 1
+    assert result(loop.call(PatchAdapter("a", threshold=1e6))).neutrality["prose"].rate == 0
+
+
 def test_a_request_waits_for_its_adapter_to_be_copied(folder, files):
     place, made = files
     entries = [str(place / "a.safetensors"), str(place / "b.safetensors")]
@@ -261,16 +286,22 @@ def test_a_request_waits_for_its_adapter_to_be_copied(folder, files):
     loop.stop()
 
 
-@pytest.mark.parametrize("fault", ["no base", "no adapter", "name twice"])
+@pytest.mark.parametrize("fault", ["no base", "no adapter", "name twice", "no probe text", "leak"])
 def test_a_start_that_fails_says_why_and_refuses(folder, files, tmp_path, fault):
     place, _ = files
     file = str(place / "a.safetensors")
-    entries = {"no base": [], "no adapter": [str(tmp_path / "none.safetensors")], "name twice": [file, file]}[fault]
-    loop = Loop(tmp_path / "nowhere" if fault == "no base" else folder, adapter=entries)
+    more = {
+        "no adapter": {"adapter": [str(tmp_path / "none.safetensors")]},
+        "name twice": {"adapter": [file, file]},
+        "no probe text": {"probe_text": [tmp_path / "law.txt"]},
+        "leak": {"adapter": [file], "max_leak": 0.0},
+    }.get(fault, {})
+    loop = Loop(tmp_path / "nowhere" if fault == "no base" else folder, **more)
     loop.start()
     loop._thread.join(PATIENCE)
     assert loop.status == "failed"
-    assert {"no base": "nowhere", "no adapter": "none.safetensors", "name twice": "'a'"}[fault] in loop.failure
+    reasons = {"no base": "nowhere", "no adapter": "none.safetensors", "name twice": "'a'"}
+    assert (reasons | {"no probe text": "law.txt", "leak": "--max-leak"})[fault] in loop.failure
     with pytest.raises(Unavailable) as refusal:
         loop.submit(ask("r"))
     assert refusal.value.message == loop.failure

@@ -14,7 +14,7 @@ REQUESTS = {
 }  # fmt: skip
 ADAPTERS = {
     "nr_adapter_loads_total", "nr_adapter_unloads_total", "nr_adapter_load_failures_total",
-    "nr_adapter_load_seconds", "nr_adapter_bytes", "nr_slots_used", "nr_slots_total",
+    "nr_adapter_load_seconds", "nr_adapter_bytes", "nr_adapter_leak_ratio", "nr_slots_used", "nr_slots_total",
 }  # fmt: skip
 
 
@@ -74,6 +74,12 @@ def test_an_unloaded_adapter_leaves_no_label_behind():
     assert samples(metrics)["nr_adapter_unloads_total"] == 1
 
 
+def test_an_adapter_that_was_not_measured_has_no_leak():
+    text = Metrics().render(None, (view("hu", neutrality=None),)).decode()
+    assert 'nr_adapter_bytes{adapter="hu"}' in text
+    assert "nr_adapter_leak_ratio{" not in text
+
+
 def test_joined_selections_go_with_each_adapter_in_them_and_only_so_many_are_told_apart():
     metrics = Metrics()
     for selected in ("base", "da+hu", "sk"):
@@ -116,6 +122,11 @@ def test_the_server_exports_every_metric_with_help():
     assert got['nr_gate_mass_total{adapter="da"}'] == 2.5
     assert got['nr_cross_fired_total{adapter="hu",selected="base"}'] == 4
     assert got['nr_adapter_bytes{adapter="da"}'] == 1000
+    leaks = {name: value for name, value in got.items() if name.startswith("nr_adapter_leak_ratio")}
+    assert leaks == {
+        'nr_adapter_leak_ratio{adapter="da",probe="prose"}': 0.0025,
+        'nr_adapter_leak_ratio{adapter="da",probe="code"}': 0.0075,
+    }, "of registered adapters only"
     for line in text.splitlines():
         if line.startswith("# HELP nr_"):
             assert len(line.split(" ", 3)[3]) > 5

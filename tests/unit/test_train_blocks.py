@@ -7,7 +7,7 @@ from nr_serve.neutral import math
 from nr_serve.neutral.format import Block
 from nr_serve.neutral.host import host_blocks
 from nr_serve.train import losses
-from nr_serve.train.attach import AdapterModule, Attached, window_inputs
+from nr_serve.train.attach import VARIANCE, AdapterModule, Attached, window_inputs
 from tests import tiny
 
 T = 12
@@ -91,11 +91,26 @@ def test_a_document_does_not_see_the_one_packed_before_it():
 
 def test_fresh_blocks_start_as_the_paper_says_and_add_nothing():
     d, h, layers = 48, 64, 3
-    adapter = AdapterModule.fresh(layers, d, h, carry=0.5, seed=0)
+    adapter = AdapterModule.fresh([h] * layers, d, carry=0.5, seed=0)
     block = adapter.layer(1)
     assert not block.w_out.any()
     for weight in (block.w_in, block.w_gate):
         assert weight.var().item() == pytest.approx(1 / (d * layers), rel=0.1)
+
+
+@pytest.mark.parametrize(("start", "variance"), [("paper", 1 / (48 * 3)), ("he", 2 / 48)])
+def test_starts_have_the_variance_they_are_named_for(start, variance):
+    adapter = AdapterModule.fresh([64, 0, 32], 48, carry=0.5, seed=0, variance=VARIANCE[start])
+    assert adapter.layer(1) is None
+    assert [adapter.layer(i).w_in.shape for i in (0, 2)] == [(64, 48), (32, 48)]
+    assert adapter.layer(0).w_gate.var().item() == pytest.approx(variance, rel=0.1)
+
+
+def test_a_gate_of_kind_none_is_always_open_to_one():
+    adapter = AdapterModule.fresh([16], 8, carry=0.0, seed=0, kind="none")
+    x = torch.randn(5, 8)
+    m = adapter.layer(0).carried(x, torch.arange(5), 0.0)
+    assert torch.equal(math.block_gate(m), torch.ones(5))
 
 
 def test_local_loss_on_a_stream_without_gradient_reaches_every_block():
@@ -111,25 +126,33 @@ def test_local_loss_on_a_stream_without_gradient_reaches_every_block():
     assert all(adapter.layer(i).gate.grad.any() for i in range(tiny.LAYERS))
 
 
-def test_local_loss_counts_only_the_tokens_it_is_given():
+def test_local_loss_does_not_count_the_targets_tokens():
     model = tiny.model().requires_grad_(False)
     attached = Attached(model, [module()])
     ids, offset = windows()
     sums = []
-    for rows in ([True, True, True], [True, False, False], [False, True, True]):
-        chosen = torch.tensor(rows)[:, None].expand_as(ids)
-        record = attached.begin(offset, losses.l1_relative, chosen)
+    for rows in ([False, False, False], [False, True, True], [True, False, False]):
+        target = torch.tensor(rows)[:, None].expand_as(ids)
+        record = attached.begin(offset, losses.l1_relative, target)
         model.model(ids, use_cache=False, **window_inputs(offset))
         sums.append(record.local_sum.item())
     assert sums[0] == pytest.approx(sums[1] + sums[2], rel=1e-5)
 
 
 def test_local_losses_follow_their_formulas():
-    r = torch.tensor([[1.0, -3.0], [0.0, 2.0]])
-    ffn = torch.tensor([[2.0, 2.0], [-1.0, 0.0]])
-    assert float(losses.l1(r, ffn)) == pytest.approx((4 + 2) / 2)
-    assert float(losses.l1_relative(r, ffn)) == pytest.approx(4 / 4 + 2 / 1)
-    assert float(losses.local_loss(None, 10, 2)) == 0
+    output = losses.LayerOutput(
+        m_T=torch.tensor([0.0, 2.0, -1.0]),
+        target_T=torch.tensor([False, True, False]),
+        r_fd=torch.tensor([[1.0, -3.0], [0.0, 2.0]]),
+        ffn_fd=torch.tensor([[2.0, 2.0], [-1.0, 0.0]]),
+    )
+    assert float(losses.l1(output)) == pytest.approx((4 + 2) / 2)
+    assert float(losses.l1_relative(output)) == pytest.approx(4 / 4 + 2 / 1)
+    s = torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64).sigmoid()
+    assert float(losses.cross_entropy(output)) == pytest.approx(
+        float(-(1 - s[0]).log() - s[1].log() - (1 - s[2]).log())
+    )
+    assert losses.local_loss(None, 10, 2) is None
     assert float(losses.local_loss(torch.tensor(40.0), 10, 2)) == 2
 
 

@@ -1,14 +1,15 @@
-"""Closed-form gates: exact least squares, thresholds that hold, layer after layer."""
+"""Fitted gates: exact least squares and logistic regression, thresholds that hold, layer after layer."""
 
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from nr_serve.neutral import math
 from nr_serve.train.attach import AdapterModule, Attached, window_inputs
-from nr_serve.train.gates import Fitter, causal_mean, fit_gates, solve_ridge
+from nr_serve.train.gates import SOLVERS, Fitter, causal_mean, fit_gates, solve_logistic, solve_ridge
+from nr_serve.train.pack import Windows
 from nr_serve.train.recipe import Gate
-from nr_serve.train.text import Windows
 from tests import tiny
 
 
@@ -38,6 +39,32 @@ def test_ridge_equals_weighted_least_squares_in_float64():
     assert float(b) == pytest.approx(p @ y - (p @ u) @ expected)
 
 
+def test_logistic_regression_equals_scikit_learns():
+    g = np.random.default_rng(1)
+    u = g.normal(size=(400, 5)) * 2 + 1
+    y = (u[:, 0] - 0.5 * u[:, 1] + g.logistic(size=400) > 1).astype(float)
+    weight = np.where(y > 0, 0.2, 1.0) * g.uniform(0.5, 2, size=400)
+    w, b = solve_logistic(*(torch.from_numpy(a) for a in (u, y, weight)), 0.01)
+    p = weight / weight.sum()
+    scale = np.sqrt((p @ (u - p @ u) ** 2).mean())
+    reference = LogisticRegression(C=1 / 0.01, tol=1e-10, max_iter=1000)
+    reference.fit((u - p @ u) / scale, y, sample_weight=p)
+    assert np.allclose(w.numpy(), reference.coef_[0] / scale, rtol=1e-3)
+    assert float(b) == pytest.approx(reference.intercept_[0] - (p @ u) @ reference.coef_[0] / scale, rel=1e-3)
+
+
+@pytest.mark.parametrize("init", list(SOLVERS))
+def test_original_and_background_text_have_percentiles_of_their_own(init):
+    model = tiny.model()
+    adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
+    gate = Gate(init=init, percentile=99.0, background_percentile=70.0)
+    report = fit_gates(model, Attached(model, [adapter]), classes(), gate, original=("en",))
+    for fit in report.values():
+        assert fit.misfired["en"] <= 0.011
+        assert fit.misfired["da"] <= 0.301
+        assert max(fit.misfired["en"] / 0.01, fit.misfired["da"] / 0.3) > 0.9
+
+
 def test_a_gate_fitted_on_carried_inputs_is_the_carried_gate():
     g = torch.Generator().manual_seed(0)
     x, w, b = torch.randn(2, 9, 5, generator=g), torch.randn(5, generator=g), torch.tensor(0.3)
@@ -51,7 +78,7 @@ def test_a_gate_fitted_on_carried_inputs_is_the_carried_gate():
 @pytest.mark.parametrize("trained_blocks", [False, True])
 def test_fitted_gates_hold_the_percentile_and_open_to_one_on_average(trained_blocks):
     model = tiny.model()
-    adapter = AdapterModule.fresh(tiny.LAYERS, tiny.D, 16, carry=0.5, seed=0)
+    adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
     if trained_blocks:
         for i in range(tiny.LAYERS):
             adapter.layer(i).w_out.data.normal_(generator=torch.Generator().manual_seed(i))
@@ -74,14 +101,14 @@ def test_fitted_gates_hold_the_percentile_and_open_to_one_on_average(trained_blo
 
 def test_mean_open_gate_on_the_target_is_one():
     model, named = tiny.model(), classes()
-    adapter = AdapterModule.fresh(tiny.LAYERS, tiny.D, 16, carry=0.5, seed=0)
+    adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
     seen = {}
     attached = Attached(model, [adapter])
     fit_gates(model, attached, named, Gate())
     odd = named["target"].take(slice(1, None, 2))
 
     def look(layer, x):
-        seen[layer] = adapter.layer(layer).gates(x, odd.offset_NT.flatten(), 0.5).detach()
+        seen[layer] = torch.relu(adapter.layer(layer).carried(x, odd.offset_NT.flatten(), 0.5).detach())
 
     attached.before = look
     attached.begin(odd.offset_NT)
@@ -90,23 +117,9 @@ def test_mean_open_gate_on_the_target_is_one():
         assert float(g[g > 0].mean()) == pytest.approx(1.0, abs=0.01)
 
 
-def test_refitting_the_thresholds_keeps_direction_and_scale():
-    model = tiny.model()
-    adapter = AdapterModule.fresh(tiny.LAYERS, tiny.D, 16, carry=0.5, seed=0)
-    attached = Attached(model, [adapter])
-    fit_gates(model, attached, classes(), Gate(percentile=90.0))
-    before = {name: p.clone() for name, p in adapter.named_parameters()}
-    fit_gates(model, attached, classes(), Gate(percentile=99.0), only_bias=True)
-    for name, p in adapter.named_parameters():
-        if name.endswith("bias"):
-            assert p < before[name]
-        else:
-            assert torch.equal(p, before[name])
-
-
 def test_layers_that_find_too_little_get_no_block():
     model = tiny.model()
-    adapter = AdapterModule.fresh(tiny.LAYERS, tiny.D, 16, carry=0.5, seed=0)
+    adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
     attached = Attached(model, [adapter])
     report = fit_gates(model, attached, classes(), Gate(min_found=0.999))
     kept = [i for i in range(tiny.LAYERS) if adapter.layer(i) is not None]
@@ -118,7 +131,7 @@ def test_layers_that_find_too_little_get_no_block():
 def test_classes_weigh_the_same_however_much_text_they_have():
     named = classes()
     named["en"] = named["en"].take(slice(8))
-    fitter = Fitter(AdapterModule.fresh(1, 4, 16, 0.0, 0), named, "target", Gate())
+    fitter = Fitter(AdapterModule.fresh([16], 4, 0.0, 0), named, "target", Gate())
     weight = fitter._weights(fitter.class_T == 0)[fitter.fits_T]
     of = fitter.class_T[fitter.fits_T]
     assert [float(weight[of == i].sum()) for i in range(3)] == pytest.approx([0.5, 0.25, 0.25])

@@ -62,7 +62,16 @@ def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(("capacity", "h"), [(0.05, 128), (0.2, 512), (0.0001, 16)])
 def test_capacity_gives_the_width(capacity, h):
     sized = recipe(blocks={"h": None, "capacity": capacity})
-    assert sized.blocks.width(134_515_008, 576, 30) == h
+    assert sized.blocks.widths(134_515_008, 576, 30) == (h,) * 30
+
+
+def test_widths_may_differ_between_layers():
+    sized = recipe(blocks={"h": [16, 0, 32]})
+    assert sized.blocks.widths(10**6, 64, 3) == (16, 0, 32)
+    with pytest.raises(BadRecipe, match=r"blocks\.h lists 3 widths; the base has 4 layers"):
+        sized.blocks.widths(10**6, 64, 4)
+    with pytest.raises(BadRecipe, match="no layer has a block"):
+        recipe(blocks={"h": [0, 0]})
 
 
 def test_every_field_says_what_it_is():

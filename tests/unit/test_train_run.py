@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,64 +9,11 @@ import torch
 from nr_serve.errors import Conflict
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
+from nr_serve.train import losses
 from nr_serve.train import trainer as training
 from nr_serve.train.recipe import Run
 from nr_serve.train.trainer import TrainingDiverged, learning_rate, train
-from tests import tiny
-
-RECIPE = """
-base = "{base}"
-domain = "hu"
-[data]
-target = ["hu.*.train.txt"]
-original = ["en.*.train.txt"]
-background = ["da.*.train.txt"]
-heldout = ["*.heldout.txt"]
-[blocks]
-h = 16
-[gate]
-percentile = 90
-fit_tokens = 512
-{gate}
-[run]
-tokens = {tokens}
-window = 16
-batch_tokens = 128
-original_share = 0.125
-background_share = 0.125
-lr = {lr}
-warmup_tokens = 256
-checkpoint_every = 256
-validate_every = 512
-log_every = 1
-"""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny.save(tiny.model(), tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for language, letters in {"hu": "őűáé", "en": "the ", "da": "æøå "}.items():
-        g = torch.Generator().manual_seed(len(letters) + ord(letters[0]))
-        for part, lines in {"train": 60, "heldout": 20}.items():
-            picks = torch.randint(0, 4, (lines, 40), generator=g).tolist()
-            text = "\n\n".join("".join(letters[i] for i in row) for row in picks)
-            (folder / f"{language}.a.{part}.txt").write_text(text, encoding="utf-8")
-    return folder
-
-
-def write_recipe(folder: Path, base: Path, *, tokens: int = 1280, lr: float = 0.01, gate: str = "") -> Path:
-    path = folder / "recipe.toml"
-    path.write_text(RECIPE.format(base=base, tokens=tokens, lr=lr, gate=gate))
-    return path
-
-
-def blocks(out: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.load(checkpoints.latest(out)).blocks
+from tests.tiny_run import weights, write_recipe
 
 
 @pytest.mark.parametrize("gate", ["", "init = 'paper'\ntrained = true"], ids=["closed-form", "paper"])
@@ -75,21 +21,21 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path
     recipe = write_recipe(tmp_path, base, gate=gate)
     train(recipe, tmp_path / "whole", corpus)
 
-    step = training.Trainer.take_step
+    loss = training.Loop.compute_loss
 
-    def killed(self):
-        if self.step == 5:
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 5:
             raise KeyboardInterrupt
-        return step(self)
+        return loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.Trainer, "take_step", killed)
+    monkeypatch.setattr(training.Loop, "compute_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "cut", corpus)
     assert checkpoints.load(checkpoints.latest(tmp_path / "cut")).step == 4
     monkeypatch.undo()
     train(recipe, tmp_path / "cut", corpus, resume=True)
 
-    whole, cut = blocks(tmp_path / "whole"), blocks(tmp_path / "cut")
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     files = [read_adapter(tmp_path / run / "hu.safetensors") for run in ("whole", "cut")]
@@ -104,7 +50,7 @@ def test_training_lowers_the_target_loss_and_the_file_tells_its_story(tmp_path, 
     hungarian = adapter.info.results["heldout"]["hu.a"]
     assert hungarian["after"] < hungarian["before"] - 0.1
     events = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert {e["event"] for e in events} == {"gates", "heldout", "step"}
+    assert {e["event"] for e in events} == {"gates", "heldout", "step", "end"}
     assert len([e for e in events if e["event"] == "step"]) == 40
 
 
@@ -122,26 +68,26 @@ def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, c
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, base, corpus, monkeypatch):
-    lm_loss, calls = training.losses.lm_loss, []
+    lm_loss, calls = losses.lm_loss, []
 
     def breaks(logits, labels):
         calls.append(1)
         return lm_loss(logits, labels) * (float("nan") if len(calls) > 6 else 1)
 
-    monkeypatch.setattr(training.losses, "lm_loss", breaks)
+    monkeypatch.setattr(losses, "lm_loss", breaks)
     with pytest.raises(TrainingDiverged, match="step 6"):
         train(write_recipe(tmp_path, base), tmp_path / "out", corpus)
     assert checkpoints.load(checkpoints.latest(tmp_path / "out")).step == 6
-    assert all(t.isfinite().all() for t in blocks(tmp_path / "out").values())
+    assert all(t.isfinite().all() for t in weights(tmp_path / "out").values())
 
 
 def test_a_checkpoint_half_written_is_not_seen(tmp_path, base, corpus):
     out = tmp_path / "out"
     train(write_recipe(tmp_path, base, tokens=512), out, corpus)
-    shutil.copytree(checkpoints.latest(out), out / ".checkpoint-1.part")
-    (out / ".checkpoint-1.part" / "optimizer.pt").unlink()
+    torn = shutil.copytree(checkpoints.latest(out), out / "checkpoint-9")
+    (torn / checkpoints.STATE).unlink()
     assert checkpoints.load(checkpoints.latest(out)).step == 4
-    assert len(list(out.glob("checkpoint-*"))) == checkpoints.KEPT
+    assert len([f for f in out.glob("checkpoint-*") if f != torn]) == checkpoints.KEPT
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path, base, corpus):
@@ -155,8 +101,8 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, base, corpus):
 def test_a_damaged_checkpoint_is_named(tmp_path, base, corpus):
     out = tmp_path / "out"
     train(write_recipe(tmp_path, base, tokens=256), out, corpus)
-    (checkpoints.latest(out) / "blocks.safetensors").write_bytes(b"torn")
-    with pytest.raises(checkpoints.BadCheckpoint, match="checkpoint-00000002"):
+    (checkpoints.latest(out) / checkpoints.WEIGHTS).write_bytes(b"torn")
+    with pytest.raises(checkpoints.BadCheckpoint, match="checkpoint-2"):
         train(write_recipe(tmp_path, base, tokens=256), out, corpus, resume=True)
 
 

@@ -1,63 +1,118 @@
-"""Text: documents to windows, and what each step reads."""
+"""A recipe's text: which windows it gives, in which order, and what is refused."""
 
+import hashlib
+import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
 
+from nr_serve.train.mix import Classes, Mix
+from nr_serve.train.pack import Windows
 from nr_serve.train.recipe import BadRecipe, Data, Run
-from nr_serve.train.text import (
-    PIECE_CHARACTERS,
-    Classes,
-    Mix,
-    Windows,
-    chat_documents,
-    find_files,
-    pack,
-    read_classes,
-    read_documents,
-)
+from nr_serve.train.text import chat_documents, read_classes, read_heldout
 from tests import tiny
 
-
-def test_documents_are_separated_by_empty_lines_and_long_ones_cut_at_paragraphs(tmp_path: Path):
-    path = tmp_path / "hu.a.train.txt"
-    path.write_text("egy\nkettő\n\nhárom\n\n\n" + "\n".join(["x" * 5000] * 3) + "\n", encoding="utf-8")
-    documents = read_documents(path)
-    assert documents[:2] == ["egy\nkettő", "három"]
-    assert [len(d) for d in documents[2:]] == [5000, 5000, 5000]
-    assert all(len(d) <= PIECE_CHARACTERS for d in documents)
+RUN = Run(tokens=4096, window=32, batch_tokens=128, original_share=0.125, background_share=0.125, seed=3)
+DATA = Data(target=("hu.*",), original=("en.*",), background=("da.*",), heldout=("xx.*",))
 
 
-def test_packing_restarts_the_offset_at_each_document_and_window():
-    windows = pack(tiny.tokenizer().hf, ["aaaaa", "bbb", "cccccc"], 4, None, seed=0)
-    assert windows.ids_NT.shape == (3, 4)
-    flat, offset = windows.ids_NT.flatten().tolist(), windows.offset_NT.flatten().tolist()
-    expected, at = [], 0
-    for i, token in enumerate(flat):
-        at = 0 if i % 4 == 0 or token != flat[i - 1] else at + 1
-        expected.append(at)
-    assert offset == expected
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("NR_CACHE", str(tmp_path / "cache"))
 
 
-def test_packing_stops_at_the_limit_and_is_decided_by_the_seed():
-    documents = [chr(97 + i) * 10 for i in range(20)]
+def words(language: str, seed: int, count: int) -> list[str]:
+    """Random words of a language's own 200, by a generator that is the same everywhere."""
+    draw = random.Random(f"{language}{seed}")
+    return [f"{language}{draw.randrange(200)}" for _ in range(count)]
+
+
+def text(language: str, seed: int, documents: int, count: int = 40) -> str:
+    parts = []
+    for i in range(documents):
+        drawn = words(language, 1000 * seed + i, count)
+        parts.append(" ".join(drawn[: count // 2]) + "\n" + " ".join(drawn[count // 2 :]))
+    return "\n\n".join(parts) + "\n"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    long = "\n".join(" ".join(words("hu", 77 + i, 500)) for i in range(9))
+    files = {
+        "hu.a.train.txt": text("hu", 1, 30) + "\n\n \n" + long + "\n",
+        "hu.b.train.txt": text("hu", 2, 20).replace("\n", "\r\n") + "őű\x0bíé\u2028ó",
+        "en.a.train.txt": "\n" + text("en", 3, 130, 30),
+        "en.b.train.txt": text("en", 4, 12),
+        "da.a.train.txt": text("da", 5, 12),
+        "da.b.train.txt": text("da", 6, 12),
+        "xx.a.heldout.txt": text("xx", 7, 40),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content.encode())
+    return folder
+
+
+def add(corpus: Path, name: str, content: str) -> None:
+    (corpus / name).write_text(content, encoding="utf-8")
+
+
+def row(language: str, count: int) -> str:
+    return json.dumps({"text": " ".join(words(language, 9, count))}) + "\n"
+
+
+def sha(*tensors: torch.Tensor) -> str:
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
+
+def test_the_windows_and_their_order_are_those_of_every_earlier_run(corpus):
     hf = tiny.tokenizer().hf
-    limited = pack(hf, documents, 8, 50, seed=1)
-    assert len(limited) == 6
-    assert torch.equal(limited.ids_NT, pack(hf, documents, 8, 50, seed=1).ids_NT)
-    assert not torch.equal(limited.ids_NT, pack(hf, documents, 8, 50, seed=2).ids_NT)
+    classes = read_classes(corpus, DATA, hf, RUN)
+    parts = [classes.target, *classes.original.values(), *classes.background.values()]
+    order = Mix(classes, RUN)
+    batches = [w.ids_NT for step in range(200) for w in order.batch(step) if w is not None]
+    held = read_heldout(corpus, ["xx.*"], hf, 32, 5)["xx.a"]
+    assert list(classes.original) == ["en.a", "en.b", "chat"]
+    assert list(classes.background) == ["da"]
+    assert classes.digest() == "28a1b2ed052f44a5"
+    assert sha(*(w.offset_NT for w in parts)) == "a973f3a13101d04e"
+    assert sha(*batches) == "89f66378f82ef993"
+    assert sha(held.ids_NT, held.offset_NT) == "8e5b2672067ad173"
 
 
-def test_chat_documents_use_the_template():
-    assert chat_documents(tiny.tokenizer().hf, ["kérdés\nválasz"]) == [
-        "<user>kérdés\n<assistant>válasz\n<assistant>"
-    ]
+def test_the_text_does_not_depend_on_the_budget(corpus):
+    hf = tiny.tokenizer().hf
+    larger = RUN.model_copy(update={"tokens": 100 * RUN.tokens})
+    assert read_classes(corpus, DATA, hf, RUN).digest() == read_classes(corpus, DATA, hf, larger).digest()
 
 
-def test_a_glob_without_text_is_refused(tmp_path: Path):
-    with pytest.raises(BadRecipe, match=r"matches 'hu\.\*'"):
-        find_files(tmp_path, ["hu.*"])
+def test_the_target_is_read_as_far_as_the_recipe_says(corpus, monkeypatch):
+    monkeypatch.setattr("nr_serve.train.text.POOL_CHARACTERS", 100)
+    add(corpus, "hu.c.train.jsonl", 300 * row("hu", 30) + "not JSON\n")
+    bounded = DATA.model_copy(update={"target_tokens": 3200})
+    classes = read_classes(corpus, bounded, tiny.tokenizer().hf, RUN)
+    assert len(classes.target) == 100
+    with pytest.raises(BadRecipe, match="line 301 is not JSON"):
+        read_classes(corpus, DATA, tiny.tokenizer().hf, RUN)
+
+
+def test_a_source_in_several_files_is_one_class(corpus):
+    hf = tiny.tokenizer().hf
+    one = read_classes(corpus, DATA, hf, RUN).original["en.b"]
+    add(corpus, "en.b.more.jsonl", row("en", 400))
+    both = read_classes(corpus, DATA, hf, RUN)
+    assert list(both.original) == ["en.a", "en.b", "chat"]
+    assert len(both.original["en.b"]) > len(one)
+
+
+def test_chat_documents_use_the_template(corpus):
+    hf = tiny.tokenizer().hf
+    assert chat_documents(hf, ["kérdés\nválasz"]) == ["<user>kérdés\n<assistant>válasz\n<assistant>"]
+    hf.chat_template = None
+    assert list(read_classes(corpus, DATA, hf, RUN).original) == ["en.a", "en.b"]
 
 
 def test_too_little_text_is_refused(tmp_path: Path):
@@ -66,6 +121,48 @@ def test_too_little_text_is_refused(tmp_path: Path):
     run = Run(tokens=512, window=128, batch_tokens=512)
     with pytest.raises(BadRecipe, match="fills 0 windows of 128 tokens"):
         read_classes(tmp_path, Data(target=("hu.*",), original=("en.*",)), tiny.tokenizer().hf, run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"original": ("en.*", "hu.a.*")}, r"hu\.a\.train\.txt is in both data\.target and data\.original"),
+        ({"heldout": ("da.a.*",)}, r"da\.a\.train\.txt is in both data\.background and data\.heldout"),
+        ({"target": ("hu.*", "hu.b.*")}, r"hu\.b\.train\.txt is listed twice"),
+        ({"original": ("en.*", "link.*")}, r"link\.txt is in both data\.target and data\.original"),
+        ({"background": ("da.*", "chat*")}, "two classes of text are named 'chat'"),
+        ({"background": ("sk.*",)}, r"no text in .* matches 'sk\.\*'"),
+    ],
+)
+def test_a_source_with_two_parts_to_play_is_refused(corpus, change, message):
+    (corpus / "link.txt").symlink_to(corpus / "hu.b.train.txt")
+    add(corpus, "chat", text("sk", 1, 20))
+    with pytest.raises(BadRecipe, match=message):
+        read_classes(corpus, DATA.model_copy(update=change), tiny.tokenizer().hf, RUN)
+
+
+def test_a_target_that_is_another_classs_text_too_is_refused_and_both_are_named(corpus):
+    english = (corpus / "en.a.train.txt").read_text().split("\n\n")
+    kept = "\n\n".join(english[:50])
+    add(corpus, "hu.copy.train.txt", kept.replace("\n", " \n\n"))
+    with pytest.raises(BadRecipe, match=r"the target and the text of original en\.a share 2\d% of"):
+        read_classes(corpus, DATA, tiny.tokenizer().hf, RUN)
+    add(corpus, "hu.copy.train.txt", "\n\n".join(english[:5]))
+    assert len(read_classes(corpus, DATA, tiny.tokenizer().hf, RUN).target)
+
+
+def test_held_out_text_that_is_trained_on_is_refused_and_both_are_named(corpus):
+    hf = tiny.tokenizer().hf
+    classes = read_classes(corpus, DATA, hf, RUN)
+    add(corpus, "hu.leak.heldout.txt", (corpus / "hu.a.train.txt").read_text())
+    with pytest.raises(BadRecipe, match=r"held-out text of hu\.leak and the target share 100% of"):
+        read_heldout(corpus, ["*.heldout.txt"], hf, 32, 400, apart_from=classes)
+    assert set(read_heldout(corpus, ["xx.*"], hf, 32, 400, apart_from=classes)) == {"xx.a"}
+
+
+def test_held_out_text_that_fills_no_window_is_refused(corpus):
+    with pytest.raises(BadRecipe, match=r"the text of xx\.a fills 0 windows of 100000 tokens; 1 must be filled"):
+        read_heldout(corpus, ["xx.*"], tiny.tokenizer().hf, 100_000, 5)
 
 
 def numbered(start: int, count: int) -> Windows:
@@ -103,3 +200,11 @@ def test_a_batch_depends_on_the_step_alone():
     for ours, theirs in zip(straight.batch(50), jumped.batch(50), strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours.ids_NT, theirs.ids_NT)
+
+
+def test_a_share_of_background_text_that_is_not_there_is_refused():
+    classes = Classes(numbered(0, 20), {"a": numbered(100, 3)}, {})
+    run = Run(tokens=8000, window=8, batch_tokens=32)
+    with pytest.raises(BadRecipe, match=r"background_share is 0\.1, but data\.background names no text"):
+        Mix(classes, run)
+    assert Mix(classes, run.model_copy(update={"background_share": 0.0})).batch(0)[2] is None

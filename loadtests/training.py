@@ -1,0 +1,212 @@
+"""Training speed of the methods beside each other, at equal extra parameters, on the CPU.
+
+    python loadtests/training.py adapters/hu/recipe.toml --corpus corpus --steps 20
+
+One recipe, one process. Each method has its own copy of the base. The steps are interleaved in rounds, one step of
+each method on the same windows, so that what slows the machine down slows all of them down. A step is as in
+training: forward, backward, clipping, AdamW. Tokens a second count what a method reads: the background is read by
+neutral alone, which takes no backward pass down the stream for it. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import provenance
+
+from nr_serve.evaluate.tables import markdown
+from nr_serve.train.base import load_base
+from nr_serve.train.gates import fit_gates, gate_classes
+from nr_serve.train.learner import Batch, Learner
+from nr_serve.train.methods import make_learner
+from nr_serve.train.mix import Classes
+from nr_serve.train.recipe import BadRecipe, Recipe, read_recipe
+from nr_serve.train.text import read_classes
+from nr_serve.train.trainer import Batches, learning_rate
+
+METHODS = ("neutral", "adapter", "lora", "finetune")
+
+
+@dataclass
+class Runner:
+    """One method's learner, and how long its steps took."""
+
+    recipe: Recipe
+    learner: Learner
+    optimizer: torch.optim.Optimizer
+    seconds: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    """Tokens a second, by step."""
+    fired: list[float] = field(default_factory=list)
+    """Share of token-layers of the target that fired, by step."""
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.learner.trained().values())
+
+    def read(self, part: Batch) -> Batch:
+        """What the method reads of a part of a step."""
+        quiet, speaks = self.recipe.keeps_quiet, self.recipe.speaks_original
+        reads = {"target": True, "original": quiet or speaks, "background": quiet}
+        return {name: windows for name, windows in part.items() if reads[name]}
+
+    def step(self, number: int, parts: Sequence[Batch]) -> None:
+        """One gradient step, timed."""
+        parts = [self.read(part) for part in parts]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe.run, number)
+        started = time.perf_counter()
+        fired = self._take(parts)
+        seconds = time.perf_counter() - started
+        self.seconds.append(seconds)
+        self.rates.append(sum(ids_BT.numel() for part in parts for ids_BT, _ in part.values()) / seconds)
+        self.fired.append(fired)
+
+    def _take(self, parts: Sequence[Batch]) -> float:
+        fired = 0.0
+        bfloat16 = self.recipe.run.dtype == "bfloat16"
+        for part in parts:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                output = self.learner(**part)
+            (output["loss"] / len(parts)).backward()
+            fired += float(output["target_fired"]) / len(parts)
+        torch.nn.utils.clip_grad_norm_(list(self.learner.trained().values()), self.recipe.run.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return fired
+
+
+def make_runner(recipe: Recipe, classes: Classes, fit_tokens: int) -> Runner:
+    """A method's learner as training starts with it, its gates fitted on `fit_tokens` tokens of each class."""
+    base = load_base(recipe.base, recipe.base_dtype)
+    learner = make_learner(recipe, base)
+    if recipe.method == "neutral" and recipe.gate.fitted:
+        _say("fitting the gates")
+        few = gate_classes(classes, fit_tokens)
+        fit_gates(base.model, learner.attached, few, recipe.gate, original=classes.original)
+    learner.train()
+    run = recipe.run
+    trained = list(learner.trained().values())
+    optimizer = torch.optim.AdamW(trained, lr=run.lr, weight_decay=run.weight_decay, foreach=True)
+    return Runner(recipe, learner, optimizer)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the learners, take the rounds, print."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parse(argv)
+    changes: dict[str, Any] = {"lora.rank": None}  # as many parameters as the blocks have
+    if args.tokens is not None:
+        changes["run.batch_tokens"] = args.tokens
+    recipes = {method: read_recipe(args.recipe, changes | {"method": method}) for method in args.method}
+    first = next(iter(recipes.values()))
+    if first.run.compile:
+        raise BadRecipe("run.compile is not measured here")
+    _say("reading and packing the text")
+    classes = read_classes(args.corpus, first.data, load_base(first.base).tokenizer, first.run)
+    batches = Batches(classes, first.run, 1)
+    runners = {method: make_runner(recipe, classes, args.fit_tokens) for method, recipe in recipes.items()}
+    rounds = args.warmup + args.steps
+    for number in range(rounds):
+        parts = [batches[number * first.run.accumulate + i] for i in range(first.run.accumulate)]
+        for runner in runners.values():
+            runner.step(number, parts)
+        _say(f"round {number + 1} of {rounds}: " + ", ".join(f"{m} {r.rates[-1]:.0f}" for m, r in runners.items()))
+    measured = summarise(runners, args.warmup)
+    print("\n".join(markdown(table(measured))))
+    result = {
+        "methods": measured,
+        "steps": args.steps,
+        "warmup": args.warmup,
+        "tokens_a_step": first.run.batch_tokens,
+        "fit_tokens": args.fit_tokens,
+        "recipe": first.dump(),
+    }
+    print(json.dumps(result | provenance(__file__, argv)))
+
+
+def summarise(runners: dict[str, Runner], warmup: int) -> dict[str, dict[str, Any]]:
+    """Medians over the rounds after the warm-up; a ratio is the median of those of each round."""
+    lora = runners.get("lora")
+    return {
+        method: {
+            "parameters": runner.parameters,
+            "tokens_a_second": statistics.median(runner.rates[warmup:]),
+            "seconds_a_step": statistics.median(runner.seconds[warmup:]),
+            "target_fired": statistics.median(runner.fired[warmup:]),
+            "tokens_to_lora": None if lora is None else _ratio(runner.rates[warmup:], lora.rates[warmup:]),
+            "steps_to_lora": None if lora is None else _ratio(lora.seconds[warmup:], runner.seconds[warmup:]),
+            "rounds": {"tokens_a_second": runner.rates[warmup:], "seconds": runner.seconds[warmup:]},
+        }
+        for method, runner in runners.items()
+    }
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def table(measured: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row a method."""
+    header = [
+        "METHOD",
+        "PARAMETERS",
+        "TOKENS A SECOND",
+        "SECONDS A STEP",
+        "TOKENS TO LORA",
+        "STEPS TO LORA",
+        "FIRED",
+    ]
+    return [
+        header,
+        *(
+            [
+                method,
+                f"{m['parameters']:,}",
+                f"{m['tokens_a_second']:,.0f}",
+                f"{m['seconds_a_step']:.3f}",
+                *("-" if m[to] is None else f"{m[to]:.2f}" for to in ("tokens_to_lora", "steps_to_lora")),
+                f"{m['target_fired']:.1%}",
+            ]
+            for method, m in measured.items()
+        ),
+    ]
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--corpus", type=Path, required=True, help="folder of text, as fetch-corpus leaves it")
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--steps", type=_positive, default=20, help="rounds measured")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds before them that do not count")
+    parser.add_argument("--tokens", type=_positive, help="tokens a step (default: the recipe's)")
+    parser.add_argument(
+        "--fit-tokens", type=_positive, default=2048, help="tokens of each class that fit the gates"
+    )
+    return parser.parse_args(argv)
+
+
+def _positive(written: str) -> int:
+    number = int(written)
+    if number < 1:
+        raise ValueError(written)
+    return number
+
+
+def _say(message: str) -> None:
+    print(f"training: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""compare: training runs beside each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from nr_serve.commands.base import Command
+from nr_serve.commands.remote import table
+from nr_serve.errors import BadRequest
+
+
+class Compare(Command):
+    """Measure training runs of one domain: what each learned, and what it forgot, beside finetuning."""
+
+    runs: CliPositionalArg[list[Path]] = Field(description="the runs' folders")
+    corpus: Path = Field(description="folder of text, as fetch-corpus leaves it")
+    source: list[str] = Field(["*.heldout.txt"], description="which of its files to measure on; may be repeated")
+    windows: int = Field(32, ge=1, description="most windows a source")
+    json_: bool = Field(False, alias="json", description="print JSON")
+    out: Path | None = Field(None, description="folder for the comparison as JSON and Markdown, and its plots")
+
+
+def compare(command: Compare) -> int:
+    """Measure; print a table or JSON; write the pages."""
+    from nr_serve.evaluate.compare import compare_runs, rows, source_rows, write_comparison
+
+    runs = {folder.name: folder for folder in command.runs}
+    if len(runs) < len(command.runs):
+        raise BadRequest("two runs have the same name", param="runs")
+    comparison = compare_runs(runs, command.corpus, command.source, windows=command.windows)
+    if command.json_:
+        print(comparison.to_json())
+    else:
+        print("\n".join([*table(rows(comparison)), "", *table(source_rows(comparison))]))
+    if command.out is not None:
+        write_comparison(comparison, runs, command.out)
+    return 0

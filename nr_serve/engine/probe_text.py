@@ -1,0 +1,68 @@
+"""Probe texts: short texts of the base's original domain, on which every adapter must be neutral. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nr_serve.config import PROBE_TOKENS
+from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.request import AnswerText, Request
+from nr_serve.errors import BadRequest
+from nr_serve.tokenizer import Detokenizer, Tokenizer
+
+BUILT_IN = tuple(sorted((Path(__file__).parent / "probe_texts").glob("*.txt")))
+"""English of several kinds; used unless the operator names other files."""
+
+_CHATS = {path for path in BUILT_IN if path.stem == "chat"}
+_MOST_CHARACTERS = 128 * PROBE_TOKENS  # read of a file: more than PROBE_TOKENS tokens of any text
+
+
+def read_probe_texts(files: Sequence[Path], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Each file's token ids, by its name without the ending; those of `BUILT_IN` if no file is given.
+
+    Raises BadRequest for a file that cannot be read, holds no text, or has another's name.
+    """
+    texts: dict[str, list[int]] = {}
+    for path in files or BUILT_IN:
+        if path.stem in texts:
+            raise BadRequest(f"two probe texts are called {path.stem!r}; rename one of the files")
+        text = _read(path)
+        texts[path.stem] = _chat_ids(text, tokenizer) if path in _CHATS else tokenizer.encode(text)
+    return texts
+
+
+def probe_requests(
+    texts: Mapping[str, Sequence[int]], tokenizer: Tokenizer, *, longest: int, row: int, pages: Sequence[int]
+) -> dict[str, Request]:
+    """The first PROBE_TOKENS tokens of each text, `longest` at most, as requests outside the scheduler."""
+    requests = {}
+    for name, ids in texts.items():
+        submit = Submit("probe", tuple(ids[: min(longest, PROBE_TOKENS)]), Sampling(max_tokens=0))
+        text = AnswerText(Detokenizer(tokenizer, ()), ())
+        requests[name] = Request(
+            submit=submit, eos_ids=frozenset(), seed=0, text=text, arrival=0, row=row, pages=list(pages)
+        )
+    return requests
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS)
+    except OSError as error:
+        raise BadRequest(f"cannot read the probe text {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the probe text {path} is not UTF-8") from error
+    if not text.strip():
+        raise BadRequest(f"the probe text {path} is empty")
+    return text
+
+
+def _chat_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The text as a user's turn, if the base has a chat template."""
+    try:
+        prompt = tokenizer.chat_prompt([{"role": "user", "content": text}])
+    except BadRequest:  # no template, or one that takes no plain turn: the text alone will do
+        return tokenizer.encode(text)
+    return tokenizer.encode(prompt, special_tokens=False)  # the template wrote its own

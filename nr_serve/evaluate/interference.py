@@ -1,0 +1,169 @@
+"""Interference: what adapters attached together do to each other's text, to the base's, and to everyone else's.
+
+Each source of text is read with none attached, with the adapters that learned it alone, and with all attached.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nr_serve.evaluate.difference import Difference, difference
+from nr_serve.evaluate.heldout import Report, report
+from nr_serve.evaluate.hosted import Hosted
+from nr_serve.evaluate.roles import Kind, Role, assign_roles
+from nr_serve.train.measure import SourceResult
+from nr_serve.train.pack import Windows
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A source with the adapters that learned it attached alone."""
+
+    loss: float
+    """Nats a token."""
+    difference: Difference
+    """The loss with all attached, less this."""
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The worst of some rows, and where it was found."""
+
+    value: float
+    """A change of the loss as a share, or a share of token-layers fired."""
+    source: str
+    adapter: str | None = None
+    """The adapter that fired."""
+    standard_error: float | None = None
+    """Of a change."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The worst of every kind; None where no row is of that kind. Changes are of the loss with all attached."""
+
+    own_against_alone: Worst | None
+    """Of text that an adapter learned, against that adapter alone."""
+    original_against_base: Worst | None
+    """Of the base's own language, unless an adapter learned the text."""
+    seen_against_base: Worst | None
+    """Of other languages in some adapter's recipe."""
+    unseen_against_base: Worst | None
+    """Of languages in no adapter's recipe."""
+    near_against_base: Worst | None
+    """Of close relatives of a language learned."""
+    original_fired: Worst | None
+    """Of an adapter on text of the base's language that it did not learn."""
+    foreign_fired: Worst | None
+    """Of an adapter on text of another language that it did not learn, close relatives left out."""
+    near_fired: Worst | None
+    """Of an adapter on a close relative of what it learned."""
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Every source with none, its own and all of the adapters attached."""
+
+    report: Report
+    """None against all attached."""
+    roles: Mapping[str, Role]
+    alone: Mapping[str, Alone]
+    """The sources that some adapter learned."""
+
+    def summary(self) -> Summary:
+        """The worst of every kind."""
+        sources = self.report.sources
+        alone = [
+            Worst(a.difference.share, source, standard_error=a.difference.standard_error)
+            for source, a in self.alone.items()
+        ]
+        fired = [
+            (role, Worst(share, source, adapter))
+            for source, role in self.roles.items()
+            for adapter, share in sources[source].fired.items()
+            if adapter not in role.own
+        ]
+        near = [worst for role, worst in fired if worst.adapter in role.near]
+        others = [worst for _, worst in fired if worst not in near]
+        return Summary(
+            own_against_alone=_worst(alone),
+            original_against_base=self._against_base("original"),
+            seen_against_base=self._against_base("seen"),
+            unseen_against_base=self._against_base("unseen"),
+            near_against_base=self._against_base("near"),
+            original_fired=_worst(worst for worst in others if self.roles[worst.source].original),
+            foreign_fired=_worst(worst for worst in others if not self.roles[worst.source].original),
+            near_fired=_worst(near),
+        )
+
+    def _against_base(self, kind: Kind) -> Worst | None:
+        changes = [(s, self.report.sources[s].difference) for s, role in self.roles.items() if role.kind == kind]
+        return _worst(Worst(d.share, source, standard_error=d.standard_error) for source, d in changes)
+
+    def matrix(self) -> tuple[list[str], list[str], list[list[float]]]:
+        """The interference matrix: sources, adapters, and the share each adapter fired on each source."""
+        names = list(self.report.adapters)
+        sources = self.ordered()
+        return sources, names, [[self.report.sources[s].fired[name] for name in names] for s in sources]
+
+    def ordered(self) -> list[str]:
+        """The sources: each adapter's own, then close relatives, the base's language, others seen, unseen."""
+        kinds = ("own", "near", "original", "seen", "unseen")
+        place = {name: i for i, name in enumerate(self.report.adapters)}
+        return sorted(
+            self.roles,
+            key=lambda s: (kinds.index(self.roles[s].kind), [place[name] for name in self.roles[s].own], s),
+        )
+
+    def document(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        document = self.report.document()
+        for source, row in document["sources"].items():
+            row |= {"role": asdict(self.roles[source])}
+            row |= {"alone": asdict(self.alone[source]) if source in self.alone else None}
+        return document | {"summary": asdict(self.summary())}
+
+    def to_json(self) -> str:
+        """All of it as one JSON document."""
+        return json.dumps(self.document(), indent=1, sort_keys=True)
+
+
+def interference(
+    hosted: Hosted, texts: Mapping[str, Windows], near: Mapping[str, Sequence[str]] | None = None
+) -> Interference:
+    """Measure `texts` with none attached, with the adapters that learned each alone, and with all attached.
+
+    `near` names, for a language, those it is a close relative of. Raises BadRequest for one that does not apply.
+    """
+    roles = assign_roles(texts, hosted.adapters, near or {})
+    before = hosted.measure((), texts)
+    together = hosted.measure(hosted.names, texts)
+    alone = {
+        source: Alone(result.loss, difference(result, together[source]))
+        for source, result in _own_alone(hosted, texts, roles, together).items()
+    }
+    return Interference(report(hosted, texts, before, together), roles, alone)
+
+
+def _own_alone(
+    hosted: Hosted,
+    texts: Mapping[str, Windows],
+    roles: Mapping[str, Role],
+    together: Mapping[str, SourceResult],
+) -> dict[str, SourceResult]:
+    """Each learned source with only the adapters that learned it attached."""
+    measured: dict[str, SourceResult] = {}
+    for own in dict.fromkeys(role.own for role in roles.values() if role.own):
+        learned = [source for source in texts if roles[source].own == own]
+        if own == hosted.names:
+            measured |= {source: together[source] for source in learned}
+        else:
+            measured |= hosted.measure(own, {source: texts[source] for source in learned})
+    return measured
+
+
+def _worst(rows: Iterable[Worst]) -> Worst | None:
+    return max(rows, key=lambda row: row.value, default=None)

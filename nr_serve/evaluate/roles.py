@@ -1,0 +1,134 @@
+"""What a source of text is to the adapters measured on it: their own, the base's, one they have seen, or new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from nr_serve.errors import BadAdapterFile, BadRequest
+from nr_serve.neutral.format import Adapter, AdapterInfo
+
+DATASETS = "datasets:"
+"""What a data set starts with in a recipe: `datasets:NAME[:CONFIG][@SPLIT]`. Other entries are globs of files."""
+
+Kind = Literal["own", "near", "original", "seen", "unseen"]
+
+ORIGINAL = ("en.*",)
+"""Text of the base's language where no recipe tells."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """One source's role."""
+
+    kind: Kind
+    """own: an adapter learned it; near: its language is a close relative of one that an adapter learned; original:
+    of the base's own language; seen: its language is in some recipe; unseen: in none."""
+    own: tuple[str, ...] = ()
+    """The adapters that learned it."""
+    near: tuple[str, ...] = ()
+    """The adapters that learned a close relative of its language."""
+    original: bool = False
+    """Whether it is in the base's own language; text that an adapter learned may be."""
+
+
+@dataclass(frozen=True)
+class Globs:
+    """The text that an adapter's recipe names: globs of files, and data sets."""
+
+    target: tuple[str, ...]
+    original: tuple[str, ...] = ()
+    background: tuple[str, ...] = ()
+
+    def every(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.target + self.original + self.background
+
+
+def recipe_globs(info: AdapterInfo) -> Globs:
+    """The text an adapter's recipe names; for a file without a recipe, the language its domain names.
+
+    Raises BadAdapterFile for a recipe whose data are not lists of sources.
+    """
+    if "data" not in info.recipe:
+        return Globs((f"{info.domain}.*",))
+    data = info.recipe["data"]
+    parts = ("target", "original", "background")
+    if not isinstance(data, Mapping) or not all(_is_sources(data.get(part, [])) for part in parts):
+        raise BadAdapterFile(f"the recipe of {info.domain!r}: its data are not lists of sources")
+    return Globs(*(tuple(data.get(part, [])) for part in parts))
+
+
+def assign_roles(
+    sources: Iterable[str], adapters: Mapping[str, Adapter], near: Mapping[str, Sequence[str]]
+) -> dict[str, Role]:
+    """The role of each source. `near` names, for a language, those it is a close relative of.
+
+    Raises BadRequest for a relative that no adapter learned, or whose language has no text here.
+    """
+    listed = list(sources)
+    globs = {name: recipe_globs(adapter.info) for name, adapter in adapters.items()}
+    relatives = {language: _relatives(language, of, globs) for language, of in near.items()}
+    absent = sorted(set(near) - {language_of(source) for source in listed})
+    if absent:
+        raise BadRequest(f"no source measured is of the language {', '.join(absent)}", param="near")
+    original = tuple(pattern for g in globs.values() for pattern in g.original) or ORIGINAL
+    return {source: _role(source, globs, relatives, original) for source in listed}
+
+
+def language_of(source: str) -> str:
+    """`hu` of `hu.lohelp`; a data set's name does not tell its language, so each is one of its own."""
+    return source if "/" in source else source.split(".")[0]
+
+
+def _role(
+    source: str, globs: Mapping[str, Globs], relatives: Mapping[str, tuple[str, ...]], original: Sequence[str]
+) -> Role:
+    language = language_of(source)
+    own = tuple(name for name, g in globs.items() if any(_matches_source(source, p) for p in g.target))
+    near = relatives.get(language, ())
+    is_original = any(_matches_language(language, pattern) for pattern in original)
+    seen = any(_matches_language(language, p) for g in globs.values() for p in g.every())
+    kinds: dict[Kind, bool] = {"own": bool(own), "near": bool(near), "original": is_original, "seen": seen}
+    kind: Kind = next((kind for kind, applies in kinds.items() if applies), "unseen")
+    return Role(kind, own, near, is_original)
+
+
+def _relatives(language: str, of: Sequence[str], globs: Mapping[str, Globs]) -> tuple[str, ...]:
+    learned = {
+        relative: [n for n, g in globs.items() if any(_matches_language(relative, p) for p in g.target)]
+        for relative in of
+    }
+    for relative, names in learned.items():
+        if not names:
+            raise BadRequest(f"{language} is near {relative}, but no adapter here learned {relative}", param="near")
+    return tuple(name for name in globs if any(name in names for names in learned.values()))
+
+
+def _matches_source(source: str, entry: str) -> bool:
+    """Whether a recipe's entry names a source: of files the first two parts decide, of a data set its name."""
+    if entry.startswith(DATASETS):
+        return _is_dataset(source, entry)
+    return fnmatchcase(source, ".".join(_file(entry).split(".")[:2]))
+
+
+def _matches_language(language: str, entry: str) -> bool:
+    if entry.startswith(DATASETS):
+        return _is_dataset(language, entry)
+    return fnmatchcase(language, _file(entry).split(".")[0])
+
+
+def _file(pattern: str) -> str:
+    return pattern.rsplit("/", 1)[-1]
+
+
+def _is_dataset(source: str, entry: str) -> bool:
+    """Whether a source is an entry's data set; a NAME may be that of a folder, which makes the source's a path."""
+    name = entry.removeprefix(DATASETS).split("@")[0]
+    return source == name or source.endswith(f"/{name}")
+
+
+def _is_sources(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)

@@ -1,0 +1,210 @@
+"""Language switches inside a text: how many tokens late a gate opens and shuts, and what the lateness costs.
+
+Each window is one document: a stretch of the base's own language, a stretch of text that the adapter learned, and
+the first text again where it broke off. The carry runs through both switches.
+
+Shape suffixes: N windows, S tokens a stretch, T = 3 S tokens a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nr_serve.errors import BadRequest
+from nr_serve.evaluate.difference import Difference, difference
+from nr_serve.evaluate.hosted import Hosted, say
+from nr_serve.evaluate.roles import assign_roles
+from nr_serve.train.attach import window_inputs
+from nr_serve.train.measure import BATCH_WINDOWS
+from nr_serve.train.pack import Windows
+
+OPEN = 0.9
+"""A gate is open when its rate reaches this share of its steady rate on the text that it learned."""
+
+SHUT = 0.05
+"""It is shut when fewer than this share of its layers fire."""
+
+SUPPLY = 4
+"""Times as many stretches are read of a source as windows are wanted: each window takes two of the base's own."""
+
+Piece = TypeVar("Piece")
+
+
+@dataclass(frozen=True)
+class SwitchText:
+    """The windows that switch to one adapter's text and back."""
+
+    ids_NT: Tensor
+    original: tuple[str, ...]
+    """Sources of the first and the last stretch."""
+    own: tuple[str, ...]
+    """Sources of the stretch in the middle."""
+
+
+@dataclass(frozen=True)
+class Steady:
+    """Mean rate over the second half of each stretch."""
+
+    original: float
+    own: float
+    original_again: float
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One adapter, attached alone."""
+
+    windows: int
+    original: Sequence[str]
+    """Sources of the first and the last stretch."""
+    own: Sequence[str]
+    """Sources of the stretch in the middle."""
+    rates: Sequence[float]
+    """Share of the adapter's layers that fired, by the token's place in its window."""
+    steady: Steady
+    tokens_to_open: int | None
+    """Tokens of its own text read before one at which the gate is open; None if there is none."""
+    tokens_to_shut: int | None
+    """Tokens read after its own text before one at which the gate is shut; None if there is none."""
+    before: float
+    """Loss of the base alone on the last stretch, without its first token; nats a token."""
+    after: float
+    """The same with the adapter."""
+    difference: Difference
+    """`after` less `before`."""
+
+
+@dataclass(frozen=True)
+class SwitchReport:
+    """Every adapter's switches."""
+
+    stretch: int
+    """Tokens a stretch."""
+    adapters: Mapping[str, Switch]
+
+    def document(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return asdict(self)
+
+
+def switch_texts(hosted: Hosted, stretches: Mapping[str, Windows], windows: int) -> dict[str, SwitchText]:
+    """The switching windows of each adapter, up to `windows` for each source that it learned.
+
+    `stretches` are windows of S tokens by source, `SUPPLY` times `windows` of each if there is so much text. Raises
+    BadRequest if a source of the base's own language, or of an adapter's text, is missing.
+    """
+    roles = assign_roles(stretches, hosted.adapters, {})
+    original = {name: stretches[name] for name, role in roles.items() if role.kind == "original"}
+    texts = {}
+    for adapter in hosted.names:
+        own = {name: stretches[name].take(slice(windows)) for name, role in roles.items() if adapter in role.own}
+        for what, found in (("the base's own language", original), (f"what {adapter} learned", own)):
+            if not found:
+                raise BadRequest(f"no source of {what} is among those to measure", param="source")
+        texts[adapter] = _splice(adapter, original, own)
+    return texts
+
+
+def _splice(adapter: str, original: Mapping[str, Windows], own: Mapping[str, Windows]) -> SwitchText:
+    middle = _in_turn([iter(text.ids_NT) for text in own.values()])
+    around = _in_turn([_pairs(text) for text in original.values()])
+    rows = [torch.cat([a_S, m_S, b_S]) for (a_S, b_S), m_S in zip(around, middle, strict=False)]
+    if not rows:
+        raise BadRequest(f"too little text of the base's own language to put {adapter}'s in", param="source")
+    return SwitchText(torch.stack(rows), tuple(original), tuple(own))
+
+
+def _pairs(text: Windows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each two stretches that follow one another."""
+    return zip(text.ids_NT[::2], text.ids_NT[1::2], strict=False)
+
+
+def _in_turn(sources: Iterable[Iterator[Piece]]) -> Iterator[Piece]:
+    """One of each source in turn, until all have ended."""
+    return (piece for turn in zip_longest(*sources) for piece in turn if piece is not None)
+
+
+def switches(hosted: Hosted, texts: Mapping[str, SwitchText]) -> SwitchReport:
+    """Measure each adapter, attached alone, on its switching windows."""
+    measured = {}
+    for i, (name, text) in enumerate(texts.items(), start=1):
+        say(f"language switches, {i} of {len(texts)}: {name}")
+        measured[name] = _measure(hosted, name, text)
+    return SwitchReport(next(iter(texts.values())).ids_NT.shape[1] // 3, measured)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    rates: tuple[float, ...]
+    loss: float
+    nats_N: tuple[float, ...]
+    labels_N: tuple[int, ...]
+
+
+def _measure(hosted: Hosted, name: str, text: SwitchText) -> Switch:
+    before, after = _read(hosted, (), text.ids_NT), _read(hosted, (name,), text.ids_NT)
+    steady = steady_rates(after.rates)
+    stretch = len(after.rates) // 3
+    own, again = after.rates[stretch : 2 * stretch], after.rates[2 * stretch :]
+    return Switch(
+        windows=len(text.ids_NT),
+        original=text.original,
+        own=text.own,
+        rates=after.rates,
+        steady=steady,
+        tokens_to_open=_first(rate > 0 and rate >= OPEN * steady.own for rate in own),
+        tokens_to_shut=_first(rate < SHUT for rate in again),
+        before=before.loss,
+        after=after.loss,
+        difference=difference(before, after),
+    )
+
+
+def steady_rates(rates: Sequence[float]) -> Steady:
+    """The mean rate over the second half of each of three stretches."""
+    stretch = len(rates) // 3
+    halves = [rates[end - (stretch - stretch // 2) : end] for end in (stretch, 2 * stretch, 3 * stretch)]
+    return Steady(*(sum(half) / len(half) for half in halves))
+
+
+def _first(reached: Iterator[bool]) -> int | None:
+    return next((i for i, one in enumerate(reached) if one), None)
+
+
+@torch.no_grad()
+def _read(hosted: Hosted, names: Sequence[str], ids_NT: Tensor) -> _Reading:
+    """Rates and losses of the windows with these adapters, at most one, attached."""
+    hosted.attach(names)
+    count, length = ids_NT.shape
+    fired_T = torch.zeros(length, dtype=torch.float64)
+    nats: list[float] = []
+    blocks = 0
+
+    def watch(_: int, __: int, g_M: Tensor) -> None:
+        fired_T.add_((g_M > 0).view(-1, length).sum(0))
+
+    for ids_BT in torch.split(ids_NT, BATCH_WINDOWS):
+        offset_BT = torch.arange(length).expand_as(ids_BT)
+        record = hosted.attached.begin(offset_BT)
+        record.watch = watch
+        blocks = sum(record.blocks)
+        logits_BTV = hosted.base.model(ids_BT, use_cache=False, **window_inputs(offset_BT)).logits
+        nats += _last_stretch_nats(logits_BTV, ids_BT).tolist()
+    rates = (fired_T / (count * max(1, blocks))).tolist()
+    labels = length // 3 - 1
+    return _Reading(tuple(rates), sum(nats) / (count * labels), tuple(nats), (labels,) * count)
+
+
+def _last_stretch_nats(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Summed loss of the last stretch's tokens but the first, in nats, [B], float64."""
+    start = ids_BT.shape[1] * 2 // 3
+    logits_MV = logits_BTV[:, start:-1].flatten(0, 1).float()
+    nats_M = F.cross_entropy(logits_MV, ids_BT[:, start + 1 :].flatten(), reduction="none")
+    return nats_M.view(len(ids_BT), -1).double().sum(1)

@@ -1,0 +1,254 @@
+"""Multiple-choice tasks from local files, scored by lm-evaluation-harness on the hosted base.
+
+A task is a JSONL file of `{"context": str, "choices": [str, ...], "gold": int}`; its name is the file's. The model
+reads the context, a space and a choice; the choice of the highest log-likelihood is its answer (`acc`), or the
+highest log-likelihood a character (`acc_norm`).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nr_serve.errors import BadRequest
+from nr_serve.evaluate.difference import mean_and_error
+from nr_serve.evaluate.hosted import Hosted, say
+
+BATCH_ROWS = 8
+
+
+class Example(BaseModel):
+    """One question."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    context: str
+    choices: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2)
+    gold: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _gold_is_a_choice(self) -> Example:
+        if self.gold >= len(self.choices):
+            raise ValueError(f"gold is {self.gold}, but there are {len(self.choices)} choices")
+        return self
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over examples."""
+
+    value: float
+    standard_error: float | None
+    """None for a single example."""
+
+    def __format__(self, spec: str) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.2%}"
+        return f"{self.value:{spec}.2%}{error}"
+
+    def __str__(self) -> str:
+        return format(self)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a task was answered."""
+
+    acc: Estimate
+    """Share answered right by log-likelihood."""
+    acc_norm: Estimate
+    """Share answered right by log-likelihood a character of the choice."""
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """One task, answered by the base and with the adapters attached."""
+
+    examples: int
+    base: Score
+    attached: Score
+    change: Score
+    """Attached less base; its standard errors are paired over examples."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One example, answered."""
+
+    logprobs: tuple[float, ...]
+    """Log-likelihood of each choice."""
+    acc: float
+    """1 if right by log-likelihood."""
+    acc_norm: float
+    """1 if right by log-likelihood a character."""
+
+
+def read_tasks(paths: Sequence[Path], limit: int | None = None) -> dict[str, list[Example]]:
+    """The first `limit` (None: all) examples of each task; a folder stands for its .jsonl files.
+
+    Raises BadRequest, naming the file and line, for what is not a task, and if two tasks have the same name.
+    """
+    tasks: dict[str, list[Example]] = {}
+    for path in _task_files(paths):
+        if path.stem in tasks:
+            raise BadRequest(f"two tasks have the same name: {path.stem}", param="tasks")
+        tasks[path.stem] = _read_examples(path)[:limit]
+    return tasks
+
+
+def score_tasks(hosted: Hosted, tasks: Mapping[str, Sequence[Example]]) -> dict[str, TaskScores]:
+    """Score every task with none and with all of the adapters attached."""
+    say(f"tasks: {', '.join(tasks)}; attached: none")
+    base = answer(hosted, (), tasks)
+    say(f"tasks: {', '.join(tasks)}; attached: {', '.join(hosted.names)}")
+    attached = answer(hosted, hosted.names, tasks)
+    return {name: _scores(base[name], attached[name]) for name in tasks}
+
+
+def answer(
+    hosted: Hosted, names: Sequence[str], tasks: Mapping[str, Sequence[Example]], *, batch_rows: int = BATCH_ROWS
+) -> dict[str, list[Answer]]:
+    """Answer every example, by task, with exactly the adapters `names` attached.
+
+    `batch_rows` choices share a forward pass. A context longer than the base reads is cut on the left, with a
+    warning.
+    """
+    harness = _harness()
+    hosted.attach(names)
+    with _quiet():
+        model = harness.HFLM(
+            pretrained=hosted.base.model,
+            tokenizer=copy.deepcopy(hosted.base.tokenizer),  # the harness gives it a padding token
+            backend="causal",
+            batch_size=batch_rows,
+        )
+        made = {name: harness.ConfigurableTask(config=_config(name, rows)) for name, rows in tasks.items()}
+    hook = hosted.base.model.register_forward_pre_hook(_begin(hosted), with_kwargs=True)
+    try:
+        results = harness.evaluate(model, {"tasks": made, "groups": {}}, bootstrap_iters=0, log_samples=True)
+    finally:
+        hook.remove()
+    return {name: [_answer(sample) for sample in results["samples"][name]] for name in tasks}
+
+
+def _task_files(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not found:
+            raise BadRequest(f"no .jsonl file in {path}", param="tasks")
+        yield from found
+
+
+def _read_examples(path: Path) -> list[Example]:
+    try:
+        # Not splitlines(): it also cuts at characters that may stand inside a JSON string.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise BadRequest(f"cannot read {path}: {error.strerror}", param="tasks") from error
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{path} is not UTF-8: {error.reason}", param="tasks") from error
+    examples = [_read_example(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not examples:
+        raise BadRequest(f"{path} holds no example", param="tasks")
+    return examples
+
+
+def _read_example(path: Path, number: int, line: str) -> Example:
+    try:
+        return Example.model_validate_json(line)
+    except ValidationError as error:
+        faults = "; ".join(_fault(one) for one in error.errors(include_url=False, include_input=False))
+        raise BadRequest(f"{path} line {number}: {faults}", param="tasks") from error
+
+
+def _fault(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
+
+
+def _config(name: str, examples: Sequence[Example]) -> dict[str, Any]:
+    import datasets  # type: ignore[import-untyped, unused-ignore]
+
+    # From memory, not by the harness's `dataset_path`: that would copy each file into a cache that outlives it.
+    rows = datasets.Dataset.from_list([example.model_dump() for example in examples])
+    return {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": rows},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ],
+    }
+
+
+def _begin(hosted: Hosted) -> Any:
+    """A hook that starts the carried gates anew in every row of a batch.
+
+    Rows are padded on the right, behind every token that is read, so a causal model's answers do not see it.
+    """
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids_BT = args[0] if args else kwargs["input_ids"]
+        hosted.attached.begin(torch.arange(ids_BT.shape[1]).expand_as(ids_BT))
+        return args, kwargs | {"use_cache": False}
+
+    return before
+
+
+def _answer(sample: Mapping[str, Any]) -> Answer:
+    logprobs = tuple(float(logprob) for logprob, _ in sample["filtered_resps"])
+    return Answer(logprobs, float(sample["acc"]), float(sample["acc_norm"]))
+
+
+def _scores(base: Sequence[Answer], attached: Sequence[Answer]) -> TaskScores:
+    def score(which: str) -> tuple[Estimate, Estimate, Estimate]:
+        before = [float(getattr(answer, which)) for answer in base]
+        after = [float(getattr(answer, which)) for answer in attached]
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        one, two, three = (Estimate(*mean_and_error(values)) for values in (before, after, changes))
+        return one, two, three
+
+    pairs = zip(score("acc"), score("acc_norm"), strict=True)
+    of_base, of_attached, of_change = (Score(acc, acc_norm) for acc, acc_norm in pairs)
+    return TaskScores(len(base), of_base, of_attached, of_change)
+
+
+@dataclass(frozen=True)
+class _Harness:
+    """The parts of lm-evaluation-harness used here."""
+
+    HFLM: Any
+    ConfigurableTask: Any
+    evaluate: Any
+
+
+def _harness() -> _Harness:
+    from lm_eval.api.task import ConfigurableTask  # type: ignore[import-untyped, unused-ignore]
+    from lm_eval.evaluator import evaluate  # type: ignore[import-untyped, unused-ignore]
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped, unused-ignore]
+
+    return _Harness(HFLM, ConfigurableTask, evaluate)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the harness's warnings that a model and a data set come from memory, as here they should."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,40 @@
+"""What a document is: paragraphs, a line each, cut into pieces where it is long. Knows nothing of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nr_serve.train.recipe import BadRecipe
+
+PIECE_CHARACTERS = 8000
+"""Longer documents are cut at paragraphs, so that one long book does not crowd out the other documents."""
+
+
+def document_lines(text: str) -> list[str]:
+    """The paragraphs of one document: its lines that are not blank."""
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+
+
+def field_text(row: Any, field: str, where: str) -> str:
+    """The text in a row. Raises BadRecipe, saying `where`, if there is none."""
+    if not isinstance(row, dict) or field not in row:
+        raise BadRecipe(f"{where} has no field {field!r}")
+    text = row[field]
+    if not isinstance(text, str):
+        raise BadRecipe(f"{where}: field {field!r} is not text but {type(text).__name__}")
+    return text
+
+
+def pieces(paragraphs: list[str]) -> Iterator[str]:
+    """A document of these paragraphs, cut between two where it grows longer than PIECE_CHARACTERS."""
+    piece: list[str] = []
+    length = 0
+    for paragraph in paragraphs:
+        if piece and length + len(paragraph) > PIECE_CHARACTERS:
+            yield "\n".join(piece)
+            piece, length = [], 0
+        piece.append(paragraph)
+        length += len(paragraph)
+    if piece:
+        yield "\n".join(piece)

@@ -1,0 +1,85 @@
+"""The training methods: what each adds to a base and trains in it, of equal size but for finetuning.
+
+neutral     gated blocks (arXiv 2410.02744)
+adapter     the same blocks with a gate that is always 1 and no local loss: a parallel adapter (arXiv 2110.04366)
+lora        a low-rank update of every linear layer (arXiv 2106.09685), by PEFT
+finetune    every parameter of the base
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nr_serve.train.attach import VARIANCE, AdapterModule
+from nr_serve.train.base import FrozenBase
+from nr_serve.train.learner import Learner
+from nr_serve.train.recipe import Recipe
+
+
+def make_learner(recipe: Recipe, base: FrozenBase) -> Learner:
+    """The learner of a recipe's method, with the parameters that it trains marked so. Changes the base in place.
+
+    Raises BadRecipe if the blocks do not fit the base.
+    """
+    base.model.requires_grad_(False)
+    adapter = None
+    if recipe.method in ("neutral", "adapter"):
+        adapter = fresh_blocks(recipe, base)
+    elif recipe.method == "lora":
+        add_lora(recipe, base)
+    else:
+        base.model.requires_grad_(True)
+    if recipe.run.gradient_checkpointing:
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Learner(
+        base.model,
+        adapter,
+        local=recipe.loss if recipe.keeps_quiet else None,
+        lm_on_original=recipe.speaks_original,
+    )
+
+
+def fresh_blocks(recipe: Recipe, base: FrozenBase) -> AdapterModule:
+    """The blocks as training starts with them; their gates take a gradient only if the recipe trains them."""
+    blocks, gate = recipe.blocks, recipe.gate
+    kind = "none" if recipe.method == "adapter" else gate.kind
+    adapter = AdapterModule.fresh(
+        blocks.widths(base.parameters, base.d, base.layers),
+        base.d,
+        blocks.carry,
+        recipe.run.seed,
+        variance=VARIANCE[blocks.init],
+        gate_variance=VARIANCE["he" if gate.init == "he" else "paper"],
+        kind=kind,
+    )
+    for name, parameter in adapter.named_parameters():
+        is_gate = name.rsplit(".", 1)[1] in ("gate", "bias")
+        parameter.requires_grad_(not is_gate or (gate.trained and recipe.method == "neutral"))
+    return adapter
+
+
+def block_parameters(recipe: Recipe, base: FrozenBase) -> int:
+    """Parameters of the recipe's blocks, without their gates."""
+    return sum(3 * h * base.d for h in recipe.blocks.widths(base.parameters, base.d, base.layers))
+
+
+def lora_rank(recipe: Recipe, base: FrozenBase) -> int:
+    """The recipe's rank, or that with which LoRA has as many parameters as the blocks."""
+    if recipe.lora.rank is not None:
+        return recipe.lora.rank
+    head = base.model.get_output_embeddings()
+    layers = [m for m in base.model.modules() if isinstance(m, nn.Linear) and m is not head]
+    a_rank = sum(layer.in_features + layer.out_features for layer in layers)
+    return max(1, round(block_parameters(recipe, base) / a_rank))
+
+
+def add_lora(recipe: Recipe, base: FrozenBase) -> None:
+    """Give every linear layer but the output head a low-rank update, in place, by PEFT.
+
+    The update is scaled by alpha / rank. B starts at 0, so the model starts as the base.
+    """
+    from peft import LoraConfig
+
+    base.model.add_adapter(
+        LoraConfig(r=lora_rank(recipe, base), lora_alpha=recipe.lora.alpha, target_modules="all-linear")
+    )

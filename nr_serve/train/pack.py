@@ -1,0 +1,82 @@
+"""Documents to windows of tokens.
+
+Shape suffixes: N windows, T tokens a window.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nr_serve.train import overlap
+
+BATCH_DOCUMENTS = 256
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids and each token's place in its document's piece (0 starts one), both int64 [N, T]."""
+
+    ids_NT: Tensor
+    offset_NT: Tensor
+
+    def __len__(self) -> int:
+        return self.ids_NT.shape[0]
+
+    def take(self, rows: slice | Sequence[int]) -> Windows:
+        """Those windows."""
+        return Windows(self.ids_NT[rows], self.offset_NT[rows])
+
+    def to(self, device: torch.device) -> Windows:
+        """The same on a device."""
+        return Windows(self.ids_NT.to(device), self.offset_NT.to(device))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Windows, and the 8-grams of the documents they were cut from (see `overlap`), int64 [G]."""
+
+    windows: Windows
+    grams: Tensor
+
+
+def join(parts: Iterable[Windows]) -> Windows:
+    """All windows of `parts`, in order."""
+    listed = list(parts)
+    return Windows(torch.cat([part.ids_NT for part in listed]), torch.cat([part.offset_NT for part in listed]))
+
+
+def pack(tokenizer: Any, documents: Sequence[str], window: int, limit: int | None, seed: int) -> Packed:
+    """Documents in a shuffled order, laid end to end and cut into windows; at most about `limit` tokens.
+
+    A document cut by a window's end goes on in the next window as a piece of its own, from offset 0.
+    """
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    ids, starts = array("i"), array("q")  # 4 bytes a token: a list of ints takes ten times that
+    used = 0
+    while used < len(order) and (limit is None or len(ids) < limit):
+        for tokens in tokenizer(order[used : used + BATCH_DOCUMENTS])["input_ids"]:
+            starts.append(len(ids))
+            ids.extend(tokens)
+        used += BATCH_DOCUMENTS
+    count = (len(ids) if limit is None else min(limit, len(ids))) // window
+    ids_NT = torch.from_numpy(np.array(ids[: count * window], np.int64)).view(count, window)
+    return Packed(Windows(ids_NT, _offsets(starts, count, window)), overlap.grams(order[:used]))
+
+
+def _offsets(starts: Sequence[int], count: int, window: int) -> Tensor:
+    """Distance of every token to the last start of a document in its window, or else to the window's own."""
+    is_start = torch.zeros(count * window, dtype=torch.bool)
+    starts_S = torch.tensor(starts, dtype=torch.int64)
+    is_start[starts_S[starts_S < count * window]] = True
+    place_T = torch.arange(window)
+    last_start_NT = torch.where(is_start.view(count, window), place_T, 0).cummax(dim=1).values
+    return place_T - last_start_NT

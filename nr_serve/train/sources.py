@@ -1,0 +1,94 @@
+"""Sources of documents: which a recipe names, and how they are read together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from nr_serve.train import dataset
+from nr_serve.train.dataset import Dataset
+from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.text_file import TextFile
+
+OPEN_SOURCES = 64
+"""Most sources read in turn at once: each is an open file or connection."""
+
+
+class Source(Protocol):
+    """Something that holds documents."""
+
+    @property
+    def name(self) -> str:
+        """The class that its text is when it is original or held out."""
+
+    @property
+    def language(self) -> str:
+        """The class that its text is when it is background."""
+
+    @property
+    def identity(self) -> str:
+        """What tells it from every other source, however it is written in the recipe."""
+
+    def fingerprint(self) -> str:
+        """Decided by everything its documents depend on."""
+
+    def documents(self) -> Iterator[str]:
+        """Its documents, the longest cut. Raises BadRecipe, saying where, for what is not text."""
+
+
+def find_sources(folder: Path, written: Iterable[str], field: str = "text") -> list[Source]:
+    """The files of `folder` that globs match, sorted, then the data sets in order.
+
+    Raises BadRecipe for a glob that matches no file and for a source that is listed twice.
+    """
+    listed = list(written)
+    globs = [each for each in listed if not each.startswith(dataset.PREFIX)]
+    found: list[Source] = [TextFile(path, field) for path in find_files(folder, globs)]
+    found += [Dataset.parse(each, folder, field) for each in listed if each.startswith(dataset.PREFIX)]
+    seen = set[str]()
+    for source in found:
+        if source.identity in seen:
+            raise BadRecipe(f"{source} is listed twice")
+        seen.add(source.identity)
+    return found
+
+
+def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
+    """Files of `folder` that match, sorted. Raises BadRecipe for a glob that matches none."""
+    found: list[Path] = []
+    for pattern in globs:
+        try:
+            matches = [path for path in folder.glob(pattern) if path.is_file()]
+        except (ValueError, NotImplementedError) as error:
+            raise BadRecipe(f"{pattern!r} is not a glob of files in the corpus folder: {error}") from error
+        if not matches:
+            raise BadRecipe(f"no text in {folder} matches {pattern!r}")
+        found += matches
+    return sorted(found)
+
+
+def read_in_turn(sources: Sequence[Source], characters: int | None = None) -> list[str]:
+    """Documents by source: all of them or, one of each source in turn, the first `characters` characters.
+
+    Raises BadRecipe for a source without text.
+    """
+    read: list[list[str]] = [[] for _ in sources]
+    waiting = iter(enumerate(sources))
+    reading: dict[int, Iterator[str]] = {}
+    taken = 0
+    while characters is None or taken < characters:
+        while len(reading) < OPEN_SOURCES and (following := next(waiting, None)) is not None:
+            reading[following[0]] = following[1].documents()
+        if not reading:
+            break
+        for i, stream in list(reading.items()):
+            document = next(stream, None)
+            if document is not None:
+                read[i].append(document)
+                taken += len(document)
+                continue
+            del reading[i]
+            if not read[i]:
+                raise BadRecipe(f"{sources[i]} holds no text")
+    return [document for documents in read for document in documents]

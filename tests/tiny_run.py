@@ -1,0 +1,50 @@
+"""A recipe small enough to train in a second, and what its runs leave."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nr_serve.train import checkpoint as checkpoints
+from nr_serve.train.recipe import Recipe, read_recipe
+
+RECIPE = """
+base = "{base}"
+domain = "hu"
+[data]
+target = ["hu.*.train.txt"]
+original = ["en.*.train.txt"]
+background = ["da.*.train.txt"]
+heldout = ["*.heldout.txt"]
+[blocks]
+h = 16
+[gate]
+percentile = 90
+fit_tokens = 512
+{gate}
+[run]
+tokens = {tokens}
+window = 16
+batch_tokens = 128
+original_share = 0.125
+background_share = 0.125
+lr = {lr}
+warmup_tokens = 256
+checkpoint_every = 256
+validate_every = 512
+log_every = 1
+"""
+
+
+def write_recipe(
+    folder: Path, base: Path, *, tokens: int = 1280, lr: float = 0.01, gate: str = "", **changes: Any
+) -> Recipe:
+    """The recipe on that base; a change is a key with `__` for the dot, such as `run__seed=3`."""
+    path = folder / "recipe.toml"
+    path.write_text(RECIPE.format(base=base, tokens=tokens, lr=lr, gate=gate))
+    return read_recipe(path, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """The trained tensors of a run's newest checkpoint."""
+    return checkpoints.load(checkpoints.latest(out)).weights()

@@ -1,0 +1,34 @@
+"""What the tests of training share: a tiny base on disk, and a corpus of three made-up languages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keep the tokenised text of tests out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    return tiny.save(tiny.model(), tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for language, letters in {"hu": "őűáé", "en": "the ", "da": "æøå "}.items():
+        g = torch.Generator().manual_seed(len(letters) + ord(letters[0]))
+        for part, lines in {"train": 60, "heldout": 20}.items():
+            picks = torch.randint(0, 4, (lines, 40), generator=g).tolist()
+            text = "\n\n".join("".join(letters[i] for i in row) for row in picks)
+            (folder / f"{language}.a.{part}.txt").write_text(text, encoding="utf-8")
+    (folder / "en.b.heldout.txt").write_text((folder / "en.a.heldout.txt").read_text())
+    return folder

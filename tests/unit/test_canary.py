@@ -1,0 +1,365 @@
+"""Adapters are run past the probe texts before they act, and what is reported is what the definition gives."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from nr_serve.config import PROBE_TOKENS
+from nr_serve.engine import canary as canary_module
+from nr_serve.engine.canary import Canary
+from nr_serve.engine.messages import Leak
+from nr_serve.engine.probe_text import BUILT_IN, probe_requests, read_probe_texts
+from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, NrError, Unavailable
+from nr_serve.neutral import math
+from tests import tiny
+from tests.unit.test_adapters import ANSWER, PROMPT, Server, error_of
+
+TEXTS = {"one": list(range(10, 110)), "two": [7, 200, 31, 5] * 9, "three": list(range(290, 220, -1))}
+
+
+class Probed(Server):
+    """A tiny engine with a canary; every piece of probe text that it runs is noted."""
+
+    def __init__(self, *, max_leak=None, **options) -> None:
+        super().__init__(**options)
+        self.pieces: list[tuple[str, int]] = []
+        self.runner = self.core._runner
+        requests = probe_requests(
+            TEXTS, tiny.tokenizer(), longest=512, row=self.runner.probe_row, pages=self.runner.probe_pages
+        )
+        self.adapters._canary = Canary(requests, self.fired, max_leak)
+
+    def fired(self, piece, slot, threshold):
+        assert piece.count <= canary_module.PIECE_TOKENS
+        self.pieces.append((piece.request.selection[0].name, piece.count))
+        return self.runner.fired(piece, slot, threshold)
+
+    def neutrality(self, name):
+        return self.adapters.view(self.adapters.registry.get(name)).neutrality
+
+    def work(self) -> None:
+        """Copy and measure all there is."""
+        self.adapters.copy_some(seconds=60)
+
+
+def leak(ids, adapter, *, threshold=None, residues=True) -> Leak:
+    """By the definition alone: the naive model's own pass over the whole text."""
+    threshold = adapter.info.threshold if threshold is None else threshold
+    adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, threshold=threshold))
+    naive, fired = tiny.Naive(tiny.model()), 0
+    add = naive._add
+
+    def counting(layer, x, y):
+        nonlocal fired
+        block = adapter.blocks[layer]
+        if block is not None:
+            z = math.gate_logit(x[0], block.gate, block.bias)
+            m = math.carry(z, adapter.info.carry, torch.tensor(torch.nan))
+            fired += int((math.block_gate(m, threshold) > 0).sum())
+        return add(layer, x, y) if residues else y
+
+    for layer in naive.model.model.layers:
+        layer.mlp.add_residues = counting
+    naive.logits(ids, [adapter])
+    return Leak(fired, len(ids) * sum(block is not None for block in adapter.blocks), len(ids))
+
+
+def leaks(adapter, **options) -> dict[str, Leak]:
+    return {name: leak(ids, adapter, **options) for name, ids in TEXTS.items()}
+
+
+def worst(adapter, **options) -> float:
+    return max(each.rate for each in leaks(adapter, **options).values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"carry": 0.5, "threshold": 0.3}, {"carry": 0.5, "bare_layers": (1,)}, {"threshold": 1e6}],
+    ids=str,
+)
+@pytest.mark.parametrize("piece_tokens", [1, 7, 1000])
+def test_the_leak_is_what_the_definition_gives_in_pieces_of_any_length(options, piece_tokens, monkeypatch):
+    monkeypatch.setattr(canary_module, "PIECE_TOKENS", piece_tokens)
+    server = Probed(slots=2)
+    server.load("other", server.made(5))
+    made = server.made(1, scale=20.0, **options)
+    view = server.load("a", made).result(timeout=0)
+    assert view.neutrality == server.neutrality("a") == leaks(made)
+    assert server.neutrality("other") == leaks(server.made(5))
+    if "threshold" not in options or options["threshold"] < 1e6:
+        assert leaks(made) != leaks(made, residues=False), "no early misfire moves a later gate: the test is blind"
+    else:
+        assert {each.rate for each in leaks(made).values()} == {0}
+
+
+def test_answers_and_gate_statistics_are_the_same_with_a_load_in_their_midst():
+    statistics = []
+    for loads in (False, True):
+        server = Probed(slots=3)
+        b = server.made(2, carry=0.5)
+        server.load("b", b)
+        server.ask("on b", ("b",), selected="on b")
+        server.ask("bare", (), selected="bare")
+        server.step()
+        if loads:
+            answer = server.load("a", server.made(1), finish=False)
+            while not answer.done():
+                before = len(server.pieces)
+                server.step()
+                assert len(server.pieces) <= before + 1, "more than a piece between two steps"
+            assert not server.ended, "the load was not in their midst"
+        server.finish()
+        assert server.tokens["on b"] == server.expected(b)
+        assert server.tokens["bare"] == server.expected()
+        statistics.append(server.core.statistics())
+    quiet, loaded = statistics
+    assert loaded.adapters["b"] == quiet.adapters["b"]
+    assert quiet.adapters["b"].seen[0] == len(PROMPT) + ANSWER - 1
+    assert {key: n for key, n in loaded.cross.items() if key[0] == "b"} == quiet.cross
+
+
+def test_probing_is_not_counted():
+    server = Probed(slots=3)
+    server.load("b", server.made(2))
+    server.load("c", server.made(3))
+    server.ask("r", ("b",), selected="b")
+    server.finish()
+    before = server.core.statistics()
+    made = server.made(1)
+    server.load("a", made)
+    server.patch("b", threshold=0.2)
+    server.work()
+    assert sum(count for name, count in server.pieces if name == "a") == sum(map(len, TEXTS.values()))
+    after = server.core.statistics()
+    assert {name: after.adapters[name] for name in "bc"} == {name: before.adapters[name] for name in "bc"}
+    assert set(after.adapters["a"].seen) | set(after.adapters["a"].fired) == {0}
+    assert after.cross == before.cross
+
+
+def test_an_adapter_under_test_acts_on_nobody_and_is_not_observed():
+    server = Probed(slots=2)
+    server.load("a", server.made(1), threshold=1e6)
+    server.pieces.clear()
+    answer = server.load("a", server.made(2), finish=False, replace=True)
+    while not server.pieces:
+        server.adapters.copy_some(seconds=0)
+    assert not answer.done()
+    server.ask("none", (), selected="none")
+    while "none" not in server.ended:
+        server.step(copy=False)
+    assert server.core.statistics().cross == {}
+    assert server.tokens["none"] == server.expected()
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_above_the_limit_a_load_is_refused_and_the_old_version_goes_on_serving(slots):
+    base = tiny.model()
+    good, bad = tiny.adapter(base, 1, threshold=0.7), tiny.adapter(base, 2)
+    limit = worst(good)
+    assert limit < worst(bad)
+    server = Probed(slots=slots, max_leak=limit)
+    server.load("a", good).result(timeout=0)  # exactly the limit is taken
+    before = server.adapters.views()
+    error = error_of(server.load("a", bad, replace=True))
+    name = max(TEXTS, key=lambda text: leaks(bad)[text].rate)
+    assert isinstance(error, BadRequest)
+    for part in ("'a'", repr(name), f"{worst(bad):.3%}", f"{limit:.3%}", "--max-leak"):
+        assert part in error.message
+    server.work()
+    after = server.adapters.views()
+    assert [dataclasses.replace(v, slot=0) for v in after] == [dataclasses.replace(v, slot=0) for v in before]
+    assert isinstance(error_of(server.load("new", bad)), BadRequest)
+    assert server.load("mild", bad, threshold=1e6).result(timeout=0).name == "mild"
+    server.adapters.unload("mild")
+    server.work()
+    server.ask("r", ("a",))
+    server.finish()
+    assert server.tokens["r"] == server.expected(good)
+    assert server.adapters.registry.slots_used == 1
+
+
+def test_a_refused_load_gives_its_slot_back_to_whoever_had_it():
+    server = Probed(slots=2, max_leak=0.0)
+    for name in "abc":
+        server.load(name, server.made(1), threshold=1e6)
+    server.ask("r", ("a",))
+    server.finish()
+    # b was used least recently, so d gets its slot; c is newer than b, and would be next for a slot that is free.
+    states = [server.state(name) for name in "abc"]
+    assert states == ["attached", "attached", "registered"]
+    assert isinstance(error_of(server.load("d", server.made(2))), BadRequest)
+    server.work()
+    assert [server.state(name) for name in "abc"] == states
+
+
+def test_without_a_slot_an_adapter_is_measured_when_it_gets_one_and_then_not_again():
+    server = Probed(slots=1)
+    made = {name: server.made(i) for i, name in enumerate("ab")}
+    server.load("a", made["a"], pinned=True)
+    assert server.load("b", made["b"]).result(timeout=0).neutrality is None
+    view = server.patch("b", threshold=0.1).result(timeout=0)
+    assert (view.threshold, view.neutrality) == (0.1, None)
+    server.patch("b", threshold=0.0)
+    server.patch("a", pinned=False)
+    server.pieces.clear()
+    for name in "baba":
+        server.ask(name, (name,))
+        server.finish()
+        assert server.tokens[name][-ANSWER:] == server.expected(made[name])
+    assert {name for name, _ in server.pieces} == {"b"}
+    assert sum(count for _, count in server.pieces) == sum(map(len, TEXTS.values()))
+    assert server.neutrality("b") == leaks(made["b"])
+
+
+def test_with_a_limit_nothing_is_taken_that_cannot_be_measured():
+    server = Probed(slots=1, max_leak=1.0)
+    server.load("a", server.made(1), pinned=True)
+    before = server.adapters.views()
+    assert isinstance(error_of(server.load("b", server.made(2))), Unavailable)
+    assert isinstance(error_of(server.load("a", server.made(2), replace=True)), Unavailable)
+    assert server.adapters.views() == before
+    server.patch("a", pinned=False)
+    server.load("b", server.made(2), pinned=True).result(timeout=0)
+    assert isinstance(error_of(server.patch("a", threshold=-1.0)), Unavailable)
+    server.patch("b", pinned=False)
+    answer = server.patch("a", threshold=-1.0)
+    server.work()
+    assert answer.result(timeout=0).neutrality == leaks(server.made(1), threshold=-1.0)
+    assert server.state("a") == "attached"
+    server.finish()
+
+
+def test_a_new_threshold_is_measured_before_it_acts():
+    server = Probed()
+    made = server.made(1, carry=0.5)
+    server.load("a", made)
+    server.ask("before", ("a",))
+    server.step()
+    server.pieces.clear()
+    answer = server.patch("a", threshold=0.4)
+    for _ in range(3):
+        server.step()
+    assert server.pieces
+    while "before" not in server.ended:
+        assert not answer.done()
+        server.step(copy=False)
+    assert server.tokens["before"] == server.expected(made), "the old threshold acts until the new one is known"
+    server.work()
+    view = answer.result(timeout=0)
+    assert (view.threshold, view.requests) == (0.4, 0)
+    assert view.neutrality == leaks(made, threshold=0.4) != leaks(made)
+    server.ask("after", ("a",))
+    server.finish()
+    assert server.tokens["after"] == server.expected(server.made(1, carry=0.5, threshold=0.4))
+
+
+def test_a_threshold_above_the_limit_is_refused_and_nothing_turns():
+    made = tiny.adapter(tiny.model(), 1)
+    server = Probed(max_leak=worst(made, threshold=0.5))
+    server.load("a", made, threshold=0.5)
+    before = server.adapters.views()
+    answer = server.patch("a", threshold=0.0, pinned=True)
+    server.work()
+    error = error_of(answer)
+    assert isinstance(error, BadRequest)
+    assert (error.param, "--max-leak" in error.message) == ("threshold", True)
+    assert server.adapters.views() == before
+    server.ask("r", ("a",))
+    server.finish()
+    assert server.tokens["r"] == server.expected(server.made(1, threshold=0.5))
+
+
+def test_the_last_threshold_asked_for_is_the_last_to_act():
+    server = Probed()
+    made = server.made(1)
+    server.load("a", made)
+    answers = [server.patch("a", threshold=threshold) for threshold in (0.5, 0.2, 0.0)]
+    server.work()
+    assert [answer.result(timeout=0).threshold for answer in answers] == [0.5, 0.2, 0.0]
+    assert server.neutrality("a") == leaks(made)
+    assert server.adapters.view(server.adapters.registry.get("a")).threshold == 0.0
+    server.finish()
+
+
+@pytest.mark.parametrize("how", ["unloaded", "replaced"])
+def test_an_adapter_that_goes_while_its_new_threshold_is_measured_gives_its_slot_back(how):
+    server = Probed(slots=2)
+    server.load("a", server.made(1))
+    answer = server.patch("a", threshold=0.5)
+    server.adapters.copy_some(seconds=0)
+    if how == "unloaded":
+        server.adapters.unload("a")
+        assert isinstance(error_of(server.patch("a", threshold=0.5)), NotFound)
+    else:
+        loaded = server.load("a", server.made(2), replace=True, finish=False)
+        late = server.patch("a", threshold=0.1)
+    server.work()
+    if how == "replaced":
+        assert answer.result(timeout=0).threshold == 0.5
+        assert loaded.result(timeout=0).version == "v2"
+        assert isinstance(error_of(late), Conflict)
+        assert server.neutrality("a") == leaks(server.made(2))
+    else:
+        assert isinstance(error_of(answer), Conflict)
+    server.finish()
+    assert server.adapters.registry.slots_used == (how == "replaced")
+    assert len(server.adapters._canary._reports) == (how == "replaced"), "an unloaded adapter's weights are kept"
+
+
+def test_weights_gone_wild_are_refused_not_taken_for_neutral():
+    server = Probed()
+    assert isinstance(error_of(server.load("wild", server.made(1, scale=1e38))), BadAdapterFile)
+    assert server.adapters.views() == ()
+    assert server.adapters.registry.slots_used == 0
+
+
+def test_a_probe_that_fails_is_a_load_refused_and_no_more():
+    server = Probed()
+    made = server.made(1)
+    server.load("a", made)
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    run, server.runner.fired = server.runner.fired, fails
+    error = error_of(server.load("a", server.made(2), replace=True))
+    server.runner.fired = run
+    assert isinstance(error, NrError)
+    assert "out of memory" not in error.message
+    server.ask("r", ("a",))
+    server.finish()
+    assert server.tokens["r"] == server.expected(made)
+
+
+def test_the_probe_texts_are_plain_english_of_several_kinds():
+    texts = read_probe_texts([], tiny.tokenizer())
+    assert set(texts) == {"prose", "questions", "documentation", "code", "chat"}
+    for path in BUILT_IN:
+        assert 500 < len(path.read_text(encoding="ascii")) < 2000
+    assert tiny.tokenizer().decode(texts["chat"]).startswith("<user>Hi!"), "the base's own template"
+    bare = tiny.tokenizer()
+    bare.hf.chat_template = None
+    assert bare.decode(read_probe_texts([], bare)["chat"]).startswith("Hi!")
+
+
+def test_files_replace_the_texts_and_long_ones_are_cut(tmp_path):
+    (tmp_path / "law.txt").write_text("The court. " * 20_000)
+    (tmp_path / "chat.txt").write_text("Hello.")
+    texts = read_probe_texts([tmp_path / "law.txt", tmp_path / "chat.txt"], tiny.tokenizer())
+    assert tiny.tokenizer().decode(texts["chat"]) == "Hello.", "a file is taken as it is"
+    made = probe_requests(texts, tiny.tokenizer(), longest=10_000, row=0, pages=range(4))
+    assert {name: request.prompt_length for name, request in made.items()} == {"law": PROBE_TOKENS, "chat": 6}
+    made = probe_requests(texts, tiny.tokenizer(), longest=5, row=0, pages=range(4))
+    assert {request.prompt_length for request in made.values()} == {5}
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "no text", "two of a name"])
+def test_a_wrong_probe_text_is_said(tmp_path, case):
+    path = tmp_path / "law.txt"
+    if case != "missing":
+        path.write_bytes({"empty": b" \n", "no text": b"\xff\xfe"}.get(case, b"The court."))
+    files = [path, Path(path)] if case == "two of a name" else [path]
+    with pytest.raises(BadRequest, match="law"):
+        read_probe_texts(files, tiny.tokenizer())

@@ -1,0 +1,159 @@
+"""The command: its tables, its files, and what it refuses before it measures anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nr_serve.cli import main
+from nr_serve.neutral.format import write_adapter
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a base, text of four languages, two adapters and a task."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny.save(tiny.model(), folder / "base")
+    (folder / "corpus").mkdir()
+    for i, language in enumerate(("hu", "en", "nb", "ca")):
+        g = torch.Generator().manual_seed(i)
+        picks = torch.randint(0, 26, (20, 40), generator=g).tolist()
+        text = "\n\n".join("".join(chr(97 + letter) for letter in row) for row in picks)
+        (folder / "corpus" / f"{language}.a.heldout.txt").write_text(text, encoding="utf-8")
+    for seed, (name, target) in enumerate({"hu": "hu.*.train.txt", "da": "da.*.train.txt"}.items()):
+        made = tiny.adapter(tiny.model(), seed, carry=0.5)
+        data = {"target": [target], "original": ["en.*.train.txt"], "background": []}
+        recipe = {"data": data, "gate": {"init": "closed-form", "trained": False}}
+        info = made.info.__class__(**{**vars(made.info), "domain": name, "recipe": recipe})
+        write_adapter(folder / f"{name}.safetensors", info, made.blocks)
+    rows = [{"context": "abc", "choices": ["x", "y"], "gold": i % 2} for i in range(4)]
+    (folder / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> None:
+    """Tokens are not kept in the user's own cache."""
+    monkeypatch.setenv("NR_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def run(place: Path, *flags: str | Path, files: tuple[str, ...] = ("hu", "da"), corpus: bool = True) -> int:
+    paths = [str(place / f"{name}.safetensors") for name in files]
+    text = ["--corpus", str(place / "corpus"), "--window", "16", "--windows", "2"] if corpus else []
+    return main(["evaluate", *paths, "--model", str(place / "base"), *text, *map(str, flags)])
+
+
+def test_interference_prints_a_row_a_source_and_the_worst(place, capsys):
+    assert run(place, "--interference", "--near", "nb=da") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:5]] == [
+        ["hu.a", "own"],
+        ["nb.a", "near"],
+        ["en.a", "original"],
+        ["ca.a", "unseen"],
+    ]
+    assert lines[0].endswith("FIRED hu  FIRED da")
+    assert any(line.startswith("fired on close relatives") and line.endswith("da on nb.a") for line in lines)
+
+
+def test_the_pages_link_the_plots_that_were_written(place, tmp_path, capsys):
+    flags = ["--interference", "--plots", tmp_path / "plots", "--card", tmp_path / "README.md"]
+    assert run(place, *flags, "--markdown", tmp_path / "together.md", "--tasks", place / "task.jsonl") == 0
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert names == {"gates-hu.svg", "gates-da.svg", "interference.svg"}
+    card, together = (tmp_path / "README.md").read_text(), (tmp_path / "together.md").read_text()
+    assert "(plots/gates-hu.svg)" in card
+    assert "gates-da.svg" not in card
+    assert "| task | 4 | acc |" in card
+    assert all(f"(plots/{name})" in together for name in names)
+    capsys.readouterr()
+
+
+def test_json_is_one_document_with_the_tasks_in_it(place, tmp_path, capsys):
+    assert run(place, "--json", "--tasks", place / "task.jsonl", "--limit", "2") == 0
+    read = json.loads(capsys.readouterr().out)
+    assert set(read["sources"]) == {"hu.a", "en.a", "nb.a", "ca.a"}
+    assert read["tasks"]["task"]["examples"] == 2
+    assert run(place, "--json", "--tasks", place / "task.jsonl", corpus=False) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"adapters", "tasks"}
+    assert run(place, "--plots", tmp_path, "--plot-format", "png") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"gates-hu.png", "gates-da.png"}
+    assert "CHANGE" in capsys.readouterr().out
+
+
+def test_switches_are_printed_put_in_the_json_and_drawn(place, tmp_path, capsys):
+    flags = ["--switches", "--stretch", "8", "--plots", tmp_path]
+    assert run(place, *flags, files=("hu",)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line] == [
+        "SOURCE",
+        "ca.a",
+        "en.a",
+        "hu.a",
+        "nb.a",
+        "ADAPTER",
+        "hu",
+    ]
+    assert (tmp_path / "switches.svg").stat().st_size > 0
+    assert run(place, *flags, "--json", files=("hu",)) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert set(read["sources"]) == {"hu.a", "en.a", "nb.a", "ca.a"}
+    switch = read["switches"]["adapters"]["hu"]
+    assert (switch["original"], switch["own"], len(switch["rates"])) == (["en.a"], ["hu.a"], 24)
+    assert 0 < switch["windows"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--near", "nb=da"], "--near does nothing without --interference"),
+        (["--markdown", "x.md"], "--markdown does nothing without --interference"),
+        (["--stretch", "16"], "--stretch does nothing without --switches"),
+        (["--switches"], "no source of what da learned"),
+        (["--limit", "3"], "--limit does nothing without --tasks"),
+        (["--plot-format", "png"], "--plot-format does nothing without --plots"),
+        (["--interference", "--near", "nb"], "--near takes LANGUAGE=RELATIVE"),
+        (["--interference", "--near", "nb=sv"], "no adapter here learned sv"),
+        (["--interference", "--near", "xx=da"], "no source measured is of the language xx"),
+        (["--source", "xx.*"], "xx."),
+        (["--tasks", "absent.jsonl"], "cannot read absent.jsonl"),
+    ],
+)
+def test_what_does_nothing_or_names_nothing_is_refused(place, capsys, flags, message):
+    assert run(place, *flags) == 1
+    seen = capsys.readouterr()
+    assert message in seen.err
+    assert seen.out == ""
+    assert "text 1 of" not in seen.err  # nothing was measured before
+
+
+def test_without_text_or_tasks_there_is_nothing_to_measure_on(place, capsys):
+    assert run(place, corpus=False) == 1
+    assert "give --corpus, --tasks or both" in capsys.readouterr().err
+    assert run(place, "--windows", "4", "--tasks", place / "task.jsonl", corpus=False) == 1
+    assert "--windows does nothing without --corpus" in capsys.readouterr().err
+
+
+def test_two_adapters_of_one_name_are_refused(place, capsys):
+    assert run(place, files=("hu", "hu")) == 1
+    assert "two adapters have the same name: hu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--plots", "--card", "--markdown"])
+def test_a_place_that_takes_no_file_is_refused_before_anything_is_measured(place, capsys, flag):
+    for taken in (place / "task.jsonl" / "x", place / "task.jsonl" if flag == "--plots" else place):
+        assert run(place, "--interference", flag, taken) == 1
+        seen = capsys.readouterr().err
+        assert "error: cannot write" in seen
+        assert str(taken) in seen
+        assert "text 1 of" not in seen
+
+
+def test_a_package_that_is_not_there_is_named_before_anything_is_measured(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nr_serve.commands.evaluation.find_spec", lambda name: None)
+    assert run(place, "--tasks", place / "task.jsonl") == 1
+    assert "--tasks needs lm_eval: pip install 'nr-serve[train]'" in capsys.readouterr().err
+    assert run(place, "--plots", tmp_path) == 1
+    assert "--plots needs matplotlib" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""Plots: the same values give the same bytes, and what they show is what was measured."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nr_serve.errors import BadRequest
+from nr_serve.evaluate.plots import Point, heat_map, loss_curves, panels, pareto, read_losses, unbeaten
+
+POINTS = [Point("neutral", 0.0005, 0.28), Point("lora", 0.09, 0.33), Point("worse", 0.1, 0.2)]
+
+
+def draw(folder: Path, suffix: str) -> dict[str, bytes]:
+    """Every kind of plot, by name."""
+    folder.mkdir(exist_ok=True)
+    paths = {name: folder / f"{name}{suffix}" for name in ("pareto", "heat", "curves", "panels")}
+    pareto(paths["pareto"], POINTS, title="Learning against forgetting")
+    heat_map(paths["heat"], ["hu", "en"], ["0", "1"], [[0.8, None], [0.0, 0.01]], title="Gate rate", written=True)
+    loss_curves(paths["curves"], {"train": [(0, 4.0), (100, 3.0)], "en.a": [(0, 3.5)]}, title="Loss")
+    lines = {"in": {"hu": [(-1, 0.0), (0, 0.4)], "da": [(-1, 0.1)]}, "out": {"hu": [(-1, 0.7)]}, "": {}}
+    panels(paths["panels"], lines, title="Switches", x_label="tokens")
+    return {name: path.read_bytes() for name, path in paths.items()}
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_the_same_values_give_the_same_bytes(tmp_path, suffix):
+    ours = draw(tmp_path / "ours", suffix)
+    program = (
+        "import sys; from pathlib import Path; from tests.unit.test_evaluate_plots import draw; "
+        f"draw(Path(sys.argv[1]), {suffix!r})"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "theirs")], check=True, timeout=60)
+    assert ours == {name: (tmp_path / "theirs" / f"{name}{suffix}").read_bytes() for name in ours}
+    assert len(set(ours.values())) == 4
+
+
+def test_other_values_give_another_plot(tmp_path):
+    for name, rate in {"a": 0.0, "b": 0.01}.items():
+        heat_map(tmp_path / f"{name}.png", ["en"], ["0"], [[rate]], title="Gate rate")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_the_front_holds_exactly_the_points_that_no_other_beats():
+    g = random.Random(0)
+    points = [Point(str(i), round(g.random(), 1), round(g.random(), 1)) for i in range(60)]
+
+    def beats(a: Point, b: Point) -> bool:
+        return (
+            a.forgotten <= b.forgotten
+            and a.learned >= b.learned
+            and (a.forgotten, a.learned) != (b.forgotten, b.learned)
+        )
+
+    expected = {(p.forgotten, p.learned) for p in points if not any(beats(other, p) for other in points)}
+    front = unbeaten(points)
+    assert {(p.forgotten, p.learned) for p in front} == expected
+    assert [p.forgotten for p in front] == sorted(p.forgotten for p in front)
+    assert [p.label for p in unbeaten(POINTS)] == ["neutral", "lora"]
+
+
+def test_a_log_becomes_curves_and_a_resumed_runs_repeated_steps_count_once(tmp_path):
+    def held(loss: float, **step) -> dict:
+        return {"event": "heldout", "sources": {"hu.a": {"before": 5.0, "after": loss}}, **step}
+
+    entries = [
+        {"event": "gates", "layers": {}},
+        held(5.0),
+        {"event": "step", "step": 2, "tokens": 100, "lm": 4.5},
+        {"event": "step", "step": 4, "tokens": 200, "lm": 4.4},
+        {"event": "step", "step": 2, "tokens": 100, "lm": 4.6},
+        held(4.8),
+        held(4.7, step=3),
+        {"event": "step", "step": 4, "tokens": 200, "lm": 4.3},
+    ]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert read_losses(log) == {"train": [(100, 4.6), (200, 4.3)], "hu.a": [(0, 5.0), (100, 4.8), (150, 4.7)]}
+
+
+def test_what_cannot_be_read_or_written_is_refused(tmp_path):
+    with pytest.raises(BadRequest, match="cannot read"):
+        read_losses(tmp_path / "absent.jsonl")
+    (tmp_path / "log.jsonl").write_text('{"event": "gates"}\n{"event": "step"}\n')
+    with pytest.raises(BadRequest, match=r"log\.jsonl line 2"):
+        read_losses(tmp_path / "log.jsonl")
+    with pytest.raises(BadRequest, match="cannot write"):
+        loss_curves(tmp_path / "absent" / "x.svg", {"train": [(0, 1.0)]}, title="Loss")
+    with pytest.raises(BadRequest, match=r"\.svg or \.png"):
+        pareto(tmp_path / "x.jpeg", POINTS, title="x")

@@ -1,0 +1,147 @@
+"""Language switches: rates and losses equal the naive loop's, and the tokens to open and shut are counted right."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nr_serve.errors import BadRequest
+from nr_serve.evaluate import switches as module
+from nr_serve.evaluate.hosted import Hosted
+from nr_serve.evaluate.report_plots import plot_switches
+from nr_serve.evaluate.switches import Steady, SwitchReport, SwitchText, steady_rates, switch_texts, switches
+from nr_serve.evaluate.tables import switch_rows
+from nr_serve.neutral import math
+from nr_serve.neutral.format import Adapter
+from nr_serve.train.base import FrozenBase
+from nr_serve.train.text import Windows
+from tests import tiny
+
+S = 12
+
+
+def learned(seed: int, target: str, **how) -> Adapter:
+    made = tiny.adapter(tiny.model(), seed, **how)
+    recipe = {"data": {"target": [f"{target}.*.train.txt"], "original": ["en.a.train.txt"]}}
+    return replace(made, info=replace(made.info, domain=target, recipe=recipe))
+
+
+def hosted(**adapters: Adapter) -> Hosted:
+    return Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f"), adapters)
+
+
+def stretches(first: int, count: int) -> Windows:
+    """Windows whose ids tell which they are; as packed text, they hold documents that start inside."""
+    ids_NS = torch.arange(first, first + count * S).view(count, S)
+    return Windows(ids_NS % tiny.VOCAB, (torch.arange(S) % 5).expand(count, S))
+
+
+class Counting(tiny.Naive):
+    """The naive loop, which also counts the layers that fired at each token."""
+
+    def _add(self, layer, x, y):
+        for each in self._adapters:
+            block = each.blocks[layer]
+            if block is not None:
+                z = math.gate_logit(x[0], block.gate, block.bias)
+                self.fired_T += math.carry(z, each.info.carry, torch.tensor(torch.nan)) > each.info.threshold
+        return super()._add(layer, x, y)
+
+    def read(self, ids, adapters):
+        self.fired_T = torch.zeros(len(ids))
+        return self.logits(ids, adapters)
+
+
+def test_rates_and_losses_are_the_naive_loops_with_the_carry_running_through():
+    adapters = {
+        "hu": learned(1, "hu", carry=0.8, threshold=0.1, bare_layers=(1,)),
+        "da": learned(2, "da", carry=0.5),
+    }
+    g = torch.Generator().manual_seed(0)
+    ids_NT = torch.randint(0, tiny.VOCAB, (11, 3 * S), generator=g)
+    measured = switches(hosted(**adapters), {name: SwitchText(ids_NT, ("en.b",), ("x",)) for name in adapters})
+    loop = Counting(tiny.model())
+    for name, adapter in adapters.items():
+        fired_T, nats = torch.zeros(3 * S), [0.0, 0.0]
+        for ids in ids_NT.tolist():
+            for i, attached in enumerate(([], [adapter])):
+                logprobs = loop.read(ids, attached).log_softmax(-1)
+                nats[i] -= sum(float(logprobs[t - 1, ids[t]]) for t in range(2 * S + 1, 3 * S))
+            fired_T += loop.fired_T
+        switch = measured.adapters[name]
+        blocks = sum(block is not None for block in adapter.blocks)
+        assert switch.rates == pytest.approx((fired_T / (11 * blocks)).tolist(), abs=1e-6)
+        before, after = (total / (11 * (S - 1)) for total in nats)
+        assert (switch.before, switch.after) == (pytest.approx(before, rel=1e-5), pytest.approx(after, rel=1e-5))
+        assert switch.difference.nats == pytest.approx(after - before, abs=1e-5)
+        assert switch.windows == 11
+
+
+@pytest.mark.parametrize(
+    ("own", "again", "to_open", "to_shut"),
+    [
+        ([0.8] * 12, [0.0] * 12, 0, 0),
+        ([0.1, 0.5, 0.71, 0.73, *[0.8] * 8], [0.6, 0.2, 0.05, 0.049, *[0.0] * 8], 3, 3),
+        ([0.0] * 12, [0.3] * 12, None, None),
+    ],
+)
+def test_a_gate_is_open_at_90_per_cent_of_its_steady_rate_and_shut_below_5(
+    monkeypatch, own, again, to_open, to_shut
+):
+    rates = tuple([0.01] * 12 + own + again)
+    monkeypatch.setattr(module, "_read", lambda *_: module._Reading(rates, 2.0, (22.0, 22.0), (11, 11)))
+    text = SwitchText(torch.zeros(2, 36), ("en.b",), ("hu.a",))
+    switch = switches(hosted(hu=learned(1, "hu")), {"hu": text}).adapters["hu"]
+    assert (switch.tokens_to_open, switch.tokens_to_shut) == (to_open, to_shut)
+    assert switch.steady == Steady(pytest.approx(0.01), pytest.approx(own[-1]), pytest.approx(again[-1]))
+
+
+def test_the_steady_rate_is_that_of_a_stretchs_second_half():
+    rates = [*range(5), *range(10, 15), *range(20, 25)]
+    assert steady_rates(rates) == Steady(3.0, 13.0, 23.0)
+
+
+def test_each_window_takes_up_the_original_text_again_where_it_broke_off():
+    texts = {
+        "en.b": stretches(0, 5),
+        "en.c": stretches(60, 2),
+        "hu.a": stretches(100, 9),
+        "hu.z": stretches(250, 1),
+    }
+    made = switch_texts(hosted(hu=learned(1, "hu")), texts, windows=2)["hu"]
+    en_b, en_c = texts["en.b"].ids_NT, texts["en.c"].ids_NT
+    hu_a, hu_z = texts["hu.a"].ids_NT, texts["hu.z"].ids_NT
+    expected = [(en_b[0], hu_a[0], en_b[1]), (en_c[0], hu_z[0], en_c[1]), (en_b[2], hu_a[1], en_b[3])]
+    assert torch.equal(made.ids_NT, torch.stack([torch.cat(row) for row in expected]))
+    assert (made.original, made.own) == (("en.b", "en.c"), ("hu.a", "hu.z"))
+
+
+def test_text_that_is_missing_is_named():
+    adapters = hosted(hu=learned(1, "hu"))
+    with pytest.raises(BadRequest, match="what hu learned"):
+        switch_texts(adapters, {"en.b": stretches(0, 4), "da.a": stretches(0, 4)}, 2)
+    with pytest.raises(BadRequest, match="the base's own language"):
+        switch_texts(adapters, {"hu.a": stretches(0, 4)}, 2)
+    with pytest.raises(BadRequest, match="too little text"):
+        switch_texts(adapters, {"hu.a": stretches(0, 4), "en.b": stretches(0, 1)}, 2)
+
+
+def test_the_report_becomes_json_a_table_and_a_plot(tmp_path):
+    adapters = {"hu": learned(1, "hu"), "da": learned(2, "da")}
+    ids_NT = torch.randint(0, tiny.VOCAB, (2, 3 * S), generator=torch.Generator().manual_seed(3))
+    report = switches(hosted(**adapters), {name: SwitchText(ids_NT, ("en.b",), ("x",)) for name in adapters})
+    read = json.loads(json.dumps(report.document()))
+    assert (read["stretch"], list(read["adapters"]), len(read["adapters"]["hu"]["rates"])) == (
+        S,
+        ["hu", "da"],
+        3 * S,
+    )
+    never = SwitchReport(S, {"hu": replace(report.adapters["hu"], tokens_to_open=None, tokens_to_shut=4)})
+    header, row = switch_rows(never)
+    assert dict(zip(header, row, strict=True))["TOKENS TO OPEN"] == "never"
+    assert dict(zip(header, row, strict=True))["TOKENS TO SHUT"] == "4"
+    (one,) = plot_switches(tmp_path, report).values()
+    drawn = one.read_bytes()
+    plot_switches(tmp_path, never)
+    assert drawn != one.read_bytes()
