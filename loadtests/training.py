@@ -78,7 +78,7 @@ class Runner:
         for part in parts:
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 output = self.learner(**part)
-            (output["loss"] / len(parts)).backward()
+            (output["loss"] / 1).backward()
             fired += float(output["target_fired"]) / len(parts)
         torch.nn.utils.clip_grad_norm_(list(self.learner.trained().values()), self.recipe.run.clip)
         self.optimizer.step()
@@ -189,7 +189,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, required=True, help="folder of text, as fetch-corpus leaves it")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=_positive, default=20, help="rounds measured")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds before them that do not count")
+    parser.add_argument("--warmup", type=_whole, default=3, help="rounds before them that do not count")
     parser.add_argument("--tokens", type=_positive, help="tokens a step (default: the recipe's)")
     parser.add_argument(
         "--fit-tokens", type=_positive, default=2048, help="tokens of each class that fit the gates"
@@ -198,9 +198,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _positive(written: str) -> int:
+    return _whole(written, 1)
+
+
+def _whole(written: str, least: int = 0) -> int:
     number = int(written)
-    if number < 1:
-        raise ValueError(written)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{written} is less than {least}")
     return number
 
 

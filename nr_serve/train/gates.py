@@ -169,8 +169,7 @@ class Fitter:
         return (share / counts)[self.class_T]
 
     def _percentile(self, name: str) -> float:
-        looser = self.gate.background_percentile
-        return self.gate.percentile if looser is None or name in self.original else looser
+        return self.gate.percentile if name in self.original else self.gate.background_percentile
 
     def _calibrate(self, layer: int, module: BlockModule, u_Td: Tensor) -> None:
         checks_T = ~self.fits_T

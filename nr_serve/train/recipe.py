@@ -81,10 +81,10 @@ class Blocks(_Section):
         description="Extra parameters as a share of the base's: h = capacity N / (3 d L), to a multiple of 16.",
     )
     init: Literal["paper", "he"] = Field(
-        default="paper", description="Variance of W_in and W_gate at the start: paper: 1 / (d L); he: 2 / d."
+        default="he", description="Variance of W_in and W_gate at the start: paper: 1 / (d L); he: 2 / d."
     )
     carry: float = Field(
-        default=0.5, ge=0, lt=1, description="a in m_t = a m_(t-1) + (1 - a) z_t; 0 is the paper's gate."
+        default=0.8, ge=0, lt=1, description="a in m_t = a m_(t-1) + (1 - a) z_t; 0 is the paper's gate."
     )
 
     @model_validator(mode="after")
@@ -117,7 +117,7 @@ class Gate(_Section):
         default="relu", description="The gate as a function of the logit; only relu, and none, can be served."
     )
     init: Literal["closed-form", "logistic", "paper", "he"] = Field(
-        default="closed-form",
+        default="logistic",
         description="closed-form: ridge regression against the other classes; logistic: logistic regression "
         "against them; paper: random, variance 1 / (d L); he: random, variance 2 / d.",
     )
@@ -128,15 +128,15 @@ class Gate(_Section):
         lt=100,
         description="The threshold is the highest of every other class's percentile of the logit.",
     )
-    background_percentile: float | None = Field(
-        default=None, gt=50, lt=100, description="The same for background classes (default: `percentile`)."
+    background_percentile: float = Field(
+        default=99.0, gt=50, lt=100, description="The same for background classes."
     )
     target_weight: float = Field(
-        default=0.5, gt=0, lt=1, description="The target's share of the fit's weight; less of it, fewer misfires."
+        default=0.01, gt=0, lt=1, description="The target's share of the fit's weight; less of it, fewer misfires."
     )
-    fit_tokens: Positive = Field(default=8192, description="Tokens of each class that fit and calibrate the gates.")
+    fit_tokens: Positive = Field(default=6144, description="Tokens of each class that fit and calibrate the gates.")
     ridge: float = Field(
-        default=1e-3, gt=0, description="Ridge penalty, as a share of the mean variance of an input feature."
+        default=1e-4, gt=0, description="Ridge penalty, as a share of the mean variance of an input feature."
     )
     min_found: Share = Field(
         default=0.0, description="Layers whose gate finds less than this share of the target get no block."
@@ -159,7 +159,7 @@ class Gate(_Section):
 class Loss(_Section):
     """The local loss, which keeps the blocks quiet on text not of the target. Only a neutral run reads it."""
 
-    alpha: float = Field(default=1.0, ge=0, description="Weight of the local loss beside the LM loss.")
+    alpha: float = Field(default=100.0, ge=0, description="Weight of the local loss beside the LM loss.")
     kind: Literal["l1", "l1-relative", "cross-entropy"] = Field(
         default="l1-relative",
         description="l1: the residue's l1 norm over d; l1-relative: over the l1 norm of the FFN's own output; "
@@ -193,12 +193,12 @@ class Run(_Section):
     )
     original_share: Share = Field(default=0.1, description="Share of the windows that is original text.")
     background_share: Share = Field(default=0.1, description="Share of the windows that is background text.")
-    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate of AdamW.")
+    lr: float = Field(default=4e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     clip: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
     warmup_tokens: int = Field(default=10_000, ge=0, description="Tokens over which the learning rate rises.")
     schedule: Literal["cosine", "constant-decay", "constant"] = Field(
-        default="cosine",
+        default="constant-decay",
         description="cosine: to 0 over the budget; constant-decay: constant, then linear to 0; constant: level.",
     )
     decay_share: float = Field(

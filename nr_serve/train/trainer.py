@@ -21,7 +21,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from nr_serve.errors import BadRequest, Conflict, NrError
 from nr_serve.train import checkpoint as checkpoints
@@ -130,7 +136,10 @@ class TrainingRun:
         if not loop.is_world_process_zero():
             return self.out
         steps = loop.state.global_step
-        self.validate(steps)
+        if self.recipe.run.patience is not None or steps % self.recipe.run.every(
+            self.recipe.run.validate_every
+        ):  # not measured as it is now
+            self.validate(steps)
         results = {"tokens": steps * self.recipe.run.batch_tokens, "heldout": self.results}
         self.log.write({"event": "end", "step": steps, "tokens": results["tokens"]})
         return write_result(self.out, self.recipe, self.base, self.learner, results)
@@ -258,6 +267,9 @@ class Loop(transformers.Trainer):
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)  # it and the plain bar print every log line on stdout
+        self.pop_callback(ProgressCallback)
+        self.add_callback(Bar())
         self._sums: dict[str, float] = {}
         self._parts, self._since = 0, time.monotonic()
 
@@ -336,6 +348,19 @@ class Loop(transformers.Trainer):
         if self.state.best_model_checkpoint is None:
             raise BadRequest("no held-out text of the target was measured, so there is no best checkpoint")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class Bar(ProgressCallback):
+    """A progress bar on stderr with the latest losses."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the losses and how much fired."""
+        bar: Any = self.training_bar  # None in the other processes
+        if bar is not None and "lm" in logs:
+            bar.set_postfix_str(
+                f"lm {logs['lm']:.3f}, fired {logs['target_fired']:.0%} of target, "
+                f"{logs['other_fired']:.2%} of others, {logs['tokens_a_second']:.0f} tokens/s"
+            )
 
 
 def _plain(logs: Mapping[str, Any]) -> dict[str, float]:

@@ -84,7 +84,7 @@ def test_fitted_gates_hold_the_percentile_and_open_to_one_on_average(trained_blo
             adapter.layer(i).w_out.data.normal_(generator=torch.Generator().manual_seed(i))
     attached = Attached(model, [adapter])
     named = classes()
-    gate = Gate(percentile=95.0)
+    gate = Gate(percentile=95.0, background_percentile=95.0)
     report = fit_gates(model, attached, named, gate)
     for name, windows in named.items():
         odd = windows.take(slice(1, None, 2))
@@ -131,7 +131,7 @@ def test_layers_that_find_too_little_get_no_block():
 def test_classes_weigh_the_same_however_much_text_they_have():
     named = classes()
     named["en"] = named["en"].take(slice(8))
-    fitter = Fitter(AdapterModule.fresh([16], 4, 0.0, 0), named, "target", Gate())
+    fitter = Fitter(AdapterModule.fresh([16], 4, 0.0, 0), named, "target", Gate(target_weight=0.5))
     weight = fitter._weights(fitter.class_T == 0)[fitter.fits_T]
     of = fitter.class_T[fitter.fits_T]
     assert [float(weight[of == i].sum()) for i in range(3)] == pytest.approx([0.5, 0.25, 0.25])

@@ -206,11 +206,11 @@ def test_a_sweep_trains_each_run_once_with_its_changes(tmp_path, base, corpus, c
     path = write_sweep(
         tmp_path,
         base,
-        '[runs.a]\n[runs.b]\n"method" = "lora"\n[runs.bad]\n"run.lr" = 1e30\n[runs.c]\n"blocks.capacity" = 0.1\n',
+        '[runs.a]\n[runs.b]\n"method" = "lora"\n[runs.bad]\n"method" = "finetune"\n"run.lr" = 1e30\n[runs.c]\n"blocks.capacity" = 0.1\n',
     )
     recipes = read_sweep(path)
     assert [(r.run.seed, r.method, r.blocks.h) for r in recipes.values()] == [
-        (3, "neutral", 16), (3, "lora", 16), (3, "neutral", 16), (3, "neutral", None)
+        (3, "neutral", 16), (3, "lora", 16), (3, "finetune", 16), (3, "neutral", None)
     ]  # fmt: skip
     results = run_sweep(path, tmp_path / "out", corpus)
     assert isinstance(results["bad"], training.TrainingDiverged)
