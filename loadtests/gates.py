@@ -3,8 +3,9 @@
     python loadtests/gates.py --corpus corpus --target hu --target da --plots plots
 
 One forward pass over all text keeps the inputs of every fifth layer's FFN. Then, for each target and layer, a gate
-is fitted for every carry, solver and number of background languages, its threshold set for every percentile, and
-what it does is counted on held-out text. As in training, even windows fit and odd windows set the threshold.
+is fitted for every carry, solver and number of background languages, its threshold set for every percentile (one
+for all classes), and what it does is counted on held-out text. As in training, even windows fit and odd windows set
+the threshold.
 
 The background languages come in a seeded order: a smaller background is the start of a larger one. Some languages
 and some sources of the base's own language are in no fit; on them it shows how a gate does on what it never met.
@@ -43,7 +44,7 @@ from nr_serve.train.text import read_heldout
 
 BATCH_WINDOWS = 16
 TARGET_TIMES = 4
-"""The target is half of a fit's weight, so it has so many times the text of another class, as in training."""
+"""The target has so many times the text of another class, as in training."""
 
 SHOWN_PERCENTILE = 99.5
 """The percentile of the table and the plots; the JSON document has all."""
@@ -344,6 +345,7 @@ def main(argv: list[str] | None = None) -> None:
         "layers": list(stream.layers),
         "plan": vars(plan),
         "tokens": {"fit": _tokens(text.fit, args.window), "report": _tokens(text.report, args.window)},
+        "target_weight": Gate().target_weight,
         "rows": rows,
     }
     print(json.dumps(result | provenance(__file__, argv)))

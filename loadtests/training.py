@@ -78,7 +78,7 @@ class Runner:
         for part in parts:
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 output = self.learner(**part)
-            (output["loss"] / 1).backward()
+            (output["loss"] / len(parts)).backward()
             fired += float(output["target_fired"]) / len(parts)
         torch.nn.utils.clip_grad_norm_(list(self.learner.trained().values()), self.recipe.run.clip)
         self.optimizer.step()

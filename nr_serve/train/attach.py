@@ -7,7 +7,7 @@ f fired tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +69,11 @@ class BlockModule(nn.Module):
         return Block(self.gate.detach().float().clone(), self.bias.detach().float().clone(), *weights)
 
 
+def is_gate(name: str) -> bool:
+    """Whether a parameter of an adapter is a gate's, by its name."""
+    return name.rsplit(".", 1)[-1] in ("gate", "bias")
+
+
 class AdapterModule(nn.Module):
     """One adapter: a block a layer, None where a layer has none."""
 
@@ -125,6 +130,17 @@ class AdapterModule(nn.Module):
         module = dict(self.layers.items()).get(str(i))
         assert module is None or isinstance(module, BlockModule)
         return module
+
+    def gates(self) -> dict[str, Tensor]:
+        """Every gate's w and b, by name."""
+        return {name: p.detach().cpu() for name, p in self.named_parameters() if is_gate(name)}
+
+    def set_gates(self, gates: Mapping[str, Tensor]) -> None:
+        """Put those in the gates' place; a layer without one among them loses its block."""
+        for name in list(self.layers):
+            if f"layers.{name}.gate" not in gates:
+                del self.layers[name]
+        self.load_state_dict(dict(gates), strict=False)
 
     def drop(self, i: int) -> None:
         """Leave layer i without a block."""

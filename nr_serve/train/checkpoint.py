@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from nr_serve.errors import Conflict, NrError
-from nr_serve.train.attach import AdapterModule
 
 PREFIX = "checkpoint-"
 KEPT = 2
@@ -81,33 +79,6 @@ def complete(checkpoint: Checkpoint) -> None:
     _sync(part)
     os.replace(part, folder / STATE)
     _sync(folder)
-
-
-def save_gates(path: Path, adapter: AdapterModule, fits: Mapping[str, Any]) -> None:
-    """Keep fitted gates, and what they were fitted to."""
-    gates = {name: tensor for name, tensor in adapter.state_dict().items() if _is_gate(name)}
-    part = path.with_suffix(".part")
-    safetensors.torch.save_file(gates, part, metadata={"fits": json.dumps(fits, sort_keys=True)})
-    os.replace(part, path)
-
-
-def load_gates(path: Path, adapter: AdapterModule, fits: Mapping[str, Any]) -> bool:
-    """Give a fresh adapter the gates kept in `path`, if they fit; a layer without one loses its block."""
-    if not path.is_file():
-        return False
-    with safetensors.safe_open(path, "pt") as file:
-        if file.metadata() != {"fits": json.dumps(fits, sort_keys=True)}:
-            return False
-        gates = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    for i in range(adapter.depth):
-        if adapter.layer(i) is not None and f"layers.{i}.gate" not in gates:
-            adapter.drop(i)
-    adapter.load_state_dict(gates, strict=False)
-    return True
-
-
-def _is_gate(name: str) -> bool:
-    return name.rsplit(".", 1)[1] in ("gate", "bias")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from nr_serve.train.attach import VARIANCE, AdapterModule
+from nr_serve.train.attach import VARIANCE, AdapterModule, is_gate
 from nr_serve.train.base import FrozenBase
 from nr_serve.train.learner import Learner
 from nr_serve.train.recipe import Recipe
@@ -53,8 +53,7 @@ def fresh_blocks(recipe: Recipe, base: FrozenBase) -> AdapterModule:
         kind=kind,
     )
     for name, parameter in adapter.named_parameters():
-        is_gate = name.rsplit(".", 1)[1] in ("gate", "bias")
-        parameter.requires_grad_(not is_gate or (gate.trained and recipe.method == "neutral"))
+        parameter.requires_grad_(not is_gate(name) or (gate.trained and recipe.method == "neutral"))
     return adapter
 
 

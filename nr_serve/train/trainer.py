@@ -29,6 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from nr_serve.default_model import cache_folder
 from nr_serve.errors import BadRequest, Conflict, NrError
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import text
@@ -39,6 +40,7 @@ from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
 from nr_serve.train.mix import Classes, Mix
 from nr_serve.train.recipe import BadRecipe, Recipe, Run, parse_recipe
+from nr_serve.train.tensor_cache import TensorCache
 
 
 class TrainingDiverged(NrError):
@@ -145,26 +147,31 @@ class TrainingRun:
         return write_result(self.out, self.recipe, self.base, self.learner, results)
 
     def fit_gates(self) -> None:
-        """Fit the gates on the stream as it is, and log how well; a run killed since then finds them fitted."""
+        """Fit the gates on the stream as it is, and log how well; gates fitted before to the same text are kept."""
         adapter = self.learner.adapter
         assert adapter is not None
-        gate, kept = self.recipe.gate, self.out / "gates.safetensors"
-        fits = {
-            "gate": gate.model_dump(),
-            "carry": adapter.carry,
-            "text": self.digest,
-            "base": self.base.fingerprint,
-        }
-        if checkpoints.load_gates(kept, adapter, fits):
-            return
-        _say("fitting the gates")
-        classes = gate_classes(self.classes, gate.fit_tokens)
-        report = fit_gates(self.base.model, self.learner.attached, classes, gate, original=self.classes.original)
-        self.log.write({"event": "gates", "layers": {i: asdict(fit) for i, fit in report.items()}})
-        found = sum(fit.found for fit in report.values()) / len(report)
-        worst = max(max(fit.misfired.values()) for fit in report.values())
-        _say(f"gates find {found:.1%} of the target, misfire on at most {worst:.2%} of a class in a layer")
-        checkpoints.save_gates(kept, adapter, fits)
+
+        def fit() -> dict[str, Tensor]:
+            _say("fitting the gates")
+            gate = self.recipe.gate
+            classes = gate_classes(self.classes, gate.fit_tokens)
+            report = fit_gates(
+                self.base.model, self.learner.attached, classes, gate, original=self.classes.original
+            )
+            self.log.write({"event": "gates", "layers": {i: asdict(fit) for i, fit in report.items()}})
+            found = sum(fit.found for fit in report.values()) / len(report)
+            worst = max(max(fit.misfired.values()) for fit in report.values())
+            _say(f"gates find {found:.1%} of the target, misfire on at most {worst:.2%} of a class in a layer")
+            return adapter.gates()
+
+        key = [
+            self.recipe.gate.model_dump(),
+            adapter.carry,
+            sorted(adapter.layers),
+            self.digest,
+            self.base.fingerprint,
+        ]
+        adapter.set_gates(TensorCache(cache_folder() / "gates").get(key, fit))
 
     def validate(self, step: int) -> float:
         """Measure the held-out sources as they are now and log them; returns the mean loss on the target's."""

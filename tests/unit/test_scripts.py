@@ -130,7 +130,7 @@ def test_the_gate_study_finds_what_the_gates_of_training_find(base, languages, t
     for init in ("closed-form", "logistic"):
         fitted = {"target": windows.take(text.fit["hu"].rows().tolist())}
         fitted |= {n: windows.take(text.fit[n].rows().tolist()[:16]) for n in plan.fitted("hu", 2)}
-        fit_gates(frozen.model, attached, fitted, Gate(init=init, percentile=90))
+        fit_gates(frozen.model, attached, fitted, Gate(init=init, percentile=90, background_percentile=90))
         held = {n: windows.take(each.rows().tolist()) for n, each in text.report.items()}
         expected = {n: r.fired_by_layer[0][0] for n, r in measure(frozen.model, attached, held).items()}
         (shares,) = next(s for setting, s in counted.items() if setting.solver == init)

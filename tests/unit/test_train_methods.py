@@ -206,7 +206,8 @@ def test_a_sweep_trains_each_run_once_with_its_changes(tmp_path, base, corpus, c
     path = write_sweep(
         tmp_path,
         base,
-        '[runs.a]\n[runs.b]\n"method" = "lora"\n[runs.bad]\n"method" = "finetune"\n"run.lr" = 1e30\n[runs.c]\n"blocks.capacity" = 0.1\n',
+        '[runs.a]\n[runs.b]\n"method" = "lora"\n[runs.bad]\n"method" = "finetune"\n"run.lr" = 1e30\n'
+        '[runs.c]\n"blocks.capacity" = 0.1\n',
     )
     recipes = read_sweep(path)
     assert [(r.run.seed, r.method, r.blocks.h) for r in recipes.values()] == [

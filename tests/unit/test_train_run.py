@@ -42,7 +42,22 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path
     assert files[0].info == files[1].info
 
 
-def test_training_lowers_the_target_loss_and_the_file_tells_its_story(tmp_path, base, corpus):
+def test_gates_fitted_before_to_the_same_text_are_kept(tmp_path, base, corpus, monkeypatch):
+    monkeypatch.setenv("NR_CACHE", str(tmp_path / "cache"))
+    fits, fit = [], training.fit_gates
+    monkeypatch.setattr(training, "fit_gates", lambda *args, **more: fits.append(1) or fit(*args, **more))
+    made = []
+    for out, changes in (("a", {}), ("b", {}), ("c", {"blocks__carry": 0.3}), ("d", {"blocks__h": [16, 0, 16]})):
+        train(write_recipe(tmp_path, base, tokens=128, **changes), tmp_path / out, corpus)
+        made.append(weights(tmp_path / out))
+    assert len(fits) == 3
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    assert not torch.equal(made[0]["adapter.layers.0.gate"], made[2]["adapter.layers.0.gate"])
+    assert not any(".1." in name for name in made[3])
+
+
+def test_training_lowers_the_target_loss_and_the_file_tells_its_story(tmp_path, base, corpus, monkeypatch):
+    monkeypatch.setenv("NR_CACHE", str(tmp_path / "cache"))
     path = train(write_recipe(tmp_path, base, tokens=5120, lr=0.03), tmp_path / "out", corpus)
     adapter = read_adapter(path)
     assert (adapter.info.domain, adapter.info.carry, adapter.h) == ("hu", 0.8, 16)

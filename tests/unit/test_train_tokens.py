@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from nr_serve.train.overlap import FEWEST_GRAMS, grams, overlap
 from nr_serve.train.pack import Packed, Windows, pack
 from nr_serve.train.recipe import Data, Run
+from nr_serve.train.tensor_cache import TORN_AFTER_S
 from nr_serve.train.text import read_classes
-from nr_serve.train.token_cache import TORN_AFTER_S, TokenCache, tokenizer_key
+from nr_serve.train.token_cache import TokenCache, tokenizer_key
 from tests import tiny
 
 
@@ -133,7 +134,7 @@ def test_nothing_is_left_of_a_file_that_cannot_be_put_in_place(tmp_path: Path, m
 
     monkeypatch.setattr(os, "replace", full)
     assert same(TokenCache(tmp_path).packed(["a"], lambda: made(1)), made(1))
-    assert f"cannot keep tokens in {tmp_path}: no space" in capsys.readouterr().err
+    assert f"cannot keep anything in {tmp_path}: no space" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
