@@ -27,11 +27,11 @@ from nr_serve.evaluate.tables import markdown
 from nr_serve.train.base import load_base
 from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.learner import Batch, Learner
+from nr_serve.train.loop import Batches, learning_rate
 from nr_serve.train.methods import make_learner
 from nr_serve.train.mix import Classes
 from nr_serve.train.recipe import BadRecipe, Recipe, read_recipe
 from nr_serve.train.text import read_classes
-from nr_serve.train.trainer import Batches, learning_rate
 
 METHODS = ("neutral", "adapter", "lora", "finetune")
 

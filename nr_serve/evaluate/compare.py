@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from nr_serve.evaluate.tables import Rows, markdown
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import Attached
 from nr_serve.train.base import load_base
+from nr_serve.train.entries import language_of, names_language, names_source
 from nr_serve.train.export import load_run
 from nr_serve.train.measure import measure
 from nr_serve.train.pack import Windows
@@ -234,9 +234,9 @@ def _recipe(folder: Path) -> Recipe:
 
 
 def _is_unread_original(source: str, recipe: Recipe) -> bool:
-    globs = [glob.split(".") for glob in recipe.data.original]
-    is_original = any(fnmatch(source.split(".")[0], parts[0]) for parts in globs)
-    return is_original and not recipe.owns(source) and not any(fnmatch(source, ".".join(p[:2])) for p in globs)
+    original = recipe.data.original
+    is_original = any(names_language(entry, language_of(source)) for entry in original)
+    return is_original and not recipe.owns(source) and not any(names_source(entry, source) for entry in original)
 
 
 def _mean(losses: Mapping[str, float], sources: Sequence[str]) -> float:

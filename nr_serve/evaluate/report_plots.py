@@ -8,8 +8,9 @@ from pathlib import Path
 from nr_serve.evaluate.heldout import Report
 from nr_serve.evaluate.interference import Interference
 from nr_serve.evaluate.plots import heat_map, panels
-from nr_serve.evaluate.roles import Role, language_of
+from nr_serve.evaluate.roles import Role
 from nr_serve.evaluate.switches import SwitchReport
+from nr_serve.train.entries import language_of
 
 
 def plot_gates(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from nr_serve.errors import BadAdapterFile, BadRequest
 from nr_serve.neutral.format import Adapter, AdapterInfo
-
-DATASETS = "datasets:"
-"""What a data set starts with in a recipe: `datasets:NAME[:CONFIG][@SPLIT]`. Other entries are globs of files."""
+from nr_serve.train.entries import language_of, names_language, names_source
 
 Kind = Literal["own", "near", "original", "seen", "unseen"]
 
@@ -78,19 +75,14 @@ def assign_roles(
     return {source: _role(source, globs, relatives, original) for source in listed}
 
 
-def language_of(source: str) -> str:
-    """`hu` of `hu.lohelp`; a data set's name does not tell its language, so each is one of its own."""
-    return source if "/" in source else source.split(".")[0]
-
-
 def _role(
     source: str, globs: Mapping[str, Globs], relatives: Mapping[str, tuple[str, ...]], original: Sequence[str]
 ) -> Role:
     language = language_of(source)
-    own = tuple(name for name, g in globs.items() if any(_matches_source(source, p) for p in g.target))
+    own = tuple(name for name, g in globs.items() if any(names_source(p, source) for p in g.target))
     near = relatives.get(language, ())
-    is_original = any(_matches_language(language, pattern) for pattern in original)
-    seen = any(_matches_language(language, p) for g in globs.values() for p in g.every())
+    is_original = any(names_language(pattern, language) for pattern in original)
+    seen = any(names_language(p, language) for g in globs.values() for p in g.every())
     kinds: dict[Kind, bool] = {"own": bool(own), "near": bool(near), "original": is_original, "seen": seen}
     kind: Kind = next((kind for kind, applies in kinds.items() if applies), "unseen")
     return Role(kind, own, near, is_original)
@@ -98,36 +90,13 @@ def _role(
 
 def _relatives(language: str, of: Sequence[str], globs: Mapping[str, Globs]) -> tuple[str, ...]:
     learned = {
-        relative: [n for n, g in globs.items() if any(_matches_language(relative, p) for p in g.target)]
+        relative: [n for n, g in globs.items() if any(names_language(p, relative) for p in g.target)]
         for relative in of
     }
     for relative, names in learned.items():
         if not names:
             raise BadRequest(f"{language} is near {relative}, but no adapter here learned {relative}", param="near")
     return tuple(name for name in globs if any(name in names for names in learned.values()))
-
-
-def _matches_source(source: str, entry: str) -> bool:
-    """Whether a recipe's entry names a source: of files the first two parts decide, of a data set its name."""
-    if entry.startswith(DATASETS):
-        return _is_dataset(source, entry)
-    return fnmatchcase(source, ".".join(_file(entry).split(".")[:2]))
-
-
-def _matches_language(language: str, entry: str) -> bool:
-    if entry.startswith(DATASETS):
-        return _is_dataset(language, entry)
-    return fnmatchcase(language, _file(entry).split(".")[0])
-
-
-def _file(pattern: str) -> str:
-    return pattern.rsplit("/", 1)[-1]
-
-
-def _is_dataset(source: str, entry: str) -> bool:
-    """Whether a source is an entry's data set; a NAME may be that of a folder, which makes the source's a path."""
-    name = entry.removeprefix(DATASETS).split("@")[0]
-    return source == name or source.endswith(f"/{name}")
 
 
 def _is_sources(value: Any) -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 
 from nr_serve.errors import DownloadFailed
 from nr_serve.train.documents import document_lines, field_text, pieces
+from nr_serve.train.entries import DATASETS
 from nr_serve.train.recipe import BadRecipe
 
-PREFIX = "datasets:"
 _WRITTEN = re.compile(r"datasets:([^:@]+)(?::([^:@]+))?(?:@([^:@]+))?")
 
 
@@ -55,10 +55,10 @@ class Dataset:
     @property
     def identity(self) -> str:
         """The data set, configuration and split."""
-        return json.dumps([PREFIX, self.path, self.config, self.split])
+        return json.dumps([DATASETS, self.path, self.config, self.split])
 
     def __str__(self) -> str:
-        return f"{PREFIX}{self.name}@{self.split}"
+        return f"{DATASETS}{self.name}@{self.split}"
 
     @cached_property
     def _builder(self) -> Any:

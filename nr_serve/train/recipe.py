@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nr_serve.errors import BadRequest
 from nr_serve.neutral import block_width
+from nr_serve.train.entries import DATASETS, names_source
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -63,7 +63,7 @@ class Data(_Section):
 
     @model_validator(mode="after")
     def _bounded(self) -> Data:
-        if self.target_tokens is None and any(entry.startswith("datasets:") for entry in self.target):
+        if self.target_tokens is None and any(entry.startswith(DATASETS) for entry in self.target):
             raise ValueError("target_tokens is needed when the target is a data set, which may have no end")
         return self
 
@@ -291,8 +291,8 @@ class Recipe(_Section):
         return "float32" if self.method == "finetune" else self.run.dtype
 
     def owns(self, source: str) -> bool:
-        """Whether a source such as `hu.lohelp` is of the target: its first two parts match a target glob's."""
-        return any(fnmatch(source, ".".join(glob.split(".")[:2])) for glob in self.data.target)
+        """Whether a source such as `hu.lohelp` is of the target."""
+        return any(names_source(entry, source) for entry in self.data.target)
 
     def dump(self) -> dict[str, Any]:
         """The recipe as plain values, for JSON."""

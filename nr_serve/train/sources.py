@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from nr_serve.train import dataset
 from nr_serve.train.dataset import Dataset
+from nr_serve.train.entries import DATASETS
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.text_file import TextFile
 
@@ -43,9 +43,9 @@ def find_sources(folder: Path, written: Iterable[str], field: str = "text") -> l
     Raises BadRecipe for a glob that matches no file and for a source that is listed twice.
     """
     listed = list(written)
-    globs = [each for each in listed if not each.startswith(dataset.PREFIX)]
+    globs = [each for each in listed if not each.startswith(DATASETS)]
     found: list[Source] = [TextFile(path, field) for path in find_files(folder, globs)]
-    found += [Dataset.parse(each, folder, field) for each in listed if each.startswith(dataset.PREFIX)]
+    found += [Dataset.parse(each, folder, field) for each in listed if each.startswith(DATASETS)]
     seen = set[str]()
     for source in found:
         if source.identity in seen:

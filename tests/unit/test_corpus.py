@@ -107,6 +107,18 @@ def test_plain_text_gives_what_matches():
     assert documents(extract.text, "one\ntwo\n\nthree") == [["one\ntwo", "three"]]
 
 
+def test_plain_text_gives_a_paragraph_a_line():
+    assert documents(extract.plain, "one\r\ntwo\r\n\r\n \nthree\n") == [["one", "two"], ["three", ""]]
+
+
+@pytest.mark.parametrize("form", ["plain", "text", "fortune"])
+def test_the_users_text_in_another_encoding_is_refused_with_file_and_byte(tmp_path, form):
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"abc\n" + "ığ".encode("iso-8859-9"))
+    with pytest.raises(BadRequest, match=r"x\.txt is not UTF-8: byte 4 of the text \(0xfd\)"):
+        list(extract.extract(path, source(kind="folder", format=form)))
+
+
 def test_sayings_are_cut_at_percent_signs():
     assert documents(extract.fortune, "a\n%\nb\n%\nc\n") == [["a\n", "b\n", "c\n"]]
 
@@ -235,7 +247,15 @@ def test_a_table_gives_a_source_for_each_language(tmp_path):
     ("change", "message"),
     [
         (("kind =", "knid ="), "unknown keys: knid"),
-        (('"deb"', '"rpm"'), "unknown kind 'rpm'"),
+        (('"deb"', '"rpm"'), "kind: Input should be 'deb'.* or 'folder'"),
+        (('["{locale}/*.txt"]', '"*.txt"'), "files: Input should be a valid tuple"),
+        (('["hu", "da"]', '"hu"'), "list of languages"),
+        (("[[source]]", "[source]"), "two brackets"),
+        (('licence = "MIT"', ""), "needs its licence"),
+        (('format = "text"', ""), "needs its format"),
+        (('packages = ["p-{lang}"]', ""), "'deb' needs packages"),
+        (('"deb"', '"folder"'), "'folder' takes no packages"),
+        (('kind = "deb"', 'kind = "deb"\nfolder = "x"'), "'deb' takes no folder"),
         (('name = "x"', ""), "lacks its name"),
         (('["hu", "da"]', '["hu", "hu"]'), "hu.x named twice"),
         (("[[source]]", "[[source"), "corpora.toml"),
@@ -344,3 +364,136 @@ def test_without_apt_the_error_says_what_is_needed(tmp_path, monkeypatch):
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, nr_serve.train.corpus; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- the user's own folder
+
+FOLDER = """
+[[source]]
+name = "mine"
+languages = ["hu"]
+kind = "folder"
+folder = "texts/{lang}"
+files = ["**/*.txt"]
+format = "plain"
+"""
+
+
+def words_of(*numbers):
+    """60 words that no other numbers give."""
+    stem = "".join(chr(97 + n) for n in numbers)
+    return " ".join(f"{stem}{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(60))
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """The user's corpus recipe beside two files of text, one of them deeper."""
+    (tmp_path / "texts" / "hu" / "deep").mkdir(parents=True)
+    for n, name in enumerate(("a.txt", "deep/b.txt")):
+        text = "\n\n".join(words_of(n, i, 0) + "\n" + words_of(n, i, 1) for i in range(26))
+        (tmp_path / "texts" / "hu" / name).write_text(text)
+    path = tmp_path / "mine.toml"
+    path.write_text(FOLDER)
+    return path
+
+
+def manifest(out):
+    return json.loads((out / "manifest.json").read_text())
+
+
+def test_a_folder_is_read_held_out_and_listed_without_a_licence(mine, tmp_path):
+    [fetched] = build.fetch_corpus(mine, tmp_path / "out")
+    train, heldout = fetched.train.read_text(), fetched.heldout.read_text()
+    assert fetched.train.name == "hu.mine.train.txt"
+    documents = [document for text in (train, heldout) for document in text.rstrip("\n").split("\n\n")]
+    assert sorted(documents) == sorted(
+        words_of(n, i, 0) + "\n" + words_of(n, i, 1) for n in (0, 1) for i in range(26)
+    )
+    assert 0.04 < len(heldout) / len(train) < 0.13
+    entry = manifest(tmp_path / "out")["hu.mine"]
+    assert entry["licence"] == ""
+    assert list(entry["versions"]) == ["texts/hu"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "a.txt").write_text((folder / "a.txt").read_text() + "\n\n" + words_of(9, 9)),
+        lambda folder: (folder / "a.txt").rename(folder / "z.txt"),
+        lambda folder: (folder / "deep" / "b.txt").unlink(),
+        lambda folder: (folder / "c.txt").write_text(words_of(9, 9)),
+    ],
+    ids=["longer", "renamed", "gone", "new"],
+)
+def test_a_folder_is_read_again_when_its_files_change_and_only_then(mine, tmp_path, change):
+    out = tmp_path / "out"
+    [first] = build.fetch_corpus(mine, out)
+    before, entry = first.train.stat().st_mtime_ns, manifest(out)["hu.mine"]
+    (tmp_path / "texts" / "hu" / "notes.md").write_text("not read")
+    assert build.fetch_corpus(mine, out) == [first]
+    assert first.train.stat().st_mtime_ns == before
+    change(tmp_path / "texts" / "hu")
+    [second] = build.fetch_corpus(mine, out)
+    assert second.train.stat().st_mtime_ns != before
+    assert manifest(out)["hu.mine"]["versions"] != entry["versions"]
+    assert build.fetch_corpus(mine, out) == [second]
+
+
+def test_two_recipes_share_a_folder_and_their_text_of_one_language_is_compared(registry, mine, tmp_path):
+    out = tmp_path / "out"
+    [x] = build.fetch_corpus(recipe(tmp_path, TABLE), out, ["hu.x"])
+    # The user's folder holds the package's text too: what one source holds out the other trains on.
+    theirs = [path.read_text() for path in sorted((registry / "hu_HU").iterdir())]
+    (tmp_path / "texts" / "hu" / "a.txt").write_text("\n\n".join(theirs))
+    [own] = build.fetch_corpus(mine, out)
+    assert manifest(out)["hu.x"]["compared"] == manifest(out)["hu.mine"]["compared"] == ["hu.mine", "hu.x"]
+    train = set((x.train.read_text() + own.train.read_text()).split("\n")) - {""}
+    held = set((x.heldout.read_text() + own.heldout.read_text()).split("\n")) - {""}
+    assert held
+    assert not held & train
+    after = own.train.stat().st_mtime_ns
+    [x] = build.fetch_corpus(recipe(tmp_path, TABLE), out, ["hu.x"])
+    assert x.heldout_chars == manifest(out)["hu.x"]["heldout_chars"] < x.train_chars
+    assert own.train.stat().st_mtime_ns == after
+
+
+@pytest.mark.parametrize(
+    ("change", "out", "message"),
+    [
+        (("texts/{lang}", "my-text"), "out", r"source hu\.mine: there is no folder .*my-text"),
+        (("*.txt", "*.doc"), "out", r"texts/hu holds no \*\*/\*\.doc"),
+        (("**/*.txt", "/etc/*"), "out", "Non-relative patterns are unsupported"),
+        (("texts/{lang}", "."), "out", "must not lie in"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_refused_before_anything_is_written(mine, tmp_path, change, out, message):
+    mine.write_text(FOLDER.replace(*change))
+    with pytest.raises(BadRequest, match=message):
+        build.fetch_corpus(mine, tmp_path / out)
+    assert not (tmp_path / out).exists()
+
+
+def test_text_too_short_to_hold_some_out_is_refused_with_its_length(mine, tmp_path):
+    (tmp_path / "texts" / "hu" / "deep" / "b.txt").unlink()
+    (tmp_path / "texts" / "hu" / "a.txt").write_text(words_of(1))
+    with pytest.raises(DownloadFailed, match=r"hu\.mine: .*[\d,]+ characters of text are too few to hold some out"):
+        build.fetch_corpus(mine, tmp_path / "out")
+
+
+def test_a_folder_in_another_encoding_fails_by_file_and_the_other_sources_are_kept(mine, tmp_path):
+    mine.write_text(FOLDER + FOLDER.replace('"mine"', '"bad"').replace("texts/{lang}", "bad"))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "c.txt").write_bytes("güzel".encode("iso-8859-9"))
+    with pytest.raises(DownloadFailed, match=r"hu\.bad: .*bad/c\.txt is not UTF-8: byte 1 "):
+        build.fetch_corpus(mine, tmp_path / "out")
+    assert (tmp_path / "out" / "hu.mine.train.txt").exists()
+
+
+def test_a_manifest_from_before_a_field_came_still_counts(registry, tmp_path):
+    out = tmp_path / "out"
+    [fetched] = build.fetch_corpus(recipe(tmp_path, TABLE), out, ["hu.x"])
+    before, entries = fetched.train.stat().st_mtime_ns, manifest(out)
+    del entries["hu.x"]["source"]["folder"]
+    (out / "manifest.json").write_text(json.dumps(entries))
+    build.fetch_corpus(recipe(tmp_path, TABLE), out, ["hu.x"])
+    assert fetched.train.stat().st_mtime_ns == before

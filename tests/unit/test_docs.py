@@ -1,11 +1,25 @@
 """The documentation says what the code says."""
 
+import json
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
-from nr_serve.config import ServeConfig, settings_table
+import pytest
+from pydantic_settings import BaseSettings
 
-DOCS = Path(__file__).parents[2] / "docs"
+from nr_serve.api.schemas import CompletionBody
+from nr_serve.cli import parse
+from nr_serve.commands import COMMANDS
+from nr_serve.config import ServeConfig, settings_table
+from nr_serve.train.corpus import recipe as corpus_recipe
+from nr_serve.train.recipe import Recipe, parse_changes, read_recipe
+from nr_serve.train.recipe_table import recipe_tables
+from tests.guide import COMMAND_LINES, GUIDE, blocks
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
 def test_the_settings_page_holds_the_settings():
@@ -23,3 +37,75 @@ def test_a_list_in_the_environment_has_commas_as_the_page_says(monkeypatch):
     assert (ServeConfig().adapter, ServeConfig().adapter_dir) == (["hu.safetensors"], [Path("/a"), Path("b/c")])
     monkeypatch.setenv("NR_ADAPTER", "")
     assert ServeConfig().adapter == []
+
+
+def test_the_recipe_page_holds_the_keys():
+    assert recipe_tables() in (DOCS / "recipe.md").read_text(encoding="utf-8"), (
+        "docs/recipe.md is out of date: paste what nr_serve.train.recipe_table.recipe_tables() returns"
+    )
+
+
+def test_the_recipe_page_names_every_key_with_its_default():
+    sections = dict(re.findall(r"## (.+?)\n(.+?)(?=\n## |\Z)", recipe_tables(), re.S))
+    for name, field in Recipe.model_fields.items():
+        if f"`[{name}]`" not in sections:
+            assert f"| `{name}` |" in sections["At the top"]
+            continue
+        for key, each in field.annotation.model_fields.items():
+            (row,) = re.findall(rf"^\| `{key}` \| (.*) \|$", sections[f"`[{name}]`"], re.M)
+            kind, default, meaning = row.split(" | ")
+            assert (bool(kind), meaning) == (True, each.description)
+            if each.is_required():
+                assert default == "must be given"
+            elif each.default in (None, ()):
+                assert default == "none"
+            elif isinstance(each.default, str):
+                assert default == f"`{each.default}`"
+            else:
+                assert tomllib.loads(f"x = {default.strip('`')}")["x"] == each.default
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_every_command_line_of_the_guide_is_understood(line, tmp_path):
+    _, name, *args = shlex.split(line)
+    command = parse(COMMANDS[name][0], name, args)
+    assert isinstance(command, BaseSettings)
+    if name in ("train", "calibrate"):
+        changes = parse_changes(command.set)
+        changes = changes if name == "train" else {f"gate.{key}": value for key, value in changes.items()}
+        recipe = tmp_path / "tr.toml"
+        recipe.write_text(blocks()["tr.toml"], encoding="utf-8")
+        assert read_recipe(recipe, changes).dump() != read_recipe(recipe).dump() or not changes
+
+
+def test_the_guide_shows_every_command_of_the_way():
+    used = [line.split()[1] for line in COMMAND_LINES]
+    way = ["fetch-corpus", "train", "evaluate", "calibrate", "serve", "load-adapter"]
+    assert sorted(way, key=used.index) == way
+
+
+def test_the_recipes_of_the_guide_are_read(tmp_path):
+    for name, text in blocks().items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    [source] = corpus_recipe.read_recipe(tmp_path / "my-corpus.toml")
+    assert (source.name, source.kind, source.folder) == ("tr.mytext", "folder", "my-text")
+    recipe = read_recipe(tmp_path / "tr.toml")
+    assert recipe.owns(source.name)
+
+
+def test_the_text_of_the_guides_recipe_is_what_the_guide_fetches():
+    fetched = next(line for line in COMMAND_LINES if "adapters/corpora.toml" in line)
+    only = parse(COMMANDS["fetch-corpus"][0], "fetch-corpus", shlex.split(fetched)[2:]).only
+    named = [source.name for source in corpus_recipe.read_recipe(ROOT / "adapters" / "corpora.toml")]
+    there = {name for name in named if any(Path(name).match(pattern) for pattern in only)} | {"tr.mytext"}
+    data = tomllib.loads(blocks()["tr.toml"])["data"]
+    for glob in [glob for globs in data.values() for glob in globs]:
+        assert any(Path(f"{name}.{part}.txt").match(glob) for name in there for part in ("train", "heldout")), glob
+
+
+def test_the_first_request_of_the_guide_is_one_the_server_takes():
+    (line,) = re.findall(r"^    (curl .+)$", GUIDE, re.M)
+    words = shlex.split(line)
+    assert "http://127.0.0.1:8000/v1/completions" in words
+    body = CompletionBody.model_validate(json.loads(words[words.index("-d") + 1]))
+    assert (body.model, body.gates) == ("smollm2-135m-instruct", True)

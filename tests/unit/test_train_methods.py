@@ -16,11 +16,12 @@ from nr_serve.train.base import load_base
 from nr_serve.train.calibrate import calibrate
 from nr_serve.train.export import export_run, load_run
 from nr_serve.train.learner import Learner
+from nr_serve.train.loop import Batches, TrainingDiverged
 from nr_serve.train.methods import block_parameters, lora_rank, make_learner
 from nr_serve.train.recipe import BadRecipe, parse_changes
 from nr_serve.train.sweep import read_sweep, run_sweep
 from nr_serve.train.text import read_classes
-from nr_serve.train.trainer import Batches, TrainingStopped, train
+from nr_serve.train.trainer import TrainingStopped, train
 from tests.tiny_run import RECIPE, weights, write_recipe
 
 METHODS = ("neutral", "adapter", "lora", "finetune")
@@ -214,7 +215,7 @@ def test_a_sweep_trains_each_run_once_with_its_changes(tmp_path, base, corpus, c
         (3, "neutral", 16), (3, "lora", 16), (3, "finetune", 16), (3, "neutral", None)
     ]  # fmt: skip
     results = run_sweep(path, tmp_path / "out", corpus)
-    assert isinstance(results["bad"], training.TrainingDiverged)
+    assert isinstance(results["bad"], TrainingDiverged)
     assert [isinstance(results[name], Path) for name in "abc"] == [True] * 3
     stamps = {name: results[name].stat().st_mtime_ns for name in "abc"}
     again = run_sweep(path, tmp_path / "out", corpus)

@@ -9,10 +9,11 @@ import torch
 from nr_serve.errors import Conflict
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import losses
+from nr_serve.train import loop, losses
 from nr_serve.train import trainer as training
+from nr_serve.train.loop import TrainingDiverged, learning_rate
 from nr_serve.train.recipe import Run
-from nr_serve.train.trainer import TrainingDiverged, learning_rate, train
+from nr_serve.train.trainer import train
 from tests.tiny_run import weights, write_recipe
 
 
@@ -21,14 +22,14 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path
     recipe = write_recipe(tmp_path, base, gate=gate)
     train(recipe, tmp_path / "whole", corpus)
 
-    loss = training.Loop.compute_loss
+    loss = loop.Loop.compute_loss
 
     def killed(self, *args, **kwargs):
         if self.state.global_step == 5:
             raise KeyboardInterrupt
         return loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.Loop, "compute_loss", killed)
+    monkeypatch.setattr(loop.Loop, "compute_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "cut", corpus)
     assert checkpoints.load(checkpoints.latest(tmp_path / "cut")).step == 4

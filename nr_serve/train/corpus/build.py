@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ from nr_serve.train.corpus.files import (
     write_documents,
     write_manifest,
 )
+from nr_serve.train.corpus.folder import check_folder, folder_files, folder_versions
 from nr_serve.train.corpus.packages import Packages
 from nr_serve.train.corpus.recipe import Source, read_recipe
 from nr_serve.train.corpus.split import Document, cut, deduplicate, drop_leaked, hold_out, shared_grams, size, thin
@@ -47,16 +49,20 @@ def fetch_corpus(recipe: Path, out: Path, only: Sequence[str] = ()) -> list[Fetc
 
     Writes `NAME.train.txt` and `NAME.heldout.txt` for each source: UTF-8, a paragraph a line, an empty line between
     documents; and `manifest.json` with versions, licences and amounts. `only` picks sources by name or pattern
-    ("hu.*"). Sources already there and made by the same recipe are left as they are. Raises `DownloadFailed` naming
-    every source that failed, after the others were written; `BadRequest` when `only` picks none.
+    ("hu.*"). Sources already there and made by the same recipe are left as they are, unless they are the user's own
+    and their files have changed. Text of other recipes may lie in `out` too. Raises `DownloadFailed` naming every
+    source that failed, after the others were written; `BadRequest` when `only` picks none or a folder is absent.
     """
     sources = [s for s in read_recipe(recipe) if not only or any(fnmatchcase(s.name, pattern) for pattern in only)]
     if not sources:
         raise BadRequest(f"corpus recipe {recipe} has no source that matches {', '.join(only)}")
+    for source in sources:
+        if source.kind == "folder":
+            check_folder(source, recipe.parent, out)
     out.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(out)
-    missing = [source for source in sources if not _is_there(source, manifest, out)]
-    failures = _fetch_all(missing, out, manifest) if missing else []
+    missing = [source for source in sources if not _is_there(source, recipe.parent, manifest, out)]
+    failures = _fetch_all(missing, recipe.parent, out, manifest) if missing else []
     for language in sorted({source.language for source in sources}):
         _compare_sources(language, out, manifest)
     if failures:
@@ -64,17 +70,20 @@ def fetch_corpus(recipe: Path, out: Path, only: Sequence[str] = ()) -> list[Fetc
     return [_fetched(source.name, manifest[source.name], out) for source in sources]
 
 
-def _fetch_all(sources: list[Source], out: Path, manifest: Manifest) -> list[str]:
-    """Fetch each source, write the manifest after each, and return what went wrong, a line a source."""
+def _fetch_all(sources: list[Source], beside: Path, out: Path, manifest: Manifest) -> list[str]:
+    """Fetch each source, write the manifest after each, and return what went wrong, a line a source.
+
+    The user's own folders are relative to `beside`.
+    """
     failures = []
     languages = sorted({source.language for source in sources if source.kind == "ddtp"})
     with tempfile.TemporaryDirectory(prefix=".packages-", dir=out) as work:
-        builder = Builder(Packages(Path(work).resolve(), languages))
+        builder = Builder(Packages(Path(work).resolve(), languages), beside)
         for number, source in enumerate(sources, 1):
             _say(f"[{number}/{len(sources)}] {source.name}")
             try:
                 manifest[source.name] = builder.build(source, out)
-            except (NrError, ValueError, LookupError, OSError, EOFError) as error:
+            except (NrError, ValueError, LookupError, OSError, EOFError, zlib.error) as error:
                 # One bad package must not lose the others; every failure is reported at the end.
                 failures.append(f"{source.name}: {type(error).__name__}: {error}")
                 _say(f"{source.name} failed: {error}")
@@ -105,18 +114,21 @@ def _compare_sources(language: str, out: Path, manifest: Manifest) -> None:
 
 
 class Builder:
-    """Makes the text of one source after the other out of shared packages."""
+    """Makes the text of one source after the other out of shared packages, or of folders relative to `beside`."""
 
-    def __init__(self, packages: Packages) -> None:
-        self._packages = packages
-        self._originals: dict[tuple[tuple[str, ...], tuple[str, ...]], frozenset[str]] = {}
+    def __init__(self, packages: Packages, beside: Path) -> None:
+        self._packages, self._beside = packages, beside
+        self._originals: dict[tuple[str, tuple[str, ...], tuple[str, ...]], frozenset[str]] = {}
 
     def build(self, source: Source, out: Path) -> dict[str, Any]:
         """Write the two files of `source` into `out` and return its entry in the manifest."""
         files = self._files(source, source.files)
-        train, heldout = hold_out(self._documents(source, files))
-        if not train or not heldout:
+        documents = self._documents(source, files)
+        train, heldout = hold_out(documents)
+        if not documents:
             raise DownloadFailed(f"no text left of {len(files)} files")
+        if not train or not heldout:
+            raise DownloadFailed(f"{size(documents):,} characters of text are too few to hold some out")
         for part, documents in (("train", train), ("heldout", heldout)):
             write_documents(text_file(out, source.name, part), documents)
         amounts = {"train_chars": size(train), "heldout_chars": size(heldout)}
@@ -140,7 +152,7 @@ class Builder:
         return thin(list(cut(deduplicate(bounded))), limit)
 
     def _original_paragraphs(self, source: Source) -> frozenset[str]:
-        key = (source.packages, source.original)
+        key = (source.folder, source.packages, source.original)
         if key not in self._originals:
             raw = _raw_documents(self._files(source, source.original), source) if source.original else iter(())
             empty: frozenset[str] = frozenset()
@@ -152,6 +164,8 @@ class Builder:
         """Return the files to read, in an order that depends on their names alone."""
         if source.kind == "ddtp":
             return self._packages.descriptions(source.language)
+        if source.kind == "folder":
+            return folder_files(source, self._beside, globs)
         fetch = self._packages.deb if source.kind == "deb" else self._packages.pypi
         found: dict[str, Path] = {}
         for root in [fetch(package) for package in source.packages]:
@@ -165,6 +179,8 @@ class Builder:
         if source.kind == "ddtp":
             files = self._packages.descriptions(source.language)
             return {path.name: self._packages.versions[path.name] for path in files}
+        if source.kind == "folder":
+            return folder_versions(source, self._beside)
         names = [package.partition("==")[0] for package in source.packages]
         return {name: self._packages.versions[name] for name in names}
 
@@ -181,10 +197,12 @@ def _is_regular(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _is_there(source: Source, manifest: Manifest, out: Path) -> bool:
-    entry = manifest.get(source.name, {})
-    there = all(text_file(out, source.name, part).is_file() for part in PARTS)
-    return there and entry.get("source") == source.as_json()
+def _is_there(source: Source, beside: Path, manifest: Manifest, out: Path) -> bool:
+    entry = manifest.get(source.name)
+    if entry is None or not all(text_file(out, source.name, part).is_file() for part in PARTS):
+        return False
+    unchanged = source.kind != "folder" or entry["versions"] == folder_versions(source, beside)
+    return unchanged and source.is_same(entry["source"])
 
 
 def _fetched(name: str, entry: dict[str, Any], out: Path) -> Fetched:

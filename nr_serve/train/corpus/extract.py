@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bs4 import BeautifulSoup, Tag
 
+from nr_serve.errors import BadRequest
 from nr_serve.train.corpus import man
 from nr_serve.train.corpus.recipe import Source
 from nr_serve.train.corpus.split import Document
@@ -51,9 +52,16 @@ MNEMONIC = re.compile(r"(?<!\w)[_~&](?=\w)|(?<=\w)[_~&](?=\w)|\(?[_~&]\w\)")
 
 
 def extract(path: Path, source: Source) -> Iterator[Document]:
-    """Yield the documents in the file at `path`, uncleaned; a name ending in .gz is decompressed first."""
+    """Yield the documents in the file at `path`, uncleaned; a name ending in .gz is decompressed first.
+
+    Raises `BadRequest` naming file and byte for text that is not UTF-8 where the format does not bear it.
+    """
     data = path.read_bytes()
-    yield from READERS[source.format](gzip.decompress(data) if path.suffix == ".gz" else data, source)
+    try:
+        yield from READERS[source.format](gzip.decompress(data) if path.suffix == ".gz" else data, source)
+    except UnicodeDecodeError as error:
+        bad = error.object[error.start]
+        raise BadRequest(f"{path} is not UTF-8: byte {error.start} of the text (0x{bad:02x})") from error
 
 
 def html(data: bytes, source: Source) -> Iterator[Document]:
@@ -79,7 +87,7 @@ def _blocks(soup: BeautifulSoup, blocks: tuple[str, ...], dropped: tuple[str, ..
 
 def man_page(data: bytes, source: Source) -> Iterator[Document]:
     """Yield the running text of a manual page."""
-    yield man.paragraphs(data.decode("utf-8", errors="replace"))
+    yield man.paragraphs(_decoded(data, source))
 
 
 def mo(data: bytes, source: Source) -> Iterator[Document]:
@@ -111,13 +119,19 @@ def _message_lines(message: str) -> list[str]:
 
 def text(data: bytes, source: Source) -> Iterator[Document]:
     """Yield plain text: what `match` finds, or what blank lines separate."""
-    content = data.decode("utf-8", errors="replace")
+    content = _decoded(data, source)
     yield re.findall(source.match, content, re.MULTILINE) if source.match else re.split(r"\n\s*\n", content)
+
+
+def plain(data: bytes, source: Source) -> Iterator[Document]:
+    """Yield the documents that blank lines separate, a paragraph a line."""
+    for document in re.split(r"\n\s*\n", data.decode("utf-8").replace("\r\n", "\n")):
+        yield document.split("\n")
 
 
 def fortune(data: bytes, source: Source) -> Iterator[Document]:
     """Yield sayings, which lines holding only % separate."""
-    sayings = re.split(r"^%\n", data.decode("utf-8", errors="replace"), flags=re.MULTILINE)
+    sayings = re.split(r"^%\n", _decoded(data, source), flags=re.MULTILINE)
     yield from ([*chunk] for chunk in _chunks(sayings, FORTUNES))
 
 
@@ -161,6 +175,11 @@ def _description_paragraphs(body: str) -> Document:
     return re.split(r"\n\s*\n", marked)
 
 
+def _decoded(data: bytes, source: Source) -> str:
+    """Text of a package may hold bytes that are not UTF-8; in the user's own they mean another encoding."""
+    return data.decode("utf-8", errors="strict" if source.kind == "folder" else "replace")
+
+
 def _chunks(items: list[str], length: int) -> Iterator[list[str]]:
     for start in range(0, len(items), length):
         yield items[start : start + length]
@@ -172,6 +191,7 @@ READERS: dict[str, Callable[[bytes, Source], Iterator[Document]]] = {
     "man": man_page,
     "mo": mo,
     "text": text,
+    "plain": plain,
     "fortune": fortune,
     "jsonl": jsonl,
     "csv": table,

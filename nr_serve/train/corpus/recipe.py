@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from nr_serve.errors import BadRequest
 
-KINDS = ("deb", "pypi", "ddtp")
-FORMATS = ("html", "mallard", "man", "mo", "text", "fortune", "jsonl", "csv", "ddtp")
+Kind = Literal["deb", "pypi", "ddtp", "folder"]
+Format = Literal["html", "mallard", "man", "mo", "text", "plain", "fortune", "jsonl", "csv", "ddtp"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,12 @@ class Source:
 
     name: str  # "hu.lohelp": the language and the table's name
     language: str
-    kind: str  # "deb" and "pypi": files in packages; "ddtp": apt's lists of translated package descriptions
-    licence: str
-    format: str = "ddtp"
+    kind: Kind  # "deb", "pypi": files in packages; "ddtp": apt's lists of descriptions; "folder": the user's files
+    licence: str = ""  # may be left out of a folder alone
+    format: Format = "ddtp"
     packages: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()  # globs below the unpacked packages
+    folder: str = ""  # of the user's own files, relative to the corpus recipe's
+    files: tuple[str, ...] = ()  # globs below the unpacked packages, or below the folder
     original: tuple[str, ...] = ()  # globs of the English originals: what a translation left as it was is dropped
     field: str = ""  # what holds the text: a name (jsonl) or a column, from 0 (csv)
     document: tuple[str, ...] = ()  # csv: the columns, from 0, that say which document a row belongs to
@@ -35,13 +39,27 @@ class Source:
         """Return the fields as JSON holds them, to be kept in the manifest and compared."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
+    def is_same(self, kept: Mapping[str, Any]) -> bool:
+        """Tell whether `as_json` once returned `kept`; a field that came since has its default there."""
+        return {**DEFAULTS, **kept} == self.as_json()
+
+
+SOURCE = TypeAdapter(Source)
+DEFAULTS = {
+    each.name: list(each.default) if isinstance(each.default, tuple) else each.default
+    for each in fields(Source)
+    if each.default is not MISSING
+}
+
 
 def read_recipe(path: Path) -> list[Source]:
     """Return the sources of the recipe at `path`; raise `BadRequest` naming what is wrong with it."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8")).get("source", [])
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadRequest(f"corpus recipe {path}: {error}") from error
+    if not isinstance(tables, list):
+        raise BadRequest(f"corpus recipe {path}: a source is a table [[source]], with two brackets")
     sources = [source for table in tables for source in _expand(table)]
     names = [source.name for source in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -53,8 +71,8 @@ def read_recipe(path: Path) -> list[Source]:
 def _expand(table: dict[str, Any]) -> list[Source]:
     """Make one source for each language of a table."""
     name, languages = table.get("name"), table.get("languages")
-    if not name or not languages:
-        raise BadRequest(f"corpus recipe: a source lacks its name or its languages: {table}")
+    if not name or not languages or not isinstance(languages, list):
+        raise BadRequest(f"corpus recipe: a source lacks its name or its list of languages: {table}")
     rest = {key: value for key, value in table.items() if key not in ("name", "languages", "locales")}
     unknown = sorted(set(rest) - {field.name for field in fields(Source)})
     if unknown:
@@ -66,12 +84,26 @@ def _expand(table: dict[str, Any]) -> list[Source]:
 def _fill(name: str, language: str, locale: str, rest: dict[str, Any]) -> Source:
     filled = {key: _substitute(value, language, locale) for key, value in rest.items()}
     try:
-        source = Source(name=f"{language}.{name}", language=language, **filled)
-    except TypeError as error:
-        raise BadRequest(f"corpus recipe: source {name}: {error}") from error
-    if source.kind not in KINDS or source.format not in FORMATS:
-        raise BadRequest(f"corpus recipe: source {name}: unknown kind {source.kind!r} or format {source.format!r}")
+        source = SOURCE.validate_python({"name": f"{language}.{name}", "language": language, **filled})
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise BadRequest(f"corpus recipe: source {name}: {faults}") from error
+    _check_keys(name, source)
     return source
+
+
+def _check_keys(name: str, source: Source) -> None:
+    """Refuse a source that lacks a key of its kind, and one with a key that its kind does not read."""
+    packages, folder = source.kind in ("deb", "pypi"), source.kind == "folder"
+    for key, read in {"packages": packages, "folder": folder, "files": packages or folder}.items():
+        if bool(getattr(source, key)) != read:
+            raise BadRequest(
+                f"corpus recipe: source {name} of kind {source.kind!r} {'needs' if read else 'takes no'} {key}"
+            )
+    if not source.licence and not folder:
+        raise BadRequest(f"corpus recipe: source {name} of kind {source.kind!r} needs its licence")
+    if (source.format == "ddtp") != (source.kind == "ddtp"):
+        raise BadRequest(f"corpus recipe: source {name} of kind {source.kind!r} needs its format")
 
 
 def _substitute(value: Any, language: str, locale: str) -> Any:

@@ -1,0 +1,37 @@
+"""What an entry of a recipe's [data] names: a glob of files `<lang>.<source>...`, or a data set. Torch-free."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+DATASETS = "datasets:"
+"""What a data set starts with: `datasets:NAME[:CONFIG][@SPLIT]`. Other entries are globs of files."""
+
+
+def names_source(entry: str, source: str) -> bool:
+    """Whether an entry names a source such as `hu.lohelp`: of files the first two parts decide, else the name."""
+    if entry.startswith(DATASETS):
+        return _is_dataset(source, entry)
+    return fnmatchcase(source, ".".join(_file(entry).split(".")[:2]))
+
+
+def names_language(entry: str, language: str) -> bool:
+    """Whether an entry names text in a language; a data set is a language of its own."""
+    if entry.startswith(DATASETS):
+        return _is_dataset(language, entry)
+    return fnmatchcase(language, _file(entry).split(".")[0])
+
+
+def language_of(source: str) -> str:
+    """`hu` of `hu.lohelp`; a data set's name does not tell its language, so each is one of its own."""
+    return source if "/" in source else source.split(".")[0]
+
+
+def _file(pattern: str) -> str:
+    return pattern.rsplit("/", 1)[-1]
+
+
+def _is_dataset(source: str, entry: str) -> bool:
+    """Whether a source is an entry's data set; a NAME may be that of a folder, which makes the source's a path."""
+    name = entry.removeprefix(DATASETS).split("@")[0]
+    return source == name or source.endswith(f"/{name}")
