@@ -30,6 +30,7 @@ class Sweep(Command):
     sweep: CliPositionalArg[Path] = Field(description="the sweep, a TOML file")
     corpus: Path = Field(description="folder of text, as fetch-corpus leaves it")
     out: Path = Field(description="folder for the runs, a folder each, and the comparison")
+    set: list[str] = Field([], description="KEY=VALUE: change the recipe in every run; may be repeated")
     source: list[str] = Field(["*.heldout.txt"], description="held-out files to compare on; may be repeated")
     windows: int = Field(32, ge=1, description="most windows a source")
 
@@ -83,9 +84,10 @@ def train(command: Train) -> int:
 def sweep(command: Sweep) -> int:
     """Train every run; compare those that ended; 1 if one failed."""
     from nr_serve.evaluate.compare import compare_runs, write_comparison
+    from nr_serve.train.recipe import parse_changes
     from nr_serve.train.sweep import run_sweep
 
-    results = run_sweep(command.sweep, command.out, command.corpus)
+    results = run_sweep(command.sweep, command.out, command.corpus, parse_changes(command.set))
     ended = {name: command.out / name for name, result in results.items() if isinstance(result, Path)}
     if ended:
         comparison = compare_runs(ended, command.corpus, command.source, windows=command.windows)

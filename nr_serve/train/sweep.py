@@ -26,8 +26,11 @@ class Sweep(BaseModel):
     runs: dict[str, Changes] = Field(min_length=1, description="Keys changed in each run, by its name.")
 
 
-def read_sweep(path: Path) -> dict[str, Recipe]:
-    """The recipe of each run of a sweep file, by name. Raises BadRecipe, naming the key or the run at fault."""
+def read_sweep(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Recipe]:
+    """The recipe of each run of a sweep file, by name; `changes` come last, in every run.
+
+    Raises BadRecipe, naming the key or the run at fault.
+    """
     try:
         sweep = Sweep.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -38,15 +41,17 @@ def read_sweep(path: Path) -> dict[str, Recipe]:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise BadRecipe(f"{path.name}: {faults}") from error
     recipes = {}
-    for name, changes in sweep.runs.items():
+    for name, own in sweep.runs.items():
         try:
-            recipes[name] = read_recipe(path.parent / sweep.recipe, {**sweep.set, **changes})
+            recipes[name] = read_recipe(path.parent / sweep.recipe, {**sweep.set, **own, **(changes or {})})
         except BadRecipe as error:
             raise BadRecipe(f"{path.name}, run {name}: {error.message}") from error
     return recipes
 
 
-def run_sweep(path: Path, out: Path, corpus: Path) -> dict[str, Path | NrError]:
+def run_sweep(
+    path: Path, out: Path, corpus: Path, changes: Mapping[str, Any] | None = None
+) -> dict[str, Path | NrError]:
     """Train every run of a sweep in its folder below `out`, in order, going on where an earlier call stopped.
 
     All recipes are checked before the first run starts. A run that fails does not stop the others: what it raised
@@ -55,7 +60,7 @@ def run_sweep(path: Path, out: Path, corpus: Path) -> dict[str, Path | NrError]:
     from nr_serve.train.trainer import train
 
     results: dict[str, Path | NrError] = {}
-    for name, recipe in read_sweep(path).items():
+    for name, recipe in read_sweep(path, changes).items():
         done = finished(out / name, recipe)
         if done is not None:
             results[name] = done

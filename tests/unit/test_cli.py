@@ -221,13 +221,14 @@ def test_calibrate_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):
 
 def test_sweep_compares_the_runs_that_ended_and_fails_if_one_did(monkeypatch, capsys):
     ends = {"a": Path("made"), "b": BadRequest("diverged")}
-    compared = []
-    monkeypatch.setattr("nr_serve.train.sweep.run_sweep", lambda *args: ends)
+    compared, swept = [], []
+    monkeypatch.setattr("nr_serve.train.sweep.run_sweep", lambda *args: swept.append(args) or ends)
     monkeypatch.setattr(
         "nr_serve.evaluate.compare.compare_runs", lambda *args, **more: compared.append(args) or "c"
     )
     monkeypatch.setattr("nr_serve.evaluate.compare.write_comparison", lambda *args: [Path("x.md")])
-    assert main(["sweep", "s.toml", "--corpus", "c", "--out", "o"]) == 1
+    assert main(["sweep", "s.toml", "--corpus", "c", "--out", "o", "--set", "run.tokens=9"]) == 1
+    assert swept == [(Path("s.toml"), Path("o"), Path("c"), {"run.tokens": 9})]
     assert compared == [({"a": Path("o/a")}, Path("c"), ["*.heldout.txt"])]
     assert capsys.readouterr().out == "x.md\n"
 

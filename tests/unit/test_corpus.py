@@ -419,7 +419,7 @@ def test_a_folder_is_read_held_out_and_listed_without_a_licence(mine, tmp_path):
     "change",
     [
         lambda folder: (folder / "a.txt").write_text((folder / "a.txt").read_text() + "\n\n" + words_of(9, 9)),
-        lambda folder: (folder / "a.txt").rename(folder / "z.txt"),
+        lambda folder: (folder / "a.txt").rename(folder / "aa.txt"),
         lambda folder: (folder / "deep" / "b.txt").unlink(),
         lambda folder: (folder / "c.txt").write_text(words_of(9, 9)),
     ],

@@ -222,6 +222,12 @@ def test_a_sweep_trains_each_run_once_with_its_changes(tmp_path, base, corpus, c
     assert {name: again[name].stat().st_mtime_ns for name in "abc"} == stamps
 
 
+def test_changes_from_outside_come_last_in_every_run(tmp_path, base):
+    path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"run.lr" = 0.5\n')
+    recipes = read_sweep(path, {"run.lr": 0.25, "run.seed": 9})
+    assert [(r.run.lr, r.run.seed) for r in recipes.values()] == [(0.25, 9)] * 2
+
+
 @pytest.mark.parametrize(
     ("runs", "message"),
     [

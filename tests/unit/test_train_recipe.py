@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe, read_recipe
+from nr_serve.train.sweep import read_sweep
 
 SMALL = {
     "domain": "hu",
@@ -106,3 +107,14 @@ def test_shipped_recipes_are_read(path: Path):
     shipped = read_recipe(path)
     assert parse_recipe(shipped.dump()) == shipped
     assert tomllib.loads(path.read_text())["domain"] == path.parent.name
+
+
+SWEEPS = sorted((Path(__file__).parents[2] / "adapters").glob("*/*.toml"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_shipped_recipes_and_sweeps_are_sound(path):
+    if path.name == "recipe.toml":
+        assert read_recipe(path).run.steps > 0
+    else:
+        assert all(recipe.run.steps > 0 for recipe in read_sweep(path).values())

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains and measures what docs/results.md shows: adapters, baselines, gates beside each other.
+#
+#     bash adapters/reproduce.sh OUT [KEY=VALUE ...]
+#
+# KEY=VALUE changes every recipe. The budgets in the recipes suit a CPU (a day). On one GPU:
+#
+#     bash adapters/reproduce.sh OUT run.tokens=20_000_000 run.batch_tokens=32768 run.dtype=bfloat16 \
+#         run.warmup_tokens=300_000 run.checkpoint_every=2_000_000 run.validate_every=2_000_000
+#
+# What is finished is not done again, so it may be stopped and called again.
+set -euo pipefail
+out=$1
+shift
+changes=()
+for change in "$@"; do changes+=(--set "$change"); done
+corpus=$out/corpus
+here=$(dirname "$0")
+domains=(hu da sk bio)
+
+mkdir -p "$out"
+nr-serve fetch-corpus "$here/corpora.toml" --out "$corpus"
+files=()
+for domain in "${domains[@]}"; do
+    files+=("$out/$domain/$domain.safetensors")
+    [ -e "$out/$domain/$domain.safetensors" ] ||
+        nr-serve train "$here/$domain/recipe.toml" --corpus "$corpus" --out "$out/$domain" --resume "${changes[@]}"
+done
+nr-serve evaluate "${files[@]}" --corpus "$corpus" --interference --near nb=da --near sv=da --near cs=sk \
+    --markdown "$out/interference.md" --plots "$out"
+for domain in "${domains[@]}"; do
+    nr-serve sweep "$here/$domain/methods.toml" --corpus "$corpus" --out "$out/$domain-methods" "${changes[@]}"
+done
+for ablation in rates gates alpha shares capacity; do
+    [ ! -e "$here/hu/$ablation.toml" ] ||
+        nr-serve sweep "$here/hu/$ablation.toml" --corpus "$corpus" --out "$out/hu-$ablation" "${changes[@]}"
+done
