@@ -131,7 +131,6 @@ class Adapters:
         view = self.view(self.registry.get(name))
         self._detach(self.registry.remove(name))
         self._gates.forget(name)
-        self._canary.keep(self.registry)
         return view
 
     def patch(self, message: PatchAdapter, answer: Future[AdapterView]) -> None:
@@ -172,7 +171,6 @@ class Adapters:
             else:
                 self._changes.popleft()
                 self._finish(change)
-            self._canary.keep(self.registry)
 
     def abandon(self, error: NrError) -> None:
         """Answer every load and patch under way with `error`: the engine is at its end."""

@@ -7,7 +7,7 @@ changed): the gates see the stream that earlier residues of the same adapter mov
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from nr_serve.engine.messages import Leak, Neutrality
 from nr_serve.engine.request import Request
@@ -16,6 +16,7 @@ from nr_serve.errors import BadRequest, NrError
 from nr_serve.neutral.registry import Version
 
 log = logging.getLogger(__name__)
+MOST_REPORTS = 1024
 PIECE_TOKENS = 64  # run between two steps: less than what a prompt adds to one step
 
 Fired = Callable[[Piece, int, float], int]
@@ -23,7 +24,7 @@ Fired = Callable[[Piece, int, float], int]
 
 
 class Canary:
-    """Owns the probe texts and what was measured on them, by version. Without texts nothing is measured."""
+    """Owns the probe texts and what was measured on them. Without texts nothing is measured."""
 
     def __init__(self, texts: Mapping[str, Request], fired: Fired, max_leak: float | None = None) -> None:
         """`texts` by name, outside the scheduler, with a row and pages that nobody else gets.
@@ -33,20 +34,15 @@ class Canary:
         self.max_leak = max_leak
         self._texts = texts
         self._fired = fired
-        self._reports: dict[Version, tuple[float, Neutrality]] = {}
+        self._reports: dict[tuple[str, float], Neutrality] = {}  # by content and threshold: a reload is known
 
     def report(self, version: Version) -> Neutrality | None:
         """The leak on each probe text; None until it was measured at the version's threshold."""
-        threshold, neutrality = self._reports.get(version, (None, None))
-        return neutrality if threshold == version.threshold else None
+        return self._reports.get((version.digest, version.threshold))
 
     def needs(self, version: Version, threshold: float) -> bool:
         """Whether the version is still to be measured at this threshold."""
-        return bool(self._texts) and self._reports.get(version, (None, None))[0] != threshold
-
-    def keep(self, versions: Iterable[Version]) -> None:
-        """Forget all but these versions."""
-        self._reports = {v: self._reports[v] for v in versions if v in self._reports}
+        return bool(self._texts) and (version.digest, threshold) not in self._reports
 
     def measure(self, version: Version, threshold: float) -> Iterator[None]:
         """Measure a version in its slot, if it needs it, with at most PIECE_TOKENS between yields.
@@ -65,7 +61,9 @@ class Canary:
                 yield
             neutrality[name] = Leak(fired, tokens * version.payload.depth, tokens)
         self._check(version, neutrality)
-        self._reports[version] = (threshold, neutrality)
+        self._reports[version.digest, threshold] = neutrality
+        if len(self._reports) > MOST_REPORTS:
+            del self._reports[next(iter(self._reports))]
 
     def _run(self, name: str, piece: Piece, version: Version, threshold: float) -> int:
         assert version.slot is not None

@@ -120,6 +120,22 @@ def test_answers_and_gate_statistics_are_the_same_with_a_load_in_their_midst():
     assert {key: n for key, n in loaded.cross.items() if key[0] == "b"} == quiet.cross
 
 
+def test_what_was_measured_before_is_not_measured_again():
+    server = Probed(slots=2)
+    made = server.made(1, scale=20.0)
+    view = server.load("a", made).result(timeout=0)
+    probed = len(server.pieces)
+    server.patch("a", threshold=1e6)
+    server.work()
+    server.patch("a", threshold=made.info.threshold)
+    server.work()
+    back = len(server.pieces)
+    assert (back, server.neutrality("a")) == (2 * probed, view.neutrality)
+    server.adapters.unload("a")
+    server.load("again", dataclasses.replace(made))
+    assert server.neutrality("again") == view.neutrality
+
+
 def test_probing_is_not_counted():
     server = Probed(slots=3)
     server.load("b", server.made(2))
@@ -305,7 +321,6 @@ def test_an_adapter_that_goes_while_its_new_threshold_is_measured_gives_its_slot
         assert isinstance(error_of(answer), Conflict)
     server.finish()
     assert server.adapters.registry.slots_used == (how == "replaced")
-    assert len(server.adapters._canary._reports) == (how == "replaced"), "an unloaded adapter's weights are kept"
 
 
 def test_weights_gone_wild_are_refused_not_taken_for_neutral():
@@ -337,7 +352,7 @@ def test_the_probe_texts_are_plain_english_of_several_kinds():
     texts = read_probe_texts([], tiny.tokenizer())
     assert set(texts) == {"prose", "questions", "documentation", "code", "chat"}
     for path in BUILT_IN:
-        assert 500 < len(path.read_text(encoding="ascii")) < 2000
+        assert 200 < len(path.read_text(encoding="ascii")) < 2000
     assert tiny.tokenizer().decode(texts["chat"]).startswith("<user>Hi!"), "the base's own template"
     bare = tiny.tokenizer()
     bare.hf.chat_template = None
