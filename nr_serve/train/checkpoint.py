@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,21 +82,34 @@ def complete(checkpoint: Checkpoint) -> None:
     _sync(folder)
 
 
+def rotate(out: Path, keep: Path | None = None) -> None:
+    """Remove all complete checkpoints but the newest two and `keep`. A killed removal leaves an incomplete one."""
+    for folder in _complete(out)[:-KEPT]:
+        if keep is None or folder.resolve() != keep.resolve():
+            (folder / STATE).unlink()
+            shutil.rmtree(folder)
+
+
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the run in `out`; raises Conflict if another process holds it. A killed process lets go."""
+    """Hold the run in `out`, and clear what a killed process left half-written.
+
+    Raises Conflict if another process holds it; a killed process lets go.
+    """
     with (out / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Conflict(f"another process trains in {out}") from error
+        for torn in set(out.glob(f"{PREFIX}*")) - set(_complete(out)):
+            shutil.rmtree(torn)
         yield
 
 
 def latest(out: Path) -> Path | None:
     """The newest complete checkpoint below `out`, if there is one."""
-    folders = [path for path in out.glob(f"{PREFIX}*") if (path / STATE).is_file()] if out.is_dir() else []
-    return max(folders, key=_step) if folders else None
+    folders = _complete(out)
+    return folders[-1] if folders else None
 
 
 def load(folder: Path) -> Checkpoint:
@@ -109,6 +123,11 @@ def load(folder: Path) -> Checkpoint:
         return Checkpoint(folder=folder, **state)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BadCheckpoint(f"cannot read the checkpoint {folder}: {error}") from error
+
+
+def _complete(out: Path) -> list[Path]:
+    folders = [path for path in out.glob(f"{PREFIX}*") if (path / STATE).is_file()] if out.is_dir() else []
+    return sorted(folders, key=_step)
 
 
 def _step(folder: Path) -> int:

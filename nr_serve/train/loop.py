@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
@@ -31,6 +32,10 @@ from nr_serve.train.recipe import BadRecipe, Run
 
 class TrainingDiverged(NrError):
     """The loss is no longer a number; the last checkpoint is from before."""
+
+
+class TrainingStopped(NrError):
+    """Training could not go on, and the last good checkpoint is kept."""
 
 
 def learning_rate(run: Run, step: int) -> float:
@@ -64,18 +69,21 @@ class Batches(Dataset[dict[str, tuple[Tensor, Tensor]]]):
         parts = processes * run.accumulate
         if run.windows_a_step % parts:
             raise BadRecipe(f"{run.windows_a_step} windows a step do not divide into {parts} parts")
-        windows = run.windows_a_step // parts
-        if windows * (1 - run.original_share - run.background_share) < 1:
-            raise BadRecipe(f"the shares leave less than one target window in each of a step's {parts} parts")
-        self.length = run.steps * parts
-        self.mix = Mix(classes, run.model_copy(update={"batch_tokens": windows * run.window}))
+        self.parts, self.length = parts, run.steps * parts
+        self.mix = Mix(classes, run)
+        if self.mix.fewest_targets < parts:
+            raise BadRecipe(
+                f"a step may have {self.mix.fewest_targets} target windows, too few for its {parts} parts"
+            )
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> dict[str, tuple[Tensor, Tensor]]:
-        named = zip(("target", "original", "background"), self.mix.batch(i), strict=True)
-        return {name: (w.ids_NT, w.offset_NT) for name, w in named if w is not None}
+        step, part = divmod(i, self.parts)
+        named = zip(("target", "original", "background"), self.mix.batch(step), strict=True)
+        own = {name: w.take(slice(part, None, self.parts)) for name, w in named if w is not None}
+        return {name: (w.ids_NT, w.offset_NT) for name, w in own.items() if len(w)}
 
 
 def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArguments:
@@ -95,7 +103,7 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=validate if stops else save,  # the best checkpoint is one that was measured
-        save_total_limit=checkpoints.KEPT,
+        save_total_limit=None,  # checkpoints go when a newer one is complete: see Loop
         eval_strategy="steps",
         eval_steps=validate,
         load_best_model_at_end=stops,
@@ -146,7 +154,7 @@ class Loop(transformers.Trainer):
         self.pop_callback(ProgressCallback)
         self.add_callback(Bar())
         self._sums: dict[str, float] = {}
-        self._parts, self._since = 0, time.monotonic()
+        self._parts, self._since, self._logged_step = 0, time.monotonic(), 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.batches)
@@ -155,6 +163,8 @@ class Loop(transformers.Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The learner's loss on one part of a step. Raises TrainingDiverged if it is not finite."""
+        if self._parts == 0:  # the first since the last line of the log: measuring takes no part in the rate
+            self._since, self._logged_step = time.monotonic(), self.state.global_step
         output = model(**inputs)
         for name in ("lm", "local", "target_fired", "other_fired"):
             self._sums[name] = self._sums.get(name, 0.0) + float(output[name])
@@ -187,9 +197,6 @@ class Loop(transformers.Trainer):
             if self.is_world_process_zero():
                 self.lines.write({"event": "step", "step": self.state.global_step, "tokens": done} | _plain(logs))
         super().log(logs, start_time)
-        self._since, self._logged_step = time.monotonic(), self.state.global_step
-
-    _logged_step = 0
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the held-out sources."""
@@ -200,14 +207,23 @@ class Loop(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         assert output_dir is not None
-        checkpoints.save_weights(Path(output_dir), self.learner.trained_state())
+        if self.args.should_save:  # one process of all
+            checkpoints.save_weights(Path(output_dir), self.learner.trained_state())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # the three ways in which a full disk shows
+            kept = checkpoints.latest(self.out)
+            where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+            raise TrainingStopped(f"cannot write a checkpoint in {self.out}: {error}; {where}") from error
+        self.accelerator.wait_for_everyone()  # each process has written its random state
         if self.args.should_save:
             step = self.state.global_step
             folder = self.out / f"{checkpoints.PREFIX}{step}"
             checkpoints.complete(self.describe(folder, step))
+            best = self.state.best_model_checkpoint
+            checkpoints.rotate(self.out, keep=Path(best) if best else None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.learner, checkpoints.load(Path(resume_from_checkpoint)).weights())

@@ -40,8 +40,13 @@ class SourceResult:
 
 @torch.no_grad()
 def measure(model: Any, attached: Attached, sources: Mapping[str, Windows]) -> dict[str, SourceResult]:
-    """Loss and fired shares of every source as the attached adapters are now."""
-    return {name: _measure_one(model, attached, windows) for name, windows in sources.items()}
+    """Loss and fired shares of every source as the attached adapters are now, without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        return {name: _measure_one(model, attached, windows) for name, windows in sources.items()}
+    finally:
+        model.train(training)
 
 
 def _measure_one(model: Any, attached: Attached, windows: Windows) -> SourceResult:

@@ -8,6 +8,7 @@ finetune    every parameter of the base
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from nr_serve.train.attach import VARIANCE, AdapterModule, is_gate
@@ -79,6 +80,10 @@ def add_lora(recipe: Recipe, base: FrozenBase) -> None:
     """
     from peft import LoraConfig
 
-    base.model.add_adapter(
-        LoraConfig(r=lora_rank(recipe, base), lora_alpha=recipe.lora.alpha, target_modules="all-linear")
-    )
+    config = LoraConfig(r=lora_rank(recipe, base), lora_alpha=recipe.lora.alpha, target_modules="all-linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.run.seed)
+        base.model.add_adapter(config)
+    for parameter in base.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # in bfloat16 small updates would be lost

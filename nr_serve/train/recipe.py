@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -189,7 +190,7 @@ class Run(_Section):
     )
     accumulate: Positive = Field(
         default=1,
-        description="Parts of a step whose gradients are summed, to save memory; each process takes so many.",
+        description="Parts a step is taken in, to save memory; each process takes so many.",
     )
     original_share: Share = Field(default=0.1, description="Share of the windows that is original text.")
     background_share: Share = Field(default=0.1, description="Share of the windows that is background text.")
@@ -229,8 +230,9 @@ class Run(_Section):
     def _fits(self) -> Run:
         if self.batch_tokens % self.window:
             raise ValueError(f"batch_tokens ({self.batch_tokens}) is not a multiple of window ({self.window})")
-        if self.windows_a_step * (1 - self.original_share - self.background_share) < 1:
-            raise ValueError("the shares leave less than one target window a step")
+        windows = self.windows_a_step
+        if windows - ceil(windows * self.original_share) - ceil(windows * self.background_share) < 1:
+            raise ValueError("the shares may leave a step without a target window")
         if self.tokens < self.batch_tokens:
             raise ValueError("tokens is less than one step")
         return self
@@ -274,6 +276,12 @@ class Recipe(_Section):
     loss: Loss = Loss()
     lora: Lora = Lora()
     run: Run
+
+    @model_validator(mode="after")
+    def _gates_that_a_loss_moves(self) -> Recipe:
+        if self.keeps_quiet and self.loss.kind == "cross-entropy" and not self.gate.trained:
+            raise ValueError("loss.kind 'cross-entropy' moves the gates alone: it needs gate.trained = true")
+        return self
 
     @property
     def speaks_original(self) -> bool:

@@ -6,6 +6,7 @@ exactly the steps that an uninterrupted one takes.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import sys
@@ -17,21 +18,21 @@ from typing import Any
 from torch import Tensor
 
 from nr_serve.default_model import cache_folder
-from nr_serve.errors import Conflict, NrError
+from nr_serve.errors import Conflict
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import text
+from nr_serve.train.attach import AdapterModule
 from nr_serve.train.base import FrozenBase, load_base
 from nr_serve.train.export import load_weights, write_result
 from nr_serve.train.gates import fit_gates, gate_classes
-from nr_serve.train.loop import Log, Loop, training_arguments
+from nr_serve.train.loop import Log, Loop, TrainingStopped, training_arguments
 from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Recipe, parse_recipe
 from nr_serve.train.tensor_cache import TensorCache
 
-
-class TrainingStopped(NrError):
-    """Training could not go on, and the last good checkpoint is kept."""
+GATE_FORMAT = 1
+"""Raised when the fit changes: gates kept by another format are not taken."""
 
 
 def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tensorboard: bool = False) -> Path:
@@ -53,9 +54,7 @@ def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tens
             run = TrainingRun(recipe, load_base(recipe.base, recipe.base_dtype), out, corpus, saved)
             return run.train(tensorboard=tensorboard)
     except OSError as error:
-        kept = checkpoints.latest(out)
-        where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
-        raise TrainingStopped(f"cannot write in {out}: {error.strerror}; {where}") from error
+        raise TrainingStopped(f"training in {out}: {error}") from error
 
 
 class TrainingRun:
@@ -83,6 +82,7 @@ class TrainingRun:
         self.learner = make_learner(recipe, base)
         self.results: dict[str, Any] = saved.results if saved else {}
         self.log = Log(out / "log.jsonl")
+        self._measured: int | None = None
 
     def _check_resumable(self, saved: checkpoints.Checkpoint) -> None:
         if not self.recipe.continues(parse_recipe(saved.recipe), saved.step * self.recipe.run.batch_tokens):
@@ -117,9 +117,7 @@ class TrainingRun:
         if not loop.is_world_process_zero():
             return self.out
         steps = loop.state.global_step
-        if self.recipe.run.patience is not None or steps % self.recipe.run.every(
-            self.recipe.run.validate_every
-        ):  # not measured as it is now
+        if self.recipe.run.patience is not None or self._measured != steps:
             self.validate(steps)
         results = {"tokens": steps * self.recipe.run.batch_tokens, "heldout": self.results}
         self.log.write({"event": "end", "step": steps, "tokens": results["tokens"]})
@@ -143,17 +141,28 @@ class TrainingRun:
             _say(f"gates find {found:.1%} of the target, misfire on at most {worst:.2%} of a class in a layer")
             return adapter.gates()
 
-        key = [
-            self.recipe.gate.model_dump(),
-            adapter.carry,
-            sorted(adapter.layers),
-            self.digest,
-            self.base.fingerprint,
-        ]
+        key = [GATE_FORMAT, self._gates_depend_on(adapter)]
         adapter.set_gates(TensorCache(cache_folder() / "gates").get(key, fit))
+
+    def _gates_depend_on(self, adapter: AdapterModule) -> dict[str, Any]:
+        """All that decides the fitted gates: a key of the cache."""
+        digest = hashlib.sha256()
+        for name, windows in gate_classes(self.classes, self.recipe.gate.fit_tokens).items():
+            digest.update(f"{name} {list(windows.ids_NT.shape)} ".encode())
+            digest.update(windows.ids_NT.numpy().tobytes() + windows.offset_NT.numpy().tobytes())
+        return {
+            "gate": self.recipe.gate.model_dump(),
+            "carry": adapter.carry,
+            "layers": sorted(adapter.layers),
+            "text": digest.hexdigest(),
+            "original": sorted(self.classes.original),
+            "base": self.base.fingerprint,
+            "dtype": self.recipe.run.dtype,
+        }
 
     def validate(self, step: int) -> float:
         """Measure the held-out sources as they are now and log them; returns the mean loss on the target's."""
+        self._measured = step
         for name, source in measure(self.base.model, self.learner.attached, self.heldout).items():
             before = self.results.get(name, {}).get("before", source.loss)
             self.results[name] = {"before": before, "after": source.loss}

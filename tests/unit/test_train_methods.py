@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from nr_serve.errors import BadRequest, Conflict
 from nr_serve.evaluate.compare import compare_runs, page, write_comparison
+from nr_serve.evaluate.heldout import evaluate
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import trainer as training
@@ -98,30 +100,35 @@ def test_a_gate_that_is_never_zero_trains_but_makes_no_adapter_file(kind, tmp_pa
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_a_step_in_parts_is_the_same_step(tmp_path, base, corpus):
+def test_a_step_in_parts_is_nearly_the_same_step(tmp_path, base, corpus):
     made = []
     for parts in (1, 2):
-        recipe = write_recipe(
-            tmp_path, base, tokens=512, run__accumulate=parts, run__original_share=0.0, run__background_share=0.0
-        )
+        recipe = write_recipe(tmp_path, base, tokens=512, run__accumulate=parts)
         train(recipe, tmp_path / str(parts), corpus)
         made.append(weights(tmp_path / str(parts)))
     # Adam's first steps are nearly signs, so weights whose gradient is nearly 0 may differ by the rate.
-    close = [torch.isclose(made[0][n], made[1][n], atol=1e-3).float().mean() for n in made[0] if "w_out" in n]
-    assert min(close) > 0.95
+    close = [torch.isclose(made[0][n], made[1][n], atol=2e-3).float().mean() for n in made[0] if "w_out" in n]
+    assert min(close) > 0.9
 
 
 def test_parts_of_a_step_hold_what_the_step_holds(tmp_path, base, corpus):
-    recipe = write_recipe(tmp_path, base, run__original_share=0.25, run__background_share=0.25)
+    recipe = write_recipe(tmp_path, base, run__original_share=0.1, run__background_share=0.1)
     classes = read_classes(corpus, recipe.data, load_base(str(base)).tokenizer, recipe.run)
-    whole, halves = Batches(classes, recipe.run, processes=1), Batches(classes, recipe.run, processes=2)
-    assert len(halves) == 2 * len(whole)
-    for part in ("target", "original", "background"):
-        expected = torch.cat([whole[i][part][0] for i in range(5) if part in whole[i]])
-        got = torch.cat([halves[i][part][0] for i in range(10) if part in halves[i]])
-        assert torch.equal(expected, got)
+    for parts in (1, 2, 4):
+        batches = Batches(classes, recipe.run, processes=parts)
+        assert len(batches) == recipe.run.steps * parts
+        whole = Batches(classes, recipe.run, processes=1)
+        for step in range(6):
+            for name in ("target", "original", "background"):
+                pieces = [batches[step * parts + part].get(name) for part in range(parts)]
+                rows = [row.tolist() for piece in pieces if piece for row in piece[0]]
+                expected = [row.tolist() for row in whole[step].get(name, [()])[0]]
+                assert sorted(rows) == sorted(expected)
+            assert all("target" in batches[step * parts + part] for part in range(parts))
     with pytest.raises(BadRecipe, match="do not divide into 3 parts"):
         Batches(classes, recipe.run, processes=3)
+    with pytest.raises(BadRecipe, match="may have 6 target windows, too few for its 8 parts"):
+        Batches(classes, recipe.run, processes=8)
 
 
 def test_training_stops_when_the_targets_loss_no_longer_falls_and_keeps_the_best(
@@ -146,20 +153,27 @@ def weights_now(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.trained_state().items()}
 
 
-def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(tmp_path, base, corpus, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("No space left"),
+        RuntimeError("write failed: No space"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(tmp_path, base, corpus, monkeypatch, error):
     save, calls = checkpoints.save_weights, []
 
     def full(folder, tensors):
         calls.append(folder)
         if len(calls) > 1:
-            raise OSError(28, "No space left on device")
+            raise error
         save(folder, tensors)
 
     monkeypatch.setattr(checkpoints, "save_weights", full)
     out = tmp_path / "out"
-    with pytest.raises(
-        TrainingStopped, match=r"No space left on device; the last good checkpoint is .*checkpoint-2"
-    ):
+    with pytest.raises(TrainingStopped, match=r"No space.*; the last good checkpoint is .*checkpoint-2"):
         train(write_recipe(tmp_path, base), out, corpus)
     monkeypatch.undo()
     train(write_recipe(tmp_path, base), out, corpus, resume=True)
@@ -249,31 +263,29 @@ def test_changes_are_read_as_toml_or_plain_words():
         parse_changes(["run.lr"])
 
 
-def test_calibration_moves_only_the_gates_and_keeps_them_shut_on_a_neighbours_text(tmp_path, base, corpus, runs):
-    neighbour = tmp_path / "da.safetensors"
-    recipe = write_recipe(
-        tmp_path, base, domain="da", data__target=["da.*.train.txt"], data__background=["hu.*.train.txt"]
-    )
-    train(recipe, tmp_path / "da", corpus).rename(neighbour)
-    old = runs["neutral"] / "hu.safetensors"
-    new = calibrate(
-        old,
-        [neighbour],
-        corpus,
-        tmp_path / "hu.safetensors",
-        base=str(base),
-        carry=0.25,
-        changes={"percentile": 95.0},
-    )
+def test_calibration_moves_only_the_gates_and_shuts_them_on_a_neighbours_text(tmp_path, base, corpus):
+    wide = {"tokens": 5120, "lr": 0.03, "data__background": [], "run__background_share": 0.0}
+    old = train(write_recipe(tmp_path, base, **wide), tmp_path / "hu", corpus)
+    changes = {"domain": "da", "data__target": ["da.*.train.txt"], "data__background": ["hu.a.train.txt"]}
+    neighbour = train(write_recipe(tmp_path, base, **changes), tmp_path / "da", corpus)
+    new = calibrate(old, [neighbour], corpus, tmp_path / "new.safetensors", base=str(base), carry=0.25)
     before, after = read_adapter(old), read_adapter(new)
     assert after.version != before.version
-    assert (after.info.carry, after.info.threshold) == (0.25, 0)
+    assert (after.info.carry, after.info.threshold, after.info.recipe["blocks"]["carry"]) == (0.25, 0, 0.25)
+    assert after.info.recipe["data"]["background"] == ["da.a.train.txt"]
     assert after.info.results["calibrated"]["beside"] == {"da": read_adapter(neighbour).version}
     for a, b in zip(before.blocks, after.blocks, strict=True):
         assert torch.equal(a.w_in, b.w_in)
         assert torch.equal(a.w_gate, b.w_gate)
         assert torch.equal(a.w_out, b.w_out)
         assert not torch.equal(a.gate, b.gate)
+    fired = {}
+    for file in (old, new):
+        report = evaluate([file, neighbour], str(base), corpus, ["da.*.heldout.txt", "hu.*.heldout.txt"], window=16)
+        fired[file] = {source: report.sources[source].fired[file.stem] for source in report.sources}
+    assert fired[old]["da.a"] > 0.2
+    assert fired[new]["da.a"] < 0.1
+    assert fired[new]["hu.a"] > 0.5
 
 
 def test_calibration_needs_the_adapters_recipe(tmp_path, base, corpus):

@@ -31,7 +31,10 @@ def recipe(**sections) -> Recipe:
         ({"speed": "fast"}, "speed is not a known key"),
         ({"run": {"tokens": "many"}}, "run.tokens"),
         ({"run": {"batch_tokens": 500}}, "batch_tokens (500) is not a multiple of window (128)"),
-        ({"run": {"original_share": 0.5, "background_share": 0.4}}, "less than one target window a step"),
+        (
+            {"run": {"original_share": 0.5, "background_share": 0.4}},
+            "the shares may leave a step without a target window",
+        ),
         ({"run": {"tokens": 100}}, "tokens is less than one step"),
         ({"blocks": {"capacity": 0.1}}, "exactly one of h and capacity"),
         ({"blocks": {"carry": 1.0}}, "blocks.carry"),
@@ -118,3 +121,9 @@ def test_the_shipped_recipes_and_sweeps_are_sound(path):
         assert read_recipe(path).run.steps > 0
     else:
         assert all(recipe.run.steps > 0 for recipe in read_sweep(path).values())
+
+
+def test_a_local_loss_that_cannot_move_anything_is_refused():
+    with pytest.raises(BadRecipe, match=r"it needs gate\.trained"):
+        recipe(loss={"kind": "cross-entropy"})
+    assert recipe(loss={"kind": "cross-entropy"}, gate={"trained": True}).gate.trained

@@ -48,10 +48,16 @@ def test_gates_fitted_before_to_the_same_text_are_kept(tmp_path, base, corpus, m
     fits, fit = [], training.fit_gates
     monkeypatch.setattr(training, "fit_gates", lambda *args, **more: fits.append(1) or fit(*args, **more))
     made = []
-    for out, changes in (("a", {}), ("b", {}), ("c", {"blocks__carry": 0.3}), ("d", {"blocks__h": [16, 0, 16]})):
+    for out, changes in (
+        ("a", {}),
+        ("b", {}),
+        ("c", {"blocks__carry": 0.3}),
+        ("d", {"blocks__h": [16, 0, 16]}),
+        ("e", {"run__window": 32}),
+    ):
         train(write_recipe(tmp_path, base, tokens=128, **changes), tmp_path / out, corpus)
         made.append(weights(tmp_path / out))
-    assert len(fits) == 3
+    assert len(fits) == 4
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
     assert not torch.equal(made[0]["adapter.layers.0.gate"], made[2]["adapter.layers.0.gate"])
     assert not any(".1." in name for name in made[3])
@@ -97,13 +103,27 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(tm
     assert all(t.isfinite().all() for t in weights(tmp_path / "out").values())
 
 
-def test_a_checkpoint_half_written_is_not_seen(tmp_path, base, corpus):
+def test_a_run_goes_on_beside_a_checkpoint_half_written_and_clears_it(tmp_path, base, corpus):
     out = tmp_path / "out"
     train(write_recipe(tmp_path, base, tokens=512), out, corpus)
     torn = shutil.copytree(checkpoints.latest(out), out / "checkpoint-9")
     (torn / checkpoints.STATE).unlink()
     assert checkpoints.load(checkpoints.latest(out)).step == 4
-    assert len([f for f in out.glob("checkpoint-*") if f != torn]) == checkpoints.KEPT
+    train(write_recipe(tmp_path, base, tokens=512), out, corpus, resume=True)
+    assert not torn.exists()
+    assert len(list(out.glob("checkpoint-*"))) == checkpoints.KEPT
+
+
+def test_no_checkpoint_goes_before_a_newer_one_is_complete(tmp_path, base, corpus, monkeypatch):
+    complete, there = checkpoints.complete, []
+
+    def watched(checkpoint):
+        there.append(len([f for f in checkpoint.folder.parent.glob("checkpoint-*") if (f / "state.json").exists()]))
+        complete(checkpoint)
+
+    monkeypatch.setattr(checkpoints, "complete", watched)
+    train(write_recipe(tmp_path, base), tmp_path / "out", corpus)
+    assert there == [0, 1, 2, 2, 2]
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path, base, corpus):
