@@ -198,8 +198,7 @@ def page(comparison: Comparison) -> str:
 def _measure_run(
     folder: Path, texts: Mapping[str, Windows], target: Sequence[str], original: Sequence[str]
 ) -> RunReport:
-    recipe, base, learner, saved = load_run(folder)
-    base.model.float().eval()
+    recipe, base, learner, saved = load_run(folder, "float32")  # as the backbone is measured
     measured = measure(base.model, learner.attached, texts)
     losses = {name: result.loss for name, result in measured.items()}
     return RunReport(

@@ -35,14 +35,17 @@ def export_run(run: Path, path: Path, *, threshold: float = 0.0) -> Path:
     return write_blocks(path, recipe, base, learner.adapter, results, threshold)
 
 
-def load_run(run: Path) -> tuple[Recipe, FrozenBase, Learner, checkpoints.Checkpoint]:
-    """A run as its newest checkpoint left it. Raises Conflict if there is none, or if the base has changed."""
+def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, Learner, checkpoints.Checkpoint]:
+    """A run as its newest checkpoint left it, the base's weights in `dtype` (default: as it trained).
+
+    Raises Conflict if there is no checkpoint, or if the base has changed.
+    """
     found = checkpoints.latest(run)
     if found is None:
         raise Conflict(f"{run} holds no checkpoint")
     saved = checkpoints.load(found)
     recipe = parse_recipe(saved.recipe, f"the recipe in {found}")
-    base = load_base(recipe.base, recipe.base_dtype)
+    base = load_base(recipe.base, dtype or recipe.base_dtype)
     if saved.base_fingerprint != base.fingerprint:
         raise Conflict(f"the base differs from that of the run in {run}")
     learner = make_learner(recipe, base)

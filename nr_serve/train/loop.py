@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from nr_serve.errors import BadRequest, NrError
+from nr_serve.errors import NrError
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.export import load_weights
 from nr_serve.train.learner import Learner
@@ -229,8 +229,7 @@ class Loop(transformers.Trainer):
         load_weights(self.learner, checkpoints.load(Path(resume_from_checkpoint)).weights())
 
     def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is None:
-            raise BadRequest("no held-out text of the target was measured, so there is no best checkpoint")
+        assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 

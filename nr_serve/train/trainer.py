@@ -28,7 +28,7 @@ from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.loop import Log, Loop, TrainingStopped, training_arguments
 from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
-from nr_serve.train.recipe import Recipe, parse_recipe
+from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe
 from nr_serve.train.tensor_cache import TensorCache
 
 GATE_FORMAT = 1
@@ -77,6 +77,8 @@ class TrainingRun:
             text_field=recipe.data.text_field,
             apart_from=self.classes,
         )
+        if run.patience is not None and not any(recipe.owns(name) for name in self.heldout):
+            raise BadRecipe("run.patience watches the target's held-out text, and data.heldout names none")
         if saved is not None:
             self._check_resumable(saved)
         self.learner = make_learner(recipe, base)

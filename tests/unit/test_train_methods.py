@@ -149,6 +149,12 @@ def test_training_stops_when_the_targets_loss_no_longer_falls_and_keeps_the_best
     assert all(torch.equal(best[name], last[name]) for name in best)
 
 
+def test_patience_without_the_targets_held_out_text_is_refused(tmp_path, base, corpus):
+    recipe = write_recipe(tmp_path, base, run__patience=1, data__heldout=["en.*.heldout.txt"])
+    with pytest.raises(BadRecipe, match=r"run\.patience watches"):
+        train(recipe, tmp_path / "out", corpus)
+
+
 def weights_now(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.trained_state().items()}
 
