@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # CPU:  docker build -t nr-serve --build-arg BASE=ubuntu:24.04 .
 # GPU:  docker build -t nr-serve .
+# Run:  docker run -p 8000:8000 -e NR_API_KEY=... nr-serve     (others can reach it: it does not start without a key)
 ARG BASE=nvidia/cuda:12.8.1-base-ubuntu24.04
 
 FROM ${BASE} AS build

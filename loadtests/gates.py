@@ -1,19 +1,20 @@
 """How well fitted gates tell a language apart on the frozen stream, without training anything.
 
-    python loadtests/gates.py --corpus corpus --target hu --target da --plots plots
+    python loadtests/gates.py --corpus corpus --target sk --relative cs --plots plots
 
-One forward pass over all text keeps the inputs of every fifth layer's FFN. Then, for each target and layer, a gate
-is fitted for every carry, solver and number of background languages, its threshold set for every percentile (one
-for all classes), and what it does is counted on held-out text. As in training, even windows fit and odd windows set
-the threshold.
+One forward pass over all text keeps the inputs of every fifth layer's FFN on disk. Then gates are fitted for the
+target as training fits them, by the trainer's own functions, and what they do is counted on held-out text. From one
+reference (logistic, the recipe's carry, all background languages, one percentile for all classes), one thing is
+varied at a time: solver and carry together, the number of background languages, the percentile.
 
-The background languages come in a seeded order: a smaller background is the start of a larger one. Some languages
-and some sources of the base's own language are in no fit; on them it shows how a gate does on what it never met.
+The background languages come in a seeded order: a smaller background is the start of a larger one. Close relatives
+come last, so the largest background but them shows what they are worth. Some languages and some sources of the
+base's own language are in no fit; on them it shows how a gate does on what it never met.
 
-Shares are of token-layers. Reckoned at 8 minutes for one target on 2 free cores (default base, 30 languages), 2 of
-them for the forward pass; a further target takes 5 more, and text read for the first time a minute or two. Memory:
-some 8 bytes a token and width of the stream, and the base (2 GB in all); on disk 2 bytes a token, width and layer.
-The last line is one JSON document.
+Shares are of token-layers. Reckoned at 25 minutes on 2 free cores (default base, 25 languages), 3 of them for the
+forward pass; text read for the first time takes a minute or two more. Memory: the tokens of one fit a few times
+over in float32, and the base: some 2 GB, and three more for each doubling of --tokens. On disk, where $TMPDIR says,
+2 bytes a token, width and layer: some 1 GB. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,19 +37,19 @@ from torch import Tensor
 
 from nr_serve.evaluate.plots import panels
 from nr_serve.evaluate.tables import Rows, markdown
-from nr_serve.train.attach import Attached, window_inputs
+from nr_serve.train.attach import AdapterModule, Attached, window_inputs
 from nr_serve.train.base import load_base
-from nr_serve.train.gates import SOLVERS, causal_mean
-from nr_serve.train.pack import Windows, join
-from nr_serve.train.recipe import Gate
+from nr_serve.train.gates import SOLVERS, Fitter
+from nr_serve.train.recipe import Blocks, Gate
 from nr_serve.train.text import read_heldout
+from nr_serve.train.text.pack import Windows, join
 
 BATCH_WINDOWS = 16
 TARGET_TIMES = 4
 """The target has so many times the text of another class, as in training."""
 
-SHOWN_PERCENTILE = 99.5
-"""The percentile of the table and the plots; the JSON document has all."""
+CARRY = Blocks(h=1).carry
+"""The recipe's."""
 
 
 @dataclass(frozen=True)
@@ -57,34 +59,35 @@ class Class:
     first: int
     count: int
 
-    def head(self, count: int) -> Class:
-        """Its first windows, at most `count`."""
-        return Class(self.first, min(count, self.count))
-
-    def rows(self) -> Tensor:
-        """Their numbers."""
-        return torch.arange(self.first, self.first + self.count)
+    @property
+    def rows(self) -> slice:
+        """Where they are."""
+        return slice(self.first, self.first + self.count)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One gate of the grid, in every kept layer."""
+    """How one gate is fitted, in every kept layer."""
 
-    target: str
-    carry: float
     solver: str
+    carry: float
     background: int
     """Background languages fitted against."""
     percentile: float
+
+    def __str__(self) -> str:
+        against = f"against {self.background} languages"
+        return f"{self.solver}, carry {self.carry:g}, {against}, percentile {self.percentile:g}"
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which text plays which part."""
 
-    targets: Sequence[str]
+    target: str
     background: Sequence[str]
-    """Languages in the order in which they join the background."""
+    """Languages in the order in which they join the background; the target's close relatives come last."""
+    relatives: Sequence[str]
     kept_out: Sequence[str]
     """Languages in no fit."""
     original: Sequence[str]
@@ -92,9 +95,14 @@ class Plan:
     unfitted: Sequence[str]
     """Those that none is."""
 
-    def fitted(self, target: str, background: int) -> list[str]:
-        """The classes that a target's gate is fitted against."""
-        return [*self.original, *[name for name in self.background if name != target][:background]]
+    def fitted(self, background: int) -> list[str]:
+        """The classes that a gate is fitted against."""
+        return [*self.original, *self.background[:background]]
+
+    @property
+    def unrelated(self) -> int:
+        """Size of the largest background that holds no close relative."""
+        return len(self.background) - len(self.relatives)
 
 
 class Text:
@@ -123,8 +131,8 @@ def read_text(corpus: Path, tokenizer: Any, plan: Plan, window: int, tokens: int
     Every source of a language has an equal part in it.
     """
     text = Text()
-    for name in [*plan.original, *plan.targets, *[n for n in plan.background if n not in plan.targets]]:
-        times = TARGET_TIMES if name in plan.targets else 1
+    for name in [plan.target, *plan.original, *plan.background]:
+        times = TARGET_TIMES if name == plan.target else 1
         text.add(
             text.fit, name, _read(corpus, f"{_glob(plan, name)}.train.txt*", tokenizer, window, times * tokens)
         )
@@ -152,7 +160,7 @@ class Stream:
     """The inputs of some layers' FFNs on all windows, float16, a file a layer."""
 
     def __init__(self, folder: Path, layers: Sequence[int], windows: Windows, d: int) -> None:
-        self.layers, self.windows = layers, windows
+        self.layers, self.windows, self.d = layers, windows, d
         self.shape = (*windows.ids_NT.shape, d)
         size = windows.ids_NT.numel() * d
         self._kept = {
@@ -180,81 +188,68 @@ class Stream:
             model.model(part.ids_NT, use_cache=False, **window_inputs(part.offset_NT))
             _say(f"forward pass: {min(at + BATCH_WINDOWS, self.shape[0])} of {self.shape[0]} windows")
 
-    def carried(self, layer: int, a: float) -> Tensor:
-        """The causal mean of a layer's inputs, [N, T, d], float32."""
-        return causal_mean(self._kept[layer].float(), self.windows.offset_NT, a)
-
-
-def fit(
-    u_NTd: Tensor, target: Class, others: Mapping[str, Class], solver: str, gate: Gate
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits [N, T] by a gate fitted on the classes' even windows, and those of each other class's odd ones."""
-    classes = [target, *others.values()]
-    even = [each.rows()[::2] for each in classes]
-    shares = [gate.target_weight, *[(1 - gate.target_weight) / len(others)] * len(others)]
-    length = u_NTd.shape[1]
-    weight_M = torch.cat(
-        [torch.full((len(rows) * length,), share / len(rows)) for rows, share in zip(even, shares, strict=True)]
-    ).double()
-    y_M = torch.zeros_like(weight_M)
-    y_M[: len(even[0]) * length] = 1
-    w_d, b = SOLVERS[solver](u_NTd[torch.cat(even)].flatten(0, 1), y_M, weight_M, gate.ridge)
-    m_NT = u_NTd @ w_d.float() + b.float()
-    return m_NT, {name: m_NT[each.rows()[1::2]].flatten() for name, each in others.items()}
+    def rows(self, layer: int, rows: Sequence[slice]) -> Tensor:
+        """A layer's inputs on those windows, laid end to end, [T, d], float32."""
+        return torch.cat([self._kept[layer][each].flatten(0, 1) for each in rows]).float()
 
 
 Shares = dict[str, float]
 """Class -> share of its held-out tokens that fired."""
 
 
+@torch.no_grad()
+def fit(stream: Stream, text: Text, plan: Plan, setting: Setting, ridge: float, layer: int) -> Shares:
+    """What one layer's gate does on held-out text, fitted as training fits it."""
+    rows = {name: text.fit[name].rows for name in [plan.target, *plan.fitted(setting.background)]}
+    classes = {name: stream.windows.take(each) for name, each in rows.items()}
+    adapter = AdapterModule.fresh([int(i == layer) for i in range(layer + 1)], stream.d, setting.carry, seed=0)
+    p = setting.percentile
+    gate = Gate(init=setting.solver, percentile=p, background_percentile=p, ridge=ridge)
+    Fitter(adapter, classes, plan.target, gate).fit(layer, stream.rows(layer, list(rows.values())))
+    return {name: _fired(stream, adapter, layer, each.rows) for name, each in text.report.items()}
+
+
+def _fired(stream: Stream, adapter: AdapterModule, layer: int, rows: slice) -> float:
+    module = adapter.layer(layer)
+    assert module is not None
+    offset_T = stream.windows.offset_NT[rows].flatten()
+    return float((module.carried(stream.rows(layer, [rows]), offset_T, adapter.carry) > 0).double().mean())
+
+
+def settings(plan: Plan, args: argparse.Namespace) -> list[Setting]:
+    """The reference first, the nearest to the recipe's defaults; then all that differ from it in one thing."""
+    most, gate = len(plan.background), Gate()
+    solver = gate.init if gate.init in args.solver else args.solver[0]
+    percentile = min(args.percentile, key=lambda p: abs(p - gate.percentile))
+    reference = Setting(solver, min(args.carry, key=lambda a: abs(a - CARRY)), most, percentile)
+    varied = [replace(reference, solver=solver, carry=a) for a in args.carry for solver in args.solver]
+    sizes = {min(size, most) for size in args.background} | {plan.unrelated}
+    varied += [replace(reference, background=size) for size in sorted(sizes)]
+    varied += [replace(reference, percentile=percentile) for percentile in args.percentile]
+    return list(dict.fromkeys([reference, *varied]))
+
+
 def study(stream: Stream, text: Text, plan: Plan, args: argparse.Namespace) -> dict[Setting, list[Shares]]:
     """What fired in each kept layer, by setting."""
-    counted: dict[Setting, list[Shares]] = {}
-    for layer in stream.layers:
-        for a in args.carry:
-            _say(f"layer {layer}, carry {a:g}")
-            u_NTd = stream.carried(layer, a)
-            for target in plan.targets:
-                for setting, shares in _fits(u_NTd, a, target, text, plan, args):
-                    counted.setdefault(setting, []).append(shares)
+    asked = settings(plan, args)
+    counted: dict[Setting, list[Shares]] = {setting: [] for setting in asked}
+    for i, layer in enumerate(stream.layers):
+        for j, setting in enumerate(asked):
+            _say(f"fit {i * len(asked) + j + 1} of {len(stream.layers) * len(asked)}: layer {layer}, {setting}")
+            counted[setting].append(fit(stream, text, plan, setting, args.ridge, layer))
     return counted
 
 
-def _fits(
-    u_NTd: Tensor, a: float, target: str, text: Text, plan: Plan, args: argparse.Namespace
-) -> Iterator[tuple[Setting, Shares]]:
-    """One target's gates of one layer and carry."""
-    windows = max(2, args.tokens // args.window)
-    for background, solver in product(_sizes(plan, target, args.background), args.solver):
-        others = {name: text.fit[name].head(windows) for name in plan.fitted(target, background)}
-        m_NT, odd = fit(u_NTd, text.fit[target], others, solver, Gate(ridge=args.ridge))
-        for percentile in args.percentile:
-            threshold = max(float(m_T.quantile(percentile / 100)) for m_T in odd.values())
-            fired_NT = (m_NT > threshold).float()
-            shares = {name: float(fired_NT[each.rows()].mean()) for name, each in text.report.items()}
-            yield Setting(target, a, solver, background, percentile), shares
-
-
-def _sizes(plan: Plan, target: str, wanted: Sequence[int | None]) -> list[int]:
-    """The sizes of the background, each once; None is all languages."""
-    most = len([name for name in plan.background if name != target])
-    return sorted({most if size is None else min(size, most) for size in wanted})
-
-
 def summarise(counted: Mapping[Setting, Sequence[Shares]], plan: Plan) -> list[dict[str, Any]]:
-    """A row a setting: the share of the target found, and of each kind of other text fired, over all layers."""
+    """A row a setting: the share of the target found, and of all other text fired, means over all layers."""
     rows = []
     for setting, layers in counted.items():
         shares = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0]}
-        rows.append(
-            vars(setting)
-            | {
-                "found": shares[setting.target],
-                "fitted": _misfire(shares, plan.fitted(setting.target, setting.background)),
-                "unfitted": _misfire(shares, plan.unfitted),
-                "kept_out": _misfire(shares, plan.kept_out),
-            }
-        )
+        kinds = {"fitted": plan.fitted(setting.background), "unfitted": plan.unfitted, "kept_out": plan.kept_out}
+        kinds |= {"relatives": plan.relatives} if plan.relatives else {}
+        found = shares.pop(plan.target)
+        told = {"found": found, "leak": shares, "relative": setting.background > plan.unrelated}
+        rows.append(asdict(setting) | told | {kind: _misfire(shares, names) for kind, names in kinds.items()})
     return rows
 
 
@@ -263,30 +258,45 @@ def _misfire(shares: Shares, names: Sequence[str]) -> dict[str, Any]:
     return {"worst": shares[worst], "worst_on": worst, "mean": sum(shares[name] for name in names) / len(names)}
 
 
-def table(rows: Sequence[Mapping[str, Any]], percentile: float) -> Rows:
-    """The rows of one percentile."""
-    header = ["TARGET", "SOLVER", "CARRY", "LANGUAGES", "FOUND"]
-    kinds = {"fitted": "FITTED AGAINST", "unfitted": "ORIGINAL, NOT FITTED", "kept_out": "KEPT OUT"}
+KINDS = {"fitted": "FITTED AGAINST", "unfitted": "ORIGINAL, NOT FITTED", "kept_out": "KEPT OUT"}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Rows:
+    """A row a setting."""
+    kinds = KINDS | ({"relatives": "RELATIVES"} if "relatives" in rows[0] else {})
+    header = ["SOLVER", "CARRY", "LANGUAGES", "RELATIVE IN", "PERCENTILE", "FOUND"]
     body = [
-        [row["target"], row["solver"], f"{row['carry']:g}", f"{row['background']}", f"{row['found']:.1%}"]
+        [row["solver"], f"{row['carry']:g}", f"{row['background']}", "yes" if row["relative"] else "no"]
+        + [f"{row['percentile']:g}", f"{row['found']:.1%}"]
         + [f"{row[kind][which]:.3%}" for kind in kinds for which in ("worst", "mean")]
         for row in rows
-        if row["percentile"] == percentile
     ]
     return [[*header, *(f"{text}: {which}" for text in kinds.values() for which in ("WORST", "MEAN"))], *body]
 
 
-def plot(folder: Path, rows: Sequence[Mapping[str, Any]], target: str, percentile: float) -> Path:
-    """Found and fired on the languages kept out, against the size of the background, a line a carry."""
-    shown = [row for row in rows if row["target"] == target and row["percentile"] == percentile]
+def leak_table(rows: Sequence[Mapping[str, Any]], plan: Plan) -> Rows:
+    """What the reference gate fires on, by class."""
+    reference = rows[0]
+    parts = {"original": plan.original, "original, not fitted": plan.unfitted, "kept out": plan.kept_out}
+    part = {name: kind for kind, names in parts.items() for name in names}
+    shares = sorted(reference["leak"].items(), key=lambda item: -item[1])
+    body = [[name, part.get(name, "background"), f"{share:.3%}"] for name, share in shares]
+    return [["CLASS", "PART", "FIRED"], *body]
+
+
+def plot(folder: Path, rows: Sequence[Mapping[str, Any]], target: str) -> Path:
+    """Found, and fired on the languages kept out, against each thing that is varied."""
+    shown = {"found": lambda row: row["found"], "fired on languages kept out": lambda row: row["kept_out"]["mean"]}
     pictures: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for row in shown:
-        for what, share in (("found", row["found"]), ("fired on languages kept out", row["kept_out"]["mean"])):
-            lines = pictures.setdefault(f"{row['solver']}: {what}", {})
-            lines.setdefault(f"carry {row['carry']:g}", []).append((row["background"], share))
+    for (what, read), x in product(shown.items(), ("carry", "background", "percentile")):
+        free = {x, "solver"} if x == "carry" else {x}
+        fixed = [key for key in ("solver", "carry", "background", "percentile") if key not in free]
+        same = [row for row in rows if all(row[key] == rows[0][key] for key in fixed)]
+        lines = pictures.setdefault(f"{what}, by {x}", {})
+        for row in sorted(same, key=lambda row: row[x]):
+            lines.setdefault(row["solver"], []).append((row[x], read(row)))
     path = folder / f"gates-{target}.svg"
-    title = f"Gates fitted for {target}, percentile {percentile:g}"
-    panels(path, pictures, title=title, x_label="background languages")
+    panels(path, pictures, title=f"Gates fitted for {target}", x_label="", columns=3)
     return path
 
 
@@ -294,21 +304,22 @@ def make_plan(corpus: Path, args: argparse.Namespace) -> Plan:
     """The parts of all text in a corpus folder. What is not named is drawn by the seed."""
     rng = random.Random(args.seed)
     languages, sources = _listed(corpus, args.original)
-    absent = [name for name in [*args.target, *args.kept_out] if name not in languages]
+    absent = [name for name in [args.target, *args.relative, *args.kept_out] if name not in languages]
     absent += [name for name in args.unfitted if name not in sources]
     if absent:
         raise SystemExit(f"no text to fit and to report on for {', '.join(absent)} in {corpus}")
-    if set(args.target) & set(args.kept_out):
-        raise SystemExit("a target cannot be kept out of every fit")
-    others = [name for name in languages if name not in args.target]
+    parts = [args.target, *args.relative, *args.kept_out]
+    if len(set(parts)) < len(parts):
+        raise SystemExit("a language is named for two parts")
+    others = [name for name in languages if name not in (args.target, *args.relative)]
     kept_out = args.kept_out or rng.sample(others, min(4, len(others) // 3))
     unfitted = args.unfitted or rng.sample(sources, min(2, len(sources) // 2))
     original = [name for name in sources if name not in unfitted]
     if not (original and unfitted and kept_out):
         raise SystemExit(f"{corpus} has too few languages or too few sources of {args.original}")
-    background = [name for name in languages if name not in kept_out]
+    background = [name for name in others if name not in kept_out]
     rng.shuffle(background)
-    return Plan(args.target, background, kept_out, original, unfitted)
+    return Plan(args.target, [*background, *args.relative], args.relative, kept_out, original, unfitted)
 
 
 def _listed(corpus: Path, original: str) -> tuple[list[str], list[str]]:
@@ -334,18 +345,17 @@ def main(argv: list[str] | None = None) -> None:
         stream.fill(base.model)
         counted = study(stream, text, plan, args)
     rows = summarise(counted, plan)
-    shown = min(args.percentile, key=lambda percentile: abs(percentile - SHOWN_PERCENTILE))
-    print("\n".join(markdown(table(rows, shown))))
+    print("\n".join([*markdown(table(rows)), "", *markdown(leak_table(rows, plan))]))
     if args.plots is not None:
         args.plots.mkdir(parents=True, exist_ok=True)
-        for target in plan.targets:
-            plot(args.plots, rows, target, shown)
+        plot(args.plots, rows, plan.target)
     result = {
         "base": base.name,
         "layers": list(stream.layers),
         "plan": vars(plan),
         "tokens": {"fit": _tokens(text.fit, args.window), "report": _tokens(text.report, args.window)},
         "target_weight": Gate().target_weight,
+        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "rows": rows,
     }
     print(json.dumps(result | provenance(__file__, argv)))
@@ -358,7 +368,8 @@ def _tokens(part: Mapping[str, Class], window: int) -> dict[str, int]:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="folder of text, as fetch-corpus leaves it")
-    parser.add_argument("--target", action="append", required=True, help="a language; may be repeated")
+    parser.add_argument("--target", required=True, help="the language to tell from all others")
+    parser.add_argument("--relative", action="append", default=[], help="a close relative of it; may be repeated")
     parser.add_argument("--model", default="default")
     parser.add_argument("--original", default="en", help="the base's own language")
     parser.add_argument("--unfitted", action="append", default=[], help="a source of it in no fit (default: 2)")
@@ -368,16 +379,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--carry", type=float, nargs="+", default=[0.0, 0.3, 0.5, 0.8, 0.9])
     parser.add_argument("--solver", nargs="+", choices=sorted(SOLVERS), default=list(SOLVERS))
-    parser.add_argument("--background", type=_size, nargs="+", default=[0, 2, 4, 8, 16, None], help="or `all`")
-    parser.add_argument("--percentile", type=float, nargs="+", default=[98.0, 99.0, 99.5, 99.8, 99.9])
+    parser.add_argument("--background", type=int, nargs="+", default=[0, 1, 3, 6, 12, 24], help="languages in it")
+    parser.add_argument("--percentile", type=float, nargs="+", default=[95.0, 99.0, 99.5, 99.9])
     parser.add_argument("--ridge", type=float, default=Gate().ridge)
-    parser.add_argument("--plots", type=Path, help="folder for a plot a target")
+    parser.add_argument("--plots", type=Path, help="folder for a plot")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
-
-
-def _size(written: str) -> int | None:
-    return None if written == "all" else int(written)
 
 
 def _say(message: str) -> None:

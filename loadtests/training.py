@@ -29,9 +29,9 @@ from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.learner import Batch, Learner
 from nr_serve.train.loop import Batches, learning_rate
 from nr_serve.train.methods import make_learner
-from nr_serve.train.mix import Classes
 from nr_serve.train.recipe import BadRecipe, Recipe, read_recipe
 from nr_serve.train.text import read_classes
+from nr_serve.train.text.mix import Classes
 
 METHODS = ("neutral", "adapter", "lora", "finetune")
 
@@ -56,9 +56,8 @@ class Runner:
 
     def read(self, part: Batch) -> Batch:
         """What the method reads of a part of a step."""
-        quiet, speaks = self.recipe.keeps_quiet, self.recipe.speaks_original
-        reads = {"target": True, "original": quiet or speaks, "background": quiet}
-        return {name: windows for name, windows in part.items() if reads[name]}
+        roles = {*self.learner.spoken, *(self.learner.quiet if self.learner.local is not None else ())}
+        return {role: windows for role, windows in part.items() if role in roles or role == "whole"}
 
     def step(self, number: int, parts: Sequence[Batch]) -> None:
         """One gradient step, timed."""
@@ -69,21 +68,27 @@ class Runner:
         fired = self._take(parts)
         seconds = time.perf_counter() - started
         self.seconds.append(seconds)
-        self.rates.append(sum(ids_BT.numel() for part in parts for ids_BT, _ in part.values()) / seconds)
+        read = [value for part in parts for name, value in part.items() if name != "whole"]
+        self.rates.append(sum(ids_BT.numel() for ids_BT, _ in read) / seconds)
         self.fired.append(fired)
 
     def _take(self, parts: Sequence[Batch]) -> float:
-        fired = 0.0
+        fired = torch.zeros(2, dtype=torch.float64)
         bfloat16 = self.recipe.run.dtype == "bfloat16"
         for part in parts:
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 output = self.learner(**part)
             (output["loss"] / len(parts)).backward()
-            fired += float(output["target_fired"]) / len(parts)
+            fired += output["sums"]["target_fired"]
         torch.nn.utils.clip_grad_norm_(list(self.learner.trained().values()), self.recipe.run.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return fired
+        number, over = fired.tolist()
+        return number / over if over else 0.0
+
+
+def _tokens(part: Batch) -> int:
+    return sum(windows[0].numel() for role, windows in part.items() if role != "whole")
 
 
 def make_runner(recipe: Recipe, classes: Classes, fit_tokens: int) -> Runner:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from copy import copy
+from inspect import cleandoc
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,7 +18,10 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsE
 
 from nr_serve import __version__
 from nr_serve.commands import COMMANDS
+from nr_serve.config import GROUPS, ServeConfig, check_environment
 from nr_serve.errors import NrError
+
+_MOST_IN_USAGE = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,15 +63,52 @@ def _run(name: str, args: list[str]) -> int:
 
 
 def parse(settings: type[BaseSettings], name: str, args: list[str]) -> BaseSettings:
-    """A command's settings from its arguments and the environment. Exits on `--help` and unknown flags."""
+    """A command's settings from its arguments and the environment.
+
+    Exits on `--help` and unknown flags; raises ValidationError or SettingsError.
+    """
+    if settings is ServeConfig:
+        check_environment(os.environ)
     source: CliSettingsSource[Any] = CliSettingsSource(
-        settings, cli_prog_name=f"nr-serve {name}", formatter_class=_Formatter
+        settings,
+        cli_prog_name=f"nr-serve {name}",
+        formatter_class=_Formatter,
+        add_argument_method=_add_grouped if settings is ServeConfig else ArgumentParser.add_argument,
     )
     return CliApp.run(settings, cli_args=args, cli_settings_source=source)
 
 
+_GROUP_OF = {f"--{name.replace('_', '-')}": group.__doc__ for group in GROUPS for name in group.model_fields}
+
+
+def _add_grouped(parser: ArgumentParser, *flags: str, **options: Any) -> Any:
+    """Add a flag of `serve` to its group of the help."""
+    title = _GROUP_OF.get(flags[0])
+    if title is None:  # --help
+        return parser.add_argument(*flags, **options)
+    groups = {group.title: group for group in parser._action_groups}
+    return (groups.get(title) or parser.add_argument_group(title)).add_argument(*flags, **options)
+
+
 class _Formatter(RawDescriptionHelpFormatter):
-    """Help without what pydantic says of types and of defaults that are no values."""
+    """Help on few lines: no list of many flags as usage, no --no-x, no types, no defaults that are no values."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        if len(actions) > _MOST_IN_USAGE:
+            names = [str(each.metavar or each.dest).upper() for each in actions if not each.option_strings]
+            usage = " ".join(["%(prog)s [FLAG ...]", *names])
+        super().add_usage(usage, actions, groups, prefix)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return cleandoc(text)
+
+    def _format_action_invocation(self, action: Any) -> str:
+        shown = copy(action)
+        shown.option_strings = [each for each in action.option_strings if not each.startswith("--no-")]
+        return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: Any) -> str:
         text = action.help or ""
@@ -92,7 +134,6 @@ def _help() -> str:
     for name, (settings, _) in COMMANDS.items():
         lines.append(f"  {name:<{width}}{(settings.__doc__ or '').splitlines()[0]}")
     lines += ["", "`nr-serve COMMAND --help` shows a command's flags."]
-    lines += ["Each flag of `serve` is an environment variable too: --max-running is NR_MAX_RUNNING."]
     return "\n".join(lines)
 
 

@@ -26,8 +26,9 @@ _ERRORS: dict[int, type[NrError]] = {
         errors.NotFound,
         errors.Conflict,
         errors.TooLarge,
-        errors.QueueFull,
+        errors.TooManyRequests,
         errors.Unavailable,
+        errors.TimedOut,
     )
 }
 
@@ -127,12 +128,13 @@ class Client:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unavailable(f"{method} {self.url}{place} failed: {error or type(error).__name__}") from error
         if response.is_error:
-            raise _error(response)
+            raise refusal(response)
         body: dict[str, Any] = response.json()
         return body
 
 
-def _error(response: httpx.Response) -> NrError:
+def refusal(response: httpx.Response) -> NrError:
+    """The error that an answer with an error status tells of."""
     kind = _ERRORS.get(response.status_code, NrError)
     try:
         body = response.json()["error"]

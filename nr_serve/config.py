@@ -1,15 +1,26 @@
-"""The server's settings: one definition gives the flags, the NR_* environment variables and their help.
+"""The server's settings: one definition gives the flags, the NR_* environment variables, the keys of the settings
+file, their help and their page in the documentation.
 
-A flag wins over the environment, the environment over the default.
+A flag wins over the environment, the environment over the file, the file over the default.
 """
 
 from __future__ import annotations
 
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from nr_serve.errors import BadRequest
 from nr_serve.names import adapter_entry, check_adapter_name
@@ -22,38 +33,56 @@ FLAGS = SettingsConfigDict(
 PROBE_TOKENS = 512
 """Longest probe text; what a file holds beyond is not read."""
 
+_PREFIX = "NR_"
+_OTHERS = ("NR_CACHE", "NR_URL")
+"""Environment variables that are no settings of the server: the cache folder, and the client's server."""
+_KUBERNETES = "NR_SERVE_"
+"""Kubernetes gives every container NR_SERVE_PORT and the like if a Service is called nr-serve."""
 
-class ServeConfig(BaseSettings):
-    """Serve a base model with adapters over OpenAI's HTTP API."""
 
-    model_config = FLAGS | SettingsConfigDict(env_prefix="NR_", frozen=True, populate_by_name=True)
+def _split(value: Any) -> Any:
+    """Lists come as one text, from the environment and from repeated flags."""
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _check_names(entries: list[str]) -> list[str]:
+    for entry in entries:
+        try:
+            check_adapter_name(adapter_entry(entry)[0])
+        except BadRequest as error:
+            raise ValueError(f"{entry}: {error.message}") from error
+    return entries
+
+
+Texts = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+Paths = Annotated[list[Path], NoDecode, BeforeValidator(_split)]
+
+
+class Model(BaseModel):
+    """Model: what is served"""
 
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
     served_model_name: str | None = Field(None, description="name clients use for the base (default: the folder's)")
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
-    adapter: Annotated[list[str], NoDecode] = Field(
-        [], description="adapter to attach at start, FILE or NAME=FILE; may be repeated"
-    )
-    adapter_dir: Annotated[list[Path], NoDecode] = Field(
-        [], description="folder that POST /v1/adapters may load from; may be repeated"
-    )
-    slots: int = Field(8, ge=1, le=1024, description="adapters attached at once")
-    slot_width: int | None = Field(
-        None, ge=1, description="widest block a slot holds (default: 20% of the base's parameters)"
-    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type of weights and activations")
     threads: int | None = Field(None, ge=1, description="CPU threads for the model (default: torch's choice)")
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt plus answer, tokens (default: base's)"
     )
-    max_batch_tokens: int = Field(512, ge=1, description="most tokens in one step; never less than --max-running")
-    max_running: int = Field(64, ge=1, description="most requests in one step")
-    max_waiting: int = Field(1024, ge=1, description="longest queue; further requests get 429")
-    page_size: int = Field(16, ge=1, description="tokens a page of KV cache holds")
-    kv_cache_gib: float = Field(1.0, gt=0, description="memory for the KV cache, GiB")
-    pages: int | None = Field(None, ge=1, description="pages of KV cache (default: from --kv-cache-gib)")
+
+
+class Adapters(BaseModel):
+    """Adapters: which, from where, and how neutral"""
+
+    adapter: Annotated[Texts, AfterValidator(_check_names)] = Field(
+        [], description="adapter to attach at start, FILE or NAME=FILE; may be repeated"
+    )
+    slots: int = Field(8, ge=1, le=1024, description="adapters attached at once")
+    slot_width: int | None = Field(
+        None, ge=1, description="widest block a slot holds (default: 20% of the base's parameters)"
+    )
     max_adapter_gib: float = Field(2.0, gt=0, description="largest adapter file taken, GiB")
     max_leak: float | None = Field(
         None,
@@ -62,43 +91,166 @@ class ServeConfig(BaseSettings):
         description="refuse an adapter, or a threshold, whose gates fire on more than this share of a probe text's "
         "token-layers (default: never)",
     )
-    probe_text: Annotated[list[Path], NoDecode] = Field(
+    probe_text: Paths = Field(
         [],
         description=f"text an adapter must be neutral on, a UTF-8 file, its first {PROBE_TOKENS} tokens; "
         "may be repeated (default: English of several kinds)",
     )
+
+
+class Engine(BaseModel):
+    """Engine: how much runs at once"""
+
+    max_batch_tokens: int = Field(512, ge=1, description="most tokens in one step; never less than --max-running")
+    max_running: int = Field(64, ge=1, description="most requests in one step")
+    max_waiting: int = Field(1024, ge=1, description="longest queue; further requests get 429")
+    page_size: int = Field(16, ge=1, description="tokens a page of KV cache holds")
+    kv_cache_gib: float = Field(1.0, gt=0, description="memory for the KV cache, GiB")
+    pages: int | None = Field(None, ge=1, description="pages of KV cache (default: from --kv-cache-gib)")
+
+
+class Http(BaseModel):
+    """HTTP: where it listens, and how long and how much it takes"""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    adapter_dir: Paths = Field([], description="folder that POST /v1/adapters may load from; may be repeated")
+    max_body_mib: float = Field(16.0, gt=0, description="largest JSON body taken, MiB")
+    max_answers: int | None = Field(
+        None, ge=1, description="answers a request may ask for, prompts times n (default: --max-waiting)"
+    )
+    max_logprobs: int = Field(20, ge=0, le=20, description="likeliest tokens a request may ask for at each place")
+    request_timeout: float | None = Field(
+        None, gt=0, description="seconds a request may take; then it is aborted with 504 (default: any)"
+    )
+    grace_period: float = Field(30.0, ge=0, description="seconds running answers may go on after SIGTERM")
+
+
+class Security(BaseModel):
+    """Security: who may ask, from where, and how often"""
+
     api_key: SecretStr | None = Field(None, description="key that clients must send (default: none needed)")
     admin_key: SecretStr | None = Field(None, description="key that adapter changes need (default: none needed)")
+    key_file: Path | None = Field(
+        None, description="TOML file of keys by hash, read again when it changes; see `nr-serve make-key`"
+    )
+    allow_no_key: bool = Field(False, description="let other machines ask without a key")
+    key_requests_per_minute: float | None = Field(
+        None, gt=0, description="requests a key may send in a minute; further ones get 429 (default: any)"
+    )
+    key_requests_at_once: int | None = Field(
+        None, ge=1, description="requests a key may have under way; further ones get 429 (default: any)"
+    )
+    cors_origin: Texts = Field(
+        [], description="origin whose pages may call the server, or `*`; may be repeated (default: none)"
+    )
+
+
+class Logging(BaseModel):
+    """Logging: what is written to stderr"""
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what to log")
+    log_format: Literal["text", "json"] = Field("text", description="a line of text, or of JSON, for each event")
+    log_health: bool = Field(False, description="log requests for /health, /ready and /metrics too")
+    log_prompts: bool = Field(False, description="log the prompts' text")
 
-    @field_validator("adapter", "adapter_dir", "probe_text", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        """Lists come as one text, from the environment and from repeated flags."""
-        if not isinstance(value, str):
-            return value
-        return [part.strip() for part in value.split(",") if part.strip()]
 
-    @field_validator("adapter")
+class Observability(BaseModel):
+    """Observability: metrics and traces"""
+
+    metrics_compat: Literal["none", "vllm"] = Field(
+        "none", description="show the metrics under another server's names too"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="OTLP collector that gets a trace of each request, such as http://127.0.0.1:4318 (default: no "
+        "traces); needs the extra `otel`",
+    )
+
+
+class Settings(BaseModel):
+    """Settings: a file of them"""
+
+    config: Path | None = Field(None, description="TOML file of settings; flags and environment win over it")
+
+
+GROUPS: tuple[type[BaseModel], ...] = (Model, Adapters, Engine, Http, Security, Logging, Observability, Settings)
+"""The settings in the order of the help and of the documentation."""
+
+
+class ServeConfig(Settings, Observability, Logging, Security, Http, Engine, Adapters, Model, BaseSettings):
+    """Serve a base model with adapters over OpenAI's HTTP API.
+
+    Every flag is an environment variable too (--max-running is NR_MAX_RUNNING) and a key of the file that --config
+    names (max_running = 64).
+    """
+
+    model_config = FLAGS | SettingsConfigDict(env_prefix=_PREFIX, frozen=True, populate_by_name=True)
+
     @classmethod
-    def _check_names(cls, entries: list[str]) -> list[str]:
-        for entry in entries:
-            try:
-                check_adapter_name(adapter_entry(entry)[0])
-            except BadRequest as error:
-                raise ValueError(f"{entry}: {error.message}") from error
-        return entries
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment, then the file that one of them names."""
+        return (init_settings, env_settings, _SettingsFile(settings_cls, {}))
 
     def base_name(self, model: str | Path) -> str:
         """What clients call the base that was loaded from `model`."""
         return self.served_model_name or Path(model).name
 
 
-def settings_table() -> str:
-    """The settings as a Markdown table; docs/settings.md holds it."""
-    rows = ["| flag | environment | meaning |", "| --- | --- | --- |"]
-    for name, setting in ServeConfig.model_fields.items():
-        default = setting.default
-        shown = f" (default: {default})" if default not in (None, []) else ""
-        rows.append(f"| `--{name.replace('_', '-')}` | `NR_{name.upper()}` | {setting.description}{shown} |")
-    return "\n".join(rows)
+class _SettingsFile(InitSettingsSource):
+    """The settings of the file that a flag or NR_CONFIG names."""
+
+    def __call__(self) -> dict[str, Any]:
+        """Read it. Raises SettingsError."""
+        path = self.current_state.get("config")
+        return {} if path is None else _read_file(Path(path))
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise SettingsError(f"{path} is not TOML: {error}") from error
+    _refuse_unknown(settings, ServeConfig.model_fields.keys() - {"config"}, str(path))
+    return settings
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Raise SettingsError if a variable looks like a setting but is none: it would be ignored."""
+    known = {f"{_PREFIX}{name.upper()}" for name in ServeConfig.model_fields} | set(_OTHERS)
+    named = [name.upper() for name in environment if name.upper().startswith(_PREFIX)]
+    _refuse_unknown([name for name in named if not name.startswith(_KUBERNETES)], known, "the environment")
+
+
+def _refuse_unknown(names: Iterable[str], known: Iterable[str], place: str) -> None:
+    for name in sorted(set(names) - set(known)):
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"; is `{close[0]}` meant?" if close else ""
+        raise SettingsError(f"{place}: there is no setting `{name}`{hint}")
+
+
+def settings_tables() -> str:
+    """The settings as Markdown, a table a group; docs/settings.md holds it."""
+    sections = []
+    for group in GROUPS:
+        rows = [f"### {group.__doc__}", "", "| flag | environment | meaning |", "| --- | --- | --- |"]
+        sections.append("\n".join(rows + [_row(name) for name in group.model_fields]))
+    return "\n\n".join(sections)
+
+
+def _row(name: str) -> str:
+    setting = ServeConfig.model_fields[name]
+    meaning = setting.description or ""
+    if setting.default not in (None, [], False):
+        meaning += f" (default: {setting.default})"
+    return f"| `--{name.replace('_', '-')}` | `{_PREFIX}{name.upper()}` | {meaning} |"

@@ -8,8 +8,11 @@
     ├── NotFound                   404  no such model, adapter or route
     ├── Conflict                   409  the name is taken, or the thing is in use
     ├── TooLarge                   413
-    ├── QueueFull                  429  carries Retry-After
+    ├── TooManyRequests            429  carries Retry-After
+    │   ├── QueueFull              429  too many requests wait already
+    │   └── RateLimited            429  more than this key may ask
     ├── Unavailable                503  not ready, draining, or the engine stopped
+    ├── TimedOut                   504  the request's time was over before its answer was
     ├── UnsupportedBase            500  a base model that cannot be served or trained
     └── DownloadFailed             500  a model or corpus that could not be fetched
 
@@ -31,7 +34,7 @@ class NrError(Exception):
         self.param = param
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.message, self.param))
+        return (_rebuild, (type(self), self.message, self.param), self.__dict__)
 
 
 def _rebuild(kind: type[NrError], message: str, param: str | None) -> NrError:
@@ -84,12 +87,24 @@ class TooLarge(NrError):
     type = "RequestTooLargeError"
 
 
-class QueueFull(NrError):
-    """Too many requests wait already; try again later."""
+class TooManyRequests(NrError):
+    """Try again later: after `retry_after_s` seconds, a whole number."""
 
     status = 429
     type = "RateLimitError"
     retry_after_s = 1
+
+
+class QueueFull(TooManyRequests):
+    """Too many requests wait already."""
+
+
+class RateLimited(TooManyRequests):
+    """More requests than this key may ask, in a minute or at once."""
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
 
 
 class Unavailable(NrError):
@@ -97,6 +112,13 @@ class Unavailable(NrError):
 
     status = 503
     type = "ServiceUnavailableError"
+
+
+class TimedOut(NrError):
+    """The request's time was over before its answer was."""
+
+    status = 504
+    type = "TimeoutError"
 
 
 class UnsupportedBase(NrError):

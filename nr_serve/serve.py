@@ -3,50 +3,40 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
-from pathlib import Path
+from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
-from nr_serve.api.app import create_app
-from nr_serve.api.bridge import AsyncEngine, Deliver, Engine
+from nr_serve.api.bridge import AsyncEngine
+from nr_serve.api.work import Work
+from nr_serve.assemble import assemble
 from nr_serve.client import is_loopback
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Status
-from nr_serve.errors import NrError, UnsupportedBase
-from nr_serve.metrics import Metrics
-from nr_serve.names import adapter_entry, check_adapter_name
-from nr_serve.tokenizer import Tokenizer
+from nr_serve.errors import NrError
+from nr_serve.logs import configure_logging, quiet_progress_bars
 
-GRACE_SECONDS = 30
-"""How long running answers may go on after SIGTERM."""
+log = logging.getLogger(__name__)
+_CLOSING_SECONDS = 2
+"""For what is still being sent once every answer has ended."""
 
 
 def serve(config: ServeConfig) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code. Raises NrError if it cannot start."""
     signal.signal(signal.SIGTERM, _end)
-    logging.basicConfig(level=config.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    _warn_if_open(config)
+    configure_logging(config.log_level, config.log_format)
+    _check_reach(config)
     with bind(config.host, config.port) as listener:
-        model = _model_folder(config.model)
-        for entry in config.adapter:
-            check_adapter_name(adapter_entry(entry)[0], config.base_name(model))
-        tokenizer = _tokenizer(model)
-        engine = AsyncEngine(lambda deliver: _engine(config, model, tokenizer, deliver), Metrics())
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(engine, tokenizer, config),
-                log_config=None,
-                access_log=config.log_level == "debug",
-                timeout_graceful_shutdown=GRACE_SECONDS,
-                server_header=False,
-            )
-        )
+        quiet_progress_bars(config.log_level)
+        engine, app = assemble(config)
+        server = Server(app, app.state.context.work, config.grace_period)
         watch = _Watch(engine, server, _address(listener))
         engine.on_status = watch.turned
-        logging.getLogger("uvicorn").setLevel("WARNING" if config.log_level == "info" else config.log_level.upper())
         server.run(sockets=[listener])
     if watch.failure is not None:
         raise watch.failure
@@ -67,6 +57,34 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise NrError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
     return listener
+
+
+class Server(uvicorn.Server):
+    """Told to end, it refuses what is new and lets answers finish; told a second time, it ends at once."""
+
+    def __init__(self, app: FastAPI, work: Work, grace_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=_CLOSING_SECONDS,
+                server_header=False,
+            )
+        )
+        self._work = work
+        self._grace_s = grace_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal to end came."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain while the socket still takes connections, so that clients read 503; then close."""
+        await self._work.drain(self._grace_s)
+        await super().shutdown(sockets)
 
 
 class _Watch:
@@ -100,40 +118,24 @@ class _Watch:
         )
 
 
-def _engine(config: ServeConfig, model: str | Path, tokenizer: Tokenizer, deliver: Deliver) -> Engine:
-    from nr_serve.engine.loop import EngineLoop
-
-    return EngineLoop(config, model, tokenizer, deliver)
-
-
-def _model_folder(model: str) -> str | Path:
-    if model != "default":
-        return model
-    from nr_serve.default_model import fetch_model
-
-    return fetch_model()
-
-
-def _tokenizer(model: str | Path) -> Tokenizer:
-    if str(model).startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
-        raise UnsupportedBase(f"there is no model folder {model}")
-    try:
-        return Tokenizer.load(model)
-    except (OSError, ValueError) as error:
-        raise UnsupportedBase(f"cannot load the tokenizer of {model}: {error}") from error
-
-
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _warn_if_open(config: ServeConfig) -> None:
-    if config.api_key is None and config.admin_key is None and not is_loopback(config.host):
-        print(
-            f"warning: anyone who reaches {config.host} may use this server and change its adapters; "
-            "set --api-key and --admin-key",
-            file=sys.stderr,
+def _check_reach(config: ServeConfig) -> None:
+    """Log who can reach the server without a key; raise NrError if others can and nobody allowed it."""
+    if config.api_key is not None or config.key_file is not None:
+        return
+    if is_loopback(config.host):
+        log.info("no key is set: only this machine can reach the server")
+    elif config.allow_no_key:
+        change = "" if config.admin_key else " and change its adapters"
+        log.warning("no key is set: anyone who reaches %s may use this server%s", config.host, change)
+    else:
+        raise NrError(
+            f"--host {config.host} can be reached from other machines, and no key is set: give --api-key or "
+            "--key-file, or --allow-no-key if that is what you want"
         )
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nr_serve.errors import BadRequest
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 _REPLACEMENT = "�"
 _MOST_HELD = 16  # tokens decoded again with each further one while they give no whole character
@@ -19,6 +22,7 @@ class Tokenizer:
     def __init__(self, hf: Any) -> None:
         self.hf = hf
         self._texts: dict[int, str] = {}  # log probabilities ask for the same tokens over and over
+        self._for_grammars: LLTokenizer | None = None
 
     @classmethod
     def load(cls, model: str | Path) -> Tokenizer:
@@ -45,19 +49,60 @@ class Tokenizer:
             self._texts[token_id] = self.decode([token_id], special_tokens=True)
         return self._texts[token_id]
 
+    def for_grammars(self, vocab_size: int, eos_ids: Sequence[int]) -> LLTokenizer:
+        """This tokenizer as grammars see it. Made once, which stops all threads for a second.
+
+        Raises BadRequest if it has no fast form, or no token that ends an answer.
+        """
+        if self._for_grammars is None:
+            from llguidance.hf import from_tokenizer
+
+            try:
+                self._for_grammars = from_tokenizer(self.hf, n_vocab=vocab_size, eos_token=list(eos_ids))
+            except ValueError as error:
+                raise BadRequest(f"this base's tokenizer cannot follow a grammar: {error}") from error
+        return self._for_grammars
+
     def chat_prompt(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        **template: Any,
     ) -> str:
-        """Messages as the prompt text the model was trained on. Raises BadRequest if the template refuses."""
+        """Messages, and tools to call, as the prompt text the model was trained on.
+
+        Raises BadRequest if the template refuses, or has no place for tools or for the calls in the messages.
+        """
+
+        options = {"add_generation_prompt": add_generation_prompt, **template}
+        text = self._templated(messages, tools, **options)
+        if tools and text == self._templated(messages, (), **options):
+            raise BadRequest(
+                "`tools` are not supported: this base's chat template does not use them", param="tools"
+            )
+        calls = any("tool_calls" in message for message in messages)
+        if calls and text == self._templated(_without_calls(messages), tools, **options):
+            raise BadRequest("this base's chat template does not write `tool_calls`", param="messages")
+        return text
+
+    def _templated(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], **template: Any
+    ) -> str:
         if not getattr(self.hf, "chat_template", None):
             raise BadRequest("this base has no chat template; use /v1/completions", param="messages")
         try:
             text: str = self.hf.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template
+                list(messages), tools=list(tools) or None, tokenize=False, **template
             )
         except Exception as error:  # a template is the model author's program: whatever it raises is its refusal
             raise BadRequest(f"the chat template refused the messages: {error}", param="messages") from error
         return text
+
+
+def _without_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
 
 
 class Detokenizer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,8 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from nr_serve.api.context import Context, Ctx
+from nr_serve.api.files import allowed_file
+from nr_serve.api.responses import Adapter, AdapterList, answers
 from nr_serve.api.schemas import LoadBody, LoadLoraBody, PatchBody, UnloadLoraBody
 from nr_serve.api.selection import check_name
 from nr_serve.api.uploads import receive_file
@@ -22,13 +26,16 @@ from nr_serve.engine.messages import (
     ReadGates,
     UnloadAdapter,
 )
-from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound
+from nr_serve.errors import BadRequest, Conflict, NotFound
 from nr_serve.neutral import MAX_THRESHOLD
 
 router = APIRouter()
 
+_LOADED = answers(Adapter)
+_LOADED[201] = {**_LOADED[200], "description": "A registered adapter, new under its name"}
 
-@router.get("/v1/adapters")
+
+@router.get("/v1/adapters", responses=answers(AdapterList))
 async def list_adapters(context: Ctx) -> JSONResponse:
     """Every registered adapter."""
     views: tuple[AdapterView, ...] = await context.engine.call(ListAdapters())
@@ -36,7 +43,7 @@ async def list_adapters(context: Ctx) -> JSONResponse:
     return JSONResponse({"object": "list", "data": [adapter_body(view, statistics) for view in views]})
 
 
-@router.get("/v1/adapters/{name}")
+@router.get("/v1/adapters/{name}", responses=answers(Adapter))
 async def get_adapter(context: Ctx, name: str) -> JSONResponse:
     """One adapter."""
     views: tuple[AdapterView, ...] = await context.engine.call(ListAdapters())
@@ -46,7 +53,7 @@ async def get_adapter(context: Ctx, name: str) -> JSONResponse:
     raise _unknown(name)
 
 
-@router.put("/v1/adapters/{name}")
+@router.put("/v1/adapters/{name}", responses=_LOADED)
 async def put_adapter(
     context: Ctx,
     request: Request,
@@ -60,27 +67,35 @@ async def put_adapter(
     _check_free(context, name, replace)  # before the upload: it may be long
     with tempfile.TemporaryDirectory(prefix="nr-serve-") as folder:
         path = Path(folder) / f"{name}.safetensors"
-        await receive_file(request, path, int(context.config.max_adapter_gib * 2**30))
-        return await _load(context, LoadAdapter(name, path, replace, pinned, threshold))
+        await receive_file(request, path, _max_bytes(context))
+        status = _load_status(context, name)
+        view = await context.engine.call(LoadAdapter(name, path, replace, pinned, threshold))
+        return JSONResponse(adapter_body(view), status)
 
 
-@router.post("/v1/adapters")
+@router.post("/v1/adapters", responses=_LOADED)
 async def post_adapter(context: Ctx, body: LoadBody) -> JSONResponse:
     """Load an adapter from a file on the server, inside an allowed folder."""
     check_name(context, body.name)
-    path = allowed_file(context, body.path, "path")
     _check_free(context, body.name, body.replace)
-    return await _load(context, LoadAdapter(body.name, path, body.replace, body.pinned, body.threshold))
+    status = _load_status(context, body.name)
+    view = await _load_allowed(
+        context,
+        body.path,
+        "path",
+        lambda path: LoadAdapter(body.name, path, body.replace, body.pinned, body.threshold),
+    )
+    return JSONResponse(adapter_body(view), status)
 
 
-@router.patch("/v1/adapters/{name}")
+@router.patch("/v1/adapters/{name}", responses=answers(Adapter))
 async def patch_adapter(context: Ctx, name: str, body: PatchBody) -> JSONResponse:
     """Change an adapter's dials."""
     view = await _change(context, PatchAdapter(name, body.pinned, body.threshold))
     return JSONResponse(adapter_body(view))
 
 
-@router.delete("/v1/adapters/{name}")
+@router.delete("/v1/adapters/{name}", responses=answers(Adapter))
 async def delete_adapter(context: Ctx, name: str) -> JSONResponse:
     """Unload an adapter; requests in flight keep it until they end."""
     view = await _change(context, UnloadAdapter(name))
@@ -96,14 +111,15 @@ async def load_lora_adapter(context: Ctx, body: LoadLoraBody) -> PlainTextRespon
     if body.base_model_name and body.base_model_name != context.engine.info.model:
         raise BadRequest(f"the base here is `{context.engine.info.model}`", param="base_model_name")
     check_name(context, name, "lora_name")
-    path = allowed_file(context, body.lora_path, "lora_path")
     if name in context.engine.adapters and not body.load_inplace:
         raise BadRequest(
             f"The lora adapter '{name}' has already been loaded. "
             "If you want to load the adapter in place, set 'load_inplace' to True.",
             param="lora_name",
         )
-    await context.engine.call(LoadAdapter(name, path, replace=body.load_inplace))
+    await _load_allowed(
+        context, body.lora_path, "lora_path", lambda path: LoadAdapter(name, path, replace=body.load_inplace)
+    )
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -119,34 +135,26 @@ async def unload_lora_adapter(context: Ctx, body: UnloadLoraBody) -> PlainTextRe
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-def allowed_file(context: Context, given: str, param: str) -> Path:
-    """The file `given` names, once links are followed. Raises Forbidden outside the allowed folders.
+async def _load_allowed(
+    context: Context, given: str, param: str, command: Callable[[Path], LoadAdapter]
+) -> AdapterView:
+    """Have the engine load the file that `given` names on the server."""
 
-    A folder stands for the one .safetensors file in it. Nothing is said about paths outside.
-    """
-    if not context.config.adapter_dir:
-        raise Forbidden("this server loads from no folder; start it with --adapter-dir, or upload", param=param)
-    try:
-        inside = [
-            (root, path)
-            for root in (folder.resolve() for folder in context.config.adapter_dir)
-            if (path := (root / given).resolve()).is_relative_to(root)
-        ]
-        if not inside:
-            raise Forbidden("the path is outside the folders this server may load from", param=param)
-        for root, path in inside:
-            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-            if len(files) == 1 and files[0].is_file() and files[0].resolve().is_relative_to(root):
-                return files[0].resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a circle
-        raise BadRequest("this is not a usable path", param=param) from error
-    raise NotFound("no adapter found at this path", param=param)
+    async def load() -> AdapterView:
+        with allowed_file(context.config.adapter_dir, given, param, _max_bytes(context)) as path:
+            view: AdapterView = await context.engine.call(command(path))
+            return view
+
+    # The file must stay open until the engine has read it, also if this request is given up meanwhile.
+    return await asyncio.shield(asyncio.ensure_future(load()))
 
 
-async def _load(context: Context, command: LoadAdapter) -> JSONResponse:
-    status = 200 if command.name in context.engine.adapters else 201
-    view = await context.engine.call(command)
-    return JSONResponse(adapter_body(view), status)
+def _load_status(context: Context, name: str) -> int:
+    return 200 if name in context.engine.adapters else 201
+
+
+def _max_bytes(context: Context) -> int:
+    return int(context.config.max_adapter_gib * 2**30)
 
 
 async def _change(context: Context, command: PatchAdapter | UnloadAdapter) -> AdapterView:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Protocol
 
 from nr_serve.api.ask import Ask
@@ -14,6 +15,9 @@ from nr_serve.tokenizer import Detokenizer, Tokenizer
 
 class Writer(Protocol):
     """Writes one answer in one API's form, from one output (whole) or many (in chunks)."""
+
+    def parts(self, output: Output) -> list[Output]:
+        """The output as the API shows it, one after the other; each is then written before the next output."""
 
     def extras(self, output: Output) -> dict[str, Any]:
         """Fields beside the choices; asked before `choice`."""
@@ -52,6 +56,8 @@ class Envelope:
     id: str
     model: str
     fingerprint: str
+    tier: str | None = None
+    """The service tier, if the client named one."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -62,6 +68,7 @@ class Envelope:
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
+            **({} if self.tier is None else {"service_tier": self.tier}),
             "choices": choices,
             **more,
         }
@@ -83,6 +90,18 @@ def join(outputs: Sequence[Output]) -> Output:
         text="".join(output.text for output in outputs),
         prompt=next((output.prompt for output in outputs if output.prompt is not None), None),
     )
+
+
+def best(ask: Ask, outputs: Sequence[Output]) -> list[Output]:
+    """The `n` answers to each prompt with the highest log probability a token, the best first."""
+    if ask.tries == ask.n:
+        return list(outputs)
+    groups = [outputs[at : at + ask.tries] for at in range(0, len(outputs), ask.tries)]
+    return [output for group in groups for output in sorted(group, key=_mean_logprob, reverse=True)[: ask.n]]
+
+
+def _mean_logprob(output: Output) -> float:
+    return fmean([token.logprob or 0.0 for token in output.tokens] or [0.0])
 
 
 def legacy_logprobs(tokens: Iterable[Token], k: int, offset: int) -> dict[str, Any]:

@@ -7,27 +7,31 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from nr_serve import __version__
-from nr_serve.api import adapters, openai, system
+from nr_serve.api import access, adapters, openai, system, work
+from nr_serve.api.access import AccessLog
 from nr_serve.api.auth import KeyCheck
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.context import Context
 from nr_serve.api.errors import add_error_handlers
-from nr_serve.api.limits import BodyLimit
+from nr_serve.api.limits import BodyLimit, KeyLimits
+from nr_serve.api.work import Deadlines
 from nr_serve.config import ServeConfig
+from nr_serve.keys import Keys
 from nr_serve.tokenizer import Tokenizer
 
 
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServeConfig) -> FastAPI:
-    """Return the app. Its lifespan starts the engine and stops it."""
+    """Return the app. Its lifespan starts the engine and stops it. Raises BadRequest if the key file is wrong."""
     context = Context(engine, tokenizer, config)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with engine.running():
             yield
-        context.text_thread.shutdown(wait=False, cancel_futures=True)
+        context.stop_threads()
 
     # The interactive pages load scripts from elsewhere; /openapi.json alone stays.
     app = _App(title="nr-serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -35,9 +39,30 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServeConfig) -
     for router in (openai.router, adapters.router, system.router):
         app.include_router(router)
     add_error_handlers(app)
-    app.add_middleware(BodyLimit)
-    app.add_middleware(KeyCheck, api_key=config.api_key, admin_key=config.admin_key)
+    _add_middleware(app, context)
     return app
+
+
+def _add_middleware(app: FastAPI, context: Context) -> None:
+    """What a request passes before its route: the last added is the first."""
+    config = context.config
+    app.add_middleware(BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
+    app.add_middleware(Deadlines, work=context.work, timeout_s=config.request_timeout)
+    app.add_middleware(KeyLimits, config=config)
+    app.add_middleware(KeyCheck, keys=Keys(config))
+    if context.engine.tracing is not None:
+        from nr_serve.tracing import TraceCaller
+
+        app.add_middleware(TraceCaller)
+    if config.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origin,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", work.HEADER, access.HEADER],
+            expose_headers=[access.HEADER],
+        )
+    app.add_middleware(AccessLog, config=config, tokenizer=context.tokenizer)
 
 
 class _App(FastAPI):
@@ -50,7 +75,7 @@ class _App(FastAPI):
                 for operation in operations.values():
                     answers = operation["responses"]
                     if answers.pop("422", None):
-                        answers["400"] = {"description": "Bad request: `error` names the field"}
+                        answers.setdefault("400", {"description": "Bad request: `error` names the field"})
             for name in ("HTTPValidationError", "ValidationError"):
                 document.get("components", {}).get("schemas", {}).pop(name, None)
             self.openapi_schema = document

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nr_serve.api.context import Context
+from nr_serve.api.guides import guide_for
 from nr_serve.api.schemas import ChatBody, CompletionBody, GenerationBody
 from nr_serve.api.selection import select, selection_name
+from nr_serve.api.tools import CLOSE, OPEN, Toolbox, toolbox
+from nr_serve.engine.guide import Guide
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.errors import BadRequest
 
@@ -26,43 +29,52 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Ask:
-    """One HTTP request's answers to be: answer i belongs to prompt i // n."""
+    """One HTTP request's answers to be: answer i belongs to prompt i // tries."""
 
     id: str
     model: str
     n: int
+    """Answers to a prompt that the client gets."""
+    tries: int
+    """Answers to a prompt that are written."""
     prompts: tuple[Prompt, ...]
     submits: tuple[Submit, ...]
+    calls_tools: bool = False
+    """Whether an answer may call tools."""
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts, each counted once."""
         return sum(len(prompt.ids) for prompt in self.prompts)
 
-    def prompt(self, index: int) -> Prompt:
-        """The prompt of answer `index`."""
-        return self.prompts[index // self.n]
+    def prompt(self, choice: int) -> Prompt:
+        """The prompt of the choice with this index."""
+        return self.prompts[choice // self.n]
 
 
 async def completion_ask(context: Context, body: CompletionBody) -> Ask:
     """Check a completion request and tokenise it. Raises BadRequest or NotFound."""
     adapters = select(context, body.model, body.adapters)
-    if body.best_of is not None and body.best_of != body.n:
-        raise BadRequest("`best_of` is only supported when it equals `n`", param="best_of")
+    tries = _tries(body)
     given = _several(body)
-    _check_count(context, len(given), body.n)
+    _check_count(context, len(given), tries, "n" if tries == body.n else "best_of")
     for i, each in enumerate(given):
         if isinstance(each, str):
             check_size(context, each, _place(given, i))
     prompts = await context.text(lambda: _prompts(context, body, given))
     sampling = replace(_sampling(context, body), logprobs=body.logprobs)
+    if tries > body.n:
+        sampling = replace(sampling, logprobs=body.logprobs or 0)  # to rank by
     if body.echo and body.logprobs is not None:
         sampling = replace(sampling, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
     max_tokens = body.max_tokens
     if max_tokens is None:
         max_tokens = min(DEFAULT_MAX_TOKENS, _room(context, prompts))
     _check_length(context, prompts, max_tokens, "prompt", "max_tokens")
-    return _ask(context, "cmpl", body, adapters, prompts, _with_length(sampling, max_tokens))
+    guide = await guide_for(context, body)
+    return _ask(
+        context, "cmpl", body, adapters, prompts, _with_length(sampling, max_tokens), tries=tries, guide=guide
+    )
 
 
 async def chat_ask(context: Context, body: ChatBody) -> Ask:
@@ -73,15 +85,20 @@ async def chat_ask(context: Context, body: ChatBody) -> Ask:
     both = (body.max_tokens, body.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise BadRequest("`max_tokens` and `max_completion_tokens` differ; give one", param="max_tokens")
-    _check_count(context, 1, body.n)
-    prompts = (await context.text(lambda: _chat_prompt(context, body)),)
+    _check_count(context, 1, body.n, "n")
+    tools = toolbox(body.tools or (), body.tool_choice, body.parallel_tool_calls)
+    prompts = (await context.text(lambda: _chat_prompt(context, body, tools)),)
     sampling = replace(_sampling(context, body), logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     max_tokens = body.max_completion_tokens or body.max_tokens
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     if max_tokens is None:
         max_tokens = _room(context, prompts)
     _check_length(context, prompts, max_tokens, "messages", param)
-    return _ask(context, "chatcmpl", body, adapters, prompts, _with_length(sampling, max_tokens))
+    guide = await guide_for(context, body, tools)
+    ask = _ask(
+        context, "chatcmpl", body, adapters, prompts, _with_length(sampling, max_tokens), tries=body.n, guide=guide
+    )
+    return replace(ask, calls_tools=bool(tools.tools))
 
 
 def _ask(
@@ -91,23 +108,37 @@ def _ask(
     adapters: tuple[str, ...] | None,
     prompts: tuple[Prompt, ...],
     sampling: Sampling,
+    *,
+    tries: int,
+    guide: Guide | None,
 ) -> Ask:
     name = f"{kind}-{uuid.uuid4().hex}"
     selected = selection_name(context, adapters)
     submits = tuple(
         Submit(
             request_id=f"{name}-{i}",
-            prompt_ids=prompts[i // body.n].ids,
+            prompt_ids=prompts[i // tries].ids,
             # Answer i of n gets a seed of its own; asked again with the same seed, it is the same.
-            sampling=sampling if body.seed is None else replace(sampling, seed=body.seed + i % body.n),
+            sampling=sampling if body.seed is None else replace(sampling, seed=body.seed + i % tries),
             adapters=adapters,
             selected=selected,
             priority=body.priority,
             gates=body.gates,
+            guide=guide,
         )
-        for i in range(len(prompts) * body.n)
+        for i in range(len(prompts) * tries)
     )
-    return Ask(name, body.model, body.n, prompts, submits)
+    return Ask(name, body.model, body.n, tries, prompts, submits)
+
+
+def _tries(body: CompletionBody) -> int:
+    if body.best_of is None or body.best_of == body.n:
+        return body.n
+    if body.best_of < body.n:
+        raise BadRequest(f"`best_of` must not be below `n`, which is {body.n}", param="best_of")
+    if body.stream:
+        raise BadRequest("`best_of` above `n` cannot be streamed: the best is known at the end", param="best_of")
+    return body.best_of
 
 
 def _several(body: CompletionBody) -> list[str | list[int]]:
@@ -139,7 +170,7 @@ def _prompts(context: Context, body: CompletionBody, given: list[str | list[int]
     return tuple(prompts)
 
 
-def _chat_prompt(context: Context, body: ChatBody) -> Prompt:
+def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
     if body.add_generation_prompt and body.continue_final_message:
         raise BadRequest(
             "`add_generation_prompt` must be false when `continue_final_message` is true",
@@ -147,24 +178,42 @@ def _chat_prompt(context: Context, body: ChatBody) -> Prompt:
         )
     text = context.tokenizer.chat_prompt(
         [message.plain() for message in body.messages],
+        tools=tools.plain(),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
     check_size(context, text, "messages")
+    if tools.tools:
+        _check_tags(context)
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template wrote its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
     return Prompt(tuple(ids), text)
 
 
-def _check_count(context: Context, prompts: int, n: int) -> None:
+def _check_tags(context: Context) -> None:
+    """Refuse tools if their tags would be lost on the way from tokens to text."""
+    tokenizer = context.tokenizer
+    if tokenizer.decode(tokenizer.encode(OPEN + CLOSE, special_tokens=False)) != OPEN + CLOSE:
+        raise BadRequest(f"`tools` are not supported: {OPEN} is no text to this base's tokenizer", param="tools")
+
+
+def _check_count(context: Context, prompts: int, n: int, param: str) -> None:
     """Refuse what could never be queued, before anything of it is built."""
-    most = context.config.max_waiting
+    most = context.config.max_answers or context.config.max_waiting
     if prompts * n > most:
         raise BadRequest(
-            f"{prompts} prompts with `n` = {n} ask for {prompts * n} answers; at most {most} can wait here",
-            param="n" if n > 1 else "prompt",
+            f"{prompts} prompts with `{param}` = {n} ask for {prompts * n} answers; at most {most} are given here",
+            param=param if n > 1 else "prompt",
         )
+
+
+def _check_logprobs(context: Context, body: GenerationBody) -> None:
+    most = context.config.max_logprobs
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        asked = getattr(body, name, None)
+        if asked is not None and asked is not True and asked > most:  # in a chat, `logprobs` is a switch
+            raise BadRequest(f"{name}: at most {most} are given here", param=name)
 
 
 def check_size(context: Context, text: str, what: str) -> None:
@@ -188,6 +237,7 @@ def check_ids(ids: list[int], vocab_size: int, param: str) -> list[int]:
 
 
 def _sampling(context: Context, body: GenerationBody) -> Sampling:
+    _check_logprobs(context, body)
     vocab_size = context.engine.info.vocab_size
     top_k = body.top_k or 0
     return Sampling(

@@ -12,16 +12,19 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from nr_serve.api.access import note_output, note_submits
 from nr_serve.engine.messages import (
     AdapterView,
     Command,
     EngineInfo,
+    GateStatistics,
     ListAdapters,
     LoadAdapter,
     Output,
     PatchAdapter,
+    ReadGates,
     Status,
     StepEvents,
     Submit,
@@ -30,10 +33,14 @@ from nr_serve.engine.messages import (
 from nr_serve.errors import NrError, Unavailable
 from nr_serve.metrics import Metrics, RequestClock
 
+if TYPE_CHECKING:
+    from nr_serve.tracing import RequestTrace, Tracing
+
 log = logging.getLogger(__name__)
 
 Deliver = Callable[[StepEvents], None]
 _POLL_SECONDS = 0.05
+_READ_SECONDS = 2.0  # for the engine to say how it stands; less than a scrape may take
 
 
 class Engine(Protocol):
@@ -71,17 +78,37 @@ class Engine(Protocol):
 class _Live:
     inbox: asyncio.Queue[Output]
     clock: RequestClock
+    trace: RequestTrace | None
+
+    def output(self, output: Output) -> None:
+        """Hand on what one step gave."""
+        self.clock.output(output)
+        if output.finish_reason is not None and self.trace is not None:
+            self.trace.end(self.clock, output.finish_reason, output.error)
+        self.inbox.put_nowait(output)
+
+    def abort(self) -> None:
+        """Nobody waits for it any more."""
+        self.clock.end("abort")
+        if self.trace is not None:
+            self.trace.end(self.clock, "abort")
 
 
 class AsyncEngine:
     """An engine as coroutines see it. `build` gets the function that the engine must call once a step."""
 
-    def __init__(self, build: Callable[[Deliver], Engine], metrics: Metrics) -> None:
+    def __init__(
+        self, build: Callable[[Deliver], Engine], metrics: Metrics, tracing: Tracing | None = None
+    ) -> None:
+        """Without `tracing` no spans are made."""
         self._engine = build(self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._live: dict[str, _Live] = {}
         self._commands: set[asyncio.Task[Any]] = set()
+        self._reading: asyncio.Task[None] | None = None
+        self._statistics: GateStatistics | None = None
         self.metrics = metrics
+        self.tracing = tracing
         self.status: Status = "loading"
         self.adapters: dict[str, AdapterView] = {}
         """Registered adapters as they were when last changed; the names are always right."""
@@ -97,7 +124,7 @@ class AsyncEngine:
     def info(self) -> EngineInfo:
         """What is served. Raises Unavailable until the engine is ready."""
         if self.status == "failed":
-            raise Unavailable(f"the engine failed: {self.failure}")
+            raise Unavailable("the engine failed; the server's log says why")
         if self.status != "ready" or self._engine.info is None:
             raise Unavailable(f"the server is not ready: {self.status}")
         return self._engine.info
@@ -114,6 +141,8 @@ class AsyncEngine:
             watch.cancel()
             await asyncio.to_thread(self._engine.stop)
             self._end_all(Unavailable("the server stopped"))
+            if self.tracing is not None:
+                await asyncio.to_thread(self.tracing.close)
 
     async def generate(self, requests: Sequence[Submit]) -> AsyncGenerator[Output, None]:
         """Run requests together, yielding their outputs as they come.
@@ -123,13 +152,15 @@ class AsyncEngine:
         _ = self.info
         inbox: asyncio.Queue[Output] = asyncio.Queue()
         running: set[str] = set()
+        note_submits(requests)
         try:
             for request in requests:
                 running.add(request.request_id)
-                self._live[request.request_id] = _Live(inbox, self.metrics.track(request))
+                self._live[request.request_id] = self._track(request, inbox)
                 self._engine.submit(request)
             while running:
                 output = await inbox.get()
+                note_output(output)
                 if output.finish_reason is not None:
                     running.discard(output.request_id)
                 if output.finish_reason == "error":
@@ -148,6 +179,22 @@ class AsyncEngine:
         self._commands.add(task)
         task.add_done_callback(self._commands.discard)
         return await asyncio.shield(task)
+
+    async def scrape(self) -> bytes:
+        """The metrics as text. An engine that is long at one step is shown as it was last read."""
+        if self.status == "ready":
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(self._read())
+            await asyncio.wait([self._reading], timeout=_READ_SECONDS)
+        statistics = self._statistics if self.status == "ready" else None
+        return self.metrics.render(statistics, tuple(self.adapters.values()))
+
+    async def _read(self) -> None:
+        try:
+            self._statistics = await self.call(ReadGates())
+            await self.call(ListAdapters())
+        except NrError as error:  # it failed just now: `nr_ready` says so
+            log.debug("the engine cannot be read: %s", error)
 
     async def _carry_out(self, command: Command) -> Any:
         try:
@@ -170,11 +217,15 @@ class AsyncEngine:
         elif isinstance(command, ListAdapters):
             self.adapters = {view.name: view for view in answer}
 
+    def _track(self, request: Submit, inbox: asyncio.Queue[Output]) -> _Live:
+        trace = None if self.tracing is None else self.tracing.begin()
+        return _Live(inbox, self.metrics.track(request), trace)
+
     def _abort(self, request_id: str) -> None:
         live = self._live.pop(request_id, None)
         if live is None:
             return
-        live.clock.end("abort")
+        live.abort()
         try:
             self._engine.abort(request_id)
         except Unavailable as error:
@@ -195,8 +246,7 @@ class AsyncEngine:
                 continue
             if output.finish_reason is not None:
                 del self._live[output.request_id]
-            live.clock.output(output)
-            live.inbox.put_nowait(output)
+            live.output(output)
 
     async def _watch(self) -> None:
         while self.status not in ("failed", "stopped"):
@@ -215,9 +265,13 @@ class AsyncEngine:
             self._note(ListAdapters(), views)
             for view in views:
                 self.metrics.loaded(view)
+            if self._engine.info is not None:
+                self.metrics.serves(self._engine.info)
         self.status = status
+        self.metrics.ready.set(status == "ready")
         if status in ("failed", "stopped"):
-            self._end_all(Unavailable(f"the engine {status}: {self.failure or 'no reason given'}"))
+            failed = NrError("the engine failed; the server's log says why")
+            self._end_all(failed if status == "failed" else Unavailable("the server stopped"))
         self.on_status(status)
 
     def _end_all(self, error: NrError) -> None:

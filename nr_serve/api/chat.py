@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nr_serve.api.answers import GateWriter, prompt_logprobs
 from nr_serve.api.ask import Prompt
 from nr_serve.api.schemas import ChatBody
+from nr_serve.api.tools import Call, ToolReader
 from nr_serve.engine.messages import Output, Token
 from nr_serve.tokenizer import Tokenizer
 
@@ -15,15 +17,17 @@ CHUNK = "chat.completion.chunk"
 
 
 class ChatWriter:
-    """Writes one answer, as a message or, with `streamed`, as deltas of one."""
+    """Writes one answer, as a message or, if the body asks for a stream, as deltas of one."""
 
     def __init__(
-        self, tokenizer: Tokenizer, body: ChatBody, prompt: Prompt, index: int, *, streamed: bool = False
+        self, tokenizer: Tokenizer, body: ChatBody, prompt: Prompt, index: int, *, calls_tools: bool = False
     ) -> None:
         self._body = body
         self._prompt = prompt
         self._index = index
-        self._streamed = streamed
+        self._reader = ToolReader() if calls_tools else None
+        self._calls: list[Call] = []  # read, not yet written
+        self._called = 0  # read in all
         self._gates = GateWriter(tokenizer, prompt.ids) if body.gates else None
         self._first = True
 
@@ -32,11 +36,26 @@ class ChatWriter:
         delta = {"role": "assistant", "content": ""}
         return {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}
 
+    def parts(self, output: Output) -> list[Output]:
+        """The output with the tool calls taken out of its text."""
+        if self._reader is None:
+            return [output]
+        content, self._calls = self._reader.push(output.text)
+        self._called += len(self._calls)
+        if output.finish_reason is not None:
+            content += self._reader.finish()
+        output = replace(output, text=content)
+        if not (self._calls and output.finish_reason and self._body.stream):
+            return [output]
+        # As OpenAI does: its clients look for the reason in a chunk after the last call.
+        last = Output(output.request_id, finish_reason=output.finish_reason, stop_reason=output.stop_reason)
+        return [replace(output, finish_reason=None, stop_reason=None), last]
+
     def shows(self, output: Output) -> bool:
         """Whether the output has anything the client asked for."""
         reported = self._body.logprobs or self._body.gates or self._body.return_token_ids
         opens = self._first and output.prompt is not None
-        return bool(output.text or output.finish_reason or opens or (reported and output.tokens))
+        return bool(output.text or self._calls or output.finish_reason or opens or (reported and output.tokens))
 
     def extras(self, output: Output) -> dict[str, Any]:
         """What vLLM reports of the prompt, beside the choices."""
@@ -52,11 +71,11 @@ class ChatWriter:
         self._first = False
         choice: dict[str, Any] = {
             "index": self._index,
-            **self._content(output),
+            **(self._delta(output) if self._body.stream else self._message(output)),
             "logprobs": {"content": [self._logprob(token) for token in output.tokens], "refusal": None}
             if self._body.logprobs
             else None,
-            "finish_reason": output.finish_reason,
+            "finish_reason": self._finish_reason(output),
             "stop_reason": output.stop_reason,
         }
         if self._body.return_token_ids:
@@ -65,10 +84,24 @@ class ChatWriter:
             choice["gates"] = self._gates.body(output)
         return choice
 
-    def _content(self, output: Output) -> dict[str, Any]:
-        if self._streamed:
-            return {"delta": {"content": output.text} if output.text else {}}
-        return {"message": {"role": "assistant", "content": output.text, "refusal": None}}
+    def _message(self, output: Output) -> dict[str, Any]:
+        content = None if self._calls and not output.text else output.text
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self._calls:
+            message["tool_calls"] = [call.body() for call in self._calls]
+        self._calls = []
+        return {"message": message}
+
+    def _delta(self, output: Output) -> dict[str, Any]:
+        delta: dict[str, Any] = {"content": output.text} if output.text else {}
+        if self._calls:
+            first = self._called - len(self._calls)
+            delta["tool_calls"] = [{"index": i} | call.body() for i, call in enumerate(self._calls, first)]
+        self._calls = []
+        return {"delta": delta}
+
+    def _finish_reason(self, output: Output) -> str | None:
+        return "tool_calls" if self._called and output.finish_reason == "stop" else output.finish_reason
 
     def _logprob(self, token: Token) -> dict[str, Any]:
         likeliest = token.top[: self._body.top_logprobs or 0]

@@ -28,6 +28,10 @@ class CompletionWriter:
     def opening(self) -> None:
         """Completions begin with their text."""
 
+    def parts(self, output: Output) -> list[Output]:
+        """The output as it is."""
+        return [output]
+
     def shows(self, output: Output) -> bool:
         """Whether the output has anything the client asked for."""
         body = self._body

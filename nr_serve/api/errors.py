@@ -13,7 +13,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound, NrError, QueueFull, TooLarge, Unauthorized
+from nr_serve.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    NotFound,
+    NrError,
+    TooLarge,
+    TooManyRequests,
+    Unauthorized,
+)
 
 _TYPES = {kind.status: kind.type for kind in (BadRequest, Unauthorized, Forbidden, NotFound, Conflict, TooLarge)}
 _TYPES[405] = "MethodNotAllowedError"
@@ -30,7 +39,7 @@ def error_body(error: NrError) -> dict[str, Any]:
 def error_response(error: NrError) -> JSONResponse:
     """The error as an HTTP answer."""
     headers = {}
-    if isinstance(error, QueueFull):
+    if isinstance(error, TooManyRequests):
         headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
@@ -38,12 +47,11 @@ def error_response(error: NrError) -> JSONResponse:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make `app` answer every error in that form."""
+    """Make `app` answer every error in that form, but for bugs: those are AccessLog's."""
     app.add_exception_handler(NrError, _nr_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(ClientDisconnect, _gone)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 async def _nr_error(request: Request, error: Exception) -> JSONResponse:
@@ -69,11 +77,6 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 async def _gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; the number is for the access log
-
-
-async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    # The stack trace goes to the log; the client learns only that it is not to blame.
-    return error_response(NrError("internal error; the server's log has the details"))
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:

@@ -1,21 +1,27 @@
-"""The largest body taken. Adapter files, which are streamed to disk, have a limit of their own."""
+"""How large a body may be, and how much one key may ask."""
 
 from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nr_serve.api.errors import error_response
-from nr_serve.errors import TooLarge
-
-MAX_JSON_BYTES = 16 * 2**20
+from nr_serve.api.paths import asks_model
+from nr_serve.config import ServeConfig
+from nr_serve.errors import RateLimited, TooLarge
+from nr_serve.keys import Key
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies over `max_bytes`, except uploads by PUT."""
+    """ASGI middleware that refuses bodies over `max_bytes`, except uploads by PUT, which have their own limit."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_JSON_BYTES) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
@@ -49,3 +55,67 @@ class BodyLimit:
 def _announced(scope: Scope) -> int:
     length = Headers(scope=scope).get("content-length", "0")
     return int(length) if length.isdecimal() else 0
+
+
+class KeyLimits:
+    """ASGI middleware that refuses what one key asks of the model beyond its limits.
+
+    All who ask without a key share one set of limits.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, now: Callable[[], float] = time.monotonic) -> None:
+        self._app = app
+        self._per_minute = config.key_requests_per_minute
+        self._at_once = config.key_requests_at_once
+        self._now = now
+        self._under_way: Counter[str] = Counter()
+        self._buckets: dict[str, TokenBucket] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, if the key may."""
+        if scope["type"] != "http" or not asks_model(scope):
+            await self._app(scope, receive, send)
+            return
+        key: Key | None = scope["state"]["key"]
+        name = "" if key is None else key.name
+        error = self._refusal(name, key)
+        if error is not None:
+            await error_response(error)(scope, receive, send)
+            return
+        self._under_way[name] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._under_way[name] -= 1
+
+    def _refusal(self, name: str, key: Key | None) -> RateLimited | None:
+        at_once = (key and key.requests_at_once) or self._at_once
+        if at_once is not None and self._under_way[name] >= at_once:
+            return RateLimited(f"this key may have {at_once} requests under way; wait for one to end")
+        per_minute = (key and key.requests_per_minute) or self._per_minute
+        if per_minute is None:
+            return None
+        wait_s = self._buckets.setdefault(name, TokenBucket(self._now)).take(per_minute)
+        if wait_s == 0:
+            return None
+        message = f"this key may send {per_minute:g} requests a minute"
+        return RateLimited(message, retry_after_s=math.ceil(wait_s))
+
+
+class TokenBucket:
+    """Holds a minute's worth of requests at most, and fills steadily."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._tokens = math.inf  # full, whatever its size
+        self._at = now()
+
+    def take(self, per_minute: float) -> float:
+        """Take a token and return 0, or return the seconds until there is one."""
+        now = self._now()
+        filled = self._tokens + (now - self._at) * per_minute / 60
+        self._tokens, self._at = min(filled, max(per_minute, 1.0)), now
+        if self._tokens < 1:
+            return (1 - self._tokens) * 60 / per_minute
+        self._tokens -= 1
+        return 0.0

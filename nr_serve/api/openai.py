@@ -11,11 +11,22 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from nr_serve.api import chat, completions
-from nr_serve.api.answers import Envelope, Usage, Writer, collect
+from nr_serve.api.answers import Envelope, Usage, Writer, best, collect
 from nr_serve.api.ask import Ask, chat_ask, check_ids, check_size, completion_ask
 from nr_serve.api.chat import ChatWriter
 from nr_serve.api.completions import CompletionWriter
 from nr_serve.api.context import Context, Ctx
+from nr_serve.api.responses import (
+    CHAT_EVENTS,
+    COMPLETION_EVENTS,
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    Model,
+    ModelList,
+    Tokens,
+    answers,
+)
 from nr_serve.api.schemas import (
     ChatBody,
     CompletionBody,
@@ -26,45 +37,46 @@ from nr_serve.api.schemas import (
 )
 from nr_serve.api.selection import check_model, model_card, model_cards
 from nr_serve.api.sse import EventStream, while_connected
+from nr_serve.api.tools import toolbox
 from nr_serve.engine.messages import Output
 from nr_serve.errors import BadRequest
 
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=answers(Completion, events=COMPLETION_EVENTS))
 async def create_completion(context: Ctx, request: Request, body: CompletionBody) -> Response:
     """Continue a text, or several."""
     ask = await while_connected(request, completion_ask(context, body))
-    writers = [CompletionWriter(context.tokenizer, body, ask.prompt(i), i) for i in range(len(ask.submits))]
+    choices = range(len(ask.prompts) * ask.n)
+    writers = [CompletionWriter(context.tokenizer, body, ask.prompt(i), i) for i in choices]
     kinds = (completions.OBJECT, completions.CHUNK)
     return await _respond(context, request, body, ask, writers, kinds)
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=answers(ChatCompletion, events=CHAT_EVENTS))
 async def create_chat_completion(context: Ctx, request: Request, body: ChatBody) -> Response:
     """Answer a conversation."""
     ask = await while_connected(request, chat_ask(context, body))
     writers = [
-        ChatWriter(context.tokenizer, body, ask.prompt(i), i, streamed=bool(body.stream))
-        for i in range(len(ask.submits))
+        ChatWriter(context.tokenizer, body, ask.prompt(i), i, calls_tools=ask.calls_tools) for i in range(ask.n)
     ]
     return await _respond(context, request, body, ask, writers, (chat.OBJECT, chat.CHUNK))
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=answers(ModelList))
 async def list_models(context: Ctx) -> JSONResponse:
     """Everything that `model` may be."""
     return JSONResponse({"object": "list", "data": model_cards(context)})
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses=answers(Model))
 async def get_model(context: Ctx, model: str) -> JSONResponse:
     """One model."""
     return JSONResponse(model_card(context, model))
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses=answers(Tokens))
 async def tokenize(context: Ctx, body: TokenizeBody) -> JSONResponse:
     """Token ids of a prompt or of messages."""
     check_model(context, body.model)
@@ -73,7 +85,7 @@ async def tokenize(context: Ctx, body: TokenizeBody) -> JSONResponse:
     return JSONResponse({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=answers(Detokenized))
 async def detokenize(context: Ctx, body: DetokenizeBody) -> JSONResponse:
     """Text of token ids."""
     check_model(context, body.model)
@@ -90,7 +102,8 @@ async def _respond(
     writers: Sequence[Writer],
     kinds: tuple[str, str],
 ) -> Response:
-    envelope = Envelope(ask.id, ask.model, context.engine.info.fingerprint)
+    tier = None if body.service_tier is None else "default"
+    envelope = Envelope(ask.id, ask.model, context.engine.info.fingerprint, tier)
     outputs = context.engine.generate(ask.submits)
     if body.stream:
         # The first output is awaited before the answer begins: a refusal still becomes an HTTP status.
@@ -103,8 +116,9 @@ async def _respond(
     usage = Usage(ask.prompt_tokens)
     for output in whole:
         usage.count(output)
-    extras = writers[0].extras(whole[0])
-    choices = [writer.choice(output) for writer, output in zip(writers, whole, strict=True)]
+    kept = [writer.parts(output)[0] for writer, output in zip(writers, best(ask, whole), strict=True)]
+    extras = writers[0].extras(kept[0])
+    choices = [writer.choice(output) for writer, output in zip(writers, kept, strict=True)]
     return JSONResponse(envelope.body(kinds[0], choices, usage=usage.body(), **extras))
 
 
@@ -144,9 +158,9 @@ async def _chunks(
         async for output in outputs:
             usage.count(output)
             writer = writers[place[output.request_id]]
-            if writer.shows(output):
-                extras = writer.extras(output)
-                yield chunk([writer.choice(output)], **extras)
+            for part in filter(writer.shows, writer.parts(output)):
+                extras = writer.extras(part)
+                yield chunk([writer.choice(part)], **extras)
     if options.include_usage:
         yield chunk([], last=True)
 
@@ -160,11 +174,14 @@ def _token_ids(context: Context, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest("give one of `prompt` and `messages`", param="prompt")
     if body.prompt is not None:
+        if body.tools:
+            raise BadRequest("`tools` are for `messages`", param="tools")
         check_size(context, body.prompt, "prompt")
         special = True if body.add_special_tokens is None else body.add_special_tokens
         return context.tokenizer.encode(body.prompt, special_tokens=special)
     text = context.tokenizer.chat_prompt(
         [message.plain() for message in body.messages or ()],
+        tools=toolbox(body.tools or (), None, None).plain(),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )

@@ -1,15 +1,17 @@
-"""Request bodies. Types are strict, unknown fields are errors, and what is not supported is refused by name.
+"""Request bodies. What is not supported is refused by name.
 
 Every field that is accepted is honoured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import ConfigDict, Field, StrictInt, model_validator
 
+from nr_serve.api.body import Body, NotSupported, Text, TokenIds
+from nr_serve.api.structured import FormFields
+from nr_serve.api.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice
 from nr_serve.neutral import MAX_THRESHOLD
 
 MAX_LOGPROBS = 20
@@ -17,40 +19,8 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_PROMPTS = 2048
 
-
-def _whole_characters(text: str) -> str:
-    # JSON can spell half a surrogate pair, which can neither be tokenised nor sent back.
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("not text: it holds half a surrogate pair") from error
-    return text
-
-
-Text = Annotated[str, AfterValidator(_whole_characters)]
-TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
-NotSupported = Mapping[str, Sequence[Any]]
 _Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 _Stop = Annotated[Text, Field(min_length=1)]
-
-
-class Body(BaseModel):
-    """A JSON body."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-    not_supported: ClassVar[NotSupported] = {}
-    """Known fields this server does not have, and the values of each that ask for nothing."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, harmless in cls.not_supported.items():
-            if data.get(name) is not None and data[name] not in harmless:
-                raise ValueError(f"`{name}` is not supported by this server")
-        return {name: value for name, value in data.items() if name not in cls.not_supported}
 
 
 class StreamOptions(Body):
@@ -62,7 +32,7 @@ class StreamOptions(Body):
     not_supported: ClassVar[NotSupported] = {"include_obfuscation": [False]}
 
 
-class GenerationBody(Body):
+class GenerationBody(FormFields):
     """What completions and chat share: which model, how tokens are chosen, what is reported."""
 
     model: Text = Field(description="base name: gates route; base@none: no adapter; an adapter's name: that one")
@@ -87,9 +57,11 @@ class GenerationBody(Body):
     return_token_ids: bool | None = False
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="lower runs first")
     gates: bool = Field(False, description="report the share of its blocks that fired, per token and adapter")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="there is one tier")
+    cache_salt: Annotated[Text, Field(min_length=1)] | None = Field(
+        None, description="share no cache with requests of another salt: nothing is shared between requests"
+    )
     user: Text | None = Field(None, description="the caller's own name for its user; not used")
-
-    not_supported: ClassVar[NotSupported] = {"cache_salt": [], "service_tier": ["auto", "default"]}
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:
@@ -108,9 +80,15 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"model": "smollm2-135m-instruct", "prompt": "The capital of France is", "max_tokens": 8}
+        }
+    )
+
     prompt: Text | _Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="default 16")
-    best_of: int | None = Field(None, ge=1)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answer so often, return the `n` likeliest")
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = Field(True, description="put the tokenizer's special tokens before text prompts")
@@ -128,32 +106,58 @@ class TextPart(Body):
 class Message(Body):
     """A chat message."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = Field(None, description="required, but not beside `tool_calls`")
     name: Text | None = None
+    tool_calls: list[ToolCall] | None = Field(None, description="what the assistant called")
+    tool_call_id: Text | None = Field(None, description="the call that a tool answers")
 
-    not_supported: ClassVar[NotSupported] = {
-        "refusal": [],
-        "audio": [],
-        "tool_calls": [[]],
-        "function_call": [],
-    }
+    not_supported: ClassVar[NotSupported] = {"refusal": [], "audio": [], "function_call": [], "annotations": [[]]}
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _fields_belong_to_the_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("`tool_calls` are the assistant's alone")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("`tool_call_id` is required of a tool, and only allowed there")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("`content` is required")
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """The message as chat templates take it: one string, and `system` for OpenAI's `developer`."""
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        return message if self.name is None else message | {"name": self.name}
+        text = self.content if not isinstance(self.content, list) else "\n".join(part.text for part in self.content)
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text or "",
+        }
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        given = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {key: value for key, value in given.items() if value is not None}
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "model": "smollm2-135m-instruct",
+                "messages": [{"role": "user", "content": "Hello!"}],
+                "max_tokens": 8,
+            }
+        }
+    )
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: what the context leaves")
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="older name of max_completion_tokens")
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = Field(None, description="default: auto")
+    parallel_tool_calls: bool | None = Field(None, description="whether one answer may call several tools")
     add_generation_prompt: bool = Field(True, description="open the assistant's turn after the messages")
     continue_final_message: bool = Field(False, description="go on writing the last message")
 
@@ -165,17 +169,13 @@ class ChatBody(GenerationBody):
         "metadata": [{}],
         "modalities": [["text"]],
         "moderation": [],
-        "parallel_tool_calls": [],
         "prediction": [],
         "prompt_cache_key": [],
         "prompt_cache_options": [],
         "prompt_cache_retention": [],
         "reasoning_effort": [],
-        "response_format": [{"type": "text"}],
         "safety_identifier": [],
         "store": [False],
-        "tool_choice": ["none"],
-        "tools": [[]],
         "verbosity": [],
         "web_search_options": [],
     }
@@ -184,9 +184,12 @@ class ChatBody(GenerationBody):
 class TokenizeBody(Body):
     """POST /tokenize: a prompt, or messages put through the chat template."""
 
+    model_config = ConfigDict(json_schema_extra={"example": {"prompt": "Hello!"}})
+
     model: Text | None = None
     prompt: Text | None = None
     messages: list[Message] | None = Field(None, min_length=1)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="as for a chat with these messages")
     add_special_tokens: bool | None = Field(None, description="default: true for a prompt, false for messages")
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -196,12 +199,16 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
+    model_config = ConfigDict(json_schema_extra={"example": {"tokens": [19556, 17]}})
+
     model: Text | None = None
     tokens: TokenIds
 
 
 class LoadBody(Body):
     """POST /v1/adapters: a file already on the server, inside an allowed folder."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"name": "hu", "path": "hu.safetensors"}})
 
     name: Text
     path: Text = Field(min_length=1, description="absolute, or relative to an allowed folder")
@@ -213,12 +220,16 @@ class LoadBody(Body):
 class PatchBody(Body):
     """PATCH /v1/adapters/{name}: fields left out stay as they are."""
 
+    model_config = ConfigDict(json_schema_extra={"example": {"pinned": True, "threshold": 0.5}})
+
     pinned: bool | None = None
     threshold: float | None = Field(None, ge=-MAX_THRESHOLD, le=MAX_THRESHOLD)
 
 
 class LoadLoraBody(Body):
     """POST /v1/load_lora_adapter, as vLLM has it."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"lora_name": "hu", "lora_path": "hu.safetensors"}})
 
     lora_name: Text = ""
     lora_path: Text = ""
@@ -228,5 +239,7 @@ class LoadLoraBody(Body):
 
 class UnloadLoraBody(Body):
     """POST /v1/unload_lora_adapter, as vLLM has it."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"lora_name": "hu"}})
 
     lora_name: Text = ""

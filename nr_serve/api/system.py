@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from nr_serve import __version__
 from nr_serve.api.context import Ctx
-from nr_serve.engine.messages import ListAdapters, ReadGates
+from nr_serve.api.responses import Health, Ready, Versions, answers
 from nr_serve.errors import Unavailable
 
 router = APIRouter()
@@ -22,37 +22,41 @@ _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
 
 
-@router.get("/health")
+@router.get("/health", responses=answers(Health))
 async def health(context: Ctx) -> JSONResponse:
     """200 while the process can do its work, or may soon; 503 once the engine failed."""
     engine = context.engine
     if engine.status in ("failed", "stopped"):
-        raise Unavailable(f"the engine {engine.status}: {engine.failure or 'no reason given'}")
-    return JSONResponse({"status": engine.status})
+        raise Unavailable(f"the engine {engine.status}; the server's log says why")
+    return JSONResponse({"status": "draining" if context.work.draining else engine.status})
 
 
-@router.get("/ready")
+@router.get("/ready", responses=answers(Ready))
 async def ready(context: Ctx) -> JSONResponse:
-    """200 once requests are taken; 503 before."""
+    """200 while requests are taken; 503 before, and once the server was told to end."""
+    if context.work.draining:
+        raise Unavailable("the server is shutting down")
     return JSONResponse({"status": "ready", "model": context.engine.info.model})
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(context: Ctx) -> Response:
     """Prometheus metrics."""
-    engine = context.engine
-    statistics, views = None, tuple(engine.adapters.values())
-    if engine.status == "ready":
-        statistics = await engine.call(ReadGates())
-        views = await engine.call(ListAdapters())
-    return Response(engine.metrics.render(statistics, views), media_type=CONTENT_TYPE_LATEST)
+    return Response(await context.engine.scrape(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/version")
+@router.get("/version", responses=answers(Versions))
 async def versions(context: Ctx) -> JSONResponse:
     """Versions of the server and of what it runs on."""
     parts = {name: version(name) for name in ("torch", "transformers")}

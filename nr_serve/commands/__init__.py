@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_settings import BaseSettings
 
-from nr_serve.commands import comparison, evaluation, files, remote, training
+from nr_serve.commands import comparison, evaluation, files, generate, keys, remote, training
 from nr_serve.config import ServeConfig
 
 
@@ -22,6 +22,8 @@ COMMANDS: Mapping[str, tuple[type[BaseSettings], Callable[[Any], int]]] = {
     "load-adapter": (remote.LoadAdapter, remote.load_adapter),
     "unload-adapter": (remote.UnloadAdapter, remote.unload_adapter),
     "list-adapters": (remote.ListAdapters, remote.list_adapters),
+    "generate": (generate.Generate, generate.generate),
+    "make-key": (keys.MakeKey, keys.make_key),
     "inspect": (files.Inspect, files.inspect),
     "train": (training.Train, training.train),
     "sweep": (training.Sweep, training.sweep),

@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from nr_serve.commands.base import Command
+from nr_serve.commands.evaluation import check_flags
 from nr_serve.commands.remote import table
 from nr_serve.errors import BadRequest
 
@@ -19,22 +20,31 @@ class Compare(Command):
     corpus: Path = Field(description="folder of text, as fetch-corpus leaves it")
     source: list[str] = Field(["*.heldout.txt"], description="which of its files to measure on; may be repeated")
     windows: int = Field(32, ge=1, description="most windows a source")
+    tasks: list[Path] = Field([], description="multiple-choice tasks, .jsonl files or folders; may be repeated")
+    limit: int | None = Field(None, ge=1, description="most examples a task, the first ones (default: all)")
     json_: bool = Field(False, alias="json", description="print JSON")
     out: Path | None = Field(None, description="folder for the comparison as JSON and Markdown, and its plots")
 
 
 def compare(command: Compare) -> int:
-    """Measure; print a table or JSON; write the pages."""
-    from nr_serve.evaluate.compare import compare_runs, rows, source_rows, write_comparison
+    """Measure; print tables or JSON; write the pages."""
+    from nr_serve.evaluate.compare import compare_runs, write_comparison
+    from nr_serve.evaluate.comparison import tables
+    from nr_serve.evaluate.pages import make_folder
+    from nr_serve.evaluate.tasks import read_tasks
 
-    runs = {folder.name: folder for folder in command.runs}
+    runs = {folder.resolve().name: folder for folder in command.runs}
     if len(runs) < len(command.runs):
         raise BadRequest("two runs have the same name", param="runs")
-    comparison = compare_runs(runs, command.corpus, command.source, windows=command.windows)
+    check_flags(command, {"limit": "tasks"}, {"tasks": "lm_eval", "out": "matplotlib"})
+    if command.out is not None:
+        make_folder(command.out)
+    examples = read_tasks(command.tasks, command.limit)
+    comparison = compare_runs(runs, command.corpus, command.source, windows=command.windows, tasks=examples)
     if command.json_:
         print(comparison.to_json())
     else:
-        print("\n".join([*table(rows(comparison)), "", *table(source_rows(comparison))]))
+        print("\n\n".join("\n".join(table(rows)) for rows in tables(comparison)))
     if command.out is not None:
         write_comparison(comparison, runs, command.out)
     return 0

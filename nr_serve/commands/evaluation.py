@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from errno import EISDIR
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from nr_serve.evaluate.hosted import Hosted
     from nr_serve.evaluate.interference import Interference
     from nr_serve.evaluate.switches import SwitchReport, SwitchText
+    from nr_serve.evaluate.tables import Rows
     from nr_serve.evaluate.tasks import TaskScores
 
 
@@ -75,31 +74,71 @@ PACKAGES = {"plots": "matplotlib", "tasks": "lm_eval"}
 """Flag -> the package it needs besides those of every command."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was measured; None or empty where it was not asked for."""
+
+    hosted: Hosted
+    report: Report | None
+    together: Interference | None
+    switched: SwitchReport | None
+    tasks: Mapping[str, TaskScores]
+
+    def document(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        text = self.together or self.report
+        document: dict[str, Any] = {"adapters": self.hosted.versions} if text is None else text.document()
+        if self.switched is not None:
+            document |= {"switches": self.switched.document()}
+        if self.tasks:
+            document |= {"tasks": {name: asdict(scores) for name, scores in self.tasks.items()}}
+        return document
+
+    def tables(self) -> list[Rows]:
+        """All of it as tables."""
+        from nr_serve.evaluate.tables import heldout_rows, interference_rows, summary_rows, switch_rows, task_rows
+
+        tables = []
+        if self.together is not None:
+            tables += [interference_rows(self.together), summary_rows(self.together.summary())]
+        elif self.report is not None:
+            tables += [heldout_rows(self.report)]
+        if self.switched is not None:
+            tables += [switch_rows(self.switched)]
+        if self.tasks:
+            tables += [task_rows(self.tasks)]
+        return tables
+
+
 def evaluate(command: Evaluate) -> int:
     """Measure; print tables or JSON; write the card, the page and the plots."""
+    _check(command)
+    measured = _measure(command)
+    if command.json_:
+        print(json.dumps(measured.document(), indent=1, sort_keys=True))
+    else:
+        print("\n\n".join("\n".join(table(rows)) for rows in measured.tables()))
+    _write_pages(command, measured, *_write_plots(command, measured))
+    return 0
+
+
+def _measure(command: Evaluate) -> Measured:
+    """All that was asked for; what is missing is said before anything is measured."""
     from nr_serve.evaluate.hosted import load
     from nr_serve.evaluate.switches import switches
     from nr_serve.evaluate.tasks import read_tasks, score_tasks
 
-    _check(command)
     near = _near(command.near)
     examples = read_tasks(command.tasks, command.limit)
     hosted = load(command.files, command.model)
     switching = _read_switches(command, hosted)
     report, together = _measure_text(command, hosted, near)
     switched = switches(hosted, switching) if switching else None
-    tasks = score_tasks(hosted, examples) if examples else {}
-    _print(command, hosted, report, together, switched, tasks)
-    _write_pages(command, hosted, report, together, tasks)
-    if switched is not None and command.plots is not None:
-        from nr_serve.evaluate.report_plots import plot_switches
-
-        plot_switches(command.plots, switched, f".{command.plot_format}")
-    return 0
+    return Measured(hosted, report, together, switched, score_tasks(hosted, examples))
 
 
 def _read_switches(command: Evaluate, hosted: Hosted) -> dict[str, SwitchText]:
-    """The text of the switches, if they are asked for: what is missing is said before anything is measured."""
+    """The text of the switches, if they are asked for."""
     from nr_serve.evaluate.switches import SUPPLY, switch_texts
     from nr_serve.train.text import read_heldout
 
@@ -126,111 +165,63 @@ def _measure_text(
     return together.report, together
 
 
-def _print(
-    command: Evaluate,
-    hosted: Hosted,
-    report: Report | None,
-    together: Interference | None,
-    switched: SwitchReport | None,
-    tasks: Mapping[str, TaskScores],
-) -> None:
-    from nr_serve.evaluate.tables import heldout_rows, interference_rows, summary_rows, switch_rows, task_rows
+def _write_plots(command: Evaluate, measured: Measured) -> tuple[dict[str, dict[str, Path]], dict[str, Path]]:
+    """Write the plots asked for; returns those of each adapter's gates, and the interference matrix."""
+    if command.plots is None or measured.report is None:
+        return {}, {}
+    from nr_serve.evaluate.report_plots import plot_gates, plot_matrix, plot_switches
+    from nr_serve.evaluate.roles import assign_roles
 
-    if command.json_:
-        measured = together or report
-        document: dict[str, Any] = {"adapters": hosted.versions} if measured is None else measured.document()
-        if switched is not None:
-            document |= {"switches": switched.document()}
-        if tasks:
-            document |= {"tasks": {name: asdict(scores) for name, scores in tasks.items()}}
-        print(json.dumps(document, indent=1, sort_keys=True))
-        return
-    tables = []
-    if together is not None:
-        tables += [interference_rows(together), summary_rows(together.summary())]
-    elif report is not None:
-        tables += [heldout_rows(report)]
-    if switched is not None:
-        tables += [switch_rows(switched)]
-    if tasks:
-        tables += [task_rows(tasks)]
-    print("\n\n".join("\n".join(table(rows)) for rows in tables))
+    folder, suffix, report = command.plots, f".{command.plot_format}", measured.report
+    roles = assign_roles(report.sources, measured.hosted.adapters, {})
+    gates = {name: plot_gates(folder, report, roles, name, suffix) for name in measured.hosted.names}
+    if measured.switched is not None:
+        plot_switches(folder, measured.switched, suffix)
+    return gates, {} if measured.together is None else plot_matrix(folder, measured.together, suffix)
 
 
 def _write_pages(
-    command: Evaluate,
-    hosted: Hosted,
-    report: Report | None,
-    together: Interference | None,
-    tasks: Mapping[str, TaskScores],
+    command: Evaluate, measured: Measured, gates: Mapping[str, Mapping[str, Path]], matrix: Mapping[str, Path]
 ) -> None:
+    """Write the card and the interference report, with links to the plots."""
     from nr_serve.evaluate.card import card
+    from nr_serve.evaluate.pages import write_page
     from nr_serve.evaluate.tables import interference_page, links
 
-    if report is None:
-        return
-    gates, matrix = _write_plots(command, hosted, report, together)
-    if command.card is not None:
+    hosted = measured.hosted
+    if command.card is not None and measured.report is not None:
         first = hosted.names[0]
-        page = card(
-            first, hosted.adapters[first], report, tasks=tasks, links=links(gates.get(first, {}), command.card)
+        shown = links(gates.get(first, {}), command.card)
+        write_page(
+            command.card, card(first, hosted.adapters[first], measured.report, tasks=measured.tasks, links=shown)
         )
-        _write(command.card, page)
-    if command.markdown is not None and together is not None:
-        shown = matrix | {caption: path for plots in gates.values() for caption, path in plots.items()}
-        _write(command.markdown, interference_page(together, links(shown, command.markdown)))
-
-
-def _write_plots(
-    command: Evaluate, hosted: Hosted, report: Report, together: Interference | None
-) -> tuple[dict[str, dict[str, Path]], dict[str, Path]]:
-    """Write the plots asked for: those of each adapter's gates, and the interference matrix."""
-    if command.plots is None:
-        return {}, {}
-    from nr_serve.evaluate.report_plots import plot_gates, plot_matrix
-    from nr_serve.evaluate.roles import assign_roles
-
-    suffix = f".{command.plot_format}"
-    roles = assign_roles(report.sources, hosted.adapters, {})
-    gates = {name: plot_gates(command.plots, report, roles, name, suffix) for name in hosted.names}
-    return gates, {} if together is None else plot_matrix(command.plots, together, suffix)
+    if command.markdown is not None and measured.together is not None:
+        plots = dict(matrix) | {caption: path for own in gates.values() for caption, path in own.items()}
+        write_page(command.markdown, interference_page(measured.together, links(plots, command.markdown)))
 
 
 def _check(command: Evaluate) -> None:
-    """Refuse, before anything long is done, flags that would do nothing and folders that take no file."""
-    given = command.model_fields_set
+    """Refuse, before anything long is done, flags that would do nothing and places that take no file."""
+    from nr_serve.evaluate.pages import check_page, make_folder
+
     if command.corpus is None and not command.tasks:
         raise BadRequest("nothing to measure on: give --corpus, --tasks or both", param="corpus")
-    for flag, needed in NEEDS.items():
-        if flag in given and getattr(command, flag) and not getattr(command, needed):
-            raise BadRequest(f"{_spelled(flag)} does nothing without {_spelled(needed)}", param=flag)
-    for flag, module in PACKAGES.items():
-        if getattr(command, flag) and find_spec(module) is None:
-            raise BadRequest(f"{_spelled(flag)} needs {module}: pip install 'nr-serve[train]'", param=flag)
+    check_flags(command, NEEDS, PACKAGES)
     for page in (command.card, command.markdown):
         if page is not None:
-            _check_page(page)
+            check_page(page)
     if command.plots is not None:
-        _make_folder(command.plots)
+        make_folder(command.plots)
 
 
-def _check_page(page: Path) -> None:
-    try:
-        if page.is_dir():
-            raise IsADirectoryError(EISDIR, "Is a directory")
-        with tempfile.TemporaryFile(dir=page.parent):
-            pass
-    except OSError as error:
-        raise BadRequest(f"cannot write {page}: {error.strerror}") from error
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise BadRequest(f"cannot write in {folder}: {error.strerror}") from error
+def check_flags(command: Command, needs: Mapping[str, str], packages: Mapping[str, str]) -> None:
+    """Refuse a flag that would do nothing without another, or that needs a package which is not there."""
+    for flag, needed in needs.items():
+        if flag in command.model_fields_set and getattr(command, flag) and not getattr(command, needed):
+            raise BadRequest(f"{_spelled(flag)} does nothing without {_spelled(needed)}", param=flag)
+    for flag, module in packages.items():
+        if getattr(command, flag) and find_spec(module) is None:
+            raise BadRequest(f"{_spelled(flag)} needs {module}: pip install 'nr-serve[train]'", param=flag)
 
 
 def _near(marks: Sequence[str]) -> dict[str, list[str]]:
@@ -245,10 +236,3 @@ def _near(marks: Sequence[str]) -> dict[str, list[str]]:
 
 def _spelled(flag: str) -> str:
     return "--" + flag.replace("_", "-")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BadRequest(f"cannot write {path}: {error.strerror}") from error

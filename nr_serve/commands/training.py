@@ -50,7 +50,10 @@ class Calibrate(Command):
 
 
 class ExportAdapter(Command):
-    """Write the adapter of a training run's newest checkpoint; the run may still be going."""
+    """Write the adapter of a training run's newest checkpoint, or of its best one if it has patience.
+
+    The run may still be going.
+    """
 
     run: CliPositionalArg[Path] = Field(description="the run's folder")
     file: CliPositionalArg[Path] = Field(description="the adapter file to write")
@@ -73,23 +76,27 @@ class FetchCorpus(Command):
 
 def train(command: Train) -> int:
     """Train; print the adapter's file, or the baseline's folder."""
+    from nr_serve.train import processes
     from nr_serve.train.recipe import parse_changes, read_recipe
     from nr_serve.train.trainer import train as run
 
     recipe = read_recipe(command.recipe, parse_changes(command.set))
-    print(run(recipe, command.out, command.corpus, resume=command.resume, tensorboard=command.tensorboard))
+    made = run(recipe, command.out, command.corpus, resume=command.resume, tensorboard=command.tensorboard)
+    if processes.is_first():
+        print(made)
     return 0
 
 
 def sweep(command: Sweep) -> int:
     """Train every run; compare those that ended; 1 if one failed."""
     from nr_serve.evaluate.compare import compare_runs, write_comparison
+    from nr_serve.train import processes
     from nr_serve.train.recipe import parse_changes
     from nr_serve.train.sweep import run_sweep
 
     results = run_sweep(command.sweep, command.out, command.corpus, parse_changes(command.set))
     ended = {name: command.out / name for name, result in results.items() if isinstance(result, Path)}
-    if ended:
+    if ended and processes.is_first():
         comparison = compare_runs(ended, command.corpus, command.source, windows=command.windows)
         for path in write_comparison(comparison, ended, command.out):
             print(path)

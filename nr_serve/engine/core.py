@@ -187,12 +187,15 @@ class Core:
         prompt = self._prompt_tokens(request) if request.reports_prompt and not request.generated else None
         if result.token is None:
             self._drop(request)
-            return Output(request.id, prompt=prompt, finish_reason="length")
+            return Output(request.id, prompt=prompt, finish_reason="length", started=request.started)
         token = self._token(result.token, result.logprob, gates[-1] if gates else None)
-        text, finish_reason, stop_reason = request.append(result.token)
+        try:
+            text, finish_reason, stop_reason = request.append(result.token)
+        except BadRequest as error:
+            return self._fail(request, error)
         if finish_reason is not None:
             self._drop(request)
-        return Output(request.id, (token,), text, prompt, finish_reason, stop_reason)
+        return Output(request.id, (token,), text, prompt, finish_reason, stop_reason, started=request.started)
 
     def _prompt_tokens(self, request: Request) -> tuple[Token, ...]:
         ids = request.submit.prompt_ids

@@ -130,8 +130,9 @@ class EngineLoop:
             self._inbox.put(message)
 
     def _require_ready(self) -> None:
-        if self.status != "ready":
-            raise Unavailable(self.failure or f"the server is not ready: its engine is {self.status}")
+        if self._closed or self.status != "ready":
+            status = "stopped" if self._closed else self.status
+            raise Unavailable(self.failure or f"the server is not ready: its engine is {status}")
 
     # On the reader's thread
 
@@ -154,7 +155,8 @@ class EngineLoop:
     # On the engine's thread
 
     def _main(self) -> None:
-        error = Unavailable("the server stopped")
+        end: Status = "failed"
+        error = NrError("the engine failed; the server's log says why")
         core: Core | None = None
         adapters: Adapters | None = None
         try:
@@ -162,16 +164,18 @@ class EngineLoop:
             self.status = "ready"
             log.debug("ready: %s", self.info)
             self._serve(core, adapters)
-            self.status = "stopped"
+            end, error = "stopped", Unavailable("the server stopped")
         except NrError as failure:
-            error = Unavailable(f"the engine failed: {failure.message}")
-            self.failure, self.status = failure.message, "failed"
+            self.failure = failure.message
         except Exception as failure:
             log.exception("the engine failed")
-            error = Unavailable("the engine failed; the server's log says why")
-            self.failure, self.status = f"{type(failure).__name__}: {failure}", "failed"
+            self.failure = f"{type(failure).__name__}; the server's log has the details"
         finally:
-            self._close(core, adapters, error)
+            # Whoever waits gets the reason first: once the status turns, all are told that nothing is served.
+            try:
+                self._close(core, adapters, error)
+            finally:
+                self.status = end
 
     def _load(self) -> tuple[Core, Adapters]:
         from nr_serve.engine.adapters import Adapters

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nr_serve.errors import NrError
+
+if TYPE_CHECKING:
+    from nr_serve.engine.guide import Guide
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 AdapterState = Literal["loading", "attached", "registered"]
@@ -59,6 +62,8 @@ class Submit:
     """Lower runs first."""
     gates: bool = False
     """Report, per token and adapter, the share of its blocks that fired."""
+    guide: Guide | None = None
+    """The answer follows this grammar, and ends when it is complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,7 @@ class Token:
     text: str
     """Decoded alone; incomplete UTF-8 shows as U+FFFD."""
     logprob: float | None = None
-    """Natural logarithm of the model's own probability, before temperature and penalties."""
+    """Natural logarithm of its probability before temperature and penalties, among the tokens a guide allows."""
     top: tuple[tuple[int, str, float], ...] = ()
     """(id, text, logprob) of the likeliest tokens, best first."""
     gates: Mapping[str, float] | None = None
@@ -98,6 +103,8 @@ class Output:
     """The stop string or token id that ended it, if one did (None for the end-of-sequence token)."""
     error: NrError | None = None
     """Why it ended, if finish_reason is "error"."""
+    started: float | None = None
+    """`time.monotonic()` at its first step, in seconds; with the first output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,3 +268,5 @@ class EngineInfo:
     dtype: str
     slots: int
     slot_width: int
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end an answer."""

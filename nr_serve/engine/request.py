@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from nr_serve.engine.guide import Progress
 from nr_serve.engine.messages import FinishReason, Sampling, Submit
 from nr_serve.neutral.registry import Selection
 from nr_serve.tokenizer import Detokenizer
@@ -32,6 +33,8 @@ class Request:
     pages: list[int] = field(default_factory=list)
     row: int | None = None
     """Row of its carried gate state while it runs."""
+    started: float | None = None
+    """`time.monotonic()` when it was first admitted; None while it waits."""
     overtaken: int = 0
     """Requests admitted before it while it waited for a slot."""
     selection: Selection | None = None
@@ -40,9 +43,12 @@ class Request:
     """Of the prompt's tokens from the second on, as far as computed."""
     prompt_gates: list[Gates] = field(default_factory=list)
     """Of the prompt's tokens, as far as computed."""
+    progress: Progress | None = None
+    """How far the answer is in its guide's grammar, if it has one."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.submit.prompt_ids)
+        self.progress = self.submit.guide.begin() if self.submit.guide is not None else None
 
     @property
     def id(self) -> str:
@@ -80,8 +86,13 @@ class Request:
         return self.sampling.prompt_logprobs is not None or self.submit.gates
 
     def append(self, token_id: int) -> tuple[str, FinishReason | None, int | str | None]:
-        """Take a new token: the text it releases, and why the request ends here, if it does."""
+        """Take a new token: the text it releases, and why the request ends here, if it does.
+
+        Raises BadRequest if its grammar cannot be followed any further.
+        """
         self.tokens.append(token_id)
+        if self.progress is not None:
+            self.progress.take(token_id)
         sampling = self.sampling
         may_stop = self.generated >= sampling.min_tokens
         if may_stop and token_id in sampling.stop_token_ids:
@@ -91,6 +102,8 @@ class Request:
         shown, stop = self.text.push(token_id, may_stop=may_stop)
         if stop is not None:
             return shown, "stop", stop
+        if self.progress is not None and self.progress.complete:
+            return shown + self.text.finish(), "stop", None
         if self.generated >= sampling.max_tokens:
             last, stop = self.text.finish_at_length(may_stop=may_stop)
             return shown + last, "stop" if stop is not None else "length", stop

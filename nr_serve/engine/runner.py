@@ -18,9 +18,9 @@ from nr_serve.engine.batch import Batch, build_batch
 from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.probe import Probe
 from nr_serve.engine.request import TopLogprobs
-from nr_serve.engine.sampler import log_probabilities, sample
+from nr_serve.engine.sampler import allow, log_probabilities, sample
 from nr_serve.engine.scheduler import Piece, Result
-from nr_serve.errors import BadAdapterFile, NrError
+from nr_serve.errors import BadAdapterFile, BadRequest, NrError
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.host import decoder_layers, fingerprint, host_blocks
@@ -57,6 +57,7 @@ class Runner:
             dtype=str(self.dtype).removeprefix("torch."),
             slots=config.slots,
             slot_width=self.bank.width,
+            eos_ids=tuple(sorted(self.eos_ids)),
         )
         attention.register()
         model.set_attn_implementation(attention.NAME)
@@ -68,7 +69,13 @@ class Runner:
         """Load a base and take it over. Raises UnsupportedBase."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        return cls(load_base(path, config), tokenizer, config, name)
+        runner = cls(load_base(path, config), tokenizer, config, name)
+        try:
+            # Now, for it would hold up running streams.
+            tokenizer.for_grammars(runner.info.vocab_size, runner.info.eos_ids)
+        except BadRequest as error:
+            log.warning("guided requests will be refused: %s", error)
+        return runner
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
@@ -175,6 +182,8 @@ def _guarded_result(piece: Piece, logits_NV: Tensor, fired_nS: Tensor | None) ->
     """`_result`; what goes wrong with one request must not touch the others of its step."""
     try:
         return _result(piece, logits_NV, fired_nS)
+    except NrError as error:
+        return Result(None, error=error)
     except Exception:
         log.exception("request %s could not be sampled", piece.request.id)
         return Result(None, error=NrError("this request could not be sampled; the server's log says why"))
@@ -193,10 +202,12 @@ def _logit_positions(piece: Piece) -> list[int]:
 def _result(piece: Piece, logits_NV: Tensor, fired_nS: Tensor | None) -> Result:
     request, sampling = piece.request, piece.request.sampling
     samples = piece.samples and sampling.max_tokens > 0
-    token = sample(logits_NV[-1], request) if samples else None
-    logprob = None
-    if token is not None and sampling.logprobs is not None:
-        logprob = log_probabilities(logits_NV[-1:], [token], sampling.logprobs)[0]
+    token, logprob = None, None
+    if samples:
+        logits_V = allow(logits_NV[-1], request.progress)
+        token = sample(logits_V, request)
+        if sampling.logprobs is not None:
+            logprob = log_probabilities(logits_V[None], [token], sampling.logprobs)[0]
     scored: list[TopLogprobs] = []
     if sampling.prompt_logprobs is not None:
         prompt_NV = logits_NV[:-1] if samples else logits_NV

@@ -8,10 +8,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nr_serve.engine.guide import Progress
 from nr_serve.engine.messages import Sampling
 from nr_serve.engine.request import Request, TopLogprobs
 
 _GREEDY = 1e-5  # temperatures below this choose the likeliest: dividing by them would overflow
+
+
+def allow(logits_V: Tensor, progress: Progress | None) -> Tensor:
+    """Logits with -inf for the tokens that a guide does not allow next; log probabilities are taken of these."""
+    if progress is None:
+        return logits_V
+    allowed_V = allowed(progress, logits_V.shape[-1]).to(logits_V.device)
+    return logits_V.masked_fill(~allowed_V, -torch.inf)
+
+
+def allowed(progress: Progress, vocab_size: int) -> Tensor:
+    """Which tokens may come next, bool [vocab_size]."""
+    bytes_B = torch.frombuffer(bytearray(progress.allowed_bits()), dtype=torch.uint8)
+    bits_B8 = bytes_B[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits_B8.flatten()[:vocab_size].bool()
 
 
 def sample(logits_V: Tensor, request: Request) -> int:
@@ -50,7 +66,10 @@ def adjust(logits_V: Tensor, request: Request) -> Tensor:
     for token_id, bias in sampling.logit_bias.items():
         logits_V[token_id] += bias
     if len(answer) < sampling.min_tokens:
-        logits_V[sorted(request.eos_ids | set(sampling.stop_token_ids))] = -torch.inf
+        ends = sorted(request.eos_ids | set(sampling.stop_token_ids))
+        longer_V = logits_V.index_fill(0, torch.tensor(ends, dtype=torch.long, device=logits_V.device), -torch.inf)
+        # A guide may allow nothing but the end.
+        logits_V = logits_V if longer_V.isneginf().all() else longer_V
     return logits_V
 
 

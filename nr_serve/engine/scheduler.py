@@ -8,6 +8,7 @@ everything back and is computed again from its tokens later.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from dataclasses import dataclass
 from typing import Protocol
@@ -163,6 +164,7 @@ class Scheduler:
         self.waiting.remove(request)
         request.pages = self.pool.take(pages) or []
         request.row = self._rows.pop()
+        request.started = request.started or time.monotonic()
         insort(self.running, request, key=lambda r: r.order)
 
     def _take_back(self, request: Request) -> None:

@@ -9,7 +9,7 @@ from nr_serve.evaluate.heldout import Report, SourceReport
 from nr_serve.evaluate.roles import assign_roles
 from nr_serve.evaluate.tables import markdown, task_rows
 from nr_serve.evaluate.tasks import TaskScores
-from nr_serve.neutral.format import Adapter
+from nr_serve.neutral.format import Adapter, AdapterInfo
 
 
 def card(
@@ -36,7 +36,7 @@ def card(
         f"| base | `{info.base}`, fingerprint `{info.base_fingerprint}` |",
         f"| blocks | {adapter.depth} of {info.layers} layers, h up to {adapter.h}, d {info.d} |",
         f"| size | {adapter.parameters:,} parameters, {adapter.nbytes / 2**20:.1f} MiB |",
-        f"| gate | {info.gate}, carry {info.carry:g}, threshold {info.threshold:g} |",
+        f"| gate | {_gate(info)} |",
         *_training_rows(info.recipe, info.results),
         "",
         "## Measured",
@@ -68,16 +68,30 @@ def _tasks(tasks: Mapping[str, TaskScores]) -> list[str]:
     ]
 
 
+def _gate(info: AdapterInfo) -> str:
+    if _always_open(info.recipe):
+        return "none: the blocks act on every token"
+    return f"{info.gate}, carry {info.carry:g}, threshold {info.threshold:g}"
+
+
+def _always_open(recipe: Mapping[str, Any]) -> bool:
+    """Whether the recipe makes blocks without gates, whatever else it says of gates."""
+    return recipe.get("method") == "adapter" or recipe.get("gate", {}).get("kind") == "none"
+
+
 def _training_rows(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
     rows = []
     if "tokens" in results:
         rows.append(f"| trained on | {results['tokens']:,} tokens |")
     if "gate" in recipe and "data" in recipe:
-        moved = "trained" if recipe["gate"]["trained"] else "frozen"
-        rows.append(f"| gates | {recipe['gate']['init']}, {moved} |")
-        rows.append(f"| target text | {_globs(recipe['data']['target'])} |")
-        rows.append(f"| original text | {_globs(recipe['data']['original'])} |")
-        rows.append(f"| background text | {_globs(recipe['data']['background'])} |")
+        data = recipe["data"]
+        if not _always_open(recipe):
+            moved = "trained" if recipe["gate"]["trained"] else "frozen"
+            rows.append(f"| gates | {recipe['gate']['init']}, {moved} |")
+        rows.append(f"| target text | {_globs(data['target'])} |")
+        rows.append(f"| original text | {_globs(data['original'])} |")
+        if recipe.get("method") != "adapter":  # which reads no background
+            rows.append(f"| background text | {_globs(data['background'])} |")
     return rows
 
 

@@ -36,12 +36,12 @@ class Difference:
     """Standard error of `share`, paired over windows; None for a single window."""
 
     def __str__(self) -> str:
-        return f"{self.share:+.2%}{plus_minus(self.standard_error)}"
+        return percent(self.share, self.standard_error, "+")
 
 
-def plus_minus(error: float | None) -> str:
-    """` ± 0.05%` of a standard error of a share; nothing if there is none."""
-    return "" if error is None else f" ± {error:.2%}"
+def percent(share: float, error: float | None, sign: str = "") -> str:
+    """`0.12% ± 0.05%` of a share and its standard error, if it has one; with `sign` "+" as `+0.12% ± 0.05%`."""
+    return f"{share:{sign}.2%}" + ("" if error is None else f" ± {error:.2%}")
 
 
 def difference(before: Losses, after: Losses) -> Difference:

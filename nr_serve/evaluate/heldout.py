@@ -13,11 +13,10 @@ from typing import Any
 
 from nr_serve.evaluate.difference import Difference, difference
 from nr_serve.evaluate.hosted import Hosted, load
-from nr_serve.neutral.format import Adapter
-from nr_serve.train.base import FrozenBase
+from nr_serve.evaluate.readings import in_turn, read_hosted
 from nr_serve.train.measure import SourceResult
-from nr_serve.train.pack import Windows
 from nr_serve.train.text import read_heldout
+from nr_serve.train.text.pack import Windows
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,14 @@ def evaluate(
     return attach_all(hosted, read_heldout(corpus, sources, hosted.base.tokenizer, window, windows))
 
 
-def compare(base: FrozenBase, adapters: Mapping[str, Adapter], texts: Mapping[str, Windows]) -> Report:
-    """Loss and fired shares of `texts`, by source, without and with the adapters. The base must be unhosted."""
-    return attach_all(Hosted(base, adapters), texts)
-
-
 def attach_all(hosted: Hosted, texts: Mapping[str, Windows]) -> Report:
     """Loss and fired shares of `texts`, by source, with none and with all of the adapters attached."""
-    return report(hosted, texts, hosted.measure((), texts), hosted.measure(hosted.names, texts))
+    before: dict[str, SourceResult] = {}
+    after: dict[str, SourceResult] = {}
+    for source, windows, place in in_turn(texts):
+        before[source] = read_hosted(hosted, (), windows, place)
+        after[source] = read_hosted(hosted, hosted.names, windows, place)
+    return report(hosted, texts, before, after)
 
 
 def report(

@@ -6,12 +6,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from nr_serve.errors import BadRequest
-from nr_serve.neutral.format import Adapter, Base, read_adapter
+from nr_serve.neutral.format import Adapter
 from nr_serve.train.attach import AdapterModule, Attached
-from nr_serve.train.base import FrozenBase, load_base
-from nr_serve.train.measure import SourceResult, measure
-from nr_serve.train.pack import Windows
+from nr_serve.train.base import FrozenBase, best_device, load_base, read_adapters
 
 
 class Hosted:
@@ -20,7 +17,7 @@ class Hosted:
     def __init__(self, base: FrozenBase, adapters: Mapping[str, Adapter]) -> None:
         self.base, self.adapters = base, dict(adapters)
         self.attached = Attached(base.model, [])
-        self._modules = {name: AdapterModule.from_file(adapter) for name, adapter in adapters.items()}
+        self._modules = {name: AdapterModule.from_file(a).to(base.device) for name, a in adapters.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,29 +33,14 @@ class Hosted:
         """Attach exactly these adapters."""
         self.attached.adapters = [self._modules[name] for name in names]
 
-    def measure(self, names: Sequence[str], texts: Mapping[str, Windows]) -> dict[str, SourceResult]:
-        """Loss and fired shares of each text with exactly these adapters attached; says on stderr how far it is."""
-        self.attach(names)
-        beside = ", ".join(names) or "none"
-        results: dict[str, SourceResult] = {}
-        for i, (source, windows) in enumerate(texts.items(), start=1):
-            say(f"attached: {beside}; text {i} of {len(texts)}: {source}")
-            results |= measure(self.base.model, self.attached, {source: windows})
-        return results
-
 
 def load(files: Sequence[Path], base: str) -> Hosted:
-    """Load a base and adapters for it. An adapter's name is its file's.
+    """Load a base and adapters for it, on a GPU if there is one. An adapter's name is its file's.
 
     Raises BadRequest if two have the same name, UnsupportedBase, BadAdapterFile for a file that does not fit.
     """
-    names = [path.stem for path in files]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise BadRequest(f"two adapters have the same name: {', '.join(twice)}", param="adapters")
-    frozen = load_base(base)
-    identity = Base(frozen.name, frozen.fingerprint, frozen.layers, frozen.d)
-    return Hosted(frozen, {name: read_adapter(path, identity) for name, path in zip(names, files, strict=True)})
+    frozen = load_base(base, device=best_device())
+    return Hosted(frozen, read_adapters(files, frozen))
 
 
 def say(message: str) -> None:

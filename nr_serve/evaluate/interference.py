@@ -6,16 +6,17 @@ Each source of text is read with none attached, with the adapters that learned i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nr_serve.evaluate.difference import Difference, difference
 from nr_serve.evaluate.heldout import Report, report
 from nr_serve.evaluate.hosted import Hosted
+from nr_serve.evaluate.readings import in_turn, read_hosted
 from nr_serve.evaluate.roles import Kind, Role, assign_roles
 from nr_serve.train.measure import SourceResult
-from nr_serve.train.pack import Windows
+from nr_serve.train.text.pack import Windows
 
 
 @dataclass(frozen=True)
@@ -139,30 +140,23 @@ def interference(
     `near` names, for a language, those it is a close relative of. Raises BadRequest for one that does not apply.
     """
     roles = assign_roles(texts, hosted.adapters, near or {})
-    before = hosted.measure((), texts)
-    together = hosted.measure(hosted.names, texts)
-    alone = {
-        source: Alone(result.loss, difference(result, together[source]))
-        for source, result in _own_alone(hosted, texts, roles, together).items()
-    }
+    before: dict[str, SourceResult] = {}
+    together: dict[str, SourceResult] = {}
+    alone: dict[str, Alone] = {}
+    for source, windows, place in in_turn(texts):
+        before[source] = read_hosted(hosted, (), windows, place)
+        together[source] = read_hosted(hosted, hosted.names, windows, place)
+        own = roles[source].own
+        if own:
+            silent = _others_silent(hosted, own, together[source])
+            read = together[source] if silent else read_hosted(hosted, own, windows, place)
+            alone[source] = Alone(read.loss, difference(read, together[source]))
     return Interference(report(hosted, texts, before, together), roles, alone)
 
 
-def _own_alone(
-    hosted: Hosted,
-    texts: Mapping[str, Windows],
-    roles: Mapping[str, Role],
-    together: Mapping[str, SourceResult],
-) -> dict[str, SourceResult]:
-    """Each learned source with only the adapters that learned it attached."""
-    measured: dict[str, SourceResult] = {}
-    for own in dict.fromkeys(role.own for role in roles.values() if role.own):
-        learned = [source for source in texts if roles[source].own == own]
-        if own == hosted.names:
-            measured |= {source: together[source] for source in learned}
-        else:
-            measured |= hosted.measure(own, {source: texts[source] for source in learned})
-    return measured
+def _others_silent(hosted: Hosted, own: Collection[str], together: SourceResult) -> bool:
+    """Whether no adapter but those of `own` fired: then they alone give the very same."""
+    return not any(fired for name, fired in zip(hosted.names, together.fired, strict=True) if name not in own)
 
 
 def _worst(rows: Iterable[Worst]) -> Worst | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from nr_serve.errors import BadRequest
+from nr_serve.evaluate.pareto import Point, unbeaten
 
 Curve = Sequence[tuple[int, float]]
 """(tokens, loss) pairs."""
@@ -26,17 +25,6 @@ Line = Sequence[tuple[float, float]]
 
 METADATA: Mapping[str, dict[str, str | None]] = {".svg": {"Date": None}, ".png": {"Software": None}}
 """What keeps time and version out of a file, by its suffix."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One way of training: what it learned and what it forgot."""
-
-    label: str
-    forgotten: float
-    """Rise of the loss on the base's own text, as a share."""
-    learned: float
-    """Fall of the loss on the text learned, as a share."""
 
 
 def pareto(path: Path, points: Sequence[Point], *, title: str) -> None:
@@ -54,15 +42,6 @@ def pareto(path: Path, points: Sequence[Point], *, title: str) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     _save(figure, path)
-
-
-def unbeaten(points: Sequence[Point]) -> list[Point]:
-    """The Pareto front, by what was forgotten: the points than which none learned more and forgot no more."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.forgotten, -p.learned)):
-        if not front or point.learned > front[-1].learned:
-            front.append(point)
-    return front
 
 
 def heat_map(
@@ -135,37 +114,6 @@ def panels(
     keys = [Line2D([], [], color=f"C{i % 10}", label=name) for i, name in enumerate(names)]
     figure.legend(handles=keys, loc="outside right upper", fontsize=8)
     _save(figure, path)
-
-
-def read_losses(log: Path) -> dict[str, list[tuple[int, float]]]:
-    """The loss curves in a run's `log.jsonl`: `train`, and each held-out source.
-
-    A resumed run repeats steps; the later line counts. A held-out measurement without a step belongs to the step
-    logged before it. Raises BadRequest for a file that is not such a log.
-    """
-    curves: dict[str, dict[int, float]] = {"train": {}}
-    step, read = 0, 0
-    tokens_a_step = 0
-    try:
-        for line in log.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            step = entry.get("step", step)
-            if entry["event"] == "step":
-                tokens_a_step = entry["tokens"] // step
-                curves["train"][step] = entry["lm"]
-            elif entry["event"] == "heldout":
-                for source, measured in entry["sources"].items():
-                    curves.setdefault(source, {})[step] = measured["after"]
-            read += 1
-    except OSError as error:
-        raise BadRequest(f"cannot read {log}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise BadRequest(f"{log} line {read + 1}: not a line of a run's log") from error
-    return {
-        name: [(at * tokens_a_step, loss) for at, loss in sorted(curve.items())]
-        for name, curve in curves.items()
-        if curve
-    }
 
 
 def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:

@@ -3,7 +3,7 @@
 Each window is one document: a stretch of the base's own language, a stretch of text that the adapter learned, and
 the first text again where it broke off. The carry runs through both switches.
 
-Shape suffixes: N windows, S tokens a stretch, T = 3 S tokens a window, V vocabulary.
+Shape suffixes: N windows, S tokens a stretch, T = 3 S tokens a window.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.difference import Difference, difference
 from nr_serve.evaluate.hosted import Hosted, say
 from nr_serve.evaluate.roles import assign_roles
-from nr_serve.train.attach import window_inputs
-from nr_serve.train.measure import BATCH_WINDOWS
-from nr_serve.train.pack import Windows
+from nr_serve.train.measure import evaluating, read_parts
+from nr_serve.train.text.pack import Windows
 
 OPEN = 0.9
 """A gate is open when its rate reaches this share of its steady rate on the text that it learned."""
@@ -178,33 +176,23 @@ def _first(reached: Iterator[bool]) -> int | None:
     return next((i for i, one in enumerate(reached) if one), None)
 
 
-@torch.no_grad()
 def _read(hosted: Hosted, names: Sequence[str], ids_NT: Tensor) -> _Reading:
     """Rates and losses of the windows with these adapters, at most one, attached."""
     hosted.attach(names)
+    model, attached = hosted.base.model, hosted.attached
     count, length = ids_NT.shape
-    fired_T = torch.zeros(length, dtype=torch.float64)
+    fired_T = torch.zeros(length, dtype=torch.float64, device=hosted.base.device)
     nats: list[float] = []
+    labels = length // 3 - 1
     blocks = 0
 
     def watch(_: int, __: int, g_M: Tensor) -> None:
         fired_T.add_((g_M > 0).view(-1, length).sum(0))
 
-    for ids_BT in torch.split(ids_NT, BATCH_WINDOWS):
-        offset_BT = torch.arange(length).expand_as(ids_BT)
-        record = hosted.attached.begin(offset_BT)
-        record.watch = watch
-        blocks = sum(record.blocks)
-        logits_BTV = hosted.base.model(ids_BT, use_cache=False, **window_inputs(offset_BT)).logits
-        nats += _last_stretch_nats(logits_BTV, ids_BT).tolist()
+    with evaluating(model):
+        windows = Windows(ids_NT, torch.arange(length).expand_as(ids_NT))
+        for record, nats_NT, _ in read_parts(model, attached, windows, watch):
+            blocks = sum(record.blocks)
+            nats += nats_NT[:, -labels - 1 :].sum(1).tolist()  # the last of them has no next
     rates = (fired_T / (count * max(1, blocks))).tolist()
-    labels = length // 3 - 1
     return _Reading(tuple(rates), sum(nats) / (count * labels), tuple(nats), (labels,) * count)
-
-
-def _last_stretch_nats(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Summed loss of the last stretch's tokens but the first, in nats, [B], float64."""
-    start = ids_BT.shape[1] * 2 // 3
-    logits_MV = logits_BTV[:, start:-1].flatten(0, 1).float()
-    nats_M = F.cross_entropy(logits_MV, ids_BT[:, start + 1 :].flatten(), reduction="none")
-    return nats_M.view(len(ids_BT), -1).double().sum(1)

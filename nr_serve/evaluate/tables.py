@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nr_serve.evaluate.difference import plus_minus
+from nr_serve.evaluate.difference import percent
 from nr_serve.evaluate.heldout import Report
 from nr_serve.evaluate.interference import Interference, Summary, Worst
 from nr_serve.evaluate.switches import SwitchReport
@@ -94,7 +94,14 @@ def task_rows(tasks: Mapping[str, TaskScores]) -> Rows:
     """Two rows a task: accuracy, and accuracy by the choices' length."""
     header = ["TASK", "EXAMPLES", "SCORE", "BASE", "ATTACHED", "CHANGE"]
     rows = [
-        [name, f"{task.examples:,}", score, f"{base}", f"{attached}", f"{change:+}"]
+        [
+            name,
+            f"{task.examples:,}",
+            score,
+            str(base),
+            str(attached),
+            percent(change.value, change.standard_error, "+"),
+        ]
         for name, task in tasks.items()
         for score in ("acc", "acc_norm")
         for base, attached, change in [(getattr(s, score) for s in (task.base, task.attached, task.change))]
@@ -149,7 +156,7 @@ def _fired(report: Report, source: str) -> list[str]:
 def _worst(worst: Worst, name: str) -> str:
     if name.endswith("fired"):
         return f"{worst.value:.2%}"
-    return f"{worst.value:+.2%}{plus_minus(worst.standard_error)}"
+    return percent(worst.value, worst.standard_error, "+")
 
 
 def _where(worst: Worst) -> str:

@@ -1,8 +1,11 @@
 """Multiple-choice tasks from local files, scored by lm-evaluation-harness on the hosted base.
 
-A task is a JSONL file of `{"context": str, "choices": [str, ...], "gold": int}`; its name is the file's. The model
-reads the context, a space and a choice; the choice of the highest log-likelihood is its answer (`acc`), or the
-highest log-likelihood a character (`acc_norm`).
+A task is a JSONL file, a question a line, with the place of the right choice (0 is the first) as `gold`:
+
+    {"context": "Question: What is the capital of France?\\nAnswer:", "choices": ["Lyon", "Paris"], "gold": 1}
+
+Its name is the file's. The model reads the context, a space and a choice; the choice of the highest log-likelihood
+is its answer (`acc`), or the highest log-likelihood a character (`acc_norm`).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +23,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nr_serve.errors import BadRequest
-from nr_serve.evaluate.difference import mean_and_error
-from nr_serve.evaluate.hosted import Hosted, say
+from nr_serve.evaluate.difference import mean_and_error, percent
+from nr_serve.evaluate.hosted import Hosted
+from nr_serve.evaluate.readings import beside, once
+from nr_serve.train.attach import Attached
+from nr_serve.train.base import FrozenBase
+from nr_serve.train.tensor_cache import Tensors
 
 BATCH_ROWS = 8
 
@@ -49,12 +57,8 @@ class Estimate:
     standard_error: float | None
     """None for a single example."""
 
-    def __format__(self, spec: str) -> str:
-        error = "" if self.standard_error is None else f" ± {self.standard_error:.2%}"
-        return f"{self.value:{spec}.2%}{error}"
-
     def __str__(self) -> str:
-        return format(self)
+        return percent(self.value, self.standard_error)
 
 
 @dataclass(frozen=True)
@@ -105,37 +109,96 @@ def read_tasks(paths: Sequence[Path], limit: int | None = None) -> dict[str, lis
 
 def score_tasks(hosted: Hosted, tasks: Mapping[str, Sequence[Example]]) -> dict[str, TaskScores]:
     """Score every task with none and with all of the adapters attached."""
-    say(f"tasks: {', '.join(tasks)}; attached: none")
-    base = answer(hosted, (), tasks)
-    say(f"tasks: {', '.join(tasks)}; attached: {', '.join(hosted.names)}")
-    attached = answer(hosted, hosted.names, tasks)
-    return {name: _scores(base[name], attached[name]) for name in tasks}
+    hosted.attach(())
+    base = answer_tasks(hosted.base, hosted.attached, (), tasks, beside(()))
+    hosted.attach(hosted.names)
+    versions = list(hosted.versions.values())
+    attached = answer_tasks(hosted.base, hosted.attached, versions, tasks, beside(hosted.names))
+    return {name: score(base[name], attached[name]) for name in tasks}
+
+
+def answer_tasks(
+    base: FrozenBase,
+    attached: Attached,
+    versions: Sequence[str],
+    tasks: Mapping[str, Sequence[Example]],
+    of: str,
+) -> dict[str, list[Answer]]:
+    """Answer every example, by task, as the base and what is attached to it are now.
+
+    `versions` tell what is attached from all else, `of` does for people: answers are kept, and those of an earlier
+    call taken.
+    """
+    answers = {}
+    for i, (name, examples) in enumerate(tasks.items(), start=1):
+        what = ["task", [example.model_dump() for example in examples]]
+        make = partial(_answer_tensors, base, attached, name, examples)
+        place = f"task {i} of {len(tasks)}: {name}; {of}"
+        answers[name] = _answers(once(base, versions, what, make, place))
+    return answers
 
 
 def answer(
-    hosted: Hosted, names: Sequence[str], tasks: Mapping[str, Sequence[Example]], *, batch_rows: int = BATCH_ROWS
-) -> dict[str, list[Answer]]:
-    """Answer every example, by task, with exactly the adapters `names` attached.
+    base: FrozenBase,
+    attached: Attached,
+    name: str,
+    examples: Sequence[Example],
+    *,
+    batch_rows: int = BATCH_ROWS,
+) -> list[Answer]:
+    """Answer the examples of one task as the base and what is attached to it are now.
 
     `batch_rows` choices share a forward pass. A context longer than the base reads is cut on the left, with a
     warning.
     """
     harness = _harness()
-    hosted.attach(names)
     with _quiet():
         model = harness.HFLM(
-            pretrained=hosted.base.model,
-            tokenizer=copy.deepcopy(hosted.base.tokenizer),  # the harness gives it a padding token
+            pretrained=base.model,
+            tokenizer=copy.deepcopy(base.tokenizer),  # the harness gives it a padding token
             backend="causal",
             batch_size=batch_rows,
         )
-        made = {name: harness.ConfigurableTask(config=_config(name, rows)) for name, rows in tasks.items()}
-    hook = hosted.base.model.register_forward_pre_hook(_begin(hosted), with_kwargs=True)
+        task = harness.ConfigurableTask(config=_config(name, examples))
+    hook = base.model.register_forward_pre_hook(_begin(attached), with_kwargs=True)
     try:
-        results = harness.evaluate(model, {"tasks": made, "groups": {}}, bootstrap_iters=0, log_samples=True)
+        made = {"tasks": {name: task}, "groups": {}}
+        results = harness.evaluate(model, made, bootstrap_iters=0, log_samples=True)
     finally:
         hook.remove()
-    return {name: [_answer(sample) for sample in results["samples"][name]] for name in tasks}
+    return [_answer(sample) for sample in results["samples"][name]]
+
+
+def score(base: Sequence[Answer], attached: Sequence[Answer]) -> TaskScores:
+    """The scores of one task as the base answered it, and as it did with something attached."""
+
+    def estimates(which: str) -> tuple[Estimate, Estimate, Estimate]:
+        before = [float(getattr(answer, which)) for answer in base]
+        after = [float(getattr(answer, which)) for answer in attached]
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        one, two, three = (Estimate(*mean_and_error(values)) for values in (before, after, changes))
+        return one, two, three
+
+    pairs = zip(estimates("acc"), estimates("acc_norm"), strict=True)
+    of_base, of_attached, of_change = (Score(acc, acc_norm) for acc, acc_norm in pairs)
+    return TaskScores(len(base), of_base, of_attached, of_change)
+
+
+def _answer_tensors(base: FrozenBase, attached: Attached, name: str, examples: Sequence[Example]) -> Tensors:
+    found = answer(base, attached, name, examples)
+    columns = {
+        "acc": [one.acc for one in found],
+        "acc_norm": [one.acc_norm for one in found],
+        "logprobs": [logprob for one in found for logprob in one.logprobs],
+    }
+    made = {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+    return made | {"choices": torch.tensor([len(one.logprobs) for one in found])}
+
+
+def _answers(kept: Tensors) -> list[Answer]:
+    logprobs = torch.split(kept["logprobs"], kept["choices"].tolist())
+    rows = zip(logprobs, kept["acc"].tolist(), kept["acc_norm"].tolist(), strict=True)
+    return [Answer(tuple(choices.tolist()), acc, acc_norm) for choices, acc, acc_norm in rows]
 
 
 def _task_files(paths: Sequence[Path]) -> Iterator[Path]:
@@ -193,7 +256,7 @@ def _config(name: str, examples: Sequence[Example]) -> dict[str, Any]:
     }
 
 
-def _begin(hosted: Hosted) -> Any:
+def _begin(attached: Attached) -> Any:
     """A hook that starts the carried gates anew in every row of a batch.
 
     Rows are padded on the right, behind every token that is read, so a causal model's answers do not see it.
@@ -201,7 +264,7 @@ def _begin(hosted: Hosted) -> Any:
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids_BT = args[0] if args else kwargs["input_ids"]
-        hosted.attached.begin(torch.arange(ids_BT.shape[1]).expand_as(ids_BT))
+        attached.begin(torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT))
         return args, kwargs | {"use_cache": False}
 
     return before
@@ -210,19 +273,6 @@ def _begin(hosted: Hosted) -> Any:
 def _answer(sample: Mapping[str, Any]) -> Answer:
     logprobs = tuple(float(logprob) for logprob, _ in sample["filtered_resps"])
     return Answer(logprobs, float(sample["acc"]), float(sample["acc_norm"]))
-
-
-def _scores(base: Sequence[Answer], attached: Sequence[Answer]) -> TaskScores:
-    def score(which: str) -> tuple[Estimate, Estimate, Estimate]:
-        before = [float(getattr(answer, which)) for answer in base]
-        after = [float(getattr(answer, which)) for answer in attached]
-        changes = [b - a for a, b in zip(before, after, strict=True)]
-        one, two, three = (Estimate(*mean_and_error(values)) for values in (before, after, changes))
-        return one, two, three
-
-    pairs = zip(score("acc"), score("acc_norm"), strict=True)
-    of_base, of_attached, of_change = (Score(acc, acc_norm) for acc, acc_norm in pairs)
-    return TaskScores(len(base), of_base, of_attached, of_change)
 
 
 @dataclass(frozen=True)

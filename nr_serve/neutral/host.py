@@ -105,5 +105,5 @@ _SHAPE_FIELDS = (
 
 def _sample(weight: Tensor) -> bytes:
     flat = weight.detach().flatten()
-    picked = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).cpu()
+    picked = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).cpu().contiguous()
     return picked.view(torch.uint8).numpy().tobytes()

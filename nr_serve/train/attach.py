@@ -7,7 +7,7 @@ f fired tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -137,10 +137,14 @@ class AdapterModule(nn.Module):
 
     def set_gates(self, gates: Mapping[str, Tensor]) -> None:
         """Put those in the gates' place; a layer without one among them loses its block."""
-        for name in list(self.layers):
-            if f"layers.{name}.gate" not in gates:
-                del self.layers[name]
+        self.keep(gates)
         self.load_state_dict(dict(gates), strict=False)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Leave without a block every layer whose gate is not among `names` (of parameters)."""
+        for layer in list(self.layers):
+            if f"layers.{layer}.gate" not in names:
+                self.drop(int(layer))
 
     def drop(self, i: int) -> None:
         """Leave layer i without a block."""
@@ -161,9 +165,11 @@ class Pass:
     local: LocalLoss | None = None
     """Gathers the local loss of the tokens that are not of the target."""
     target_T: Tensor | None = None
-    """Which tokens are of the target (None: none), bool [T]; only a local loss reads it."""
+    """Which tokens are of the target (None: none), bool [T]."""
     fired: list[list[int]] = field(default_factory=list)
     """Tokens that fired, by adapter and layer."""
+    fired_target: list[list[int]] = field(default_factory=list)
+    """Those of the target among them."""
     blocks: list[int] = field(default_factory=list)
     """Layers with a block, by adapter."""
     local_sum: Tensor | None = None
@@ -171,9 +177,15 @@ class Pass:
     watch: Callable[[int, int, Tensor], None] | None = None
     """Called with (adapter, layer, gates [T]) where the adapter has a block."""
 
-    def fired_share(self, adapter: int) -> float:
-        """Share of token-layers that fired, of the layers where the adapter has a block."""
-        return sum(self.fired[adapter]) / (self.blocks[adapter] * self.offset_T.numel())
+    def on_target(self, adapter: int) -> tuple[int, int]:
+        """Token-layers of the target that fired, and all of them, where the adapter has a block."""
+        target = 0 if self.target_T is None else int(self.target_T.sum())
+        return sum(self.fired_target[adapter]), self.blocks[adapter] * target
+
+    def on_others(self, adapter: int) -> tuple[int, int]:
+        """The same of all other text."""
+        fired, seen = self.on_target(adapter)
+        return sum(self.fired[adapter]) - fired, self.blocks[adapter] * self.offset_T.numel() - seen
 
 
 class Attached:
@@ -194,9 +206,11 @@ class Attached:
         """Start a forward pass over those windows; the returned record fills up as the model runs."""
         self.now = Pass(offset_BT.flatten(), local, None if target_BT is None else target_BT.flatten())
         self.now.fired = [[0] * adapter.depth for adapter in self.adapters]
+        self.now.fired_target = [[0] * adapter.depth for adapter in self.adapters]
         self.now.blocks = [len(adapter.layers) for adapter in self.adapters]
         return self.now
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # its shapes are what fired
     def _add(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         x_Td, y_Td = x.flatten(0, -2), y.flatten(0, -2)
         if self.before is not None:
@@ -221,6 +235,8 @@ class Attached:
                 now.watch(which, layer, g_T.detach())
             index_f = g_T.detach().nonzero()[:, 0]
             now.fired[which][layer] = index_f.numel()
+            if now.target_T is not None:
+                now.fired_target[which][layer] = int(now.target_T[index_f].sum())
             every = index_f.numel() == g_T.numel()
             x_fd, g_f = (x_Td, g_T) if every else (x_Td[index_f], g_T[index_f])
             r_fd = module.residue(x_fd, g_f) if index_f.numel() else x_fd
@@ -241,6 +257,7 @@ class Attached:
             now.local_sum = term if now.local_sum is None else now.local_sum + term
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # a branch on the data
 def window_inputs(offset_BT: Tensor) -> dict[str, Tensor]:
     """Positions and mask that keep a window's documents apart; the mask only where a window has several."""
     inputs = {"position_ids": offset_BT}

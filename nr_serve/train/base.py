@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nr_serve.errors import UnsupportedBase
+from nr_serve.errors import BadRequest, UnsupportedBase
 from nr_serve.neutral import host
+from nr_serve.neutral.format import Adapter, Base, read_adapter
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,36 @@ class FrozenBase:
         """Number of parameters, tied ones once."""
         return sum(p.numel() for p in self.model.parameters())
 
+    @property
+    def identity(self) -> Base:
+        """What an adapter's file must say of its base to fit this one."""
+        return Base(self.name, self.fingerprint, self.layers, self.d)
 
-def load_base(base: str, dtype: str = "float32") -> FrozenBase:
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and its inputs must be."""
+        device: torch.device = self.model.device
+        return device
+
+
+def best_device() -> torch.device:
+    """The first CUDA device, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_adapters(files: Sequence[Path], base: FrozenBase) -> dict[str, Adapter]:
+    """Adapters for a base, by the names of their files.
+
+    Raises BadRequest if two have the same name, BadAdapterFile for a file that does not fit.
+    """
+    names = [path.stem for path in files]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BadRequest(f"two adapters have the same name: {', '.join(twice)}", param="adapters")
+    return {path.stem: read_adapter(path, base.identity) for path in files}
+
+
+def load_base(base: str, dtype: str = "float32", device: torch.device | str = "cpu") -> FrozenBase:
     """Load `default`, a folder or a model hub's name. Raises UnsupportedBase with the reason."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,5 +85,5 @@ def load_base(base: str, dtype: str = "float32") -> FrozenBase:
         raise UnsupportedBase(f"cannot load the base {source}: {error}") from error
     model.requires_grad_(False)
     model.eval()
-    name = Path(source).name
-    return FrozenBase(name, model, tokenizer, host.fingerprint(model, tokenizer))
+    fingerprint = host.fingerprint(model, tokenizer)
+    return FrozenBase(Path(source).name, model.to(device), tokenizer, fingerprint)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from nr_serve.errors import BadRequest
-from nr_serve.neutral.format import Adapter, Base, Block, read_adapter, write_adapter
+from nr_serve.neutral.format import Adapter, Block, write_adapter
 from nr_serve.train import text
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule
-from nr_serve.train.base import load_base
-from nr_serve.train.entries import DATASETS
-from nr_serve.train.gates import fit_gates, gate_classes
-from nr_serve.train.recipe import Recipe, parse_recipe
-from nr_serve.train.sources import find_files
+from nr_serve.train.base import best_device, load_base, read_adapters
+from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
+from nr_serve.train.recipe import Gate, Recipe, parse_recipe
+from nr_serve.train.text.mix import Classes
+from nr_serve.train.text.sources import Source, find_sources
 
 
 def calibrate(
@@ -35,60 +35,73 @@ def calibrate(
     """Fit the gates of the adapter in `new` on the stream as it and those in `beside` leave it; write to `out`.
 
     The classes are those of its recipe and the target text of every adapter beside it; gates are fitted as the
-    recipe says, by logistic regression if they were random there. `changes` replaces keys of the recipe's [gate],
-    `carry` its carry; the new file's recipe tells of both. Raises BadAdapterFile for a file that does not fit the
-    base, BadRequest for an adapter without a recipe, BadRecipe if text is missing.
+    recipe says, by logistic regression if they were random there, and every block keeps one, however little it
+    finds. `changes` replaces keys of the recipe's [gate], `carry` its carry; the new file's recipe tells of both.
+    Raises BadAdapterFile for a file that does not fit the base, BadRequest for an adapter without a recipe and for
+    two of the same name, BadRecipe if text is missing.
     """
-    frozen = load_base(base)
-    identity = Base(frozen.name, frozen.fingerprint, frozen.layers, frozen.d)
-    adapter = read_adapter(new, identity)
-    neighbours = {path.stem: read_adapter(path, identity) for path in beside}
-    recipe = _recipe(new, adapter)
-    gate = recipe.gate.model_dump() | ({} if recipe.gate.fitted else {"init": "logistic"}) | dict(changes or {})
-    blocks = recipe.blocks.model_dump() | ({} if carry is None else {"carry": carry})
-    data = recipe.data.model_dump() | {"background": _background(recipe, neighbours, corpus)}
-    recipe = parse_recipe(recipe.dump() | {"gate": gate, "blocks": blocks, "data": data}, new.name)
+    frozen = load_base(base, device=best_device())
+    neighbours = read_adapters([new, *beside], frozen)
+    adapter = neighbours.pop(new.stem)
+    recipe = _changed(_recipe(new.stem, adapter), new.name, carry, changes or {})
+    added = _target_text(recipe, neighbours, corpus)
+    written = [source for source in added if source.reads_alike(recipe.data.text_field)]
+    unwritten = [source for source in added if source not in written]  # a recipe has one field for all its text
+    recipe = _with_background(recipe, [source.entry(corpus) for source in written])
+    classes = text.read_classes(corpus, recipe.data, frozen.tokenizer, recipe.run, background=unwritten)
     module = AdapterModule.from_file(adapter)
     module.threshold = 0.0  # the fit sets its own
     module.carry = recipe.blocks.carry if carry is not None else module.carry
-    classes = text.read_classes(corpus, recipe.data, frozen.tokenizer, recipe.run)
-    attached = Attached(frozen.model, [module, *map(AdapterModule.from_file, neighbours.values())])
-    chosen = gate_classes(classes, recipe.gate.fit_tokens)
-    report = fit_gates(frozen.model, attached, chosen, recipe.gate, original=classes.original)
-    found = sum(layer.found for layer in report.values()) / len(report)
-    print(f"calibrate: gates find {found:.1%} of the target", file=sys.stderr)
+    modules = [module, *map(AdapterModule.from_file, neighbours.values())]
+    attached = Attached(frozen.model, [each.to(frozen.device) for each in modules])
+    fitted = _fit(frozen.model, attached, classes, recipe.gate)
+    print(f"calibrate: {fitted.summary()}", file=sys.stderr)
     results = {k: v for k, v in adapter.info.results.items() if k != "heldout"}
     results["calibrated"] = {"beside": {name: neighbour.version for name, neighbour in neighbours.items()}}
     info = replace(adapter.info, carry=module.carry, threshold=0.0, recipe=recipe.dump(), results=results)
-    fitted = [_with_gates(block, module.layer(i)) for i, block in enumerate(adapter.blocks)]
-    write_adapter(out, info, tuple(fitted))
+    write_adapter(out, info, tuple(_with_gate(block, module.layer(i)) for i, block in enumerate(adapter.blocks)))
     return out
 
 
-def _background(recipe: Recipe, neighbours: Mapping[str, Adapter], corpus: Path) -> tuple[str, ...]:
-    """The recipe's background and the neighbours' target text that has no part in the recipe yet."""
+def _fit(model: Any, attached: Attached, classes: Classes, gate: Gate) -> FittedGates:
+    """Fit the gates of the first attached adapter; none is dropped, as its block is trained already."""
+    gate = gate.model_copy(update={"min_found": 0.0})
+    return fit_gates(model, attached, gate_classes(classes, gate.fit_tokens), gate, original=classes.original)
+
+
+def _changed(recipe: Recipe, name: str, carry: float | None, changes: Mapping[str, Any]) -> Recipe:
+    gate = recipe.gate.model_dump() | ({} if recipe.gate.fitted else {"init": "logistic"}) | dict(changes)
+    blocks = recipe.blocks.model_dump() | ({} if carry is None else {"carry": carry})
+    return parse_recipe(recipe.dump() | {"gate": gate, "blocks": blocks}, name)
+
+
+def _with_background(recipe: Recipe, entries: Sequence[str]) -> Recipe:
+    background = (*recipe.data.background, *entries)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"background": background})})
+
+
+def _target_text(recipe: Recipe, neighbours: Mapping[str, Adapter], corpus: Path) -> list[Source]:
+    """The neighbours' target text that has no part in the recipe's fit yet, read as their own recipes say."""
     data = recipe.data
-    named = [entry for entry in (*data.target, *data.original, *data.background) if not entry.startswith(DATASETS)]
-    read = {path.name for path in find_files(corpus, named)}
-    background = list(data.background)
+    listed = find_sources(corpus, (*data.target, *data.original, *data.background), data.text_field)
+    seen = {source.identity for source in listed}
+    added = []
     for name, neighbour in neighbours.items():
-        for entry in _recipe(Path(name), neighbour).data.target:
-            if entry.startswith(DATASETS):
-                background += [entry] if entry not in background else []
-                continue
-            new = [path.name for path in find_files(corpus, [entry]) if path.name not in read]
-            background += new
-            read |= set(new)
-    return tuple(background)
+        its = _recipe(name, neighbour).data
+        for source in find_sources(corpus, its.target, its.text_field):
+            if source.identity not in seen:
+                seen.add(source.identity)
+                added.append(source)
+    return added
 
 
-def _with_gates(block: Block | None, fitted: BlockModule | None) -> Block | None:
+def _with_gate(block: Block | None, fitted: BlockModule | None) -> Block | None:
     if block is None or fitted is None:
         return None
     return replace(block, gate=fitted.gate.detach(), bias=fitted.bias.detach())
 
 
-def _recipe(path: Path, adapter: Adapter) -> Recipe:
+def _recipe(name: str, adapter: Adapter) -> Recipe:
     if "data" not in adapter.info.recipe:
-        raise BadRequest(f"{path.stem} carries no recipe, so its text is unknown", param="files")
-    return parse_recipe(dict(adapter.info.recipe), path.name)
+        raise BadRequest(f"{name} carries no recipe, so its text is unknown", param="files")
+    return parse_recipe(dict(adapter.info.recipe), name)

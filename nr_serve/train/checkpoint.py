@@ -45,6 +45,10 @@ class Checkpoint:
     """`Classes.digest` of the text it trained on."""
     results: dict[str, Any]
     """The measurements on held-out text so far."""
+    best_step: int | None = None
+    """Step of the least loss so far on the target's held-out text; None if the run does not watch it."""
+    stopped: bool = False
+    """Whether that loss has not fallen for so long that the run takes no further step."""
 
     def weights(self) -> dict[str, Tensor]:
         """The trained tensors, by the learner's names. Raises BadCheckpoint."""
@@ -61,6 +65,11 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
 
 
+def at_step(out: Path, step: int) -> Path:
+    """Where the run in `out` has its checkpoint of a step."""
+    return out / f"{PREFIX}{step}"
+
+
 def complete(checkpoint: Checkpoint) -> None:
     """Mark a checkpoint complete, all else being written: from here on a resumed run starts there."""
     folder = checkpoint.folder
@@ -73,6 +82,8 @@ def complete(checkpoint: Checkpoint) -> None:
         "base_fingerprint": checkpoint.base_fingerprint,
         "text_digest": checkpoint.text_digest,
         "results": checkpoint.results,
+        "best_step": checkpoint.best_step,
+        "stopped": checkpoint.stopped,
         "files": {path.name: path.stat().st_size for path in files},
     }
     part = folder / f".{STATE}.part"
@@ -82,10 +93,13 @@ def complete(checkpoint: Checkpoint) -> None:
     _sync(folder)
 
 
-def rotate(out: Path, keep: Path | None = None) -> None:
-    """Remove all complete checkpoints but the newest two and `keep`. A killed removal leaves an incomplete one."""
+def rotate(out: Path, keep: int | None = None) -> None:
+    """Remove all complete checkpoints but the newest two and that of step `keep`.
+
+    A killed removal leaves an incomplete one.
+    """
     for folder in _complete(out)[:-KEPT]:
-        if keep is None or folder.resolve() != keep.resolve():
+        if _step(folder) != keep:
             (folder / STATE).unlink()
             shutil.rmtree(folder)
 
@@ -110,6 +124,18 @@ def latest(out: Path) -> Path | None:
     """The newest complete checkpoint below `out`, if there is one."""
     folders = _complete(out)
     return folders[-1] if folders else None
+
+
+def kept(out: Path) -> Checkpoint | None:
+    """The checkpoint whose weights the run in `out` keeps as it stands: the best one measured, else the newest.
+
+    Raises BadCheckpoint.
+    """
+    newest = latest(out)
+    saved = None if newest is None else load(newest)
+    if saved is None or saved.best_step is None or saved.best_step == saved.step:
+        return saved
+    return load(at_step(out, saved.best_step))
 
 
 def load(folder: Path) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from nr_serve.neutral import host
 from nr_serve.neutral.format import AdapterInfo, write_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import AdapterModule
-from nr_serve.train.base import FrozenBase, load_base
+from nr_serve.train.base import FrozenBase, best_device, load_base
 from nr_serve.train.learner import Learner
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Recipe, parse_recipe
 
 
 def export_run(run: Path, path: Path, *, threshold: float = 0.0) -> Path:
-    """Write the adapter of the newest checkpoint in folder `run` to `path`; the run may still be going.
+    """Write the adapter that the run in folder `run` keeps so far to `path`; the run may still be going.
 
     `threshold` is written to the file: a gate there is relu(m - threshold), so that a little above 0 trades some
     learning for less leak. Raises Conflict if there is no checkpoint, BadRequest if the run makes no adapter.
@@ -35,20 +36,26 @@ def export_run(run: Path, path: Path, *, threshold: float = 0.0) -> Path:
     return write_blocks(path, recipe, base, learner.adapter, results, threshold)
 
 
-def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, Learner, checkpoints.Checkpoint]:
-    """A run as its newest checkpoint left it, the base's weights in `dtype` (default: as it trained).
-
-    Raises Conflict if there is no checkpoint, or if the base has changed.
-    """
-    found = checkpoints.latest(run)
-    if found is None:
+def read_run(run: Path) -> tuple[Recipe, checkpoints.Checkpoint]:
+    """A run's recipe, and the checkpoint whose weights it keeps so far. Raises Conflict if there is none."""
+    saved = checkpoints.kept(run)
+    if saved is None:
         raise Conflict(f"{run} holds no checkpoint")
-    saved = checkpoints.load(found)
-    recipe = parse_recipe(saved.recipe, f"the recipe in {found}")
-    base = load_base(recipe.base, dtype or recipe.base_dtype)
+    recipe = parse_recipe(saved.recipe, f"the recipe in {saved.folder}")
+    return recipe, saved
+
+
+def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, Learner, checkpoints.Checkpoint]:
+    """A run with the weights that it keeps so far, on a GPU if there is one.
+
+    Those are of its newest checkpoint, or of the best one if the run has patience. The base's weights are in
+    `dtype` (default: as it trained). Raises Conflict if there is no checkpoint, or if the base has changed.
+    """
+    recipe, saved = read_run(run)
+    base = load_base(recipe.base, dtype or recipe.base_dtype, best_device())
     if saved.base_fingerprint != base.fingerprint:
         raise Conflict(f"the base differs from that of the run in {run}")
-    learner = make_learner(recipe, base)
+    learner = make_learner(recipe, base).to(base.device)
     load_weights(learner, saved.weights())
     return recipe, base, learner, saved
 
@@ -60,9 +67,7 @@ def load_weights(learner: Learner, weights: Mapping[str, Tensor]) -> None:
     """
     adapter = learner.adapter
     if adapter is not None:
-        for i in range(adapter.depth):
-            if adapter.layer(i) is not None and f"adapter.layers.{i}.gate" not in weights:
-                adapter.drop(i)
+        adapter.keep({name.removeprefix("adapter.") for name in weights})
     expected = learner.trained_state().keys()
     if weights.keys() != expected:
         odd = sorted(weights.keys() ^ expected)[0]
@@ -71,17 +76,29 @@ def load_weights(learner: Learner, weights: Mapping[str, Tensor]) -> None:
 
 
 def write_result(out: Path, recipe: Recipe, base: FrozenBase, learner: Learner, results: Mapping[str, Any]) -> Path:
-    """Write what a finished run made: an adapter file, else a folder that PEFT or transformers reads."""
-    folder = result_path(out, recipe)
+    """Write what a finished run made: an adapter file, else a folder that PEFT or transformers reads.
+
+    It is there whole or not at all.
+    """
+    path = result_path(out, recipe)
     if learner.adapter is not None and _served(recipe):
-        return write_blocks(folder, recipe, base, learner.adapter, results)
+        return write_blocks(path, recipe, base, learner.adapter, results)
+    part = path.with_name(f".{path.name}.part")
+    _clear(part)
     if learner.adapter is not None:
-        checkpoints.save_weights(folder, learner.trained_state())
-        return folder
-    host.unhost_blocks(base.model)  # so that the layers have their own names again
-    base.model.save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
-    return folder
+        checkpoints.save_weights(part, learner.trained_state())
+    else:
+        host.unhost_blocks(base.model)  # so that the layers have their own names again
+        base.model.save_pretrained(part)
+        base.tokenizer.save_pretrained(part)
+    _clear(path)
+    part.rename(path)
+    return path
+
+
+def _clear(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def result_path(out: Path, recipe: Recipe) -> Path:

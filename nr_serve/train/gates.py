@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule, window_inputs
-from nr_serve.train.mix import Classes
-from nr_serve.train.pack import Windows, join
+from nr_serve.train.measure import evaluating
 from nr_serve.train.recipe import Gate
+from nr_serve.train.text.mix import Classes
+from nr_serve.train.text.pack import Windows, join
 
 CHUNK_TOKENS = 8192
 NEWTON_STEPS = 20
@@ -34,6 +35,22 @@ class LayerFit:
     """Share of the target's tokens that fire."""
     misfired: Mapping[str, float]
     """Share of each other class's tokens that fire."""
+
+
+@dataclass(frozen=True)
+class FittedGates:
+    """The gates of an adapter as they were fitted."""
+
+    gates: Mapping[str, Tensor]
+    """`AdapterModule.gates`: those of the layers that have a block."""
+    report: Mapping[int, LayerFit]
+    """How well each layer's was fitted, of blocks that were dropped for it too."""
+
+    def summary(self) -> str:
+        """In a line, for people."""
+        found = sum(fit.found for fit in self.report.values()) / len(self.report)
+        worst = max(max(fit.misfired.values()) for fit in self.report.values())
+        return f"gates find {found:.1%} of the target, misfire on at most {worst:.2%} of a class in a layer"
 
 
 def solve_ridge(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -198,7 +215,6 @@ def gate_classes(classes: Classes, tokens: int) -> dict[str, Windows]:
     return {"target": classes.target.take(slice(4 * count))} | fitted
 
 
-@torch.no_grad()
 def fit_gates(
     model: Any,
     attached: Attached,
@@ -206,8 +222,8 @@ def fit_gates(
     gate: Gate,
     *,
     original: Collection[str] = (),
-) -> dict[int, LayerFit]:
-    """Fit the gates of the first attached adapter in a single forward pass; returns how well, by layer.
+) -> FittedGates:
+    """Fit the gates of the first attached adapter in a single forward pass; returns them with how well they fit.
 
     The stream is as the residues of that adapter, by the gates already fitted below, and of the others attached
     leave it. `original` names the classes that `background_percentile` does not touch. Memory: all classes'
@@ -217,8 +233,9 @@ def fit_gates(
     windows = fitter.windows
     attached.before = fitter.fit
     try:
-        attached.begin(windows.offset_NT)
-        model.model(windows.ids_NT, use_cache=False, **window_inputs(windows.offset_NT))
+        with evaluating(model):
+            attached.begin(windows.offset_NT)
+            model.model(windows.ids_NT, use_cache=False, **window_inputs(windows.offset_NT))
     finally:
         attached.before = None
-    return fitter.report
+    return FittedGates(attached.adapters[0].gates(), fitter.report)

@@ -5,8 +5,8 @@ Shape suffixes: B windows, T tokens a window.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +14,36 @@ from torch import Tensor, nn
 
 from nr_serve.train import losses
 from nr_serve.train.attach import AdapterModule, Attached, window_inputs
-from nr_serve.train.pack import Windows, join
+from nr_serve.train.measure import evaluating
 from nr_serve.train.recipe import Loss
+from nr_serve.train.text.pack import Windows, join
 
-Batch = Mapping[str, tuple[Tensor, Tensor]]
-"""Part (target, original, background) -> its windows' ids and offsets, both [B, T]; a part may be missing."""
+Batch = Mapping[str, Any]
+"""Role (target, original, background) -> its windows' ids and offsets, both [B, T]; a role may be missing.
+
+`whole`, if there, is the `Whole` that the batch is a part of.
+"""
+
+Sums = dict[str, Tensor]
+"""Name -> a sum and what it is over, [2], float64: added up over batches and divided, they are means."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A gradient step, counted: its means are over all of it, so that they do not depend on how it is cut."""
+
+    tokens: Mapping[str, int]
+    """Tokens, by role."""
+    labelled: Mapping[str, int]
+    """Tokens that have a label, by role."""
+    parts: int = 1
+    """Batches that the step is cut in."""
+
+    @classmethod
+    def of(cls, windows: Mapping[str, Windows], parts: int = 1) -> Whole:
+        """The step that reads these windows."""
+        tokens = {role: each.ids_NT.numel() for role, each in windows.items()}
+        return cls(tokens, {role: each.labelled for role, each in windows.items()}, parts)
 
 
 class Learner(nn.Module):
@@ -35,7 +60,11 @@ class Learner(nn.Module):
         self.adapter = adapter
         self.attached = Attached(base, [adapter] if adapter is not None else [])
         self.local = local
-        self.lm_on_original = lm_on_original
+        self.spoken = ("target", "original") if lm_on_original else ("target",)
+        """Roles that carry the LM loss."""
+        classifies = local is not None and local.kind == "cross-entropy"
+        self.quiet = () if local is None else ("target", *_QUIET) if classifies else _QUIET
+        """Roles that carry the local loss."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that gradient steps move, by name."""
@@ -47,70 +76,70 @@ class Learner(nn.Module):
             return {f"adapter.{name}": tensor for name, tensor in self.adapter.state_dict().items()}
         return {name: p.detach() for name, p in self.trained().items()}
 
-    def forward(self, **batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """`loss` = LM loss + alpha * local loss, with its parts and the shares of token-layers that fired.
+    def forward(self, whole: Whole | None = None, **batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        """`loss` = LM loss + alpha * local loss, and the `sums` of both and of the token-layers that fired.
 
-        The local loss is gathered first, since gradient checkpointing runs the LM pass once more in the backward
-        pass, and must then find what that pass was given.
+        Each loss is a mean over the tokens of the `whole` step (None: the batch is all of it), scaled so that the
+        mean over its parts is the step's loss: over labelled tokens of -log p(label), over tokens and layers of the
+        local terms. The local loss is gathered first, since gradient checkpointing runs the LM pass once more in
+        the backward pass, and must then find what that pass was given.
         """
-        parts = {name: Windows(*tensors) for name, tensors in batch.items()}
-        quiet, other_fired = self._quiet_loss(parts)
-        lm, target_fired = self._lm_loss(parts)
-        loss = lm if quiet is None or self.local is None else lm + self.local.alpha * quiet
+        windows = {role: Windows(*tensors) for role, tensors in batch.items()}
+        whole = Whole.of(windows) if whole is None else whole
+        local, local_sums = self._local_loss(windows, whole)
+        lm, lm_sums = self._lm_loss(windows, whole)
+        loss = lm if local is None or self.local is None else lm + self.local.alpha * local
         if not loss.requires_grad:  # no gate fired at all
             loss = loss + 0.0 * sum(p.sum() for p in self.trained().values())
-        none = lm.new_zeros(())
-        return {
-            "loss": loss,
-            "lm": lm.detach(),
-            "local": none if quiet is None else quiet.detach(),
-            "target_fired": none + target_fired,
-            "other_fired": none + other_fired,
-        }
+        return {"loss": loss * whole.parts, "sums": lm_sums | local_sums}
 
-    def _lm_loss(self, parts: Mapping[str, Windows]) -> tuple[Tensor, float]:
-        spoken = ("target", "original") if self.lm_on_original else ("target",)
-        windows = join(parts[name] for name in spoken if name in parts)
-        record = self.attached.begin(windows.offset_NT)
-        output = self.base(windows.ids_NT, use_cache=False, **window_inputs(windows.offset_NT))
-        labels = losses.next_token_labels(windows.ids_NT, windows.offset_NT)
-        return losses.lm_loss(output.logits, labels), self._fired(record)
+    def _lm_loss(self, windows: Mapping[str, Windows], whole: Whole) -> tuple[Tensor, Sums]:
+        read, target_BT = _join(windows, self.spoken)
+        record = self.attached.begin(read.offset_NT, target_BT=target_BT)
+        output = self.base(read.ids_NT, use_cache=False, **window_inputs(read.offset_NT))
+        nats = losses.lm_loss(output.logits, losses.next_token_labels(read.ids_NT, read.offset_NT))
+        fired = (0, 0) if self.adapter is None else record.on_target(0)
+        sums = {"lm": _pair(nats, read.labelled), "target_fired": _pair(nats.new_tensor(fired[0]), fired[1])}
+        return nats / max(1, _count(whole.labelled, self.spoken)), sums
 
-    def _quiet_loss(self, parts: Mapping[str, Windows]) -> tuple[Tensor | None, float]:
-        """The local loss, and the share of token-layers that fired on text that is not the target's.
+    def _local_loss(self, windows: Mapping[str, Windows], whole: Whole) -> tuple[Tensor | None, Sums]:
+        """The local loss; its sums, those of the text that is not the target's.
 
         Each block answers for its own residue: the gradient does not run down the stream, so these windows
         cost a forward pass and the few tokens that fired.
         """
-        if self.local is None or self.adapter is None:
-            return None, 0.0
-        read = ("target", "original", "background") if self.local.kind == "cross-entropy" else _QUIET
-        named = {name: parts[name] for name in read if name in parts}
-        if not named:
-            return None, 0.0
-        windows = join(named.values())
-        is_target_B = torch.cat([torch.full((len(w),), name == "target") for name, w in named.items()])
-        is_target_BT = is_target_B[:, None].to(windows.ids_NT.device).expand_as(windows.ids_NT)
-        with torch.no_grad(), _evaluating(self.base):
-            record = self.attached.begin(windows.offset_NT, losses.LOCAL[self.local.kind], is_target_BT)
-            decoder: Any = self.base.model
-            decoder(windows.ids_NT, use_cache=False, **window_inputs(windows.offset_NT))
-        loss = losses.local_loss(record.local_sum, windows.ids_NT.numel(), self.adapter.depth)
-        return loss, self._fired(record)
-
-    def _fired(self, record: Any) -> float:
-        return 0.0 if self.adapter is None else float(record.fired_share(0))
+        nothing = next(iter(windows.values())).ids_NT.new_zeros(2, dtype=torch.float64)
+        if self.local is None or self.adapter is None or not windows.keys() & set(self.quiet):
+            return None, {"local": nothing, "other_fired": nothing}
+        read, target_BT = _join(windows, self.quiet)
+        decoder: Any = self.base.model
+        with evaluating(self.base):
+            record = self.attached.begin(read.offset_NT, losses.LOCAL[self.local.kind], target_BT)
+            decoder(read.ids_NT, use_cache=False, **window_inputs(read.offset_NT))
+        terms, layers = record.local_sum, self.adapter.depth
+        fired, seen = record.on_others(0)
+        sums = {
+            "local": _pair(nothing[0] if terms is None else terms, read.ids_NT.numel() * layers),
+            "other_fired": _pair(nothing.new_tensor(fired), seen),
+        }
+        return None if terms is None else terms / (_count(whole.tokens, self.quiet) * layers), sums
 
 
 _QUIET = ("original", "background")
 
 
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """No dropout and no gradient checkpointing inside."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
+def _join(windows: Mapping[str, Windows], roles: tuple[str, ...]) -> tuple[Windows, Tensor]:
+    """The windows of those roles, laid one after another, and which tokens are of the target, bool [B, T]."""
+    named = {role: windows[role] for role in roles if role in windows}
+    read = join(named.values())
+    target_B = torch.cat([torch.full((len(each),), role == "target") for role, each in named.items()])
+    return read, target_B[:, None].to(read.ids_NT.device).expand_as(read.ids_NT)
+
+
+def _count(counts: Mapping[str, int], roles: tuple[str, ...]) -> int:
+    return sum(counts.get(role, 0) for role in roles)
+
+
+def _pair(total: Tensor, over: int) -> Tensor:
+    total = total.detach().double()
+    return torch.stack([total, torch.full_like(total, over)])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from transformers import (
 from nr_serve.errors import NrError
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.export import load_weights
-from nr_serve.train.learner import Learner
-from nr_serve.train.mix import Classes, Mix
+from nr_serve.train.learner import Batch, Learner, Sums, Whole
 from nr_serve.train.recipe import BadRecipe, Run
+from nr_serve.train.text.mix import Classes, Mix
+from nr_serve.train.text.pack import Windows
 
 
 class TrainingDiverged(NrError):
@@ -50,19 +51,7 @@ def learning_rate(run: Run, step: int) -> float:
     return run.lr * (0.5 - 0.5 * math.cos(math.pi * left) if run.schedule == "cosine" else left)
 
 
-class Log:
-    """A run's log: one JSON object a line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, entry: Mapping[str, Any]) -> None:
-        """Add a line."""
-        with self.path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(entry) + "\n")
-
-
-class Batches(Dataset[dict[str, tuple[Tensor, Tensor]]]):
+class Batches(Dataset[Batch]):
     """The parts of all steps, in order: each step is cut in as many parts as processes and accumulation need."""
 
     def __init__(self, classes: Classes, run: Run, processes: int) -> None:
@@ -79,11 +68,13 @@ class Batches(Dataset[dict[str, tuple[Tensor, Tensor]]]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, i: int) -> dict[str, tuple[Tensor, Tensor]]:
+    def __getitem__(self, i: int) -> Batch:
         step, part = divmod(i, self.parts)
-        named = zip(("target", "original", "background"), self.mix.batch(step), strict=True)
-        own = {name: w.take(slice(part, None, self.parts)) for name, w in named if w is not None}
-        return {name: (w.ids_NT, w.offset_NT) for name, w in own.items() if len(w)}
+        roles = zip(("target", "original", "background"), self.mix.batch(step), strict=True)
+        windows: dict[str, Windows] = {role: each for role, each in roles if each is not None}
+        own = {role: each.take(slice(part, None, self.parts)) for role, each in windows.items()}
+        read = {role: (each.ids_NT, each.offset_NT) for role, each in own.items() if len(each)}
+        return {"whole": Whole.of(windows, self.parts), **read}
 
 
 def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArguments:
@@ -107,6 +98,7 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
         eval_strategy="steps",
         eval_steps=validate,
         load_best_model_at_end=stops,
+        restore_callback_states_from_checkpoint=stops,  # how often the loss has not fallen
         metric_for_best_model="loss" if stops else None,
         greater_is_better=False if stops else None,
         remove_unused_columns=False,
@@ -130,10 +122,13 @@ class Loop(transformers.Trainer):
         *,
         validate: Callable[[int], float],
         describe: Callable[[Path, int], checkpoints.Checkpoint],
-        log: Log,
+        log: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        """`validate` measures after so many steps, `describe` says what a checkpoint then in a folder is."""
-        self.learner, self.plan, self.validate, self.describe, self.lines = learner, plan, validate, describe, log
+        """`validate` measures after so many steps, `describe` says what a checkpoint then in a folder is.
+
+        `log` takes a line of the run's log, in every process.
+        """
+        self.learner, self.plan, self.validate, self.describe, self.write = learner, plan, validate, describe, log
         self.out = Path(str(arguments.output_dir))
         parameters = list(self.learner.trained().values())
         optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, foreach=True)
@@ -153,8 +148,9 @@ class Loop(transformers.Trainer):
         self.remove_callback(PrinterCallback)  # it and the plain bar print every log line on stdout
         self.pop_callback(ProgressCallback)
         self.add_callback(Bar())
-        self._sums: dict[str, float] = {}
-        self._parts, self._since, self._logged_step = 0, time.monotonic(), 0
+        self._sums: Sums = {}
+        self._loss = torch.zeros((), device=arguments.device)
+        self._since, self._logged_step = time.monotonic(), 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.batches)
@@ -162,40 +158,47 @@ class Loop(transformers.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The learner's loss on one part of a step. Raises TrainingDiverged if it is not finite."""
-        if self._parts == 0:  # the first since the last line of the log: measuring takes no part in the rate
+        """The learner's loss on one part of a step."""
+        if not self._sums:  # the first since the last line of the log: measuring takes no part in the rate
             self._since, self._logged_step = time.monotonic(), self.state.global_step
         output = model(**inputs)
-        for name in ("lm", "local", "target_fired", "other_fired"):
-            self._sums[name] = self._sums.get(name, 0.0) + float(output[name])
-        self._parts += 1
-        self._check(output["loss"], "loss")
+        for name, pair in output["sums"].items():
+            self._sums[name] = self._sums.get(name, 0.0) + pair
+        self._loss = self._loss + output["loss"].detach()
         return (output["loss"], output) if return_outputs else output["loss"]
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Scale the gradients; raises TrainingDiverged, in all processes, if they or the loss are not finite."""
         norm: Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        self._check(self._over_processes(self._loss) / self.batches.parts, "loss")
+        self._loss = torch.zeros_like(self._loss)
         self._check(norm, "gradient norm")
         return norm
 
+    def _over_processes(self, value: Tensor) -> Tensor:
+        """The sum of that of each process."""
+        summed: Tensor = self.accelerator.reduce(value, "sum")
+        return summed
+
     def _check(self, value: Tensor, what: str) -> None:
-        value = value.detach()
-        if not math.isfinite(float(value)):
-            self.lines.write({"event": "diverged", "step": self.state.global_step, what: float(value)})
+        number, step = float(value.detach()), self.state.global_step
+        if not math.isfinite(number):
+            self.write({"event": "diverged", "step": step, what: number})
             raise TrainingDiverged(
-                f"step {self.state.global_step}: the {what} is {float(value)}; "
-                f"the last good checkpoint is {checkpoints.latest(self.out)}"
+                f"step {step}: the {what} is {number}; the last good checkpoint is {checkpoints.latest(self.out)}"
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the means since the last time, with the rate."""
-        if self._parts and "loss" in logs:
-            tokens = (self.state.global_step - self._logged_step) * self.plan.batch_tokens
-            logs |= {name: total / self._parts for name, total in self._sums.items()}
+        """Log the means since the last time over all that was read, with the rate; no mean of what was not read."""
+        if self._sums and "loss" in logs:
+            step = self.state.global_step
+            totals = self._over_processes(torch.stack(list(self._sums.values()))).tolist()
+            means = zip(self._sums, totals, strict=True)
+            logs |= {name: total / over for name, (total, over) in means if over}
+            tokens = (step - self._logged_step) * self.plan.batch_tokens
             logs["tokens_a_second"] = tokens / (time.monotonic() - self._since)
-            self._sums, self._parts = {}, 0
-            done = self.state.global_step * self.plan.batch_tokens
-            if self.is_world_process_zero():
-                self.lines.write({"event": "step", "step": self.state.global_step, "tokens": done} | _plain(logs))
+            self._sums = {}
+            self.write({"event": "step", "step": step, "tokens": step * self.plan.batch_tokens} | _plain(logs))
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -219,18 +222,17 @@ class Loop(transformers.Trainer):
             raise TrainingStopped(f"cannot write a checkpoint in {self.out}: {error}; {where}") from error
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if self.args.should_save:
-            step = self.state.global_step
-            folder = self.out / f"{checkpoints.PREFIX}{step}"
-            checkpoints.complete(self.describe(folder, step))
-            best = self.state.best_model_checkpoint
-            checkpoints.rotate(self.out, keep=Path(best) if best else None)
+            step, best = self.state.global_step, self.state.best_global_step
+            stopped = bool(self.control.should_training_stop) and step < self.plan.steps
+            described = self.describe(checkpoints.at_step(self.out, step), step)
+            checkpoints.complete(replace(described, best_step=best, stopped=stopped))
+            checkpoints.rotate(self.out, keep=best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.learner, checkpoints.load(Path(resume_from_checkpoint)).weights())
 
     def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        """Left to the run, which also knows what it keeps where no step was left to take."""
 
 
 class Bar(ProgressCallback):
@@ -240,10 +242,10 @@ class Bar(ProgressCallback):
         """Show the losses and how much fired."""
         bar: Any = self.training_bar  # None in the other processes
         if bar is not None and "lm" in logs:
-            bar.set_postfix_str(
-                f"lm {logs['lm']:.3f}, fired {logs['target_fired']:.0%} of target, "
-                f"{logs['other_fired']:.2%} of others, {logs['tokens_a_second']:.0f} tokens/s"
-            )
+            fired = [f"{logs['target_fired']:.0%} of target"] if "target_fired" in logs else []
+            fired += [f"{logs['other_fired']:.2%} of others"] if "other_fired" in logs else []
+            said = [f"lm {logs['lm']:.3f}"] + ([f"fired {', '.join(fired)}"] if fired else [])
+            bar.set_postfix_str(", ".join([*said, f"{logs['tokens_a_second']:.0f} tokens/s"]))
 
 
 def _plain(logs: Mapping[str, Any]) -> dict[str, float]:

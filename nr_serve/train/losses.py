@@ -1,4 +1,4 @@
-"""The losses of training. Each is a small function with its formula.
+"""The losses of training, summed over tokens. Each is a small function with its formula.
 
 Shape suffixes: B windows, T tokens (of all windows laid end to end in a local loss), V vocabulary, d width of
 the stream, f fired tokens.
@@ -22,8 +22,9 @@ def next_token_labels(ids_BT: Tensor, offset_BT: Tensor) -> Tensor:
 
 
 def lm_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean over labelled tokens of -log p(label), in nats; float32."""
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=-100)
+    """Sum over labelled tokens of -log p(label), in nats; float32."""
+    logits_MV = logits_BTV.flatten(0, 1).float()
+    return F.cross_entropy(logits_MV, labels_BT.flatten(), ignore_index=-100, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,3 @@ LocalLoss = Callable[[LayerOutput], Tensor]
 
 LOCAL: dict[str, LocalLoss] = {"l1": l1, "l1-relative": l1_relative, "cross-entropy": cross_entropy}
 """The local losses by the recipe's name."""
-
-
-def local_loss(summed: Tensor | None, tokens: int, layers: int) -> Tensor | None:
-    """Mean over tokens and layers of the gathered local terms; None if nothing was gathered."""
-    return None if summed is None else summed / (tokens * layers)

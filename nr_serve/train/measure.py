@@ -5,17 +5,18 @@ Shape suffixes: N windows, T tokens a window, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from nr_serve.train.attach import Attached, window_inputs
+from nr_serve.train.attach import Attached, Pass, window_inputs
 from nr_serve.train.losses import next_token_labels
-from nr_serve.train.pack import Windows
+from nr_serve.train.text.pack import Windows
 
 BATCH_WINDOWS = 8
 
@@ -38,28 +39,53 @@ class SourceResult:
     """Tokens predicted in each window."""
 
 
-@torch.no_grad()
-def measure(model: Any, attached: Attached, sources: Mapping[str, Windows]) -> dict[str, SourceResult]:
-    """Loss and fired shares of every source as the attached adapters are now, without dropout."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, no gradient checkpointing and no gradient inside."""
     training = model.training
     model.eval()
     try:
-        return {name: _measure_one(model, attached, windows) for name, windows in sources.items()}
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)
+
+
+def measure(model: Any, attached: Attached, sources: Mapping[str, Windows]) -> dict[str, SourceResult]:
+    """Loss and fired shares of every source as the attached adapters are now; the text may be on any device."""
+    with evaluating(model):
+        return {name: _measure_one(model, attached, windows) for name, windows in sources.items()}
+
+
+Watch = Callable[[int, int, Tensor], None]
+
+
+def read_parts(
+    model: Any, attached: Attached, windows: Windows, watch: Watch | None = None
+) -> Iterator[tuple[Pass, Tensor, Tensor]]:
+    """A few windows at a time: what fired, each token's loss on the next in nats, and which have a next; [N, T].
+
+    The loss is 0 where there is no next one. `watch` is `Pass.watch`.
+    """
+    for at in range(0, len(windows), BATCH_WINDOWS):
+        part = windows.take(slice(at, at + BATCH_WINDOWS)).to(model.device)
+        record = attached.begin(part.offset_NT)
+        record.watch = watch
+        logits_NTV = model(part.ids_NT, use_cache=False, **window_inputs(part.offset_NT)).logits
+        labels_NT = next_token_labels(part.ids_NT, part.offset_NT)
+        nats_M = F.cross_entropy(
+            logits_NTV.flatten(0, 1).float(), labels_NT.flatten(), ignore_index=-100, reduction="none"
+        )
+        yield record, nats_M.view_as(labels_NT).double(), labels_NT != -100
 
 
 def _measure_one(model: Any, attached: Attached, windows: Windows) -> SourceResult:
     nats: list[float] = []
     labelled: list[int] = []
     fired = [[0] * adapter.depth for adapter in attached.adapters]
-    for at in range(0, len(windows), BATCH_WINDOWS):
-        part = windows.take(slice(at, at + BATCH_WINDOWS)).to(model.device)
-        record = attached.begin(part.offset_NT)
-        logits_NTV = model(part.ids_NT, use_cache=False, **window_inputs(part.offset_NT)).logits
-        labels_NT = next_token_labels(part.ids_NT, part.offset_NT)
-        nats += _summed_loss(logits_NTV, labels_NT).tolist()
-        labelled += (labels_NT != -100).sum(1).tolist()
+    for record, nats_NT, labelled_NT in read_parts(model, attached, windows):
+        nats += nats_NT.sum(1).tolist()
+        labelled += labelled_NT.sum(1).tolist()
         fired = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(fired, record.fired, strict=True)]
     tokens = windows.ids_NT.numel()
     by_layer = tuple(
@@ -68,14 +94,6 @@ def _measure_one(model: Any, attached: Attached, windows: Windows) -> SourceResu
     )
     shares = tuple(_mean(layers) for layers in by_layer)
     return SourceResult(sum(nats) / sum(labelled), tokens, shares, by_layer, tuple(nats), tuple(labelled))
-
-
-def _summed_loss(logits_NTV: Tensor, labels_NT: Tensor) -> Tensor:
-    """Sum over each window's labelled tokens of -log p(label), in nats, [N], float64."""
-    nats_M = F.cross_entropy(
-        logits_NTV.flatten(0, 1).float(), labels_NT.flatten(), ignore_index=-100, reduction="none"
-    )
-    return nats_M.view_as(labels_NT).double().sum(1)
 
 
 def _mean(layers: tuple[float | None, ...]) -> float:

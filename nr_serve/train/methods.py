@@ -8,6 +8,8 @@ finetune    every parameter of the base
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -31,13 +33,20 @@ def make_learner(recipe: Recipe, base: FrozenBase) -> Learner:
     else:
         base.model.requires_grad_(True)
     if recipe.run.gradient_checkpointing:
-        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(base.model)
     return Learner(
         base.model,
         adapter,
         local=recipe.loss if recipe.keeps_quiet else None,
         lm_on_original=recipe.speaks_original,
     )
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Keep of each layer in training its input alone, and compute the rest anew in the backward pass."""
+    # The old name, deprecated where there is the new one, is the only one in transformers 5.17.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def fresh_blocks(recipe: Recipe, base: FrozenBase) -> AdapterModule:

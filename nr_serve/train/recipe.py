@@ -23,7 +23,17 @@ Globs = tuple[str, ...]
 
 
 class BadRecipe(BadRequest):
-    """A recipe that cannot be trained as it stands."""
+    """A recipe that cannot be followed as it stands."""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file. Raises BadRecipe if it cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadRecipe(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRecipe(f"{path.name} is not TOML: {error}") from error
 
 
 class _Section(BaseModel):
@@ -326,12 +336,7 @@ def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
 
     Raises BadRecipe, naming the key at fault.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadRecipe(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRecipe(f"{path.name} is not TOML: {error}") from error
+    values = read_toml(path)
     for key, value in (changes or {}).items():
         _set(values, key, value)
     return parse_recipe(values, path.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import tomllib
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nr_serve.errors import NrError
-from nr_serve.train.recipe import BadRecipe, Recipe, read_recipe
+from nr_serve.train.recipe import BadRecipe, Recipe, read_recipe, read_toml
 
 Changes = Mapping[str, str | int | float | bool | list[int] | list[str]]
 
@@ -32,11 +32,7 @@ def read_sweep(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str
     Raises BadRecipe, naming the key or the run at fault.
     """
     try:
-        sweep = Sweep.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise BadRecipe(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRecipe(f"{path.name} is not TOML: {error}") from error
+        sweep = Sweep.model_validate(read_toml(path))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise BadRecipe(f"{path.name}: {faults}") from error
@@ -51,27 +47,44 @@ def read_sweep(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str
 
 def run_sweep(
     path: Path, out: Path, corpus: Path, changes: Mapping[str, Any] | None = None
-) -> dict[str, Path | NrError]:
+) -> dict[str, Path | Exception]:
     """Train every run of a sweep in its folder below `out`, in order, going on where an earlier call stopped.
 
     All recipes are checked before the first run starts. A run that fails does not stop the others: what it raised
-    stands in its place.
+    stands in its place. The failures are told at the end.
     """
+    results: dict[str, Path | Exception] = {}
+    for name, recipe in read_sweep(path, changes).items():
+        try:
+            results[name] = _run(name, recipe, out / name, corpus)
+        except Exception as error:
+            if not _raised_by_all(error):
+                raise
+            if not isinstance(error, NrError):
+                traceback.print_exc()
+            results[name] = error.with_traceback(None)  # which holds on to the model
+    failed = {name: result for name, result in results.items() if isinstance(result, Exception)}
+    for name, failure in failed.items():
+        _say(f"{name} failed: {failure if isinstance(failure, NrError) else repr(failure)}")
+    return results
+
+
+def _run(name: str, recipe: Recipe, folder: Path, corpus: Path) -> Path:
     from nr_serve.train.trainer import train
 
-    results: dict[str, Path | NrError] = {}
-    for name, recipe in read_sweep(path, changes).items():
-        done = finished(out / name, recipe)
-        if done is not None:
-            results[name] = done
-            continue
-        print(f"sweep: {name}", file=sys.stderr, flush=True)
-        try:
-            results[name] = train(recipe, out / name, corpus, resume=True)
-        except NrError as error:
-            print(f"sweep: {name} failed: {error.message}", file=sys.stderr, flush=True)
-            results[name] = error
-    return results
+    done = finished(folder, recipe)
+    if done is not None:
+        return done
+    _say(name)
+    return train(recipe, folder, corpus, resume=True)
+
+
+def _raised_by_all(error: Exception) -> bool:
+    """Whether the other processes of the sweep, if there are any, are past the failed run too."""
+    from nr_serve.train import processes
+    from nr_serve.train.loop import TrainingStopped
+
+    return not processes.several() or (isinstance(error, NrError) and not isinstance(error, TrainingStopped))
 
 
 def finished(run: Path, recipe: Recipe) -> Path | None:
@@ -83,5 +96,13 @@ def finished(run: Path, recipe: Recipe) -> Path | None:
     if found is None:
         return None
     saved, result = checkpoints.load(found), result_path(run, recipe)
+    ended = saved.stopped or saved.step >= recipe.run.steps
     whole: dict[str, Any] = recipe.dump()
-    return result if saved.step >= recipe.run.steps and saved.recipe == whole and result.exists() else None
+    return result if ended and saved.recipe == whole and result.exists() else None
+
+
+def _say(message: str) -> None:
+    from nr_serve.train import processes
+
+    if processes.is_first():
+        print(f"sweep: {message}", file=sys.stderr, flush=True)

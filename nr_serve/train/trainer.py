@@ -1,38 +1,36 @@
 """Training: a recipe and a corpus in, an adapter file out. The loop itself is `transformers.Trainer`.
 
 A run is a function of its recipe, corpus and base: a batch depends on the step alone, so a resumed run takes
-exactly the steps that an uninterrupted one takes.
+exactly the steps that an uninterrupted one takes. Of several processes the first one fits, measures, writes and
+tells; the others take their parts of the steps.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from transformers import TrainingArguments
 
-from nr_serve.default_model import cache_folder
 from nr_serve.errors import Conflict
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import text
+from nr_serve.train import processes, text
 from nr_serve.train.attach import AdapterModule
-from nr_serve.train.base import FrozenBase, load_base
+from nr_serve.train.base import load_base
 from nr_serve.train.export import load_weights, write_result
-from nr_serve.train.gates import fit_gates, gate_classes
-from nr_serve.train.loop import Log, Loop, TrainingStopped, training_arguments
+from nr_serve.train.gate_cache import GateCache
+from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
+from nr_serve.train.log import Log
+from nr_serve.train.loop import Loop, TrainingStopped, training_arguments
 from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe
-from nr_serve.train.tensor_cache import TensorCache
-
-GATE_FORMAT = 1
-"""Raised when the fit changes: gates kept by another format are not taken."""
+from nr_serve.train.text.pack import Windows, digest
 
 
 def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tensorboard: bool = False) -> Path:
@@ -43,16 +41,16 @@ def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tens
     `accelerate launch` share each step. Raises BadRecipe; Conflict if `out` holds another run or another process
     trains there; TrainingDiverged if the loss stops being finite; TrainingStopped if the disk is full.
     """
-    first = int(os.environ.get("RANK", "0")) == 0
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with checkpoints.alone(out) if first else nullcontext():
+        arguments = training_arguments(recipe.run, out, tensorboard=tensorboard)  # joins the processes
+        with ExitStack() as stack:
+            processes.from_first(lambda: stack.enter_context(checkpoints.alone(out)))
             found = checkpoints.latest(out)
             if found is not None and not resume:
                 raise Conflict(f"{out} holds checkpoints of an earlier run; resume it or name another folder")
             saved = None if found is None else checkpoints.load(found)
-            run = TrainingRun(recipe, load_base(recipe.base, recipe.base_dtype), out, corpus, saved)
-            return run.train(tensorboard=tensorboard)
+            return TrainingRun(recipe, arguments, out, corpus, saved).train()
     except OSError as error:
         raise TrainingStopped(f"training in {out}: {error}") from error
 
@@ -61,30 +59,41 @@ class TrainingRun:
     """One run: its text, its learner, and what it has measured."""
 
     def __init__(
-        self, recipe: Recipe, base: FrozenBase, out: Path, corpus: Path, saved: checkpoints.Checkpoint | None
+        self,
+        recipe: Recipe,
+        arguments: TrainingArguments,
+        out: Path,
+        corpus: Path,
+        saved: checkpoints.Checkpoint | None,
     ) -> None:
-        self.recipe, self.base, self.out, self.saved = recipe, base, out, saved
-        run = recipe.run
+        self.recipe, self.arguments, self.out, self.saved = recipe, arguments, out, saved
         _say("reading and packing the text")
-        self.classes = text.read_classes(corpus, recipe.data, base.tokenizer, run)
+        with arguments.main_process_first():  # the others find what it leaves in the caches
+            self._read(corpus)
+        if recipe.run.patience is not None and not any(recipe.owns(name) for name in self.heldout):
+            raise BadRecipe("run.patience watches the target's held-out text, and data.heldout names none")
+        if saved is not None:
+            self._check_resumable(saved)
+        self.learner = make_learner(recipe, self.base).to(self.base.device)
+        self.results: dict[str, Any] = saved.results if saved else {}
+        self.log = Log(out / "log.jsonl") if processes.is_first() else None
+        self._measured: int | None = None
+
+    def _read(self, corpus: Path) -> None:
+        """Load the base, and read the text in its tokens."""
+        recipe, run = self.recipe, self.recipe.run
+        self.base = load_base(recipe.base, recipe.base_dtype, self.arguments.device)
+        self.classes = text.read_classes(corpus, recipe.data, self.base.tokenizer, run)
         self.digest = self.classes.digest()
         self.heldout = text.read_heldout(
             corpus,
             recipe.data.heldout,
-            base.tokenizer,
+            self.base.tokenizer,
             run.window,
             run.validate_windows,
             text_field=recipe.data.text_field,
             apart_from=self.classes,
         )
-        if run.patience is not None and not any(recipe.owns(name) for name in self.heldout):
-            raise BadRecipe("run.patience watches the target's held-out text, and data.heldout names none")
-        if saved is not None:
-            self._check_resumable(saved)
-        self.learner = make_learner(recipe, base)
-        self.results: dict[str, Any] = saved.results if saved else {}
-        self.log = Log(out / "log.jsonl")
-        self._measured: int | None = None
 
     def _check_resumable(self, saved: checkpoints.Checkpoint) -> None:
         if not self.recipe.continues(parse_recipe(saved.recipe), saved.step * self.recipe.run.batch_tokens):
@@ -94,69 +103,75 @@ class TrainingRun:
         if saved.text_digest != self.digest:
             raise Conflict("the corpus differs from that of the run to resume")
 
-    def train(self, *, tensorboard: bool) -> Path:
+    def train(self) -> Path:
         """Take the steps that are left; returns the adapter file or the folder of the trained model."""
-        arguments = training_arguments(self.recipe.run, self.out, tensorboard=tensorboard)
-        self.learner.to(arguments.device)
         if self.saved is None:
             if self.recipe.method == "neutral" and self.recipe.gate.fitted:
                 self.fit_gates()
+            self.validate(0)
         else:
             load_weights(self.learner, self.saved.weights())
             _say(f"resuming after step {self.saved.step}")
+        steps = self.recipe.run.steps
+        if self.saved is None or not self.saved.stopped:
+            steps = self._take_steps()
+        return processes.from_first(lambda: self._write(steps))
+
+    def _take_steps(self) -> int:
+        """Take the steps that are left; returns how many the run has."""
         loop = Loop(
             self.learner,
             self.classes,
             self.recipe.run,
-            arguments,
+            self.arguments,
             validate=self.validate,
             describe=self._describe,
-            log=self.log,
+            log=self._log,
         )
-        if self.saved is None:
-            self.validate(0)
         loop.train(resume_from_checkpoint=None if self.saved is None else str(self.saved.folder))
-        if not loop.is_world_process_zero():
-            return self.out
-        steps = loop.state.global_step
-        if self.recipe.run.patience is not None or self._measured != steps:
-            self.validate(steps)
-        results = {"tokens": steps * self.recipe.run.batch_tokens, "heldout": self.results}
-        self.log.write({"event": "end", "step": steps, "tokens": results["tokens"]})
+        return int(loop.state.global_step)
+
+    def _write(self, steps: int) -> Path:
+        """Write what came of the run: the weights after its `steps`, or the best if it has patience."""
+        best = checkpoints.kept(self.out) if self.recipe.run.patience is not None else None
+        if best is not None and best.best_step is not None:
+            load_weights(self.learner, best.weights())
+            steps, self.results = best.step, best.results
+        elif self._measured != steps:
+            self._measure(steps)
+        tokens = steps * self.recipe.run.batch_tokens
+        self._log({"event": "end", "step": steps, "tokens": tokens})
+        results = {"tokens": tokens, "heldout": self.results}
         return write_result(self.out, self.recipe, self.base, self.learner, results)
 
     def fit_gates(self) -> None:
-        """Fit the gates on the stream as it is, and log how well; gates fitted before to the same text are kept."""
+        """Fit the gates on the stream as it is, or take those fitted to the same text before; tell how well."""
         adapter = self.learner.adapter
         assert adapter is not None
+        fitted = processes.from_first(lambda: self._fitted(adapter))
+        adapter.set_gates(fitted.gates)
 
-        def fit() -> dict[str, Tensor]:
+    def _fitted(self, adapter: AdapterModule) -> FittedGates:
+        gate = self.recipe.gate
+        classes = gate_classes(self.classes, gate.fit_tokens)
+
+        def fit() -> FittedGates:
             _say("fitting the gates")
-            gate = self.recipe.gate
-            classes = gate_classes(self.classes, gate.fit_tokens)
-            report = fit_gates(
-                self.base.model, self.learner.attached, classes, gate, original=self.classes.original
-            )
-            self.log.write({"event": "gates", "layers": {i: asdict(fit) for i, fit in report.items()}})
-            found = sum(fit.found for fit in report.values()) / len(report)
-            worst = max(max(fit.misfired.values()) for fit in report.values())
-            _say(f"gates find {found:.1%} of the target, misfire on at most {worst:.2%} of a class in a layer")
-            return adapter.gates()
+            return fit_gates(self.base.model, self.learner.attached, classes, gate, original=self.classes.original)
 
-        key = [GATE_FORMAT, self._gates_depend_on(adapter)]
-        adapter.set_gates(TensorCache(cache_folder() / "gates").get(key, fit))
+        fitted = GateCache().fitted(self._gates_depend_on(adapter, classes), fit)
+        self._log({"event": "gates", "layers": {i: asdict(each) for i, each in fitted.report.items()}})
+        _say(fitted.summary())
+        return fitted
 
-    def _gates_depend_on(self, adapter: AdapterModule) -> dict[str, Any]:
+    def _gates_depend_on(self, adapter: AdapterModule, classes: Mapping[str, Windows]) -> dict[str, Any]:
         """All that decides the fitted gates: a key of the cache."""
-        digest = hashlib.sha256()
-        for name, windows in gate_classes(self.classes, self.recipe.gate.fit_tokens).items():
-            digest.update(f"{name} {list(windows.ids_NT.shape)} ".encode())
-            digest.update(windows.ids_NT.numpy().tobytes() + windows.offset_NT.numpy().tobytes())
         return {
             "gate": self.recipe.gate.model_dump(),
             "carry": adapter.carry,
             "layers": sorted(adapter.layers),
-            "text": digest.hexdigest(),
+            "classes": {name: list(windows.ids_NT.shape) for name, windows in classes.items()},
+            "text": digest(tensor for w in classes.values() for tensor in (w.ids_NT, w.offset_NT)),
             "original": sorted(self.classes.original),
             "base": self.base.fingerprint,
             "dtype": self.recipe.run.dtype,
@@ -164,13 +179,16 @@ class TrainingRun:
 
     def validate(self, step: int) -> float:
         """Measure the held-out sources as they are now and log them; returns the mean loss on the target's."""
+        return processes.from_first(lambda: self._measure(step))
+
+    def _measure(self, step: int) -> float:
         self._measured = step
         for name, source in measure(self.base.model, self.learner.attached, self.heldout).items():
             before = self.results.get(name, {}).get("before", source.loss)
             self.results[name] = {"before": before, "after": source.loss}
             if source.fired:
                 self.results[name]["fired"] = source.fired[0]
-        self.log.write({"event": "heldout", "step": step, "sources": self.results})
+        self._log({"event": "heldout", "step": step, "sources": self.results})
         for name, r in self.results.items():
             fired = f"  fired {r['fired']:.2%}" if "fired" in r else ""
             _say(f"  {name:16} loss {r['before']:.3f} -> {r['after']:.3f}{fired}")
@@ -187,6 +205,11 @@ class TrainingRun:
             results=self.results,
         )
 
+    def _log(self, entry: Mapping[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(entry)
+
 
 def _say(message: str) -> None:
-    print(f"train: {message}", file=sys.stderr, flush=True)
+    if processes.is_first():
+        print(f"train: {message}", file=sys.stderr, flush=True)

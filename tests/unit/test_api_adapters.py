@@ -2,6 +2,8 @@ import os
 
 import pytest
 
+from nr_serve.api import files
+from nr_serve.engine.messages import LoadAdapter
 from tests.fakes import serving, view
 
 
@@ -85,6 +87,61 @@ def test_paths_outside_the_folder_are_forbidden_whether_they_exist_or_not(server
     ((status, text),) = answers
     assert status == 403
     assert str(tmp_path) not in text
+
+
+def test_a_file_over_the_limit_on_the_server_is_refused(server, tmp_path):
+    (tmp_path / "in" / "da.safetensors").write_bytes(b"good" + b"x" * 100)
+    response = server.http.post("/v1/adapters", json={"name": "x", "path": "da.safetensors"})
+    assert (response.status_code, response.json()["error"]["type"]) == (413, "RequestTooLargeError")
+
+
+def swap(folder, how):
+    """Put something else in the place of the file or the folder that was just checked."""
+    sub = folder / "in" / "sub"
+    if how == "folder by a link":
+        (folder / "outside").mkdir()
+        (folder / "outside" / "da.safetensors").write_bytes(b"good secret")
+        sub.rename(folder / "in" / "old")
+        sub.symlink_to(folder / "outside")
+        return
+    (sub / "da.safetensors").unlink()
+    if how == "file by a link":
+        (sub / "da.safetensors").symlink_to(folder / "secret.safetensors")
+    elif how == "file by a pipe":
+        os.mkfifo(sub / "da.safetensors")
+
+
+@pytest.mark.parametrize("how", ["folder by a link", "file by a link", "file by a pipe", "gone"])
+@pytest.mark.parametrize("when", ["before it is opened", "after"])
+def test_what_is_swapped_after_the_check_is_never_read(server, tmp_path, monkeypatch, how, when):
+    (tmp_path / "in" / "sub").mkdir()
+    (tmp_path / "in" / "sub" / "da.safetensors").write_bytes(b"good checked")
+    real = files._open_beneath
+
+    def open_beneath(root, path):
+        if when == "after":
+            handle = real(root, path)
+            swap(tmp_path, how)
+            return handle
+        swap(tmp_path, how)
+        return real(root, path)
+
+    monkeypatch.setattr(files, "_open_beneath", open_beneath)
+    response = server.http.post("/v1/adapters", json={"name": "x", "path": "sub/da.safetensors"})
+    if when == "after":
+        assert (response.status_code, response.json()["version"]) == (201, b"good checked".hex()[:12])
+    else:
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "path")
+        assert not [each for each in server.engine.commands if isinstance(each, LoadAdapter)]
+
+
+def test_no_file_stays_open_after_a_load(server):
+    def loads() -> int:
+        for name, path in (("a", "da.safetensors"), ("b", "nope"), ("a", "da.safetensors")):
+            server.http.post("/v1/adapters", json={"name": name, "path": path, "replace": True})
+        return len(os.listdir("/dev/fd"))
+
+    assert loads() == loads()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@ import pytest
 
 from tests.fakes import events, serving
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+BAD_CALL = CALL | {"function": {"name": "f", "arguments": "[1]"}}
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -72,8 +75,8 @@ def test_what_vllm_says_of_the_prompt_stands_beside_the_choices(server):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]), ("tool_choice", "auto"), ("functions", [{}]), ("function_call", "auto"),
-        ("response_format", {"type": "json_object"}), ("modalities", ["audio"]), ("audio", {}), ("store", True),
+        ("tools", "x"), ("tool_choice", "auto"), ("functions", [{}]), ("function_call", "auto"),
+        ("response_format", "x"), ("modalities", ["audio"]), ("audio", {}), ("store", True),
         ("metadata", {"a": "b"}), ("prediction", {}), ("reasoning_effort", "low"), ("web_search_options", {}),
         ("parallel_tool_calls", True), ("verbosity", "low"), ("safety_identifier", "x"), ("prompt_cache_key", "x"),
         ("top_logprobs", 2), ("logprobs", 1), ("max_tokens", 0), ("max_completion_tokens", 0), ("messages", []),
@@ -89,11 +92,16 @@ def test_what_is_not_supported_is_refused_by_name(server, field, value):
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "x", "tool_call_id": "y"}, "messages[0].role"),
+        ({"role": "function", "content": "x", "name": "y"}, "messages[0].role"),
+        ({"role": "tool", "content": "x"}, "messages[0].tool_call_id"),
+        ({"role": "user", "content": "x", "tool_call_id": "y"}, "messages[0].tool_call_id"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [CALL]}, "messages"),  # the template drops them
         ({"role": "user", "content": "x", "mood": "y"}, "messages[0].mood"),
         ({"role": "user"}, "messages[0].content"),
         ({"role": "user", "content": None}, "messages[0].content"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls[0].id"),
+        ({"role": "assistant", "tool_calls": [BAD_CALL]}, "messages[0].tool_calls[0].function.arguments"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content"),
         ({"role": "assistant", "content": "I speak first"}, "messages"),
     ],

@@ -166,13 +166,15 @@ def test_a_stop_ends_the_answer_and_is_named(server):
     [
         ("temperature", -1), ("temperature", 3), ("temperature", "0"), ("temperature", True), ("top_p", 0),
         ("top_p", 1.1), ("top_k", -2), ("top_k", 1.5), ("min_p", 2), ("presence_penalty", 3),
-        ("frequency_penalty", -3), ("repetition_penalty", 0), ("n", 0), ("n", 129), ("n", "1"), ("best_of", 2),
+        ("frequency_penalty", -3), ("repetition_penalty", 0), ("n", 0), ("n", 129), ("n", "1"), ("best_of", 0),
+        ("best_of", 129),
         ("suffix", "x"), ("logprobs", 21), ("logprobs", True), ("prompt_logprobs", -1), ("max_tokens", -1),
         ("max_tokens", 1.5), ("min_tokens", 17), ("stop", 5), ("stop", ""), ("stop", ["x"] * 17), ("stop", [1]),
         ("stop_token_ids", [258]), ("stop_token_ids", [-1]), ("stop_token_ids", "x"), ("seed", "x"), ("echo", 1),
         ("stream", "yes"), ("stream_options", {"include_usage": True}), ("logit_bias", {"x": 1}),
         ("logit_bias", {"258": 1}), ("logit_bias", {"9" * 5000: 1}),
-        ("max_tokens", 10**100), ("top_k", 10**100), ("logit_bias", [1]), ("cache_salt", "x"), ("adapters", "hu"),
+        ("max_tokens", 10**100), ("top_k", 10**100), ("logit_bias", [1]), ("cache_salt", ""),
+        ("cache_salt", 5), ("adapters", "hu"),
         ("priority", "x"),
         ("gates", "x"), ("prompt", ""), ("prompt", []), ("prompt", [258]), ("prompt", [-1]), ("prompt", None),
         ("prompt", 5), ("prompt", ["x", 5]), ("prompt", [True]), ("prompt", {"x": 1}), ("model", 5),
@@ -219,7 +221,28 @@ def test_what_asks_for_nothing_is_taken(server):
     )
     nothing.pop("n")
     assert server.complete(**nothing, best_of=1, logit_bias=None, stream=None, echo=None).status_code == 200
-    assert server.complete(suffix="", service_tier="auto").status_code == 200
+    assert server.complete(suffix="", cache_salt="any", response_format={"type": "text"}).status_code == 200
+
+
+def test_the_tier_that_served_is_named_if_one_was_asked_for(server):
+    assert server.complete(service_tier="auto").json()["service_tier"] == "default"
+    assert "service_tier" not in server.complete().json()
+
+
+def test_best_of_returns_the_answers_likeliest_per_token_best_first(server):
+    # The fake's answers all have the same log probability a token: ties go to the first.
+    body = server.complete(prompt=["x", "yy"], n=2, best_of=4, seed=7, max_tokens=2).json()
+    assert [choice["text"] for choice in body["choices"]] == ["hi", "ij", "hi", "ij"]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert [choice["logprobs"] for choice in body["choices"]] == [None] * 4, "they were not asked for"
+    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 16, "total_tokens": 21}
+    assert [submit.sampling.seed for submit in server.engine.submits[-8:]] == [7, 8, 9, 10] * 2
+
+
+@pytest.mark.parametrize("more", [{"n": 3, "best_of": 2}, {"best_of": 2, "stream": True}])
+def test_best_of_below_n_or_streamed_is_refused(server, more):
+    error = server.complete(**more).json()["error"]
+    assert (error["code"], error["param"]) == (400, "best_of")
 
 
 def test_a_prompt_too_long_is_refused_as_openai_does(server):
@@ -258,7 +281,12 @@ def test_text_that_might_fit_is_tokenised_to_see(server):
 
 @pytest.mark.parametrize(
     ("body", "param"),
-    [({"prompt": ["x"] * 3, "n": 2}, "n"), ({"prompt": ["x"] * 5}, "prompt"), ({"n": 5}, "n")],
+    [
+        ({"prompt": ["x"] * 3, "n": 2}, "n"),
+        ({"prompt": ["x"] * 5}, "prompt"),
+        ({"n": 5}, "n"),
+        ({"best_of": 5}, "best_of"),
+    ],
 )
 def test_more_answers_than_can_wait_are_refused_before_anything_is_built(monkeypatch, body, param):
     with serving(max_waiting=4) as server:
@@ -268,3 +296,9 @@ def test_more_answers_than_can_wait_are_refused_before_anything_is_built(monkeyp
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
         assert "at most 4" in response.json()["error"]["message"]
         assert server.chat(n=5).json()["error"]["param"] == "n"
+
+
+def test_a_base_whose_tokenizer_cannot_follow_a_grammar_refuses_them(server):
+    response = server.complete(guided_regex="a")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "guided_regex")
+    assert "tokenizer" in response.json()["error"]["message"]

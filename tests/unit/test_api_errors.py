@@ -2,6 +2,7 @@ import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -165,12 +166,11 @@ def test_until_the_engine_is_ready_the_server_lives_but_refuses():
         assert served.complete(model="hu").status_code == 200
 
 
-def test_an_engine_that_cannot_start_is_unhealthy_and_says_why():
-    with serving(failure="this base is not supported") as served:
+def test_an_engine_that_cannot_start_is_unhealthy():
+    with serving(failure="/srv/base is not supported") as served:
         for path in ("/health", "/ready", "/v1/models"):
-            response = served.http.get(path)
-            assert response.status_code == 503
-            assert "this base is not supported" in response.json()["error"]["message"]
+            assert served.http.get(path).status_code == 503
+        assert "/srv" not in served.http.get("/health").text, "the reason is the operator's"
         assert served.complete().status_code == 503
         assert served.http.get("/metrics").status_code == 200
 
@@ -182,8 +182,10 @@ def test_an_engine_that_dies_answers_whoever_waits(server):
         time.sleep(0.1)
         server.engine.fail("the GPU is gone")
         answer = waiting.result(5)
-    assert (answer.status_code, server.http.get("/health").status_code) == (503, 503)
-    assert "the GPU is gone" in answer.json()["error"]["message"]
+    assert (answer.status_code, server.http.get("/health").status_code) == (500, 503)
+    assert server.complete().status_code == 503
+    for each in (answer, server.http.get("/health"), server.complete()):
+        assert "the GPU is gone" not in each.text, "the reason is the operator's"
 
 
 def test_the_document_promises_no_422(server):
@@ -197,6 +199,44 @@ def test_the_playground_loads_nothing_from_elsewhere(server):
     assert "http://" not in response.text
     assert "https://" not in response.text
     assert "default-src 'none'" in response.headers["content-security-policy"]
+
+
+def test_pages_of_other_origins_may_not_call_the_server_unless_named(server):
+    def answers(served) -> list[str | None]:
+        headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+        plain = served.http.post("/v1/completions", json={}, headers={"Origin": "https://page.example"})
+        asked = served.http.options("/v1/completions", headers=headers)
+        return [each.headers.get("access-control-allow-origin") for each in (plain, asked)]
+
+    assert answers(server) == [None, None]
+    with serving(cors_origin=["https://page.example"], api_key="k") as served:
+        assert answers(served) == ["https://page.example"] * 2
+    with serving(cors_origin=["https://other.example"]) as served:
+        assert answers(served) == [None, None]
+
+
+RAW = [
+    b"\0" * 1000, b"GET\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\nX-Request-Id: \xff\r\n\r\n",
+    b"GET /%ff%0a%00 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", b"BREW /v1/adapters/%2e%2e%2fx HTTP/1.1\r\nHost: x\r\n\r\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", RAW)
+def test_no_bytes_stop_the_server_or_show_its_inside(server, raw, caplog):
+    host, port = server.url.removeprefix("http://").split(":")
+    got = []
+    with socket.create_connection((host, int(port))) as client, suppress(ConnectionError):
+        client.sendall(raw)
+        client.shutdown(socket.SHUT_WR)
+        got.extend(iter(lambda: client.recv(65536), b""))
+    assert b"Traceback" not in b"".join(got)
+    assert b" 500 " not in b"".join(got)
+    assert server.complete().status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_many_streams_share_the_steps(server):

@@ -79,7 +79,7 @@ def test_every_setting_is_a_flag_with_its_text_as_help(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for name, field in ServeConfig.model_fields.items():
         assert f"--{name.replace('_', '-')} " in text
-        assert field.description.replace("%%", "%")[:30] in text.replace("%%", "%")
+        assert field.description[:30] in text
 
 
 def test_a_flag_wins_over_the_environment_and_lists_repeat(monkeypatch):
@@ -299,20 +299,37 @@ def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(monkeypatch
         engine.failure = "this base has no per-layer mlp"
         return engine
 
-    monkeypatch.setattr("nr_serve.serve._engine", build)
-    monkeypatch.setattr("nr_serve.serve._tokenizer", lambda model: fakes.tokenizer())
+    monkeypatch.setattr("nr_serve.assemble._engine", build)
+    monkeypatch.setattr("nr_serve.assemble.load_tokenizer", lambda model: fakes.tokenizer())
     assert main(["serve", "--port", "0", "--model", "x", "--host", "127.0.0.1"]) == 1
     assert capsys.readouterr().err.endswith("error: this base has no per-layer mlp\n")
 
 
-def test_an_open_server_is_warned_about(capsys):
-    from nr_serve.serve import _warn_if_open
+@pytest.mark.parametrize("flags", [[], ["--admin-key", "k"]])
+def test_without_a_key_a_server_that_others_could_reach_does_not_start(flags, capsys):
+    assert main(["serve", "--host", "0.0.0.0", "--port", "0", "--model", "/no/such", *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --host 0.0.0.0 can be reached from other machines, and no key is set")
+    assert "--allow-no-key" in error
 
-    _warn_if_open(ServeConfig(host="0.0.0.0"))
-    assert "anyone who reaches 0.0.0.0" in capsys.readouterr().err
-    _warn_if_open(ServeConfig(host="0.0.0.0", api_key="x"))
-    _warn_if_open(ServeConfig(host="::1"))
-    assert capsys.readouterr().err == ""
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "0.0.0.0", "--allow-no-key"], "anyone who reaches 0.0.0.0 may use this server and change its"),
+        (["--host", "127.0.0.1"], "no key is set: only this machine can reach the server"),
+        (["--host", "::1"], "no key is set: only this machine can reach the server"),
+        (["--host", "0.0.0.0", "--api-key", "k"], ""),
+        (["--host", "0.0.0.0", "--key-file", "f"], ""),
+    ],
+)
+def test_it_is_said_who_can_reach_a_server_without_a_key(flags, said, caplog):
+    from nr_serve.serve import _check_reach
+
+    caplog.set_level("INFO")
+    _check_reach(parse(ServeConfig, "serve", flags))
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
 
 
 def test_chunks_are_sent_at_once():

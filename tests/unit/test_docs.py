@@ -12,7 +12,8 @@ from pydantic_settings import BaseSettings
 from nr_serve.api.schemas import CompletionBody
 from nr_serve.cli import parse
 from nr_serve.commands import COMMANDS
-from nr_serve.config import ServeConfig, settings_table
+from nr_serve.config import ServeConfig, settings_tables
+from nr_serve.keys import read_key_file
 from nr_serve.train.corpus import recipe as corpus_recipe
 from nr_serve.train.recipe import Recipe, parse_changes, read_recipe
 from nr_serve.train.recipe_table import recipe_tables
@@ -20,16 +21,32 @@ from tests.guide import COMMAND_LINES, GUIDE, blocks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+SETTINGS = (DOCS / "settings.md").read_text(encoding="utf-8")
 
 
 def test_the_settings_page_holds_the_settings():
-    assert settings_table() in (DOCS / "settings.md").read_text(encoding="utf-8"), (
-        "docs/settings.md is out of date: paste what nr_serve.config.settings_table() returns"
+    assert settings_tables() in SETTINGS, (
+        "docs/settings.md is out of date: paste what nr_serve.config.settings_tables() returns"
     )
 
 
+def test_the_settings_file_of_the_page_is_read(tmp_path):
+    (example,) = re.findall(r"```toml\n(model = .+?)```", SETTINGS, re.S)
+    path = tmp_path / "nr.toml"
+    path.write_text(example, encoding="utf-8")
+    config = parse(ServeConfig, "serve", ["--config", str(path)])
+    assert config.model_fields_set == {"config", *tomllib.loads(example)}
+
+
+def test_the_key_file_of_the_page_is_read(tmp_path):
+    (example,) = re.findall(r"```toml\n(\[\[key\]\].+?)```", SETTINGS, re.S)
+    path = tmp_path / "keys.toml"
+    path.write_text(example, encoding="utf-8")
+    assert [key.role for key in read_key_file(path)] == ["inference", "admin"]
+
+
 def test_a_list_in_the_environment_has_commas_as_the_page_says(monkeypatch):
-    (example,) = re.findall(r"`NR_ADAPTER=(.+)`", (DOCS / "settings.md").read_text(encoding="utf-8"))
+    (example,) = re.findall(r"`NR_ADAPTER=(.+)`", SETTINGS)
     monkeypatch.setenv("NR_ADAPTER", example)
     assert ServeConfig().adapter == ["hu.safetensors", "da=x.safetensors"]
     monkeypatch.setenv("NR_ADAPTER", "hu.safetensors")

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from nr_serve.neutral import math
 from nr_serve.neutral.format import Adapter, write_adapter
 from nr_serve.train.base import FrozenBase
 from nr_serve.train.measure import SourceResult
-from nr_serve.train.pack import Windows
+from nr_serve.train.text.pack import Windows
 from tests import tiny
 
 BARE = 1
@@ -125,9 +124,10 @@ def test_one_adapter_alone_is_all_attached(adapters):
     assert measured.alone["hu.a"].difference == Difference(0.0, 0.0, 0.0)
 
 
-def test_what_is_attached_for_one_measurement_is_not_for_the_next(adapters):
+def test_what_is_attached_for_one_measurement_is_not_for_the_next(adapters, tmp_path, monkeypatch):
     hosted = Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f"), adapters)
     first = attach_all(hosted, TEXTS)
+    monkeypatch.setenv("NR_CACHE", str(tmp_path))  # so that all is measured anew
     assert attach_all(hosted, TEXTS) == first
 
 
@@ -315,14 +315,14 @@ def test_gate_rates_weigh_the_sources_of_a_language_by_their_tokens():
     assert gate_rates(report, whole.roles, "da")["nb"] == [0.60, None]
 
 
-def test_adapters_of_one_name_are_refused_before_the_base_is_loaded(tmp_path):
+def test_adapters_of_one_name_are_refused(tmp_path, base):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         made = tiny.adapter(tiny.model(), 1)
         write_adapter(tmp_path / folder / "hu.safetensors", made.info, made.blocks)
     files = [tmp_path / folder / "hu.safetensors" for folder in ("a", "b")]
     with pytest.raises(BadRequest, match="same name: hu"):
-        load(files, str(Path("no such base")))
+        load(files, str(base))
 
 
 def test_the_card_shows_plots_and_the_error_of_each_change(adapters):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from nr_serve.errors import BadRequest
-from nr_serve.evaluate.plots import Point, heat_map, loss_curves, panels, pareto, read_losses, unbeaten
+from nr_serve.evaluate.pareto import Point, unbeaten
+from nr_serve.evaluate.plots import heat_map, loss_curves, panels, pareto
+from nr_serve.evaluate.run_log import read_losses
 
 POINTS = [Point("neutral", 0.0005, 0.28), Point("lora", 0.09, 0.33), Point("worse", 0.1, 0.2)]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nr_serve.errors import BadRequest
+from nr_serve.evaluate import tasks as module
 from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.tables import task_rows
 from nr_serve.evaluate.tasks import answer, read_tasks, score_tasks
@@ -46,12 +47,19 @@ def naive(attached, row) -> list[float]:
     return found
 
 
+def answered(hosted, names, examples):
+    hosted.attach(names)
+    return answer(hosted.base, hosted.attached, "t", examples)
+
+
 @pytest.mark.parametrize("batch_rows", [1, 3, 16])
 def test_scores_equal_the_naive_loop_whatever_the_batch(hosted, tmp_path, batch_rows):
-    tasks = read_tasks([write(tmp_path / "t.jsonl", ROWS)])
+    examples = read_tasks([write(tmp_path / "t.jsonl", ROWS)])["t"]
     for names in ((), ("a", "b")):
         attached = [hosted.adapters[name] for name in names]
-        for found, row in zip(answer(hosted, names, tasks, batch_rows=batch_rows)["t"], ROWS, strict=True):
+        hosted.attach(names)
+        answers = answer(hosted.base, hosted.attached, "t", examples, batch_rows=batch_rows)
+        for found, row in zip(answers, ROWS, strict=True):
             logprobs = naive(attached, row)
             assert found.logprobs == pytest.approx(logprobs, rel=1e-4)
             a_character = [p / len(choice) for p, choice in zip(logprobs, row["choices"], strict=True)]
@@ -62,7 +70,7 @@ def test_scores_equal_the_naive_loop_whatever_the_batch(hosted, tmp_path, batch_
 def test_a_report_has_both_accuracies_and_the_paired_error_of_their_change(hosted, tmp_path):
     tasks = read_tasks([write(tmp_path / "t.jsonl", ROWS), write(tmp_path / "one.jsonl", ROWS[:1])])
     scores = score_tasks(hosted, tasks)
-    before, after = ([a.acc for a in answer(hosted, names, tasks)["t"]] for names in ((), ("a", "b")))
+    before, after = ([a.acc for a in answered(hosted, names, tasks["t"])] for names in ((), ("a", "b")))
     changes = [b - a for a, b in zip(before, after, strict=True)]
     found = scores["t"]
     assert found.examples == 5
@@ -78,7 +86,7 @@ def test_a_report_has_both_accuracies_and_the_paired_error_of_their_change(hoste
 def test_scoring_leaves_the_base_and_its_tokenizer_as_they_were(hosted, tmp_path):
     tasks = read_tasks([write(tmp_path / "t.jsonl", ROWS)])
     before = hosted.base.tokenizer.pad_token
-    answer(hosted, ("a",), tasks)
+    answered(hosted, ("a",), tasks["t"])
     assert hosted.base.tokenizer.pad_token == before
     assert not hosted.base.model._forward_pre_hooks
     offset = torch.arange(4)[None]
@@ -114,6 +122,14 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
     path.write_text(json.dumps(ROWS[0]) + "\n\n" + line + "\n", encoding="utf-8")
     with pytest.raises(BadRequest, match=rf"t\.jsonl line 3: .*({message})"):
         read_tasks([path], limit=1)
+
+
+def test_the_documented_example_is_a_task(tmp_path):
+    (line,) = (line for line in (module.__doc__ or "").splitlines() if line.startswith("    {"))
+    (tmp_path / "capitals.jsonl").write_text(line.strip() + "\n")
+    (example,) = read_tasks([tmp_path])["capitals"]
+    assert example.choices[example.gold] == "Paris"
+    assert example.context.endswith("?\nAnswer:")
 
 
 def test_a_line_may_hold_any_character_that_json_may(tmp_path):

@@ -401,10 +401,33 @@ def test_an_engine_that_breaks_down_answers_everybody_and_refuses_from_then_on(f
     loop.hold.set()
     last = loop.outputs("r")["r"][-1]
     loop._thread.join(PATIENCE)
-    assert isinstance(last.error, Unavailable)
+    assert last.error.status == 500
+    assert "pages are lost" not in last.error.message + loop.failure, "a client is told nothing of the inside"
     if where == "command":
+        assert error_of(listed).status == 500
         assert "pages are lost" not in error_of(listed).message
     assert loop.status == "failed"
-    with pytest.raises(Unavailable, match="pages are lost"):
+    with pytest.raises(Unavailable, match="RuntimeError"):
         loop.submit(ask("s"))
+    loop.stop()
+
+
+def test_whoever_waits_is_answered_before_the_status_turns(folder):
+    loop = Loop(folder)
+    loop.hold.clear()
+    loop.begin()
+    deliver, seen = loop._deliver, []
+
+    def breaks():
+        raise RuntimeError("pages are lost")
+
+    def watched(events):
+        seen.append(loop.status)
+        deliver(events)
+
+    loop.core.step, loop._deliver = breaks, watched
+    loop.submit(ask("r"))
+    loop.hold.set()
+    loop._thread.join(PATIENCE)
+    assert (seen, loop.status) == (["ready"], "failed")
     loop.stop()

@@ -17,9 +17,9 @@ from nr_serve.train.attach import AdapterModule, Attached
 from nr_serve.train.base import load_base
 from nr_serve.train.gates import fit_gates
 from nr_serve.train.measure import measure
-from nr_serve.train.pack import Windows
 from nr_serve.train.recipe import BadRecipe, Gate
 from nr_serve.train.text import read_classes
+from nr_serve.train.text.pack import Windows
 from nr_serve.train.trainer import train
 from tests import tiny
 from tests.fakes import serving
@@ -94,20 +94,32 @@ def asked(base: Path, languages: Path, *more: str) -> list[str]:
     return [*text, "--kept-out", "el", "--unfitted", "en.d", "--layers", "2", *more]
 
 
-def test_the_gate_study_reports_every_setting_and_draws_it(base, languages, tmp_path, capsys):
-    grid = ["--carry", "0", "0.5", "--percentile", "90", "99", "--background", "0", "2", "9", "all"]
-    load("loadtests/gates.py").main(asked(base, languages, *grid, "--target", "da", "--plots", str(tmp_path)))
+def test_the_gate_study_varies_one_thing_at_a_time_and_draws_it(base, languages, tmp_path, capsys):
+    grid = ["--carry", "0", "0.5", "--percentile", "90", "99", "--background", "0", "2", "9", "--relative", "da"]
+    load("loadtests/gates.py").main(asked(base, languages, *grid, "--plots", str(tmp_path)))
     *shown, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
-    keys = ("target", "carry", "solver", "background", "percentile")
+    keys = ("solver", "carry", "background", "percentile")
     settings = [tuple(row[key] for key in keys) for row in result["rows"]]
-    grid = itertools.product(("hu", "da"), (0.0, 0.5), ("closed-form", "logistic"), (0, 2, 5), (90.0, 99.0))
-    assert sorted(settings) == sorted(grid)
-    assert len(shown) == 2 + len(settings) // 2  # of one percentile
-    assert {path.name for path in tmp_path.iterdir()} == {"gates-hu.svg", "gates-da.svg"}
+    assert settings[0] == ("logistic", 0.5, 5, 99.0)
+    assert sorted(settings[1:]) == [
+        ("closed-form", 0.0, 5, 99.0),
+        ("closed-form", 0.5, 5, 99.0),
+        ("logistic", 0.0, 5, 99.0),
+        ("logistic", 0.5, 0, 99.0),
+        ("logistic", 0.5, 2, 99.0),
+        ("logistic", 0.5, 4, 99.0),
+        ("logistic", 0.5, 5, 90.0),
+    ]
+    assert [row["relative"] for row in result["rows"]] == [row["background"] == 5 for row in result["rows"]]
+    classes = {"en.a", "en.b", "en.c", "en.d", "da", "sv", "fi", "cs", "pl", "el"}
+    assert all(set(row["leak"]) == classes for row in result["rows"])
+    assert len(shown) == 2 + len(settings) + 1 + 2 + len(classes)
+    assert [path.name for path in tmp_path.iterdir()] == ["gates-hu.svg"]
     assert (result["layers"], result["plan"]["kept_out"], result["plan"]["unfitted"]) == ([0, 2], ["el"], ["en.d"])
-    assert set(result["plan"]["background"]) == {"hu", "da", "sv", "fi", "cs", "pl"}
-    assert result["tokens"]["fit"] == {n: 1024 if n in ("hu", "da") else 256 for n in result["tokens"]["fit"]}
+    assert result["plan"]["background"][-1] == "da"
+    assert set(result["plan"]["background"]) == {"da", "sv", "fi", "cs", "pl"}
+    assert result["tokens"]["fit"] == {n: 1024 if n == "hu" else 256 for n in result["tokens"]["fit"]}
     assert {"el", "en.d"} & set(result["tokens"]["fit"]) == set()
     assert result["command"].startswith("python loadtests/gates.py --model")
     assert result["machine"]["cores"] > 0
@@ -116,24 +128,24 @@ def test_the_gate_study_reports_every_setting_and_draws_it(base, languages, tmp_
 def test_the_gate_study_finds_what_the_gates_of_training_find(base, languages, tmp_path):
     """One layer, so that the stream is the frozen one in training too."""
     gates = load("loadtests/gates.py")
-    more = ["--carry", "0.5", "--background", "2", "--percentile", "90"]
-    args = gates._parse(asked(base, languages, *more))
+    args = gates._parse(asked(base, languages))
     plan, frozen = gates.make_plan(languages, args), load_base(str(base))
     text = gates.read_text(languages, frozen.tokenizer, plan, 16, 256)
     windows = text.windows()
     stream = gates.Stream(tmp_path, [0], windows, tiny.D)
     stream.fill(frozen.model)
-    counted = gates.study(stream, text, plan, args)
 
-    frozen = load_base(str(base))  # hosted once
-    attached = Attached(frozen.model, [AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, 0.5, seed=0)])
-    for init in ("closed-form", "logistic"):
-        fitted = {"target": windows.take(text.fit["hu"].rows().tolist())}
-        fitted |= {n: windows.take(text.fit[n].rows().tolist()[:16]) for n in plan.fitted("hu", 2)}
-        fit_gates(frozen.model, attached, fitted, Gate(init=init, percentile=90, background_percentile=90))
-        held = {n: windows.take(each.rows().tolist()) for n, each in text.report.items()}
+    for init, percentile in (("closed-form", 90), ("logistic", 80)):
+        frozen = load_base(str(base))  # hosted once
+        attached = Attached(frozen.model, [AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, 0.5, seed=0)])
+        fitted = {"target": windows.take(text.fit["hu"].rows)}
+        fitted |= {n: windows.take(text.fit[n].rows) for n in plan.fitted(2)}
+        gate = Gate(init=init, percentile=percentile, background_percentile=percentile)
+        fit_gates(frozen.model, attached, fitted, gate)
+        held = {n: windows.take(each.rows) for n, each in text.report.items()}
         expected = {n: r.fired_by_layer[0][0] for n, r in measure(frozen.model, attached, held).items()}
-        (shares,) = next(s for setting, s in counted.items() if setting.solver == init)
+        setting = gates.Setting(init, 0.5, 2, percentile)
+        shares = gates.fit(stream, text, plan, setting, gate.ridge, 0)
         assert shares == pytest.approx(expected, abs=0.02)
         assert len(set(shares.values())) > 4
 
@@ -148,43 +160,45 @@ def test_the_kept_stream_is_the_ffns_inputs(base, tmp_path):
     plain(ids_NT)
     stream = gates.Stream(tmp_path, [0, 1], windows, tiny.D)
     stream.fill(load_base(str(base)).model)
-    kept = stream.carried(1, 0.0)
-    assert torch.allclose(kept, seen[0], atol=1e-2, rtol=1e-3)
-    by_hand = kept[:, 0]
-    for t in range(1, 4):
-        by_hand = 0.8 * by_hand + 0.2 * kept[:, t]
-    assert torch.allclose(stream.carried(1, 0.8)[:, 3], by_hand, atol=1e-5)
+    kept = stream.rows(1, [slice(18, 20), slice(0, 3)])
+    expected = torch.cat([seen[0][18:20], seen[0][0:3]]).flatten(0, 1)
+    assert torch.allclose(kept, expected, atol=1e-2, rtol=1e-3)
 
 
 def test_a_larger_background_holds_the_smaller_one_and_never_what_is_kept_out(languages):
     gates = load("loadtests/gates.py")
-    common = ["--corpus", str(languages), "--target", "hu", "--target", "da"]
+    common = ["--corpus", str(languages), "--target", "hu", "--relative", "fi"]
     plan = gates.make_plan(languages, gates._parse([*common, "--seed", "3"]))
     assert plan == gates.make_plan(languages, gates._parse([*common, "--seed", "3"]))
     assert len(plan.kept_out) == 1
     assert len(plan.unfitted) == 2
     assert {*plan.original, *plan.unfitted} == {"en.a", "en.b", "en.c", "en.d"}
-    for target in plan.targets:
-        nested = [plan.fitted(target, size) for size in range(7)]
-        assert all(larger[: len(smaller)] == smaller for smaller, larger in itertools.pairwise(nested))
-        assert not {target, *plan.kept_out, *plan.unfitted} & set(nested[-1])
-        assert set(nested[0]) == set(plan.original)
+    nested = [plan.fitted(size) for size in range(6)]
+    assert all(larger[: len(smaller)] == smaller for smaller, larger in itertools.pairwise(nested))
+    assert not {"hu", *plan.kept_out, *plan.unfitted} & set(nested[-1])
+    assert set(nested[0]) == set(plan.original)
+    assert "fi" not in plan.fitted(plan.unrelated)
+    assert "fi" in plan.fitted(plan.unrelated + 1)
     with pytest.raises(SystemExit, match=r"xx, en\.z"):
         gates.make_plan(languages, gates._parse([*common, "--kept-out", "xx", "--unfitted", "en.z"]))
+    with pytest.raises(SystemExit, match="named for two parts"):
+        gates.make_plan(languages, gates._parse([*common, "--kept-out", "fi"]))
 
 
 def test_the_worst_and_the_mean_are_over_the_layers_mean_of_each_class():
     gates = load("loadtests/gates.py")
-    plan = gates.Plan(["hu"], ["hu", "da"], ["el", "fi"], ["en.a"], ["en.d"])
+    plan = gates.Plan("hu", ["sv", "da"], ["da"], ["el", "fi"], ["en.a"], ["en.d"])
     layers = [
-        {"hu": 0.9, "da": 0.4, "el": 0.0, "fi": 0.1, "en.a": 0.0, "en.d": 0.3},
-        {"hu": 0.7, "da": 0.0, "el": 0.3, "fi": 0.1, "en.a": 0.1, "en.d": 0.1},
+        {"hu": 0.9, "sv": 0.4, "da": 0.6, "el": 0.0, "fi": 0.1, "en.a": 0.0, "en.d": 0.3},
+        {"hu": 0.7, "sv": 0.0, "da": 0.8, "el": 0.3, "fi": 0.1, "en.a": 0.1, "en.d": 0.1},
     ]
-    (row,) = gates.summarise({gates.Setting("hu", 0.5, "logistic", 1, 99.5): layers}, plan)
-    assert row["found"] == pytest.approx(0.8)
-    assert row["fitted"] == {"worst": pytest.approx(0.2), "worst_on": "da", "mean": pytest.approx(0.125)}
+    (row,) = gates.summarise({gates.Setting("logistic", 0.5, 1, 99.5): layers}, plan)
+    assert (row["found"], row["relative"]) == (pytest.approx(0.8), False)
+    assert row["leak"] == pytest.approx({"sv": 0.2, "da": 0.7, "el": 0.15, "fi": 0.1, "en.a": 0.05, "en.d": 0.2})
+    assert row["fitted"] == {"worst": pytest.approx(0.2), "worst_on": "sv", "mean": pytest.approx(0.125)}
     assert row["unfitted"] == {"worst": pytest.approx(0.2), "worst_on": "en.d", "mean": pytest.approx(0.2)}
     assert row["kept_out"] == {"worst": pytest.approx(0.15), "worst_on": "el", "mean": pytest.approx(0.125)}
+    assert row["relatives"]["worst"] == pytest.approx(0.7)
 
 
 METHODS = ["neutral", "adapter", "lora", "finetune"]

@@ -102,3 +102,25 @@ def test_messages_become_a_prompt_and_a_template_may_refuse_them():
     hf.chat_template = None
     with pytest.raises(BadRequest, match="no chat template"):
         Tokenizer(hf).chat_prompt(messages)
+
+
+def test_a_template_without_a_place_for_tools_or_calls_refuses_them():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(BadRequest, match="template does not use them"):
+        TOKENIZER.chat_prompt(messages[:1], tools=[{"type": "function"}])
+    with pytest.raises(BadRequest, match="does not write `tool_calls`"):
+        TOKENIZER.chat_prompt(messages)
+    hf = tiny.tokenizer().hf
+    hf.chat_template = (
+        "{{ tools | tojson if tools }}{% for m in messages %}{{ m.tool_calls | default | tojson }}{% endfor %}"
+    )
+    assert '"name": "f"' in Tokenizer(hf).chat_prompt(messages[1:], tools=[{"type": "function"}])
+
+
+def test_the_face_for_grammars_is_made_once_and_needs_an_end():
+    made = TOKENIZER.for_grammars(tiny.VOCAB, [EOS, 298])
+    assert TOKENIZER.for_grammars(tiny.VOCAB, [EOS, 298]) is made
+    assert made.eos_tokens == [EOS, 298]
+    with pytest.raises(BadRequest, match="cannot follow a grammar"):
+        tiny.tokenizer().for_grammars(tiny.VOCAB, [])

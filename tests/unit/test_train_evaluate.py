@@ -9,10 +9,12 @@ import torch
 
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict
 from nr_serve.evaluate.card import card
-from nr_serve.evaluate.heldout import compare, evaluate
+from nr_serve.evaluate.heldout import attach_all, evaluate
+from nr_serve.evaluate.hosted import Hosted
 from nr_serve.neutral.format import read_adapter, write_adapter
-from nr_serve.train.base import FrozenBase, load_base
-from nr_serve.train.export import export_run
+from nr_serve.train.base import FrozenBase, best_device, load_base
+from nr_serve.train.calibrate import calibrate
+from nr_serve.train.export import export_run, load_run
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.text import read_heldout
 from nr_serve.train.trainer import train
@@ -98,14 +100,36 @@ def test_an_export_at_another_threshold_leaves_out_what_was_measured_at_the_old(
         export_run(tmp_path, tmp_path / "x.safetensors")
 
 
-def test_comparing_leaves_the_base_as_it_is_where_nothing_fires(corpus):
+def test_attaching_leaves_the_base_as_it_is_where_nothing_fires(corpus):
     made = tiny.adapter(tiny.model(), 1, threshold=1e6)
     model = tiny.model()
     frozen = FrozenBase("tiny", model, tiny.tokenizer().hf, "f")
     texts = read_heldout(corpus, ["en.*.heldout.txt"], frozen.tokenizer, 16, 2)
-    source = compare(frozen, {"a": made}, texts).sources["en.a"]
+    source = attach_all(Hosted(frozen, {"a": made}), texts).sources["en.a"]
     assert source.before == source.after
     assert source.fired == {"a": 0}
+
+
+def test_the_best_device_is_a_gpu_where_there_is_one(monkeypatch):
+    for there, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert best_device() == torch.device(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_what_is_measured_on_a_gpu_is_what_is_measured_on_the_cpu(files, base, corpus, tmp_path, monkeypatch):
+    reports = []
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr("nr_serve.evaluate.hosted.best_device", lambda device=device: torch.device(device))
+        reports.append(evaluate(files, str(base), corpus, ["hu.*.heldout.txt"], window=16, windows=4))
+    on_gpu, on_cpu = (report.sources["hu.a"] for report in reports)
+    assert on_gpu.after == pytest.approx(on_cpu.after, rel=1e-3)
+    assert on_gpu.fired["a1"] == pytest.approx(on_cpu.fired["a1"], abs=0.02)
+    path = train(write_recipe(tmp_path, base, tokens=512), tmp_path / "run", corpus)
+    new = calibrate(path, [], corpus, tmp_path / "new.safetensors", base=str(base))
+    assert read_adapter(new).info.domain == "hu"
+    assert load_run(tmp_path / "run")[1].device.type == "cuda"
 
 
 def test_a_base_that_is_not_there_is_refused(tmp_path):

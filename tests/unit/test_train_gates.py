@@ -8,8 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from nr_serve.neutral import math
 from nr_serve.train.attach import AdapterModule, Attached, window_inputs
 from nr_serve.train.gates import SOLVERS, Fitter, causal_mean, fit_gates, solve_logistic, solve_ridge
-from nr_serve.train.pack import Windows
 from nr_serve.train.recipe import Gate
+from nr_serve.train.text.pack import Windows
 from tests import tiny
 
 
@@ -58,7 +58,7 @@ def test_original_and_background_text_have_percentiles_of_their_own(init):
     model = tiny.model()
     adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
     gate = Gate(init=init, percentile=99.0, background_percentile=70.0)
-    report = fit_gates(model, Attached(model, [adapter]), classes(), gate, original=("en",))
+    report = fit_gates(model, Attached(model, [adapter]), classes(), gate, original=("en",)).report
     for fit in report.values():
         assert fit.misfired["en"] <= 0.011
         assert fit.misfired["da"] <= 0.301
@@ -85,7 +85,7 @@ def test_fitted_gates_hold_the_percentile_and_open_to_one_on_average(trained_blo
     attached = Attached(model, [adapter])
     named = classes()
     gate = Gate(percentile=95.0, background_percentile=95.0)
-    report = fit_gates(model, attached, named, gate)
+    report = fit_gates(model, attached, named, gate).report
     for name, windows in named.items():
         odd = windows.take(slice(1, None, 2))
         record = attached.begin(odd.offset_NT)
@@ -121,7 +121,7 @@ def test_layers_that_find_too_little_get_no_block():
     model = tiny.model()
     adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
     attached = Attached(model, [adapter])
-    report = fit_gates(model, attached, classes(), Gate(min_found=0.999))
+    report = fit_gates(model, attached, classes(), Gate(min_found=0.999)).report
     kept = [i for i in range(tiny.LAYERS) if adapter.layer(i) is not None]
     assert kept == [i for i in range(tiny.LAYERS) if report[i].found >= 0.999]
     assert len(kept) < tiny.LAYERS

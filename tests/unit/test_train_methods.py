@@ -10,21 +10,16 @@ from transformers import AutoModelForCausalLM
 
 from nr_serve.errors import BadRequest, Conflict
 from nr_serve.evaluate.compare import compare_runs, page, write_comparison
-from nr_serve.evaluate.heldout import evaluate
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import trainer as training
 from nr_serve.train.base import load_base
-from nr_serve.train.calibrate import calibrate
 from nr_serve.train.export import export_run, load_run
-from nr_serve.train.learner import Learner
-from nr_serve.train.loop import Batches, TrainingDiverged
+from nr_serve.train.loop import Batches
 from nr_serve.train.methods import block_parameters, lora_rank, make_learner
 from nr_serve.train.recipe import BadRecipe, parse_changes
-from nr_serve.train.sweep import read_sweep, run_sweep
 from nr_serve.train.text import read_classes
 from nr_serve.train.trainer import TrainingStopped, train
-from tests.tiny_run import RECIPE, weights, write_recipe
+from tests.tiny_run import weights, write_recipe
 
 METHODS = ("neutral", "adapter", "lora", "finetune")
 
@@ -131,34 +126,6 @@ def test_parts_of_a_step_hold_what_the_step_holds(tmp_path, base, corpus):
         Batches(classes, recipe.run, processes=8)
 
 
-def test_training_stops_when_the_targets_loss_no_longer_falls_and_keeps_the_best(
-    tmp_path, base, corpus, monkeypatch
-):
-    seen = []
-
-    def worse(run, step):
-        seen.append((step, weights_now(run.learner)))
-        return float(len(seen))
-
-    monkeypatch.setattr(training.TrainingRun, "validate", worse)
-    recipe = write_recipe(tmp_path, base, tokens=12800, run__patience=2, run__validate_every=256)
-    train(recipe, tmp_path / "out", corpus)
-    steps = [step for step, _ in seen]
-    assert steps == [0, 2, 4, 6, 6]  # best at the first measurement while training, then two worse ones
-    best, last = seen[1][1], seen[-1][1]
-    assert all(torch.equal(best[name], last[name]) for name in best)
-
-
-def test_patience_without_the_targets_held_out_text_is_refused(tmp_path, base, corpus):
-    recipe = write_recipe(tmp_path, base, run__patience=1, data__heldout=["en.*.heldout.txt"])
-    with pytest.raises(BadRecipe, match=r"run\.patience watches"):
-        train(recipe, tmp_path / "out", corpus)
-
-
-def weights_now(learner: Learner) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in learner.trained_state().items()}
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -216,91 +183,8 @@ def test_comparison_refuses_what_it_cannot_compare(runs, corpus, tmp_path):
         compare_runs({"none": tmp_path}, corpus, ["*.heldout.txt"])
 
 
-def write_sweep(folder: Path, base: Path, runs: str) -> Path:
-    (folder / "recipe.toml").write_text(RECIPE.format(base=base, tokens=512, lr=0.01, gate=""))
-    path = folder / "sweep.toml"
-    path.write_text(f'recipe = "recipe.toml"\n[set]\n"run.seed" = 3\n{runs}')
-    return path
-
-
-def test_a_sweep_trains_each_run_once_with_its_changes(tmp_path, base, corpus, capsys):
-    path = write_sweep(
-        tmp_path,
-        base,
-        '[runs.a]\n[runs.b]\n"method" = "lora"\n[runs.bad]\n"method" = "finetune"\n"run.lr" = 1e30\n'
-        '[runs.c]\n"blocks.capacity" = 0.1\n',
-    )
-    recipes = read_sweep(path)
-    assert [(r.run.seed, r.method, r.blocks.h) for r in recipes.values()] == [
-        (3, "neutral", 16), (3, "lora", 16), (3, "finetune", 16), (3, "neutral", None)
-    ]  # fmt: skip
-    results = run_sweep(path, tmp_path / "out", corpus)
-    assert isinstance(results["bad"], TrainingDiverged)
-    assert [isinstance(results[name], Path) for name in "abc"] == [True] * 3
-    stamps = {name: results[name].stat().st_mtime_ns for name in "abc"}
-    again = run_sweep(path, tmp_path / "out", corpus)
-    assert {name: again[name].stat().st_mtime_ns for name in "abc"} == stamps
-
-
-def test_changes_from_outside_come_last_in_every_run(tmp_path, base):
-    path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"run.lr" = 0.5\n')
-    recipes = read_sweep(path, {"run.lr": 0.25, "run.seed": 9})
-    assert [(r.run.lr, r.run.seed) for r in recipes.values()] == [(0.25, 9)] * 2
-
-
-@pytest.mark.parametrize(
-    ("runs", "message"),
-    [
-        ("", "runs"),
-        ('[runs.a]\n"run.tokenz" = 5\n', "run a: recipe.toml: run.tokenz is not a known key"),
-        ('[runs.a]\n"method" = "magic"\n', "run a: recipe.toml: method"),
-        ('[runs.a]\n"domain.x" = 1\n', "domain is not a section"),
-    ],
-)
-def test_a_wrong_sweep_names_the_run_and_the_key(tmp_path, base, runs, message):
-    with pytest.raises(BadRecipe, match=message):
-        read_sweep(write_sweep(tmp_path, base, runs))
-
-
 def test_changes_are_read_as_toml_or_plain_words():
     changes = parse_changes(["run.lr=1e-3", "method=lora", "blocks.h=[16, 0]", "data.chat=false", 'domain="x=y"'])
     assert changes == {"run.lr": 1e-3, "method": "lora", "blocks.h": [16, 0], "data.chat": False, "domain": "x=y"}
     with pytest.raises(BadRecipe, match="is not KEY=VALUE"):
         parse_changes(["run.lr"])
-
-
-def test_calibration_moves_only_the_gates_and_shuts_them_on_a_neighbours_text(tmp_path, base, corpus):
-    wide = {"tokens": 5120, "lr": 0.03, "data__background": [], "run__background_share": 0.0}
-    old = train(write_recipe(tmp_path, base, **wide), tmp_path / "hu", corpus)
-    changes = {"domain": "da", "data__target": ["da.*.train.txt"], "data__background": ["hu.a.train.txt"]}
-    neighbour = train(write_recipe(tmp_path, base, **changes), tmp_path / "da", corpus)
-    new = calibrate(old, [neighbour], corpus, tmp_path / "new.safetensors", base=str(base), carry=0.25)
-    before, after = read_adapter(old), read_adapter(new)
-    assert after.version != before.version
-    assert (after.info.carry, after.info.threshold, after.info.recipe["blocks"]["carry"]) == (0.25, 0, 0.25)
-    assert after.info.recipe["data"]["background"] == ["da.a.train.txt"]
-    assert after.info.results["calibrated"]["beside"] == {"da": read_adapter(neighbour).version}
-    for a, b in zip(before.blocks, after.blocks, strict=True):
-        assert torch.equal(a.w_in, b.w_in)
-        assert torch.equal(a.w_gate, b.w_gate)
-        assert torch.equal(a.w_out, b.w_out)
-        assert not torch.equal(a.gate, b.gate)
-    fired = {}
-    for file in (old, new):
-        report = evaluate([file, neighbour], str(base), corpus, ["da.*.heldout.txt", "hu.*.heldout.txt"], window=16)
-        fired[file] = {source: report.sources[source].fired[file.stem] for source in report.sources}
-    assert fired[old]["da.a"] > 0.2
-    assert fired[new]["da.a"] < 0.1
-    assert fired[new]["hu.a"] > 0.5
-
-
-def test_calibration_needs_the_adapters_recipe(tmp_path, base, corpus):
-    from nr_serve.neutral.format import write_adapter
-    from tests import tiny
-
-    model = tiny.model()
-    made = tiny.adapter(model, 3)
-    write_adapter(tmp_path / "x.safetensors", made.info, made.blocks)
-    with pytest.raises(BadRequest, match="x carries no recipe"):
-        calibrate(tmp_path / "x.safetensors", [], corpus, tmp_path / "y.safetensors", base=str(base))
-    assert not (tmp_path / "y.safetensors").exists()

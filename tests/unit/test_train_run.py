@@ -9,7 +9,7 @@ import torch
 from nr_serve.errors import Conflict
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import loop, losses
+from nr_serve.train import log, loop, losses
 from nr_serve.train import trainer as training
 from nr_serve.train.loop import TrainingDiverged, learning_rate
 from nr_serve.train.recipe import Run
@@ -43,11 +43,17 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path
     assert files[0].info == files[1].info
 
 
-def test_gates_fitted_before_to_the_same_text_are_kept(tmp_path, base, corpus, monkeypatch):
+def said(capsys) -> str:
+    """The line on the gates."""
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "gates find" in line)
+    return line
+
+
+def test_gates_fitted_before_to_the_same_text_are_kept_and_told(tmp_path, base, corpus, monkeypatch, capsys):
     monkeypatch.setenv("NR_CACHE", str(tmp_path / "cache"))
     fits, fit = [], training.fit_gates
     monkeypatch.setattr(training, "fit_gates", lambda *args, **more: fits.append(1) or fit(*args, **more))
-    made = []
+    made, told = [], []
     for out, changes in (
         ("a", {}),
         ("b", {}),
@@ -57,7 +63,12 @@ def test_gates_fitted_before_to_the_same_text_are_kept(tmp_path, base, corpus, m
     ):
         train(write_recipe(tmp_path, base, tokens=128, **changes), tmp_path / out, corpus)
         made.append(weights(tmp_path / out))
+        told.append((log.read(tmp_path / out / "log.jsonl")[0], said(capsys)))
     assert len(fits) == 4
+    assert told[0] == told[1] != told[2]
+    assert told[1][0]["event"] == "gates"
+    assert list(told[1][0]["layers"]["0"]["misfired"]) == ["en.a", "chat", "da"]
+    assert told[1][1].startswith("train: gates find")
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
     assert not torch.equal(made[0]["adapter.layers.0.gate"], made[2]["adapter.layers.0.gate"])
     assert not any(".1." in name for name in made[3])
@@ -112,6 +123,21 @@ def test_a_run_goes_on_beside_a_checkpoint_half_written_and_clears_it(tmp_path, 
     train(write_recipe(tmp_path, base, tokens=512), out, corpus, resume=True)
     assert not torn.exists()
     assert len(list(out.glob("checkpoint-*"))) == checkpoints.KEPT
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_is_compiled_if_its_recipe_says_so(tmp_path, base, compiled):
+    recipe = write_recipe(tmp_path, base, run__compile=compiled)
+    assert loop.training_arguments(recipe.run, tmp_path, tensorboard=False).torch_compile == compiled
+
+
+def test_a_run_goes_on_behind_a_line_of_the_log_that_a_kill_cut(tmp_path, base, corpus):
+    out = tmp_path / "out"
+    train(write_recipe(tmp_path, base, tokens=256), out, corpus)
+    path = out / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    train(write_recipe(tmp_path, base, tokens=256), out, corpus, resume=True)
+    assert [entry["event"] for entry in log.read(path)][-1] == "end"
 
 
 def test_no_checkpoint_goes_before_a_newer_one_is_complete(tmp_path, base, corpus, monkeypatch):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from nr_serve.errors import DownloadFailed
-from nr_serve.train.dataset import Dataset
-from nr_serve.train.documents import PIECE_CHARACTERS
 from nr_serve.train.recipe import BadRecipe, parse_recipe
-from nr_serve.train.sources import OPEN_SOURCES, find_sources, read_in_turn
-from nr_serve.train.text_file import TextFile
+from nr_serve.train.text.dataset import Dataset
+from nr_serve.train.text.documents import PIECE_CHARACTERS
+from nr_serve.train.text.sources import OPEN_SOURCES, find_sources, read_in_turn
+from nr_serve.train.text.text_file import TextFile
 
 
 def documents(path: Path, field: str = "text") -> list[str]:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nr_serve.train.mix import Classes, Mix
-from nr_serve.train.pack import Windows
 from nr_serve.train.recipe import BadRecipe, Data, Run
-from nr_serve.train.text import chat_documents, read_classes, read_heldout
+from nr_serve.train.text.mix import Classes, Mix
+from nr_serve.train.text.pack import Windows
+from nr_serve.train.text.read import chat_documents, read_classes, read_heldout
 from tests import tiny
 
 RUN = Run(tokens=4096, window=32, batch_tokens=128, original_share=0.125, background_share=0.125, seed=3)
@@ -90,7 +90,7 @@ def test_the_text_does_not_depend_on_the_budget(corpus):
 
 
 def test_the_target_is_read_as_far_as_the_recipe_says(corpus, monkeypatch):
-    monkeypatch.setattr("nr_serve.train.text.POOL_CHARACTERS", 100)
+    monkeypatch.setattr("nr_serve.train.text.read.POOL_CHARACTERS", 100)
     add(corpus, "hu.c.train.jsonl", 300 * row("hu", 30) + "not JSON\n")
     bounded = DATA.model_copy(update={"target_tokens": 3200})
     classes = read_classes(corpus, bounded, tiny.tokenizer().hf, RUN)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nr_serve.train.overlap import FEWEST_GRAMS, grams, overlap
-from nr_serve.train.pack import Packed, Windows, pack
 from nr_serve.train.recipe import Data, Run
 from nr_serve.train.tensor_cache import TORN_AFTER_S
 from nr_serve.train.text import read_classes
-from nr_serve.train.token_cache import TokenCache, tokenizer_key
+from nr_serve.train.text.overlap import FEWEST_GRAMS, grams, overlap
+from nr_serve.train.text.pack import Packed, Windows, pack
+from nr_serve.train.text.token_cache import TokenCache, tokenizer_key
 from tests import tiny
 
 
@@ -203,7 +203,7 @@ def test_text_is_packed_again_only_where_it_differs(tmp_path: Path, monkeypatch,
     hf = tiny.tokenizer().hf
     first = read_classes(folder, DATA, hf, RUN, cache)
     packings = []
-    monkeypatch.setattr("nr_serve.train.text.pack", lambda *a: (packings.append(a), pack(*a))[1])
+    monkeypatch.setattr("nr_serve.train.text.read.pack", lambda *a: (packings.append(a), pack(*a))[1])
     changed = DATA.model_copy(update=data), RUN.model_copy(update=run)
     again = read_classes(folder, changed[0], hf, changed[1], cache)
     assert len(packings) == packed_again

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from nr_serve.errors import BadRequest
+from nr_serve.train.recipe import read_toml
 
 Kind = Literal["deb", "pypi", "ddtp", "folder"]
 Format = Literal["html", "mallard", "man", "mo", "text", "plain", "fortune", "jsonl", "csv", "ddtp"]
@@ -54,10 +54,7 @@ DEFAULTS = {
 
 def read_recipe(path: Path) -> list[Source]:
     """Return the sources of the recipe at `path`; raise `BadRequest` naming what is wrong with it."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("source", [])
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadRequest(f"corpus recipe {path}: {error}") from error
+    tables = read_toml(path).get("source", [])
     if not isinstance(tables, list):
         raise BadRequest(f"corpus recipe {path}: a source is a table [[source]], with two brackets")
     sources = [source for table in tables for source in _expand(table)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import json
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nr_serve.train.documents import document_lines, field_text, pieces
 from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.text.documents import document_lines, field_text, pieces
 
 _OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
@@ -50,6 +51,14 @@ class TextFile:
         """Whether each line is a JSON object."""
         suffixes = [suffix for suffix in self.path.suffixes if suffix not in _OPENERS]
         return suffixes[-1:] == [".jsonl"]
+
+    def entry(self, folder: Path) -> str:
+        """Its path below the corpus folder, taken literally."""
+        return glob.escape(self.path.relative_to(folder).as_posix())
+
+    def reads_alike(self, field: str) -> bool:
+        """Whether that field is its own, or it has none."""
+        return field == self.field or not self.is_jsonl
 
     def fingerprint(self) -> str:
         """Hash of the content and of how it is read."""

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from nr_serve.train.dataset import Dataset
 from nr_serve.train.entries import DATASETS
 from nr_serve.train.recipe import BadRecipe
-from nr_serve.train.text_file import TextFile
+from nr_serve.train.text.dataset import Dataset
+from nr_serve.train.text.text_file import TextFile
 
 OPEN_SOURCES = 64
 """Most sources read in turn at once: each is an open file or connection."""
@@ -29,6 +29,12 @@ class Source(Protocol):
     @property
     def identity(self) -> str:
         """What tells it from every other source, however it is written in the recipe."""
+
+    def entry(self, folder: Path) -> str:
+        """How a recipe names it, with the corpus in `folder`."""
+
+    def reads_alike(self, field: str) -> bool:
+        """Whether a recipe whose `text_field` is that reads the same documents in it."""
 
     def fingerprint(self) -> str:
         """Decided by everything its documents depend on."""

@@ -5,6 +5,7 @@ Shape suffixes: N windows, T tokens a window.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from array import array
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nr_serve.train import overlap
+from nr_serve.train.text import overlap
 
 BATCH_DOCUMENTS = 256
 
@@ -29,6 +30,11 @@ class Windows:
 
     def __len__(self) -> int:
         return self.ids_NT.shape[0]
+
+    @property
+    def labelled(self) -> int:
+        """Tokens with a next one in their document and window: those that the LM loss is over."""
+        return int((self.offset_NT[:, 1:] != 0).sum())
 
     def take(self, rows: slice | Sequence[int]) -> Windows:
         """Those windows."""
@@ -51,6 +57,14 @@ def join(parts: Iterable[Windows]) -> Windows:
     """All windows of `parts`, in order."""
     listed = list(parts)
     return Windows(torch.cat([part.ids_NT for part in listed]), torch.cat([part.offset_NT for part in listed]))
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Hash of the content of tensors on the CPU, one after another."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
 
 
 def pack(tokenizer: Any, documents: Sequence[str], window: int, limit: int | None, seed: int) -> Packed:

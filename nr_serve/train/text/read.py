@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from nr_serve.train.documents import PIECE_CHARACTERS
-from nr_serve.train.mix import Classes
-from nr_serve.train.overlap import overlap
-from nr_serve.train.pack import Packed, Windows, pack
 from nr_serve.train.recipe import BadRecipe, Data, Run
-from nr_serve.train.sources import Source, find_sources, read_in_turn
-from nr_serve.train.token_cache import TokenCache, tokenizer_key
+from nr_serve.train.text.documents import PIECE_CHARACTERS
+from nr_serve.train.text.mix import Classes
+from nr_serve.train.text.overlap import overlap
+from nr_serve.train.text.pack import Packed, Windows, pack
+from nr_serve.train.text.sources import Source, find_sources, read_in_turn
+from nr_serve.train.text.token_cache import TokenCache, tokenizer_key
 
 CLASS_TOKENS = 65_536
 """Tokens of a class that only keeps the gates shut."""
@@ -36,20 +36,29 @@ MOST_OVERLAP = 0.2
 """Texts that share more of their 8-grams than this are one text; the worst pair of our own corpus shares 0.03."""
 
 
-def read_classes(folder: Path, data: Data, tokenizer: Any, run: Run, cache: TokenCache | None = None) -> Classes:
+def read_classes(
+    folder: Path,
+    data: Data,
+    tokenizer: Any,
+    run: Run,
+    cache: TokenCache | None = None,
+    *,
+    background: Sequence[Source] = (),
+) -> Classes:
     """The recipe's training text, packed; at most `CLASS_TOKENS` tokens of each class that is not the target.
 
+    `background` is background text beside the recipe's.
     Raises BadRecipe if a source is missing, empty, damaged or has two roles, if a class has less than two windows
     of text, or if the target's text is another class's too; DownloadFailed if a data set cannot be reached.
     """
     roles = find_roles(folder, data)
     original = _by_class((source.name, source) for source in roles["original"])
-    background = _by_class((source.language, source) for source in roles["background"])
-    _check_names([*original, *background])
+    others = _by_class((source.language, source) for source in (*roles["background"], *background))
+    _check_names([*original, *others])
     packer = _Packer(tokenizer, run.window, run.seed, cache or TokenCache())
     target = packer.pack("target", roles["target"], data.target_tokens)
     packed_original = {name: packer.pack(name, sources, CLASS_TOKENS) for name, sources in original.items()}
-    packed_background = {name: packer.pack(name, sources, CLASS_TOKENS) for name, sources in background.items()}
+    packed_background = {name: packer.pack(name, sources, CLASS_TOKENS) for name, sources in others.items()}
     grams = {"target": target.grams}
     grams |= {f"original {name}": packed.grams for name, packed in packed_original.items()}
     grams |= {f"background {name}": packed.grams for name, packed in packed_background.items()}

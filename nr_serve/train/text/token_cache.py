@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nr_serve.default_model import cache_folder
-from nr_serve.train.pack import Packed, Windows
 from nr_serve.train.tensor_cache import MOST_BYTES, TensorCache, Tensors
+from nr_serve.train.text.pack import Packed, Windows
 
 FORMAT = 1
 """Raised when packing changes: files of another format are never read again."""

@@ -5,7 +5,6 @@ Nothing here depends on how far a run has come: a batch is a function of the rec
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -13,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nr_serve.train.pack import Windows, join
 from nr_serve.train.recipe import BadRecipe, Run
+from nr_serve.train.text.pack import Windows, digest, join
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,8 @@ class Classes:
 
     def digest(self) -> str:
         """16 hex digits that tell this text from any other."""
-        digest = hashlib.sha256()
-        for windows in (self.target, *self.original.values(), *self.background.values()):
-            digest.update(windows.ids_NT.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        windows = (self.target, *self.original.values(), *self.background.values())
+        return digest(each.ids_NT for each in windows)[:16]
 
 
 class Rotation:

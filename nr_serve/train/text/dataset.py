@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nr_serve.errors import DownloadFailed
-from nr_serve.train.documents import document_lines, field_text, pieces
 from nr_serve.train.entries import DATASETS
 from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.text.documents import document_lines, field_text, pieces
 
 _WRITTEN = re.compile(r"datasets:([^:@]+)(?::([^:@]+))?(?:@([^:@]+))?")
 
@@ -72,6 +72,14 @@ class Dataset:
             raise DownloadFailed(f"cannot reach {self}: {error}") from error
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise BadRecipe(f"cannot read {self}: {error}") from error
+
+    def entry(self, folder: Path) -> str:
+        """Its name and split; `folder` is where its own NAME may lie."""
+        return str(self)
+
+    def reads_alike(self, field: str) -> bool:
+        """Whether that field is its own."""
+        return field == self.field
 
     def fingerprint(self) -> str:
         """Its files and their revision (on the hub) or time of change (in a folder)."""

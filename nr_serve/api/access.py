@@ -1,0 +1,124 @@
+"""One line of log for each request, under an id that the client may choose and gets back."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nr_serve.api.errors import error_response
+from nr_serve.config import ServeConfig
+from nr_serve.engine.messages import Output, Submit
+from nr_serve.errors import NrError
+from nr_serve.logs import REQUEST_ID
+from nr_serve.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+HEADER = "X-Request-Id"
+_CLEAN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_HEALTH = ("/health", "/ready", "/metrics")
+_LONGEST_PATH = 200
+
+
+@dataclass
+class Entry:
+    """What the log says of one request."""
+
+    status: int | None = None
+    submits: Sequence[Submit] = ()
+    completion_tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Each prompt once, however many answers it gets."""
+        return list({id(submit.prompt_ids): submit.prompt_ids for submit in self.submits}.values())
+
+    def fields(self) -> dict[str, Any]:
+        """Its numbers."""
+        fields: dict[str, Any] = {"status": self.status, "seconds": round(time.perf_counter() - self.started, 4)}
+        if self.submits:
+            fields["selection"] = self.submits[0].selected
+            fields["prompt_tokens"] = sum(map(len, self.prompts))
+            fields["completion_tokens"] = self.completion_tokens
+        return fields
+
+
+_ENTRY: ContextVar[Entry | None] = ContextVar("entry", default=None)
+
+
+def note_submits(submits: Sequence[Submit]) -> None:
+    """The request at work here asks this of the engine."""
+    entry = _ENTRY.get()
+    if entry is not None:
+        entry.submits = submits
+
+
+def note_output(output: Output) -> None:
+    """The engine gave the request at work here an output."""
+    entry = _ENTRY.get()
+    if entry is not None:
+        entry.completion_tokens += len(output.tokens)
+
+
+class AccessLog:
+    """ASGI middleware, the outermost: names the request, logs it, and answers for bugs below."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, tokenizer: Tokenizer) -> None:
+        self._app = app
+        self._log_health = config.log_health
+        self._log_prompts = config.log_prompts
+        self._tokenizer = tokenizer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, then log it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        entry, name = Entry(), _request_id(scope)
+        REQUEST_ID.set(name)
+        _ENTRY.set(entry)
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                entry.status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = name
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        except Exception:
+            if entry.status is not None:
+                raise  # half an answer is out: closing the connection is all that is left to say
+            log.exception("a bug")
+            # The client learns only that it is not to blame.
+            await error_response(NrError("internal error; the server's log has the details"))(scope, receive, named)
+        finally:
+            self._write(scope, entry)
+
+    def _write(self, scope: Scope, entry: Entry) -> None:
+        if scope["path"] in _HEALTH and not self._log_health:
+            return
+        # As sent: decoded, a path may hold line breaks, and look like entries of its own.
+        path = scope["raw_path"].decode("ascii", "backslashreplace")[:_LONGEST_PATH]
+        key = scope.get("state", {}).get("key")
+        fields = {"method": scope["method"], "path": path, **entry.fields()}
+        if key is not None:
+            fields["key"] = key.name
+        if self._log_prompts:
+            fields["prompts"] = [self._tokenizer.decode(ids, special_tokens=True) for ids in entry.prompts]
+        log.info("request", extra={"fields": fields})
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get(HEADER, "")
+    return given if _CLEAN.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,54 @@
+"""What every JSON body is made of. Types are strict, unknown fields are errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
+
+
+def whole_characters(text: str) -> str:
+    """Return `text`; ValueError if it is none: JSON can spell half a surrogate pair, which nothing else takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("not text: it holds half a surrogate pair") from error
+    return text
+
+
+def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        whole_characters(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return value
+
+
+Text = Annotated[str, AfterValidator(whole_characters)]
+TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
+Name = Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+"""What OpenAI takes as the name of a function or a schema."""
+JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
+"""An object that is passed on as it is."""
+NotSupported = Mapping[str, Sequence[Any]]
+
+
+class Body(BaseModel):
+    """A JSON body, or an object in one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    not_supported: ClassVar[NotSupported] = {}
+    """Known fields this server does not have, and the values of each that ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, harmless in cls.not_supported.items():
+            if data.get(name) is not None and data[name] not in harmless:
+                raise ValueError(f"`{name}` is not supported by this server")
+        return {name: value for name, value in data.items() if name not in cls.not_supported}

@@ -1,0 +1,107 @@
+"""The requests under way: each ends by its deadline, and all of them soon once the server is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nr_serve.api.errors import error_body, error_response
+from nr_serve.api.paths import asks_model, is_guarded
+from nr_serve.api.sse import event
+from nr_serve.errors import BadRequest, NrError, TimedOut, Unavailable
+
+HEADER = "X-Request-Timeout"
+"""Seconds; it may shorten the server's own limit."""
+
+
+class Work:
+    """What is under way, and whether more is taken."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self._deadlines: dict[asyncio.Task[object], asyncio.Timeout] = {}
+
+    def began(self, deadline: asyncio.Timeout) -> None:
+        """The current task works on a request until `deadline`."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._deadlines[task] = deadline
+        task.add_done_callback(lambda done: self._deadlines.pop(done, None))
+
+    async def drain(self, grace_s: float) -> None:
+        """Take nothing new; return when all has ended, which is after `grace_s` seconds at the latest."""
+        self.draining = True
+        end = asyncio.get_running_loop().time() + grace_s
+        for deadline in self._deadlines.values():
+            if not deadline.expired() and (deadline.when() or math.inf) > end:
+                deadline.reschedule(end)
+        if self._deadlines:
+            # A client that reads nothing may keep its connection; its request is aborted all the same.
+            await asyncio.wait(self._deadlines, timeout=grace_s + 1)
+
+
+class Deadlines:
+    """ASGI middleware that ends what takes too long, and refuses what comes while the server drains."""
+
+    def __init__(self, app: ASGIApp, work: Work, timeout_s: float | None) -> None:
+        self._app = app
+        self._work = work
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, for as long as it may take."""
+        if scope["type"] != "http" or not is_guarded(scope):
+            await self._app(scope, receive, send)
+            return
+        try:
+            if self._work.draining:
+                raise Unavailable("the server is shutting down")
+            seconds = _shorter(self._timeout_s, Headers(scope=scope).get(HEADER)) if asks_model(scope) else None
+        except NrError as error:
+            await error_response(error)(scope, receive, send)
+        else:
+            await self._run(scope, receive, send, seconds)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send, seconds: float | None) -> None:
+        begun: Message | None = None
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message
+            await send(message)
+
+        deadline = asyncio.timeout(seconds)
+        try:
+            async with deadline:
+                self._work.began(deadline)
+                await self._app(scope, receive, watched)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            # The task was cancelled, which aborted what it had asked of the engine.
+            error = self._reason(seconds)
+            if begun is None:
+                await error_response(error)(scope, receive, send)
+            elif Headers(raw=begun["headers"]).get("content-type", "").startswith("text/event-stream"):
+                await send({"type": "http.response.body", "body": event(error_body(error)), "more_body": False})
+
+    def _reason(self, seconds: float | None) -> NrError:
+        if self._work.draining or seconds is None:
+            return Unavailable("the server is shutting down")
+        return TimedOut(f"the answer was not ready within {seconds:g} seconds")
+
+
+def _shorter(timeout_s: float | None, header: str | None) -> float | None:
+    """The server's limit or the client's, whichever ends first. Raises BadRequest."""
+    if header is None:
+        return timeout_s
+    try:
+        asked = float(header)
+    except ValueError:
+        asked = math.nan
+    if not 0 < asked < math.inf:
+        raise BadRequest(f"{HEADER} is a number of seconds above 0", param=HEADER)
+    return asked if timeout_s is None else min(asked, timeout_s)

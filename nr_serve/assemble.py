@@ -1,0 +1,72 @@
+"""The app over its engine, from the settings: what serving over HTTP and answering in this process share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from nr_serve.api.app import create_app
+from nr_serve.api.bridge import AsyncEngine, Deliver, Engine
+from nr_serve.config import ServeConfig
+from nr_serve.errors import UnsupportedBase
+from nr_serve.metrics import Metrics, VllmNames
+from nr_serve.names import adapter_entry, check_adapter_name
+from nr_serve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nr_serve.tracing import Tracing
+
+
+def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
+    """Return the engine, not yet started, and the app whose lifespan starts it.
+
+    Fetches the default base if that is asked for. Raises NrError for a wrong adapter's name or model folder.
+    """
+    model = model_folder(config.model)
+    for entry in config.adapter:
+        check_adapter_name(adapter_entry(entry)[0], config.base_name(model))
+    tokenizer = load_tokenizer(model)
+    engine = AsyncEngine(
+        lambda deliver: _engine(config, model, tokenizer, deliver), _metrics(config, model), _tracing(config)
+    )
+    return engine, create_app(engine, tokenizer, config)
+
+
+def model_folder(model: str) -> str | Path:
+    """What transformers loads the base from. Raises DownloadFailed."""
+    if model != "default":
+        return model
+    from nr_serve.default_model import fetch_model
+
+    return fetch_model()
+
+
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """The base's tokenizer. Raises UnsupportedBase if there is none."""
+    if str(model).startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise UnsupportedBase(f"there is no model folder {model}")
+    try:
+        return Tokenizer.load(model)
+    except (OSError, ValueError) as error:
+        raise UnsupportedBase(f"cannot load the tokenizer of {model}: {error}") from error
+
+
+def _engine(config: ServeConfig, model: str | Path, tokenizer: Tokenizer, deliver: Deliver) -> Engine:
+    from nr_serve.engine.loop import EngineLoop  # torch: help must start at once
+
+    return EngineLoop(config, model, tokenizer, deliver)
+
+
+def _metrics(config: ServeConfig, model: str | Path) -> Metrics:
+    vllm = config.metrics_compat == "vllm"
+    return Metrics(VllmNames(config.base_name(model), config.page_size) if vllm else None)
+
+
+def _tracing(config: ServeConfig) -> Tracing | None:
+    if config.otlp_endpoint is None:
+        return None
+    from nr_serve.tracing import Tracing
+
+    return Tracing.to_collector(config.otlp_endpoint)

@@ -1,0 +1,194 @@
+"""generate: a file of requests answered without a server."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import httpx
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from pydantic import Field
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
+
+from nr_serve.batch_file import BatchRequest, WrongLine, answer_line, error_line, read_request, take_up
+from nr_serve.errors import BadRequest, NrError, Unavailable
+from nr_serve.logs import configure_logging
+from nr_serve.offline import OfflineConfig, local_http, post
+
+STANDARD = "-"
+"""Names standard input or output instead of a file."""
+
+
+class Generate(OfflineConfig):
+    """Answer a file of requests in OpenAI's batch format; stopped and started again, it goes on where it was.
+
+    The flags are those of `serve` without HTTP's, and so are the environment variables (--max-running is
+    NR_MAX_RUNNING). The exit code is 1 if a request failed.
+    """
+
+    model_config = SettingsConfigDict(cli_enforce_required=True)
+
+    requests: CliPositionalArg[str] = Field(description="file of requests, JSONL; `-` is standard input")
+    answers: CliPositionalArg[str] = Field(
+        description="file for the answers, JSONL; what it answers already is not done again; `-` is standard output"
+    )
+
+
+def generate(command: Generate) -> int:
+    """Answer what is not answered yet; return 1 if a request failed."""
+    from tqdm import tqdm
+
+    configure_logging("warning", "text")
+    config = command.serve_config()
+    with ExitStack() as stack:
+        lines = stack.enter_context(_open(command.requests, "rb"))
+        answered = _answered(command)
+        answers = stack.enter_context(_open(command.answers, "ab"))
+        portal = stack.enter_context(start_blocking_portal(name="nr-generate"))
+        http = stack.enter_context(portal.wrap_async_context_manager(local_http(config)))
+        bar = stack.enter_context(tqdm(total=_count(command.requests), unit="request", mininterval=_interval()))
+        run = _Run(portal, http, answers, bar)
+        # As many again as the engine runs at once: it finds the next ones tokenised.
+        run.answer(lines, answered, at_once=2 * config.max_running)
+    print(f"generate: {run.ok} answered, {run.failed} failed, {run.skipped} answered before", file=sys.stderr)
+    return 1 if run.failed else 0
+
+
+class _Run:
+    """Answers requests beside each other. Owns the file of answers, and counts."""
+
+    def __init__(self, portal: BlockingPortal, http: httpx.AsyncClient, answers: BinaryIO, bar: Any) -> None:
+        self.ok = self.failed = self.skipped = 0
+        self._portal = portal
+        self._http = http
+        self._answers = answers
+        self._bar = bar
+        self._writing = threading.Lock()
+
+    def answer(self, lines: Iterable[bytes], answered: set[str], *, at_once: int) -> None:
+        """Answer every line whose custom_id is not in `answered`.
+
+        Raises Unavailable if the engine fails, and NrError if an answer cannot be written.
+        """
+        free = threading.BoundedSemaphore(at_once)
+        running: list[Future[None]] = []
+        for request in self._requests(lines):
+            if request.custom_id in answered:
+                self.skipped += 1
+                self._bar.update()
+                continue
+            free.acquire()
+            running = [future for future in running if not _over(future)]
+            running.append(self._portal.start_task_soon(self._answer, request))
+            running[-1].add_done_callback(lambda _: free.release())
+        for future in running:
+            future.result()
+
+    def _requests(self, lines: Iterable[bytes]) -> Iterator[BatchRequest]:
+        """The requests in `lines`; for a line that is none, an error is written."""
+        seen: set[str] = set()
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                self._bar.update()
+                continue
+            try:
+                request = read_request(line)
+                if request.custom_id in seen:
+                    raise WrongLine("duplicate_custom_id", "an earlier line has this custom_id", request.custom_id)
+            except WrongLine as wrong:
+                self._write(error_line(wrong, number), ok=False)
+            else:
+                seen.add(request.custom_id)
+                yield request
+
+    async def _answer(self, request: BatchRequest) -> None:
+        status, body = await self._ask(request)
+        if status == Unavailable.status:  # it would be for all that follow: they are left for the next run
+            raise Unavailable(body["error"]["message"])
+        self._write(answer_line(request.custom_id, status, body), ok=status == 200)
+
+    async def _ask(self, request: BatchRequest) -> tuple[int, Any]:
+        if request.body.get("stream") is True:
+            from nr_serve.api.errors import error_body
+
+            error = BadRequest("`stream` is not supported in a file of requests", param="stream")
+            return error.status, error_body(error)
+        response = await post(self._http, request.url, request.body)
+        return response.status_code, response.json()
+
+    def _write(self, line: bytes, *, ok: bool) -> None:
+        """Write one line, whole, at once: what was written before the process is killed is not done again."""
+        with self._writing:  # wrong lines come from the thread that reads
+            try:
+                self._answers.write(line)
+                self._answers.flush()
+            except BrokenPipeError:  # the reader has enough
+                raise
+            except OSError as error:
+                raise NrError(f"cannot write the answers: {error.strerror}") from error
+            self.ok += ok
+            self.failed += not ok
+            self._bar.update()
+
+
+def _over(future: Future[None]) -> bool:
+    """Whether a request is done. Raises what it raised."""
+    if not future.done():
+        return False
+    future.result()
+    return True
+
+
+@contextmanager
+def _open(name: str, mode: str) -> Iterator[BinaryIO]:
+    """The file, or the standard stream. Raises BadRequest."""
+    if name == STANDARD:
+        yield sys.stdin.buffer if mode == "rb" else sys.stdout.buffer
+        return
+    try:
+        file: Any = open(name, mode)  # noqa: SIM115
+    except OSError as error:
+        raise BadRequest(f"cannot open {name}: {error.strerror}") from error
+    try:
+        yield file
+    finally:
+        _close(file, name)
+
+
+def _close(file: BinaryIO, name: str) -> None:
+    try:
+        file.close()
+    except OSError as error:  # what could not be written before cannot be now
+        raise NrError(f"cannot write {name}: {error.strerror}") from error
+
+
+def _answered(command: Generate) -> set[str]:
+    """What an earlier run has answered. Raises BadRequest."""
+    if command.answers == STANDARD:
+        return set()
+    answers = Path(command.answers)
+    try:
+        if command.requests != STANDARD and answers.exists() and answers.samefile(command.requests):
+            raise BadRequest("the answers need a file of their own", param="answers")
+        return take_up(answers)
+    except OSError as error:
+        raise BadRequest(f"cannot take up {answers}: {error.strerror}") from error
+
+
+def _count(name: str) -> int | None:
+    """Lines of a file; None for what can be read only once."""
+    path = Path(name)
+    if name == STANDARD or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _interval() -> float:
+    """Seconds between two looks of the progress bar; a log is not to be filled with it."""
+    return 0.1 if sys.stderr.isatty() else 10.0

@@ -1,0 +1,71 @@
+"""Guided decoding: which tokens a grammar allows next. Owns the matchers; torch-free, and knows nothing of HTTP.
+
+A grammar is text in llguidance's form. It is compiled once a request, off the engine's thread, into a `Guide`;
+every answer then has a `Progress` of its own in it, which outlives a preemption as the answer's tokens do.
+"""
+
+from __future__ import annotations
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from nr_serve.errors import BadRequest
+
+MAX_GRAMMAR_BYTES = 128 * 2**10
+"""Longest grammar. With llguidance's own limits it bounds the compilation to a second or two."""
+
+# A step's work is bounded by llguidance's defaults (some 15 ms); the lexer's memory is not, in proportion.
+_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+
+
+class Guide:
+    """A grammar, compiled for one tokenizer. It never changes: n answers may begin in it."""
+
+    def __init__(self, grammar: str, tokenizer: LLTokenizer) -> None:
+        """Compile. Raises BadRequest if the grammar is wrong, too long or too complex, or matches nothing."""
+        size = len(grammar.encode())
+        if size > MAX_GRAMMAR_BYTES:
+            raise BadRequest(f"the grammar has {size} bytes; at most {MAX_GRAMMAR_BYTES} are taken")
+        self._start = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+        if not self._start.is_error():
+            self._start.compute_bitmask()  # the first is the dearest, and some errors show only here
+        if self._start.is_error():
+            raise BadRequest(f"the grammar cannot be used: {_reason(self._start)}")
+
+    def begin(self) -> Progress:
+        """The start of an answer."""
+        return Progress(self._start.deep_copy())
+
+
+class Progress:
+    """How far one answer is in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow: the answer is whole."""
+        return self._matcher.is_stopped()
+
+    def allowed_bits(self) -> bytes:
+        """Which tokens may come next, a bit each, lowest first; the end of sequence only where the answer may end.
+
+        Raises BadRequest if the grammar has grown too complex to say.
+        """
+        bits = self._matcher.compute_bitmask()
+        self._check()
+        return bits
+
+    def take(self, token_id: int) -> None:
+        """Go on by an allowed token. Raises BadRequest if it is not, or if the grammar has grown too complex."""
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise BadRequest(f"the grammar cannot be followed any further: {_reason(self._matcher)}")
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """The first line says it; the rest shows the grammar."""
+    return matcher.get_error().split("\n", 1)[0][:500]

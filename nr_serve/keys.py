@@ -1,0 +1,132 @@
+"""Keys: who may ask, who may change adapters, and how much. Kept as hashes, in a file that may change while served.
+
+A key is long and random, so that its plain SHA-256 cannot be turned back: a password must not stand in for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import secrets
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from nr_serve.config import ServeConfig
+from nr_serve.errors import BadRequest
+
+log = logging.getLogger(__name__)
+
+MIN_LENGTH = 32
+"""Characters of the shortest key that opens anything through a key file; `make_key` gives 46."""
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+Role = Literal["inference", "admin"]
+
+
+class Key(BaseModel):
+    """One [[key]] of a key file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    name: str = Field(pattern=_NAME, description="whose it is; shown in the log")
+    role: Role = Field(description="inference, or admin, which may change adapters too")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="the key's hash")
+    requests_per_minute: float | None = Field(
+        default=None, gt=0, description="instead of --key-requests-per-minute"
+    )
+    requests_at_once: int | None = Field(default=None, ge=1, description="instead of --key-requests-at-once")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    key: tuple[Key, ...] = ()
+
+
+def make_key(name: str, role: Role) -> tuple[str, Key]:
+    """A new key's secret, and what a key file says of it."""
+    secret = "nr-" + secrets.token_urlsafe(32)
+    try:
+        return secret, Key(name=name, role=role, sha256=_digest(secret.encode()))
+    except ValidationError as error:
+        raise BadRequest("a key's name is 1 to 64 letters, digits, dots, hyphens and underscores") from error
+
+
+def read_key_file(path: Path) -> tuple[Key, ...]:
+    """The keys of a file. Raises BadRequest."""
+    try:
+        keys = _Table.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).key
+    except OSError as error:
+        raise BadRequest(f"cannot read the key file {path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise BadRequest(f"the key file {path} is wrong at {place}: {first['msg']}") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise BadRequest(f"the key file {path} is not TOML: {error}") from error
+    for each in ("name", "sha256"):
+        if len({getattr(key, each) for key in keys}) < len(keys):
+            raise BadRequest(f"the key file {path} has a {each} twice")
+    return keys
+
+
+class Keys:
+    """The keys of the settings and of the key file, which is read again when it changed."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        """Raises BadRequest if the key file cannot be read."""
+        self.guards_inference = config.api_key is not None or config.key_file is not None
+        self.guards_changes = self.guards_inference or config.admin_key is not None
+        # Alone, the API key guards everything, so it opens everything.
+        alone = config.admin_key is None and config.key_file is None
+        self._simple = (
+            *_simple("api-key", "admin" if alone else "inference", config.api_key),
+            *_simple("admin-key", "admin", config.admin_key),
+        )
+        self._path = config.key_file
+        self._seen = self._state()
+        self._filed = () if self._path is None else read_key_file(self._path)
+
+    def find(self, secret: bytes) -> Key | None:
+        """The key whose secret this is. Takes equally long whichever it is, or none."""
+        self._read_again()
+        filed = self._filed if len(secret) >= MIN_LENGTH else ()
+        digest, found = _digest(secret), None
+        for key in (*filed, *self._simple):
+            if hmac.compare_digest(digest, key.sha256):
+                found = key
+        return found
+
+    def _read_again(self) -> None:
+        """Take the file's keys if it changed; a wrong file changes nothing."""
+        if self._path is None or self._state() == self._seen:
+            return
+        self._seen = self._state()
+        try:
+            self._filed = read_key_file(self._path)
+        except BadRequest as error:
+            log.error("the keys stay as they were: %s", error.message)
+        else:
+            log.info("read %d keys from %s", len(self._filed), self._path)
+
+    def _state(self) -> tuple[int, ...]:
+        """Differs once the file was changed, replaced or removed."""
+        try:
+            stat = self._path.stat() if self._path is not None else None
+        except OSError:
+            stat = None
+        return () if stat is None else (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+def _simple(name: str, role: Role, secret: SecretStr | None) -> tuple[Key, ...]:
+    if secret is None:
+        return ()
+    return (Key(name=name, role=role, sha256=_digest(secret.get_secret_value().encode())),)
+
+
+def _digest(secret: bytes) -> str:
+    return hashlib.sha256(secret).hexdigest()

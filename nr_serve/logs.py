@@ -1,0 +1,66 @@
+"""The log: lines of text or of JSON on stderr, each with the id of the request it belongs to."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Of the HTTP request at work in this context."""
+
+
+def configure_logging(level: str, form: str) -> None:
+    """Log from `level` up, as text or json."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    # What uvicorn calls info is of no use to an operator who sees `ready`.
+    logging.getLogger("uvicorn").setLevel("WARNING" if level == "info" else level.upper())
+
+
+def quiet_progress_bars(level: str) -> None:
+    """Show none of transformers' progress bars where no more than warnings is logged."""
+    if level in ("debug", "info"):
+        return
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class TextFormatter(logging.Formatter):
+    """`LEVEL logger: message key=value ...`."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line, before a stack trace."""
+        fields = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in fields_of(record).items()]
+        return " ".join([super().formatMessage(record), *fields])
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        entry = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **fields_of(record),
+        }
+        if record.exc_info:
+            entry["trace"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """What `extra={"fields": ...}` gave the record, and the id of its request."""
+    fields: dict[str, Any] = dict(getattr(record, "fields", {}))
+    request_id = REQUEST_ID.get()
+    return fields if request_id is None else {"request_id": request_id, **fields}

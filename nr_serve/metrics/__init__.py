@@ -1,0 +1,15 @@
+"""The server's Prometheus metrics. Fed by the engine's steps and outputs; knows no HTTP, no tensors.
+
+definitions   every metric by name, once; docs/metrics.md is made from it
+instruments   `Metrics`: counters and histograms that grow as events come in
+clock         `RequestClock`: one request's times and tokens
+totals        what the engine counts itself, shown as it was last read
+vllm          the same figures under vLLM's names, if asked for
+"""
+
+from nr_serve.metrics.clock import RequestClock
+from nr_serve.metrics.definitions import metrics_table
+from nr_serve.metrics.instruments import Metrics
+from nr_serve.metrics.vllm import VllmNames
+
+__all__ = ["Metrics", "RequestClock", "VllmNames", "metrics_table"]

@@ -1,0 +1,137 @@
+"""The instruments: counters, gauges and histograms that follow requests, steps and adapters."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from nr_serve import __version__
+from nr_serve.engine.messages import AdapterView, EngineInfo, FinishReason, GateStatistics, StepReport, Submit
+from nr_serve.metrics import definitions
+from nr_serve.metrics.clock import RequestClock
+from nr_serve.metrics.totals import EngineTotals
+from nr_serve.metrics.vllm import VllmCollector, VllmNames
+
+_MOST_SELECTED = 64
+_OTHER = "other"
+
+
+class Metrics:
+    """The server's metrics, in a registry of their own."""
+
+    def __init__(self, vllm: VllmNames | None = None) -> None:
+        """With `vllm` they are shown under vLLM's names too."""
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._totals = EngineTotals()
+        self._selected: set[str] = set()
+        self.named: Tally[str] = Tally()
+        """Adapters that requests in flight chose by name, and by how many."""
+        self.registry.register(self._totals)
+        self._define_requests()
+        self._define_steps()
+        self._define_adapters()
+        if vllm is not None:
+            self.registry.register(VllmCollector(vllm, self, self._totals))
+
+    def serves(self, info: EngineInfo) -> None:
+        """Say what the engine, ready now, serves."""
+        self.info.labels(__version__, info.model, info.device, info.dtype).set(1)
+
+    def track(self, request: Submit) -> RequestClock:
+        """Start the clock of a request that is about to be submitted."""
+        self.in_flight.inc()
+        self.named.update(request.adapters or ())
+        return RequestClock(self, request)
+
+    def step(self, report: StepReport) -> None:
+        """Count one step of the engine."""
+        self.step_seconds.observe(report.seconds)
+        self.step_tokens.observe(report.prefill_tokens + report.decode_tokens)
+        self.step_requests.observe(report.requests)
+        self.last_step.set(time.time())
+        self.computed_tokens.labels("prefill").inc(report.prefill_tokens)
+        self.computed_tokens.labels("decode").inc(report.decode_tokens)
+        self.preemptions.inc(report.preemptions)
+        self._set_load(report)
+
+    def loaded(self, view: AdapterView) -> None:
+        """Count an adapter that was attached or replaced."""
+        self.loads.inc()
+        self.load_seconds.observe(view.load_seconds)
+
+    def unloaded(self, name: str) -> None:
+        """Count an unload, and forget the labels that only this adapter needed."""
+        self.unloads.inc()
+        for selected in [each for each in self._selected if name in each.split("+")]:
+            self.requests.remove_by_labels({"selected": selected})
+            self._selected.discard(selected)
+
+    def selected(self, name: str) -> str:
+        """The label of a selection: clients may join any adapters, so only so many joined names are told apart."""
+        if "+" in name and name not in self._selected and len(self._selected) >= _MOST_SELECTED:
+            return _OTHER
+        self._selected.add(name)
+        return name
+
+    def ended(self, clock: RequestClock, selected: str, reason: FinishReason) -> None:
+        """Count an answer. One whose adapter was unloaded meanwhile must not bring its name back."""
+        self.in_flight.dec()
+        self.named -= Tally(clock.request.adapters or ())
+        self.requests.labels(selected if selected in self._selected else _OTHER, reason).inc()
+
+    def render(self, gates: GateStatistics | None, adapters: Sequence[AdapterView]) -> bytes:
+        """Return the exposition text; `gates` is None until the engine can be asked."""
+        if gates is not None:
+            self._set_load(gates)
+        self._totals.statistics = gates
+        self._totals.adapters = adapters
+        return generate_latest(self.registry)
+
+    def _set_load(self, now: StepReport | GateStatistics) -> None:
+        self.running.set(now.running)
+        self.waiting.set(now.waiting)
+        self.pages_used.set(now.pages_used)
+        self.pages_total.set(now.pages_total)
+
+    def _define_requests(self) -> None:
+        registry = self.registry
+        self.ready = definitions.READY.gauge(registry)
+        self.info = definitions.INFO.gauge(registry)
+        self.requests = definitions.REQUESTS.counter(registry)
+        self.errors = definitions.ERRORS.counter(registry)
+        self.in_flight = definitions.IN_FLIGHT.gauge(registry)
+        self.prompt_tokens = definitions.PROMPT_TOKENS.counter(registry)
+        self.generated_tokens = definitions.GENERATED_TOKENS.counter(registry)
+        self.request_prompt_tokens = definitions.REQUEST_PROMPT_TOKENS.histogram(registry)
+        self.request_generated_tokens = definitions.REQUEST_GENERATED_TOKENS.histogram(registry)
+        self.first_token_seconds = definitions.FIRST_TOKEN_SECONDS.histogram(registry)
+        self.inter_token_seconds = definitions.INTER_TOKEN_SECONDS.histogram(registry)
+        self.request_seconds = definitions.REQUEST_SECONDS.histogram(registry)
+        self.queue_seconds = definitions.QUEUE_SECONDS.histogram(registry)
+        self.prefill_seconds = definitions.PREFILL_SECONDS.histogram(registry)
+        self.decode_seconds = definitions.DECODE_SECONDS.histogram(registry)
+
+    def _define_steps(self) -> None:
+        registry = self.registry
+        self.step_seconds = definitions.STEP_SECONDS.histogram(registry)
+        self.step_tokens = definitions.STEP_TOKENS.histogram(registry)
+        self.step_requests = definitions.STEP_REQUESTS.histogram(registry)
+        self.last_step = definitions.LAST_STEP.gauge(registry)
+        self.computed_tokens = definitions.COMPUTED_TOKENS.counter(registry)
+        self.running = definitions.RUNNING.gauge(registry)
+        self.waiting = definitions.WAITING.gauge(registry)
+        self.preemptions = definitions.PREEMPTIONS.counter(registry)
+        self.pages_used = definitions.PAGES_USED.gauge(registry)
+        self.pages_total = definitions.PAGES_TOTAL.gauge(registry)
+
+    def _define_adapters(self) -> None:
+        registry = self.registry
+        self.loads = definitions.LOADS.counter(registry)
+        self.unloads = definitions.UNLOADS.counter(registry)
+        self.load_failures = definitions.LOAD_FAILURES.counter(registry)
+        self.load_seconds = definitions.LOAD_SECONDS.histogram(registry)

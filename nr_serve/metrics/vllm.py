@@ -1,0 +1,136 @@
+"""The same figures under vLLM's names, as dashboards and the Kubernetes inference gateway read them.
+
+Names, labels and meaning are those of vLLM's metrics and of the Gateway API inference extension's model server
+protocol. Nothing is counted twice: the values are those of our own instruments at the time of the scrape.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from nr_serve.engine.messages import GateStatistics
+from nr_serve.metrics.totals import EngineTotals
+
+if TYPE_CHECKING:
+    from nr_serve.metrics.instruments import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class VllmNames:
+    """What vLLM's labels need to know."""
+
+    model: str
+    """Served name of the base."""
+    page_size: int
+    """Tokens in a page, which vLLM calls a block."""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The labels that nearly every metric of vLLM has; there is one engine here."""
+        return {"model_name": self.model, "engine": "0"}
+
+
+class VllmCollector(Collector):
+    """Shows the metrics under vLLM's names."""
+
+    def __init__(self, names: VllmNames, metrics: Metrics, totals: EngineTotals) -> None:
+        self._names = names
+        self._metrics = metrics
+        self._totals = totals
+        self._renamed = {
+            "vllm:num_requests_running": metrics.running,
+            "vllm:num_requests_waiting": metrics.waiting,
+            "vllm:num_preemptions": metrics.preemptions,
+            "vllm:prompt_tokens": metrics.prompt_tokens,
+            "vllm:generation_tokens": metrics.generated_tokens,
+            "vllm:iteration_tokens_total": metrics.step_tokens,
+            "vllm:request_prompt_tokens": metrics.request_prompt_tokens,
+            "vllm:request_generation_tokens": metrics.request_generated_tokens,
+            "vllm:time_to_first_token_seconds": metrics.first_token_seconds,
+            "vllm:inter_token_latency_seconds": metrics.inter_token_seconds,
+            "vllm:time_per_output_token_seconds": metrics.inter_token_seconds,  # its older name
+            "vllm:e2e_request_latency_seconds": metrics.request_seconds,
+            "vllm:request_queue_time_seconds": metrics.queue_seconds,
+            "vllm:request_prefill_time_seconds": metrics.prefill_seconds,
+            "vllm:request_decode_time_seconds": metrics.decode_seconds,
+        }
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: the values are taken from instruments that are registered already."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family; those that need the engine's word once it was read."""
+        for name, source in self._renamed.items():
+            yield _renamed(source, name, self._names.labels)
+        yield self._request_success()
+        if self._totals.statistics is not None:
+            yield from self._cache(self._totals.statistics)
+            yield self._adapters(self._totals.statistics)
+
+    def _request_success(self) -> Metric:
+        """vLLM counts by reason only, and aborted answers too; ours are told apart by selection."""
+        ended: Tally[str] = Tally()
+        for family in self._metrics.requests.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    ended[sample.labels["finish_reason"]] += int(sample.value)
+        labels = self._names.labels
+        success = CounterMetricFamily(
+            "vllm:request_success", "Answers ended, by why", labels=[*labels, "finished_reason"]
+        )
+        for reason in ("stop", "length", "abort", "error"):
+            success.add_metric([*labels.values(), reason], ended[reason])
+        return success
+
+    def _cache(self, statistics: GateStatistics) -> Iterator[Metric]:
+        labels = self._names.labels
+        used = statistics.pages_used / statistics.pages_total
+        for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):  # new name, older name
+            usage = GaugeMetricFamily(name, "Share of the KV cache's pages in use, 0 to 1", labels=[*labels])
+            usage.add_metric([*labels.values()], used)
+            yield usage
+        facts = {"block_size": str(self._names.page_size), "num_gpu_blocks": str(statistics.pages_total)}
+        facts |= {"engine": labels["engine"]}
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info", "Always 1; the labels describe the KV cache", labels=[*facts]
+        )
+        info.add_metric([*facts.values()], 1)
+        yield info
+
+    def _adapters(self, statistics: GateStatistics) -> Metric:
+        """Which adapters are in slots, for a gateway that sends a request where its adapter is.
+
+        Adapters act here without being chosen (the gates route), so the requests that run do not say which are at
+        work. `running` therefore names every attached adapter: the protocol asks for those that are loaded and
+        ready. `waiting` names those that a request in flight chose by name and that have no slot yet. Both change
+        with the adapters and not with each request, so they make few series.
+        """
+        views, named = self._totals.adapters, self._metrics.named
+        attached = sorted(view.name for view in views if view.state == "attached")
+        wanted = sorted(view.name for view in views if view.state != "attached" and view.name in named)
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Unix time of the scrape; the labels name the adapters",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        info.add_metric([str(statistics.slots_total), ",".join(attached), ",".join(wanted)], time.time())
+        return info
+
+
+def _renamed(source: Collector, name: str, labels: dict[str, str]) -> Metric:
+    """The source's one family under another name, with more labels."""
+    (family,) = source.collect()
+    renamed = Metric(name, family.documentation, family.type)
+    for sample in family.samples:
+        if not sample.name.endswith("_created"):
+            end = sample.name.removeprefix(family.name)
+            renamed.add_sample(name + end, labels | sample.labels, sample.value)
+    return renamed

@@ -1,0 +1,235 @@
+"""A base and its adapters in this process: the server without HTTP, for notebooks and for files of requests.
+
+The app that `serve` runs is called through ASGI, without a socket: requests are checked and answered by the same
+code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+from anyio.from_thread import start_blocking_portal
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from nr_serve.client import refusal
+from nr_serve.config import FLAGS, GROUPS, Adapters, Engine, Model, ServeConfig
+from nr_serve.errors import BadRequest, NrError, Unavailable
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.types import Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=BaseSettings)
+
+
+class OfflineConfig(Engine, Adapters, Model, BaseSettings):
+    """The settings of `serve` that mean something without HTTP."""
+
+    model_config = FLAGS | SettingsConfigDict(env_prefix="NR_", frozen=True)
+
+    def serve_config(self) -> ServeConfig:
+        """The settings for the app: who runs this process needs no key, and may load any file they can read.
+
+        Raises BadRequest.
+        """
+        # Given as defaults, so that the environment's settings of a server are not taken up.
+        others = {
+            name: field.get_default(call_default_factory=True)
+            for group in GROUPS
+            if not issubclass(OfflineConfig, group)
+            for name, field in group.model_fields.items()
+        }
+        given = self.model_dump(include=set(ServeConfig.model_fields))
+        return _checked(ServeConfig, others | given | {"adapter_dir": [Path("/")], "log_level": "warning"})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer; as a string, its text."""
+
+    texts: tuple[str, ...]
+    """One for each prompt, times `n`."""
+    body: Mapping[str, Any]
+    """All of it, in OpenAI's form."""
+
+    @property
+    def text(self) -> str:
+        """The text; the first, if there are several."""
+        return self.texts[0]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Server:
+    """A base with adapters, on threads of its own. May be called from any thread; what is refused raises NrError.
+
+    To be closed, or used in a `with` block.
+    """
+
+    def __init__(self, adapters: Sequence[str | Path] | None = None, **settings: Any) -> None:
+        """Return once the base is loaded and `adapters`, each FILE or NAME=FILE, are attached.
+
+        `settings` are those of `nr-serve serve`, less what concerns HTTP. Raises BadRequest if one is wrong, and
+        NrError if the base or an adapter cannot be served.
+        """
+        if adapters is not None:
+            settings["adapter"] = [str(adapter) for adapter in adapters]
+        config = _checked(OfflineConfig, settings).serve_config()
+        with ExitStack() as stack:
+            self._portal = stack.enter_context(start_blocking_portal(name="nr-server"))
+            self._http = stack.enter_context(self._portal.wrap_async_context_manager(local_http(config)))
+            self._open: ExitStack | None = stack
+            self.model: str = self._get("/v1/models")["data"][0]["id"]
+            """The base's name: as `model`, it means that every attached adapter may act."""
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine and give its memory back."""
+        if self._open is not None:
+            stack, self._open = self._open, None
+            stack.close()
+
+    def complete(self, prompt: str | Sequence[str] | Sequence[int], **fields: Any) -> Answer:
+        """Continue a text, or several; `fields` are any of POST /v1/completions but `stream`."""
+        body = self._post("/v1/completions", {"model": self.model, "prompt": prompt} | fields)
+        return Answer(tuple(choice["text"] for choice in body["choices"]), body)
+
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], **fields: Any) -> Answer:
+        """Answer a conversation, or one message; `fields` are any of POST /v1/chat/completions but `stream`."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        body = self._post("/v1/chat/completions", {"model": self.model, "messages": messages} | fields)
+        return Answer(tuple(choice["message"]["content"] for choice in body["choices"]), body)
+
+    def gates(self, text: str, **fields: Any) -> list[tuple[str, dict[str, float]]]:
+        """Each token of a text with, by adapter, the share of the adapter's blocks that fired at it."""
+        answer = self.complete(text, max_tokens=0, gates=True, **fields)
+        gates = answer.body["choices"][0]["gates"]
+        return list(zip(gates["prompt_text"], gates["prompt"], strict=True))
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """Every registered adapter."""
+        found: list[dict[str, Any]] = self._get("/v1/adapters")["data"]
+        return found
+
+    def load_adapter(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        *,
+        replace: bool = False,
+        pinned: bool | None = None,
+        threshold: float | None = None,
+    ) -> dict[str, Any]:
+        """Load an adapter's file; `name` defaults to the file's. Return the adapter.
+
+        With `pinned` None it is pinned if the adapter it replaces is; with `threshold` None it has the file's own.
+        """
+        path = Path(path).absolute()
+        body = {"name": name or path.stem, "path": str(path), "replace": replace}
+        return self._post("/v1/adapters", body | {"pinned": pinned, "threshold": threshold})
+
+    def unload_adapter(self, name: str) -> dict[str, Any]:
+        """Unload an adapter; return it as it was."""
+        return self._json(self._http.delete, f"/v1/adapters/{quote(name, safe='')}")
+
+    def _get(self, path: str) -> dict[str, Any]:
+        return self._json(self._http.get, path)
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        if body.get("stream"):
+            raise BadRequest("`stream` is not supported here", param="stream")
+        return self._json(post, self._http, path, body)
+
+    def _json(self, ask: Callable[..., Awaitable[httpx.Response]], *args: Any) -> dict[str, Any]:
+        if self._open is None:
+            raise Unavailable("the server is closed")
+        future = self._portal.start_task_soon(ask, *args)
+        try:
+            response = future.result()
+        except BaseException:  # an interrupted cell drops its request
+            future.cancel()
+            raise
+        if response.is_error:
+            raise refusal(response)
+        body: dict[str, Any] = response.json()
+        return body
+
+
+async def post(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> httpx.Response:
+    """POST `body`; when the queue is full, wait and ask again. Raises BadRequest for what cannot be JSON."""
+    try:
+        content = json.dumps(body, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRequest(f"this cannot be sent as JSON: {error}") from error
+    while True:
+        response = await http.post(path, content=content, headers={"Content-Type": "application/json"})
+        if response.status_code != 429:
+            return response
+        await asyncio.sleep(float(response.headers["Retry-After"]))
+
+
+@asynccontextmanager
+async def local_http(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the server's app, run in this process: its base loaded, its adapters attached.
+
+    Raises NrError if they cannot be.
+    """
+    from nr_serve.assemble import assemble  # not for help, which must start at once
+
+    engine, app = await asyncio.to_thread(assemble, config)
+    settled = asyncio.Event()
+    engine.on_status = lambda status: settled.set()
+    async with app.router.lifespan_context(app):
+        await settled.wait()
+        if engine.status != "ready":
+            raise NrError(engine.failure or "the engine failed to start")
+        transport = httpx.ASGITransport(_logged(app), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://nr-serve", timeout=None) as http:
+            yield http
+
+
+def _logged(app: FastAPI) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """`app`, its failures logged: the client learns of them only that they are no fault of the request."""
+
+    async def logged(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except Exception:
+            log.exception("a request failed")
+            raise
+
+    return logged
+
+
+def _checked(kind: type[C], settings: Mapping[str, Any]) -> C:
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
+            for each in error.errors()
+        ]
+        raise BadRequest("; ".join(wrong)) from error

@@ -1,0 +1,47 @@
+"""A run's log: one JSON object a line, each with its `event`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nr_serve.errors import BadRequest
+
+
+class Log:
+    """Writes a log, after what is in it already. A line that a killed process left half-written goes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists():
+            with path.open("rb+") as log:
+                log.truncate(log.read().rfind(b"\n") + 1)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Add a line."""
+        with self.path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, in order, without a last one that is half-written.
+
+    Raises BadRequest for a file that cannot be read or is not such a log, with the number of the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except OSError as error:
+        raise BadRequest(f"cannot read {path}: {error.strerror}") from error
+    return [_entry(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+        if not isinstance(entry, dict) or "event" not in entry:
+            raise ValueError("no event")
+    except ValueError as error:
+        raise BadRequest(f"{path} line {number}: not a line of a run's log") from error
+    return entry

@@ -1,0 +1,43 @@
+"""The processes that share a run, as `accelerate launch` and `torchrun` start them; one where neither did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import accelerate
+from accelerate.utils import broadcast_object_list
+
+from nr_serve.errors import NrError
+
+T = TypeVar("T")
+
+
+def is_first() -> bool:
+    """Whether this is the process that measures, writes and tells."""
+    return bool(accelerate.PartialState().is_main_process)
+
+
+def several() -> bool:
+    """Whether there are more than one."""
+    return int(accelerate.PartialState().num_processes) > 1
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, in all of them; the others wait for it and do not call it.
+
+    An NrError or OSError that it raises is raised in all of them.
+    """
+    if not several():
+        return make()
+    outcome: list[Any] = [None, None]
+    if is_first():
+        try:
+            outcome = [make(), None]
+        except (NrError, OSError) as error:
+            outcome = [None, error]
+    value, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    made: T = value
+    return made

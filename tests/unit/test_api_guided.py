@@ -1,0 +1,394 @@
+"""Guided answers over HTTP: the real engine, a tiny random model at temperature 1, and the openai package."""
+
+import json
+import re
+import threading
+from contextlib import contextmanager
+from typing import Literal
+
+import httpx
+import jsonschema
+import openai
+import pytest
+import uvicorn
+from pydantic import BaseModel, Field
+
+from nr_serve.api import guides
+from nr_serve.api.app import create_app
+from nr_serve.api.bridge import AsyncEngine
+from nr_serve.config import ServeConfig
+from nr_serve.engine.guide import MAX_GRAMMAR_BYTES
+from nr_serve.engine.loop import EngineLoop
+from nr_serve.metrics import Metrics
+from nr_serve.serve import bind
+from tests import tiny
+from tests.fakes import events
+
+TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}
+{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}
+{{ call.function | tojson }}{% endfor %}
+{% endfor %}<assistant>"""
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": -5, "maximum": 99}, "b": {"enum": ["x", "yé"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+SPACES = [tiny.tokenizer().encode(space)[0] for space in " \n\t"]
+SHORT = {"logit_bias": {str(i): -100 for i in SPACES}}
+"""Keeps the answers of a random model short, and the tests fast."""
+HI = [{"role": "user", "content": "hi"}]
+
+
+class City(BaseModel):
+    name: str = Field(max_length=3)
+    size: Literal["big", "small"]
+
+
+def tool(name, schema, **more):
+    return {"type": "function", "function": {"name": name, "parameters": schema, **more}}
+
+
+TOOLS = [
+    tool("ab", SCHEMA),
+    tool("city", {"$ref": "#/$defs/c", "$defs": {"c": City.model_json_schema()}}),
+    tool("now", None),
+]
+CHECKS = {"ab": SCHEMA, "city": City.model_json_schema(), "now": {"maxProperties": 0}}
+
+
+@contextmanager
+def running(app):
+    listener = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield "http://{}:{}".format(*listener.getsockname())
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory):
+    base = tiny.save(tiny.model(max_position_embeddings=1024), tmp_path_factory.mktemp("long"))
+    tokenizer = tiny.tokenizer()
+    tokenizer.hf.chat_template = TEMPLATE
+    config = ServeConfig(model=str(base), served_model_name="tiny", pages=200, slot_width=8, slots=1)
+    engine = AsyncEngine(lambda deliver: EngineLoop(config, base, tokenizer, deliver), Metrics())
+    ready = threading.Event()
+    engine.on_status = lambda status: ready.set()
+    with running(create_app(engine, tokenizer, config)) as url, httpx.Client(base_url=url, timeout=300) as http:
+        assert ready.wait(60)
+        made = tokenizer.for_grammars
+        tokenizer.for_grammars = lambda *args: (
+            pytest.fail("too late") if tokenizer._for_grammars is None else made(*args)
+        )
+        yield http
+
+
+@pytest.fixture(scope="module")
+def client(http):
+    with openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def complete(http, **body):
+    return http.post("/v1/completions", json={"model": "tiny", "prompt": "hi", "max_tokens": 60, **SHORT} | body)
+
+
+def chat(http, **body):
+    return http.post(
+        "/v1/chat/completions", json={"model": "tiny", "messages": HI, "max_tokens": 80, **SHORT} | body
+    )
+
+
+def finished(response):
+    """Texts of the answers that ended before their length."""
+    assert response.status_code == 200, response.text
+    texts = [
+        c["text"] if "text" in c else c["message"]["content"]
+        for c in response.json()["choices"]
+        if c["finish_reason"] == "stop"
+    ]
+    assert len(texts) > 1
+    return texts
+
+
+NAMED = {"type": "json_schema", "json_schema": {"name": "ab", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"response_format": NAMED},
+        {"structured_outputs": {"json": SCHEMA}},
+        {"structured_outputs": {"json": json.dumps(SCHEMA)}},
+        {"guided_json": SCHEMA},
+        {"guided_json": json.dumps(SCHEMA), "guided_decoding_backend": "guidance"},
+    ],
+)
+@pytest.mark.parametrize("ask", [complete, chat])
+def test_a_schema_is_kept_to_by_whatever_name_it_is_given(http, ask, asked):
+    for text in finished(ask(http, n=3, seed=1, **asked)):
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}]
+)
+def test_json_mode_gives_objects(http, asked):
+    answer = chat(http, n=8, seed=1, **asked).json()
+    texts = [c["message"]["content"] for c in answer["choices"] if c["finish_reason"] == "stop"]
+    assert len(texts) > 1
+    assert all(isinstance(json.loads(text), dict) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "pattern"),
+    [
+        ("regex", r"\d{2}/[a-f]+é?", r"\d{2}/[a-f]+é?"),
+        ("choice", ["yes", 'n"o\n', "é🙂", "yes sir"], 'yes|n"o\n|é🙂|yes sir'),
+        ("grammar", 'start: "a"+ b\nb: /[0-9]/', "a+[0-9]"),
+        ("grammar", 'root ::= "a"+ b\nb ::= [0-9]', "a+[0-9]"),
+    ],
+)
+def test_a_regex_a_choice_or_a_grammar_is_kept_to(http, kind, value, pattern):
+    for asked in ({"structured_outputs": {kind: value}}, {f"guided_{kind}": value}):
+        for text in finished(complete(http, n=6, seed=0, **asked)):
+            assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({}, r"\{\s*\"a\"\s*:\s*\d\s*\}"),
+        ({"disable_any_whitespace": True}, r"\{\"a\":\d\}"),
+        ({"whitespace_pattern": "-"}, r"\{-?\"a\"-?:-?\d-?\}"),
+    ],
+)
+def test_space_between_tokens_of_json_is_the_clients_choice(http, asked, pattern):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    texts = finished(complete(http, n=6, seed=0, structured_outputs={"json": schema} | asked, logit_bias=None))
+    assert all(re.fullmatch(pattern, text) for text in texts)
+    assert any(" " in text for text in texts) == (not asked)
+
+
+def test_a_stream_says_what_the_whole_answer_says(http):
+    asked = {"response_format": NAMED, "seed": 3}
+    whole = chat(http, **asked).json()["choices"][0]
+    streamed = [event["choices"][0] for event in events(chat(http, stream=True, **asked))]
+    assert "".join(part["delta"].get("content") or "" for part in streamed) == whole["message"]["content"]
+    assert streamed[-1]["finish_reason"] == whole["finish_reason"] == "stop"
+
+
+def test_best_of_returns_the_likeliest_per_token_of_all_answers(http):
+    asked = {"seed": 5, "structured_outputs": {"regex": "[ab]{1,8}"}}
+    choices = complete(http, n=12, logprobs=0, **asked).json()["choices"]
+    mean = lambda c: sum(c["logprobs"]["token_logprobs"]) / len(c["logprobs"]["token_logprobs"])  # noqa: E731
+    want = [choice["text"] for choice in sorted(choices, key=mean, reverse=True)[:3]]
+    assert want != [choice["text"] for choice in choices[:3]]
+    assert [c["text"] for c in complete(http, n=3, best_of=12, **asked).json()["choices"]] == want
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "json_schema": NAMED["json_schema"]}}, "response_format.json_schema"),
+        ({"response_format": NAMED | {"json_schema": {"name": "a b"}}}, "response_format.json_schema.name"),
+        ({"guided_json": {"type": "foo"}}, "guided_json"),
+        ({"guided_json": {"not": {}}}, "guided_json"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": "[" * 100_000}, "guided_json"),
+        ({"guided_json": "true"}, "guided_json"),
+        ({"guided_json": {"x-guidance": {"lenient": True}}}, "guided_json"),
+        ({"guided_json": {"$ref": "https://example.com/schema"}}, "guided_json"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_regex": "(" * 100_000}, "guided_regex"),
+        ({"guided_regex": "a" * (MAX_GRAMMAR_BYTES + 1)}, "guided_regex"),
+        ({"guided_json": {"enum": ["a" * MAX_GRAMMAR_BYTES]}}, "guided_json"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_grammar": "start: b"}, "guided_grammar"),
+        ({"guided_grammar": "root ::= " + "(" * 50_000}, "guided_grammar"),
+        ({"guided_decoding_backend": "outlines"}, "guided_decoding_backend"),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_regex"),
+        ({"structured_outputs": {"json": {}}, "response_format": NAMED}, "structured_outputs.json"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"guided_regex": "a", "guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
+        ({"structured_outputs": {"regex": "a", "disable_any_whitespace": True}}, "structured_outputs"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+    ],
+)  # fmt: skip
+def test_a_form_that_is_none_is_refused_by_name_before_anything_runs(http, asked, param):
+    response = chat(http, **asked)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+def test_grammars_are_compiled_on_a_thread_of_their_own_and_not_for_ever(http, monkeypatch):
+    threads, may_end, compile_ = [], threading.Event(), guides._compile
+
+    def slow(*args):
+        threads.append(threading.current_thread().name)
+        assert may_end.wait(30)
+        return compile_(*args)
+
+    monkeypatch.setattr(guides, "_compile", slow)
+    monkeypatch.setattr(guides, "COMPILE_SECONDS", 0.2)
+    response = complete(http, guided_regex="a")
+    for free in ({}, {"response_format": {"type": "text"}}):
+        assert complete(http, max_tokens=1, **free).status_code == 200, "it waits for another's grammar"
+    may_end.set()
+    assert (response.status_code, threads) == (400, ["nr-guide_0"])
+    assert "not compiled within 0.2 s" in response.json()["error"]["message"]
+
+
+# Tools
+
+
+def calls_of(choice):
+    return [
+        (c["function"]["name"], json.loads(c["function"]["arguments"]))
+        for c in choice["message"].get("tool_calls", ())
+    ]
+
+
+def called(http, **asked):
+    """The calls of each answer that ended with some."""
+    choices = chat(http, tools=TOOLS, n=4, seed=2, max_tokens=150, **asked).json()["choices"]
+    found = [calls_of(choice) for choice in choices if choice["finish_reason"] == "tool_calls"]
+    assert found
+    for name, arguments in (call for calls in found for call in calls):
+        jsonschema.validate(arguments, CHECKS[name])
+    assert all(c["message"]["content"] is None for c in choices if c["finish_reason"] == "tool_calls")
+    return found
+
+
+def test_a_required_call_is_made_and_its_arguments_are_valid(http):
+    found = called(http, tool_choice="required")
+    assert all(calls for calls in found)
+    assert all(len(calls) == 1 for calls in called(http, tool_choice="required", parallel_tool_calls=False))
+
+
+def test_several_calls_may_be_made_at_once(http):
+    biased = {"logit_bias": {"299": -100}}  # the end is unlikely: one more call
+    answer = chat(http, tools=[tool("now", None)], tool_choice="required", max_tokens=130, **biased).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert len(calls_of(answer["choices"][0])) > 1
+
+
+def test_a_named_function_is_called_once(http):
+    for calls in called(http, tool_choice={"type": "function", "function": {"name": "city"}}):
+        assert [name for name, _ in calls] == ["city"]
+
+
+def test_only_allowed_tools_are_called(http):
+    names = [{"type": "function", "function": {"name": name}} for name in ("now", "ab")]
+    found = called(
+        http, tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": names}}
+    )
+    assert {name for calls in found for name, _ in calls} <= {"now", "ab"}
+
+
+def test_an_answer_is_in_the_form_asked_for_or_calls_a_tool(http):
+    asked = {
+        "tools": [tool("ab", SCHEMA)],
+        "response_format": NAMED,
+        "n": 8,
+        "seed": 0,
+        "logit_bias": SHORT["logit_bias"] | {"27": 2},
+    }
+    choices = chat(http, max_tokens=100, **asked).json()["choices"]
+    kinds = {choice["finish_reason"] for choice in choices}
+    assert {"stop", "tool_calls"} <= kinds
+    for choice in choices:
+        if choice["finish_reason"] == "stop":
+            jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+        for _, arguments in calls_of(choice):
+            jsonschema.validate(arguments, SCHEMA)
+
+
+def test_keywords_beyond_grammars_are_refused_of_strict_tools_alone(http):
+    odd = {
+        "type": "object",
+        "properties": {"a": {"type": "array", "maxItems": 2, "uniqueItems": True, "items": {"enum": [1]}}},
+    }
+    required = {"tool_choice": "required", "max_tokens": 5}
+    assert chat(http, tools=[tool("f", odd)], **required).status_code == 200
+    error = chat(http, tools=[tool("f", odd, strict=True)], **required).json()["error"]
+    assert (error["code"], error["param"]) == (400, "tools")
+    assert "uniqueItems" in error["message"]
+
+
+# The openai package's helpers
+
+
+def test_parse_gives_an_object_of_the_clients_type(client):
+    answer = client.chat.completions.parse(
+        model="tiny", messages=HI, response_format=City, max_completion_tokens=80, **SHORT, seed=1
+    )
+    assert isinstance(answer.choices[0].message.parsed, City)
+
+
+def test_parse_gives_the_arguments_of_calls_too(client):
+    tools = [openai.pydantic_function_tool(City, name="city")]
+    answer = client.chat.completions.parse(
+        model="tiny",
+        messages=HI,
+        tools=tools,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=120,
+        **SHORT,
+        seed=1,
+    )
+    assert isinstance(answer.choices[0].message.tool_calls[0].function.parsed_arguments, City)
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_stream_gives_the_same_object(client):
+    asked = {"model": "tiny", "messages": HI, "response_format": City, "max_tokens": 120, **SHORT, "seed": 1}
+    with client.chat.completions.stream(**asked, stream_options={"include_usage": True}) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+    assert final.choices[0].message.parsed == client.chat.completions.parse(**asked).choices[0].message.parsed
+    assert final.usage.completion_tokens > 5
+
+
+def test_stream_gives_the_arguments_of_calls_too(client):
+    tools = [openai.pydantic_function_tool(City, name="city")]
+    asked = {
+        "model": "tiny",
+        "messages": HI,
+        "tools": tools,
+        "tool_choice": "required",
+        "seed": 1,
+        "max_tokens": 120,
+        **SHORT,
+    }
+    with client.chat.completions.stream(**asked, parallel_tool_calls=False) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert "tool_calls.function.arguments.done" in kinds
+    assert isinstance(final.choices[0].message.tool_calls[0].function.parsed_arguments, City)
+
+
+def test_a_conversation_goes_on_after_a_call(client):
+    tools = [openai.pydantic_function_tool(City, name="city")]
+    asked = {"model": "tiny", "tools": tools, "tool_choice": "required", "seed": 1, "max_tokens": 120, **SHORT}
+    first = client.chat.completions.create(messages=HI, parallel_tool_calls=False, **asked).choices[0].message
+    answer = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "done"}
+    again = client.chat.completions.create(
+        model="tiny", messages=[*HI, first, answer], tools=tools, tool_choice="none", max_tokens=3
+    )
+    assert again.choices[0].message.tool_calls is None

@@ -1,0 +1,283 @@
+"""Training runs compared: losses, shares and scores equal those reckoned from the runs' own files."""
+
+import itertools
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nr_serve.cli import main
+from nr_serve.errors import BadRequest, Conflict
+from nr_serve.evaluate import readings
+from nr_serve.evaluate.card import card
+from nr_serve.evaluate.compare import compare_runs, write_comparison
+from nr_serve.evaluate.comparison import Comparison, page, rows, source_rows
+from nr_serve.evaluate.heldout import Report
+from nr_serve.evaluate.pareto import Point
+from nr_serve.evaluate.run_log import training_seconds
+from nr_serve.evaluate.tasks import read_tasks
+from nr_serve.neutral.format import Adapter, Block, read_adapter
+from nr_serve.train.measure import measure
+from nr_serve.train.text import read_heldout
+from nr_serve.train.trainer import train
+from tests import tiny
+from tests.tiny_run import write_recipe
+
+SOURCES = ["hu.*.heldout.txt", "en.*.heldout.txt", "da.*.heldout.txt"]
+WINDOWS = 2
+ROWS = [{"context": c, "choices": ["ő ű", "the"], "gold": i % 2} for i, c in enumerate(("áé", "of", "űű", "é h"))]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, base, corpus) -> dict[str, Path]:
+    """A run of three methods; none reads en.b, and without original windows finetuning forgets."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = {}
+    shared = {"data__original": ["en.a.train.txt"], "run__original_share": 0.0}
+    for method, lr in {"finetune": 0.02, "adapter": 0.03, "neutral": 0.03}.items():
+        recipe = write_recipe(folder, base, tokens=1280, lr=lr, method=method, **shared)
+        train(recipe, folder / method, corpus)
+        made[method] = folder / method
+    return made
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tasks") / "pick.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(runs, corpus, tasks) -> Comparison:
+    return compare_runs(runs, corpus, SOURCES, windows=WINDOWS, tasks=read_tasks([tasks]))
+
+
+def logits_by_run(runs: dict[str, Path], base: Path) -> dict:
+    """Run -> the logits of a text, by the files that the run left: none of the code that trains or measures."""
+    loop = tiny.Naive(AutoModelForCausalLM.from_pretrained(base))
+    tuned = tiny.Naive(AutoModelForCausalLM.from_pretrained(runs["finetune"] / "finetune"))
+    files = {name: in_float32(read_adapter(runs[name] / "hu.safetensors")) for name in ("adapter", "neutral")}
+    return {
+        "backbone": loop.logits,
+        "finetune": tuned.logits,
+        **{name: lambda ids, file=file: loop.logits(ids, [file]) for name, file in files.items()},
+    }
+
+
+def in_float32(file: Adapter) -> Adapter:
+    blocks = [Block(*(tensor.float() for tensor in vars(block).values())) for block in file.blocks]
+    return replace(file, blocks=tuple(blocks))
+
+
+def loss(logits, text) -> float:
+    nats, count = 0.0, 0
+    for ids, offset in zip(text.ids_NT.tolist(), text.offset_NT.tolist(), strict=True):
+        starts = [t for t, place in enumerate(offset) if place == 0] + [len(ids)]
+        for first, last in itertools.pairwise(starts):
+            logprobs = logits(ids[first:last]).log_softmax(-1)
+            nats -= float(logprobs[:-1].gather(1, torch.tensor(ids[first + 1 : last])[:, None]).sum())
+            count += last - first - 1
+    return nats / count
+
+
+def test_losses_and_shares_equal_those_reckoned_from_the_runs_files(made, runs, base, corpus):
+    texts = read_heldout(corpus, SOURCES, tiny.tokenizer().hf, 256, WINDOWS)
+    found = {
+        name: {source: loss(logits, text) for source, text in texts.items()}
+        for name, logits in logits_by_run(runs, base).items()
+    }
+    # An adapter's file holds bfloat16, a run float32.
+    assert made.base_losses == pytest.approx(found.pop("backbone"), rel=1e-5)
+    for name, losses in found.items():
+        assert made.runs[name].losses == pytest.approx(losses, rel=1e-5 if name == "finetune" else 3e-3)
+        assert made.runs[name].target == made.runs[name].losses["hu.a"]
+        assert made.runs[name].original == made.runs[name].losses["en.b"]
+    before, tuned = made.base_losses, found["finetune"]
+    assert tuned["hu.a"] < before["hu.a"]
+    assert tuned["en.b"] > before["en.b"]
+    for name, losses in found.items():
+        learned = (before["hu.a"] - losses["hu.a"]) / (before["hu.a"] - tuned["hu.a"])
+        forgotten = (losses["en.b"] - before["en.b"]) / (tuned["en.b"] - before["en.b"])
+        assert made.learned(name) == pytest.approx(learned, abs=0.03)
+        assert made.forgotten(name) == pytest.approx(forgotten, abs=0.03)
+    assert made.learned("finetune") == made.forgotten("finetune") == 1
+
+
+def test_the_unread_text_of_the_bases_language_is_told_by_the_recipes(made, runs, corpus):
+    assert (made.target_sources, made.original_sources) == (("hu.a",), ("en.b",))
+    assert rows(made)[0][6:8] == ["TARGET", "EN UNREAD"]
+    assert [row[:2] for row in source_rows(made)[1:]] == [
+        ["hu.a", "target"],
+        ["en.b", "en unread"],
+        ["da.a", "-"],
+        ["en.a", "-"],
+    ]
+    with pytest.raises(BadRequest, match="no source of the base's own language, unread by every run"):
+        compare_runs(runs, corpus, ["hu.*.heldout.txt", "en.a.heldout.txt"])
+
+
+def test_text_that_a_run_has_in_its_background_is_read(tmp_path, base, corpus):
+    changes = {"data__original": ["da.a.train.txt"], "data__background": ["en.a.train.txt"]}
+    train(write_recipe(tmp_path, base, tokens=256, **changes), tmp_path / "run", corpus)
+    (corpus / "da.z.heldout.txt").write_text((corpus / "da.a.heldout.txt").read_text())
+    try:
+        made = compare_runs({"run": tmp_path / "run"}, corpus, ["*.heldout.txt"], windows=1)
+    finally:
+        (corpus / "da.z.heldout.txt").unlink()
+    assert made.original_sources == ("da.z",)
+    assert made.unread == "da unread"
+
+
+def test_what_a_run_cost_is_told(made, runs, base):
+    neutral, tuned = made.runs["neutral"], made.runs["finetune"]
+    file = read_adapter(runs["neutral"] / "hu.safetensors")
+    assert neutral.parameters == sum(b.w_in.numel() + b.w_gate.numel() + b.w_out.numel() for b in file.blocks)
+    assert tuned.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+    assert neutral.tokens == 1280
+    assert (neutral.lr, tuned.lr) == (0.03, 0.02)
+    steps = [json.loads(line) for line in (runs["neutral"] / "log.jsonl").read_text().splitlines()]
+    assert neutral.seconds == pytest.approx(
+        sum(128 / step["tokens_a_second"] for step in steps if step["event"] == "step")
+    )
+    assert set(neutral.fired) == set(made.base_losses)
+    assert set(made.runs["adapter"].fired.values()) == {1.0}
+
+
+def test_steps_that_a_resumed_run_repeats_count_once(tmp_path):
+    entries = [(100, 50.0), (200, 100.0), (100, 10.0), (200, 10.0), (300, 25.0)]
+    lines = [{"event": "step", "step": t // 100, "tokens": t, "tokens_a_second": rate} for t, rate in entries]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in [{"event": "gates"}, *lines]))
+    assert training_seconds(log) == pytest.approx(100 / 50 + 100 / 100 + 100 / 25)
+    log.write_text('{"event": "step", "tokens": 100}\n')
+    with pytest.raises(BadRequest, match=r"log\.jsonl line 1"):
+        training_seconds(log)
+
+
+def test_tasks_are_scored_by_run_with_the_paired_error_of_the_change(made, runs, base):
+    tokenizer = tiny.tokenizer().hf
+
+    def right(logits, row) -> float:
+        likelihoods = []
+        for choice in row["choices"]:
+            ids = tokenizer(f"{row['context']} {choice}")["input_ids"]
+            first = len(tokenizer(row["context"])["input_ids"])
+            logprobs = logits(ids).log_softmax(-1)
+            likelihoods.append(sum(float(logprobs[t - 1, ids[t]]) for t in range(first, len(ids))))
+        return float(likelihoods.index(max(likelihoods)) == row["gold"])
+
+    found = logits_by_run(runs, base)
+    before = [right(found["backbone"], row) for row in ROWS]
+    after = [right(found["finetune"], row) for row in ROWS]
+    scores = made.runs["finetune"].tasks["pick"]
+    assert (scores.examples, scores.base.acc.value) == (4, statistics.mean(before))
+    assert scores.attached.acc.value == statistics.mean(after)
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    assert scores.change.acc.standard_error == pytest.approx(statistics.stdev(changes) / 2)
+
+
+def test_without_finetuning_there_are_no_shares_and_none_for_the_backbone(made):
+    few = replace(made, runs={"neutral": made.runs["neutral"]})
+    assert few.learned("neutral") is None
+    assert few.forgotten("neutral") is None
+    assert [row[-2:] for row in rows(few)[1:]] == [["-", "-"], ["-", "-"]]
+    neutral, shares = made.runs["neutral"], "the base's loss"
+    point = Point("neutral", neutral.original / made.base_original - 1, 1 - neutral.target / made.base_target)
+    assert few.points() == ([point], shares)
+    assert made.points()[1] == "finetuning's"
+    assert made.points()[0][0] == Point("finetune", 1, 1)
+
+
+def test_the_finetuning_that_learned_most_is_what_others_are_shares_of(made):
+    better = replace(made.runs["finetune"], target=made.base_target - 9, original=made.base_original + 1)
+    both = replace(made, runs={**made.runs, "finetune-2": better})
+    assert both.learned("neutral") == pytest.approx((made.base_target - made.runs["neutral"].target) / 9)
+    assert both.forgotten("neutral") == pytest.approx(made.runs["neutral"].original - made.base_original)
+    unharmed = replace(better, original=made.base_original)
+    assert replace(made, runs={**made.runs, "finetune-2": unharmed}).forgotten("neutral") is None
+
+
+def test_the_files_hold_what_was_measured(made, runs, tmp_path):
+    written = write_comparison(made, runs, tmp_path / "out")
+    assert [path.name for path in written] == ["comparison.json", "comparison.md", "pareto.svg", "loss.svg"]
+    read = json.loads(written[0].read_text())
+    assert read["shares"]["neutral"] == {"learned": made.learned("neutral"), "forgotten": made.forgotten("neutral")}
+    assert read["runs"]["neutral"]["losses"] == made.runs["neutral"].losses
+    assert read["runs"]["neutral"]["tasks"]["pick"]["examples"] == 4
+    shown = written[1].read_text()
+    assert shown == page(made)
+    assert "En unread: the mean over en.b, which no run read." in shown
+    assert f"| neutral | neutral | 0.03 | 1,280 | {made.runs['neutral'].parameters:,} |" in shown
+    assert f"| {made.learned('neutral'):.1%} | {made.forgotten('neutral'):.1%} |" in shown
+    assert "| pick | 4 | acc |" in shown
+    assert all(path.stat().st_size for path in written)
+
+
+def test_a_second_comparison_measures_only_what_is_new(made, runs, corpus, monkeypatch):
+    measured = []
+    monkeypatch.setattr(readings, "measure", lambda *args: measured.append(args[2]) or measure(*args))
+    again = compare_runs(runs, corpus, SOURCES, windows=WINDOWS)
+    assert {name: run.losses for name, run in again.runs.items()} == {n: r.losses for n, r in made.runs.items()}
+    assert measured == []
+
+
+def test_the_command_prints_the_tables_and_writes_the_files(runs, corpus, tasks, tmp_path, capsys):
+    asked = ["compare", *map(str, runs.values()), "--corpus", str(corpus), "--windows", str(WINDOWS)]
+    asked += [flag for source in SOURCES for flag in ("--source", source)]
+    assert main([*asked, "--tasks", str(tasks), "--out", str(tmp_path / "out")]) == 0
+    seen = capsys.readouterr()
+    assert [line.split()[0] for line in seen.out.splitlines() if line] == [
+        *("RUN", "backbone", "finetune", "adapter", "neutral"),
+        *("SOURCE", "hu.a", "en.b", "da.a", "en.a"),
+        *("TASK", "pick", "pick"),
+    ]
+    assert "evaluate: text 4 of 4: hu.a; run neutral" in seen.err
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert main([*asked, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["runs"]) == set(runs)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--limit", "3"], "--limit does nothing without --tasks"),
+        (["--out", "taken"], "cannot write in taken"),
+        (["--tasks", "absent.jsonl"], "cannot read absent.jsonl"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(
+    runs, corpus, tmp_path, capsys, monkeypatch, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("")
+    assert main(["compare", str(runs["neutral"]), "--corpus", str(corpus), *flags]) == 1
+    seen = capsys.readouterr().err
+    assert message in seen
+    assert "text 1 of" not in seen
+
+
+def test_runs_that_do_not_belong_together_are_refused(runs, corpus, tmp_path, base, capsys):
+    assert main(["compare", str(runs["neutral"]), str(runs["neutral"]), "--corpus", str(corpus)]) == 1
+    assert "two runs have the same name" in capsys.readouterr().err
+    other = write_recipe(tmp_path, base, tokens=128, domain="da", data__target=["da.*.train.txt"],
+                         data__background=["hu.*.train.txt"])  # fmt: skip
+    train(other, tmp_path / "da", corpus)
+    with pytest.raises(BadRequest, match="not all of one base and one domain"):
+        compare_runs({**runs, "da": tmp_path / "da"}, corpus, SOURCES)
+    with pytest.raises(Conflict, match="holds no checkpoint"):
+        compare_runs({"none": tmp_path}, corpus, SOURCES)
+
+
+def test_a_plain_adapters_card_does_not_tell_of_gates(runs):
+    report = Report("b", "f", {"hu": "1"}, 16, {})
+    plain = card("hu", read_adapter(runs["adapter"] / "hu.safetensors"), report)
+    assert "| gate | none: the blocks act on every token |" in plain
+    assert not any(word in plain for word in ("logistic", "relu", "carry", "background"))
+    neutral = card("hu", read_adapter(runs["neutral"] / "hu.safetensors"), report)
+    assert "| gates | logistic, frozen |" in neutral
+    assert "| background text | `da.*.train.txt` |" in neutral

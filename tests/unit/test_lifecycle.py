@@ -1,0 +1,254 @@
+"""Deadlines, draining, signals, and an engine that breaks down: everybody is answered, nothing is left behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from nr_serve.api.app import create_app
+from nr_serve.api.bridge import AsyncEngine
+from nr_serve.config import ServeConfig
+from nr_serve.engine.loop import EngineLoop
+from nr_serve.metrics import Metrics
+from nr_serve.serve import Server, bind
+from tests import fakes, tiny
+from tests.fakes import Served, events, serving
+from tests.unit.halting import Halting
+from tests.unit.waiting import PATIENCE, until
+
+
+@contextmanager
+def running(build, tokenizer, **config):
+    """The server as `nr-serve serve` runs it, in a thread: what serves, and the server to send signals to."""
+    engines = []
+
+    def remember(deliver):
+        engines.append(build(deliver))
+        return engines[0]
+
+    settings = ServeConfig(**config)
+    app = create_app(AsyncEngine(remember, Metrics()), tokenizer, settings)
+    server = Server(app, app.state.context.work, settings.grace_period)
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        served = Served(engines[0], "http://{}:{}".format(*listener.getsockname()))
+        thread.start()
+        try:
+            until(lambda: served.http.get("/ready").status_code == 200)
+            yield served, server
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)
+            served.http.close()
+            assert not thread.is_alive()
+
+
+def ask(served, *, stream=False, timeout: str | None = None) -> httpx.Response:
+    headers = {} if timeout is None else {"X-Request-Timeout": timeout}
+    body = {"model": "base", "prompt": "hi", "max_tokens": 5, "stream": stream}
+    return served.http.post("/v1/completions", json=body, headers=headers, timeout=PATIENCE)
+
+
+def last_error(response: httpx.Response) -> dict:
+    """The error that ends a stream."""
+    return json.loads(response.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
+
+
+@pytest.mark.parametrize(
+    ("config", "header"), [({"request_timeout": 0.2}, None), ({}, "0.2"), ({"request_timeout": 900}, "0.2")]
+)
+def test_a_request_that_takes_too_long_is_aborted_with_504(config, header):
+    with serving(**config) as served:
+        served.engine.steps_may_run.clear()
+        for stream in (False, True):
+            answer = ask(served, stream=stream, timeout=header)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (504, "TimeoutError")
+        assert served.engine.aborted == [submit.request_id for submit in served.engine.submits]
+        served.engine.steps_may_run.set()
+        assert served.http.get("/v1/models").status_code == 200
+        assert "nr_requests_in_flight 0.0" in served.http.get("/metrics").text
+
+
+def test_a_client_cannot_lengthen_the_limit():
+    with serving(request_timeout=0.2) as served:
+        served.engine.steps_may_run.clear()
+        assert ask(served, timeout="900").status_code == 504
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error():
+    with running(Halting, fakes.tokenizer()) as (served, _):
+        answer = ask(served, stream=True, timeout="0.5")
+        assert answer.status_code == 200
+        assert answer.text.count("data: ") == 3
+        assert (last_error(answer)["code"], last_error(answer)["type"]) == (504, "TimeoutError")
+        assert len(served.engine.aborted) == 1
+
+
+@pytest.mark.parametrize("header", ["0", "-1", "nan", "inf", "soon", ""])
+def test_a_timeout_that_is_none_is_refused_by_name(header):
+    with serving() as served:
+        answer = ask(served, timeout=header)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "X-Request-Timeout")
+
+
+class Loop(EngineLoop):
+    """The real engine; `core` is what it runs."""
+
+    def __init__(self, folder, deliver) -> None:
+        settings = {"pages": 64, "page_size": 4, "slots": 2, "slot_width": 16, "max_running": 2, "device": "cpu"}
+        super().__init__(ServeConfig(**settings), folder, tiny.tokenizer(), deliver)
+
+    def _serve(self, core, adapters):
+        self.core = core
+        super()._serve(core, adapters)
+
+    def hold(self, step: int, then=None) -> threading.Event:
+        """Stand before that step, counted from now, until the event is set; `then` may take the step's place."""
+        real, steps, go_on = self.core.step, [], threading.Event()
+
+        def held():
+            steps.append(1)
+            assert len(steps) < step or go_on.wait(PATIENCE)
+            return real() if len(steps) < step or then is None else then()
+
+        self.core.step = held
+        return go_on
+
+
+@pytest.fixture
+def real(tmp_path):
+    """A server over the real engine with a tiny base."""
+    folder = tiny.save(tiny.model(), tmp_path / "tiny")
+    with running(lambda deliver: Loop(folder, deliver), tiny.tokenizer()) as (served, _):
+        yield served
+
+
+def complete(served, *, stream=False, tokens=100, timeout="900") -> httpx.Response:
+    body = {"model": "tiny", "prompt": "hello there", "max_tokens": tokens, "ignore_eos": True, "stream": stream}
+    headers = {"X-Request-Timeout": timeout}
+    return served.http.post("/v1/completions", json=body, headers=headers, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_timed_out_request_held_comes_back(real, stream):
+    core = real.engine.core
+    go_on = real.engine.hold(step=3)
+    answer = complete(real, stream=stream, timeout="0.5")
+    assert (last_error(answer)["code"] if stream else answer.status_code) == 504
+    assert core.scheduler.pool.used > 0, "the engine stands in the middle of it"
+    go_on.set()
+    until(lambda: core.idle)
+    assert core.scheduler.pool.used == 0
+    assert complete(real, tokens=2).status_code == 200
+
+
+def test_an_engine_that_breaks_down_answers_everybody_with_500_and_turns_health_red(real):
+    def breaks():
+        raise RuntimeError("/secret/path: pages are lost")
+
+    go_on = real.engine.hold(step=3, then=breaks)
+    with ThreadPoolExecutor() as threads:
+        streams = [threads.submit(complete, real, stream=True)]
+        until(lambda: real.engine.core.scheduler.running)
+        asked = [threads.submit(complete, real) for _ in range(4)]
+        listed = threads.submit(real.http.get, "/v1/adapters", timeout=PATIENCE)
+        until(lambda: real.engine._inbox.qsize() >= 5)
+        assert real.http.get("/health").status_code == 200
+        go_on.set()
+        answers = [each.result(PATIENCE) for each in (*asked, listed)]
+        (stream,) = [each.result(PATIENCE) for each in streams]
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "InternalServerError")
+    assert (stream.status_code, last_error(stream)["code"]) == (200, 500)
+    health = real.until("/health", 503)
+    after = complete(real)
+    assert after.status_code == 503
+    for answer in (*answers, stream, health, after, real.until("/ready", 503)):
+        assert "secret" not in answer.text
+        assert "lost" not in answer.text
+
+
+def test_told_to_end_it_refuses_what_is_new_and_finishes_what_runs():
+    with running(Halting, fakes.tokenizer()) as (served, server), ThreadPoolExecutor() as threads:
+        stream = threads.submit(ask, served, stream=True)
+        until(lambda: served.engine.submits)
+        server.handle_exit(signal.SIGTERM, None)
+        assert served.until("/ready", 503).json()["error"]["message"] == "the server is shutting down"
+        assert served.http.get("/health").json() == {"status": "draining"}
+        for answer in (ask(served), ask(served, stream=True), served.http.put("/v1/adapters/x", content=b"good")):
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "ServiceUnavailableError")
+        served.engine.may_go_on.set()
+        answer = stream.result(PATIENCE)
+        assert events(answer)[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_what_does_not_finish_within_the_grace_period_is_ended_with_an_error():
+    config = {"grace_period": 0.5}
+    with running(Halting, fakes.tokenizer(), **config) as (served, server), ThreadPoolExecutor() as threads:
+        stream, whole = threads.submit(ask, served, stream=True), threads.submit(ask, served)
+        until(lambda: len(served.engine.submits) == 2)
+        server.handle_exit(signal.SIGTERM, None)
+        assert last_error(stream.result(PATIENCE))["code"] == 503
+        assert whole.result(PATIENCE).status_code == 503
+        assert len(served.engine.aborted) == 2
+
+
+@contextmanager
+def process(*flags):
+    """`nr-serve serve` over a fake engine in a process of its own, and a client of it."""
+    with bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "tests.unit.halting", "--port", str(port), *flags]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    client = Served(None, f"http://127.0.0.1:{port}")
+    try:
+        assert server.stdout.readline().startswith("ready: "), server.stderr.read()
+        yield server, client
+    finally:
+        client.http.close()
+        server.kill()
+        server.communicate()
+
+
+def test_sigterm_ends_the_process_with_0_once_its_streams_have_ended():
+    with process("--grace-period", "0.5") as (server, client):
+        with client.http.stream("POST", "/v1/completions", json=BODY, timeout=PATIENCE) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            assert "shutting down" in "".join(lines)
+        assert server.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(second):
+    with (
+        process("--grace-period", "100000") as (server, client),
+        client.http.stream("POST", "/v1/completions", json=BODY, timeout=PATIENCE) as stream,
+    ):
+        lines = stream.iter_lines()  # kept: httpx closes the connection with it
+        next(lines)
+        server.send_signal(signal.SIGTERM)
+        client.until("/ready", 503)
+        server.send_signal(second)
+        assert server.wait(PATIENCE) == 128 + second
+
+
+def test_a_second_server_on_the_port_fails_before_it_loads_anything():
+    with process() as (_, client):
+        port = client.url.rpartition(":")[2]
+        command = [sys.executable, "-m", "nr_serve.cli", "serve", "--port", port, "--model", "/no/such"]
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 1
+        assert "Address already in use" in second.stderr
+        assert "no model folder" not in second.stderr
+        assert client.http.get("/ready").status_code == 200
+
+
+BODY = {"model": "base", "prompt": "hi", "max_tokens": 5, "stream": True}

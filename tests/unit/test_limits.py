@@ -1,0 +1,157 @@
+"""What one key, one body or one prompt may take of the server: 429 and 413."""
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from nr_serve.api.bridge import AsyncEngine
+from nr_serve.api.context import Context
+from nr_serve.api.limits import KeyLimits, TokenBucket
+from nr_serve.config import ServeConfig
+from nr_serve.errors import QueueFull
+from nr_serve.keys import Key
+from nr_serve.metrics import Metrics
+from tests import fakes
+from tests.fakes import serving
+from tests.unit.waiting import until
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 1e6
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class Asked:
+    """`KeyLimits` over an app that answers 200, asked without a server."""
+
+    def __init__(self, **config) -> None:
+        self.clock = Clock()
+        self._limits = KeyLimits(self._app, ServeConfig(**config), self.clock)
+
+    async def _app(self, scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def __call__(self, key: Key | None = None, path="/v1/completions", method="POST") -> tuple[int, str | None]:
+        """Status and Retry-After."""
+        sent = []
+
+        async def send(message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "state": {"key": key}}
+        asyncio.run(self._limits(scope, None, send))
+        return sent[0]["status"], dict(sent[0]["headers"]).get(b"retry-after", b"").decode() or None
+
+
+def key(name: str, **limits) -> Key:
+    return Key(name=name, role="inference", sha256="0" * 64, **limits)
+
+
+def test_a_bucket_holds_a_minute_and_fills_steadily():
+    clock = Clock()
+    bucket = TokenBucket(clock)
+    assert [bucket.take(3) for _ in range(4)] == [0, 0, 0, pytest.approx(20)]
+    clock.seconds += 19.9
+    assert bucket.take(3) == pytest.approx(0.1)
+    clock.seconds += 0.2
+    assert bucket.take(3) == 0
+    clock.seconds += 1e6
+    assert [bucket.take(3) > 0 for _ in range(4)] == [False, False, False, True]
+
+
+def test_a_bucket_of_less_than_one_a_minute_gives_one_in_its_time():
+    clock = Clock()
+    bucket = TokenBucket(clock)
+    assert (bucket.take(0.5), bucket.take(0.5)) == (0, pytest.approx(120))
+    clock.seconds += 121
+    assert bucket.take(0.5) == 0
+
+
+def test_each_key_has_a_rate_of_its_own_and_is_told_when_to_come_back():
+    asked = Asked(key_requests_per_minute=2)
+    slow, fast = key("slow", requests_per_minute=1), key("fast", requests_per_minute=5)
+    assert [asked(slow) for _ in range(2)] == [(200, None), (429, "60")]
+    assert [asked(fast)[0] for _ in range(6)] == [200] * 5 + [429]
+    assert [asked(key("default"))[0] for _ in range(3)] == [200, 200, 429]
+    assert [asked(None)[0] for _ in range(3)] == [200, 200, 429]
+    asked.clock.seconds += 31
+    assert (asked(slow)[0], asked(None)[0]) == (429, 200)
+
+
+def test_looking_and_changing_adapters_costs_nothing():
+    asked = Asked(key_requests_per_minute=1)
+    assert asked()[0] == 200
+    for path, method in (("/v1/models", "GET"), ("/v1/adapters/x", "PUT"), ("/health", "GET"), ("/x", "POST")):
+        assert asked(path=path, method=method)[0] == 200
+    assert asked()[0] == asked(path="/tokenize")[0] == 429
+
+
+def test_a_key_has_only_so_many_requests_under_way():
+    with serving(key_requests_at_once=2) as served, ThreadPoolExecutor() as threads:
+        served.engine.steps_may_run.clear()
+        waiting = [threads.submit(served.complete) for _ in range(2)]
+        until(lambda: len(served.engine.submits) == 2)
+        response = served.complete()
+        assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+        assert response.json()["error"]["type"] == "RateLimitError"
+        assert served.http.get("/v1/models").status_code == 200
+        served.engine.steps_may_run.set()
+        assert [each.result(10).status_code for each in waiting] == [200, 200]
+        assert served.complete().status_code == 200
+        assert served.complete(n=0).status_code == served.complete(n=0).status_code == 400
+        assert served.complete().status_code == 200, "what was refused is under way no more"
+
+
+def test_the_largest_body_is_a_setting():
+    with serving(max_body_mib=0.001) as served:
+        body = json.dumps({"model": "base", "prompt": "x" * 2000}).encode()
+        for content in (body, iter([body])):
+            response = served.http.post(
+                "/v1/completions", content=content, headers={"content-type": "application/json"}
+            )
+            assert (response.status_code, response.json()["error"]["code"]) == (413, 413)
+        assert served.complete().status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"n": 4}, "n"),
+        ({"prompt": ["a"] * 4}, "prompt"),
+        ({"prompt": ["a", "b"], "n": 2}, "n"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"prompt_logprobs": 3}, "prompt_logprobs"),
+    ],
+)
+def test_the_most_answers_and_logprobs_are_settings(body, param):
+    with serving(max_answers=3, max_logprobs=2) as served:
+        answer = served.complete(**body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        assert served.complete(n=3, logprobs=2).status_code == 200
+        assert served.chat(logprobs=True, top_logprobs=3).json()["error"]["param"] == "top_logprobs"
+        assert served.chat(logprobs=True, top_logprobs=2).status_code == 200
+
+
+def test_only_so_many_texts_wait_for_the_tokenizer():
+    async def ask() -> None:
+        engine = AsyncEngine(fakes.FakeEngine, Metrics())
+        context = Context(engine, fakes.tokenizer(), ServeConfig(max_waiting=2))
+        go_on = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        held = [
+            asyncio.create_task(context.text(lambda: asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result()))
+            for _ in range(2)
+        ]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await context.text(lambda: None)
+        go_on.set()
+        await asyncio.gather(*held)
+        assert await context.text(lambda: "read") == "read"
+
+    asyncio.run(ask())

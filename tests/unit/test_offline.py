@@ -1,0 +1,213 @@
+"""The server in this process: its answers are the naive loop's, and a refusal raises this project's errors."""
+
+import asyncio
+import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import nr_serve
+from nr_serve import Server
+from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, NrError, Unavailable, UnsupportedBase
+from nr_serve.neutral.format import write_adapter
+from tests import tiny
+
+PAGE = (Path(__file__).parents[2] / "docs" / "notebook.md").read_text(encoding="utf-8")
+SMALL = {"device": "cpu", "slots": 2, "slot_width": 16, "pages": 256, "threads": 1}
+PROMPT = "A fájl mentéséhez"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a base `tiny` and an adapter's file."""
+    place = tmp_path_factory.mktemp("place")
+    tiny.save(tiny.model(), place / "tiny")
+    made = tiny.adapter(tiny.model(), 1, carry=0.5)
+    write_adapter(place / "hu.safetensors", made.info, made.blocks)
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(place):
+    with Server([place / "hu.safetensors"], model=str(place / "tiny"), **SMALL) as server:
+        yield server
+
+
+def naive(prompt, tokens, *adapters):
+    loop = tiny.Naive(tiny.model())
+    return loop.greedy(tiny.tokenizer().encode(prompt, special_tokens=False), tokens, adapters)[0]
+
+
+def ids(answer):
+    return [choice["token_ids"] for choice in answer.body["choices"]]
+
+
+def test_completions_are_the_naive_loops(server):
+    hu = tiny.adapter(tiny.model(), 1, carry=0.5)
+    ask = {"max_tokens": 6, "temperature": 0, "return_token_ids": True}
+    assert server.model == "tiny"
+    assert ids(server.complete(PROMPT, **ask)) == [naive(PROMPT, 6, hu)]
+    assert ids(server.complete(PROMPT, adapters=[], **ask)) == [naive(PROMPT, 6)]
+    assert ids(server.complete([PROMPT, "x"], model="tiny@none", **ask)) == [naive(PROMPT, 6), naive("x", 6)]
+
+
+def test_an_answer_is_its_text(server):
+    answer = server.complete("x", max_tokens=6, n=2, seed=1)
+    assert answer.texts == tuple(choice["text"] for choice in answer.body["choices"])
+    assert str(answer) == answer.text == answer.texts[0]
+    assert len(answer.texts) == 2
+
+
+def test_chat_goes_through_the_template(server):
+    hu = tiny.adapter(tiny.model(), 1, carry=0.5)
+    ask = {"max_tokens": 6, "temperature": 0, "return_token_ids": True}
+    expected = naive("<user>hi\n<assistant>", 6, hu)
+    assert ids(server.chat("hi", **ask)) == [expected]
+    assert ids(server.chat([{"role": "user", "content": "hi"}], **ask)) == [expected]
+
+
+def test_gates_say_what_fired_at_each_token(server):
+    tokens = server.gates("A fájl")
+    assert "".join(text for text, _ in tokens) == "A fájl"
+    shares = [fired["hu"] for _, fired in tokens]
+    assert all(0 <= share <= 1 for share in shares)
+    assert 0 < sum(shares) < len(shares)
+    assert all(fired == {} for _, fired in server.gates("A fájl", adapters=[]))
+
+
+def test_adapters_come_and_go(server, place):
+    loaded = server.load_adapter(place / "hu.safetensors", "other", pinned=True, threshold=0.5)
+    assert (loaded["name"], loaded["pinned"], loaded["threshold"]) == ("other", True, 0.5)
+    assert {adapter["name"] for adapter in server.adapters()} == {"hu", "other"}
+    with pytest.raises(Conflict):
+        server.load_adapter(place / "hu.safetensors", "other")
+    replaced = server.load_adapter(place / "hu.safetensors", "other", replace=True, threshold=0)
+    assert replaced["threshold"] == 0
+    assert server.unload_adapter("other")["name"] == "other"
+    assert [adapter["name"] for adapter in server.adapters()] == ["hu"]
+
+
+def test_a_relative_path_is_one_from_here(server, place, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "here.safetensors").write_bytes((place / "hu.safetensors").read_bytes())
+    assert server.load_adapter("here.safetensors")["name"] == "here"
+    server.unload_adapter("here")
+
+
+def test_what_is_refused_raises_and_changes_nothing(server, place, tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"not an adapter")
+    before = server.adapters()
+    for error, attempt in [
+        (BadRequest, lambda: server.complete("x", colour="blue")),
+        (BadRequest, lambda: server.complete("x", stream=True)),
+        (BadRequest, lambda: server.complete("x", temperature=float("nan"))),
+        (BadRequest, lambda: server.complete("x", stop={"a"})),
+        (BadRequest, lambda: server.complete("\ud800")),
+        (NotFound, lambda: server.complete("x", model="nobody")),
+        (NotFound, lambda: server.unload_adapter("no/body")),
+        (NotFound, lambda: server.load_adapter(tmp_path / "none.safetensors")),
+        (BadRequest, lambda: server.load_adapter(place / "hu.safetensors", "tiny")),
+        (BadRequest, lambda: server.load_adapter(tmp_path / "bad.safetensors")),
+    ]:
+        with pytest.raises(error):
+            attempt()
+    assert server.adapters() == before
+    assert server.complete("x", max_tokens=1).text
+
+
+def test_it_works_inside_a_running_event_loop(server):
+    async def cell():
+        return server.complete("x", max_tokens=2, temperature=0).text
+
+    assert asyncio.run(cell()) == server.complete("x", max_tokens=2, temperature=0).text
+
+
+def test_threads_may_ask_at_once(server):
+    prompts = [f"prompt {i}" for i in range(8)]
+    ask = {"max_tokens": 6, "temperature": 0}
+    alone = [server.complete(prompt, **ask).text for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda prompt: server.complete(prompt, **ask).text, prompts)) == alone
+
+
+def test_two_servers_live_beside_each_other(server, place):
+    with Server(model=str(place / "tiny"), served_model_name="second", **SMALL) as second:
+        assert (second.model, second.adapters()) == ("second", [])
+        assert [adapter["name"] for adapter in server.adapters()] == ["hu"]
+
+
+def left(before):
+    """Threads begun since `before` that do not end."""
+    begun = set(threading.enumerate()) - before
+    for thread in begun:
+        thread.join(60)
+    return [thread.name for thread in begun if thread.is_alive()]
+
+
+def test_a_closed_server_says_so_and_leaves_no_thread(place):
+    before = set(threading.enumerate())
+    with Server(model=str(place / "tiny"), **SMALL) as server:
+        server.complete("x", max_tokens=1)
+    server.close()
+    with pytest.raises(Unavailable, match="closed"):
+        server.complete("x")
+    assert left(before) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "wrong"),
+    [
+        (UnsupportedBase, "/no/such/base", {"model": "/no/such/base"}),
+        (NrError, "No such file", {"adapters": ["/no/such/file.safetensors"]}),
+        (BadRequest, "adapter: two words=x", {"adapters": ["two words=x.safetensors"]}),
+        (BadRequest, "tiny", {"adapters": ["tiny=x.safetensors"]}),
+        (BadRequest, "slots: ", {"slots": 0}),
+        (BadRequest, "port: ", {"port": 8000}),
+        (BadRequest, "colour: ", {"colour": "blue"}),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_and_leaves_no_thread(place, error, message, wrong):
+    before = set(threading.enumerate())
+    with pytest.raises(error, match=message):
+        Server(**{"model": str(place / "tiny"), **SMALL, **wrong})
+    assert left(before) == []
+
+
+def test_a_damaged_file_is_named_as_the_server_names_it(server, place, tmp_path):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((place / "hu.safetensors").read_bytes()[:-100])
+    with pytest.raises((BadAdapterFile, BadRequest), match="not a whole safetensors file"):
+        server.load_adapter(cut)
+
+
+def test_the_package_is_imported_without_what_only_the_engine_needs():
+    program = "import sys, nr_serve; assert not {'torch', 'httpx', 'fastapi', 'pydantic'} & set(sys.modules); "
+    program += "from nr_serve import Server; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(AttributeError, match="nothing"):
+        nr_serve.nothing  # noqa: B018
+
+
+def test_a_process_ends_though_its_server_was_not_closed(place):
+    program = f"from nr_serve import Server; Server(model={str(place / 'tiny')!r}, pages=64).complete('x')"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_the_examples_of_the_page_run(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("NR_MODEL", str(place / "tiny"))
+    monkeypatch.setenv("NR_PAGES", "256")
+    names = {}
+    examples = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert len(examples[0].splitlines()) <= 4
+    for example in examples:
+        exec(example, names)
+    out = capsys.readouterr().out
+    assert "['hu', 'hu2']" in out
+    assert "nobody" in out
+    assert "usage" not in out
+    assert "completion_tokens" in out

@@ -1,0 +1,94 @@
+"""Calibration: gates fitted anew beside other adapters; nothing else of an adapter changes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nr_serve.errors import BadRequest
+from nr_serve.evaluate.heldout import evaluate
+from nr_serve.neutral.format import read_adapter
+from nr_serve.train import text
+from nr_serve.train.base import load_base
+from nr_serve.train.calibrate import calibrate
+from nr_serve.train.trainer import train
+from tests.tiny_run import write_recipe
+
+
+def test_calibration_moves_only_the_gates_and_shuts_them_on_a_neighbours_text(tmp_path, base, corpus):
+    wide = {"tokens": 5120, "lr": 0.03, "data__background": [], "run__background_share": 0.0}
+    old = train(write_recipe(tmp_path, base, **wide), tmp_path / "hu", corpus)
+    changes = {"domain": "da", "data__target": ["da.*.train.txt"], "data__background": ["hu.a.train.txt"]}
+    neighbour = train(write_recipe(tmp_path, base, **changes), tmp_path / "da", corpus)
+    new = calibrate(old, [neighbour], corpus, tmp_path / "new.safetensors", base=str(base), carry=0.25)
+    before, after = read_adapter(old), read_adapter(new)
+    assert after.version != before.version
+    assert (after.info.carry, after.info.threshold, after.info.recipe["blocks"]["carry"]) == (0.25, 0, 0.25)
+    assert after.info.recipe["data"]["background"] == ["da.a.train.txt"]
+    assert after.info.results["calibrated"]["beside"] == {"da": read_adapter(neighbour).version}
+    for a, b in zip(before.blocks, after.blocks, strict=True):
+        assert torch.equal(a.w_in, b.w_in)
+        assert torch.equal(a.w_gate, b.w_gate)
+        assert torch.equal(a.w_out, b.w_out)
+        assert not torch.equal(a.gate, b.gate)
+    fired = {}
+    for file in (old, new):
+        report = evaluate([file, neighbour], str(base), corpus, ["da.*.heldout.txt", "hu.*.heldout.txt"], window=16)
+        fired[file] = {source: report.sources[source].fired[file.stem] for source in report.sources}
+    assert fired[old]["da.a"] > 0.2
+    assert fired[new]["da.a"] < 0.1
+    assert fired[new]["hu.a"] > 0.5
+
+
+def test_calibration_needs_the_adapters_recipe(tmp_path, base, corpus):
+    from nr_serve.neutral.format import write_adapter
+    from tests import tiny
+
+    model = tiny.model()
+    made = tiny.adapter(model, 3)
+    write_adapter(tmp_path / "x.safetensors", made.info, made.blocks)
+    with pytest.raises(BadRequest, match="x carries no recipe"):
+        calibrate(tmp_path / "x.safetensors", [], corpus, tmp_path / "y.safetensors", base=str(base))
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_an_adapter_that_has_a_block_keeps_it(tmp_path, base, corpus):
+    old = train(write_recipe(tmp_path, base, tokens=128), tmp_path / "hu", corpus)
+    changes = {"min_found": 0.999, "percentile": 99.9}
+    new = calibrate(old, [], corpus, tmp_path / "new.safetensors", base=str(base), changes=changes)
+    assert all(block is not None for block in read_adapter(new).blocks)
+    assert read_adapter(new).info.recipe["gate"]["min_found"] == 0.999
+
+
+def as_jsonl(corpus: Path, folder: Path, field: str) -> Path:
+    """The corpus with the Danish text as JSON lines."""
+    shutil.copytree(corpus, folder)
+    documents = (folder / "da.a.train.txt").read_text().split("\n\n")
+    (folder / "da.a.train.txt").unlink()
+    rows = "".join(json.dumps({field: document}) + "\n" for document in documents)
+    (folder / "da.a.train.jsonl").write_text(rows)
+    return folder
+
+
+@pytest.mark.parametrize("field", ["text", "body"])
+def test_a_neighbours_text_is_read_by_its_own_field(tmp_path, base, corpus, field, monkeypatch):
+    folder = as_jsonl(corpus, tmp_path / "corpus", field)
+    alone = {"tokens": 128, "data__background": [], "run__background_share": 0.0}
+    old = train(write_recipe(tmp_path, base, **alone), tmp_path / "hu", corpus)
+    changes = {"domain": "da", "data__target": ["da.*.train.jsonl"], "data__text_field": field}
+    neighbour = train(write_recipe(tmp_path, base, **alone, **changes), tmp_path / "da", folder)
+    read, classes = text.read_classes, []
+    monkeypatch.setattr(text, "read_classes", lambda *a, **more: classes.append(read(*a, **more)) or classes[0])
+    new = read_adapter(calibrate(old, [neighbour], folder, tmp_path / "new.safetensors", base=str(base)))
+    recipe = write_recipe(tmp_path, base, **alone | {"data__background": ["da.a.train.txt"]})
+    expected = read(corpus, recipe.data, load_base(str(base)).tokenizer, recipe.run).background["da"]
+    assert torch.equal(classes[0].background["da"].ids_NT, expected.ids_NT)
+    assert new.info.recipe["data"]["background"] == (["da.a.train.jsonl"] if field == "text" else [])
+
+
+def test_an_adapter_is_not_its_own_neighbour(tmp_path, base, corpus):
+    old = train(write_recipe(tmp_path, base, tokens=128), tmp_path / "hu", corpus)
+    with pytest.raises(BadRequest, match="two adapters have the same name: hu"):
+        calibrate(old, [old], corpus, tmp_path / "new.safetensors", base=str(base))

@@ -1,0 +1,33 @@
+"""A run's log: lines that are whole, whatever killed the run that wrote them."""
+
+import pytest
+
+from nr_serve.errors import BadRequest
+from nr_serve.train import log
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for step in (1, 2):
+        log.Log(path).write({"event": "step", "step": step})
+    assert log.read(path) == [{"event": "step", "step": 1}, {"event": "step", "step": 2}]
+
+
+@pytest.mark.parametrize("tail", [b'{"event": "st', '{"event": "é'.encode()[:-1], b'{"event": "step", "step": 2}'])
+def test_a_last_line_cut_by_a_kill_is_left_out_and_not_written_on(tmp_path, tail):
+    path = tmp_path / "log.jsonl"
+    log.Log(path).write({"event": "step", "step": 1})
+    path.write_bytes(path.read_bytes() + tail)
+    assert log.read(path) == [{"event": "step", "step": 1}]
+    log.Log(path).write({"event": "end"})
+    assert log.read(path) == [{"event": "step", "step": 1}, {"event": "end"}]
+
+
+@pytest.mark.parametrize("line", ["{", "3", "[]", '{"step": 1}'])
+def test_a_file_that_is_not_a_log_is_refused_by_its_line(tmp_path, line):
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"event": "step"}}\n{line}\n{{"event": "end"}}\n')
+    with pytest.raises(BadRequest, match=r"log\.jsonl line 2: not a line"):
+        log.read(path)
+    with pytest.raises(BadRequest, match="cannot read"):
+        log.read(tmp_path / "none.jsonl")

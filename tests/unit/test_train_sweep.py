@@ -1,0 +1,115 @@
+"""Sweeps: each run is trained once with its changes, whatever becomes of the others."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from nr_serve.cli import main
+from nr_serve.train import trainer
+from nr_serve.train.loop import TrainingDiverged
+from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.sweep import finished, read_sweep, run_sweep
+from tests.tiny_run import RECIPE
+
+
+def write_sweep(folder: Path, base: Path, runs: str) -> Path:
+    (folder / "recipe.toml").write_text(RECIPE.format(base=base, tokens=512, lr=0.01, gate=""))
+    path = folder / "sweep.toml"
+    path.write_text(f'recipe = "recipe.toml"\n[set]\n"run.seed" = 3\n{runs}')
+    return path
+
+
+def test_a_sweep_trains_each_run_once_with_its_changes(tmp_path, base, corpus, capsys):
+    path = write_sweep(
+        tmp_path,
+        base,
+        '[runs.a]\n[runs.b]\n"method" = "lora"\n[runs.bad]\n"method" = "finetune"\n"run.lr" = 1e30\n'
+        '[runs.c]\n"blocks.capacity" = 0.1\n',
+    )
+    recipes = read_sweep(path)
+    assert [(r.run.seed, r.method, r.blocks.h) for r in recipes.values()] == [
+        (3, "neutral", 16), (3, "lora", 16), (3, "finetune", 16), (3, "neutral", None)
+    ]  # fmt: skip
+    results = run_sweep(path, tmp_path / "out", corpus)
+    assert isinstance(results["bad"], TrainingDiverged)
+    assert [isinstance(results[name], Path) for name in "abc"] == [True] * 3
+    stamps = {name: results[name].stat().st_mtime_ns for name in "abc"}
+    again = run_sweep(path, tmp_path / "out", corpus)
+    assert {name: again[name].stat().st_mtime_ns for name in "abc"} == stamps
+
+
+def test_changes_from_outside_come_last_in_every_run(tmp_path, base):
+    path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"run.lr" = 0.5\n')
+    recipes = read_sweep(path, {"run.lr": 0.25, "run.seed": 9})
+    assert [(r.run.lr, r.run.seed) for r in recipes.values()] == [(0.25, 9)] * 2
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ("", "runs"),
+        ('[runs.a]\n"run.tokenz" = 5\n', "run a: recipe.toml: run.tokenz is not a known key"),
+        ('[runs.a]\n"method" = "magic"\n', "run a: recipe.toml: method"),
+        ('[runs.a]\n"domain.x" = 1\n', "domain is not a section"),
+    ],
+)
+def test_a_wrong_sweep_names_the_run_and_the_key(tmp_path, base, runs, message):
+    with pytest.raises(BadRecipe, match=message):
+        read_sweep(write_sweep(tmp_path, base, runs))
+
+
+def test_a_run_that_breaks_is_told_at_the_end_and_does_not_stop_the_others(
+    tmp_path, base, corpus, monkeypatch, capsys
+):
+    train = trainer.train
+
+    def breaks(recipe, out, *args, **more):
+        if out.name == "a":
+            raise ZeroDivisionError("of our own making")
+        return train(recipe, out, *args, **more)
+
+    monkeypatch.setattr(trainer, "train", breaks)
+    path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"run.seed" = 4\n')
+    results = run_sweep(path, tmp_path / "out", corpus)
+    assert isinstance(results["a"], ZeroDivisionError)
+    assert results["a"].__traceback__ is None
+    assert results["b"].exists()
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.splitlines()[-1] == "sweep: a failed: ZeroDivisionError('of our own making')"
+    monkeypatch.setattr("nr_serve.evaluate.compare.compare_runs", lambda *_, **__: None)
+    monkeypatch.setattr("nr_serve.evaluate.compare.write_comparison", lambda *_: [])
+    assert main(["sweep", str(path), "--corpus", str(corpus), "--out", str(tmp_path / "out")]) == 1
+
+
+def test_a_sweep_can_be_stopped_by_hand(tmp_path, base, corpus, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(write_sweep(tmp_path, base, "[runs.a]\n[runs.b]\n"), tmp_path / "out", corpus)
+
+
+def test_a_result_half_written_is_not_one(tmp_path, base, corpus, monkeypatch):
+    path = write_sweep(tmp_path, base, '[runs.a]\n"method" = "lora"\n')
+    (recipe,) = read_sweep(path).values()
+    save = PreTrainedModel.save_pretrained
+
+    def killed(model, folder, *args, **more):
+        save(model, folder, *args, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(path, tmp_path / "out", corpus)
+    assert finished(tmp_path / "out" / "a", recipe) is None
+    made = run_sweep(path, tmp_path / "out", corpus)["a"]
+    assert {"adapter_model.safetensors", "tokenizer.json"} <= {file.name for file in made.iterdir()}
+    assert not list(made.parent.glob(".lora*"))
+    stale = shutil.copy(made / "tokenizer.json", made / "stale.json")
+    trainer.train(recipe, made.parent, corpus, resume=True)
+    assert not Path(stale).exists()

@@ -1,0 +1,14 @@
+"""Waiting for what another thread or process is about to do."""
+
+import time
+from collections.abc import Callable
+
+PATIENCE = 120  # seconds until a test gives up on what should come at once
+
+
+def until(done: Callable[[], bool]) -> None:
+    """Return once `done`."""
+    end = time.monotonic() + PATIENCE
+    while not done():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
