@@ -28,6 +28,9 @@ for domain in "${domains[@]}"; do
 done
 nr-serve evaluate "${files[@]}" --corpus "$corpus" --interference --near nb=da --near sv=da --near cs=sk \
     --markdown "$out/interference.md" --plots "$out"
+nr-serve sweep "$here/eight.toml" --corpus "$corpus" --out "$out/eight" "${changes[@]}"
+nr-serve evaluate "${files[@]}" "$out"/eight/*/??.safetensors --corpus "$corpus" --interference \
+    --near nb=da --near sv=da --near cs=sk --markdown "$out/eight.md" --plots "$out/eight"
 for domain in "${domains[@]}"; do
     nr-serve sweep "$here/$domain/methods.toml" --corpus "$corpus" --out "$out/$domain-methods" "${changes[@]}"
 done

@@ -126,9 +126,9 @@ def _exam(texts: Mapping[str, Windows], recipes: Sequence[Recipe], tasks: Tasks)
 def _is_unread_original(source: str, recipe: Recipe) -> bool:
     """Whether a source is of the base's own language, and not among the text that the recipe trains on."""
     data = recipe.data
-    is_original = any(names_language(entry, language_of(source)) for entry in data.original)
-    read = (*data.target, *data.original, *data.background)
-    return is_original and not any(names_source(entry, source) for entry in read)
+    is_original = names_language(data.original, language_of(source))
+    parts = (data.target, data.original, data.background)
+    return is_original and not any(names_source(part, source) for part in parts)
 
 
 def _measure_run(name: str, folder: Path, exam: Exam, base_answers: Mapping[str, Sequence[Answer]]) -> RunReport:

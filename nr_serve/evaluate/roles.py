@@ -39,9 +39,9 @@ class Globs:
     original: tuple[str, ...] = ()
     background: tuple[str, ...] = ()
 
-    def every(self) -> tuple[str, ...]:
-        """All of them."""
-        return self.target + self.original + self.background
+    def parts(self) -> tuple[tuple[str, ...], ...]:
+        """Each role's."""
+        return self.target, self.original, self.background
 
 
 def recipe_globs(info: AdapterInfo) -> Globs:
@@ -71,28 +71,28 @@ def assign_roles(
     absent = sorted(set(near) - {language_of(source) for source in listed})
     if absent:
         raise BadRequest(f"no source measured is of the language {', '.join(absent)}", param="near")
-    original = tuple(pattern for g in globs.values() for pattern in g.original) or ORIGINAL
+    original = [g.original for g in globs.values() if g.original] or [ORIGINAL]
     return {source: _role(source, globs, relatives, original) for source in listed}
 
 
 def _role(
-    source: str, globs: Mapping[str, Globs], relatives: Mapping[str, tuple[str, ...]], original: Sequence[str]
+    source: str,
+    globs: Mapping[str, Globs],
+    relatives: Mapping[str, tuple[str, ...]],
+    original: Sequence[Sequence[str]],
 ) -> Role:
     language = language_of(source)
-    own = tuple(name for name, g in globs.items() if any(names_source(p, source) for p in g.target))
+    own = tuple(name for name, g in globs.items() if names_source(g.target, source))
     near = relatives.get(language, ())
-    is_original = any(names_language(pattern, language) for pattern in original)
-    seen = any(names_language(p, language) for g in globs.values() for p in g.every())
+    is_original = any(names_language(entries, language) for entries in original)
+    seen = any(names_language(part, language) for g in globs.values() for part in g.parts())
     kinds: dict[Kind, bool] = {"own": bool(own), "near": bool(near), "original": is_original, "seen": seen}
     kind: Kind = next((kind for kind, applies in kinds.items() if applies), "unseen")
     return Role(kind, own, near, is_original)
 
 
 def _relatives(language: str, of: Sequence[str], globs: Mapping[str, Globs]) -> tuple[str, ...]:
-    learned = {
-        relative: [n for n, g in globs.items() if any(names_language(p, relative) for p in g.target)]
-        for relative in of
-    }
+    learned = {relative: [n for n, g in globs.items() if names_language(g.target, relative)] for relative in of}
     for relative, names in learned.items():
         if not names:
             raise BadRequest(f"{language} is near {relative}, but no adapter here learned {relative}", param="near")

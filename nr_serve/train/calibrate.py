@@ -83,7 +83,8 @@ def _with_background(recipe: Recipe, entries: Sequence[str]) -> Recipe:
 def _target_text(recipe: Recipe, neighbours: Mapping[str, Adapter], corpus: Path) -> list[Source]:
     """The neighbours' target text that has no part in the recipe's fit yet, read as their own recipes say."""
     data = recipe.data
-    listed = find_sources(corpus, (*data.target, *data.original, *data.background), data.text_field)
+    parts = (data.target, data.original, data.background)
+    listed = [source for part in parts for source in find_sources(corpus, part, data.text_field)]
     seen = {source.identity for source in listed}
     added = []
     for name, neighbour in neighbours.items():

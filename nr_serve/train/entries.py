@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 DATASETS = "datasets:"
 """What a data set starts with: `datasets:NAME[:CONFIG][@SPLIT]`. Other entries are globs of files."""
 
 
-def names_source(entry: str, source: str) -> bool:
-    """Whether an entry names a source such as `hu.lohelp`: of files the first two parts decide, else the name."""
-    if entry.startswith(DATASETS):
-        return _is_dataset(source, entry)
-    return fnmatchcase(source, ".".join(_file(entry).split(".")[:2]))
+NOT = "!"
+"""What a glob starts with whose files are left out of what the entries before it name."""
 
 
-def names_language(entry: str, language: str) -> bool:
-    """Whether an entry names text in a language; a data set is a language of its own."""
-    if entry.startswith(DATASETS):
-        return _is_dataset(language, entry)
-    return fnmatchcase(language, _file(entry).split(".")[0])
+def names_source(entries: Iterable[str], source: str) -> bool:
+    """Whether entries name a source such as `hu.lohelp`: of files the first two parts decide, else the name."""
+    named = False
+    for entry in entries:
+        if _is_source(entry.removeprefix(NOT), source):
+            named = not entry.startswith(NOT)
+    return named
+
+
+def names_language(entries: Iterable[str], language: str) -> bool:
+    """Whether entries name text in a language; a data set is a language of its own."""
+    named = False
+    for entry in entries:
+        glob = entry.removeprefix(NOT)
+        if _is_language(glob, language) and (glob == entry or _is_whole(glob)):
+            named = glob == entry
+    return named
 
 
 def language_of(source: str) -> str:
     """`hu` of `hu.lohelp`; a data set's name does not tell its language, so each is one of its own."""
     return source if "/" in source else source.split(".")[0]
+
+
+def _is_source(entry: str, source: str) -> bool:
+    if entry.startswith(DATASETS):
+        return _is_dataset(source, entry)
+    return fnmatchcase(source, ".".join(_file(entry).split(".")[:2]))
+
+
+def _is_language(entry: str, language: str) -> bool:
+    if entry.startswith(DATASETS):
+        return _is_dataset(language, entry)
+    return fnmatchcase(language, _file(entry).split(".")[0])
+
+
+def _is_whole(glob: str) -> bool:
+    """Whether a glob names all sources of its languages."""
+    return _file(glob).split(".")[1:2] == ["*"]
 
 
 def _file(pattern: str) -> str:

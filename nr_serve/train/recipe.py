@@ -45,8 +45,9 @@ class Data(_Section):
 
     An entry is a glob of files in the corpus folder, each named `<lang>.<source>...`, or a data set that the
     library `datasets` streams, `datasets:NAME[:CONFIG][@SPLIT]`, where NAME is one on the hub or a folder and SPLIT
-    is `train` by default. A file `.jsonl` holds a document a line, any other a paragraph a line and an empty line
-    between documents; both may be compressed, `.gz` or `.xz`.
+    is `train` by default. After `!`, a glob leaves out of what the entries before it name:
+    `["*.*.train.txt", "!cs.*"]`. A file `.jsonl` holds a document a line, any other a paragraph a line and an empty
+    line between documents; both may be compressed, `.gz` or `.xz`.
     """
 
     target: Globs = Field(min_length=1, description="Text of the domain to learn.")
@@ -310,7 +311,7 @@ class Recipe(_Section):
 
     def owns(self, source: str) -> bool:
         """Whether a source such as `hu.lohelp` is of the target."""
-        return any(names_source(entry, source) for entry in self.data.target)
+        return names_source(self.data.target, source)
 
     def dump(self) -> dict[str, Any]:
         """The recipe as plain values, for JSON."""

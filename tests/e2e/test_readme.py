@@ -45,9 +45,15 @@ def test_the_commands_against_a_running_server_work(url, client):
     assert client.adapters() == []
 
 
-def test_the_python_example_prints_an_answer(url, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(code.replace("http://127.0.0.1:8000", url), {})
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_every_python_example_prints_an_answer(code, url, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    try:
+        exec(code.replace("http://127.0.0.1:8000", url), names)
+    finally:
+        if "server" in names:
+            names["server"].close()
     assert capsys.readouterr().out.strip()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nr_serve.errors import DownloadFailed
+from nr_serve.train.entries import names_language, names_source
 from nr_serve.train.recipe import BadRecipe, parse_recipe
 from nr_serve.train.text.dataset import Dataset
 from nr_serve.train.text.documents import PIECE_CHARACTERS
@@ -203,3 +204,32 @@ def test_a_target_that_may_have_no_end_needs_a_bound():
         parse_recipe(values)
     values["data"]["target_tokens"] = 1000
     assert parse_recipe(values).data.target_tokens == 1000
+
+
+def test_a_glob_after_an_exclamation_mark_leaves_out_what_was_named_before(tmp_path: Path):
+    for name in ("cs.a.train.txt", "cs.b.train.txt", "hu.a.train.txt", "hu.a.heldout.txt", "sk.a.train.txt"):
+        write(tmp_path / name, "text\n")
+
+    def found(*entries: str) -> list[str]:
+        return [Path(str(source.identity)).name for source in find_sources(tmp_path, entries)]
+
+    assert found("*.train.txt", "!cs.*", "!sk.*") == ["hu.a.train.txt"]
+    assert found("*.train.txt", "!cs.*", "!xx.*", "cs.b.train.txt") == [
+        "cs.b.train.txt",
+        "hu.a.train.txt",
+        "sk.a.train.txt",
+    ]
+    with pytest.raises(BadRecipe, match=r"is left after '!\*\.train\.txt'"):
+        find_sources(tmp_path, ["hu.*.train.txt", "!*.train.txt"])
+    with pytest.raises(BadRecipe, match="is left after '!hu"):
+        find_sources(tmp_path, ["!hu.*"])
+
+
+def test_what_is_left_out_is_not_named():
+    entries = ("*.*.train.txt", "!cs.*.train.txt", "!hu.a.train.txt")
+    assert names_source(entries, "hu.b")
+    assert not names_source(entries, "hu.a")
+    assert names_source((*entries, "hu.a.train.txt"), "hu.a")
+    assert names_language(entries, "hu")
+    assert not names_language(entries, "cs")
+    assert names_language((*entries, "cs.a.train.txt"), "cs")

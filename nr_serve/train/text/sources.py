@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from nr_serve.train.entries import DATASETS
+from nr_serve.train.entries import DATASETS, NOT
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.text.dataset import Dataset
 from nr_serve.train.text.text_file import TextFile
@@ -61,17 +61,29 @@ def find_sources(folder: Path, written: Iterable[str], field: str = "text") -> l
 
 
 def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
-    """Files of `folder` that match, sorted. Raises BadRecipe for a glob that matches none."""
+    """Files of `folder` that match, sorted; a glob after `!` leaves out of those before it.
+
+    Raises BadRecipe for a glob that matches none, and if none is left.
+    """
     found: list[Path] = []
     for pattern in globs:
-        try:
-            matches = [path for path in folder.glob(pattern) if path.is_file()]
-        except (ValueError, NotImplementedError) as error:
-            raise BadRecipe(f"{pattern!r} is not a glob of files in the corpus folder: {error}") from error
-        if not matches:
+        matches = _match(folder, pattern.removeprefix(NOT))
+        if pattern.startswith(NOT):
+            found = [path for path in found if path not in matches]
+        elif matches:
+            found += matches
+        else:
             raise BadRecipe(f"no text in {folder} matches {pattern!r}")
-        found += matches
+        if not found:
+            raise BadRecipe(f"no text in {folder} is left after {pattern!r}")
     return sorted(found)
+
+
+def _match(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return [path for path in folder.glob(pattern) if path.is_file()]
+    except (ValueError, NotImplementedError) as error:
+        raise BadRecipe(f"{pattern!r} is not a glob of files in the corpus folder: {error}") from error
 
 
 def read_in_turn(sources: Sequence[Source], characters: int | None = None) -> list[str]:
