@@ -11,7 +11,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from nr_serve.errors import BadRequest
+from nr_serve.errors import BadRequest, faults
 
 _OPENING = b'{"id":"batch_req_'
 """Every line of answers begins so; a shorter line that was cut begins with a part of it."""
@@ -47,7 +47,7 @@ def read_request(line: bytes) -> BatchRequest:
     try:
         return BatchRequest.model_validate(data)
     except ValidationError as error:
-        raise WrongLine("invalid_request", _first_of(error), _custom_id(data)) from error
+        raise WrongLine("invalid_request", faults(error), _custom_id(data)) from error
 
 
 def answer_line(custom_id: str, status: int, body: Any) -> bytes:
@@ -105,9 +105,3 @@ def _custom_id(data: Any) -> str | None:
 def _line(custom_id: str | None, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
     body = {"id": f"batch_req_{uuid4().hex}", "custom_id": custom_id, "response": response, "error": error}
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _first_of(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"{place}: {first['msg']}" if place else first["msg"]

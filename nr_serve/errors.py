@@ -21,6 +21,11 @@ The command line prints the message alone; a stack trace means a bug in nr-serve
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class NrError(Exception):
     """An error with a message for people; `param` names the offending field, if one is to blame."""
@@ -127,3 +132,19 @@ class UnsupportedBase(NrError):
 
 class DownloadFailed(NrError):
     """A model or a corpus could not be fetched or did not match its checksum."""
+
+
+MOST_FAULTS = 8
+"""Faults that a message tells of."""
+
+
+def faults(error: ValidationError) -> str:
+    """The faults of a validation in one line: where each is, and what is wrong there. Shows no input."""
+    found = []
+    for each in error.errors(include_url=False, include_input=False, include_context=False):
+        place = ".".join(map(str, each["loc"]))
+        unknown = each["type"] == "extra_forbidden"
+        message = "not a known key" if unknown else each["msg"].removeprefix("Value error, ")
+        found.append(f"{place}: {message}" if place else message)
+    more = [f"and {len(found) - MOST_FAULTS} more"] if len(found) > MOST_FAULTS else []
+    return "; ".join(found[:MOST_FAULTS] + more)

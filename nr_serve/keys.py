@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from nr_serve.config import ServeConfig
-from nr_serve.errors import BadRequest
+from nr_serve.errors import BadRequest, faults
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +63,7 @@ def read_key_file(path: Path) -> tuple[Key, ...]:
     except OSError as error:
         raise BadRequest(f"cannot read the key file {path}: {error.strerror}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise BadRequest(f"the key file {path} is wrong at {place}: {first['msg']}") from error
+        raise BadRequest(f"the key file {path} is wrong at {faults(error)}") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise BadRequest(f"the key file {path} is not TOML: {error}") from error
     for each in ("name", "sha256"):
@@ -119,7 +117,7 @@ class Keys:
             stat = self._path.stat() if self._path is not None else None
         except OSError:
             stat = None
-        return () if stat is None else (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        return () if stat is None else (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
 
 
 def _simple(name: str, role: Role, secret: SecretStr | None) -> tuple[Key, ...]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -24,13 +23,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from nr_serve.client import refusal
 from nr_serve.config import FLAGS, GROUPS, Adapters, Engine, Model, ServeConfig
-from nr_serve.errors import BadRequest, NrError, Unavailable
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from starlette.types import Receive, Scope, Send
-
-log = logging.getLogger(__name__)
+from nr_serve.errors import BadRequest, NrError, Unavailable, faults
 
 C = TypeVar("C", bound=BaseSettings)
 
@@ -206,30 +199,13 @@ async def local_http(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
         await settled.wait()
         if engine.status != "ready":
             raise NrError(engine.failure or "the engine failed to start")
-        transport = httpx.ASGITransport(_logged(app), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://nr-serve", timeout=None) as http:
             yield http
-
-
-def _logged(app: FastAPI) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
-    """`app`, its failures logged: the client learns of them only that they are no fault of the request."""
-
-    async def logged(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await app(scope, receive, send)
-        except Exception:
-            log.exception("a request failed")
-            raise
-
-    return logged
 
 
 def _checked(kind: type[C], settings: Mapping[str, Any]) -> C:
     try:
         return kind(**settings)
     except ValidationError as error:
-        wrong = [
-            f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
-            for each in error.errors()
-        ]
-        raise BadRequest("; ".join(wrong)) from error
+        raise BadRequest(faults(error)) from error

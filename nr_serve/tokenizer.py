@@ -78,14 +78,27 @@ class Tokenizer:
 
         options = {"add_generation_prompt": add_generation_prompt, **template}
         text = self._templated(messages, tools, **options)
-        if tools and text == self._templated(messages, (), **options):
+        if tools and not self._differs(text, messages, (), **options):
             raise BadRequest(
                 "`tools` are not supported: this base's chat template does not use them", param="tools"
             )
         calls = any("tool_calls" in message for message in messages)
-        if calls and text == self._templated(_without_calls(messages), tools, **options):
+        if calls and not self._differs(text, _without_calls(messages), tools, **options):
             raise BadRequest("this base's chat template does not write `tool_calls`", param="messages")
         return text
+
+    def _differs(
+        self,
+        text: str,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        **template: Any,
+    ) -> bool:
+        """Whether the template writes something else than `text` of these, or refuses them."""
+        try:
+            return text != self._templated(messages, tools, **template)
+        except BadRequest:
+            return True  # with a part left out they may be no conversation any more
 
     def _templated(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], **template: Any

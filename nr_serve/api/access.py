@@ -14,11 +14,12 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nr_serve.api.errors import error_response
+from nr_serve.api.errors import GONE, error_response, error_type
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Output, Submit
 from nr_serve.errors import NrError
 from nr_serve.logs import REQUEST_ID
+from nr_serve.metrics import Metrics
 from nr_serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,11 @@ def note_output(output: Output) -> None:
 
 
 class AccessLog:
-    """ASGI middleware, the outermost: names the request, logs it, and answers for bugs below."""
+    """ASGI middleware, the outermost: names the request, logs it, counts refusals, and answers for bugs below."""
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, app: ASGIApp, config: ServeConfig, tokenizer: Tokenizer, metrics: Metrics) -> None:
         self._app = app
+        self._errors = metrics.http_errors
         self._log_health = config.log_health
         self._log_prompts = config.log_prompts
         self._tokenizer = tokenizer
@@ -103,7 +105,13 @@ class AccessLog:
             # The client learns only that it is not to blame.
             await error_response(NrError("internal error; the server's log has the details"))(scope, receive, named)
         finally:
+            self._count(scope, entry.status)
             self._write(scope, entry)
+
+    def _count(self, scope: Scope, status: int | None) -> None:
+        """Count an error. A probe that comes too early is none, nor is a client that went away."""
+        if status is not None and status >= 400 and status != GONE and scope["path"] not in _HEALTH:
+            self._errors.labels(status, error_type(status)).inc()
 
     def _write(self, scope: Scope, entry: Entry) -> None:
         if scope["path"] in _HEALTH and not self._log_health:

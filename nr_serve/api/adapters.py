@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -65,12 +66,14 @@ async def put_adapter(
     """Load the adapter in the body: the bytes of its file."""
     check_name(context, name)
     _check_free(context, name, replace)  # before the upload: it may be long
-    with tempfile.TemporaryDirectory(prefix="nr-serve-") as folder:
-        path = Path(folder) / f"{name}.safetensors"
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nr-serve-")))
+        path = folder / f"{name}.safetensors"
         await receive_file(request, path, _max_bytes(context))
         status = _load_status(context, name)
-        view = await context.engine.call(LoadAdapter(name, path, replace, pinned, threshold))
-        return JSONResponse(adapter_body(view), status)
+        received = stack.pop_all()
+    view = await _load(context, LoadAdapter(name, path, replace, pinned, threshold), received)
+    return JSONResponse(adapter_body(view), status)
 
 
 @router.post("/v1/adapters", responses=_LOADED)
@@ -139,13 +142,21 @@ async def _load_allowed(
     context: Context, given: str, param: str, command: Callable[[Path], LoadAdapter]
 ) -> AdapterView:
     """Have the engine load the file that `given` names on the server."""
+    with ExitStack() as stack:
+        file = allowed_file(context.config.adapter_dir, given, param, _max_bytes(context))
+        path = stack.enter_context(file)
+        return await _load(context, command(path), stack.pop_all())
+
+
+async def _load(context: Context, command: LoadAdapter, file: AbstractContextManager[object]) -> AdapterView:
+    """Have the engine load an adapter from a file that is there until `file` ends."""
 
     async def load() -> AdapterView:
-        with allowed_file(context.config.adapter_dir, given, param, _max_bytes(context)) as path:
-            view: AdapterView = await context.engine.call(command(path))
+        with file:
+            view: AdapterView = await context.engine.call(command)
             return view
 
-    # The file must stay open until the engine has read it, also if this request is given up meanwhile.
+    # The file must stay until the engine has read it, also if this request is given up meanwhile.
     return await asyncio.shield(asyncio.ensure_future(load()))
 
 

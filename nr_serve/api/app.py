@@ -26,6 +26,7 @@ from nr_serve.tokenizer import Tokenizer
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServeConfig) -> FastAPI:
     """Return the app. Its lifespan starts the engine and stops it. Raises BadRequest if the key file is wrong."""
     context = Context(engine, tokenizer, config)
+    engine.metrics.ready.set_function(lambda: context.ready)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -62,7 +63,7 @@ def _add_middleware(app: FastAPI, context: Context) -> None:
             allow_headers=["Authorization", "Content-Type", work.HEADER, access.HEADER],
             expose_headers=[access.HEADER],
         )
-    app.add_middleware(AccessLog, config=config, tokenizer=context.tokenizer)
+    app.add_middleware(AccessLog, config=config, tokenizer=context.tokenizer, metrics=context.engine.metrics)
 
 
 class _App(FastAPI):

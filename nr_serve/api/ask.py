@@ -11,7 +11,8 @@ from nr_serve.api.context import Context
 from nr_serve.api.guides import guide_for
 from nr_serve.api.schemas import ChatBody, CompletionBody, GenerationBody
 from nr_serve.api.selection import select, selection_name
-from nr_serve.api.tools import CLOSE, OPEN, Toolbox, toolbox
+from nr_serve.api.tool_support import check_tools
+from nr_serve.api.tools import Toolbox, toolbox
 from nr_serve.engine.guide import Guide
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.errors import BadRequest
@@ -184,18 +185,11 @@ def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
     )
     check_size(context, text, "messages")
     if tools.tools:
-        _check_tags(context)
+        check_tools(context.tokenizer)
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template wrote its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
     return Prompt(tuple(ids), text)
-
-
-def _check_tags(context: Context) -> None:
-    """Refuse tools if their tags would be lost on the way from tokens to text."""
-    tokenizer = context.tokenizer
-    if tokenizer.decode(tokenizer.encode(OPEN + CLOSE, special_tokens=False)) != OPEN + CLOSE:
-        raise BadRequest(f"`tools` are not supported: {OPEN} is no text to this base's tokenizer", param="tools")
 
 
 def _check_count(context: Context, prompts: int, n: int, param: str) -> None:

@@ -268,7 +268,6 @@ class AsyncEngine:
             if self._engine.info is not None:
                 self.metrics.serves(self._engine.info)
         self.status = status
-        self.metrics.ready.set(status == "ready")
         if status in ("failed", "stopped"):
             failed = NrError("the engine failed; the server's log says why")
             self._end_all(failed if status == "failed" else Unavailable("the server stopped"))

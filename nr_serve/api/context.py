@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar, cast
 
@@ -20,6 +21,35 @@ from nr_serve.tokenizer import Tokenizer
 T = TypeVar("T")
 
 
+class Worker:
+    """A thread beside the event loop, with a bound on what may wait for it."""
+
+    def __init__(self, name: str, most: int) -> None:
+        """`most` may wait or be at work."""
+        self._most = most
+        self._waiting = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    @contextmanager
+    def place(self, what: str) -> Iterator[None]:
+        """A place among those who wait. Raises QueueFull, which counts `what` waits, if none is free."""
+        if self._waiting >= self._most:
+            raise QueueFull(f"{self._waiting} {what} already; try again later")
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Run work when its turn comes; cancelled before, it is not run."""
+        return asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def stop(self) -> None:
+        """Let no more work start."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
 @dataclass
 class Context:
     """The app's collaborators."""
@@ -29,37 +59,35 @@ class Context:
     config: ServeConfig
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""
-    text_thread: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="nr-text")
-    )
-    """Tokenises off the event loop, so that a long prompt does not hold up running streams."""
-    guide_thread: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="nr-guide")
-    )
-    """Compiles grammars, so that other prompts do not wait for one."""
     work: Work = field(default_factory=Work)
+    texts: Worker = field(init=False)
+    """Tokenises off the event loop, so that a long prompt does not hold up running streams."""
+    grammars: Worker = field(init=False)
+    """Compiles grammars, so that other prompts do not wait for one."""
     token_bytes: int = field(init=False)
     """No token stands for more bytes of text."""
 
     def __post_init__(self) -> None:
         # Vocabularies spell some bytes with two or three: this is an upper bound.
         self.token_bytes = max(len(token.encode()) for token in self.tokenizer.hf.get_vocab())
-        self._texts = 0
+        # As much may wait for each as for the model.
+        self.texts = Worker("nr-text", self.config.max_waiting)
+        self.grammars = Worker("nr-guide", self.config.max_waiting)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.engine.status == "ready" and not self.work.draining
 
     async def text(self, work: Callable[[], T]) -> T:
-        """Run tokenizer work on its thread. Raises QueueFull if as much waits there as may wait for the model."""
-        if self._texts >= self.config.max_waiting:
-            raise QueueFull(f"{self._texts} texts wait to be tokenised already; try again later")
-        self._texts += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.text_thread, work)
-        finally:
-            self._texts -= 1
+        """Run tokenizer work on its thread. Raises QueueFull."""
+        with self.texts.place("texts wait to be tokenised"):
+            return await self.texts.run(work)
 
     def stop_threads(self) -> None:
         """Let no more work start."""
-        for thread in (self.text_thread, self.guide_thread):
-            thread.shutdown(wait=False, cancel_futures=True)
+        self.texts.stop()
+        self.grammars.stop()
 
 
 def _context(request: Request) -> Context:

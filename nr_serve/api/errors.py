@@ -19,13 +19,28 @@ from nr_serve.errors import (
     Forbidden,
     NotFound,
     NrError,
+    TimedOut,
     TooLarge,
     TooManyRequests,
     Unauthorized,
+    Unavailable,
 )
 
-_TYPES = {kind.status: kind.type for kind in (BadRequest, Unauthorized, Forbidden, NotFound, Conflict, TooLarge)}
-_TYPES[405] = "MethodNotAllowedError"
+_KINDS = (
+    BadRequest,
+    Unauthorized,
+    Forbidden,
+    NotFound,
+    Conflict,
+    TooLarge,
+    TooManyRequests,
+    NrError,
+    Unavailable,
+    TimedOut,
+)
+_TYPES = {kind.status: kind.type for kind in _KINDS} | {405: "MethodNotAllowedError"}
+GONE = 499
+"""For the access log: the client went away, and nobody reads the answer."""
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TYPE_NAMES = {"str", "int", "float", "bool", "dict", "none", "nullable"}
 """Names that pydantic puts in an error's place for the branch of a union, and that no field of ours has."""
@@ -44,6 +59,11 @@ def error_response(error: NrError) -> JSONResponse:
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), error.status, headers)
+
+
+def error_type(status: int) -> str:
+    """The type of every error with this HTTP status."""
+    return _TYPES.get(status, "InvalidRequestError")
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -71,12 +91,12 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         message = f"Invalid URL ({request.method} {request.url.path})"
     elif error.status_code == 405:
         message = f"Not allowed to {request.method} on {request.url.path}"
-    kind = _TYPES.get(error.status_code, "InvalidRequestError")
-    return JSONResponse(_body(message, kind, None, error.status_code), error.status_code, error.headers)
+    body = _body(message, error_type(error.status_code), None, error.status_code)
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it; the number is for the access log
+    return Response(status_code=GONE)
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:

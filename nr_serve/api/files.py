@@ -23,11 +23,8 @@ def allowed_file(folders: Sequence[Path], given: str, param: str, max_bytes: int
     try:
         root, path = _find([folder.resolve() for folder in folders], given, param)
         handle = _open_beneath(root, path)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # too long, a zero byte, a circle of links, changed
+    # Too long or changed, a zero byte, a circle of links.
+    except (OSError, ValueError, RuntimeError) as error:
         raise BadRequest("this is not a usable path", param=param) from error
     try:
         size = os.fstat(handle).st_size

@@ -6,29 +6,51 @@ Neither running streams nor other prompts wait for them, and a request without a
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 
-from nr_serve.api.context import Context
+from nr_serve.api.context import Context, Worker
 from nr_serve.api.schemas import GenerationBody
 from nr_serve.api.structured import Form, form_of, has_form
 from nr_serve.api.tools import NO_TOOLS, Toolbox
 from nr_serve.engine.guide import Guide
-from nr_serve.errors import BadRequest
+from nr_serve.errors import BadRequest, QueueFull
 
 COMPILE_SECONDS = 10
-"""Longest wait for a grammar, its turn included."""
+"""For one grammar; and as long at most it waits for its turn."""
 
 
 async def guide_for(context: Context, body: GenerationBody, tools: Toolbox = NO_TOOLS) -> Guide | None:
-    """The guide for the form asked for, or for calls of tools. Raises BadRequest that names the field to blame."""
+    """The guide for the form asked for, or for calls of tools.
+
+    Raises BadRequest that names the field to blame, or QueueFull if other grammars take too long.
+    """
     if not has_form(body) and not tools.guided:
         return None
     if body.ignore_eos:
         raise BadRequest("`ignore_eos` cannot be honoured: the answer ends as its grammar does", param="ignore_eos")
-    work = asyncio.get_running_loop().run_in_executor(context.guide_thread, _compile, context, body, tools)
+    with context.grammars.place("grammars wait to be compiled"):
+        return await _in_turn(context.grammars, partial(_compile, context, body, tools))
+
+
+async def _in_turn(grammars: Worker, compile_: Callable[[], Guide | None]) -> Guide | None:
+    """Compile when the turn comes. A grammar is to blame for its own time alone."""
+    loop, begun = asyncio.get_running_loop(), asyncio.Event()
+
+    def work() -> Guide | None:
+        loop.call_soon_threadsafe(begun.set)
+        return compile_()
+
+    guide = grammars.run(work)
     try:
-        return await asyncio.wait_for(work, COMPILE_SECONDS)
+        await asyncio.wait_for(begun.wait(), COMPILE_SECONDS)
+        return await asyncio.wait_for(guide, COMPILE_SECONDS)
     except TimeoutError as error:
-        raise BadRequest(f"the grammar was not compiled within {COMPILE_SECONDS} s") from error
+        if begun.is_set():
+            raise BadRequest(f"the grammar was not compiled within {COMPILE_SECONDS} s") from error
+        raise QueueFull("other grammars take long to compile; try again later") from error
+    finally:
+        guide.cancel()  # whoever gave up before its turn needs no guide
 
 
 def _compile(context: Context, body: GenerationBody, tools: Toolbox) -> Guide | None:

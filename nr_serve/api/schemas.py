@@ -1,6 +1,6 @@
 """Request bodies. What is not supported is refused by name.
 
-Every field that is accepted is honoured.
+Every field that is accepted is honoured, or its description says what becomes of it.
 """
 
 from __future__ import annotations
@@ -108,9 +108,11 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[TextPart] | None = Field(None, description="required, but not beside `tool_calls`")
-    name: Text | None = None
+    name: Text | None = Field(None, description="who speaks, for chat templates that have a place for it")
     tool_calls: list[ToolCall] | None = Field(None, description="what the assistant called")
-    tool_call_id: Text | None = Field(None, description="the call that a tool answers")
+    tool_call_id: Text | None = Field(
+        None, description="the call that a tool answers; templates may go by the order instead"
+    )
 
     not_supported: ClassVar[NotSupported] = {"refusal": [], "audio": [], "function_call": [], "annotations": [[]]}
 

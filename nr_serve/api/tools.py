@@ -19,6 +19,8 @@ from nr_serve.api.structured import json_rule
 from nr_serve.errors import BadRequest
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MOST_CLOSES = 32
+"""Closing tags tried for one call: each try reads all of it."""
 MAX_TOOLS = 128  # OpenAI's
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -203,13 +205,15 @@ class Call:
 class ToolReader:
     """Splits a growing answer into content and calls. What looks like a call but is none stays content.
 
-    Holds back whatever may still become a call, and space before it.
+    Holds back whatever may still become a call, and space before it. A call whose arguments hold more than
+    `MOST_CLOSES` closing tags is not read, nor is any after it.
     """
 
     def __init__(self) -> None:
         self._held = ""
         self._looked = 0  # in what is held, no call ends before here
         self._called = False
+        self._closes = 0  # tried for the call that is held
 
     def push(self, text: str) -> tuple[str, list[Call]]:
         """Content and calls that are certain now."""
@@ -230,7 +234,7 @@ class ToolReader:
     def _next_call(self) -> tuple[str, Call] | None:
         """Take the next call, and the content before it, from what is held."""
         start = self._held.find(OPEN)
-        if start < 0:
+        if start < 0 or self._gave_up:
             return None
         inside = start + len(OPEN)
         # The arguments may hold the closing tag too: the call ends at the first that makes JSON of it.
@@ -238,15 +242,25 @@ class ToolReader:
             call = _read(self._held[inside:end])
             self._looked = end + len(CLOSE)
             if call is not None:
+                self._closes = 0
                 before, self._held, self._looked = self._held[:start].rstrip(), self._held[self._looked :], 0
                 return before, call
+            self._closes += 1
+            if self._closes > MOST_CLOSES:
+                return None
         self._looked = max(self._looked, len(self._held) - len(CLOSE))
         return None
+
+    @property
+    def _gave_up(self) -> bool:
+        return self._closes > MOST_CLOSES
 
     def _release(self) -> str:
         """Content that cannot be part of a call, less the space at its end."""
         at = self._held.find(OPEN)
-        if at < 0:
+        if self._gave_up:
+            at = len(self._held)
+        elif at < 0:
             tails = (n for n in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:n]))
             at = len(self._held) - next(tails, 0)
         at = len(self._held[:at].rstrip())
@@ -261,7 +275,7 @@ def _read(text: str) -> Call | None:
         call = json.loads(text)
         if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
             return None
-        arguments = json.dumps(call["arguments"], ensure_ascii=False)
+        arguments = json.dumps(call["arguments"], ensure_ascii=False, allow_nan=False)
         return Call(whole_characters(call["name"]), whole_characters(arguments))
     except (ValueError, KeyError, TypeError, RecursionError):
         return None  # the model wrote something else

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,25 +24,33 @@ class Work:
 
     def __init__(self) -> None:
         self.draining = False
-        self._deadlines: dict[asyncio.Task[object], asyncio.Timeout] = {}
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._deadlines: set[asyncio.Timeout] = set()
 
-    def began(self, deadline: asyncio.Timeout) -> None:
-        """The current task works on a request until `deadline`."""
+    @contextmanager
+    def until(self, deadline: asyncio.Timeout) -> Iterator[None]:
+        """The current task works on a request, in this block until `deadline`."""
         task = asyncio.current_task()
         assert task is not None
-        self._deadlines[task] = deadline
-        task.add_done_callback(lambda done: self._deadlines.pop(done, None))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._deadlines.add(deadline)
+        try:
+            yield
+        finally:
+            # At once, and not when the task is done: a timeout that was left cannot be set any more.
+            self._deadlines.discard(deadline)
 
     async def drain(self, grace_s: float) -> None:
         """Take nothing new; return when all has ended, which is after `grace_s` seconds at the latest."""
         self.draining = True
         end = asyncio.get_running_loop().time() + grace_s
-        for deadline in self._deadlines.values():
+        for deadline in self._deadlines:
             if not deadline.expired() and (deadline.when() or math.inf) > end:
                 deadline.reschedule(end)
-        if self._deadlines:
+        if self._tasks:
             # A client that reads nothing may keep its connection; its request is aborted all the same.
-            await asyncio.wait(self._deadlines, timeout=grace_s + 1)
+            await asyncio.wait(self._tasks, timeout=grace_s + 1)
 
 
 class Deadlines:
@@ -67,17 +77,19 @@ class Deadlines:
 
     async def _run(self, scope: Scope, receive: Receive, send: Send, seconds: float | None) -> None:
         begun: Message | None = None
+        whole = False
 
         async def watched(message: Message) -> None:
-            nonlocal begun
+            nonlocal begun, whole
             begun = begun or message
             await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         deadline = asyncio.timeout(seconds)
         try:
             async with deadline:
-                self._work.began(deadline)
-                await self._app(scope, receive, watched)
+                with self._work.until(deadline):
+                    await self._app(scope, receive, watched)
         except TimeoutError:
             if not deadline.expired():
                 raise
@@ -85,13 +97,17 @@ class Deadlines:
             error = self._reason(seconds)
             if begun is None:
                 await error_response(error)(scope, receive, send)
-            elif Headers(raw=begun["headers"]).get("content-type", "").startswith("text/event-stream"):
+            elif _streams(begun) and not whole:
                 await send({"type": "http.response.body", "body": event(error_body(error)), "more_body": False})
 
     def _reason(self, seconds: float | None) -> NrError:
         if self._work.draining or seconds is None:
             return Unavailable("the server is shutting down")
         return TimedOut(f"the answer was not ready within {seconds:g} seconds")
+
+
+def _streams(start: Message) -> bool:
+    return Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
 
 
 def _shorter(timeout_s: float | None, header: str | None) -> float | None:

@@ -29,7 +29,7 @@ class Compare(Command):
 def compare(command: Compare) -> int:
     """Measure; print tables or JSON; write the pages."""
     from nr_serve.evaluate.compare import compare_runs, write_comparison
-    from nr_serve.evaluate.comparison import tables
+    from nr_serve.evaluate.comparison_report import tables
     from nr_serve.evaluate.pages import make_folder
     from nr_serve.evaluate.tasks import read_tasks
 

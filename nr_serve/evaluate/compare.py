@@ -1,4 +1,4 @@
-"""Training runs measured beside each other, and the comparison's files."""
+"""Training runs measured beside each other, and the comparison's files; what is in them: `comparison_report`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nr_serve.errors import BadRequest
-from nr_serve.evaluate.comparison import Comparison, RunReport, page
+from nr_serve.evaluate.comparison_report import Comparison, RunReport, page
 from nr_serve.evaluate.pages import make_folder, write_page
 from nr_serve.evaluate.readings import in_turn, read_text
 from nr_serve.evaluate.run_log import read_losses, training_seconds

@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from nr_serve.evaluate.difference import Difference, difference
-from nr_serve.evaluate.hosted import Hosted, load
+from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.readings import in_turn, read_hosted
 from nr_serve.train.measure import SourceResult
-from nr_serve.train.text import read_heldout
 from nr_serve.train.text.pack import Windows
 
 
@@ -61,25 +59,6 @@ class Report:
     def to_json(self) -> str:
         """The report as one JSON document."""
         return json.dumps(self.document(), indent=1, sort_keys=True)
-
-
-def evaluate(
-    adapters: Sequence[Path],
-    base: str,
-    corpus: Path,
-    sources: Sequence[str],
-    *,
-    window: int = 256,
-    windows: int = 32,
-) -> Report:
-    """Loss and fired shares of every source, before and after all `adapters` are attached to `base`.
-
-    `sources` are globs of files in `corpus`; up to `windows` windows of each source are read, in float32. An
-    adapter's name is its file's. Raises BadAdapterFile for a file that does not fit the base, BadRequest if two
-    have the same name, BadRecipe if a glob matches nothing.
-    """
-    hosted = load(adapters, base)
-    return attach_all(hosted, read_heldout(corpus, sources, hosted.base.tokenizer, window, windows))
 
 
 def attach_all(hosted: Hosted, texts: Mapping[str, Windows]) -> Report:

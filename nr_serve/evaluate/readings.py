@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 
 from nr_serve import __version__
 from nr_serve.default_model import cache_folder
@@ -62,7 +63,8 @@ def once(
         say(place)
         return make()
 
-    arithmetic = [str(base.model.dtype), base.device.type, torch.__version__, __version__]
+    packages = [torch.__version__, transformers.__version__, __version__]
+    arithmetic = [str(base.model.dtype), base.device.type, *packages]
     key = [FORMAT, base.fingerprint, list(versions), list(what), arithmetic]
     tensors = TensorCache(cache_folder() / "measured").get(key, measured)
     if not fresh:

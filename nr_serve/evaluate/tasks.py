@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nr_serve.errors import BadRequest
+from nr_serve.errors import BadRequest, faults
 from nr_serve.evaluate.difference import mean_and_error, percent
 from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.readings import beside, once
@@ -131,7 +132,7 @@ def answer_tasks(
     """
     answers = {}
     for i, (name, examples) in enumerate(tasks.items(), start=1):
-        what = ["task", [example.model_dump() for example in examples]]
+        what = ["task", version("lm_eval"), [example.model_dump() for example in examples]]
         make = partial(_answer_tensors, base, attached, name, examples)
         place = f"task {i} of {len(tasks)}: {name}; {of}"
         answers[name] = _answers(once(base, versions, what, make, place))
@@ -227,14 +228,7 @@ def _read_example(path: Path, number: int, line: str) -> Example:
     try:
         return Example.model_validate_json(line)
     except ValidationError as error:
-        faults = "; ".join(_fault(one) for one in error.errors(include_url=False, include_input=False))
-        raise BadRequest(f"{path} line {number}: {faults}", param="tasks") from error
-
-
-def _fault(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
+        raise BadRequest(f"{path} line {number}: {faults(error)}", param="tasks") from error
 
 
 def _config(name: str, examples: Sequence[Example]) -> dict[str, Any]:

@@ -73,6 +73,9 @@ INFO = _gauge("nr_server_info", "Always 1; the labels say what is served", "vers
 # Requests
 REQUESTS = _counter("nr_requests_total", "Answers ended, by selection and why", "selected", "finish_reason")
 ERRORS = _counter("nr_request_errors_total", "Answers ended by an error, by its type in the API", "type")
+HTTP_ERRORS = _counter(
+    "nr_http_errors_total", "Requests answered with an HTTP error, by its status and type", "status", "type"
+)
 IN_FLIGHT = _gauge("nr_requests_in_flight", "Answers not ended yet")
 PROMPT_TOKENS = _counter("nr_prompt_tokens_total", "Prompt tokens of requests whose prompt was read")
 GENERATED_TOKENS = _counter("nr_generated_tokens_total", "Tokens written")

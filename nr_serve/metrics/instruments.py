@@ -104,6 +104,7 @@ class Metrics:
         self.info = definitions.INFO.gauge(registry)
         self.requests = definitions.REQUESTS.counter(registry)
         self.errors = definitions.ERRORS.counter(registry)
+        self.http_errors = definitions.HTTP_ERRORS.counter(registry)
         self.in_flight = definitions.IN_FLIGHT.gauge(registry)
         self.prompt_tokens = definitions.PROMPT_TOKENS.counter(registry)
         self.generated_tokens = definitions.GENERATED_TOKENS.counter(registry)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ def alone(out: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Conflict(f"another process trains in {out}") from error
-        for torn in set(out.glob(f"{PREFIX}*")) - set(_complete(out)):
+        for torn in set(_own(out)) - set(_complete(out)):
             shutil.rmtree(torn)
         yield
 
@@ -152,13 +153,16 @@ def load(folder: Path) -> Checkpoint:
 
 
 def _complete(out: Path) -> list[Path]:
-    folders = [path for path in out.glob(f"{PREFIX}*") if (path / STATE).is_file()] if out.is_dir() else []
-    return sorted(folders, key=_step)
+    return sorted((folder for folder in _own(out) if (folder / STATE).is_file()), key=_step)
+
+
+def _own(out: Path) -> list[Path]:
+    """The folders that a run made for checkpoints; `checkpoint-8.bak` is somebody else's."""
+    return [path for path in out.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name) and path.is_dir()]
 
 
 def _step(folder: Path) -> int:
-    digits = folder.name.removeprefix(PREFIX)
-    return int(digits) if digits.isdigit() else -1
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def _sync(path: Path) -> None:

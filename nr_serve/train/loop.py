@@ -30,6 +30,9 @@ from nr_serve.train.recipe import BadRecipe, Run
 from nr_serve.train.text.mix import Classes, Mix
 from nr_serve.train.text.pack import Windows
 
+WRITE_FAULTS = ("inline_container", "PytorchStreamWriter", "iostream error")
+"""One of these is in the text of each RuntimeError of torch's file writer, which has no type of its own."""
+
 
 class TrainingDiverged(NrError):
     """The loss is no longer a number; the last checkpoint is from before."""
@@ -216,7 +219,9 @@ class Loop(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # the three ways in which a full disk shows
+        except (OSError, SafetensorError, RuntimeError) as error:  # the three ways in which a full disk shows
+            if isinstance(error, RuntimeError) and not any(fault in str(error) for fault in WRITE_FAULTS):
+                raise
             kept = checkpoints.latest(self.out)
             where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
             raise TrainingStopped(f"cannot write a checkpoint in {self.out}: {error}; {where}") from error

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nr_serve.errors import BadRequest
+from nr_serve.errors import BadRequest, faults
 from nr_serve.neutral import block_width
 from nr_serve.train.entries import DATASETS, names_source
 
@@ -374,12 +374,4 @@ def parse_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        faults = "; ".join(_fault(one) for one in error.errors())
-        raise BadRecipe(f"{name}: {faults}") from error
-
-
-def _fault(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "recipe"
-    if error["type"] == "extra_forbidden":
-        return f"{key} is not a known key"
-    return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+        raise BadRecipe(f"{name}: {faults(error)}") from error

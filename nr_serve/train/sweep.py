@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nr_serve.errors import NrError
+from nr_serve.errors import NrError, faults
 from nr_serve.train.recipe import BadRecipe, Recipe, read_recipe, read_toml
 
 Changes = Mapping[str, str | int | float | bool | list[int] | list[str]]
@@ -34,8 +34,7 @@ def read_sweep(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str
     try:
         sweep = Sweep.model_validate(read_toml(path))
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise BadRecipe(f"{path.name}: {faults}") from error
+        raise BadRecipe(f"{path.name}: {faults(error)}") from error
     recipes = {}
     for name, own in sweep.runs.items():
         try:

@@ -80,6 +80,11 @@ def test_every_body_and_answer_has_an_example_that_fits(document, route):
         jsonschema.validate(example, schema)
 
 
+def test_the_fields_of_a_message_that_only_some_templates_write_say_so(document):
+    fields = document["components"]["schemas"]["Message"]["properties"]
+    assert all("templates" in fields[name]["description"] for name in ("name", "tool_call_id"))
+
+
 OPENAIS = {CompletionBody: completion_create_params, ChatBody: chat_create_params}
 
 

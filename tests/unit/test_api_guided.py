@@ -1,8 +1,10 @@
 """Guided answers over HTTP: the real engine, a tiny random model at temperature 1, and the openai package."""
 
+import asyncio
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal
 
@@ -16,17 +18,20 @@ from pydantic import BaseModel, Field
 from nr_serve.api import guides
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine
+from nr_serve.api.context import Context
+from nr_serve.api.schemas import CompletionBody
 from nr_serve.config import ServeConfig
 from nr_serve.engine.guide import MAX_GRAMMAR_BYTES
 from nr_serve.engine.loop import EngineLoop
+from nr_serve.errors import QueueFull
 from nr_serve.metrics import Metrics
 from nr_serve.serve import bind
-from tests import tiny
+from tests import fakes, tiny
 from tests.fakes import events
 
 TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}
 {% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}
-{{ call.function | tojson }}{% endfor %}
+<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
 {% endfor %}<assistant>"""
 SCHEMA = {
     "type": "object",
@@ -250,6 +255,40 @@ def test_grammars_are_compiled_on_a_thread_of_their_own_and_not_for_ever(http, m
     may_end.set()
     assert (response.status_code, threads) == (400, ["nr-guide_0"])
     assert "not compiled within 0.2 s" in response.json()["error"]["message"]
+
+
+def test_a_grammar_waits_only_so_long_for_others_and_is_not_to_blame_for_them(http, monkeypatch):
+    begun, may_end, compiled, compile_ = threading.Event(), threading.Event(), [], guides._compile
+
+    def slow(context, body, tools):
+        compiled.append(body.guided_regex)
+        begun.set()
+        assert may_end.wait(30)
+        return compile_(context, body, tools)
+
+    monkeypatch.setattr(guides, "_compile", slow)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(complete, http, guided_regex="a")
+        assert begun.wait(30)
+        monkeypatch.setattr(guides, "COMPILE_SECONDS", 0.2)
+        second = complete(http, guided_regex="b")
+        assert (second.status_code, second.json()["error"]["type"]) == (429, "RateLimitError")
+        assert second.headers["retry-after"] == "1"
+        monkeypatch.undo()
+        may_end.set()
+        first.result(30)
+    assert complete(http, guided_regex="c").status_code == 200
+    assert compiled == ["a"], "the second was given up before its turn"
+
+
+def test_only_so_many_grammars_wait():
+    async def ask() -> None:
+        context = Context(AsyncEngine(fakes.FakeEngine, Metrics()), fakes.tokenizer(), ServeConfig(max_waiting=2))
+        body = CompletionBody(model="base", prompt="hi", guided_regex="a")
+        with context.grammars.place("x"), context.grammars.place("x"), pytest.raises(QueueFull, match="2 grammars"):
+            await guides.guide_for(context, body)
+
+    asyncio.run(ask())
 
 
 # Tools

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from nr_serve.api.structured import json_rule
-from nr_serve.api.tools import Call, FunctionName, Tool, ToolName, ToolReader, toolbox
+from nr_serve.api.tools import MOST_CLOSES, Call, FunctionName, Tool, ToolName, ToolReader, toolbox
 from nr_serve.engine.guide import Guide
 from nr_serve.engine.sampler import allowed
 from tests import tiny
@@ -22,6 +22,7 @@ WEATHER = {
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 TOOLS = [WEATHER, CLOCK]
+FORM = '<tool_call>{"name":'
 
 
 def tagged(name, arguments):
@@ -145,7 +146,7 @@ def test_a_free_choice_of_tools_that_are_not_strict_needs_no_grammar():
 def server():
     def template(self, messages, tokenize, add_generation_prompt, tools=None, **more):
         shown = "".join(f"[{m['role']}]{m['content']}{m.get('tool_calls', '')}" for m in messages)
-        return "".join(tool["function"]["name"] + ";" for tool in tools or ()) + shown
+        return FORM * bool(tools) + "".join(tool["function"]["name"] + ";" for tool in tools or ()) + shown
 
     with pytest.MonkeyPatch.context() as patch, serving() as served:
         patch.setattr(ByteTokenizer, "apply_chat_template", template)
@@ -172,7 +173,7 @@ def test_an_answer_with_calls_has_openais_shape(server):
         {"id": ids[0], "type": "function", "function": {"name": "weather", "arguments": '{"city": "Őr"}'}},
         {"id": ids[1], "type": "function", "function": {"name": "clock", "arguments": "{}"}},
     ]
-    assert bytes(server.asked().prompt_ids) == b"weather;clock;[user]hi"
+    assert bytes(server.asked().prompt_ids).decode() == f"{FORM}weather;clock;[user]hi"
 
 
 def test_content_beside_no_text_is_null_and_without_calls_the_text(server):
@@ -214,7 +215,7 @@ def test_calls_and_answers_of_tools_reach_the_template(server):
 
 def test_tokenize_counts_the_tools_too(server):
     body = {"messages": [{"role": "user", "content": "hi"}], "tools": [CLOCK]}
-    assert bytes(server.http.post("/tokenize", json=body).json()["tokens"]) == b"clock;[user]hi"
+    assert bytes(server.http.post("/tokenize", json=body).json()["tokens"]).decode() == f"{FORM}clock;[user]hi"
     error = server.http.post("/tokenize", json={"prompt": "hi", "tools": [CLOCK]}).json()["error"]
     assert error["param"] == "tools"
 
@@ -258,3 +259,17 @@ def test_a_base_that_cannot_write_the_tags_refuses_tools(server, monkeypatch):
         ByteTokenizer, "decode", lambda *args, **more: plain(*args, **more).replace("<tool_call>", "")
     )
     assert server.chat(tools=TOOLS).json()["error"]["param"] == "tools"
+
+
+def test_a_call_of_many_closing_tags_is_given_up_and_stays_content():
+    few = '<tool_call>{"name": "f", "arguments": {"a": "' + "</tool_call>" * MOST_CLOSES + '"}}</tool_call>'
+    content, calls = read([few[: len(few) // 2], few[len(few) // 2 :]])
+    assert (content, calls) == ("", [("f", {"a": "</tool_call>" * MOST_CLOSES})])
+    many = '<tool_call>{"a": "' + "</tool_call>" * 100_000
+    assert read([many, "more"]) == (many + "more", [])
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity"])
+def test_a_call_with_what_is_no_json_number_stays_content(number):
+    text = '<tool_call>{"name": "f", "arguments": {"a": ' + number + "}}</tool_call>"
+    assert read([text]) == (text, [])

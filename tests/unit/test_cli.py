@@ -195,7 +195,7 @@ def test_train_hands_its_flags_and_the_changed_recipe_to_the_trainer(tmp_path, m
     assert (str(out), str(corpus), more) == ("o", "c", {"resume": True, "tensorboard": True})
     assert capsys.readouterr().out == "file\n"
     assert main(["train", str(path), "--corpus", "c", "--out", "o", "--set", "run.steps=3"]) == 1
-    assert "run.steps is not a known key" in capsys.readouterr().err
+    assert "run.steps: not a known key" in capsys.readouterr().err
 
 
 def test_export_adapter_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):

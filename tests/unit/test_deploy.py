@@ -1,9 +1,10 @@
 """What deploy/ ships fits the server: its metrics, its settings, its routes."""
 
-import json
 import re
+import shlex
 import shutil
 import subprocess
+from argparse import ArgumentParser
 
 import kubernetes_validate
 import pytest
@@ -283,8 +284,16 @@ def test_the_line_on_the_page_makes_the_alerts_a_rule_of_the_operator():
 
 def test_the_server_answers_the_requests_on_the_page():
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
-    [(path, body)] = re.findall(r"curl .*?http://127.0.0.1:8000(/\S+).*?-d '(.+?)'", page)
-    with serving(adapter_dir=[ROOT / "adapters"]) as server:
-        server.http.delete("/v1/adapters/hu")
-        answer = server.http.post(path, json=json.loads(body))
+    [line] = re.findall(r"^    (curl (?:.*\\\n)*.*)$", page, re.M)
+    curl = ArgumentParser()
+    curl.add_argument("url")
+    curl.add_argument("-H", action="append")
+    curl.add_argument("-d")
+    given = curl.parse_args(shlex.split(line.replace("\\\n", "").replace("$NR_ADMIN_KEY", "root"))[1:])
+    # What curl says of a body unless it is told otherwise.
+    headers = {"Content-Type": "application/x-www-form-urlencoded"} | dict(each.split(": ", 1) for each in given.H)
+    path = given.url.removeprefix("http://127.0.0.1:8000")
+    with serving(adapter_dir=[ROOT / "adapters"], admin_key="root") as server:
+        server.http.delete("/v1/adapters/hu", headers=headers)
+        answer = server.http.post(path, content=given.d, headers=headers)
         assert "safetensors" in answer.text, "the file is found; the fake engine takes none"

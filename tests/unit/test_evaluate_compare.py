@@ -15,7 +15,7 @@ from nr_serve.errors import BadRequest, Conflict
 from nr_serve.evaluate import readings
 from nr_serve.evaluate.card import card
 from nr_serve.evaluate.compare import compare_runs, write_comparison
-from nr_serve.evaluate.comparison import Comparison, page, rows, source_rows
+from nr_serve.evaluate.comparison_report import Comparison, page, rows, source_rows
 from nr_serve.evaluate.heldout import Report
 from nr_serve.evaluate.pareto import Point
 from nr_serve.evaluate.run_log import training_seconds

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nr_serve.evaluate import readings
+from nr_serve.evaluate import readings, tasks
 from nr_serve.evaluate.heldout import attach_all
 from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.interference import interference
@@ -91,6 +91,15 @@ def test_what_decides_a_reading_makes_it_anew(measured):
         assert measured == made
 
 
+@pytest.mark.parametrize("package", [readings.torch, readings.transformers, readings], ids=lambda p: p.__name__)
+def test_another_version_of_a_package_measures_anew(measured, monkeypatch, package):
+    one = {"hu.a": TEXTS["hu.a"]}
+    attach_all(hosted(hu=HU), one)
+    monkeypatch.setattr(package, "__version__", "0.0.1")
+    attach_all(hosted(hu=HU), one)
+    assert measured == [(), (0.25,)] * 2
+
+
 def test_an_adapter_alone_is_not_measured_where_no_other_fired(measured):
     shut = adapter(3, 0.5, "da.*", threshold=1e6)
     together = interference(hosted(hu=HU, da=shut), TEXTS)
@@ -108,7 +117,7 @@ def measure_alone(one: Adapter, source: str) -> float:
     return measure(beside.base.model, beside.attached, {source: TEXTS[source]})[source].loss
 
 
-def test_answers_to_tasks_are_kept_too(capsys):
+def test_answers_to_tasks_are_kept_too(capsys, monkeypatch):
     examples = [Example(context=c, choices=["x", "yy", "z"][: 2 + i], gold=i) for i, c in enumerate(("ab", "cde"))]
     first = score_tasks(hosted(hu=HU), {"t": examples})
     capsys.readouterr()
@@ -117,6 +126,9 @@ def test_answers_to_tasks_are_kept_too(capsys):
         f"evaluate: task 1 of 1: t; attached: {names} (measured before)" for names in ("none", "hu")
     ]
     score_tasks(hosted(hu=HU), {"t": examples[:1]})
+    assert "(measured before)" not in capsys.readouterr().err
+    monkeypatch.setattr(tasks, "version", {"lm_eval": "0.0.1"}.__getitem__)
+    score_tasks(hosted(hu=HU), {"t": examples})
     assert "(measured before)" not in capsys.readouterr().err
 
 

@@ -80,6 +80,29 @@ def test_a_changed_file_counts_from_the_next_request_on_and_a_wrong_one_changes_
         assert (status(served, ASK, alice), status(served, ASK, bob)) == (200, 401)
 
 
+def test_a_file_rewritten_with_its_old_size_and_time_is_read_again(path):
+    (amy, a), (bob, b) = entry("amy"), entry("bob")
+    path.write_text(a)
+    before = path.stat()
+    keys = Keys(ServeConfig(key_file=path))
+    assert keys.find(amy.encode()).name == "amy"
+    path.write_text(b)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert keys.find(amy.encode()) is None
+    assert keys.find(bob.encode()).name == "bob"
+
+
+def test_a_file_that_is_gone_is_said_once(path, caplog):
+    alice, text = entry("alice")
+    path.write_text(text)
+    keys = Keys(ServeConfig(key_file=path))
+    path.unlink()
+    assert [keys.find(alice.encode()).name for _ in range(3)] == ["alice"] * 3
+    (record,) = caplog.records
+    assert (record.levelname, str(path) in record.getMessage()) == ("ERROR", True)
+
+
 def test_a_short_key_opens_nothing_through_the_file(path, monkeypatch):
     monkeypatch.setattr("nr_serve.keys.secrets.token_urlsafe", lambda _: "x" * 28)
     secret, text = entry("short")

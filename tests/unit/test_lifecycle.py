@@ -1,5 +1,6 @@
 """Deadlines, draining, signals, and an engine that breaks down: everybody is answered, nothing is left behind."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -13,8 +14,10 @@ import pytest
 
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine
+from nr_serve.api.work import Deadlines, Work
 from nr_serve.config import ServeConfig
 from nr_serve.engine.loop import EngineLoop
+from nr_serve.engine.messages import LoadAdapter
 from nr_serve.metrics import Metrics
 from nr_serve.serve import Server, bind
 from tests import fakes, tiny
@@ -88,6 +91,55 @@ def test_a_stream_that_takes_too_long_ends_with_an_error():
         assert answer.text.count("data: ") == 3
         assert (last_error(answer)["code"], last_error(answer)["type"]) == (504, "TimeoutError")
         assert len(served.engine.aborted) == 1
+
+
+def sent_by(app, timeout_s: float | None = None, then=None) -> list[dict]:
+    """What `Deadlines` over `app` sends; `then(work)` runs once the request has begun."""
+    sent, work = [], Work()
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    async def main() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        request = asyncio.create_task(Deadlines(app, work, timeout_s)(scope, None, send))
+        await asyncio.sleep(0)
+        if then is not None:
+            await then(work)
+        await request
+
+    asyncio.run(main())
+    return sent
+
+
+def test_a_request_that_ends_in_the_turn_of_the_drain_does_not_disturb_it():
+    may_end, drained = asyncio.Event(), []
+
+    async def app(scope, receive, send) -> None:
+        await may_end.wait()
+
+    async def end_and_drain(work) -> None:
+        may_end.set()  # wakes the request's task before the drain begins; its callbacks run a turn later
+        await asyncio.create_task(work.drain(PATIENCE))
+        drained.append(work.draining)
+
+    sent_by(app, then=end_and_drain)
+    assert drained == [True]
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_only_a_stream_that_is_not_whole_is_ended_by_the_deadline(more):
+    start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+    part = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": more}
+
+    async def app(scope, receive, send) -> None:
+        await send(start)
+        await send(part)
+        await asyncio.Event().wait()
+
+    sent = sent_by(app, timeout_s=0.01)
+    assert sent[:2] == [start, part]
+    assert [b"TimeoutError" in last["body"] for last in sent[2:]] == ([True] if more else [])
 
 
 @pytest.mark.parametrize("header", ["0", "-1", "nan", "inf", "soon", ""])
@@ -181,6 +233,7 @@ def test_told_to_end_it_refuses_what_is_new_and_finishes_what_runs():
         server.handle_exit(signal.SIGTERM, None)
         assert served.until("/ready", 503).json()["error"]["message"] == "the server is shutting down"
         assert served.http.get("/health").json() == {"status": "draining"}
+        assert "\nnr_ready 0.0\n" in served.http.get("/metrics").text
         for answer in (ask(served), ask(served, stream=True), served.http.put("/v1/adapters/x", content=b"good")):
             assert (answer.status_code, answer.json()["error"]["type"]) == (503, "ServiceUnavailableError")
         served.engine.may_go_on.set()
@@ -197,6 +250,25 @@ def test_what_does_not_finish_within_the_grace_period_is_ended_with_an_error():
         assert last_error(stream.result(PATIENCE))["code"] == 503
         assert whole.result(PATIENCE).status_code == 503
         assert len(served.engine.aborted) == 2
+
+
+def test_an_upload_stays_until_the_engine_has_read_it_though_its_request_is_ended():
+    config = {"grace_period": 0.2}
+    with (
+        running(fakes.FakeEngine, fakes.tokenizer(), **config) as (served, server),
+        ThreadPoolExecutor() as threads,
+    ):
+        engine = served.engine
+        engine.steps_may_run.clear()
+        answer = threads.submit(ask, served)
+        until(lambda: engine._running)
+        upload = threads.submit(served.http.put, "/v1/adapters/da", content=b"good", timeout=PATIENCE)
+        until(lambda: any(isinstance(command, LoadAdapter) for command in engine.commands))
+        server.handle_exit(signal.SIGTERM, None)
+        assert upload.result(PATIENCE).status_code == answer.result(PATIENCE).status_code == 503
+    assert engine.adapters["da"].version == b"good".hex()
+    (load,) = [command for command in engine.commands if isinstance(command, LoadAdapter)]
+    assert not load.path.parent.exists()
 
 
 @contextmanager

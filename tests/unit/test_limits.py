@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -135,6 +136,41 @@ def test_the_most_answers_and_logprobs_are_settings(body, param):
         assert served.complete(n=3, logprobs=2).status_code == 200
         assert served.chat(logprobs=True, top_logprobs=3).json()["error"]["param"] == "top_logprobs"
         assert served.chat(logprobs=True, top_logprobs=2).status_code == 200
+
+
+def http_errors(served) -> dict[tuple[str, str], float]:
+    """How many errors the metrics count, by status and type."""
+    found = re.findall(r'nr_http_errors_total{status="(.+)",type="(.+)"} (.+)', served.http.get("/metrics").text)
+    return {(status, kind): float(count) for status, kind, count in found}
+
+
+def test_every_refusal_is_counted_by_its_status_and_type():
+    with serving(key_requests_per_minute=2, max_body_mib=0.01, api_key="user") as served:
+        served.http.headers["authorization"] = "Bearer user"
+        assert served.complete(prompt="x" * 20_000).status_code == 413
+        assert served.complete(n=0).status_code == 400
+        assert served.complete().status_code == served.complete().status_code == 429
+        assert served.http.get("/v1/adapters/x").status_code == served.http.get("/x").status_code == 404
+        assert served.http.get("/v1/models").status_code == 200
+        served.http.headers["authorization"] = "Bearer nobody"
+        assert served.complete().status_code == 401
+        assert http_errors(served) == {
+            ("413", "RequestTooLargeError"): 1,
+            ("400", "BadRequestError"): 1,
+            ("429", "RateLimitError"): 2,
+            ("404", "NotFoundError"): 2,
+            ("401", "AuthenticationError"): 1,
+        }
+
+
+def test_a_bug_is_counted_and_a_probe_of_a_server_that_is_not_ready_is_not():
+    with serving() as served:
+        served.engine.submit = None
+        assert served.complete().status_code == 500
+        served.engine.fail("broken")
+        served.until("/ready", 503)
+        assert served.complete().status_code == 503
+        assert http_errors(served) == {("500", "InternalServerError"): 1, ("503", "ServiceUnavailableError"): 1}
 
 
 def test_only_so_many_texts_wait_for_the_tokenizer():

@@ -24,6 +24,7 @@ REQUESTS = {
     "nr_computed_tokens_total", "nr_pages_used", "nr_pages_total", "nr_request_queue_seconds",
     "nr_request_prefill_seconds", "nr_request_decode_seconds", "nr_request_prompt_tokens",
     "nr_request_generated_tokens", "nr_last_step_timestamp_seconds", "nr_ready", "nr_server_info",
+    "nr_http_errors_total",
 }  # fmt: skip
 ADAPTERS = {
     "nr_adapter_loads_total", "nr_adapter_unloads_total", "nr_adapter_load_failures_total",

@@ -119,6 +119,17 @@ def test_what_is_refused_raises_and_changes_nothing(server, place, tmp_path):
     assert server.complete("x", max_tokens=1).text
 
 
+def test_a_bug_is_logged_once(server, caplog, monkeypatch):
+    def bug(*_):
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr("nr_serve.api.openai.completion_ask", bug)
+    with pytest.raises(NrError, match="internal error"):
+        server.complete("x")
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert "secret detail" in str(record.exc_info[1])
+
+
 def test_it_works_inside_a_running_event_loop(server):
     async def cell():
         return server.complete("x", max_tokens=2, temperature=0).text

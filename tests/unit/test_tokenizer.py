@@ -118,6 +118,23 @@ def test_a_template_without_a_place_for_tools_or_calls_refuses_them():
     assert '"name": "f"' in Tokenizer(hf).chat_prompt(messages[1:], tools=[{"type": "function"}])
 
 
+def test_a_template_that_refuses_the_messages_without_their_calls_takes_them_with_them():
+    hf = tiny.tokenizer().hf
+    hf.chat_template = (
+        "{% set turn = namespace(user=true) %}{% for m in messages %}"
+        "{% if m.role == 'user' or (m.role == 'assistant' and m.tool_calls is not defined) %}"
+        "{% if (m.role == 'user') != turn.user %}{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{% set turn.user = not turn.user %}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{{ m.tool_calls | default('') }}{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    calls = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "1"}]
+    messages = [{"role": "user", "content": "hi"}, *calls, *calls]
+    assert Tokenizer(hf).chat_prompt(messages).count("'name': 'f'") == 2
+    with pytest.raises(BadRequest, match="roles must alternate"):
+        Tokenizer(hf).chat_prompt([{"role": "user", "content": "hi"}, *messages])
+
+
 def test_the_face_for_grammars_is_made_once_and_needs_an_end():
     made = TOKENIZER.for_grammars(tiny.VOCAB, [EOS, 298])
     assert TOKENIZER.for_grammars(tiny.VOCAB, [EOS, 298]) is made

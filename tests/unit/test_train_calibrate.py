@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nr_serve.errors import BadRequest
-from nr_serve.evaluate.heldout import evaluate
+from nr_serve.evaluate.heldout import attach_all
+from nr_serve.evaluate.hosted import load
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import text
 from nr_serve.train.base import load_base
@@ -35,7 +36,9 @@ def test_calibration_moves_only_the_gates_and_shuts_them_on_a_neighbours_text(tm
         assert not torch.equal(a.gate, b.gate)
     fired = {}
     for file in (old, new):
-        report = evaluate([file, neighbour], str(base), corpus, ["da.*.heldout.txt", "hu.*.heldout.txt"], window=16)
+        hosted = load([file, neighbour], str(base))
+        texts = ["da.*.heldout.txt", "hu.*.heldout.txt"]
+        report = attach_all(hosted, text.read_heldout(corpus, texts, hosted.base.tokenizer, 16, 32))
         fired[file] = {source: report.sources[source].fired[file.stem] for source in report.sources}
     assert fired[old]["da.a"] > 0.2
     assert fired[new]["da.a"] < 0.1

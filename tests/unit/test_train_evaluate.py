@@ -9,8 +9,8 @@ import torch
 
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict
 from nr_serve.evaluate.card import card
-from nr_serve.evaluate.heldout import attach_all, evaluate
-from nr_serve.evaluate.hosted import Hosted
+from nr_serve.evaluate.heldout import Report, attach_all
+from nr_serve.evaluate.hosted import Hosted, load
 from nr_serve.neutral.format import read_adapter, write_adapter
 from nr_serve.train.base import FrozenBase, best_device, load_base
 from nr_serve.train.calibrate import calibrate
@@ -32,8 +32,14 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
+def evaluate(files: list[Path], base: Path, corpus: Path, source: str, windows: int) -> Report:
+    """Windows of 16 tokens of a source, with all of the files attached."""
+    hosted = load(files, str(base))
+    return attach_all(hosted, read_heldout(corpus, [source], hosted.base.tokenizer, 16, windows))
+
+
 def test_losses_equal_the_naive_loop_with_both_adapters_attached(files, base, corpus):
-    report = evaluate(files, str(base), corpus, ["hu.*.heldout.txt"], window=16, windows=3)
+    report = evaluate(files, base, corpus, "hu.*.heldout.txt", 3)
     loaded = [read_adapter(path) for path in files]
     windows = read_heldout(corpus, ["hu.*.heldout.txt"], tiny.tokenizer().hf, 16, 3)["hu.a"]
     for attached, loss in (((), report.sources["hu.a"].before), (loaded, report.sources["hu.a"].after)):
@@ -51,7 +57,7 @@ def test_losses_equal_the_naive_loop_with_both_adapters_attached(files, base, co
 
 
 def test_the_report_is_one_json_document_and_the_card_a_page(files, base, corpus):
-    report = evaluate(files, str(base), corpus, ["*.heldout.txt"], window=16, windows=2)
+    report = evaluate(files, base, corpus, "*.heldout.txt", 2)
     read = json.loads(report.to_json())
     assert set(read["sources"]) == {"hu.a", "en.a", "en.b", "da.a"}
     assert set(read["sources"]["hu.a"]["fired"]) == {"a1", "a2"}
@@ -66,7 +72,7 @@ def test_the_card_puts_the_domains_own_text_first(files, base, corpus):
     made = read_adapter(path)
     info = made.info.__class__(**{**vars(made.info), "domain": "hu"})
     write_adapter(path, info, made.blocks)
-    report = evaluate([path], str(base), corpus, ["*.heldout.txt"], window=16, windows=2)
+    report = evaluate([path], base, corpus, "*.heldout.txt", 2)
     rows = [line.split("|")[1].strip() for line in card("a1", read_adapter(path), report).splitlines()[-4:]]
     assert rows == ["hu.a", "da.a", "en.a", "en.b"]
 
@@ -74,13 +80,14 @@ def test_the_card_puts_the_domains_own_text_first(files, base, corpus):
 def test_what_does_not_fit_is_refused(files, base, corpus, tmp_path):
     other = tiny.save(tiny.model(seed=9), tmp_path / "other")
     with pytest.raises(BadAdapterFile, match="made for another base"):
-        evaluate(files, str(other), corpus, ["hu.*"])
+        load(files, str(other))
     with pytest.raises(BadRequest, match="same name"):
-        evaluate([files[0], files[0]], str(base), corpus, ["hu.*"])
+        load([files[0], files[0]], str(base))
+    tokenizer = tiny.tokenizer().hf
     with pytest.raises(BadRecipe, match="no text"):
-        evaluate(files, str(base), corpus, ["xx.*"])
+        read_heldout(corpus, ["xx.*"], tokenizer, 256, 32)
     with pytest.raises(BadRecipe, match=r"hu\.a fills 0 windows"):
-        evaluate(files, str(base), corpus, ["hu.*.heldout.txt"], window=100_000)
+        read_heldout(corpus, ["hu.*.heldout.txt"], tokenizer, 100_000, 32)
 
 
 def test_an_export_from_a_checkpoint_is_the_file_the_run_ends_with(base, corpus, tmp_path):
@@ -122,7 +129,7 @@ def test_what_is_measured_on_a_gpu_is_what_is_measured_on_the_cpu(files, base, c
     reports = []
     for device in ("cuda", "cpu"):
         monkeypatch.setattr("nr_serve.evaluate.hosted.best_device", lambda device=device: torch.device(device))
-        reports.append(evaluate(files, str(base), corpus, ["hu.*.heldout.txt"], window=16, windows=4))
+        reports.append(evaluate(files, base, corpus, "hu.*.heldout.txt", 4))
     on_gpu, on_cpu = (report.sources["hu.a"] for report in reports)
     assert on_gpu.after == pytest.approx(on_cpu.after, rel=1e-3)
     assert on_gpu.fired["a1"] == pytest.approx(on_cpu.fired["a1"], abs=0.02)

@@ -7,8 +7,18 @@ from sklearn.linear_model import LogisticRegression
 
 from nr_serve.neutral import math
 from nr_serve.train.attach import AdapterModule, Attached, window_inputs
-from nr_serve.train.gates import SOLVERS, Fitter, causal_mean, fit_gates, solve_logistic, solve_ridge
+from nr_serve.train.gate_cache import GateCache
+from nr_serve.train.gates import (
+    SOLVERS,
+    FittedGates,
+    Fitter,
+    causal_mean,
+    fit_gates,
+    solve_logistic,
+    solve_ridge,
+)
 from nr_serve.train.recipe import Gate
+from nr_serve.train.tensor_cache import TensorCache
 from nr_serve.train.text.pack import Windows
 from tests import tiny
 
@@ -51,6 +61,14 @@ def test_logistic_regression_equals_scikit_learns():
     reference.fit((u - p @ u) / scale, y, sample_weight=p)
     assert np.allclose(w.numpy(), reference.coef_[0] / scale, rtol=1e-3)
     assert float(b) == pytest.approx(reference.intercept_[0] - (p @ u) @ reference.coef_[0] / scale, rel=1e-3)
+
+
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_gates_kept_by_an_earlier_fit_are_fitted_anew(tmp_path, earlier):
+    key, report = {"gate": "any"}, torch.tensor(list(b"{}"), dtype=torch.uint8)
+    TensorCache(tmp_path).get([earlier, key], lambda: {"w": torch.zeros(1), "report": report})
+    fitted = GateCache(tmp_path).fitted(key, lambda: FittedGates({"w": torch.ones(1)}, {}))
+    assert fitted.gates["w"].tolist() == [1]
 
 
 @pytest.mark.parametrize("init", list(SOLVERS))

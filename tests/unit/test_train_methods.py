@@ -1,6 +1,7 @@
 """Every method trains from one recipe, and is compared, swept and calibrated from its run's folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -126,27 +127,45 @@ def test_parts_of_a_step_hold_what_the_step_holds(tmp_path, base, corpus):
         Batches(classes, recipe.run, processes=8)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(28, "No space left on device"),
-        SafetensorError("No space left"),
-        RuntimeError("write failed: No space"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(tmp_path, base, corpus, monkeypatch, error):
+def fails(error: Exception) -> None:
+    raise error
+
+
+@pytest.fixture
+def second_save_is(monkeypatch):
+    """Have this done in place of a run's second checkpoint."""
     save, calls = checkpoints.save_weights, []
 
-    def full(folder, tensors):
-        calls.append(folder)
-        if len(calls) > 1:
-            raise error
-        save(folder, tensors)
+    def patch(write: Callable[[], None]) -> None:
+        def saves(folder, tensors):
+            calls.append(folder)
+            write() if len(calls) > 1 else save(folder, tensors)
 
-    monkeypatch.setattr(checkpoints, "save_weights", full)
+        monkeypatch.setattr(checkpoints, "save_weights", saves)
+
+    return patch
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device here is always full")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: FULL.write_text("x"),
+        lambda: torch.save({"x": torch.zeros(10)}, FULL),
+        lambda: fails(RuntimeError("basic_ios::clear: iostream error")),  # torch's, when the last bytes do not fit
+        lambda: fails(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+    ],
+    ids=["python", "torch", "torch at its end", "safetensors"],
+)
+def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(
+    tmp_path, base, corpus, monkeypatch, second_save_is, write
+):
+    second_save_is(write)
     out = tmp_path / "out"
-    with pytest.raises(TrainingStopped, match=r"No space.*; the last good checkpoint is .*checkpoint-2"):
+    with pytest.raises(TrainingStopped, match=r"cannot write a.*; the last good checkpoint is .*checkpoint-2"):
         train(write_recipe(tmp_path, base), out, corpus)
     monkeypatch.undo()
     train(write_recipe(tmp_path, base), out, corpus, resume=True)
@@ -154,6 +173,12 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_kept(tmp_path, base, c
     assert all(
         torch.equal(a, b) for a, b in zip(weights(out).values(), weights(tmp_path / "whole").values(), strict=True)
     )
+
+
+def test_a_fault_of_ours_while_saving_is_not_told_as_a_full_disk(tmp_path, base, corpus, second_save_is):
+    second_save_is(lambda: fails(RuntimeError("The size of tensor a (3) must match")))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        train(write_recipe(tmp_path, base), tmp_path / "out", corpus)
 
 
 def test_comparison_shares_follow_their_definition(runs, corpus, tmp_path):

@@ -27,8 +27,8 @@ def recipe(**sections) -> Recipe:
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"gate": {"percentil": 99}}, "gate.percentil is not a known key"),
-        ({"speed": "fast"}, "speed is not a known key"),
+        ({"gate": {"percentil": 99}}, "recipe: gate.percentil: "),
+        ({"speed": "fast"}, "recipe: speed: "),
         ({"run": {"tokens": "many"}}, "run.tokens"),
         ({"run": {"batch_tokens": 500}}, "batch_tokens (500) is not a multiple of window (128)"),
         (
@@ -52,7 +52,7 @@ def test_a_wrong_recipe_is_refused_by_the_key(sections, said):
 def test_all_faults_are_told_at_once():
     with pytest.raises(BadRecipe) as error:
         parse_recipe({"domain": "hu", "x": 1})
-    assert all(name in error.value.message for name in ("x is not", "data", "blocks", "run"))
+    assert all(name in error.value.message for name in ("x: ", "data", "blocks", "run"))
 
 
 def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path):

@@ -125,6 +125,21 @@ def test_a_run_goes_on_beside_a_checkpoint_half_written_and_clears_it(tmp_path, 
     assert len(list(out.glob("checkpoint-*"))) == checkpoints.KEPT
 
 
+def test_what_a_user_lays_beside_the_checkpoints_is_left_alone(tmp_path, base, corpus):
+    out = tmp_path / "out"
+    train(write_recipe(tmp_path, base, tokens=512, run__schedule="constant"), out, corpus)
+    mine = [out / name for name in ("checkpoint-best-copy", "checkpoint-10.bak", "checkpoint-2 copy")]
+    mine += [out / "checkpoint-99"]  # a file
+    for path in mine[:3]:
+        shutil.copytree(checkpoints.latest(out), path)
+    (mine[0] / checkpoints.STATE).unlink()
+    mine[3].write_text("notes")
+    train(write_recipe(tmp_path, base, tokens=1024, run__schedule="constant"), out, corpus, resume=True)
+    assert all(path.exists() for path in mine)
+    own = [path.name for path in out.glob("checkpoint-*") if path not in mine]
+    assert sorted(own) == ["checkpoint-6", "checkpoint-8"]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_is_compiled_if_its_recipe_says_so(tmp_path, base, compiled):
     recipe = write_recipe(tmp_path, base, run__compile=compiled)

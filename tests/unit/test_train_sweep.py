@@ -50,7 +50,7 @@ def test_changes_from_outside_come_last_in_every_run(tmp_path, base):
     ("runs", "message"),
     [
         ("", "runs"),
-        ('[runs.a]\n"run.tokenz" = 5\n', "run a: recipe.toml: run.tokenz is not a known key"),
+        ('[runs.a]\n"run.tokenz" = 5\n', "run a: recipe.toml: run.tokenz: "),
         ('[runs.a]\n"method" = "magic"\n', "run a: recipe.toml: method"),
         ('[runs.a]\n"domain.x" = 1\n', "domain is not a section"),
     ],

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from nr_serve.errors import BadRequest
+from nr_serve.errors import BadRequest, faults
 from nr_serve.train.recipe import read_toml
 
 Kind = Literal["deb", "pypi", "ddtp", "folder"]
@@ -83,8 +83,7 @@ def _fill(name: str, language: str, locale: str, rest: dict[str, Any]) -> Source
     try:
         source = SOURCE.validate_python({"name": f"{language}.{name}", "language": language, **filled})
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise BadRequest(f"corpus recipe: source {name}: {faults}") from error
+        raise BadRequest(f"corpus recipe: source {name}: {faults(error)}") from error
     _check_keys(name, source)
     return source
 
