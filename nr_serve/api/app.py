@@ -36,6 +36,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServeConfig) -
 
     # The interactive pages load scripts from elsewhere; /openapi.json alone stays.
     app = _App(title="nr-serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False  # a client would send its key again, perhaps in clear
     app.state.context = context
     for router in (openai.router, adapters.router, system.router):
         app.include_router(router)

@@ -18,6 +18,8 @@ from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.errors import BadRequest
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
+MAX_REPORTED = 2**20
+"""Log probabilities and gates in one response; each takes some 300 bytes until it is sent."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def _ask(
     tries: int,
     guide: Guide | None,
 ) -> Ask:
+    _check_report(prompts, sampling, body.gates, tries)
     name = f"{kind}-{uuid.uuid4().hex}"
     selected = selection_name(context, adapters)
     submits = tuple(
@@ -208,6 +211,20 @@ def _check_logprobs(context: Context, body: GenerationBody) -> None:
         asked = getattr(body, name, None)
         if asked is not None and asked is not True and asked > most:  # in a chat, `logprobs` is a switch
             raise BadRequest(f"{name}: at most {most} are given here", param=name)
+
+
+def _check_report(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, tries: int) -> None:
+    """Refuse what would report more than memory holds, of every token of every answer."""
+    prompt_k, answer_k = (0 if k is None else k + 1 for k in (sampling.prompt_logprobs, sampling.logprobs))
+    of_prompts = (prompt_k + gates) * sum(len(prompt.ids) for prompt in prompts)
+    of_answers = (answer_k + gates) * sampling.max_tokens * len(prompts)
+    entries = tries * (of_prompts + of_answers)
+    if entries > MAX_REPORTED:
+        raise BadRequest(
+            f"this asks for up to {entries:,} log probabilities and gates; at most {MAX_REPORTED:,} are reported: "
+            "ask for fewer answers, tokens or logprobs",
+            param="logprobs",
+        )
 
 
 def check_size(context: Context, text: str, what: str) -> None:

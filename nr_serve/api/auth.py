@@ -48,4 +48,5 @@ class KeyCheck:
 def _bearer(header: str) -> bytes | None:
     scheme, _, key = header.partition(" ")
     # Header values are bytes, shown as latin-1; a key that is not ASCII is sent as UTF-8.
-    return key.strip().encode("latin-1") if scheme.lower() == "bearer" and key.strip() else None
+    key = key.strip(" \t")
+    return key.encode("latin-1") if scheme.lower() == "bearer" and key else None

@@ -27,11 +27,13 @@ def _is_json(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Text = Annotated[str, AfterValidator(whole_characters)]
-TokenIds = Annotated[list[StrictInt], Field(fail_fast=True)]
+TokenIds = Annotated[list[StrictInt], Field(fail_fast=True, max_length=2**20)]
 Name = Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 """What OpenAI takes as the name of a function or a schema."""
 JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
 """An object that is passed on as it is."""
+MAX_FIELDS = 256
+"""Fields of an object that are looked at."""
 NotSupported = Mapping[str, Sequence[Any]]
 
 
@@ -48,6 +50,8 @@ class Body(BaseModel):
     def _refuse(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > MAX_FIELDS:  # each unknown one would be named
+            raise ValueError(f"it has {len(data)} fields; at most {MAX_FIELDS} are read")
         for name, harmless in cls.not_supported.items():
             if data.get(name) is not None and data[name] not in harmless:
                 raise ValueError(f"`{name}` is not supported by this server")

@@ -17,10 +17,11 @@ from nr_serve.neutral import MAX_THRESHOLD
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_MESSAGES = 4096
 MAX_PROMPTS = 2048
 
 _Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS)]
-_Stop = Annotated[Text, Field(min_length=1)]
+_Stop = Annotated[Text, Field(min_length=1, max_length=1024)]
 
 
 class StreamOptions(Body):
@@ -48,7 +49,7 @@ class GenerationBody(FormFields):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     ignore_eos: bool = False
@@ -152,7 +153,7 @@ class ChatBody(GenerationBody):
         }
     )
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: what the context leaves")
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="older name of max_completion_tokens")
     logprobs: bool | None = False
@@ -190,7 +191,7 @@ class TokenizeBody(Body):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="as for a chat with these messages")
     add_special_tokens: bool | None = Field(None, description="default: true for a prompt, false for messages")
     add_generation_prompt: bool = True

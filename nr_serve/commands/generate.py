@@ -113,12 +113,14 @@ class _Run:
         self._write(answer_line(request.custom_id, status, body), ok=status == 200)
 
     async def _ask(self, request: BatchRequest) -> tuple[int, Any]:
-        if request.body.get("stream") is True:
-            from nr_serve.api.errors import error_body
+        from nr_serve.api.errors import error_body
 
-            error = BadRequest("`stream` is not supported in a file of requests", param="stream")
+        try:
+            if request.body.get("stream") is True:
+                raise BadRequest("`stream` is not supported in a file of requests", param="stream")
+            response = await post(self._http, request.url, request.body)
+        except BadRequest as error:
             return error.status, error_body(error)
-        response = await post(self._http, request.url, request.body)
         return response.status_code, response.json()
 
     def _write(self, line: bytes, *, ok: bool) -> None:

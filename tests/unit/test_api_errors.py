@@ -243,3 +243,29 @@ def test_many_streams_share_the_steps(server):
     assert len(events(server.complete(n=8, max_tokens=5, stream=True))) == 40
     text = server.http.get("/metrics").text
     assert "nr_step_requests_sum 40.0" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{}] * 50_000}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}] * 5_000}, "messages"),
+        ("/v1/completions", {"prompt": "a", "stop": "x" * 2_000}, "stop"),
+        ("/v1/completions", {"prompt": "a", **{f"f{i}": 1 for i in range(5_000)}}, None),
+        (
+            "/v1/completions",
+            {"prompt": [[1] * 100] * 8, "n": 128, "prompt_logprobs": 20, "max_tokens": 0},
+            "logprobs",
+        ),
+        ("/v1/completions", {"prompt": ["a"] * 4, "n": 128, "logprobs": 20, "max_tokens": 190}, "logprobs"),
+        ("/v1/completions", {"prompt": "a", "repetition_penalty": 1e-300}, "repetition_penalty"),
+    ],
+)
+def test_what_would_cost_more_than_a_request_may_is_refused_by_name(server, path, body, param):
+    response = server.http.post(path, json={"model": "base", **body})
+    assert response.status_code == 400
+    assert (response.json()["error"]["param"] or "").split("[")[0] == (param or "")
+
+
+def test_a_trailing_slash_is_not_found_rather_than_sent_elsewhere(server):
+    assert server.http.post("/v1/completions/", json={}).status_code == 404
