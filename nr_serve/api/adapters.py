@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from nr_serve.api.context import Context, Ctx
 from nr_serve.api.files import allowed_file
-from nr_serve.api.responses import Adapter, AdapterList, answers
+from nr_serve.api.responses import Adapter, AdapterList, answers, refusals
 from nr_serve.api.schemas import LoadBody, LoadLoraBody, PatchBody, UnloadLoraBody
 from nr_serve.api.selection import check_name
 from nr_serve.api.uploads import receive_file
@@ -27,12 +27,12 @@ from nr_serve.engine.messages import (
     ReadGates,
     UnloadAdapter,
 )
-from nr_serve.errors import BadRequest, Conflict, NotFound
+from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound
 from nr_serve.neutral import MAX_THRESHOLD
 
 router = APIRouter()
 
-_LOADED = answers(Adapter)
+_LOADED = answers(Adapter, Forbidden, Conflict)
 _LOADED[201] = {**_LOADED[200], "description": "A registered adapter, new under its name"}
 
 
@@ -91,21 +91,21 @@ async def post_adapter(context: Ctx, body: LoadBody) -> JSONResponse:
     return JSONResponse(adapter_body(view), status)
 
 
-@router.patch("/v1/adapters/{name}", responses=answers(Adapter))
+@router.patch("/v1/adapters/{name}", responses=answers(Adapter, Forbidden))
 async def patch_adapter(context: Ctx, name: str, body: PatchBody) -> JSONResponse:
     """Change an adapter's dials."""
     view = await _change(context, PatchAdapter(name, body.pinned, body.threshold))
     return JSONResponse(adapter_body(view))
 
 
-@router.delete("/v1/adapters/{name}", responses=answers(Adapter))
+@router.delete("/v1/adapters/{name}", responses=answers(Adapter, Forbidden))
 async def delete_adapter(context: Ctx, name: str) -> JSONResponse:
     """Unload an adapter; requests in flight keep it until they end."""
     view = await _change(context, UnloadAdapter(name))
     return JSONResponse(adapter_body(view) | {"deleted": True})
 
 
-@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=refusals(Forbidden, Conflict))
 async def load_lora_adapter(context: Ctx, body: LoadLoraBody) -> PlainTextResponse:
     """vLLM's way to load an adapter from a file on the server."""
     name = body.lora_name
@@ -126,7 +126,7 @@ async def load_lora_adapter(context: Ctx, body: LoadLoraBody) -> PlainTextRespon
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=refusals(Forbidden))
 async def unload_lora_adapter(context: Ctx, body: UnloadLoraBody) -> PlainTextResponse:
     """vLLM's way to unload an adapter."""
     name = body.lora_name

@@ -329,11 +329,20 @@ class Versions(Answer):
     transformers: str
 
 
-_ERRORS = (BadRequest, Unauthorized, NotFound, TooLarge, TooManyRequests, NrError, Unavailable, TimedOut)
+_ANYWHERE: tuple[type[NrError], ...] = (
+    BadRequest,
+    Unauthorized,
+    NotFound,
+    TooLarge,
+    TooManyRequests,
+    NrError,
+    Unavailable,
+    TimedOut,
+)
 
 
-def answers(model: type[Answer], *, events: str | None = None) -> dict[int | str, Any]:
-    """A route's `responses`: `model`, with `events` as an example if it can be streamed, and the errors."""
+def answers(model: type[Answer], *refused: type[NrError], events: str | None = None) -> dict[int | str, Any]:
+    """A route's `responses`: `model`, with `events` as an example if it can be streamed, and its `refusals`."""
     whole: dict[str, Any] = {"model": model, "description": (model.__doc__ or "").strip()}
     if events is not None:
         stream = {
@@ -341,17 +350,19 @@ def answers(model: type[Answer], *, events: str | None = None) -> dict[int | str
             "example": events,
         }
         whole["content"] = {"text/event-stream": stream}
-    refusals: dict[int | str, Any] = {
-        kind.status: _refusal(kind, (kind.__doc__ or "").strip().split("\n")[0]) for kind in _ERRORS
-    }
-    return {200: whole, **refusals, "default": _refusal(NrError, "Any other error")}
+    return {200: whole, **refusals(*refused)}
 
 
-def _refusal(kind: type[NrError], description: str) -> dict[str, Any]:
+def refusals(*kinds: type[NrError]) -> dict[int | str, Any]:
+    """The errors that any route may answer with, and those of `kinds`, by their status."""
+    return {kind.status: _refusal(kind) for kind in (*_ANYWHERE, *kinds)}
+
+
+def _refusal(kind: type[NrError]) -> dict[str, Any]:
     example = {"error": {"message": "what is wrong", "type": kind.type, "param": "prompt", "code": kind.status}}
     return {
         "model": ErrorAnswer,
-        "description": description,
+        "description": (kind.__doc__ or "").strip().split("\n")[0],
         "content": {"application/json": {"example": example}},
     }
 

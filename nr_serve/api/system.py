@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from nr_serve import __version__
 from nr_serve.api.context import Ctx
-from nr_serve.api.responses import Health, Ready, Versions, answers
+from nr_serve.api.responses import Health, Ready, Versions, answers, refusals
 from nr_serve.errors import Unavailable
 
 router = APIRouter()
@@ -49,7 +49,7 @@ async def ready(context: Ctx) -> JSONResponse:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **refusals()},
 )
 async def metrics(context: Ctx) -> Response:
     """Prometheus metrics."""
@@ -63,7 +63,7 @@ async def versions(context: Ctx) -> JSONResponse:
     return JSONResponse({"version": __version__, **parts})
 
 
-@router.get("/", response_class=HTMLResponse)
+@router.get("/", response_class=HTMLResponse, responses=refusals())
 async def playground() -> HTMLResponse:
     """A page to try the server."""
     return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
