@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -60,29 +62,68 @@ def error_line(wrong: WrongLine, number: int) -> bytes:
     return _line(wrong.custom_id, None, {"code": wrong.code, "message": wrong.message, "line": number})
 
 
-def take_up(path: Path) -> set[str]:
-    """The custom_ids that an earlier run answered, as its file of answers `path` says; none if there is no file.
+def take_up(path: Path) -> tuple[BinaryIO, set[str]]:
+    """A file for answers, open to go on writing, and the custom_ids that an earlier run answered in it.
 
     What failed, and a last line cut short, is dropped from the file: it is to be done again. The file is replaced
-    whole or not at all. Raises BadRequest for a file of something else, and OSError.
+    whole or not at all, and locked until it is closed. Raises BadRequest for a file of something else or one that
+    another run writes to, and OSError.
     """
-    if not path.is_file():  # or nothing that could be taken up, such as a pipe
-        return set()
-    path = path.resolve()
+    file = path.open("ab")
+    if not path.is_file():  # nothing that could be taken up, such as a pipe
+        return file, set()
+    try:
+        _lock(file, path)
+        new, kept = _without_failures(path.resolve())
+    except BaseException:
+        file.close()
+        raise
+    if new is None:
+        return file, kept
+    file.close()
+    return new, kept
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Keep other runs from the file. Raises BadRequest if one has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _replaced(file, path):
+            raise BlockingIOError
+    except BlockingIOError as error:
+        raise BadRequest(f"another run writes to {path}") from error
+
+
+def _replaced(file: BinaryIO, path: Path) -> bool:
+    """Whether another run has put a new file in the place of this one since it was opened."""
+    return not os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _without_failures(path: Path) -> tuple[BinaryIO | None, set[str]]:
+    """The custom_ids answered in a file, and the new file in its place, locked; None if it could stay."""
     kept: set[str] = set()
     part = path.with_name(f".{path.name}.part")
+    new = part.open("wb")
     try:
-        with path.open("rb") as old, part.open("wb") as new:
+        fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("rb") as old:
             for number, line in enumerate(old, 1):
                 custom_id = _answered(line, path, number)
                 if custom_id is not None:
                     kept.add(custom_id)
                     new.write(line)
+        new.flush()
         if part.stat().st_size < path.stat().st_size:
+            shutil.copymode(path, part)
             os.replace(part, path)
+            return new, kept
+    except BaseException:
+        new.close()
+        raise
     finally:
         part.unlink(missing_ok=True)
-    return kept
+    new.close()
+    return None, kept
 
 
 def _answered(line: bytes, path: Path, number: int) -> str | None:

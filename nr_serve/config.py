@@ -107,6 +107,7 @@ class Engine(BaseModel):
     page_size: int = Field(16, ge=1, description="tokens a page of KV cache holds")
     kv_cache_gib: float = Field(1.0, gt=0, description="memory for the KV cache, GiB")
     pages: int | None = Field(None, ge=1, description="pages of KV cache (default: from --kv-cache-gib)")
+    prefix_cache: bool = Field(True, description="reuse the KV cache of earlier requests that began alike")
 
 
 class Http(BaseModel):
@@ -115,7 +116,7 @@ class Http(BaseModel):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     adapter_dir: Paths = Field([], description="folder that POST /v1/adapters may load from; may be repeated")
-    max_body_mib: float = Field(16.0, gt=0, description="largest JSON body taken, MiB")
+    max_body_mib: float = Field(4.0, gt=0, description="largest JSON body taken, MiB")
     max_answers: int | None = Field(
         None, ge=1, description="answers a request may ask for, prompts times n (default: --max-waiting)"
     )
@@ -140,6 +141,11 @@ class Security(BaseModel):
     )
     key_requests_at_once: int | None = Field(
         None, ge=1, description="requests a key may have under way; further ones get 429 (default: any)"
+    )
+    allowed_host: Texts = Field(
+        [],
+        description="name under which the server may be asked, or `*`; may be repeated (default: without a key "
+        "this machine's own names, with one any)",
     )
     cors_origin: Texts = Field(
         [], description="origin whose pages may call the server, or `*`; may be repeated (default: none)"
@@ -219,7 +225,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
         raise SettingsError(f"{path} is not TOML: {error}") from error
     _refuse_unknown(settings, ServeConfig.model_fields.keys() - {"config"}, str(path))
     return settings

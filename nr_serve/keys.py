@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 MIN_LENGTH = 32
 """Characters of the shortest key that opens anything through a key file; `make_key` gives 46."""
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_API_KEY, _ADMIN_KEY = "api-key", "admin-key"
+_RESERVED = (_API_KEY, _ADMIN_KEY)
+"""Names of the keys that settings give: a key of the file would share their limits, and their name in the log."""
 
 Role = Literal["inference", "admin"]
 
@@ -48,7 +51,9 @@ class _Table(BaseModel):
 
 
 def make_key(name: str, role: Role) -> tuple[str, Key]:
-    """A new key's secret, and what a key file says of it."""
+    """A new key's secret, and what a key file says of it. Raises BadRequest."""
+    if name in _RESERVED:
+        raise BadRequest(f"`{name}` is the name of the key that --{name} gives; choose another")
     secret = "nr-" + secrets.token_urlsafe(32)
     try:
         return secret, Key(name=name, role=role, sha256=_digest(secret.encode()))
@@ -57,18 +62,26 @@ def make_key(name: str, role: Role) -> tuple[str, Key]:
 
 
 def read_key_file(path: Path) -> tuple[Key, ...]:
-    """The keys of a file. Raises BadRequest."""
+    """The keys of a file. Raises BadRequest, also if there is no key in it, or if its end is missing."""
     try:
-        keys = _Table.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).key
+        text = path.read_text(encoding="utf-8")
+        keys = _Table.model_validate(tomllib.loads(text)).key
     except OSError as error:
         raise BadRequest(f"cannot read the key file {path}: {error.strerror}") from error
     except ValidationError as error:
         raise BadRequest(f"the key file {path} is wrong at {faults(error)}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
         raise BadRequest(f"the key file {path} is not TOML: {error}") from error
+    if not keys:
+        raise BadRequest(f"the key file {path} holds no key")
+    if not text.endswith("\n"):  # half of a limit is a limit too
+        raise BadRequest(f"the key file {path} is cut off: its last line has no end")
     for each in ("name", "sha256"):
         if len({getattr(key, each) for key in keys}) < len(keys):
             raise BadRequest(f"the key file {path} has a {each} twice")
+    for key in keys:
+        if key.name in _RESERVED:
+            raise BadRequest(f"the key file {path}: `{key.name}` is the name of the key that --{key.name} gives")
     return keys
 
 
@@ -82,8 +95,8 @@ class Keys:
         # Alone, the API key guards everything, so it opens everything.
         alone = config.admin_key is None and config.key_file is None
         self._simple = (
-            *_simple("api-key", "admin" if alone else "inference", config.api_key),
-            *_simple("admin-key", "admin", config.admin_key),
+            *_simple(_API_KEY, "admin" if alone else "inference", config.api_key),
+            *_simple(_ADMIN_KEY, "admin", config.admin_key),
         )
         self._path = config.key_file
         self._seen = self._state()

@@ -175,7 +175,7 @@ async def post(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> h
     """POST `body`; when the queue is full, wait and ask again. Raises BadRequest for what cannot be JSON."""
     try:
         content = json.dumps(body, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BadRequest(f"this cannot be sent as JSON: {error}") from error
     while True:
         response = await http.post(path, content=content, headers={"Content-Type": "application/json"})
@@ -200,7 +200,7 @@ async def local_http(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
         if engine.status != "ready":
             raise NrError(engine.failure or "the engine failed to start")
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://nr-serve", timeout=None) as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as http:
             yield http
 
 

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from nr_serve.api.bridge import AsyncEngine
-from nr_serve.api.work import Work
+from nr_serve.api.work import SEND_SECONDS, Work
 from nr_serve.assemble import assemble
 from nr_serve.client import is_loopback
 from nr_serve.config import ServeConfig
@@ -37,7 +37,11 @@ def serve(config: ServeConfig) -> int:
         server = Server(app, app.state.context.work, config.grace_period)
         watch = _Watch(engine, server, _address(listener))
         engine.on_status = watch.turned
-        server.run(sockets=[listener])
+        try:
+            server.run(sockets=[listener])
+        except SystemExit:  # by SIGTERM
+            if watch.failure is None:
+                raise
     if watch.failure is not None:
         raise watch.failure
     return 0
@@ -50,6 +54,8 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a client that reads nothing loses its connection
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
         listener.bind((host, port))
         # Listening from the start keeps a second server off the port; clients wait until this one accepts.
         listener.listen(2048)
@@ -72,6 +78,7 @@ class Server(uvicorn.Server):
                 server_header=False,
             )
         )
+        self._engine: AsyncEngine = app.state.context.engine
         self._work = work
         self._grace_s = grace_s
 
@@ -84,6 +91,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain while the socket still takes connections, so that clients read 503; then close."""
         await self._work.drain(self._grace_s)
+        if self._engine.status == "loading":
+            _leave()
         await super().shutdown(sockets)
 
 
@@ -107,7 +116,8 @@ class _Watch:
             self._server.should_exit = True
         elif status == "failed":
             # The process lives on, answering 503: what restarts it reads /health.
-            print(f"error: the engine failed: {self._engine.failure}", file=sys.stderr, flush=True)
+            self.failure = NrError(f"the engine failed: {self._engine.failure}")
+            print(f"error: {self.failure.message}", file=sys.stderr, flush=True)
 
     def _say_ready(self) -> None:
         info, adapters = self._engine.info, self._engine.adapters
@@ -137,6 +147,13 @@ def _check_reach(config: ServeConfig) -> None:
             f"--host {config.host} can be reached from other machines, and no key is set: give --api-key or "
             "--key-file, or --allow-no-key if that is what you want"
         )
+
+
+def _leave() -> None:
+    """End the process at once, in order: a base that is being loaded cannot be stopped, and nobody waits for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _end(signum: int, frame: object) -> None:

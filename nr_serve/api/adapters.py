@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from nr_serve.api.context import Context, Ctx
 from nr_serve.api.files import allowed_file
+from nr_serve.api.large import BodyRoute
 from nr_serve.api.responses import Adapter, AdapterList, answers, refusals
 from nr_serve.api.schemas import LoadBody, LoadLoraBody, PatchBody, UnloadLoraBody
 from nr_serve.api.selection import check_name
@@ -30,7 +31,7 @@ from nr_serve.engine.messages import (
 from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound
 from nr_serve.neutral import MAX_THRESHOLD
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 _LOADED = answers(Adapter, Forbidden, Conflict)
 _LOADED[201] = {**_LOADED[200], "description": "A registered adapter, new under its name"}

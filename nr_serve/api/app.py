@@ -16,6 +16,7 @@ from nr_serve.api.auth import KeyCheck
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.context import Context
 from nr_serve.api.errors import add_error_handlers
+from nr_serve.api.hosts import HostCheck, checks_hosts
 from nr_serve.api.limits import BodyLimit, KeyLimits
 from nr_serve.api.work import Deadlines
 from nr_serve.config import ServeConfig
@@ -64,6 +65,8 @@ def _add_middleware(app: FastAPI, context: Context) -> None:
             allow_headers=["Authorization", "Content-Type", work.HEADER, access.HEADER],
             expose_headers=[access.HEADER],
         )
+    if checks_hosts(config):
+        app.add_middleware(HostCheck, config=config)
     app.add_middleware(AccessLog, config=config, tokenizer=context.tokenizer, metrics=context.engine.metrics)
 
 

@@ -127,6 +127,7 @@ def _ask(
             adapters=adapters,
             selected=selected,
             priority=body.priority,
+            cache_salt=body.cache_salt,
             gates=body.gates,
             guide=guide,
         )

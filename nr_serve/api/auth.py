@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -9,6 +11,9 @@ from nr_serve.api.errors import error_response
 from nr_serve.api.paths import changes_adapters, is_guarded
 from nr_serve.errors import Forbidden, NrError, Unauthorized
 from nr_serve.keys import Key, Keys
+
+CALLER: ContextVar[str] = ContextVar("caller", default="")
+"""Whose request is at work in this context: a key's name or, without a key, an address."""
 
 
 class KeyCheck:
@@ -30,6 +35,7 @@ class KeyCheck:
             await error_response(error)(scope, receive, send)
             return
         scope.setdefault("state", {})["key"] = key
+        CALLER.set(_address(scope) if key is None else key.name)
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope, given: bytes | None, key: Key | None) -> NrError | None:
@@ -43,6 +49,11 @@ class KeyCheck:
         if change and key.role != "admin":
             return Forbidden("this key may not change adapters; an admin key is needed")
         return None
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return f"[{client[0] if client else ''}]"  # in brackets, which no key's name has
 
 
 def _bearer(header: str) -> bytes | None:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import partial
+from contextlib import AsyncExitStack
+from functools import lru_cache, partial
+
+from llguidance import LLTokenizer
 
 from nr_serve.api.context import Context, Worker
 from nr_serve.api.schemas import GenerationBody
@@ -18,6 +21,8 @@ from nr_serve.errors import BadRequest, QueueFull
 
 COMPILE_SECONDS = 10
 """For one grammar; and as long at most it waits for its turn."""
+_KEPT = 32
+"""Compiled grammars that are kept, of some MB at most: clients ask for the same again and again."""
 
 
 async def guide_for(context: Context, body: GenerationBody, tools: Toolbox = NO_TOOLS) -> Guide | None:
@@ -29,8 +34,7 @@ async def guide_for(context: Context, body: GenerationBody, tools: Toolbox = NO_
         return None
     if body.ignore_eos:
         raise BadRequest("`ignore_eos` cannot be honoured: the answer ends as its grammar does", param="ignore_eos")
-    with context.grammars.place("grammars wait to be compiled"):
-        return await _in_turn(context.grammars, partial(_compile, context, body, tools))
+    return await _in_turn(context.grammars, partial(_compile, context, body, tools))
 
 
 async def _in_turn(grammars: Worker, compile_: Callable[[], Guide | None]) -> Guide | None:
@@ -41,16 +45,19 @@ async def _in_turn(grammars: Worker, compile_: Callable[[], Guide | None]) -> Gu
         loop.call_soon_threadsafe(begun.set)
         return compile_()
 
-    guide = grammars.run(work)
-    try:
-        await asyncio.wait_for(begun.wait(), COMPILE_SECONDS)
-        return await asyncio.wait_for(guide, COMPILE_SECONDS)
-    except TimeoutError as error:
-        if begun.is_set():
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(COMPILE_SECONDS):
+                await stack.enter_async_context(grammars.turn("grammars wait to be compiled"))
+                guide = grammars.run(work)
+                stack.callback(guide.cancel)  # whoever gave up before it began needs no guide
+                await begun.wait()  # the last turn's grammar may have been given up, and still be at work
+        except TimeoutError as error:
+            raise QueueFull("other grammars take long to compile; try again later") from error
+        try:
+            return await asyncio.wait_for(guide, COMPILE_SECONDS)
+        except TimeoutError as error:
             raise BadRequest(f"the grammar was not compiled within {COMPILE_SECONDS} s") from error
-        raise QueueFull("other grammars take long to compile; try again later") from error
-    finally:
-        guide.cancel()  # whoever gave up before its turn needs no guide
 
 
 def _compile(context: Context, body: GenerationBody, tools: Toolbox) -> Guide | None:
@@ -59,9 +66,14 @@ def _compile(context: Context, body: GenerationBody, tools: Toolbox) -> Guide | 
         return None
     info = context.engine.info
     try:
-        return Guide(form.grammar, context.tokenizer.for_grammars(info.vocab_size, info.eos_ids))
+        return _guide(form.grammar, context.tokenizer.for_grammars(info.vocab_size, info.eos_ids))
     except BadRequest as error:
         raise BadRequest(f"{form.param}: {error.message}", param=form.param) from error
+
+
+@lru_cache(_KEPT)
+def _guide(grammar: str, tokenizer: LLTokenizer) -> Guide:
+    return Guide(grammar, tokenizer)
 
 
 def _form(body: GenerationBody, tools: Toolbox) -> Form | None:

@@ -16,6 +16,7 @@ from nr_serve.api.ask import Ask, chat_ask, check_ids, check_size, completion_as
 from nr_serve.api.chat import ChatWriter
 from nr_serve.api.completions import CompletionWriter
 from nr_serve.api.context import Context, Ctx
+from nr_serve.api.large import BodyRoute
 from nr_serve.api.responses import (
     CHAT_EVENTS,
     COMPLETION_EVENTS,
@@ -41,7 +42,7 @@ from nr_serve.api.tools import toolbox
 from nr_serve.engine.messages import Output
 from nr_serve.errors import BadRequest
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/completions", responses=answers(Completion, events=COMPLETION_EVENTS))

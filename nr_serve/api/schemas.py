@@ -18,6 +18,8 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_MESSAGES = 4096
+MAX_PARTS = 64
+MAX_CALLS = 128
 MAX_PROMPTS = 2048
 
 _Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS)]
@@ -60,7 +62,7 @@ class GenerationBody(FormFields):
     gates: bool = Field(False, description="report the share of its blocks that fired, per token and adapter")
     service_tier: Literal["auto", "default"] | None = Field(None, description="there is one tier")
     cache_salt: Annotated[Text, Field(min_length=1)] | None = Field(
-        None, description="share no cache with requests of another salt: nothing is shared between requests"
+        None, description="share no cache with requests of another salt"
     )
     user: Text | None = Field(None, description="the caller's own name for its user; not used")
 
@@ -104,13 +106,17 @@ class TextPart(Body):
     text: Text
 
 
+_Calls = Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_CALLS)]
+_Parts = Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)]
+
+
 class Message(Body):
     """A chat message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = Field(None, description="required, but not beside `tool_calls`")
+    content: Text | _Parts | None = Field(None, description="required, but not beside `tool_calls`")
     name: Text | None = Field(None, description="who speaks, for chat templates that have a place for it")
-    tool_calls: list[ToolCall] | None = Field(None, description="what the assistant called")
+    tool_calls: _Calls | None = Field(None, description="what the assistant called")
     tool_call_id: Text | None = Field(
         None, description="the call that a tool answers; templates may go by the order instead"
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nr_serve.api.errors import error_body, error_response
@@ -15,8 +17,14 @@ from nr_serve.api.paths import asks_model, is_guarded
 from nr_serve.api.sse import event
 from nr_serve.errors import BadRequest, NrError, TimedOut, Unavailable
 
+log = logging.getLogger(__name__)
+
 HEADER = "X-Request-Timeout"
 """Seconds; it may shorten the server's own limit."""
+SEND_SECONDS = 30.0
+"""A client that takes nothing for so long is gone."""
+_LAST_SECONDS = 1.0
+"""For the error that ends a stream: its time is over already."""
 
 
 class Work:
@@ -73,7 +81,10 @@ class Deadlines:
         except NrError as error:
             await error_response(error)(scope, receive, send)
         else:
-            await self._run(scope, receive, send, seconds)
+            try:
+                await self._run(scope, receive, send, seconds)
+            except ClientDisconnect:
+                log.info("a client stopped reading; its connection is closed")
 
     async def _run(self, scope: Scope, receive: Receive, send: Send, seconds: float | None) -> None:
         begun: Message | None = None
@@ -82,7 +93,7 @@ class Deadlines:
         async def watched(message: Message) -> None:
             nonlocal begun, whole
             begun = begun or message
-            await send(message)
+            await _send(send, message, SEND_SECONDS)
             whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         deadline = asyncio.timeout(seconds)
@@ -95,15 +106,28 @@ class Deadlines:
                 raise
             # The task was cancelled, which aborted what it had asked of the engine.
             error = self._reason(seconds)
+
+            async def last(message: Message) -> None:
+                await _send(send, message, _LAST_SECONDS)
+
             if begun is None:
-                await error_response(error)(scope, receive, send)
+                await error_response(error)(scope, receive, last)
             elif _streams(begun) and not whole:
-                await send({"type": "http.response.body", "body": event(error_body(error)), "more_body": False})
+                await last({"type": "http.response.body", "body": event(error_body(error)), "more_body": False})
 
     def _reason(self, seconds: float | None) -> NrError:
         if self._work.draining or seconds is None:
             return Unavailable("the server is shutting down")
         return TimedOut(f"the answer was not ready within {seconds:g} seconds")
+
+
+async def _send(send: Send, message: Message, seconds: float) -> None:
+    """Send to a client that reads. Raises ClientDisconnect if it takes nothing for so long."""
+    try:
+        async with asyncio.timeout(seconds):
+            await send(message)
+    except TimeoutError as error:
+        raise ClientDisconnect from error
 
 
 def _streams(start: Message) -> bool:

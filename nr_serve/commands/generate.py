@@ -46,9 +46,8 @@ def generate(command: Generate) -> int:
     configure_logging("warning", "text")
     config = command.serve_config()
     with ExitStack() as stack:
-        lines = stack.enter_context(_open(command.requests, "rb"))
-        answered = _answered(command)
-        answers = stack.enter_context(_open(command.answers, "ab"))
+        lines = stack.enter_context(_requests(command.requests))
+        answers, answered = stack.enter_context(_answers(command))
         portal = stack.enter_context(start_blocking_portal(name="nr-generate"))
         http = stack.enter_context(portal.wrap_async_context_manager(local_http(config)))
         bar = stack.enter_context(tqdm(total=_count(command.requests), unit="request", mininterval=_interval()))
@@ -147,19 +146,17 @@ def _over(future: Future[None]) -> bool:
 
 
 @contextmanager
-def _open(name: str, mode: str) -> Iterator[BinaryIO]:
-    """The file, or the standard stream. Raises BadRequest."""
+def _requests(name: str) -> Iterator[BinaryIO]:
+    """The file of requests, or standard input. Raises BadRequest."""
     if name == STANDARD:
-        yield sys.stdin.buffer if mode == "rb" else sys.stdout.buffer
+        yield sys.stdin.buffer
         return
     try:
-        file: Any = open(name, mode)  # noqa: SIM115
+        file = open(name, "rb")  # noqa: SIM115
     except OSError as error:
         raise BadRequest(f"cannot open {name}: {error.strerror}") from error
-    try:
+    with file:
         yield file
-    finally:
-        _close(file, name)
 
 
 def _close(file: BinaryIO, name: str) -> None:
@@ -169,17 +166,23 @@ def _close(file: BinaryIO, name: str) -> None:
         raise NrError(f"cannot write {name}: {error.strerror}") from error
 
 
-def _answered(command: Generate) -> set[str]:
-    """What an earlier run has answered. Raises BadRequest."""
+@contextmanager
+def _answers(command: Generate) -> Iterator[tuple[BinaryIO, set[str]]]:
+    """Where the answers go, and what an earlier run has answered. Raises BadRequest."""
     if command.answers == STANDARD:
-        return set()
-    answers = Path(command.answers)
+        yield sys.stdout.buffer, set()
+        return
+    path = Path(command.answers)
     try:
-        if command.requests != STANDARD and answers.exists() and answers.samefile(command.requests):
+        if command.requests != STANDARD and path.exists() and path.samefile(command.requests):
             raise BadRequest("the answers need a file of their own", param="answers")
-        return take_up(answers)
+        file, answered = take_up(path)
     except OSError as error:
-        raise BadRequest(f"cannot take up {answers}: {error.strerror}") from error
+        raise BadRequest(f"cannot open {path}: {error.strerror}") from error
+    try:
+        yield file, answered
+    finally:
+        _close(file, command.answers)
 
 
 def _count(name: str) -> int | None:

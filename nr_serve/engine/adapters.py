@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from nr_serve.engine.canary import Canary
 from nr_serve.engine.gates import OTHER, GateCounts
 from nr_serve.engine.messages import AdapterGates, AdapterView, LoadAdapter, PatchAdapter
+from nr_serve.engine.neutrality import Attachments
 from nr_serve.engine.request import Request
 from nr_serve.errors import BadRequest, Conflict, NrError, Unavailable
 from nr_serve.neutral import MAX_THRESHOLD
@@ -51,6 +52,7 @@ class Adapters:
     def __init__(self, bank: Bank, canary: Canary | None = None) -> None:
         """Without a `canary` nothing is measured."""
         self.registry = Registry(bank.slots)
+        self.attachments = Attachments()
         self._bank = bank
         self._canary = canary or Canary({}, fired=lambda piece, slot, threshold: 0)
         self._changes: deque[_Change] = deque()
@@ -231,7 +233,7 @@ class Adapters:
         self._gates.read()  # what was counted in the slot so far belongs to whoever leaves it
         evicted = self.registry.in_slot(slot)
         self.registry.place(version, slot)
-        self._bank.detach(slot)
+        self._shut(slot)
         # Shut until it is finished: what is measured may be refused, and must not be observed meanwhile.
         copied = self._bank.attach(slot, version.payload, math.inf)
         pieces = chain(copied, self._canary.measure(version, version.threshold))
@@ -285,7 +287,7 @@ class Adapters:
             self._finish_patch(change, change.patch)
             return
         assert version.slot is not None
-        self._bank.set_threshold(version.slot, version.threshold)
+        self._open(version.slot, version.threshold)
         if change.answer is not None:
             self._publish(change)
         else:
@@ -316,7 +318,7 @@ class Adapters:
     def _take_back(self, change: _Change) -> None:
         """Empty the slot of a version that will not be published, for whoever was there before."""
         for slot in self.registry.displace(change.version):
-            self._bank.detach(slot)
+            self._shut(slot)
         before = change.evicted
         if before is not None and before.slot is None and not before.retired:
             self._start_copy(before, time.perf_counter())
@@ -328,7 +330,7 @@ class Adapters:
         if patch.threshold is not None:
             version.threshold = patch.threshold
             if version.attached and version.slot is not None:
-                self._bank.set_threshold(version.slot, patch.threshold)
+                self._open(version.slot, patch.threshold)
 
     def _publish(self, change: _Change) -> None:
         assert change.answer is not None
@@ -354,9 +356,18 @@ class Adapters:
 
     def _detach(self, slots: list[int]) -> None:
         for slot in slots:
-            self._bank.detach(slot)
+            self._shut(slot)
         if slots:
             self._fill_free_slots()
+
+    def _open(self, slot: int, threshold: float) -> None:
+        """What the slot holds acts from the next step on, with this threshold."""
+        self._bank.set_threshold(slot, threshold)
+        self.attachments.put(slot)
+
+    def _shut(self, slot: int) -> None:
+        self._bank.detach(slot)
+        self.attachments.remove(slot)
 
 
 def _unmeasured(version: Version) -> Unavailable:

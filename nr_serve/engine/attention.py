@@ -71,7 +71,9 @@ def paged_attention(
     query_THD = query[0].transpose(0, 1)
     repeats = query_THD.shape[1] // keys_CKD.shape[1]
     outputs = [
-        _attend(query_THD, keys_CKD, values_CKD, group, nr_batch.mask(i, sliding_window, repeats), scaling)
+        _attend(
+            query_THD, keys_CKD, values_CKD, group, nr_batch.bias(i, sliding_window, repeats, query.dtype), scaling
+        )
         for i, group in enumerate(nr_batch.groups)
     ]
     return torch.cat(outputs)[None], None
@@ -82,7 +84,7 @@ def _attend(
     keys_CKD: Tensor,
     values_CKD: Tensor,
     group: Group,
-    mask_B1QN: Tensor,
+    bias_B1QN: Tensor,
     scaling: float | None,
 ) -> Tensor:
     """One group's attention, [B * n, H, D]."""
@@ -91,10 +93,19 @@ def _attend(
     K = keys_CKD.shape[1]
     # The G query heads of a key head become further queries of it, so keys are not repeated.
     query_BKGnD = query_THD[group.first : last].view(-1, n, K, H // K, D).permute(0, 2, 3, 1, 4)
-    keys_BKND = keys_CKD[group.cells_BN].transpose(1, 2)
-    values_BKND = values_CKD[group.cells_BN].transpose(1, 2)
     out_BKQD = F.scaled_dot_product_attention(
-        query_BKGnD.reshape(-1, K, (H // K) * n, D), keys_BKND, values_BKND, attn_mask=mask_B1QN, scale=scaling
+        query_BKGnD.reshape(-1, K, (H // K) * n, D),
+        _gather(keys_CKD, group.cells_BN),
+        _gather(values_CKD, group.cells_BN),
+        attn_mask=bias_B1QN,
+        scale=scaling,
     )
     out_BnKGD = out_BKQD.view(-1, K, H // K, n, D).permute(0, 3, 1, 2, 4)
     return out_BnKGD.reshape(-1, H, D)
+
+
+def _gather(cache_CKD: Tensor, cells_BN: Tensor) -> Tensor:
+    """Keys or values of the cells, [B, K, N, D]."""
+    # On a CPU index_select copies whole rows, which takes half the time of indexing.
+    gathered_XKD = cache_CKD.index_select(0, cells_BN.flatten())
+    return gathered_XKD.view(*cells_BN.shape, *cache_CKD.shape[1:]).transpose(1, 2)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nr_serve.config import ServeConfig
+from nr_serve.engine.fastest import fastest_dtype
 from nr_serve.errors import UnsupportedBase
 from nr_serve.neutral.host import decoder_layers
 from nr_serve.tokenizer import Tokenizer
@@ -25,13 +26,16 @@ def load_base(path: Path | str, config: ServeConfig) -> Any:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UnsupportedBase("--device cuda was asked for, but torch sees no CUDA device")
-    default = torch.float32 if device == "cpu" else torch.bfloat16
-    dtype = default if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = _fastest(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UnsupportedBase(f"cannot load {path}: {error}") from error
     return model.to(device)
+
+
+def _fastest(device: str) -> torch.dtype:
+    return fastest_dtype() if device == "cpu" else torch.bfloat16
 
 
 def check_base(model: Any) -> Any:

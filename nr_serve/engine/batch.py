@@ -43,18 +43,20 @@ class Batch:
     tokens: StepTokens
     bounds: list[tuple[int, int]]
     """Each piece's tokens, as a range of the step."""
-    _masks: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
 
-    def mask(self, group: int, window: int | None, repeats: int) -> Tensor:
-        """What a group's queries may attend to, bool [B, 1, repeats * n, N].
+    def bias(self, group: int, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
+        """What is added to a group's attention logits: 0 where a query may look, else -inf, [B, 1, repeats * n, N].
 
         Only the last `window` positions if given. The n tokens come `repeats` times, once for each query head of
         a key head. Made once a step, as every layer of a kind asks for the same.
         """
         key = (group, window, repeats)
-        if key not in self._masks:
-            self._masks[key] = self._visible(self.groups[group], window).repeat(1, repeats, 1)[:, None]
-        return self._masks[key]
+        if key not in self._biases:
+            visible_BnN = self._visible(self.groups[group], window)
+            bias_BnN = torch.zeros_like(visible_BnN, dtype=dtype).masked_fill(~visible_BnN, -torch.inf)
+            self._biases[key] = bias_BnN.repeat(1, repeats, 1)[:, None]
+        return self._biases[key]
 
     @staticmethod
     def _visible(group: Group, window: int | None) -> Tensor:
@@ -71,11 +73,13 @@ def build_batch(
     page_size: int,
     spare_cell: int,
     slots: int,
+    recalls_pages: bool = False,
     device: torch.device,
 ) -> Batch:
     """Lay the pieces end to end. They must be ordered by length; `labels` has one entry a piece.
 
-    `spare_cell` is a KV cell that is never written and holds zeros.
+    `spare_cell` is a KV cell that is never written and holds zeros. With `recalls_pages` the bank is told where
+    pages end, to keep the carried state there.
     """
     counts = np.array([p.count for p in pieces])
     ends = np.cumsum(counts)
@@ -92,6 +96,7 @@ def build_batch(
             assert version.slot is not None
             selected[i, version.slot] = True
     rows = np.array([p.request.row for p in pieces])
+    page_ends = np.flatnonzero((positions + 1) % page_size == 0)
 
     def put(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -102,6 +107,9 @@ def build_batch(
         last_P=put(ends - 1),
         selected_TS=put(selected[piece_of]),
         label_T=put(np.array(labels)[piece_of]),
+        longest=int(counts.max()),
+        end_E=put(page_ends) if recalls_pages and len(page_ends) else None,
+        page_E=put(written[page_ends] // page_size) if recalls_pages and len(page_ends) else None,
     )
     starts = ends - counts
     return Batch(

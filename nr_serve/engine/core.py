@@ -15,6 +15,7 @@ from nr_serve.engine.adapters import Adapters
 from nr_serve.engine.messages import GateStatistics, Output, StepEvents, StepReport, Submit, Token
 from nr_serve.engine.pages import PagePool
 from nr_serve.engine.request import AnswerText, Gates, Request, TopLogprobs
+from nr_serve.engine.reuse import Reuse
 from nr_serve.engine.scheduler import Piece, Result, Schedule, Scheduler
 from nr_serve.errors import BadRequest, NrError, QueueFull
 from nr_serve.tokenizer import Detokenizer, Tokenizer
@@ -27,6 +28,8 @@ class Runs(Protocol):
     """What the core needs of a runner."""
 
     eos_ids: frozenset[int]
+    recalls_pages: bool
+    """Whether it keeps what a request needs to begin with pages that another one computed."""
 
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
         """One forward pass; a result for each piece."""
@@ -49,7 +52,11 @@ class Core:
         max_batch_tokens: int,
     ) -> None:
         self.scheduler = Scheduler(
-            pool, max_running=max_running, max_batch_tokens=max_batch_tokens, admit=adapters.admit
+            pool,
+            max_running=max_running,
+            max_batch_tokens=max_batch_tokens,
+            admit=adapters.admit,
+            reuse=Reuse(pool, adapters.attachments) if runner.recalls_pages else None,
         )
         self._runner = runner
         self._adapters = adapters
@@ -167,8 +174,11 @@ class Core:
             outputs.append(Output(request.id, finish_reason="error", error=error))
         if isinstance(results, NrError):
             return outputs + [self._fail(piece.request, results) for piece in pieces]
+        # All of them first: a request that ends may free a slot, and what opened in it would have no name any more.
         for piece, result in zip(pieces, results, strict=True):
-            self.scheduler.advance(piece)
+            if result.error is None:
+                self.scheduler.advance(piece, result.opened)
+        for piece, result in zip(pieces, results, strict=True):
             output = self._apply_piece(piece, result)
             if output is not None:
                 outputs.append(output)
@@ -187,7 +197,13 @@ class Core:
         prompt = self._prompt_tokens(request) if request.reports_prompt and not request.generated else None
         if result.token is None:
             self._drop(request)
-            return Output(request.id, prompt=prompt, finish_reason="length", started=request.started)
+            return Output(
+                request.id,
+                prompt=prompt,
+                finish_reason="length",
+                started=request.started,
+                cached_tokens=request.cached_tokens,
+            )
         token = self._token(result.token, result.logprob, gates[-1] if gates else None)
         try:
             text, finish_reason, stop_reason = request.append(result.token)
@@ -195,7 +211,16 @@ class Core:
             return self._fail(request, error)
         if finish_reason is not None:
             self._drop(request)
-        return Output(request.id, (token,), text, prompt, finish_reason, stop_reason, started=request.started)
+        return Output(
+            request.id,
+            (token,),
+            text,
+            prompt,
+            finish_reason,
+            stop_reason,
+            started=request.started,
+            cached_tokens=request.cached_tokens,
+        )
 
     def _prompt_tokens(self, request: Request) -> tuple[Token, ...]:
         ids = request.submit.prompt_ids
@@ -233,6 +258,7 @@ class Core:
             preemptions=self.scheduler.preemptions - preempted,
             pages_used=pool.used,
             pages_total=pool.total,
+            prefix=self.scheduler.take_prefix_counts(),
         )
 
 

@@ -64,6 +64,8 @@ class Submit:
     """Report, per token and adapter, the share of its blocks that fired."""
     guide: Guide | None = None
     """The answer follows this grammar, and ends when it is complete."""
+    cache_salt: str | None = None
+    """No page is shared with requests of another salt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,20 @@ class Output:
     """Why it ended, if finish_reason is "error"."""
     started: float | None = None
     """`time.monotonic()` at its first step, in seconds; with the first output."""
+    cached_tokens: int = 0
+    """Tokens of its prompt that were not computed when it was first admitted, but found in the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixTokens:
+    """Tokens of requests that were looked up in the prefix cache."""
+
+    asked: int = 0
+    """All tokens of requests as they were admitted."""
+    found: int = 0
+    """Those that were not computed again."""
+    neutral: int = 0
+    """Those of them in pages that were computed under another selection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +139,7 @@ class StepReport:
     """Requests put back in the queue by this step."""
     pages_used: int
     pages_total: int
+    prefix: PrefixTokens = PrefixTokens()
 
 
 @dataclass(frozen=True, slots=True)

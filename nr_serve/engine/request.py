@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from nr_serve.engine.guide import Progress
 from nr_serve.engine.messages import FinishReason, Sampling, Submit
+from nr_serve.engine.prefix import Chain
 from nr_serve.neutral.registry import Selection
 from nr_serve.tokenizer import Detokenizer
 
@@ -30,7 +31,13 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     """Prompt and answer so far."""
     computed: int = 0
+    reused: int = 0
+    """Tokens that were in the prefix cache when it was last admitted: it starts after them."""
+    cached_tokens: int = 0
+    """The same when it was first admitted."""
     pages: list[int] = field(default_factory=list)
+    chain: Chain | None = None
+    """Where its pages are in the prefix cache while it runs; None: they are not put there."""
     row: int | None = None
     """Row of its carried gate state while it runs."""
     started: float | None = None
@@ -38,7 +45,7 @@ class Request:
     overtaken: int = 0
     """Requests admitted before it while it waited for a slot."""
     selection: Selection | None = None
-    """Fixed when it is first admitted, kept over preemptions."""
+    """Fixed when its turn first comes, also if it must wait for pages then; kept over preemptions."""
     prompt_logprobs: list[TopLogprobs] = field(default_factory=list)
     """Of the prompt's tokens from the second on, as far as computed."""
     prompt_gates: list[Gates] = field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from nr_serve.engine import attention
 from nr_serve.engine.attention import KVCache
 from nr_serve.engine.base import check_base, end_tokens, load_base, max_model_len
 from nr_serve.engine.batch import Batch, build_batch
+from nr_serve.engine.linear import pack_linears
 from nr_serve.engine.messages import EngineInfo
+from nr_serve.engine.neutrality import Opened
+from nr_serve.engine.opened import opened_by_page
 from nr_serve.engine.probe import Probe
 from nr_serve.engine.request import TopLogprobs
 from nr_serve.engine.sampler import allow, log_probabilities, sample
@@ -41,11 +45,12 @@ class Runner:
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.eos_ids = end_tokens(model, tokenizer)
         mark, probe = fingerprint(model, tokenizer.hf), Probe(model, tokenizer)
-        self.bank = self._bank(config, int(shape.hidden_size))
         self.page_size = config.page_size
         self.pages, self.cache = self._kv_cache(config, shape)
         self.probe_row = config.max_running
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
+        self.recalls_pages = config.prefix_cache
+        self.bank = self._bank(config, int(shape.hidden_size))
         self.info = EngineInfo(
             model=name,
             fingerprint=mark,
@@ -62,6 +67,7 @@ class Runner:
         attention.register()
         model.set_attn_implementation(attention.NAME)
         host_blocks(model, self.bank.add_residues)
+        pack_linears(model)
         probe.check(self._all_logits, page_size=self.page_size, pages=self.pages)
 
     @classmethod
@@ -80,15 +86,18 @@ class Runner:
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
         """One step: a forward pass over all pieces, then a token for each piece that samples."""
-        self._forget_rows(pieces)
+        self._set_rows(pieces)
         batch = self._batch(pieces, labels)
         wanted = [_logit_positions(piece) for piece in pieces]
         positions = [start + p for (start, _), own in zip(batch.bounds, wanted, strict=True) for p in own]
-        logits_NV, fired_TS = self.forward(batch, positions)
+        logits_NV, open_TS = self.forward(batch, positions)
+        fired_TS = None if open_TS is None else open_TS * batch.tokens.selected_TS
+        opened = self._opened(pieces, batch, open_TS)
         results, at = [], 0
-        for piece, own, (start, end) in zip(pieces, wanted, batch.bounds, strict=True):
+        for piece, own, (start, end), opened_here in zip(pieces, wanted, batch.bounds, opened, strict=True):
             fired_nS = fired_TS[start:end] if fired_TS is not None and piece.request.submit.gates else None
-            results.append(_guarded_result(piece, logits_NV[at : at + len(own)], fired_nS))
+            result = _guarded_result(piece, logits_NV[at : at + len(own)], fired_nS)
+            results.append(replace(result, opened=opened_here) if opened_here else result)
             at += len(own)
         return results
 
@@ -98,17 +107,17 @@ class Runner:
 
         Nothing is counted, and the slot is left as it was. Raises BadAdapterFile if the stream becomes NaN.
         """
-        self._forget_rows([piece])
+        self._set_rows([piece])
         with self.bank.trial(slot, threshold):
-            _, fired_TS = self.forward(self._batch([piece], [0]), [])
+            _, open_TS = self.forward(self._batch([piece], [0]), [])
         # Behind a residue gone wild every gate is NaN, which does not fire: that must not pass for neutral.
         if self.bank.state_LRS[:, self.probe_row, slot].isnan().any():
             raise BadAdapterFile("its residues drive the base to values that are not finite")
-        assert fired_TS is not None
-        return int(fired_TS[:, slot].sum())
+        assert open_TS is not None
+        return int(open_TS[:, slot].sum())
 
     def forward(self, batch: Batch, positions: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Logits at the given tokens of the step, float32 [N, V], and layers fired by token and slot."""
+        """Logits at the given tokens of the step, float32 [N, V], and the layers open by token and slot."""
         self.bank.begin(batch.tokens)
         try:
             output = self.model(
@@ -120,14 +129,26 @@ class Runner:
                 nr_cache=self.cache,
             )
         finally:
-            fired_TS = self.bank.end()
-        return output.logits[0].float(), fired_TS
+            open_TS = self.bank.end()
+        return output.logits[0].float(), open_TS
 
-    def _forget_rows(self, pieces: Sequence[Piece]) -> None:
-        """A piece at the start of a sequence carries nothing on."""
+    def _set_rows(self, pieces: Sequence[Piece]) -> None:
+        """What each request's first piece carries on: nothing, or the state at the end of the last page reused."""
         for piece in pieces:
-            if piece.start == 0 and piece.request.row is not None:
-                self.bank.forget_row(piece.request.row)
+            request = piece.request
+            if piece.start != request.reused or request.row is None:
+                continue
+            if request.reused:
+                self.bank.recall_row(request.row, request.pages[request.reused // self.page_size - 1])
+            else:
+                self.bank.forget_row(request.row)
+
+    def _opened(
+        self, pieces: Sequence[Piece], batch: Batch, open_TS: Tensor | None
+    ) -> Sequence[tuple[Opened, ...]]:
+        if open_TS is None or not self.recalls_pages:
+            return [()] * len(pieces)
+        return opened_by_page(pieces, open_TS, batch.tokens.selected_TS, self.page_size)
 
     def _batch(self, pieces: Sequence[Piece], labels: Sequence[int]) -> Batch:
         return build_batch(
@@ -136,6 +157,7 @@ class Runner:
             page_size=self.page_size,
             spare_cell=self.cache.spare_cell,
             slots=self.bank.slots,
+            recalls_pages=self.recalls_pages,
             device=self.device,
         )
 
@@ -152,13 +174,14 @@ class Runner:
             slots=config.slots,
             width=config.slot_width or block_width(DEFAULT_CAPACITY, parameters=parameters, d=d, layers=layers),
             rows=config.max_running + 1,  # one for probe texts
+            pages=self.probe_pages.stop if self.recalls_pages else 0,
             device=self.device,
             dtype=self.dtype,
         )
 
     def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:
         """The cache, and the pages of it that requests may have; beyond them are those for one probe text."""
-        layers = self.bank.layers
+        layers = len(decoder_layers(self.model))
         heads = int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
         head_size = int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
         per_page = config.page_size * 2 * layers * heads * head_size * self.dtype.itemsize

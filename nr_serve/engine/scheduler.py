@@ -2,19 +2,23 @@
 
 Every running request that decodes gets its one token; what is left of the step's token budget goes to prompts,
 in chunks, oldest first; then waiting requests are admitted while there is budget, a row and pages for all their
-tokens. When a decode needs a page and none is free, the request that comes last is preempted: it gives
-everything back and is computed again from its tokens later.
+tokens. They start after the tokens that the prefix cache has. When a decode needs a page and none is free, the
+request that comes last is preempted: it gives everything back and is computed again from its tokens later.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from nr_serve.engine.messages import PrefixTokens
+from nr_serve.engine.neutrality import Opened
 from nr_serve.engine.pages import PagePool
 from nr_serve.engine.request import Request, TopLogprobs
+from nr_serve.engine.reuse import Reuse
 from nr_serve.errors import NrError
 
 MAX_OVERTAKEN = 64  # requests that may go before one that waits for a slot
@@ -54,6 +58,8 @@ class Result:
     """Of the prompt's tokens [start + 1, start + count + 1), if asked for."""
     fired: tuple[tuple[int, ...], ...] = ()
     """Layers fired, for each token of the piece by slot, if asked for."""
+    opened: tuple[Opened, ...] = ()
+    """Gates that opened, for each page that the piece's tokens lie in; empty if none did."""
     error: NrError | None = None
     """Why there is no token, if something went wrong with this request alone."""
 
@@ -69,7 +75,10 @@ class Schedule:
 class Scheduler:
     """Owns the queue, the running requests, their pages and their rows."""
 
-    def __init__(self, pool: PagePool, *, max_running: int, max_batch_tokens: int, admit: Admit) -> None:
+    def __init__(
+        self, pool: PagePool, *, max_running: int, max_batch_tokens: int, admit: Admit, reuse: Reuse | None = None
+    ) -> None:
+        """Without `reuse` every request computes all its tokens."""
         self.pool = pool
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -78,6 +87,7 @@ class Scheduler:
         self._max_running = max_running
         self._max_batch_tokens = max(max_batch_tokens, max_running)
         self._admit = admit
+        self._reuse = reuse
 
     def add(self, request: Request) -> None:
         """Queue a request by priority, then arrival."""
@@ -95,9 +105,15 @@ class Scheduler:
         refused = [] if preempted else self._admit_waiting(pieces, budget)
         return Schedule(pieces, refused)
 
-    def advance(self, piece: Piece) -> None:
-        """The piece's tokens are computed."""
+    def advance(self, piece: Piece, opened: Sequence[Opened] = ()) -> None:
+        """The piece's tokens are computed, and these gates opened on them, page by page."""
         piece.request.computed = piece.start + piece.count
+        if self._reuse is not None:
+            self._reuse.advance(piece.request, piece.start, opened)
+
+    def take_prefix_counts(self) -> PrefixTokens:
+        """What was looked up in the prefix cache since the last time."""
+        return self._reuse.take_counts() if self._reuse is not None else PrefixTokens()
 
     def drop(self, request: Request) -> None:
         """The request ended, wherever it was: take everything back."""
@@ -139,8 +155,7 @@ class Scheduler:
         refused = []
         blocked: Request | None = None
         for request in list(self.waiting):
-            needed = self.pool.needed(len(request.tokens))
-            if budget <= 0 or not self._rows or needed > self.pool.free:
+            if budget <= 0 or not self._rows:
                 break
             if blocked is not None and not _may_overtake(request, blocked):
                 continue
@@ -153,23 +168,36 @@ class Scheduler:
             if not admitted:
                 blocked = blocked or request
                 continue
+            if not self._start(request):
+                break
             if blocked is not None:
                 blocked.overtaken += 1
-            self._start(request, needed)
             pieces.append(self._chunk(request, budget))
             budget -= pieces[-1].count
         return refused
 
-    def _start(self, request: Request, pages: int) -> None:
+    def _start(self, request: Request) -> bool:
+        """Give an admitted request its pages and a row; False, giving nothing, if there are too few pages."""
+        matched = self._reuse.match(request) if self._reuse is not None else []
+        shared = [record.page for record in matched]
+        self.pool.share(shared)
+        pages = self.pool.take(self.pool.needed(len(request.tokens)) - len(shared))
+        if pages is None:
+            self.pool.give_back(shared)
+            return False
         self.waiting.remove(request)
-        request.pages = self.pool.take(pages) or []
+        request.pages = shared + pages
         request.row = self._rows.pop()
-        request.started = request.started or time.monotonic()
+        if self._reuse is not None:
+            self._reuse.begin(request, matched)
+        if request.started is None:
+            request.started, request.cached_tokens = time.monotonic(), request.reused
         insort(self.running, request, key=lambda r: r.order)
+        return True
 
     def _take_back(self, request: Request) -> None:
         self.pool.give_back(request.pages)
-        request.pages = []
+        request.pages, request.chain = [], None
         assert request.row is not None
         self._rows.append(request.row)
         request.row = None

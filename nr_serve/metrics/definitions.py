@@ -103,6 +103,11 @@ WAITING = _gauge("nr_requests_waiting", "Requests in the queue")
 PREEMPTIONS = _counter("nr_preemptions_total", "Requests put back in the queue")
 PAGES_USED = _gauge("nr_pages_used", "Pages of KV cache in use")
 PAGES_TOTAL = _gauge("nr_pages_total", "Pages of KV cache")
+PREFIX_TOKENS = _counter("nr_prefix_tokens_total", "Tokens of admitted requests, looked up in the prefix cache")
+PREFIX_HIT_TOKENS = _counter("nr_prefix_hit_tokens_total", "Those of them that were found, and not computed again")
+PREFIX_NEUTRAL_HIT_TOKENS = _counter(
+    "nr_prefix_neutral_hit_tokens_total", "Those found that were computed under another selection"
+)
 
 # Adapters
 LOADS = _counter("nr_adapter_loads_total", "Adapters attached or replaced")

@@ -57,6 +57,9 @@ class Metrics:
         self.computed_tokens.labels("prefill").inc(report.prefill_tokens)
         self.computed_tokens.labels("decode").inc(report.decode_tokens)
         self.preemptions.inc(report.preemptions)
+        self.prefix_tokens.inc(report.prefix.asked)
+        self.prefix_hit_tokens.inc(report.prefix.found)
+        self.prefix_neutral_hit_tokens.inc(report.prefix.neutral)
         self._set_load(report)
 
     def loaded(self, view: AdapterView) -> None:
@@ -129,6 +132,9 @@ class Metrics:
         self.preemptions = definitions.PREEMPTIONS.counter(registry)
         self.pages_used = definitions.PAGES_USED.gauge(registry)
         self.pages_total = definitions.PAGES_TOTAL.gauge(registry)
+        self.prefix_tokens = definitions.PREFIX_TOKENS.counter(registry)
+        self.prefix_hit_tokens = definitions.PREFIX_HIT_TOKENS.counter(registry)
+        self.prefix_neutral_hit_tokens = definitions.PREFIX_NEUTRAL_HIT_TOKENS.counter(registry)
 
     def _define_adapters(self) -> None:
         registry = self.registry

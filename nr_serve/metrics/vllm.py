@@ -48,6 +48,8 @@ class VllmCollector(Collector):
             "vllm:num_requests_running": metrics.running,
             "vllm:num_requests_waiting": metrics.waiting,
             "vllm:num_preemptions": metrics.preemptions,
+            "vllm:prefix_cache_queries": metrics.prefix_tokens,
+            "vllm:prefix_cache_hits": metrics.prefix_hit_tokens,
             "vllm:prompt_tokens": metrics.prompt_tokens,
             "vllm:generation_tokens": metrics.generated_tokens,
             "vllm:iteration_tokens_total": metrics.step_tokens,

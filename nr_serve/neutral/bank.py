@@ -1,26 +1,28 @@
 """The bank: slots of adapter weights in device memory, and the residues of one step.
 
-Owns the stacked weights, the carried gate state of each request (by row), and the gate statistics. It takes
+Owns the stacked weights, the carried gate state of each request (by row) and at the end of each KV page, and the
+gate statistics. It takes
 flattened hidden states and a per-token selection; it knows no request, no page and no HTTP, so that another
 engine can host it.
 
-Shape suffixes: T tokens of a step, P pieces (runs of tokens of one request), S slots, R rows, L layers,
-K labels, d width of the stream, h width of a slot.
+Shape suffixes: T tokens of a step, P pieces (runs of tokens of one request), E ends of pages in a step, S slots,
+R rows, N pages, L layers, K labels, d width of the stream, h width of a slot.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nr_serve.errors import BadAdapterFile
-from nr_serve.neutral import math
 from nr_serve.neutral.format import Adapter
-from nr_serve.neutral.scan import segmented_carry
+from nr_serve.neutral.scan import Pass, carry_on, passes
 
 _SHUT = -1e30  # bias of a layer without a block: finite, so that the carry of it stays finite
 
@@ -39,6 +41,12 @@ class StepTokens:
     """Bool: may this slot act on this token."""
     label_T: Tensor
     """Which selection the token counts under in the cross statistics, below the bank's `labels`."""
+    longest: int
+    """Tokens of the longest piece; 1 in a step of decodes alone."""
+    end_E: Tensor | None = None
+    """Index of each token that ends a page whose state is to be kept; None: there is none."""
+    page_E: Tensor | None = None
+    """The pages those tokens end, below the bank's `pages`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,28 @@ class Totals:
     seen_LS: list[list[int]]
     mass_S: list[float]
     cross_KS: list[list[int]]
+
+
+@dataclass(slots=True)
+class _Step:
+    """What the layers of one step share. L: a tuple of one tensor a layer; n: slots whose gates are evaluated."""
+
+    tokens: StepTokens
+    selected_Tn: Tensor
+    m_LTn: Tensor
+    """Carried logits, filled layer by layer."""
+    m_L: tuple[Tensor, ...]
+    carried_L: tuple[Tensor, ...]
+    """[P, n]: a times the state the piece continues from; 0 where nothing came before."""
+    share_L: tuple[Tensor, ...]
+    """[P, n]: weight of the first token's own logit, 1 - a; 1 where nothing came before."""
+    share_n: Tensor
+    """The same for the other tokens."""
+    first_P: Tensor | None
+    """Index of each piece's first token; None in a step of decodes alone: all are."""
+    passes: list[Pass]
+    layers_done: int = 0
+    opened: bool = False
 
 
 class Bank:
@@ -65,33 +95,38 @@ class Bank:
         device: torch.device,
         dtype: torch.dtype,
         labels: int = 64,
+        pages: int = 0,
     ) -> None:
         self.layers, self.d, self.slots, self.width, self.rows = layers, d, slots, width, rows
         self.device, self.dtype = device, dtype
-        self.labels = labels
+        self.labels, self.pages = labels, pages
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.gate_LdS = zeros(layers, d, slots)
+        self.gate_LSd = zeros(layers, slots, d)
         self.bias_LS = zeros(layers, slots)
         self.carry_S = zeros(slots)
         self.threshold_S = torch.full((slots,), torch.inf, device=device)  # inf: detached, can never fire
-        self.w_in_SLhd = zeros(slots, layers, width, d, dtype=dtype)
-        self.w_gate_SLhd = zeros(slots, layers, width, d, dtype=dtype)
+        # Of a block of width h the first 2h rows: W_in, then W_gate, so that one product does both.
+        self.w_up_SLud = zeros(slots, layers, 2 * width, d, dtype=dtype)
         self.w_out_SLhd = zeros(slots, layers, width, d, dtype=dtype)  # transposed, as rows of h are filled
-        self.widths: list[list[int]] = [[0] * layers for _ in range(slots)]
+        self.width_LS = zeros(layers, slots, dtype=torch.int32)  # 0: no block
         self.attached: set[int] = set()
         # NaN: nothing carried yet. A row belongs to one running request.
         self.state_LRS = torch.full((layers, rows, slots), torch.nan, device=device)
+        self.page_state_LNS = torch.full((layers, pages, slots), torch.nan, device=device)
 
         self._fired_LS = zeros(layers, slots, dtype=torch.int64)
         self._seen_LS = zeros(layers, slots, dtype=torch.int64)
         self._mass_S = zeros(slots, dtype=torch.float64)
         self._cross_KS = zeros(labels, slots, dtype=torch.int64)
-        self._has_block_LS = zeros(layers, slots, dtype=torch.int64)
-        self._step: StepTokens | None = None
-        self._open_TS: Tensor | None = None
+        self._blocks: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(slots)]  # views, by slot and layer
+        self._carries = [0.0] * slots
+        self._room = zeros(0)  # for the carried logits of a step, grown to the largest so far
+        self._none_open = zeros(1, 1, dtype=torch.int32)
+        self._look_at_attached()
+        self._step: _Step | None = None
         self._counts = True
 
     # Slots
@@ -112,30 +147,34 @@ class Bank:
         """
         self.check_fits(adapter)
         self.detach(slot)
+        self._blocks[slot] = []
         for layer, block in enumerate(adapter.blocks):
+            h = 0 if block is None else block.h
+            up_ud, out_hd = self.w_up_SLud[slot, layer, : 2 * h], self.w_out_SLhd[slot, layer, :h]
             if block is None:
-                self.gate_LdS[layer, :, slot] = 0
+                self.gate_LSd[layer, slot] = 0
                 self.bias_LS[layer, slot] = _SHUT
-                self.widths[slot][layer] = 0
             else:
-                h = block.h
-                self.gate_LdS[layer, :, slot].copy_(block.gate)
+                self.gate_LSd[layer, slot].copy_(block.gate)
                 self.bias_LS[layer, slot].copy_(block.bias)
-                self.w_in_SLhd[slot, layer, :h].copy_(block.w_in)
-                self.w_gate_SLhd[slot, layer, :h].copy_(block.w_gate)
-                self.w_out_SLhd[slot, layer, :h].copy_(block.w_out.T)
-                self.widths[slot][layer] = h
-            self._has_block_LS[layer, slot] = int(block is not None)
+                up_ud[:h].copy_(block.w_in)
+                up_ud[h:].copy_(block.w_gate)
+                out_hd.copy_(block.w_out.T)
+            self._blocks[slot].append((up_ud, out_hd))
+            self.width_LS[layer, slot] = h
             yield
-        self.carry_S[slot] = adapter.info.carry
+        self.carry_S[slot] = self._carries[slot] = adapter.info.carry
         self.state_LRS[:, :, slot] = torch.nan
+        self.page_state_LNS[:, :, slot] = torch.nan
         self.threshold_S[slot] = threshold
         self.attached.add(slot)
+        self._look_at_attached()
 
     def detach(self, slot: int) -> None:
         """Shut a slot at once; its memory is reused by the next attach."""
         self.threshold_S[slot] = torch.inf
         self.attached.discard(slot)
+        self._look_at_attached()
 
     def set_threshold(self, slot: int, threshold: float) -> None:
         """Turn an attached adapter's dial; takes effect with the next step."""
@@ -144,6 +183,10 @@ class Bank:
     def forget_row(self, row: int) -> None:
         """Clear a row's carried state: its next token starts a sequence."""
         self.state_LRS[:, row] = torch.nan
+
+    def recall_row(self, row: int, page: int) -> None:
+        """Set a row's carried state to that at a page's end, for all slots: its next token follows that page."""
+        self.state_LRS[:, row] = self.page_state_LNS[:, page]
 
     @contextmanager
     def trial(self, slot: int, threshold: float) -> Iterator[None]:
@@ -159,44 +202,43 @@ class Bank:
 
     def begin(self, tokens: StepTokens) -> None:
         """Start a step; `add_residues` follows once for every layer, in order."""
-        if not self.attached:
-            return
-        self._step = tokens
-        self._open_TS = torch.zeros_like(tokens.selected_TS, dtype=torch.int32)
-        if self._counts:
-            self._seen_LS += self._has_block_LS * tokens.selected_TS.sum(0)
+        if self.attached:
+            self._step = self._prepared(tokens)
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the residues of the selected adapters whose gate fired; x and y are [..., d], y may be reused.
 
         Where no gate fired y is returned as it came, to the bit.
         """
-        if self._step is None:
+        step = self._step
+        if step is None:
             return y
-        x_Td, y_Td = x.reshape(-1, self.d), y.reshape(-1, self.d)
-        g_TS = self._gates(layer, x_Td, self._step)
-        for slot in torch.nonzero((g_TS > 0).any(0)).flatten().tolist():
-            fired_n = torch.nonzero(g_TS[:, slot] > 0).flatten()
-            h = self.widths[slot][layer]
-            residue_nd = math.residue(
-                x_Td[fired_n],
-                g_TS[fired_n, slot],
-                self.w_in_SLhd[slot, layer, :h],
-                self.w_gate_SLhd[slot, layer, :h],
-                self.w_out_SLhd[slot, layer, :h].T,
-            )
-            y_Td = y_Td.index_add_(0, fired_n, residue_nd)
-        return y_Td.view_as(y)
+        x_Td = x.reshape(-1, self.d)
+        over_Tn = self._gates(layer, x_Td, step)
+        # The one value read of a layer. NaN, too, goes on to where every gate is looked at.
+        if float(over_Tn.max()) <= 0:
+            return y
+        step.opened = True
+        g_Tn = torch.where(step.selected_Tn, over_Tn.relu_(), 0.0)
+        return self._add_blocks(layer, x_Td, y.reshape(-1, self.d), g_Tn).view_as(y)
 
     def end(self) -> Tensor | None:
-        """Finish the step. Layers fired by token and slot, int32 [T, S], or None when nothing is attached."""
-        step, open_TS = self._step, self._open_TS
-        self._step = self._open_TS = None
-        if step is None or open_TS is None:
+        """Finish the step. Layers whose gate was open by token and slot, int32 [T, S]; None: nothing is attached.
+
+        Slots that were not selected are observed too: times `selected_TS` it is what acted. Not to be written to.
+        After a step that was cut short all states and statistics are as before it.
+        """
+        step, self._step = self._step, None
+        if step is None:
             return None
+        if step.layers_done < self.layers:
+            return self._none_open.expand_as(step.tokens.selected_TS)
+        self._keep_states(step)
         if self._counts:
-            self._cross_KS.index_add_(0, step.label_T, open_TS.to(torch.int64))
-        return open_TS * step.selected_TS
+            self._seen_LS += (self.width_LS > 0) * step.tokens.selected_TS.sum(0)
+        if not step.opened:
+            return self._none_open.expand_as(step.tokens.selected_TS)
+        return self._count_open(step)
 
     def read_totals(self) -> Totals:
         """Read the statistics and set them to zero."""
@@ -206,18 +248,98 @@ class Bank:
             counter.zero_()
         return Totals(fired, seen, mass, cross)
 
-    def _gates(self, layer: int, x_Td: Tensor, step: StepTokens) -> Tensor:
-        """Block gates of every slot, 0 where not selected, [T, S]; moves the carried state on."""
-        assert self._open_TS is not None
-        z_TS = torch.addmm(self.bias_LS[layer], x_Td.float(), self.gate_LdS[layer])
-        m_TS = segmented_carry(z_TS, self.carry_S, step.offset_T, self.state_LRS[layer, step.row_T])
-        self.state_LRS[layer, step.row_T[step.last_P]] = m_TS[step.last_P]
+    def _prepared(self, tokens: StepTokens) -> _Step:
+        """What the layers of a step share, made once."""
+        n, T = self._columns, len(tokens.row_T)
+        a_n = self.carry_S[:n]
+        before_LPn = self.state_LRS[:, tokens.row_T[tokens.last_P], :n]
+        nothing_LPn = before_LPn.isnan()
+        a_LPn = torch.where(nothing_LPn, 0.0, a_n)
+        if self.layers * T * n > len(self._room):
+            self._room = torch.empty(self.layers * T * n, device=self.device)
+        m_LTn = self._room[: self.layers * T * n].view(self.layers, T, n)
+        decodes = tokens.longest == 1
+        return _Step(
+            tokens=tokens,
+            selected_Tn=tokens.selected_TS[:, :n],
+            m_LTn=m_LTn,
+            m_L=m_LTn.unbind(),
+            carried_L=(a_LPn * before_LPn.masked_fill(nothing_LPn, 0.0)).unbind(),
+            share_L=(1 - a_LPn).unbind(),
+            share_n=1 - a_n,
+            first_P=None if decodes else _firsts(tokens.last_P),
+            passes=[] if decodes else passes(a_n, max(self._carries[:n]), tokens.offset_T, tokens.longest),
+        )
+
+    def _gates(self, layer: int, x_Td: Tensor, step: _Step) -> Tensor:
+        """Carried logit minus threshold of every token and evaluated slot, [T, n], selected or not."""
+        z_Tn = F.linear(x_Td.float(), self._gate_L[layer], self._bias_L[layer])
+        m_Tn = step.m_L[layer]
+        if step.first_P is None:
+            torch.addcmul(step.carried_L[layer], z_Tn, step.share_L[layer], out=m_Tn)
+        else:
+            torch.mul(z_Tn, step.share_n, out=m_Tn)
+            first_Pn = torch.addcmul(step.carried_L[layer], z_Tn[step.first_P], step.share_L[layer])
+            carry_on(m_Tn.index_copy_(0, step.first_P, first_Pn), step.passes)
+        step.layers_done = layer + 1
+        return m_Tn - self.threshold_S[: self._columns]
+
+    def _add_blocks(self, layer: int, x_Td: Tensor, y_Td: Tensor, g_Tn: Tensor) -> Tensor:
+        """y plus g times the blocks, for the tokens whose g is above 0 and no others; y is reused."""
+        slot_N, token_N = (g_Tn > 0).T.nonzero().unbind(1)
+        counts = Counter(slot_N.tolist())  # in the order of the slots
+        each = list(counts.values())
+        for slot, token_f, g_f in zip(
+            counts, token_N.split_with_sizes(each), g_Tn[token_N, slot_N].split_with_sizes(each), strict=True
+        ):
+            if len(token_f) == len(y_Td):
+                y_Td.addmm_(*self._block(slot, layer, x_Td, g_f))
+            else:
+                hidden_fh, out_hd = self._block(slot, layer, x_Td.index_select(0, token_f), g_f)
+                y_Td.index_add_(0, token_f, hidden_fh @ out_hd)
+        return y_Td
+
+    def _block(self, slot: int, layer: int, x_fd: Tensor, g_f: Tensor) -> tuple[Tensor, Tensor]:
+        """A block's hidden values, scaled by g, and W_out: their product is the residue."""
+        up_ud, out_hd = self._blocks[slot][layer]
+        in_fh, gate_fh = F.linear(x_fd, up_ud).chunk(2, dim=1)
+        return F.silu(gate_fh).mul_(in_fh).mul_(g_f[:, None].to(x_fd.dtype)), out_hd
+
+    def _keep_states(self, step: _Step) -> None:
+        """The carried logits of each piece's last token, and of those that end pages."""
+        tokens, n = step.tokens, self._columns
+        row_P = tokens.row_T[tokens.last_P]
+        self.state_LRS[:, row_P, :n] = step.m_LTn if step.first_P is None else step.m_LTn[:, tokens.last_P]
+        if tokens.end_E is not None:
+            self.page_state_LNS[:, tokens.page_E, :n] = step.m_LTn[:, tokens.end_E]
+
+    def _count_open(self, step: _Step) -> Tensor:
+        """Layers open by token and slot, [T, S]; adds them, and what acted, to the statistics."""
+        n = self._columns
+        over_LTn = step.m_LTn - self.threshold_S[:n]
         # Adapters that were not selected are observed, for the live interference matrix, but add nothing.
-        self._open_TS += m_TS > self.threshold_S
-        # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
-        g_TS = torch.where(step.selected_TS, math.block_gate(m_TS, self.threshold_S), 0.0)
+        open_TS = F.pad((over_LTn > 0).sum(0, dtype=torch.int32), (0, self.slots - n))
         if self._counts:
-            self._fired_LS[layer] += (g_TS > 0).sum(0)
+            # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
+            g_LTn = torch.where(step.selected_Tn, over_LTn.relu_(), 0.0)
+            self._fired_LS[:, :n] += (g_LTn > 0).sum(1)
             # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
-            self._mass_S += g_TS.double().nan_to_num(posinf=0.0).sum(0)
-        return g_TS
+            self._mass_S[:n] += g_LTn.nan_to_num_(posinf=0.0).sum((0, 1), dtype=torch.float64)
+            self._cross_KS.index_add_(0, step.tokens.label_T, open_TS.to(torch.int64))
+        return open_TS
+
+    def _look_at_attached(self) -> None:
+        """Gates are evaluated in slots 0 to the highest attached, in eights.
+
+        A product's rounding changes with its width, and a load should not move the gates of others; nor is a
+        narrower product faster.
+        """
+        highest = max(self.attached, default=-1)
+        self._columns = min(self.slots, (highest + 8) // 8 * 8)
+        self._gate_L = self.gate_LSd[:, : self._columns].unbind()
+        self._bias_L = self.bias_LS[:, : self._columns].unbind()
+
+
+def _firsts(last_P: Tensor) -> Tensor:
+    """Index of each piece's first token."""
+    return F.pad(last_P[:-1] + 1, (1, 0))

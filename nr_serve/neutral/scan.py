@@ -1,12 +1,54 @@
 """The carry over many sequences at once: `math.carry` in log2(T) passes instead of T.
 
+The recurrence is solved by doubling: after the pass with shift k, row t holds the weighted sum of its last 2k
+logits (Hillis and Steele, 1986).
 Shape suffixes: T tokens of all sequences laid end to end, A gates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+_NEGLIGIBLE = 1e-9  # below float32's resolution: terms of less weight cannot change the sum
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One doubling: rows take what stands `shift` rows before them, with weight a^shift."""
+
+    shift: int
+    power_A: Tensor
+    beyond_T1: Tensor | None
+    """Bool, of the rows from `shift` on: what stands there is another sequence's. None: of none."""
+
+
+def passes(a_A: Tensor, largest: float, offset_T: Tensor, longest: int) -> list[Pass]:
+    """The passes for tokens at these places of their pieces, the longest of which has `longest` tokens.
+
+    `largest` is the largest of the carries `a_A`. Nothing is read from the tensors, so a device need not wait.
+    """
+    made = []
+    shift, power_A = 1, a_A
+    one_piece = longest == len(offset_T)
+    while shift < longest and largest**shift > _NEGLIGIBLE:
+        made.append(Pass(shift, power_A, None if one_piece else (offset_T[shift:] < shift)[:, None]))
+        shift, power_A = shift * 2, power_A * power_A
+    return made
+
+
+def carry_on(m_TA: Tensor, doublings: Sequence[Pass]) -> Tensor:
+    """Carried logits, in place, from each row's own term: (1 - a) z, and the whole m in a piece's first row."""
+    for each in doublings:
+        added = each.power_A * m_TA[: -each.shift]
+        if each.beyond_T1 is not None:
+            # Filled, not times 0: another sequence's NaN must not come over.
+            added = added.masked_fill(each.beyond_T1, 0.0)
+        m_TA[each.shift :] += added
+    return m_TA
 
 
 def segmented_carry(z_TA: Tensor, a_A: Tensor, offset_T: Tensor, state_TA: Tensor | None = None) -> Tensor:
@@ -14,20 +56,13 @@ def segmented_carry(z_TA: Tensor, a_A: Tensor, offset_T: Tensor, state_TA: Tenso
 
     `a_A` is the carry of each gate. `offset_T` counts a token's place in its sequence's piece (0 starts one);
     `state_TA` holds, in the rows where the offset is 0, the m the piece continues from, NaN where nothing came
-    before (None: nowhere). Same recurrence as `math.carry`, solved by doubling: after the pass with shift k,
-    row t holds the weighted sum of its last 2k logits (Hillis and Steele, 1986).
+    before (None: nowhere). Same recurrence as `math.carry`.
     """
-    longest = int(offset_T.max()) + 1 if offset_T.numel() else 0
+    if not len(offset_T):
+        return z_TA
     first_T1 = (offset_T == 0)[:, None]
     m_TA = torch.where(first_T1, _first(z_TA, a_A, state_TA), (1 - a_A) * z_TA)
-    shift, power_A = 1, a_A
-    # Once a^shift is below float32's resolution, further terms cannot change the sum.
-    while shift < longest and bool((power_A > 1e-9).any()):
-        reaches = (offset_T[shift:] >= shift)[:, None]
-        added = torch.where(reaches, power_A * m_TA[:-shift], 0.0)
-        m_TA = torch.cat((m_TA[:shift], m_TA[shift:] + added))
-        shift, power_A = shift * 2, power_A * power_A
-    return m_TA
+    return carry_on(m_TA, passes(a_A, float(a_A.max()), offset_T, int(offset_T.max()) + 1))
 
 
 def _first(z_TA: Tensor, a_A: Tensor, state_TA: Tensor | None) -> Tensor:

@@ -27,8 +27,21 @@ class Halting(FakeEngine):
         super().stop()
 
 
+class Loading(FakeEngine):
+    """Loads its base for ever, and cannot be stopped meanwhile."""
+
+    def __init__(self, deliver) -> None:
+        super().__init__(deliver)
+        self.may_load.clear()
+
+    def stop(self) -> None:
+        self._thread.join()
+
+
 def main(flags: list[str]) -> int:
-    assemble._engine = lambda config, model, tokenizer, deliver: Halting(deliver)
+    kind = Loading if "loading" in flags else Halting
+    flags = [flag for flag in flags if flag != "loading"]
+    assemble._engine = lambda config, model, tokenizer, deliver: kind(deliver)
     assemble.load_tokenizer = lambda model: tokenizer()
     return cli.main(["serve", "--model", "x", *flags])
 

@@ -58,7 +58,8 @@ class Server:
 
     def ask(self, name, adapters=None, *, selected="", gates=False, tokens=ANSWER) -> None:
         sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)
-        assert self.core.add(Submit(name, PROMPT, sampling, adapters, selected, gates=gates)) is None
+        submit = Submit(name, PROMPT, sampling, adapters, selected, gates=gates, cache_salt=name)
+        assert self.core.add(submit) is None
 
     def step(self, *, copy=True) -> None:
         if copy:

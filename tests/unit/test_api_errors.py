@@ -1,11 +1,14 @@
 import json
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 
+from nr_serve.api import large
+from nr_serve.api.large import LARGE_BYTES
 from nr_serve.errors import BadRequest, QueueFull
 from tests.fakes import events, serving
 
@@ -85,8 +88,8 @@ def test_a_body_that_is_no_object_is_refused(server, content):
     assert (response.status_code, response.json()["error"]["code"]) == (400, 400)
 
 
-def test_a_body_over_16_mib_is_refused_whether_its_length_is_said_or_not(server):
-    content = b" " * (2**24 + 1)
+def test_a_body_over_4_mib_is_refused_whether_its_length_is_said_or_not(server):
+    content = b" " * (2**22 + 1)
     for body in (content, iter([content])):
         response = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
         assert (response.status_code, response.json()["error"]["type"]) == (413, "RequestTooLargeError")
@@ -141,7 +144,7 @@ def test_a_client_that_goes_away_has_its_requests_aborted(server, stream, starte
     body = json.dumps({"model": "base", "prompt": "x", "max_tokens": 190, "n": 2, "stream": stream}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         if started and stream:
             client.recv(100)
@@ -216,12 +219,12 @@ def test_pages_of_other_origins_may_not_call_the_server_unless_named(server):
 
 
 RAW = [
-    b"\0" * 1000, b"GET\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
-    b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\nX-Request-Id: \xff\r\n\r\n",
-    b"GET /%ff%0a%00 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
-    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", b"BREW /v1/adapters/%2e%2e%2fx HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\0" * 1000, b"GET\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\xfe\r\nX-Request-Id: \xff\r\n\r\n",
+    b"GET /%ff%0a%00 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", b"BREW /v1/adapters/%2e%2e%2fx HTTP/1.1\r\nHost: x\r\n\r\n",
 ]  # fmt: skip
 
 
@@ -265,6 +268,55 @@ def test_what_would_cost_more_than_a_request_may_is_refused_by_name(server, path
     response = server.http.post(path, json={"model": "base", **body})
     assert response.status_code == 400
     assert (response.json()["error"]["param"] or "").split("[")[0] == (param or "")
+
+
+def test_a_large_body_is_read_beside_the_event_loop_and_refused_as_a_small_one_is(server):
+    space = " " * LARGE_BYTES
+    for body in ({"n": 0}, {"colour": 1}, {"stop": [1]}, {"prompt": [[None]]}, {"stream_options": {}}, {"n": 2}):
+        text = json.dumps({"model": "base", "prompt": "hi", "seed": 1, "max_tokens": 2} | body)
+        both = [
+            server.http.post("/v1/completions", content=each, headers={"content-type": "application/json"})
+            for each in (text, text + space)
+        ]
+        assert both[0].status_code == both[1].status_code
+        small, large = (each.json() for each in both)
+        assert small.get("error") == large.get("error")
+        texts = [[choice["text"] for choice in each.get("choices", ())] for each in (small, large)]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("size", [0, LARGE_BYTES])
+def test_a_large_body_is_read_on_the_thread_of_texts(server, size, monkeypatch):
+    threads, parse = [], large._parse
+    monkeypatch.setattr(
+        large, "_parse", lambda data: threads.append(threading.current_thread().name) or parse(data)
+    )
+    content = json.dumps({"prompt": "hi"}) + " " * size
+    server.http.post("/tokenize", content=content, headers={"content-type": "application/json"})
+    assert [name.startswith("nr-text") for name in threads] == [size > 0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[" * 5000 + b"]" * 5000, "nested too deeply"),
+        (b'{"model": ' * 5000 + b"1" + b"}" * 5000, "nested too deeply"),
+        (b'{"model": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused_with_the_reason(server, body, message):
+    for path in ("/v1/completions", "/tokenize", "/v1/adapters"):
+        for content in (body, body + b" " * LARGE_BYTES):
+            answer = server.http.post(path, content=content, headers={"content-type": "application/json"})
+            assert (answer.status_code, message in answer.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("field", ["content", "tool_calls"])
+def test_the_parts_of_a_message_are_counted_before_they_are_looked_at(server, field):
+    message = {"role": "assistant", field: [{}] * 100_000}
+    error = server.chat(messages=[message]).json()["error"]
+    assert (error["code"], error["param"].startswith(f"messages[0].{field}")) == (400, True)
+    assert len(error["message"]) < 500
 
 
 def test_a_trailing_slash_is_not_found_rather_than_sent_elsewhere(server):

@@ -281,12 +281,30 @@ def test_a_grammar_waits_only_so_long_for_others_and_is_not_to_blame_for_them(ht
     assert compiled == ["a"], "the second was given up before its turn"
 
 
+def test_a_grammar_is_compiled_once_however_often_it_is_asked_for(http, monkeypatch):
+    made, guide = [], guides.Guide
+    monkeypatch.setattr(guides, "Guide", lambda *args: made.append(args) or guide(*args))
+    asked = {"guided_regex": "[ab]{3}once", "seed": 1, "temperature": 1}
+    texts = [complete(http, **asked).json()["choices"][0]["text"] for _ in range(3)]
+    assert (len(set(texts)), len(made)) == (1, 1)
+
+
 def test_only_so_many_grammars_wait():
     async def ask() -> None:
         context = Context(AsyncEngine(fakes.FakeEngine, Metrics()), fakes.tokenizer(), ServeConfig(max_waiting=2))
         body = CompletionBody(model="base", prompt="hi", guided_regex="a")
-        with context.grammars.place("x"), context.grammars.place("x"), pytest.raises(QueueFull, match="2 grammars"):
+        go_on = asyncio.Event()
+
+        async def hold() -> None:
+            async with context.grammars.turn("x"):
+                await go_on.wait()
+
+        held = [asyncio.create_task(hold()) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull, match="2 grammars"):
             await guides.guide_for(context, body)
+        go_on.set()
+        await asyncio.gather(*held)
 
     asyncio.run(ask())
 

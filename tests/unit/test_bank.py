@@ -13,13 +13,13 @@ from nr_serve.neutral.format import Adapter, AdapterInfo, Block
 
 LABELS = 64
 
-D, LAYERS, SLOTS, WIDTH, ROWS = 8, 3, 4, 6, 5
+D, LAYERS, SLOTS, WIDTH, ROWS, PAGES = 8, 3, 4, 6, 5, 3
 NAN = float("nan")
 
 
 def bank(dtype=torch.float32) -> Bank:
     device = torch.device("cpu")
-    return Bank(layers=LAYERS, d=D, slots=SLOTS, width=WIDTH, rows=ROWS, device=device, dtype=dtype)
+    return Bank(layers=LAYERS, d=D, slots=SLOTS, width=WIDTH, rows=ROWS, device=device, dtype=dtype, pages=PAGES)
 
 
 def adapter(seed: int, *, carry=0.0, widths=(WIDTH,) * LAYERS, bias=0.0) -> Adapter:
@@ -42,8 +42,8 @@ def attach(to: Bank, slot: int, what: Adapter, threshold=0.0) -> None:
         pass
 
 
-def tokens(pieces, labels=None) -> StepTokens:
-    """`pieces`: (row, length, selected slots), laid end to end."""
+def tokens(pieces, labels=None, ends=()) -> StepTokens:
+    """`pieces`: (row, length, selected slots), laid end to end; `ends`: (token of the step, page that it ends)."""
     lengths = [n for _, n, _ in pieces]
     selected_PS = torch.zeros(len(pieces), SLOTS, dtype=torch.bool)
     for i, (_, _, slots) in enumerate(pieces):
@@ -55,18 +55,27 @@ def tokens(pieces, labels=None) -> StepTokens:
         last_P=torch.tensor(lengths).cumsum(0) - 1,
         selected_TS=selected_PS[of_T],
         label_T=torch.tensor(labels or [0] * len(pieces))[of_T],
+        longest=max(lengths),
+        end_E=torch.tensor([token for token, _ in ends]) if ends else None,
+        page_E=torch.tensor([page for _, page in ends]) if ends else None,
     )
 
 
 def step(on: Bank, pieces, x_LTd, y_LTd, labels=None):
     """One step. Each layer's y with residues, and the layers fired."""
-    on.begin(tokens(pieces, labels))
+    out, open_TS = observed_step(on, pieces, x_LTd, y_LTd, labels)
+    return out, None if open_TS is None else open_TS * tokens(pieces).selected_TS
+
+
+def observed_step(on: Bank, pieces, x_LTd, y_LTd, labels=None, ends=()):
+    """One step. Each layer's y with residues, and the layers open, whether selected or not."""
+    on.begin(tokens(pieces, labels, ends))
     # y may be reused, so the bank gets a copy; with a batch dimension in front, as models have it.
     out = [on.add_residues(i, x_LTd[i][None], y_LTd[i].clone()[None])[0] for i in range(LAYERS)]
     return torch.stack(out), on.end()
 
 
-@dataclass
+@dataclass(eq=False)
 class NaiveSlot:
     """An adapter in a slot as the definition sees it: every row's logits since both began."""
 
@@ -90,6 +99,7 @@ class NaiveBank:
 
     def __init__(self) -> None:
         self.slots: dict[int, NaiveSlot] = {}
+        self.pages: dict[int, dict[tuple[NaiveSlot, int], list[float]]] = {}
         self.fired = torch.zeros(LAYERS, SLOTS)
         self.seen = torch.zeros(LAYERS, SLOTS)
         self.mass = torch.zeros(SLOTS, dtype=torch.float64)
@@ -101,9 +111,19 @@ class NaiveBank:
             for layer in range(LAYERS):
                 slot.z[layer, row] = []
 
+    def keep_page(self, page: int, row: int, after: int) -> None:
+        """The page ends `after` tokens before the row's last."""
+        own = {(slot, layer): slot.z[layer, row] for slot in self.slots.values() for layer in range(LAYERS)}
+        self.pages[page] = {key: z[: len(z) - after] for key, z in own.items()}
+
+    def recall_row(self, row: int, page: int) -> None:
+        for slot in self.slots.values():
+            for layer in range(LAYERS):
+                slot.z[layer, row] = list(self.pages.get(page, {}).get((slot, layer), []))
+
     def step(self, pieces, x_LTd, y_LTd, labels):
         out = y_LTd.double().clone()
-        layers_fired_TS = torch.zeros(y_LTd.shape[1], SLOTS, dtype=torch.int32)
+        open_TS = torch.zeros(y_LTd.shape[1], SLOTS, dtype=torch.int32)
         start = 0
         for (row, n, selected), label in zip(pieces, labels, strict=True):
             own = slice(start, start + n)
@@ -113,16 +133,16 @@ class NaiveBank:
                     over_n, g_n = slot.gates(layer, row, x_LTd[layer, own])
                     self.smallest_margin = min(self.smallest_margin, float(over_n.abs().min()))
                     self.cross[label, s] += int((over_n > 0).sum())
+                    open_TS[own, s] += (over_n > 0).int()
                     block = slot.adapter.blocks[layer]
                     if s not in selected or block is None:
                         continue
                     weights = (block.w_in.double(), block.w_gate.double(), block.w_out.double())
                     out[layer, own] += math.residue(x_LTd[layer, own].double(), g_n, *weights)
-                    layers_fired_TS[own, s] += (g_n > 0).int()
                     self.fired[layer, s] += int((g_n > 0).sum())
                     self.seen[layer, s] += n
                     self.mass[s] += g_n.sum()
-        return out, layers_fired_TS
+        return out, open_TS
 
 
 def random_adapter(rng, seed):
@@ -158,6 +178,10 @@ def test_random_steps_and_changes_equal_the_naive_sum(seed):
             row = rng.randrange(ROWS)
             fast.forget_row(row)
             naive.forget_row(row)
+        elif roll < 0.32:
+            row, page = rng.randrange(ROWS), rng.randrange(PAGES)
+            fast.recall_row(row, page)
+            naive.recall_row(row, page)
         for key, (pieces, waiting) in list(copying.items()):
             if next(pieces, "done") == "done":
                 naive.slots[key] = waiting
@@ -170,14 +194,17 @@ def test_random_steps_and_changes_equal_the_naive_sum(seed):
         labels = [rng.randrange(LABELS) for _ in rows]
         T = sum(n for _, n, _ in pieces)
         x_LTd, y_LTd = torch.randn(2, LAYERS, T, D, generator=g)
-        got, fired_TS = step(fast, pieces, x_LTd, y_LTd, labels)
-        want, want_fired_TS = naive.step(pieces, x_LTd, y_LTd, labels)
+        ends = [(t, page) for t, page in zip(rng.sample(range(T), min(T, PAGES)), range(PAGES), strict=False)]
+        ends = rng.sample(ends, rng.randint(0, len(ends)))
+        got, open_TS = observed_step(fast, pieces, x_LTd, y_LTd, labels, ends)
+        want, want_open_TS = naive.step(pieces, x_LTd, y_LTd, labels)
+        last_of = [(row, k) for row, n, _ in pieces for k in reversed(range(n))]
+        for t, page in ends:
+            naive.keep_page(page, *last_of[t])
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5)
         if naive.slots:
-            assert fired_TS is not None
-            keep = [s for s in range(SLOTS) if s in naive.slots]
-            assert torch.equal(fired_TS[:, keep], want_fired_TS[:, keep])
-            assert not fired_TS[:, [s for s in range(SLOTS) if s not in naive.slots]].any()
+            assert open_TS is not None
+            assert torch.equal(open_TS, want_open_TS)
         steps += 1
         opened += bool((want != y_LTd.double()).any())
         if rng.random() < 0.1:
@@ -217,9 +244,7 @@ def test_y_comes_back_to_the_bit_where_no_gate_fired():
     # And token by token, where a neighbour's gate fired.
     out, fired_TS = step(on, [(0, 4, (0, 1)), (1, 3, (0, 1))], x_LTd, y_LTd)
     assert fired_TS.any()
-    logits_LT = torch.stack(
-        [math.gate_logit(x_LTd[i], on.gate_LdS[i, :, 1], on.bias_LS[i, 1]) for i in range(LAYERS)]
-    )
+    logits_LT = torch.stack([math.gate_logit(x_LTd[i], on.gate_LSd[i, 1], on.bias_LS[i, 1]) for i in range(LAYERS)])
     closed_LT = logits_LT < 0
     assert closed_LT.any()
     assert torch.equal(out[closed_LT].view(torch.int32), y_LTd[closed_LT].view(torch.int32))
@@ -236,7 +261,7 @@ def test_poisoned_slots_that_are_not_selected_never_touch_the_output(poison, det
         attach(each, 1, adapter(1, carry=0.5))
         attach(each, 3, adapter(3))
         attach(each, 2, adapter(2))
-    for weights in (wild.gate_LdS[:, :, 2], wild.bias_LS[:, 2], wild.w_in_SLhd[2], wild.w_out_SLhd[2]):
+    for weights in (wild.gate_LSd[:, 2], wild.bias_LS[:, 2], wild.w_up_SLud[2], wild.w_out_SLhd[2]):
         weights.fill_(poison)
     if detached:
         clean.detach(2)
@@ -316,6 +341,40 @@ def test_a_forgotten_row_starts_a_sequence_and_the_others_go_on():
     assert not torch.allclose(carried, again), "the carry of this test is too small to show a mistake"
 
 
+def test_a_row_that_recalls_a_page_goes_on_as_the_row_that_filled_it():
+    on, whole = bank(), bank()
+    for each in (on, whole):
+        attach(each, 0, adapter(1, carry=0.9))
+        attach(each, 2, adapter(2, carry=0.5))
+    x_LTd, y_LTd = torch.randn(2, LAYERS, 9, D, generator=torch.Generator().manual_seed(9))
+    want, want_open_TS = observed_step(whole, [(0, 9, (0, 2))], x_LTd, y_LTd)
+    observed_step(on, [(0, 6, (0,))], x_LTd[:, :6], y_LTd[:, :6], ends=[(3, 1)])
+    on.recall_row(4, 1)
+    got, open_TS = observed_step(on, [(4, 5, (0, 2))], x_LTd[:, 4:], y_LTd[:, 4:])
+    torch.testing.assert_close(got, want[:, 4:])
+    assert torch.equal(open_TS, want_open_TS[4:]), "slots that were not selected carry on too"
+    # What an adapter left at a page's end is nothing to the next one in its slot.
+    attach(on, 0, adapter(3, carry=0.9))
+    on.recall_row(4, 1)
+    assert on.state_LRS[:, 4, 0].isnan().all()
+    assert not on.state_LRS[:, 4, 2].isnan().any()
+
+
+def test_a_step_that_is_cut_short_leaves_states_and_statistics_as_they_were():
+    on = bank()
+    attach(on, 0, adapter(1, carry=0.9))
+    x_LTd, y_LTd = torch.randn(2, LAYERS, 4, D, generator=torch.Generator().manual_seed(10))
+    observed_step(on, [(0, 4, (0,))], x_LTd, y_LTd)
+    on.read_totals()
+    states_LRS, pages_LNS = on.state_LRS.clone(), on.page_state_LNS.clone()
+    on.begin(tokens([(0, 4, (0,))], ends=[(2, 0)]))
+    on.add_residues(0, x_LTd[0], y_LTd[0].clone())
+    on.end()
+    torch.testing.assert_close(on.state_LRS, states_LRS, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(on.page_state_LNS, pages_LNS, equal_nan=True, rtol=0, atol=0)
+    assert not any(torch.tensor(counter).any() for counter in counters(on.read_totals()))
+
+
 def test_with_nothing_attached_a_step_costs_and_changes_nothing():
     on = bank()
     attach(on, 0, adapter(1))
@@ -336,8 +395,8 @@ def test_a_bfloat16_stream_opens_the_gates_of_float32_logits():
     assert got.dtype == torch.bfloat16
     naive = NaiveBank()
     naive.slots[1] = NaiveSlot(what, 0.0)
-    want, want_fired_TS = naive.step([(0, 40, (1,))], x_LTd, y_LTd, [0])
-    assert torch.equal(fired_TS, want_fired_TS)
+    want, want_open_TS = naive.step([(0, 40, (1,))], x_LTd, y_LTd, [0])
+    assert torch.equal(fired_TS, want_open_TS)
     torch.testing.assert_close(got.double(), want, atol=0.1, rtol=0.05)
 
 

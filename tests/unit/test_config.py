@@ -54,7 +54,14 @@ def test_an_unknown_key_of_the_file_is_refused_with_what_may_be_meant(file, caps
     assert "no setting `config`" in refused(capsys, "--config", str(file))
 
 
-@pytest.mark.parametrize(("text", "message"), [("slots = 0", "--slots: "), ("slots = ", "is not TOML: ")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slots = 0", "--slots: "),
+        ("slots = ", "is not TOML: "),
+        ("slots = " + "[" * 9999 + "]" * 9999, "is not TOML: "),
+    ],
+)
 def test_a_wrong_value_in_the_file_is_refused(file, text, message, capsys):
     file.write_text(text)
     assert message in refused(capsys, "--config", str(file))

@@ -17,12 +17,14 @@ REQUESTS = 300
 
 
 def engine(
-    base, *, pages: int, budget: int, running: int, page_size: int = 4, slots: int = 4
+    base, *, pages: int, budget: int, running: int, page_size: int = 4, slots: int = 4, kind=Adapters, **settings
 ) -> tuple[Core, Adapters]:
-    config = ServeConfig(pages=pages, page_size=page_size, slots=slots, slot_width=16, max_running=running)
+    config = ServeConfig(
+        pages=pages, page_size=page_size, slots=slots, slot_width=16, max_running=running, **settings
+    )
     tokenizer = tiny.tokenizer()
     runner = Runner(base, tokenizer, config, "tiny")
-    adapters = Adapters(runner.bank)
+    adapters = kind(runner.bank)
     core = Core(
         runner,
         adapters,

@@ -194,6 +194,24 @@ def test_a_grammar_that_is_none_is_refused_with_the_reason(grammar):
         guide(grammar)
 
 
+@pytest.mark.parametrize(
+    "grammar", ["start: s\ns: s s | /[a-z ]/", "start: a\na: /[a-z]/ a | /[a-z]/ a a | /[a-z]/"]
+)
+def test_a_short_grammar_whose_tokens_grow_dearer_and_dearer_is_given_up(grammar):
+    tokenizer = tiny.tokenizer()
+    tokenizer.hf.add_tokens(["a" * length for length in range(2, 60)])
+    progress = Guide(grammar, tokenizer.for_grammars(tiny.VOCAB + 100, [EOS])).begin()
+
+    def write(tokens):
+        for _ in range(tokens):
+            progress.allowed_bits()
+            progress.take(LETTERS["a"])
+
+    write(3)
+    with pytest.raises(BadRequest, match="Too many items"):
+        write(60)
+
+
 @pytest.mark.parametrize("ending", ["logits gone wild", "too complex"])
 def test_an_answer_that_cannot_go_on_ends_alone(ending, monkeypatch):
     core, _ = engine(tiny.model(), pages=400, budget=64, running=8)

@@ -118,7 +118,9 @@ def test_gates_of_any_size_keep_the_totals_finite():
     base = tiny.model()
     core, adapters = engine(base, pages=40, budget=64, running=4)
     huge = tiny.adapter(base, seed=1, scale=0.0)
-    blocks = tuple(dataclasses.replace(b, bias=torch.tensor(3e38)) for b in huge.blocks)
+    blocks = tuple(
+        dataclasses.replace(b, bias=torch.tensor(3e38), w_in=torch.zeros_like(b.w_in)) for b in huge.blocks
+    )
     load(adapters, "huge", dataclasses.replace(huge, blocks=blocks))
     core.add(ask("r", range(9), ("huge",)))
     answers(core)

@@ -58,10 +58,24 @@ def test_the_simple_keys_work_beside_the_file(path):
         assert [status(served, CHANGE, key) for key in (alice, "user", "admin")] == [403, 403, 404]
 
 
-def test_a_file_without_keys_opens_nothing(path):
-    path.write_text("")
+@pytest.mark.parametrize("left", ["", "# no key yet\n", "key = []\n"])
+def test_a_file_without_keys_ends_the_start_and_later_changes_nothing(path, left):
+    alice, text = entry("alice")
+    path.write_text(text)
     with serving(key_file=path) as served:
-        assert status(served, ASK) == status(served, CHANGE) == 401
+        path.write_text(left)
+        assert (status(served, ASK), status(served, ASK, alice), status(served, CHANGE)) == (401, 200, 401)
+    with pytest.raises(BadRequest, match="holds no key"):
+        Keys(ServeConfig(key_file=path))
+
+
+def test_a_file_cut_off_within_a_line_changes_nothing(path):
+    alice, text = entry("alice", requests_at_once=40)
+    path.write_text(text)
+    keys = Keys(ServeConfig(key_file=path))
+    for end in (end for end in range(len(text)) if not text[:end].endswith("\n")):
+        replace(path, text[:end])
+        assert keys.find(alice.encode()).requests_at_once == 40, text[:end]
 
 
 def test_a_changed_file_counts_from_the_next_request_on_and_a_wrong_one_changes_nothing(path, caplog):
@@ -125,6 +139,9 @@ def test_a_short_key_opens_nothing_through_the_file(path, monkeypatch):
         ("[[key]]\nname = 'a'\nrole = 'admin'\nsha256 = 'my password'\n", "key.0.sha256"),
         ("[[keys]]\n", "keys"),
         ("x", "not TOML"),
+        ("x = " + "[" * 5000 + "]" * 5000 + "\n", "not TOML"),
+        ("[[key]]\nname = 'api-key'\nrole = 'admin'\nsha256 = '" + "0" * 64 + "'\n", "--api-key gives"),
+        ("[[key]]\nname = 'admin-key'\nrole = 'admin'\nsha256 = '" + "0" * 64 + "'\n", "--admin-key gives"),
         (entry("a")[1] + entry("a")[1], "name twice"),
         ((text := entry("a")[1]) + text.replace("'a'", "'b'", 1), "sha256 twice"),
     ],
@@ -145,7 +162,7 @@ def test_make_key_shows_the_key_once_and_gives_its_line(path, capsys):
     (key,) = tomllib.loads(shown.out)["key"]
     assert (key["name"], key["role"]) == ("alice", "admin")
     assert Keys(ServeConfig(key_file=path)).find(secret.encode()).name == "alice"
-    assert main(["make-key", "a b"]) == 1
+    assert main(["make-key", "a b"]) == main(["make-key", "api-key"]) == 1
 
 
 def test_a_missing_key_file_ends_the_start(path):

@@ -8,18 +8,22 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from nr_serve.api import work
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.work import Deadlines, Work
 from nr_serve.config import ServeConfig
+from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.loop import EngineLoop
 from nr_serve.engine.messages import LoadAdapter
+from nr_serve.errors import NrError
 from nr_serve.metrics import Metrics
-from nr_serve.serve import Server, bind
+from nr_serve.serve import Server, bind, serve
 from tests import fakes, tiny
 from tests.fakes import Served, events, serving
 from tests.unit.halting import Halting
@@ -142,6 +146,29 @@ def test_only_a_stream_that_is_not_whole_is_ended_by_the_deadline(more):
     assert [b"TimeoutError" in last["body"] for last in sent[2:]] == ([True] if more else [])
 
 
+async def _blocked(message) -> None:
+    """To a client that does not read."""
+    await asyncio.Event().wait()
+
+
+async def _streaming(scope, receive, send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    while True:
+        await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
+
+
+@pytest.mark.parametrize(("deadline", "blocked_s"), [(0.01, PATIENCE), (None, 0.01)])
+def test_a_client_that_does_not_read_keeps_its_request_no_longer_than_its_time(deadline, blocked_s, monkeypatch):
+    monkeypatch.setattr(work, "SEND_SECONDS", blocked_s)
+    monkeypatch.setattr(work, "_LAST_SECONDS", 0.01)
+
+    async def main() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        await asyncio.wait_for(Deadlines(_streaming, Work(), deadline)(scope, None, _blocked), PATIENCE)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("header", ["0", "-1", "nan", "inf", "soon", ""])
 def test_a_timeout_that_is_none_is_refused_by_name(header):
     with serving() as served:
@@ -226,6 +253,17 @@ def test_an_engine_that_breaks_down_answers_everybody_with_500_and_turns_health_
         assert "lost" not in answer.text
 
 
+def test_steps_that_fail_one_after_the_other_end_the_engine_and_everybody_is_answered(real, monkeypatch):
+    def lost(*args):
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(real.engine.core._runner, "run", lost)
+    answers = [complete(real) for _ in range(MAX_FAILED_STEPS)]
+    assert [answer.status_code for answer in answers] == [500] * MAX_FAILED_STEPS
+    real.until("/health", 503)
+    assert complete(real).status_code == complete(real, stream=True).status_code == 503
+
+
 def test_told_to_end_it_refuses_what_is_new_and_finishes_what_runs():
     with running(Halting, fakes.tokenizer()) as (served, server), ThreadPoolExecutor() as threads:
         stream = threads.submit(ask, served, stream=True)
@@ -296,6 +334,48 @@ def test_sigterm_ends_the_process_with_0_once_its_streams_have_ended():
             server.send_signal(signal.SIGTERM)
             assert "shutting down" in "".join(lines)
         assert server.wait(PATIENCE) == 0
+
+
+def test_sigterm_ends_a_process_that_loads_its_base_at_once_with_0():
+    with bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "tests.unit.halting", "--port", str(port), "loading"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as server:
+        client = Served(None, f"http://127.0.0.1:{port}")
+        try:
+            until(lambda: is_loading(client))
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(PATIENCE) == 0
+        finally:
+            client.http.close()
+            server.kill()
+
+
+def is_loading(client) -> bool:
+    try:
+        return client.http.get("/health").json() == {"status": "loading"}
+    except httpx.ConnectError:
+        return False
+
+
+@pytest.mark.parametrize("failure", [None, "the device is lost"])
+def test_the_exit_code_says_whether_the_engine_had_failed(failure, monkeypatch, capsys):
+    def run(server, sockets):
+        if failure is not None:
+            engine.failure = failure
+            engine.on_status("ready")
+            engine.on_status("failed")
+        raise SystemExit(0)  # as SIGTERM does
+
+    engine = SimpleNamespace(failure=None, info=SimpleNamespace(model="m", device="d", dtype="t"), adapters={})
+    engine.status = "ready"
+    app = SimpleNamespace(state=SimpleNamespace(context=SimpleNamespace(work=Work(), engine=engine)))
+    monkeypatch.setattr("nr_serve.serve.assemble", lambda config: (engine, app))
+    monkeypatch.setattr(Server, "run", run)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    assert_code = pytest.raises(SystemExit) if failure is None else pytest.raises(NrError, match=failure)
+    with assert_code:
+        serve(ServeConfig(port=0))
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from nr_serve.api.auth import CALLER
 from nr_serve.api.bridge import AsyncEngine
-from nr_serve.api.context import Context
+from nr_serve.api.context import Context, Worker
 from nr_serve.api.limits import KeyLimits, TokenBucket
 from nr_serve.config import ServeConfig
 from nr_serve.errors import QueueFull
@@ -186,8 +187,36 @@ def test_only_so_many_texts_wait_for_the_tokenizer():
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
             await context.text(lambda: None)
+        CALLER.set("another")
+        others = asyncio.create_task(context.text(lambda: "read"))
+        await asyncio.sleep(0)
         go_on.set()
+        assert await others == "read", "each caller has places of its own"
         await asyncio.gather(*held)
+        CALLER.set("")
         assert await context.text(lambda: "read") == "read"
+
+    asyncio.run(ask())
+
+
+def test_callers_take_turns_at_a_worker_whoever_waits_longest():
+    done = []
+
+    async def work(worker: Worker, caller: str) -> None:
+        CALLER.set(caller)
+        async with worker.turn("x"):
+            await worker.run(lambda: done.append(caller))
+
+    async def ask() -> None:
+        worker = Worker("x", 9)
+        callers = ["a", "a", "a", "a", "b", "b", "c"]
+        tasks = [asyncio.create_task(work(worker, caller)) for caller in callers]
+        await asyncio.sleep(0)
+        tasks[2].cancel()  # while it waits
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert done == ["a", "a", "b", "c", "b", "a"]
+        done.clear()
+        await asyncio.wait_for(work(worker, "a"), 10)
+        assert done == ["a"]
 
     asyncio.run(ask())

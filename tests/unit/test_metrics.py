@@ -8,7 +8,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nr_serve.api import bridge
 from nr_serve.api.bridge import AsyncEngine
-from nr_serve.engine.messages import GateStatistics, Output, ReadGates, Sampling, StepReport, Submit, Token
+from nr_serve.engine.messages import (
+    GateStatistics,
+    Output,
+    PrefixTokens,
+    ReadGates,
+    Sampling,
+    StepReport,
+    Submit,
+    Token,
+)
 from nr_serve.errors import QueueFull, Unavailable
 from nr_serve.metrics import Metrics, VllmNames, metrics_table
 from nr_serve.metrics.definitions import DEFINITIONS
@@ -24,7 +33,8 @@ REQUESTS = {
     "nr_computed_tokens_total", "nr_pages_used", "nr_pages_total", "nr_request_queue_seconds",
     "nr_request_prefill_seconds", "nr_request_decode_seconds", "nr_request_prompt_tokens",
     "nr_request_generated_tokens", "nr_last_step_timestamp_seconds", "nr_ready", "nr_server_info",
-    "nr_http_errors_total",
+    "nr_http_errors_total", "nr_prefix_tokens_total", "nr_prefix_hit_tokens_total",
+    "nr_prefix_neutral_hit_tokens_total",
 }  # fmt: skip
 ADAPTERS = {
     "nr_adapter_loads_total", "nr_adapter_unloads_total", "nr_adapter_load_failures_total",
@@ -98,8 +108,10 @@ def test_a_refused_request_is_counted_but_not_timed():
 def test_a_step_sets_the_gauges_and_adds_to_the_counters():
     metrics = Metrics()
     for step in (1, 2):
-        metrics.step(StepReport(step, 0.1, 5, 3, 4, 6, 7, 1, 10, 100))
+        metrics.step(StepReport(step, 0.1, 5, 3, 4, 6, 7, 1, 10, 100, PrefixTokens(40, 32, 16)))
     got = samples(metrics)
+    prefix = [got[f"nr_prefix_{name}_total"] for name in ("tokens", "hit_tokens", "neutral_hit_tokens")]
+    assert prefix == [80, 64, 32]
     assert (got["nr_requests_running"], got["nr_requests_waiting"], got["nr_preemptions_total"]) == (6, 7, 2)
     assert (got["nr_pages_used"], got["nr_pages_total"]) == (10, 100)
     assert (got["nr_step_tokens_sum"], got["nr_step_requests_sum"], got["nr_step_seconds_count"]) == (16, 8, 2)
@@ -308,13 +320,14 @@ def test_what_is_shown_under_vllms_names_is_what_is_shown_under_ours():
         clock.output(Output("r", tokens=(Token(1, "a"),), started=time.monotonic()))
         clock.output(Output("r", tokens=(Token(1, "a"),), finish_reason="stop"))
     metrics.track(submit()).end("abort")
-    metrics.step(StepReport(1, 0.1, 5, 3, 4, 6, 7, 1, 10, 100))
+    metrics.step(StepReport(1, 0.1, 5, 3, 4, 6, 7, 1, 10, 100, PrefixTokens(40, 32, 16)))
     got = picked(metrics)
     value = {name: samples[0][1] for name, samples in got.items()}
     assert (value["vllm:num_requests_running"], value["vllm:num_requests_waiting"]) == (3, 4)
     assert value["vllm:kv_cache_usage_perc"] == 0.25
     assert (value["vllm:prompt_tokens_total"], value["vllm:generation_tokens_total"]) == (6, 4)
     assert value["vllm:num_preemptions_total"] == 1
+    assert (value["vllm:prefix_cache_queries_total"], value["vllm:prefix_cache_hits_total"]) == (40, 32)
     assert value["vllm:iteration_tokens_total_sum"] == 8
     reasons = {labels["finished_reason"]: count for labels, count in got["vllm:request_success_total"]}
     assert reasons == {"stop": 2, "length": 0, "abort": 1, "error": 0}

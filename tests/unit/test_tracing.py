@@ -43,7 +43,7 @@ def traced(exporter=None, tracing=None):
         return engines[0]
 
     engine = AsyncEngine(build, Metrics(), tracing or Tracing(exporter))
-    with TestClient(create_app(engine, tokenizer(), ServeConfig())) as client:
+    with TestClient(create_app(engine, tokenizer(), ServeConfig()), "http://localhost") as client:
         while client.get("/ready").status_code != 200:
             time.sleep(0.01)
         yield client, engines[0], spans

@@ -1,0 +1,453 @@
+"""Wrong input by the thousand: adapter files, and requests to every route, beside a stream that must not change.
+
+    python loadtests/fuzz.py --inputs 100000 --seed 0
+
+Half of the inputs are files for the reader, half requests to the app (in this process, over a tiny random base).
+All are mutations of good ones, chosen by the seed. A crash is an exception that is no refusal. The last line is
+JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from loadtests.provenance import provenance
+from nr_serve.api.app import create_app
+from nr_serve.api.bridge import AsyncEngine
+from nr_serve.config import ServeConfig
+from nr_serve.engine.loop import EngineLoop
+from nr_serve.engine.messages import ReadGates
+from nr_serve.errors import NrError
+from nr_serve.metrics import Metrics
+from nr_serve.neutral.format import Base, read_adapter, write_adapter
+from tests import tiny
+
+AT_ONCE = 16
+WARM_UP = 2000
+"""Inputs before the memory is read for the first time: caches fill."""
+STEADY = {"model": "tiny@none", "prompt": "Water boils", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+_SHOWN = 5
+_USER = {"role": "user", "content": "hi"}
+_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+_SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, "b"]}}, "required": ["a"]}
+GOOD: tuple[tuple[str, str, dict[str, Any] | None], ...] = (
+    ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 2, "seed": 1}),
+    ("POST", "/v1/completions", {"model": "tiny", "prompt": [[1, 2], [3]], "n": 2, "max_tokens": 1, "echo": True}),
+    ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 2, "stream": True, "logprobs": 2}),
+    ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 3, "guided_json": _SCHEMA}),
+    ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 3, "guided_regex": "[ab]+c?"}),
+    ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 3, "guided_choice": ["a", "bc"]}),
+    ("POST", "/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 3, "guided_grammar": 'start: "a"+'}),
+    (
+        "POST",
+        "/v1/completions",
+        {"model": "tiny", "prompt": "ab", "max_tokens": 0, "prompt_logprobs": 1, "gates": True},
+    ),
+    (
+        "POST",
+        "/v1/completions",
+        {
+            "model": "tiny",
+            "prompt": "a",
+            "max_tokens": 2,
+            "stop": ["x"],
+            "logit_bias": {"5": 1.5},
+            "top_k": 4,
+            "min_p": 0.1,
+        },
+    ),
+    ("POST", "/v1/chat/completions", {"model": "tiny", "messages": [_USER], "max_tokens": 2}),
+    ("POST", "/v1/chat/completions", {"model": "tiny", "messages": [_USER], "max_tokens": 2, "tools": [_TOOL]}),
+    (
+        "POST",
+        "/v1/chat/completions",
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+            "max_completion_tokens": 2,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "logprobs": True,
+            "top_logprobs": 1,
+        },
+    ),
+    ("POST", "/tokenize", {"prompt": "abc", "return_token_strs": True}),
+    ("POST", "/tokenize", {"messages": [_USER]}),
+    ("POST", "/detokenize", {"tokens": [1, 2, 3]}),
+    ("POST", "/v1/adapters", {"name": "x", "path": "x.safetensors", "replace": True, "threshold": 0.5}),
+    ("PATCH", "/v1/adapters/x", {"pinned": True, "threshold": 0.5}),
+    ("POST", "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "x.safetensors", "load_inplace": True}),
+    ("POST", "/v1/unload_lora_adapter", {"lora_name": "x"}),
+    ("DELETE", "/v1/adapters/x", None),
+    ("GET", "/v1/adapters/x", None),
+    ("GET", "/v1/models/tiny", None),
+)
+ODD: tuple[Any, ...] = (
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2**31,
+        2**63,
+        -(2**63) - 1,
+        10**40,
+        0.5,
+        -0.0,
+        1e308,
+        float("nan"),
+        float("inf"),
+    ),
+    *(
+        "",
+        " ",
+        "a",
+        "x" * 5000,
+        "\0",
+        "\ud800",
+        "\udc00x",
+        "🙂" * 9,
+        "../../etc/passwd",
+        "/dev/zero",
+        "@none",
+        "tiny@none",
+    ),
+    *(
+        "%s{0}",
+        "\r\nX: y",
+        "(" * 200,
+        "[a-",
+        "start: s\ns: s s | /[a-z ]/",
+        "system",
+        "a\u202eb",
+        "٣",
+        "${x}",
+        "{{ 7 * 7 }}",
+    ),
+    *([], {}, [[]], [None], [{}], {"": ""}, [1] * 300, ["a"] * 300, {str(i): i for i in range(300)}),
+)
+
+
+@dataclass
+class Found:
+    """What came of the inputs."""
+
+    files: int = 0
+    requests: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)
+    crashes: list[str] = field(default_factory=list)
+    """Of the reader, and of the app."""
+    server_errors: list[str] = field(default_factory=list)
+    streams: int = 0
+    """Well-behaved ones, answered meanwhile."""
+    streams_changed: int = 0
+
+
+def mutated_bytes(chance: random.Random, data: bytes) -> bytes:
+    """The data with some bytes changed, removed, doubled or cut off."""
+    changed = bytearray(data)
+    for _ in range(chance.choice((1, 1, 2, 8))):
+        at = chance.randrange(len(changed) + 1)
+        length = chance.choice((1, 1, 2, 8, 64))
+        match chance.randrange(5):
+            case 0:
+                changed[at : at + length] = chance.randbytes(min(length, len(changed) - at))
+            case 1:
+                del changed[at : at + length]
+            case 2:
+                changed[at:at] = changed[at : at + length]
+            case 3:
+                changed[at:at] = chance.choice(
+                    (b"\0", b"{", b"[" * 300, b'"', b"\xff", b"-", b"9" * 30, b"\\ud800")
+                )
+            case 4:
+                del changed[at:]
+    return bytes(changed)
+
+
+def mutated_json(chance: random.Random, value: Any, times: int) -> bytes:
+    """The JSON value with so many things in it changed."""
+    changed = {"top": copy.deepcopy(value)}
+    try:
+        for _ in range(times):
+            _change(chance, changed)
+        return json.dumps(changed.get("top")).encode()
+    except RecursionError:
+        return b'{"a":' * 2000
+
+
+def _change(chance: random.Random, changed: dict[str, Any]) -> None:
+    places = list(_places(changed))
+    if not places:
+        return
+    holder, name = chance.choice(places)
+    match chance.randrange(6):
+        case 0 if isinstance(holder, dict) and len(places) > 1:
+            del holder[name]
+        case 1:
+            holder[name] = [holder[name]]
+        case 2:
+            for _ in range(chance.choice((2, 60, 900))):
+                holder[name] = chance.choice(([holder[name]], {"a": holder[name]}))
+        case 3:
+            target = holder[name]
+            if isinstance(target, dict):
+                target[str(chance.choice(ODD))[:99]] = chance.choice(ODD)
+            elif isinstance(target, list):
+                target.append(copy.deepcopy(chance.choice(ODD)))
+        case _:
+            holder[name] = copy.deepcopy(chance.choice(ODD))
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a JSON value: what holds it, and under which name."""
+    for name in value if isinstance(value, dict) else range(len(value)):
+        yield value, name
+        if isinstance(value[name], dict | list):
+            yield from _places(value[name])
+
+
+def request(chance: random.Random, good_file: bytes) -> dict[str, Any]:
+    """One request, mostly wrong: method, path, query, headers and body."""
+    if chance.random() < 0.03:
+        headers = {"content-type": "application/octet-stream"}
+        return _request("PUT", "/v1/adapters/x", b"replace=true", headers, mutated_bytes(chance, good_file))
+    method, path, body = chance.choice(GOOD)
+    data = b"" if body is None else mutated_json(chance, body, chance.choice((0, 1, 1, 1, 2, 3)))
+    if data and chance.random() < 0.25:
+        data = mutated_bytes(chance, data)
+    if chance.random() < 0.05:
+        path = "/" + mutated_bytes(chance, path[1:].encode()).decode("latin-1")
+    headers = {"content-type": chance.choices(("application/json", "text/plain", "application/;"), (97, 2, 1))[0]}
+    if chance.random() < 0.05:
+        headers |= {"x-request-id": "\xff" * 9, "authorization": "Bearer \xff", "x-request-timeout": "9" * 400}
+    return _request(method, path, b"a=%ff&a" if chance.random() < 0.02 else b"", headers, data)
+
+
+def _request(method: str, path: str, query: bytes, headers: dict[str, str], body: bytes) -> dict[str, Any]:
+    return {"method": method, "path": path, "query": query, "headers": headers, "body": body}
+
+
+async def ask(app: Any, asked: dict[str, Any]) -> tuple[int, bytes]:
+    """Call the app; status and body. Raises what the app raises."""
+    messages = [{"type": "http.request", "body": asked["body"], "more_body": False}]
+    status, parts, gone = 0, [], asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        parts.append(message.get("body", b""))
+
+    given = {"host": "localhost", **asked["headers"]}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": asked["method"],
+        "scheme": "http",
+        "path": asked["path"],
+        "raw_path": asked["path"].encode("latin-1", "replace"),
+        "query_string": asked["query"],
+        "root_path": "",
+        "headers": [(name.encode(), value.encode("latin-1")) for name, value in given.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("localhost", 80),
+    }
+    await app(scope, receive, send)
+    return status, b"".join(parts)
+
+
+def read_files(chance: random.Random, inputs: int, folder: Path, good: bytes, base: Base, found: Found) -> None:
+    """Have the reader read mutated files."""
+    path = folder / "fuzzed.safetensors"
+    for _ in range(inputs):
+        data = _mutated_file(chance, good)
+        path.write_bytes(data)
+        found.files += 1
+        try:
+            read_adapter(path, base)
+        except NrError:
+            found.statuses[400] += 1
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what is looked for
+            found.crashes.append(f"reader: {type(error).__name__}: {str(error)[:200]}; header {data[:300]!r}")
+        else:
+            found.statuses[200] += 1
+
+
+def _mutated_file(chance: random.Random, good: bytes) -> bytes:
+    """Bytes changed anywhere, bytes of the header changed, or the header as JSON."""
+    length = int.from_bytes(good[:8], "little")
+    kind = chance.randrange(3)
+    if kind == 0:
+        return mutated_bytes(chance, good)
+    header = good[8 : 8 + length]
+    header = mutated_bytes(chance, header) if kind == 1 else mutated_json(chance, json.loads(header), 1)
+    return len(header).to_bytes(8, "little") + header + good[8 + length :]
+
+
+async def send_requests(
+    chance: random.Random, app: Any, inputs: int, good_file: bytes, found: Found, at_once: int = AT_ONCE
+) -> None:
+    """Ask the app wrong things, some at once."""
+    left = inputs
+
+    async def client() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            asked = request(chance, good_file)
+            found.requests += 1
+            try:
+                status, body = await asyncio.wait_for(ask(app, asked), 120)
+                _check(status, body)
+            except Exception as error:  # noqa: BLE001 - as above
+                found.crashes.append(f"app: {type(error).__name__}: {str(error)[:200]}; {str(asked)[:400]}")
+                continue
+            found.statuses[status] += 1
+            if status >= 500:
+                found.server_errors.append(f"{status} {body[:200]!r}; {str(asked)[:400]}")
+
+    await asyncio.gather(*(client() for _ in range(at_once)))
+
+
+def _check(status: int, body: bytes) -> None:
+    """A refusal has the API's form, and shows nothing of the inside."""
+    if status >= 400:
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}, body
+    assert b"Traceback" not in body
+
+
+async def steady_stream(app: Any, found: Found, end: asyncio.Event) -> None:
+    """Ask for the same stream again and again, until the end."""
+    asked = _request(
+        "POST",
+        "/v1/completions",
+        b"",
+        {"content-type": "application/json"},
+        json.dumps(STEADY | {"stream": True, "return_token_ids": True}).encode(),
+    )
+    first: list[int] | None = None
+    while not end.is_set():
+        status, body = await ask(app, asked)
+        tokens = _tokens(body) if status == 200 else []
+        first = first or tokens
+        found.streams += 1
+        found.streams_changed += len(tokens) != STEADY["max_tokens"] or tokens != first
+
+
+def _tokens(body: bytes) -> list[int]:
+    chunks = [json.loads(line) for line in re.findall(rb"^data: (\{.*)$", body, re.M)]
+    return [i for chunk in chunks for choice in chunk.get("choices", ()) for i in choice["token_ids"]]
+
+
+@asynccontextmanager
+async def running(folder: Path) -> Any:
+    """The app over the real engine with a tiny random base."""
+    model = tiny.save(tiny.model(), folder / "tiny")
+    config = ServeConfig(
+        **{
+            "model": str(model),
+            "pages": 256,
+            "slots": 2,
+            "slot_width": 16,
+            "max_running": 16,
+            "prefix_cache": False,
+        },
+        **{"adapter_dir": [folder], "max_waiting": 256, "device": "cpu", "threads": 1},
+    )
+    tokenizer = tiny.tokenizer()
+    engine = AsyncEngine(lambda deliver: EngineLoop(config, model, tokenizer, deliver), Metrics())
+    settled = asyncio.Event()
+    engine.on_status = lambda status: settled.set()
+    app = create_app(engine, tokenizer, config)
+    async with app.router.lifespan_context(app):
+        await settled.wait()
+        yield app, engine
+
+
+def rss_mib() -> float:
+    """Memory of this process, MiB."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
+
+
+async def fuzz(inputs: int, seed: int) -> dict[str, Any]:
+    """Run; what was found, with pages and memory before and after."""
+    chance, found, end = random.Random(seed), Found(), asyncio.Event()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        async with running(folder) as (app, engine):
+            made = tiny.adapter(tiny.model(), 1)
+            write_adapter(folder / "x.safetensors", made.info, made.blocks)
+            good = (folder / "x.safetensors").read_bytes()
+            base = Base("tiny", engine.info.fingerprint, engine.info.layers, engine.info.d)
+            stream = asyncio.create_task(steady_stream(app, found, end))
+            pages, memory = await _pages(engine), 0.0
+            parts = min(WARM_UP, inputs // 2), inputs
+            for until in parts:
+                more = until - found.files - found.requests
+                reading = asyncio.to_thread(
+                    read_files, random.Random(chance.random()), more // 2, folder, good, base, found
+                )
+                await asyncio.gather(reading, send_requests(chance, app, more - more // 2, good, found))
+                memory = memory or rss_mib()
+            end.set()
+            await stream
+            after = await _pages(engine)
+            return asdict(found) | {
+                "statuses": dict(sorted(found.statuses.items())),
+                "pages": [pages, after],
+                "mib": [round(memory), round(rss_mib())],
+                "status": engine.status,
+            }
+
+
+async def _pages(engine: AsyncEngine) -> int:
+    """Pages in use."""
+    statistics = await engine.call(ReadGates())
+    return int(statistics.pages_used)
+
+
+def main(argv: list[str]) -> int:
+    """Fuzz, print what was found, and return 1 if anything was."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(argv)
+    started = time.perf_counter()
+    result = asyncio.run(fuzz(given.inputs, given.seed))
+    for line in (*result["crashes"][:_SHOWN], *result["server_errors"][:_SHOWN]):
+        print(line)
+    counts = {name: len(result[name]) for name in ("crashes", "server_errors")}
+    seconds = round(time.perf_counter() - started)
+    print(json.dumps(provenance(__file__, argv) | result | counts | {"seconds": seconds}))
+    good = not any(counts.values()) and not result["streams_changed"] and result["pages"][0] == result["pages"][1]
+    return 0 if good and result["status"] == "ready" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

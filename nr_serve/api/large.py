@@ -1,0 +1,84 @@
+"""Large JSON bodies: read and checked on the thread of texts, so that running streams do not wait for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, cast
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from nr_serve.api.context import Context
+from nr_serve.api.errors import error_response, invalid_request
+from nr_serve.errors import BadRequest, NrError
+
+LARGE_BYTES = 2**18
+"""Below, reading a body takes less than 10 ms or so."""
+
+
+class BodyRoute(APIRoute):
+    """A route whose body, if it is large, is read on another thread."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of the route."""
+        handle = super().get_route_handler()
+        model = None if self.body_field is None else self.body_field.field_info.annotation
+
+        async def handler(request: Request) -> Response:
+            try:
+                return await handle(
+                    request if model is None else _BodyRequest(request, cast(type[BaseModel], model))
+                )
+            except _Refused as refused:
+                return error_response(refused.error)
+
+        return handler
+
+
+class _Refused(HTTPException):
+    """A refusal in the only form that FastAPI lets through while it reads a body."""
+
+    def __init__(self, error: NrError) -> None:
+        super().__init__(error.status)
+        self.error = error
+
+
+class _BodyRequest(Request):
+    """A request whose body is one of `model`."""
+
+    def __init__(self, request: Request, model: type[BaseModel]) -> None:
+        super().__init__(request.scope, request.receive)
+        self._model = model
+
+    async def json(self) -> Any:
+        """The body as JSON; as a `model`, if it is large."""
+        data = await self.body()
+        context: Context = self.app.state.context
+        try:
+            if len(data) < LARGE_BYTES:
+                return _parse(data)
+            return await context.text(partial(_read, data, self._model))
+        except NrError as error:
+            raise _Refused(error) from error
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise BadRequest("the body is nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise BadRequest("the body is not JSON: it is not UTF-8") from error
+
+
+def _read(data: bytes, model: type[BaseModel]) -> BaseModel:
+    try:
+        return model.model_validate(_parse(data))
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        raise invalid_request([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from error

@@ -1,0 +1,53 @@
+"""`--dtype auto` on a CPU: bfloat16 only where it is clearly faster in decode and prefill alike."""
+
+import logging
+
+import pytest
+import torch
+
+from nr_serve.config import ServeConfig
+from nr_serve.engine import base, fastest
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "chosen"),
+    [
+        (1.5, 3.0, torch.bfloat16),
+        (1.5, 0.6, torch.float32),
+        (0.9, 3.0, torch.float32),
+        (1.1, 1.1, torch.float32),
+    ],
+)
+def test_bfloat16_is_chosen_if_it_is_clearly_faster_everywhere(decode, prefill, chosen, monkeypatch, caplog):
+    speed = {8: decode, 256: prefill}
+    monkeypatch.setattr(fastest, "_ratio", lambda layers, tokens: speed[tokens])
+    with caplog.at_level(logging.INFO):
+        assert fastest.fastest_dtype() is chosen
+    assert f"dtype auto: {str(chosen).removeprefix('torch.')}" in caplog.text
+    assert f"{decode}x at 8 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_the_measurement_runs_with_packed_weights_and_without(packs, monkeypatch):
+    monkeypatch.setattr(fastest, "_SIZE", 64)
+    if not packs:
+        monkeypatch.setattr(fastest, "can_pack", lambda dtype: False)
+    assert fastest.fastest_dtype() in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("asked", "loaded"), [("auto", torch.bfloat16), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_only_auto_measures(asked, loaded, monkeypatch, tmp_path):
+    measured = []
+
+    def measure():
+        measured.append(True)
+        return torch.bfloat16
+
+    monkeypatch.setattr(base, "fastest_dtype", measure)
+    folder = tiny.save(tiny.model(), tmp_path / "tiny")
+    model = base.load_base(folder, ServeConfig(dtype=asked, device="cpu"))
+    assert next(model.parameters()).dtype is loaded
+    assert bool(measured) == (asked == "auto")

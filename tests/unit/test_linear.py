@@ -1,0 +1,106 @@
+"""Packed linear layers against float64 and against the model they were packed from."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nr_serve.config import ServeConfig
+from nr_serve.engine import linear
+from nr_serve.engine.linear import PackedLinear, can_pack, pack_linears
+from nr_serve.engine.runner import Runner
+from tests import tiny
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def need(dtype: torch.dtype) -> None:
+    if not can_pack(dtype):
+        pytest.skip("this torch or CPU has no packed products")
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_packed_layer_computes_the_product(dtype, keep, has_bias):
+    need(dtype)
+    torch.manual_seed(0)
+    weight = torch.randn(77, 51).to(dtype)
+    bias = torch.randn(77).to(dtype) if has_bias else None
+    layer = PackedLinear(weight, bias, keep=keep)
+    for shape in ((1, 0), (1, 1), (1,), (2, 3), (1, 8), (1, 33), (300,)):
+        x = torch.randn(*shape, 51).to(dtype)
+        want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        with torch.inference_mode():
+            got = layer(x)
+        assert got.dtype == dtype
+        assert got.shape == want.shape
+        torch.testing.assert_close(got.double(), want, rtol=ROUNDING[dtype], atol=10 * ROUNDING[dtype])
+
+
+def test_a_packed_layer_takes_rows_that_do_not_lie_together():
+    need(torch.float32)
+    weight, x = torch.randn(20, 12), torch.randn(9, 24)[:, ::2]
+    torch.testing.assert_close(PackedLinear(weight, None, keep=False)(x), x @ weight.T)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
+def test_a_packed_model_gives_its_own_logits(kind, dtype):
+    need(dtype)
+    model = tiny.model(kind).to(dtype).requires_grad_(False)
+    packed = copy.deepcopy(model)
+    pack_linears(packed)
+    assert not any(type(module) is nn.Linear for module in packed.modules())
+    for tokens in (1, 2, 40):
+        ids = torch.arange(tokens)[None]
+        with torch.inference_mode():
+            want = model(input_ids=ids, use_cache=False).logits
+            got = packed(input_ids=ids, use_cache=False).logits
+        scale = float(want.abs().max())
+        torch.testing.assert_close(got, want, rtol=0, atol=5 * ROUNDING[dtype] * scale)
+
+
+def plain_bytes(model) -> int:
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    weights = [m.weight for m in model.modules() if isinstance(m, PackedLinear) and m.weight is not None]
+    return sum(weight.nbytes for weight in weights if id(weight) not in embedded)
+
+
+def test_only_a_small_float32_base_keeps_its_plain_weights(monkeypatch):
+    need(torch.float32)
+    small, large = tiny.model().requires_grad_(False), tiny.model().requires_grad_(False)
+    pack_linears(small)
+    assert plain_bytes(small) > 0
+    monkeypatch.setattr(linear, "_KEEP_BYTES", 1000)
+    pack_linears(large)
+    assert plain_bytes(large) == 0
+    assert large.lm_head.weight is large.model.embed_tokens.weight, "it is in memory anyway"
+
+
+def test_a_bfloat16_base_keeps_no_plain_weights():
+    need(torch.bfloat16)
+    model = tiny.model().bfloat16().requires_grad_(False)
+    pack_linears(model)
+    assert plain_bytes(model) == 0
+    assert model.lm_head.weight is None
+
+
+def test_without_packed_products_the_base_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
+    model = tiny.model().requires_grad_(False)
+    before = list(model.modules())
+    pack_linears(model)
+    assert list(model.modules()) == before
+
+
+def test_packing_changes_neither_fingerprint_nor_slot_width(monkeypatch):
+    need(torch.float32)
+
+    def info():
+        return Runner(tiny.model(), tiny.tokenizer(), ServeConfig(pages=40), "tiny").info
+
+    packed = info()
+    monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
+    assert info() == packed
