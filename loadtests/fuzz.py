@@ -27,6 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import psutil
+
 from loadtests.provenance import provenance
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine
@@ -391,8 +393,7 @@ async def running(folder: Path) -> Any:
 
 def rss_mib() -> float:
     """Memory of this process, MiB."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0
+    return float(psutil.Process().memory_info().rss) / 2**20
 
 
 async def fuzz(inputs: int, seed: int) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def build_batch(
             assert version.slot is not None
             selected[i, version.slot] = True
     rows = np.array([p.request.row for p in pieces])
-    page_ends = np.flatnonzero((positions + 1) % page_size == 0)
+    page_ends = np.flatnonzero((positions + 1) % page_size == 0) if recalls_pages else positions[:0]
 
     def put(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -108,8 +108,8 @@ def build_batch(
         selected_TS=put(selected[piece_of]),
         label_T=put(np.array(labels)[piece_of]),
         longest=int(counts.max()),
-        end_E=put(page_ends) if recalls_pages and len(page_ends) else None,
-        page_E=put(written[page_ends] // page_size) if recalls_pages and len(page_ends) else None,
+        end_E=put(page_ends) if len(page_ends) else None,
+        page_E=put(written[page_ends] // page_size) if len(page_ends) else None,
     )
     starts = ends - counts
     return Batch(

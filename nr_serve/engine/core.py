@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nr_serve.engine.adapters import Adapters
-from nr_serve.engine.messages import GateStatistics, Output, StepEvents, StepReport, Submit, Token
+from nr_serve.engine.messages import FinishReason, GateStatistics, Output, StepEvents, StepReport, Submit, Token
 from nr_serve.engine.pages import PagePool
 from nr_serve.engine.request import AnswerText, Gates, Request, TopLogprobs
 from nr_serve.engine.reuse import Reuse
@@ -195,25 +195,18 @@ class Core:
         if not piece.samples:
             return None
         prompt = self._prompt_tokens(request) if request.reports_prompt and not request.generated else None
-        if result.token is None:
-            self._drop(request)
-            return Output(
-                request.id,
-                prompt=prompt,
-                finish_reason="length",
-                started=request.started,
-                cached_tokens=request.cached_tokens,
-            )
-        token = self._token(result.token, result.logprob, gates[-1] if gates else None)
+        tokens: tuple[Token, ...] = ()
+        if result.token is not None:
+            tokens = (self._token(result.token, result.logprob, gates[-1] if gates else None),)
         try:
-            text, finish_reason, stop_reason = request.append(result.token)
+            text, finish_reason, stop_reason = _append(request, result.token)
         except BadRequest as error:
             return self._fail(request, error)
         if finish_reason is not None:
             self._drop(request)
         return Output(
             request.id,
-            (token,),
+            tokens,
             text,
             prompt,
             finish_reason,
@@ -260,6 +253,11 @@ class Core:
             pages_total=pool.total,
             prefix=self.scheduler.take_prefix_counts(),
         )
+
+
+def _append(request: Request, token: int | None) -> tuple[str, FinishReason | None, int | str | None]:
+    """`Request.append`; a request that wanted no token is at its length at once."""
+    return ("", "length", None) if token is None else request.append(token)
 
 
 def _add_prompt_report(piece: Piece, result: Result, gates: Sequence[Gates]) -> None:

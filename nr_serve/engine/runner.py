@@ -91,11 +91,12 @@ class Runner:
         wanted = [_logit_positions(piece) for piece in pieces]
         positions = [start + p for (start, _), own in zip(batch.bounds, wanted, strict=True) for p in own]
         logits_NV, open_TS = self.forward(batch, positions)
-        fired_TS = None if open_TS is None else open_TS * batch.tokens.selected_TS
         opened = self._opened(pieces, batch, open_TS)
         results, at = [], 0
         for piece, own, (start, end), opened_here in zip(pieces, wanted, batch.bounds, opened, strict=True):
-            fired_nS = fired_TS[start:end] if fired_TS is not None and piece.request.submit.gates else None
+            fired_nS = None
+            if open_TS is not None and piece.request.submit.gates:
+                fired_nS = open_TS[start:end] * batch.tokens.selected_TS[start:end]
             result = _guarded_result(piece, logits_NV[at : at + len(own)], fired_nS)
             results.append(replace(result, opened=opened_here) if opened_here else result)
             at += len(own)

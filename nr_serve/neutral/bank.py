@@ -64,7 +64,10 @@ class _Step:
     """What the layers of one step share. L: a tuple of one tensor a layer; n: slots whose gates are evaluated."""
 
     tokens: StepTokens
+    row_P: Tensor
+    """State row of each piece's request."""
     selected_Tn: Tensor
+    threshold_n: Tensor
     m_LTn: Tensor
     """Carried logits, filled layer by layer."""
     m_L: tuple[Tensor, ...]
@@ -252,7 +255,8 @@ class Bank:
         """What the layers of a step share, made once."""
         n, T = self._columns, len(tokens.row_T)
         a_n = self.carry_S[:n]
-        before_LPn = self.state_LRS[:, tokens.row_T[tokens.last_P], :n]
+        row_P = tokens.row_T[tokens.last_P]
+        before_LPn = self.state_LRS[:, row_P, :n]
         nothing_LPn = before_LPn.isnan()
         a_LPn = torch.where(nothing_LPn, 0.0, a_n)
         if self.layers * T * n > len(self._room):
@@ -261,7 +265,9 @@ class Bank:
         decodes = tokens.longest == 1
         return _Step(
             tokens=tokens,
+            row_P=row_P,
             selected_Tn=tokens.selected_TS[:, :n],
+            threshold_n=self.threshold_S[:n],
             m_LTn=m_LTn,
             m_L=m_LTn.unbind(),
             carried_L=(a_LPn * before_LPn.masked_fill(nothing_LPn, 0.0)).unbind(),
@@ -282,7 +288,7 @@ class Bank:
             first_Pn = torch.addcmul(step.carried_L[layer], z_Tn[step.first_P], step.share_L[layer])
             carry_on(m_Tn.index_copy_(0, step.first_P, first_Pn), step.passes)
         step.layers_done = layer + 1
-        return m_Tn - self.threshold_S[: self._columns]
+        return m_Tn - step.threshold_n
 
     def _add_blocks(self, layer: int, x_Td: Tensor, y_Td: Tensor, g_Tn: Tensor) -> Tensor:
         """y plus g times the blocks, for the tokens whose g is above 0 and no others; y is reused."""
@@ -308,15 +314,14 @@ class Bank:
     def _keep_states(self, step: _Step) -> None:
         """The carried logits of each piece's last token, and of those that end pages."""
         tokens, n = step.tokens, self._columns
-        row_P = tokens.row_T[tokens.last_P]
-        self.state_LRS[:, row_P, :n] = step.m_LTn if step.first_P is None else step.m_LTn[:, tokens.last_P]
+        self.state_LRS[:, step.row_P, :n] = step.m_LTn if step.first_P is None else step.m_LTn[:, tokens.last_P]
         if tokens.end_E is not None:
             self.page_state_LNS[:, tokens.page_E, :n] = step.m_LTn[:, tokens.end_E]
 
     def _count_open(self, step: _Step) -> Tensor:
         """Layers open by token and slot, [T, S]; adds them, and what acted, to the statistics."""
         n = self._columns
-        over_LTn = step.m_LTn - self.threshold_S[:n]
+        over_LTn = step.m_LTn - step.threshold_n
         # Adapters that were not selected are observed, for the live interference matrix, but add nothing.
         open_TS = F.pad((over_LTn > 0).sum(0, dtype=torch.int32), (0, self.slots - n))
         if self._counts:
