@@ -9,6 +9,7 @@ from pydantic_settings import CliPositionalArg
 
 from nr_serve.commands.base import Command
 from nr_serve.commands.remote import table
+from nr_serve.errors import BadRequest
 
 
 class Train(Command):
@@ -25,13 +26,15 @@ class Train(Command):
 
 
 class Sweep(Command):
-    """Train a recipe several times with keys changed, then compare; goes on where it was stopped."""
+    """Train a recipe several times with keys changed; compare runs of one domain; goes on where it was stopped."""
 
     sweep: CliPositionalArg[Path] = Field(description="the sweep, a TOML file")
     corpus: Path = Field(description="folder of text, as fetch-corpus leaves it")
     out: Path = Field(description="folder for the runs, a folder each, and the comparison")
     set: list[str] = Field([], description="KEY=VALUE: change the recipe in every run; may be repeated")
-    source: list[str] = Field(["*.heldout.txt"], description="held-out files to compare on; may be repeated")
+    source: list[str] = Field(
+        [], description="held-out files to compare on; may be repeated (default: what the recipe holds out)"
+    )
     windows: int = Field(32, ge=1, description="most windows a source")
 
 
@@ -88,19 +91,27 @@ def train(command: Train) -> int:
 
 
 def sweep(command: Sweep) -> int:
-    """Train every run; compare those that ended; 1 if one failed."""
+    """Train every run; compare those that ended, if all are of one domain; 1 if one failed."""
     from nr_serve.evaluate.compare import compare_runs, write_comparison
     from nr_serve.train import processes
     from nr_serve.train.recipe import parse_changes
-    from nr_serve.train.sweep import run_sweep
+    from nr_serve.train.sweep import read_sweep, run_sweep
 
-    results = run_sweep(command.sweep, command.out, command.corpus, parse_changes(command.set))
-    ended = {name: command.out / name for name, result in results.items() if isinstance(result, Path)}
-    if ended and processes.is_first():
-        comparison = compare_runs(ended, command.corpus, command.source, windows=command.windows)
-        for path in write_comparison(comparison, ended, command.out):
+    changes = parse_changes(command.set)
+    compares = len({recipe.domain for recipe in read_sweep(command.sweep, changes).values()}) == 1
+    if command.source and not compares:
+        raise BadRequest("runs of several domains are not compared: --source does nothing", param="source")
+    results = run_sweep(command.sweep, command.out, command.corpus, changes)
+    made = {name: result for name, result in results.items() if isinstance(result, Path)}
+    if made and processes.is_first():
+        written = list(made.values())
+        if compares:
+            folders = {name: command.out / name for name in made}
+            comparison = compare_runs(folders, command.corpus, command.source, windows=command.windows)
+            written = write_comparison(comparison, folders, command.out)
+        for path in written:
             print(path)
-    return 0 if len(ended) == len(results) else 1
+    return 0 if len(made) == len(results) else 1
 
 
 def calibrate(command: Calibrate) -> int:

@@ -63,14 +63,15 @@ class Exam:
 def compare_runs(
     runs: Mapping[str, Path],
     corpus: Path,
-    sources: Sequence[str],
+    sources: Sequence[str] = (),
     *,
     windows: int = 32,
     tasks: Tasks | None = None,
 ) -> Comparison:
     """Measure runs of one domain and base, in their folders, on held-out text and on tasks.
 
-    `sources` are globs of files in `corpus`, `windows` the most windows of each. Raises BadRequest if the runs are
+    `sources` are globs of files in `corpus` (none: what the runs' recipes hold out), `windows` the most windows of
+    each. Raises BadRequest if the runs are
     of several domains or bases, or if there is no source of the target or none of the base's own language that no
     run read; Conflict for a folder without a run.
     """
@@ -78,7 +79,8 @@ def compare_runs(
     if len({(recipe.base, recipe.domain) for recipe in recipes}) != 1:
         raise BadRequest("the runs are not all of one base and one domain", param="runs")
     base = load_base(recipes[0].base, device=best_device())
-    exam = _exam(read_heldout(corpus, sources, base.tokenizer, WINDOW, windows), recipes, tasks or {})
+    measured = list(sources) or list(dict.fromkeys(entry for recipe in recipes for entry in recipe.data.heldout))
+    exam = _exam(read_heldout(corpus, measured, base.tokenizer, WINDOW, windows), recipes, tasks or {})
     results, answers = exam.take(base, Attached(base.model, []), (), "backbone")
     losses = {source: result.loss for source, result in results.items()}
     target, original = exam.means(losses)

@@ -2,6 +2,7 @@ import json
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +223,8 @@ def test_calibrate_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):
 def test_sweep_compares_the_runs_that_ended_and_fails_if_one_did(monkeypatch, capsys):
     ends = {"a": Path("made"), "b": BadRequest("diverged")}
     compared, swept = [], []
+    of_one_domain = dict.fromkeys("ab", SimpleNamespace(domain="hu"))
+    monkeypatch.setattr("nr_serve.train.sweep.read_sweep", lambda *args: of_one_domain)
     monkeypatch.setattr("nr_serve.train.sweep.run_sweep", lambda *args: swept.append(args) or ends)
     monkeypatch.setattr(
         "nr_serve.evaluate.compare.compare_runs", lambda *args, **more: compared.append(args) or "c"
@@ -229,7 +232,7 @@ def test_sweep_compares_the_runs_that_ended_and_fails_if_one_did(monkeypatch, ca
     monkeypatch.setattr("nr_serve.evaluate.compare.write_comparison", lambda *args: [Path("x.md")])
     assert main(["sweep", "s.toml", "--corpus", "c", "--out", "o", "--set", "run.tokens=9"]) == 1
     assert swept == [(Path("s.toml"), Path("o"), Path("c"), {"run.tokens": 9})]
-    assert compared == [({"a": Path("o/a")}, Path("c"), ["*.heldout.txt"])]
+    assert compared == [({"a": Path("o/a")}, Path("c"), [])]
     assert capsys.readouterr().out == "x.md\n"
 
 

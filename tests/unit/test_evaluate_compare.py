@@ -133,6 +133,14 @@ def test_text_that_a_run_has_in_its_background_is_read(tmp_path, base, corpus):
     assert made.unread == "da unread"
 
 
+def test_without_sources_the_text_that_the_recipes_hold_out_is_read(tmp_path, base, corpus):
+    heldout = ["hu.a.heldout.txt", "en.b.heldout.txt"]
+    changes = {"data__original": ["en.a.train.txt"], "data__heldout": heldout}
+    train(write_recipe(tmp_path, base, tokens=256, **changes), tmp_path / "run", corpus)
+    made = compare_runs({"run": tmp_path / "run"}, corpus, windows=1)
+    assert set(made.base_losses) == {"hu.a", "en.b"}
+
+
 def test_what_a_run_cost_is_told(made, runs, base):
     neutral, tuned = made.runs["neutral"], made.runs["finetune"]
     file = read_adapter(runs["neutral"] / "hu.safetensors")

@@ -113,3 +113,14 @@ def test_a_result_half_written_is_not_one(tmp_path, base, corpus, monkeypatch):
     stale = shutil.copy(made / "tokenizer.json", made / "stale.json")
     trainer.train(recipe, made.parent, corpus, resume=True)
     assert not Path(stale).exists()
+
+
+def test_runs_of_several_domains_are_trained_and_not_compared(tmp_path, base, corpus, capsys):
+    path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"domain" = "other"\n')
+    asked = ["sweep", str(path), "--corpus", str(corpus), "--out", str(tmp_path / "out")]
+    assert main([*asked, "--source", "*.heldout.txt"]) == 1
+    assert "runs of several domains are not compared: --source does nothing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(asked) == 0
+    names = [str(tmp_path / "out" / name) for name in ("a/hu.safetensors", "b/other.safetensors")]
+    assert capsys.readouterr().out.splitlines() == names
