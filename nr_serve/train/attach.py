@@ -18,7 +18,7 @@ from nr_serve.neutral.format import Adapter, Block
 from nr_serve.neutral.math import gate_logit, residue
 from nr_serve.neutral.scan import segmented_carry
 from nr_serve.train.activations import GATES
-from nr_serve.train.losses import LayerOutput, LocalLoss
+from nr_serve.train.losses import LayerOutput, LocalLoss, open_hinge
 
 Variance = Callable[[int, int], float]
 """(width d, layers L) -> variance of a weight at its start."""
@@ -72,6 +72,11 @@ class BlockModule(nn.Module):
 def is_gate(name: str) -> bool:
     """Whether a parameter of an adapter is a gate's, by its name."""
     return name.rsplit(".", 1)[-1] in ("gate", "bias")
+
+
+def is_out(name: str) -> bool:
+    """Whether a parameter of an adapter is a block's W_out, by its name."""
+    return name.rsplit(".", 1)[-1] == "w_out"
 
 
 class AdapterModule(nn.Module):
@@ -174,6 +179,8 @@ class Pass:
     """Layers with a block, by adapter."""
     local_sum: Tensor | None = None
     """Sum of the local terms, over tokens and layers."""
+    hinges: list[Tensor] | None = None
+    """Gathers each layer's hinge on the target's gates, if it is a list."""
     watch: Callable[[int, int, Tensor], None] | None = None
     """Called with (adapter, layer, gates [T]) where the adapter has a block."""
 
@@ -231,6 +238,8 @@ class Attached:
         with torch.set_grad_enabled(streams_grad or now.local is not None):
             m_T = module.carried(x_Td, now.offset_T, adapter.carry)
             g_T = GATES[adapter.kind](m_T - adapter.threshold)
+            if now.hinges is not None and now.target_T is not None:
+                now.hinges.append(open_hinge(m_T - adapter.threshold, now.target_T))
             if now.watch is not None:
                 now.watch(which, layer, g_T.detach())
             index_f = g_T.detach().nonzero()[:, 0]

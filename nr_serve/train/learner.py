@@ -49,7 +49,7 @@ class Whole:
 class Learner(nn.Module):
     """A base and an adapter beside it, or none where the method trains the base's own layers.
 
-    `local` is None for a method without a local loss.
+    `local` is None for a method without a loss on the gates.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Learner(nn.Module):
         self.spoken = ("target", "original") if lm_on_original else ("target",)
         """Roles that carry the LM loss."""
         classifies = local is not None and local.kind == "cross-entropy"
-        self.quiet = () if local is None else ("target", *_QUIET) if classifies else _QUIET
+        self.quiet = () if local is None or not local.alpha else ("target", *_QUIET) if classifies else _QUIET
         """Roles that carry the local loss."""
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -77,7 +77,7 @@ class Learner(nn.Module):
         return {name: p.detach() for name, p in self.trained().items()}
 
     def forward(self, whole: Whole | None = None, **batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
-        """`loss` = LM loss + alpha * local loss, and the `sums` of both and of the token-layers that fired.
+        """`loss` = LM loss + alpha * local loss + open * hinge, and the `sums` of the first two and of what fired.
 
         Each loss is a mean over the tokens of the `whole` step (None: the batch is all of it), scaled so that the
         mean over its parts is the step's loss: over labelled tokens of -log p(label), over tokens and layers of the
@@ -96,11 +96,17 @@ class Learner(nn.Module):
     def _lm_loss(self, windows: Mapping[str, Windows], whole: Whole) -> tuple[Tensor, Sums]:
         read, target_BT = _join(windows, self.spoken)
         record = self.attached.begin(read.offset_NT, target_BT=target_BT)
+        if self.local is not None and self.local.open:
+            record.hinges = []
         output = self.base(read.ids_NT, use_cache=False, **window_inputs(read.offset_NT))
         nats = losses.lm_loss(output.logits, losses.next_token_labels(read.ids_NT, read.offset_NT))
         fired = (0, 0) if self.adapter is None else record.on_target(0)
         sums = {"lm": _pair(nats, read.labelled), "target_fired": _pair(nats.new_tensor(fired[0]), fired[1])}
-        return nats / max(1, _count(whole.labelled, self.spoken)), sums
+        loss = nats / max(1, _count(whole.labelled, self.spoken))
+        if self.local is not None and record.hinges and self.adapter is not None:
+            over = _count(whole.tokens, ("target",)) * self.adapter.depth
+            loss = loss + self.local.open * torch.stack(record.hinges).sum() / over
+        return loss, sums
 
     def _local_loss(self, windows: Mapping[str, Windows], whole: Whole) -> tuple[Tensor | None, Sums]:
         """The local loss; its sums, those of the text that is not the target's.

@@ -24,6 +24,7 @@ from transformers import (
 
 from nr_serve.errors import NrError
 from nr_serve.train import checkpoint as checkpoints
+from nr_serve.train.attach import is_out
 from nr_serve.train.export import load_weights
 from nr_serve.train.learner import Batch, Learner, Sums, Whole
 from nr_serve.train.recipe import BadRecipe, Run
@@ -52,6 +53,14 @@ def learning_rate(run: Run, step: int) -> float:
     left = (run.tokens - tokens) / max(1, run.tokens - run.decay_start)
     left = min(1.0, max(0.0, left))
     return run.lr * (0.5 - 0.5 * math.cos(math.pi * left) if run.schedule == "cosine" else left)
+
+
+def parameter_groups(trained: Mapping[str, nn.Parameter], run: Run) -> list[dict[str, Any]]:
+    """What is trained, by learning rate: the blocks' W_out has its own."""
+    out = [p for name, p in trained.items() if is_out(name)]
+    rest = [p for name, p in trained.items() if not is_out(name)]
+    groups = [{"params": rest, "lr": run.lr}, {"params": out, "lr": run.lr * run.out_lr_ratio}]
+    return [group for group in groups if group["params"]]
 
 
 class Batches(Dataset[Batch]):
@@ -133,8 +142,8 @@ class Loop(transformers.Trainer):
         """
         self.learner, self.plan, self.validate, self.describe, self.write = learner, plan, validate, describe, log
         self.out = Path(str(arguments.output_dir))
-        parameters = list(self.learner.trained().values())
-        optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, foreach=True)
+        groups = parameter_groups(learner.trained(), plan)
+        optimizer = torch.optim.AdamW(groups, lr=plan.lr, weight_decay=plan.weight_decay, foreach=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(plan, step) / plan.lr)
         self.batches = Batches(classes, plan, arguments.world_size)
         callbacks: list[TrainerCallback] = [EarlyStoppingCallback(plan.patience)] if plan.patience else []

@@ -65,6 +65,14 @@ def cross_entropy(layer: LayerOutput) -> Tensor:
     return F.binary_cross_entropy_with_logits(layer.m_T, layer.target_T.float(), reduction="sum")
 
 
+def open_hinge(m_T: Tensor, target_T: Tensor) -> Tensor:
+    """Sum over tokens of the target of relu(1 - m): 0 where the gate is as open as fitted gates are on average.
+
+    Unlike a local loss its gradient runs down the stream, to the blocks below that moved it.
+    """
+    return torch.relu(1 - m_T[target_T]).sum()
+
+
 LocalLoss = Callable[[LayerOutput], Tensor]
 """One layer's summed local loss, a scalar."""
 

@@ -37,7 +37,7 @@ def make_learner(recipe: Recipe, base: FrozenBase) -> Learner:
     return Learner(
         base.model,
         adapter,
-        local=recipe.loss if recipe.keeps_quiet else None,
+        local=recipe.loss if recipe.method == "neutral" else None,
         lm_on_original=recipe.speaks_original,
     )
 

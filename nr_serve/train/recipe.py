@@ -180,6 +180,12 @@ class Loss(_Section):
     lm_on_original: bool = Field(
         default=False, description="Whether the original windows of a batch carry the LM loss too."
     )
+    open: float = Field(
+        default=1.0,
+        ge=0,
+        description="Weight of the hinge relu(1 - m) on the target's carried logits m, beside the LM loss: at high "
+        "learning rates the blocks move the stream, and would shut the gates of the layers above.",
+    )
 
 
 class Lora(_Section):
@@ -206,6 +212,12 @@ class Run(_Section):
     original_share: Share = Field(default=0.1, description="Share of the windows that is original text.")
     background_share: Share = Field(default=0.1, description="Share of the windows that is background text.")
     lr: float = Field(default=4e-3, gt=0, description="Peak learning rate of AdamW.")
+    out_lr_ratio: float = Field(
+        default=10.0,
+        gt=0,
+        description="The blocks' W_out learns so many times faster than the rest of them; it starts at 0, as "
+        "LoRA's B does (arXiv 2402.12354).",
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     clip: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
     warmup_tokens: int = Field(default=10_000, ge=0, description="Tokens over which the learning rate rises.")

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nr_serve.errors import NrError, faults
-from nr_serve.train.recipe import BadRecipe, Recipe, read_recipe, read_toml
+from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe, read_recipe, read_toml
 
 Changes = Mapping[str, str | int | float | bool | list[int] | list[str]]
 
@@ -96,8 +96,7 @@ def finished(run: Path, recipe: Recipe) -> Path | None:
         return None
     saved, result = checkpoints.load(found), result_path(run, recipe)
     ended = saved.stopped or saved.step >= recipe.run.steps
-    whole: dict[str, Any] = recipe.dump()
-    return result if ended and saved.recipe == whole and result.exists() else None
+    return result if ended and parse_recipe(saved.recipe) == recipe and result.exists() else None
 
 
 def _say(message: str) -> None:

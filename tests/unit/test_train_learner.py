@@ -34,7 +34,7 @@ def learner(kind: str, local: Loss | None, *, lm_on_original: bool = False) -> L
 def dense(made: AdapterModule, batch, local: Loss, *, lm_on_original: bool) -> torch.Tensor:
     """LM loss + alpha * local loss with every block dense; a block's local loss does not reach the stream."""
     model = tiny.model().requires_grad_(False)
-    terms, now = [], {"is_target": None}
+    terms, hinges, now = [], [], {"is_target": None}
 
     def add(layer, x, y):
         block = made.layer(layer)
@@ -47,7 +47,9 @@ def dense(made: AdapterModule, batch, local: Loss, *, lm_on_original: bool) -> t
         m = torch.stack(m, dim=1)
         g = GATES[made.kind](m)
         r = g[..., None] * F.linear(F.silu(F.linear(x, block.w_gate)) * F.linear(x, block.w_in), block.w_out)
-        if now["is_target"] is not None:
+        if now["is_target"] is None:
+            hinges.append(torch.relu(1 - m[:targets]).sum())
+        else:
             is_target = now["is_target"][:, None].expand_as(m)
             if local.kind == "cross-entropy":
                 terms.append(F.binary_cross_entropy_with_logits(m, is_target.float(), reduction="sum"))
@@ -58,6 +60,7 @@ def dense(made: AdapterModule, batch, local: Loss, *, lm_on_original: bool) -> t
 
     host_blocks(model, add)
     spoken = [batch[name][0] for name in (("target", "original") if lm_on_original else ("target",))]
+    targets = len(spoken[0])
     ids = torch.cat(spoken)
     logits = model(ids, use_cache=False).logits[:, :-1]
     lm = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -65,22 +68,25 @@ def dense(made: AdapterModule, batch, local: Loss, *, lm_on_original: bool) -> t
     ids = torch.cat([batch[name][0] for name in names])
     now["is_target"] = torch.cat([torch.full((len(batch[name][0]),), name == "target") for name in names])
     model.model(ids, use_cache=False)
-    return lm + local.alpha * torch.stack(terms).sum() / (ids.numel() * tiny.LAYERS)
+    hinge = torch.stack(hinges).sum() / (spoken[0].numel() * tiny.LAYERS)
+    return lm + local.open * hinge + local.alpha * torch.stack(terms).sum() / (ids.numel() * tiny.LAYERS)
 
 
 @pytest.mark.parametrize("kind", list(GATES))
 @pytest.mark.parametrize("local", ["l1", "l1-relative", "cross-entropy"])
 @pytest.mark.parametrize("lm_on_original", [False, True])
-def test_loss_and_gradients_equal_a_dense_implementation(kind, local, lm_on_original):
+@pytest.mark.parametrize("opens", [0.0, 2.0])
+def test_loss_and_gradients_equal_a_dense_implementation(kind, local, lm_on_original, opens):
     batch = {"target": part(1), "original": part(2, 1), "background": part(3, 1)}
-    loss = Loss(alpha=3.0, kind=local)
+    loss = Loss(alpha=3.0, kind=local, open=opens)
     ours = learner(kind, loss, lm_on_original=lm_on_original)
     theirs = adapter(kind)
     output = ours(**batch)
     expected = dense(theirs, batch, loss, lm_on_original=lm_on_original)
     assert output["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     means = {name: (total / over).item() for name, (total, over) in output["sums"].items()}
-    assert output["loss"].item() == pytest.approx(means["lm"] + 3 * means["local"], rel=1e-5)
+    if not opens:
+        assert output["loss"].item() == pytest.approx(means["lm"] + 3 * means["local"], rel=1e-5)
     output["loss"].backward()
     expected.backward()
     for (name, p), q in zip(ours.adapter.named_parameters(), theirs.parameters(), strict=True):
@@ -101,12 +107,19 @@ def test_the_local_loss_alone_moves_every_part_of_a_block():
     assert all((grads[0][name] != grads[1][name]).any() for name in grads[0])
 
 
+def test_the_hinge_is_there_without_the_local_loss():
+    batch = {"target": part(1), "original": part(2)}
+    losses = [learner("relu", Loss(alpha=0.0, open=opens))(**batch)["loss"].item() for opens in (0.0, 2.0, 4.0)]
+    assert losses[0] < losses[1]
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+
+
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_changes_no_gradient():
     batch = {"target": part(1), "original": part(2)}
     grads = []
     for checkpointing in (False, True):
-        made = learner("relu", Loss())
+        made = learner("relu", Loss(open=1.0))
         made.train()
         if checkpointing:
             checkpoint_layers(made.base)
@@ -119,7 +132,7 @@ def test_compiling_changes_no_gradient():
     batch = {"target": part(1), "original": part(2)}
     grads = []
     for compiled in (False, True):
-        made = learner("relu", Loss())
+        made = learner("relu", Loss(open=1.0))
         # All of torch.compile but the compiler of machine code, which takes minutes.
         call = torch.compile(made, backend="eager") if compiled else made
         call(**batch)["loss"].backward()

@@ -14,7 +14,7 @@ from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Recipe
 from nr_serve.train.text import read_classes
 from nr_serve.train.trainer import train
-from tests.tiny_run import write_recipe
+from tests.tiny_run import weights, write_recipe
 
 TRAINED_GATES = {"gate__init": "he", "gate__trained": True}
 
@@ -113,3 +113,17 @@ def test_what_fired_of_the_target_is_of_the_target_alone(tmp_path, base, corpus)
         assert len(set(fired)) == len(set(seen)) == 1, name
     assert 0 < sums["l1", True]["target_fired"][0] < sums["l1", True]["target_fired"][1] == 5 * 16 * 3
     assert sums["l1", True]["other_fired"][1] == 3 * 16 * 3
+
+
+def test_w_out_alone_learns_faster_by_its_ratio(tmp_path, base, corpus):
+    moved = []
+    for ratio in (1.0, 4.0):
+        changes = {"run__batch_tokens": 256, "run__out_lr_ratio": ratio, "run__schedule": "constant"}
+        recipe = write_recipe(tmp_path, base, tokens=256, **changes)
+        assert recipe.run.steps == 1
+        train(recipe, tmp_path / str(ratio), corpus)
+        moved.append(weights(tmp_path / str(ratio)))
+    slow, fast = moved
+    for name in slow:
+        assert torch.allclose(fast[name], slow[name] * (4 if name.endswith("w_out") else 1), rtol=1e-5), name
+    assert any(slow[name].any() for name in slow if name.endswith("w_out"))
