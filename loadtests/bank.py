@@ -1,21 +1,23 @@
 """What attached adapters cost a step: step times of the engine's runner with and without them, in one process.
 
-    python loadtests/bank.py --rounds 7
+    python loadtests/bank.py --pairs 40
 
 Random adapters of 5% capacity, nothing in common with real ones but their size. *Shut* ones are in every
 request's selection and never fire, as the gates on English; of the *fired* ones each request selects one, which
-fires on every token in every layer, as the gates on mixed traffic of four languages. A round takes all contenders,
-each with all workloads, so that what slows the machine down slows all of them down. A ratio is time with adapters
-to time with none, the median of the rounds. The last line is one JSON document.
+fires on every token in every layer, as the gates on mixed traffic of four languages. Single steps with and without
+them take turns, so that what slows the machine down slows both. A ratio is a step's time with adapters to that of
+its neighbour with none. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +50,7 @@ class Contender:
     @property
     def name(self) -> str:
         """As the tables call it."""
-        return f"{self.attached} {'fired' if self.fired else 'shut'}" if self.attached else "none"
+        return f"{self.attached} {'fired' if self.fired else 'shut'}"
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,20 @@ class Workload:
         return f"{'decode' if self.count == 1 else 'prefill'} {self.pieces} x {self.count}"
 
 
-CONTENDERS = (Contender(0), Contender(8), Contender(64), Contender(4, fired=True))
+NONE = Contender(0)
+CONTENDERS = (Contender(8), Contender(64), Contender(4, fired=True))
+Pair = tuple[float, float]
+"""Seconds of a step with no adapter, and of its neighbour with a contender's."""
+
 WORKLOADS = (Workload(1, 1, 64), Workload(8, 1, 64), Workload(32, 1, 64), Workload(1, 512), Workload(4, 128))
 
 
 class Bench:
-    """A runner of the default base, with slots for the adapters of any contender."""
+    """A runner of a base, with slots for the adapters of any contender."""
 
-    def __init__(self, threads: int | None) -> None:
+    def __init__(self, base: str, threads: int | None) -> None:
         rows = max(each.pieces for each in WORKLOADS)
-        model = model_folder("default")
+        model = model_folder(base)
         self.tokenizer: Tokenizer = load_tokenizer(model)
         slots = max(each.attached for each in CONTENDERS)
         config = ServeConfig(slots=slots, slot_width=WIDTH, max_running=rows, pages=2048, threads=threads)
@@ -91,19 +97,38 @@ class Bench:
             for _ in bank.attach(slot, adapter, 0.0):
                 pass
 
-    def step_times(self, contender: Contender, workload: Workload, steps: int) -> list[float]:
-        """Seconds of each of so many steps, all alike; one before them does not count."""
-        requests = [self._request(contender, workload, row) for row in range(workload.pieces)]
-        labels = [0] * len(requests)
-        if workload.context:
-            self.runner.run([Piece(r, 0, workload.context) for r in requests], labels)
-        pieces = [Piece(r, workload.context, workload.count) for r in requests]
-        seconds = []
-        for _ in range(steps + 1):
+    def pairs(self, contender: Contender, workload: Workload, count: int) -> list[Pair]:
+        """Seconds of so many pairs of steps, all alike; one pair before them does not count."""
+        pieces = {c: self._pieces(c, workload) for c in (NONE, contender)}
+        measured = []
+        for number in range(count + 1):
+            order = (NONE, contender) if number % 2 else (contender, NONE)
+            seconds = {c: self._step(c, pieces[c]) for c in order}
+            measured.append((seconds[NONE], seconds[contender]))
+        return measured[1:]
+
+    def _step(self, contender: Contender, pieces: list[Piece]) -> float:
+        with contextlib.nullcontext() if contender.attached else self._none_attached():
             started = time.perf_counter()
-            self.runner.run(pieces, labels)
-            seconds.append(time.perf_counter() - started)
-        return seconds[1:]
+            self.runner.run(pieces, [0] * len(pieces))
+            return time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def _none_attached(self) -> Iterator[None]:
+        """The bank does nothing meanwhile, without its weights being copied again afterwards."""
+        bank = self.runner.bank
+        attached, bank.attached = bank.attached, set()
+        try:
+            yield
+        finally:
+            bank.attached = attached
+
+    def _pieces(self, contender: Contender, workload: Workload) -> list[Piece]:
+        """A step's pieces; what comes before them is computed."""
+        requests = [self._request(contender, workload, row) for row in range(workload.pieces)]
+        if workload.context:
+            self._step(contender, [Piece(r, 0, workload.context) for r in requests])
+        return [Piece(r, workload.context, workload.count) for r in requests]
 
     def _request(self, contender: Contender, workload: Workload, row: int) -> Request:
         length = workload.context + workload.count
@@ -132,57 +157,56 @@ class Bench:
         return Adapter(info, tuple(block() for _ in range(bank.layers)), version="", nbytes=0)
 
 
-Times = dict[tuple[Workload, Contender], list[float]]
-"""Median seconds a step of each round."""
+Times = dict[tuple[Workload, Contender], list[Pair]]
 
 
-def measure(bench: Bench, rounds: int, steps: int) -> Times:
-    """All contenders in all workloads, in an order that turns from round to round."""
-    times: Times = {(w, c): [] for w in WORKLOADS for c in CONTENDERS}
-    for number in range(rounds):
-        turn = number % len(CONTENDERS)
-        for contender in CONTENDERS[turn:] + CONTENDERS[:turn]:
-            bench.attach(contender)
-            for workload in WORKLOADS:
-                # A prompt's step is long enough to be measured by fewer.
-                own = steps if workload.count == 1 else -(-steps // 4)
-                times[workload, contender].append(statistics.median(bench.step_times(contender, workload, own)))
-        print(f"bank: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+def measure(bench: Bench, pairs: int) -> Times:
+    """All contenders in all workloads."""
+    times: Times = {}
+    for contender in CONTENDERS:
+        bench.attach(contender)
+        for workload in WORKLOADS:
+            # A prompt's step is long enough to be measured by fewer. Quartiles need two.
+            count = max(2, pairs if workload.count == 1 else pairs // 4)
+            times[workload, contender] = bench.pairs(contender, workload, count)
+            print(f"bank: {contender.name}, {workload.name}", file=sys.stderr, flush=True)
     return times
 
 
-def ratios(times: Times, workload: Workload, contender: Contender) -> list[float]:
-    """Time with the contender's adapters to time with none, by round."""
-    return [a / b for a, b in zip(times[workload, contender], times[workload, CONTENDERS[0]], strict=True)]
+def ratios(pairs: list[Pair]) -> list[float]:
+    """Lower quartile, median and upper quartile of the time with adapters to the time with none."""
+    return statistics.quantiles([own / none for none, own in pairs], n=4, method="inclusive")
 
 
 def table(times: Times) -> list[list[str]]:
-    """A row a workload: milliseconds with none, then ratios, median (least-most)."""
-    header = ["STEP", "NONE, MS", *(c.name.upper() for c in CONTENDERS[1:])]
+    """A row a workload: milliseconds with none, then ratios, median (lower-upper quartile)."""
+    header = ["STEP", "NONE, MS", *(c.name.upper() for c in CONTENDERS)]
     return [header, *(_row(times, workload) for workload in WORKLOADS)]
 
 
 def _row(times: Times, workload: Workload) -> list[str]:
-    none = f"{1000 * statistics.median(times[workload, CONTENDERS[0]]):.1f}"
-    found = [ratios(times, workload, contender) for contender in CONTENDERS[1:]]
-    return [workload.name, none, *(f"{statistics.median(r):.3f} ({min(r):.3f}-{max(r):.3f})" for r in found)]
+    none = statistics.median(none for c in CONTENDERS for none, _ in times[workload, c])
+    found = [ratios(times[workload, contender]) for contender in CONTENDERS]
+    return [
+        workload.name,
+        f"{1000 * none:.1f}",
+        *(f"{median:.3f} ({low:.3f}-{up:.3f})" for low, median, up in found),
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=8, help="decode steps of a contender in a round")
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--pairs", type=int, default=40, help="of decode steps with and without a contender")
     parser.add_argument("--threads", type=int, help="as --threads of nr-serve serve")
     args = parser.parse_args(argv)
-    times = measure(Bench(args.threads), args.rounds, args.steps)
+    times = measure(Bench(args.model, args.threads), args.pairs)
     print("\n".join(markdown(table(times))))
     result = {
         "seconds": {w.name: {c.name: times[w, c] for c in CONTENDERS} for w in WORKLOADS},
-        "ratios": {
-            w.name: {c.name: statistics.median(ratios(times, w, c)) for c in CONTENDERS[1:]} for w in WORKLOADS
-        },
+        "ratios": {w.name: {c.name: ratios(times[w, c]) for c in CONTENDERS} for w in WORKLOADS},
         "width": WIDTH,
         "carry": CARRY,
     }

@@ -6,6 +6,7 @@ Shape suffixes: T tokens of a step, H query heads, K key heads, G = H / K, D hea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,14 @@ class KVCache:
         self.spare_cell = cells
         """A cell that is never written: it stands in where there is nothing to attend to."""
 
+    def written(self, module: nn.Module, cells_T: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, [C, K, D], those of a step, [1, K, T, D], now in its cells."""
+        layer: Any = module.layer_idx
+        keys_CKD, values_CKD = self.keys_LCKD[layer], self.values_LCKD[layer]
+        keys_CKD.index_copy_(0, cells_T, key[0].transpose(0, 1))
+        values_CKD.index_copy_(0, cells_T, value[0].transpose(0, 1))
+        return keys_CKD, values_CKD
+
 
 def register() -> None:
     """Make the attention known to transformers; again is harmless."""
@@ -41,6 +50,13 @@ def register() -> None:
 
 def _no_mask(*_: Any, **__: Any) -> None:
     return None
+
+
+def refuse_unknown(attention_mask: Tensor | None, dropout: float, unknown: Mapping[str, Any]) -> None:
+    """Raise UnsupportedBase if the model asks for something that is not computed here."""
+    asked = sorted(k for k, v in unknown.items() if v is not None and k not in _KNOWN)
+    if asked or dropout or attention_mask is not None:
+        raise UnsupportedBase(f"attention needs {', '.join(asked) or 'a mask or dropout'}, which is not supported")
 
 
 def paged_attention(
@@ -61,13 +77,8 @@ def paged_attention(
 
     Raises UnsupportedBase if the model asks for something this function does not compute.
     """
-    asked = sorted(k for k, v in unknown.items() if v is not None and k not in _KNOWN)
-    if asked or dropout or attention_mask is not None:
-        raise UnsupportedBase(f"attention needs {', '.join(asked) or 'a mask or dropout'}, which is not supported")
-    layer: Any = module.layer_idx
-    keys_CKD, values_CKD = nr_cache.keys_LCKD[layer], nr_cache.values_LCKD[layer]
-    keys_CKD.index_copy_(0, nr_batch.cells_T, key[0].transpose(0, 1))
-    values_CKD.index_copy_(0, nr_batch.cells_T, value[0].transpose(0, 1))
+    refuse_unknown(attention_mask, dropout, unknown)
+    keys_CKD, values_CKD = nr_cache.written(module, nr_batch.cells_T, key, value)
     query_THD = query[0].transpose(0, 1)
     repeats = query_THD.shape[1] // keys_CKD.shape[1]
     outputs = [

@@ -1,4 +1,4 @@
-"""Which gates opened in which page of a step, read from the device in one transfer."""
+"""Which gates opened in which page of a step."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def opened_by_page(
     `open_TS` counts the layers whose gate was open, by token of the step and slot, whether selected or not. Shape
     suffixes: T tokens, S slots, K kinds (acted, observed), G pages of all the pieces.
     """
+    if not open_TS.any():
+        return [()] * len(pieces)
     firsts = list(accumulate((_pages(piece, page_size) for piece in pieces), initial=0))
     open_TS = open_TS > 0
     opened_TKS = torch.stack((open_TS & selected_TS, open_TS & ~selected_TS), dim=1)
     places = torch.nonzero(_by_page(opened_TKS, pieces, firsts, page_size)).tolist()
-    if not places:
-        return [()] * len(pieces)
     slots: dict[tuple[int, int], set[int]] = defaultdict(set)
     for page, kind, slot in places:
         slots[page, kind].add(slot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from nr_serve.engine import attention
 from nr_serve.engine.attention import KVCache
 from nr_serve.engine.base import check_base, end_tokens, load_base, max_model_len
 from nr_serve.engine.batch import Batch, build_batch
+from nr_serve.engine.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.linear import pack_linears
 from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.neutrality import Opened
 from nr_serve.engine.opened import opened_by_page
 from nr_serve.engine.probe import Probe
 from nr_serve.engine.request import TopLogprobs
-from nr_serve.engine.sampler import allow, log_probabilities, sample
+from nr_serve.engine.sampler import allow, likeliest, log_probabilities, sample, takes_likeliest
 from nr_serve.engine.scheduler import Piece, Result
 from nr_serve.errors import BadAdapterFile, BadRequest, NrError
 from nr_serve.neutral import block_width
@@ -37,12 +39,18 @@ DEFAULT_CAPACITY = 0.2  # the paper's extra capacity, as a share of the base's p
 class Runner:
     """Runs steps of one base model with its bank of adapters."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, config: ServeConfig, name: str) -> None:
-        """Take over a loaded model (it is changed in place). Raises UnsupportedBase with the reason."""
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, config: ServeConfig, name: str, *, kernels: bool | None = None
+    ) -> None:
+        """Take over a loaded model (it is changed in place). Raises UnsupportedBase with the reason.
+
+        With `kernels` steps run by the GPU's kernels; None: where the model is on a GPU.
+        """
         shape = check_base(model)
         self.model = model.eval().requires_grad_(False)
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
+        self.kernels = self.device.type == "cuda" if kernels is None else kernels
         self.eos_ids = end_tokens(model, tokenizer)
         mark, probe = fingerprint(model, tokenizer.hf), Probe(model, tokenizer)
         self.page_size = config.page_size
@@ -64,11 +72,11 @@ class Runner:
             slot_width=self.bank.width,
             eos_ids=tuple(sorted(self.eos_ids)),
         )
-        attention.register()
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(self._attention())
         host_blocks(model, self.bank.add_residues)
         pack_linears(model)
         probe.check(self._all_logits, page_size=self.page_size, pages=self.pages)
+        self.graphs = self._graphs() if self.kernels else None
 
     @classmethod
     def load(cls, path: Path | str, tokenizer: Tokenizer, config: ServeConfig, name: str) -> Runner:
@@ -87,19 +95,21 @@ class Runner:
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
         """One step: a forward pass over all pieces, then a token for each piece that samples."""
         self._set_rows(pieces)
-        batch = self._batch(pieces, labels)
         wanted = [_logit_positions(piece) for piece in pieces]
-        positions = [start + p for (start, _), own in zip(batch.bounds, wanted, strict=True) for p in own]
-        logits_NV, open_TS = self.forward(batch, positions)
-        opened = self._opened(pieces, batch, open_TS)
+        bounds = list(pairwise(accumulate((piece.count for piece in pieces), initial=0)))
+        positions = [start + p for (start, _), own in zip(bounds, wanted, strict=True) for p in own]
+        logits_NV, open_TS, selected_TS = self._step(pieces, labels, positions)
+        opened = self._opened(pieces, open_TS, selected_TS)
+        likeliest_N = likeliest(logits_NV)
         results, at = [], 0
-        for piece, own, (start, end), opened_here in zip(pieces, wanted, batch.bounds, opened, strict=True):
+        for piece, own, (start, end), opened_here in zip(pieces, wanted, bounds, opened, strict=True):
             fired_nS = None
             if open_TS is not None and piece.request.submit.gates:
-                fired_nS = open_TS[start:end] * batch.tokens.selected_TS[start:end]
-            result = _guarded_result(piece, logits_NV[at : at + len(own)], fired_nS)
+                fired_nS = open_TS[start:end] * selected_TS[start:end]
+            rows = slice(at, at + len(own))
+            result = _guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS)
             results.append(replace(result, opened=opened_here) if opened_here else result)
-            at += len(own)
+            at = rows.stop
         return results
 
     @torch.inference_mode()
@@ -116,6 +126,19 @@ class Runner:
             raise BadAdapterFile("its residues drive the base to values that are not finite")
         assert open_TS is not None
         return int(open_TS[:, slot].sum())
+
+    def _step(
+        self, pieces: Sequence[Piece], labels: Sequence[int], positions: list[int]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `forward`, by a graph if there is one for it; and the slots selected by token."""
+        decoded = None
+        if self.graphs is not None and all(piece.count == 1 for piece in pieces):
+            decoded = self.graphs.run(pieces, labels, attached=bool(self.bank.attached))
+        if decoded is None:
+            batch = self._batch(pieces, labels)
+            return *self.forward(batch, positions), batch.tokens.selected_TS
+        every = len(positions) == len(pieces)
+        return decoded.logits_BV if every else decoded.logits_BV[positions], decoded.open_BS, decoded.selected_BS
 
     def forward(self, batch: Batch, positions: list[int]) -> tuple[Tensor, Tensor | None]:
         """Logits at the given tokens of the step, float32 [N, V], and the layers open by token and slot."""
@@ -145,11 +168,11 @@ class Runner:
                 self.bank.forget_row(request.row)
 
     def _opened(
-        self, pieces: Sequence[Piece], batch: Batch, open_TS: Tensor | None
+        self, pieces: Sequence[Piece], open_TS: Tensor | None, selected_TS: Tensor
     ) -> Sequence[tuple[Opened, ...]]:
         if open_TS is None or not self.recalls_pages:
             return [()] * len(pieces)
-        return opened_by_page(pieces, open_TS, batch.tokens.selected_TS, self.page_size)
+        return opened_by_page(pieces, open_TS, selected_TS, self.page_size)
 
     def _batch(self, pieces: Sequence[Piece], labels: Sequence[int]) -> Batch:
         return build_batch(
@@ -166,22 +189,62 @@ class Runner:
     def _all_logits(self, piece: Piece) -> Tensor:
         return self.forward(self._batch([piece], [0]), list(range(piece.count)))[0]
 
+    def _attention(self) -> str:
+        """Name of the attention function, now registered."""
+        attention.register()
+        if not self.kernels:
+            return attention.NAME
+        from nr_serve.engine import paged_attention  # needs triton, which a CPU's torch does not bring
+
+        paged_attention.register()
+        return paged_attention.NAME
+
+    @torch.inference_mode()
+    def _graphs(self) -> Graphs | None:
+        """Steps of single tokens, captured; None if the device refuses."""
+        from nr_serve.neutral.gpu_bank import GpuBank
+
+        assert isinstance(self.bank, GpuBank)
+        graphs = Graphs(
+            model_step(self.model, self.bank, self.cache),
+            slots=self.bank.slots,
+            page_size=self.page_size,
+            longest=self.info.max_model_len,
+            padding=Padding(row=self.probe_row + 1, page=self.probe_pages.stop, label=self.bank.labels),
+            device=self.device,
+            sizes=[size for size in SIZES if size < 2 * self.probe_row],  # up to what holds all that run
+        )
+        try:
+            graphs.warm_up()
+        except RuntimeError:  # out of memory, or something that cannot be captured: slower, not wrong
+            log.exception("steps cannot be captured as CUDA graphs; they are launched kernel by kernel")
+            return None
+        return graphs
+
     def _bank(self, config: ServeConfig, d: int) -> Bank:
         layers = len(decoder_layers(self.model))
         parameters = sum(p.numel() for p in self.model.parameters())
-        return Bank(
+        kind: type[Bank] = Bank
+        if self.kernels:
+            from nr_serve.neutral.gpu_bank import GpuBank
+
+            kind = GpuBank
+        return kind(
             layers=layers,
             d=d,
             slots=config.slots,
             width=config.slot_width or block_width(DEFAULT_CAPACITY, parameters=parameters, d=d, layers=layers),
-            rows=config.max_running + 1,  # one for probe texts
-            pages=self.probe_pages.stop if self.recalls_pages else 0,
+            rows=config.max_running + 2,  # one for probe texts, one for what fills up a graph
+            pages=self.probe_pages.stop,
             device=self.device,
             dtype=self.dtype,
         )
 
     def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:
-        """The cache, and the pages of it that requests may have; beyond them are those for one probe text."""
+        """The cache, and the pages of it that requests may have.
+
+        Beyond them are those for one probe text, and one for what fills up a graph.
+        """
         layers = len(decoder_layers(self.model))
         heads = int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
         head_size = int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
@@ -189,7 +252,7 @@ class Runner:
         pages = config.pages or max(1, int(config.kv_cache_gib * 2**30) // per_page)
         cache = KVCache(
             layers=layers,
-            cells=(pages + _probe_pages(config.page_size)) * config.page_size,
+            cells=(pages + _probe_pages(config.page_size) + 1) * config.page_size,
             heads=heads,
             head_size=head_size,
             device=self.device,
@@ -202,10 +265,10 @@ def _probe_pages(page_size: int) -> int:
     return -(-PROBE_TOKENS // page_size)
 
 
-def _guarded_result(piece: Piece, logits_NV: Tensor, fired_nS: Tensor | None) -> Result:
+def _guarded_result(piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None) -> Result:
     """`_result`; what goes wrong with one request must not touch the others of its step."""
     try:
-        return _result(piece, logits_NV, fired_nS)
+        return _result(piece, logits_NV, likeliest_N, fired_nS)
     except NrError as error:
         return Result(None, error=error)
     except Exception:
@@ -223,13 +286,13 @@ def _logit_positions(piece: Piece) -> list[int]:
     return [*scored, piece.count - 1] if piece.samples and sampling.max_tokens > 0 else scored
 
 
-def _result(piece: Piece, logits_NV: Tensor, fired_nS: Tensor | None) -> Result:
+def _result(piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None) -> Result:
     request, sampling = piece.request, piece.request.sampling
     samples = piece.samples and sampling.max_tokens > 0
     token, logprob = None, None
     if samples:
         logits_V = allow(logits_NV[-1], request.progress)
-        token = sample(logits_V, request)
+        token = likeliest_N[-1] if takes_likeliest(request) else sample(logits_V, request)
         if sampling.logprobs is not None:
             logprob = log_probabilities(logits_V[None], [token], sampling.logprobs)[0]
     scored: list[TopLogprobs] = []

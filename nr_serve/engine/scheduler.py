@@ -1,9 +1,10 @@
 """The scheduler: which tokens of which requests go into the next step. Torch-free.
 
-Every running request that decodes gets its one token; what is left of the step's token budget goes to prompts,
-in chunks, oldest first; then waiting requests are admitted while there is budget, a row and pages for all their
-tokens. They start after the tokens that the prefix cache has. When a decode needs a page and none is free, the
-request that comes last is preempted: it gives everything back and is computed again from its tokens later.
+Every running request that decodes gets its one token; prompts get what is left of the step's token budget, or less
+where many decodes would wait for them, in chunks, oldest first; then waiting requests are admitted while there is
+budget, a row and pages for all their tokens. They start after the tokens that the prefix cache has. When a decode
+needs a page and none is free, the request that comes last is preempted: it gives everything back and is computed
+again from its tokens later.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from nr_serve.engine.reuse import Reuse
 from nr_serve.errors import NrError
 
 MAX_OVERTAKEN = 64  # requests that may go before one that waits for a slot
+_FEW_DECODES = 8  # beside more of them, prompts get less of a step, down to a quarter
 
 
 class Admit(Protocol):
@@ -97,7 +99,7 @@ class Scheduler:
         """Choose the next step's pieces; takes pages and rows as needed."""
         preempted = self._grow_decodes()
         pieces = [Piece(r, r.computed, 1) for r in self.running if r.remaining == 1]
-        budget = self._max_batch_tokens - len(pieces)
+        budget = self._prompt_tokens(len(pieces))
         for request in self.running:
             if request.remaining > 1 and budget > 0:
                 pieces.append(self._chunk(request, budget))
@@ -128,6 +130,13 @@ class Scheduler:
         self.pool.check()
         if sorted(self._rows) != list(range(self._max_running)):
             raise RuntimeError("rows of carried state are lost")
+
+    def _prompt_tokens(self, decodes: int) -> int:
+        """Tokens of prompts that so many decodes may be held up by."""
+        whole = self._max_batch_tokens
+        if decodes <= _FEW_DECODES:
+            return whole - decodes
+        return min(whole - decodes, max(whole // 4, whole * _FEW_DECODES // decodes))
 
     def _chunk(self, request: Request, budget: int) -> Piece:
         return Piece(request, request.computed, min(request.remaining, budget))

@@ -53,14 +53,22 @@ def test_a_request_that_cannot_be_sampled_fails_alone(monkeypatch):
         return sample(logits, request)
 
     monkeypatch.setattr(runner_module, "sample", sample_or_fail)
-    core.add(ask("bad", range(5)))
-    core.add(ask("good", range(9)))
+    drawn = {"temperature": 1, "seed": 3, "ignore_eos": True}
+    good = [ask("greedy", range(9)), ask("drawn", range(4, 20), **drawn)]
+    alone = {}
+    for submit in good:
+        core.add(submit)
+        alone |= answers(core)
+    for submit in (ask("bad", range(5), **drawn), *good):
+        core.add(submit)
     outputs = []
     while not core.idle:
         outputs += core.step().outputs
     core.check()
     assert [o.error is not None for o in outputs if o.request_id == "bad"] == [False, False, True]
-    assert sum(len(o.tokens) for o in outputs if o.request_id == "good") == 8
+    for name, tokens in alone.items():
+        assert [token.id for o in outputs if o.request_id == name for token in o.tokens] == tokens
+        assert len(tokens) == 8
 
 
 def test_steps_that_always_fail_end_the_engine(monkeypatch):

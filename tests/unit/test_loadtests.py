@@ -202,3 +202,34 @@ def test_step_times_are_of_steps_in_which_the_whole_batch_decodes(base_folder, c
         ("prefill", 1, 20),
     ]
     assert [row["rate"] * row["seconds"] for row in rows] == [pytest.approx(n) for n in (1, 3, 20)]
+
+
+def test_steps_with_adapters_and_with_none_take_turns(base_folder, monkeypatch, capsys):
+    script = load("loadtests/bank.py")
+    shut, fired = script.Contender(3), script.Contender(3, fired=True)
+    decode, prefill = script.Workload(2, 1, 4), script.Workload(1, 8)
+    monkeypatch.setattr(script, "CONTENDERS", (shut, fired))
+    monkeypatch.setattr(script, "WORKLOADS", (decode, prefill))
+    run, steps = script.Runner.run, []
+
+    def watched(self, pieces, labels):
+        results = run(self, pieces, labels)
+        steps.append((len(self.bank.attached), sum(map(sum, self.bank.read_totals().fired_LS))))
+        return results
+
+    monkeypatch.setattr(script.Runner, "run", watched)
+    script.main(["--model", base_folder, "--pairs", "4"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: len(pairs) for name, pairs in result["seconds"][decode.name].items()} == {
+        "3 shut": 4,
+        "3 fired": 4,
+    }
+    for low, median, up in result["ratios"][prefill.name].values():
+        assert 0 < low <= median <= up
+    none, each = (0, 0), tiny.LAYERS
+    expected = []
+    for tokens in (0, each):
+        on = [(3, tokens * count) for count in (2 * 4, 2, 8)]
+        expected += [none, on[0], on[1], none, *[none, on[1], on[1], none] * 2]
+        expected += [on[2], none, none, on[2], on[2], none]
+    assert steps == expected

@@ -16,7 +16,7 @@ from transformers import (
 
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.request import AnswerText, Request
-from nr_serve.engine.sampler import adjust, log_probabilities, sample, truncate
+from nr_serve.engine.sampler import adjust, likeliest, log_probabilities, sample, takes_likeliest, truncate
 from nr_serve.tokenizer import Detokenizer
 from tests import tiny
 
@@ -141,6 +141,28 @@ def test_at_temperature_0_the_likeliest_is_chosen_after_penalties():
 def test_the_smallest_temperatures_choose_the_likeliest_too(temperature):
     for seed in range(10):
         assert sample(logits(seed), request(temperature=temperature, seed=seed)) == int(logits(seed).argmax())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_bias": {5: 9.0}},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"repetition_penalty": 3.0},
+        {"min_tokens": 3, "stop_token_ids": (7,)},
+        {"temperature": 1.0, "top_k": 1, "logit_bias": {5: 9.0}},
+    ],
+)
+def test_the_likeliest_is_taken_unasked_only_where_sampling_gives_it(options):
+    raw = torch.zeros(VOCAB)
+    raw[7], raw[5] = 4.0, 3.0
+    asked = request(prompt=(1, 2), answer=[7], **({"temperature": 0} | options))
+    assert sample(raw, asked) == 5 != likeliest(raw[None])[0]
+    assert not takes_likeliest(asked)
+    plain = request(prompt=(1, 2), answer=[7], temperature=0)
+    assert takes_likeliest(plain)
+    assert likeliest(torch.stack([raw, -raw, raw.roll(1)])) == [sample(raw, plain), 0, 8]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.7}, {"top_p": 0.8, "temperature": 0.7}, {"top_k": 5}])

@@ -124,8 +124,8 @@ class Traffic:
 
         self._check_preempted(before, pages_before, free, schedule)
         self._check_pages_and_rows()
-        self._check_pieces(schedule.pieces, decoding)
-        self._check_admitted(before, waited, schedule)
+        self._check_pieces(schedule.pieces, [r for r in decoding if r in scheduler.running])
+        self._check_admitted(before, waited, schedule, sum(r in scheduler.running for r in decoding))
         for refused, error in schedule.refused:
             assert isinstance(error, NrError)
             self.refused.append(refused)
@@ -171,21 +171,26 @@ class Traffic:
         running = self.scheduler.running
         assert len({p.request for p in pieces}) == len(pieces)
         assert {p.request for p in pieces} <= set(running)
-        assert sum(p.count for p in pieces) <= max(self.budget, self.max_running)
+        assert sum(p.count for p in pieces) <= self._most(len(decoding))
         for piece in pieces:
             assert piece.start == piece.request.computed
             assert 1 <= piece.count <= piece.request.remaining
             assert piece.samples == (piece.count == piece.request.remaining)
         given = {p.request: p.count for p in pieces}
-        assert all(given.get(r) == 1 for r in decoding if r in running), "a decode was left out"
+        assert all(given.get(r) == 1 for r in decoding), "a decode was left out"
         # The rest of the budget goes to prompts one after the other: only the last may be cut short, by its end.
         prompts = [p for p in pieces if p.request.remaining > 1]
         assert all(p.samples for p in prompts[:-1])
         unfinished = [r for r in running if given.get(r, 0) < r.remaining]
         if unfinished:
-            assert sum(given.values()) == max(self.budget, self.max_running), "budget was left over"
+            assert sum(given.values()) == self._most(len(decoding)), "budget was left over"
 
-    def _check_admitted(self, before, waited, schedule) -> None:
+    def _most(self, decodes: int) -> int:
+        """Tokens that a step may have: of the whole, prompts get 8 parts in as many as there are decodes."""
+        whole = max(self.budget, self.max_running)
+        return min(whole, decodes + max(whole // 4, 8 * whole // max(decodes, 1)))
+
+    def _check_admitted(self, before, waited, schedule, decodes) -> None:
         admitted = [r for r in self.scheduler.running if r not in before]
         refused = [r for r, _ in schedule.refused]
         assert refused == [
@@ -204,7 +209,7 @@ class Traffic:
         self.resumed += sum(r in self.resumable for r in admitted)
         self.waited_for_slot += bool(turned_away)
         left = self.scheduler.waiting
-        spare = max(self.budget, self.max_running) - sum(p.count for p in schedule.pieces)
+        spare = self._most(decodes) - sum(p.count for p in schedule.pieces)
         if left and not turned_away and spare and len(self.scheduler.running) < self.max_running:
             preempted = any(r in before for r in left)
             assert preempted or self.pool.needed(len(left[0].tokens)) > self.pool.free, "room was left unused"
@@ -258,6 +263,17 @@ def test_a_step_is_decodes_then_prompts_oldest_first_then_new_requests():
     scheduler.add(request(5, 3, 99))
     assert run(scheduler) == {"1": 1, "2": 1, "3": 2, "4": 3}
     assert run(scheduler) == {"1": 1, "2": 1, "3": 1, "4": 1}, "no row is left for the fifth"
+
+
+@pytest.mark.parametrize(("decodes", "prompt"), [(0, 64), (1, 63), (8, 56), (10, 51), (16, 32), (40, 16), (60, 4)])
+def test_the_more_decodes_wait_for_prompts_the_fewer_tokens_of_them_a_step_has(decodes, prompt):
+    scheduler = Scheduler(PagePool(500, 4), max_running=61, max_batch_tokens=64, admit=admit_all)
+    for i in range(decodes):
+        scheduler.add(request(i, 1, 99))
+    while sum(r.remaining == 1 for r in scheduler.running) < decodes or scheduler.waiting:
+        run(scheduler)
+    scheduler.add(request(99, 200))
+    assert run(scheduler) == {str(i): 1 for i in range(decodes)} | {"99": prompt}
 
 
 def test_the_last_by_priority_then_arrival_is_preempted_and_resumes_from_its_first_token():

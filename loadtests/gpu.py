@@ -1,0 +1,404 @@
+"""Decode, prefill and training on one GPU, beside what its memory and its matrix units can do.
+
+    python loadtests/gpu.py
+    TRITON_INTERPRET=1 python loadtests/gpu.py --tiny --device cpu    # that the script works; no graphs
+
+Bases are random weights of Llama-3.1-8B's and SmolLM2-135M's shape, in bfloat16; adapters are random too, of 5% of
+the base, their gates shut or open by their bias. Times are medians. Ceilings are measured first: a copy's bytes,
+read and written, a second, and a square product's operations a second. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from provenance import provenance
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nr_serve.neutral import block_width
+from nr_serve.neutral.format import Adapter, AdapterInfo, Block
+from nr_serve.train.attach import AdapterModule, Attached
+
+PAGE = 16
+CAPACITY = 0.05
+TRAINED_CAPACITY = 0.2
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False, "rope_theta": 500000.0,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True, "rope_theta": 500000.0,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "rope_theta": 100000.0,
+    },
+    "tiny": {
+        "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 200, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A Llama of that shape, made on the device."""
+    config = AutoConfig.for_model("llama", max_position_embeddings=16384, **SHAPES[shape])
+    with torch.device(device):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+class Engine:
+    """A base with the GPU's bank, attention and graphs, as the server has them."""
+
+    def __init__(self, shape: str, args: argparse.Namespace, batches: Sequence[int], context: int) -> None:
+        # Here, for they need triton, and --help does not.
+        from nr_serve.engine import graphs, paged_attention
+        from nr_serve.engine.attention import KVCache
+        from nr_serve.neutral.gpu_bank import GpuBank
+        from nr_serve.neutral.host import host_blocks
+
+        self.device, dtype = args.device, torch.float32 if args.tiny else torch.bfloat16
+        self.model = random_model(shape, self.device, dtype).requires_grad_(False)
+        config = self.model.config
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        layers, d = config.num_hidden_layers, config.hidden_size
+        self.width = block_width(CAPACITY, parameters=self.parameters, d=d, layers=layers)
+        self.pages_each = -(-context // PAGE)
+        self.pages = self.pages_each * max(batches) + 1
+        rows = max(batches) + 1
+        self.bank = GpuBank(
+            layers=layers,
+            d=d,
+            slots=8,
+            width=self.width,
+            rows=rows,
+            device=self.device,
+            dtype=dtype,
+            pages=self.pages,
+        )
+        heads, head_size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        self.cache = KVCache(
+            layers=layers,
+            cells=self.pages * PAGE,
+            heads=heads,
+            head_size=head_size,
+            device=self.device,
+            dtype=dtype,
+        )
+        self.kv_bytes_a_token = 2 * layers * heads * head_size * dtype.itemsize
+        paged_attention.register()
+        self.model.set_attn_implementation(paged_attention.NAME)
+        host_blocks(self.model, self.bank.add_residues)
+        self.graphs = graphs.Graphs(
+            graphs.model_step(self.model, self.bank, self.cache), slots=8, page_size=PAGE, longest=context,
+            padding=graphs.Padding(rows - 1, self.pages - 1, self.bank.labels), device=self.device,
+            sizes=batches,
+        )  # fmt: skip
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a decode step reads of the base: all but an input embedding of its own."""
+        embedding = 0 if self.model.config.tie_word_embeddings else self.model.get_input_embeddings().weight.nbytes
+        return sum(p.nbytes for p in self.model.parameters()) - embedding
+
+    @property
+    def adapter_bytes(self) -> int:
+        return 3 * self.width * self.bank.d * self.bank.layers * self.bank.dtype.itemsize
+
+    def attach(self, slot: int, *, fires: bool, seed: int = 0) -> None:
+        """A random adapter whose every gate is 1, or far below 0."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        d, dtype = self.bank.d, self.bank.dtype
+
+        def rand(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=self.device).to(dtype) * d**-0.5
+
+        gate, bias = torch.zeros(d, device=self.device), torch.tensor(1.0 if fires else -1e4)
+        block = Block(gate, bias, rand(self.width, d), rand(self.width, d), rand(d, self.width) * 0.01)
+        info = AdapterInfo("random", "", self.bank.layers, d, carry=0.5)
+        for _ in self.bank.attach(slot, Adapter(info, (block,) * self.bank.layers, f"v{seed}", nbytes=0), 0.0):
+            pass
+
+    def detach_all(self) -> None:
+        for slot in list(self.bank.attached):
+            self.bank.detach(slot)
+
+    def pieces(self, count: int, start: int, length: int) -> list[Any]:
+        """`length` tokens at `start` of so many requests, every attached slot selected; a request's own pages."""
+        from nr_serve.engine.scheduler import Piece
+
+        selection = [SimpleNamespace(slot=slot) for slot in sorted(self.bank.attached)]
+        made = []
+        for i in range(count):
+            tokens = [(7 * j + i) % self.model.config.vocab_size for j in range(start + length)]
+            pages = list(range(i * self.pages_each, (i + 1) * self.pages_each))
+            request: Any = SimpleNamespace(tokens=tokens, pages=pages, row=i, selection=selection)
+            made.append(Piece(request, start, length))
+        return made
+
+    @torch.inference_mode()
+    def decode(self, pieces: list[Any]) -> torch.Tensor:
+        decoded = self.graphs.run(pieces, [0] * len(pieces), attached=bool(self.bank.attached))
+        assert decoded is not None
+        return decoded.logits_BV
+
+    @torch.inference_mode()
+    def prefill(self, pieces: list[Any]) -> None:
+        from nr_serve.engine.batch import build_batch
+
+        batch = build_batch(
+            pieces, [0], page_size=PAGE, spare_cell=self.cache.spare_cell, slots=8, device=self.device
+        )
+        self.bank.begin(batch.tokens)
+        try:
+            self.model(
+                input_ids=batch.input_ids_T[None], position_ids=batch.positions_T[None], use_cache=False,
+                logits_to_keep=1, nr_batch=batch, nr_cache=self.cache,
+            )  # fmt: skip
+        finally:
+            self.bank.end()
+
+
+def timed(run: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Median seconds of a call, after two that do not count."""
+    seconds = []
+    for _ in range(rounds + 2):
+        _wait(device)
+        started = time.perf_counter()
+        run()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ceilings(args: argparse.Namespace) -> dict[str, float]:
+    """Bytes and operations a second."""
+    numbers, side = (2**20, 256) if args.tiny else (2**31, 8192)
+    source = torch.zeros(numbers, dtype=torch.bfloat16, device=args.device)
+    target = torch.empty_like(source)
+    copy = timed(lambda: target.copy_(source), args.device, args.rounds)
+    a = torch.randn(side, side, device=args.device).to(torch.bfloat16)
+    product = timed(lambda: a @ a, args.device, args.rounds)
+    return {"bytes_a_second": 2 * source.nbytes / copy, "operations_a_second": 2 * side**3 / product}
+
+
+def decode(engine: Engine, args: argparse.Namespace, ceiling: dict[str, float], batch: int) -> dict[str, Any]:
+    """One batch: no adapter, 8 shut, 4 open, interleaved over the rounds by whole medians, twice."""
+    context = args.context
+    seconds: dict[str, list[float]] = {"none": [], "shut": [], "open": []}
+    for _ in range(2):
+        for name, slots in (("none", 0), ("shut", 8), ("open", 4)):
+            engine.detach_all()
+            for slot in range(slots):
+                engine.attach(slot, fires=name == "open", seed=slot)
+            pieces = engine.pieces(batch, context - 1, 1)
+            seconds[name].append(timed(lambda pieces=pieces: engine.decode(pieces), args.device, args.rounds))  # type: ignore[misc]
+    engine.detach_all()
+    none, shut, opened = (statistics.median(seconds[name]) for name in ("none", "shut", "open"))
+    needed = engine.weight_bytes + batch * context * engine.kv_bytes_a_token
+    extra = 4 * engine.adapter_bytes / ceiling["bytes_a_second"]
+    return {
+        "batch": batch, "context": context, "seconds": {"none": none, "shut": shut, "open": opened},
+        "share_of_bandwidth": needed / none / ceiling["bytes_a_second"],
+        "shut_to_none": shut / none,
+        "open_to_ceilings_extra": (opened - none) / extra,
+        "open_to_predicted_step": opened / (none + extra),
+    }  # fmt: skip
+
+
+def prefill(engine: Engine, args: argparse.Namespace, ceiling: dict[str, float]) -> dict[str, Any]:
+    """A prompt in one piece, no adapter and 4 open."""
+    config, length = engine.model.config, args.prompt
+    head = engine.model.get_output_embeddings().weight.numel()
+    own_embedding = 0 if config.tie_word_embeddings else head
+    products = 2 * (engine.parameters - head - own_embedding) * length
+    attention = 2 * config.num_hidden_layers * config.hidden_size * length**2  # causal: half of 4 L d T^2
+    found = {}
+    for name, slots in (("none", 0), ("open", 4)):
+        engine.detach_all()
+        for slot in range(slots):
+            engine.attach(slot, fires=True, seed=slot)
+        pieces = engine.pieces(1, 0, length)
+        found[name] = timed(lambda pieces=pieces: engine.prefill(pieces), args.device, args.rounds)  # type: ignore[misc]
+    engine.detach_all()
+    blocks = 4 * 2 * 3 * engine.width * engine.bank.d * engine.bank.layers * length
+    rate = ceiling["operations_a_second"]
+    return {
+        "tokens": length, "seconds": found,
+        "share_of_products": (products + attention) / found["none"] / rate,
+        "share_of_products_open": (products + attention + blocks) / found["open"] / rate,
+    }  # fmt: skip
+
+
+def swaps(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+    """100 adapters through one slot: graphs captured before and after, and whether each swap changed the answer."""
+    engine.detach_all()
+    engine.attach(0, fires=True, seed=0)
+    pieces = engine.pieces(1, args.context - 1, 1)
+    before = engine.decode(pieces).clone()
+    captured, last, changed = engine.graphs.captured, before, 0
+    count = 4 if args.tiny else 100
+    for seed in range(1, count + 1):
+        engine.attach(0, fires=True, seed=seed)
+        logits = engine.decode(pieces).clone()
+        changed += not torch.equal(logits, last)
+        last = logits
+    engine.attach(0, fires=True, seed=0)
+    back = torch.equal(engine.decode(pieces), before)
+    new = engine.graphs.captured - captured
+    return {"swaps": count, "changed": changed, "same_as_at_first": back, "new_captures": new}
+
+
+def training(shape: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of blocks whose every gate fires against PEFT's LoRA of as many parameters."""
+    found: dict[str, Any] = {"shape": shape}
+    for method in ("neutral", "lora"):
+        with memory_of_one():
+            rate, parameters = _trained(shape, args, method)
+        found[method] = {"tokens_a_second": rate, "parameters": parameters}
+    found["to_lora"] = found["neutral"]["tokens_a_second"] / found["lora"]["tokens_a_second"]
+    return found
+
+
+@contextmanager
+def memory_of_one() -> Iterator[None]:
+    """What was made inside is given back to the device."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _trained(shape: str, args: argparse.Namespace, method: str) -> tuple[float, int]:
+    dtype = torch.float32 if args.tiny else torch.bfloat16
+    model = random_model(shape, args.device, dtype).requires_grad_(False).train()
+    config, windows = model.config, args.windows
+    parameters = sum(p.numel() for p in model.parameters())
+    layers, d = config.num_hidden_layers, config.hidden_size
+    h = block_width(TRAINED_CAPACITY, parameters=parameters, d=d, layers=layers)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    offset_BT = torch.arange(args.window, device=args.device).expand(windows, -1)
+    begin: Callable[[], object] = lambda: None  # noqa: E731
+    if method == "neutral":
+        adapter = AdapterModule.fresh([h] * layers, d, carry=0.0, seed=0, kind="none").to(args.device)
+        attached = Attached(model, [adapter])
+        begin = lambda: attached.begin(offset_BT)  # noqa: E731
+        trained = [p for name, p in adapter.named_parameters() if "w_" in name]
+    else:
+        trained = _lora(model, 3 * h * d * layers)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
+    ids = torch.randint(0, config.vocab_size, (windows, args.window), device=args.device)
+
+    def step() -> None:
+        begin()
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=not args.tiny):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = timed(step, args.device, args.rounds)
+    return ids.numel() / seconds, sum(p.numel() for p in trained)
+
+
+def _lora(model: Any, wanted: int) -> list[nn.Parameter]:
+    """LoRA on every linear layer but the head, of the rank that has nearest to `wanted` parameters."""
+    from peft import LoraConfig
+
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    rank = max(1, round(wanted / sum(m.in_features + m.out_features for m in linear)))
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    return trained
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    if args.device.type == "cpu":
+        _say("no CUDA: kernels run by Triton's interpreter, steps are not captured, no figure means anything")
+    ceiling = ceilings(args)
+    _say(f"ceilings: {ceiling}")
+    result: dict[str, Any] = {"ceilings": ceiling, "bases": {}}
+    for shape in args.shape:
+        engine = Engine(shape, args, args.batch, max(args.context, args.prompt // max(args.batch) + PAGE))
+        found: dict[str, Any] = {"decode": []}
+        for batch in args.batch:
+            found["decode"].append(decode(engine, args, ceiling, batch))
+            _say(f"{shape}: {found['decode'][-1]}")
+        found["swaps"] = swaps(engine, args)
+        # One prompt over all pages, which lie in a row.
+        engine.pages_each = engine.pages - 1
+        found["prefill"] = prefill(engine, args, ceiling)
+        _say(f"{shape}: {found['swaps']} {found['prefill']}")
+        result["bases"][shape] = found
+        del engine
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    result["training"] = _train_largest(args)
+    if args.device.type == "cuda":
+        result["device"] = torch.cuda.get_device_name()
+    print(json.dumps(result | provenance(__file__, argv if argv is not None else sys.argv[1:])))
+
+
+def _train_largest(args: argparse.Namespace) -> dict[str, Any]:
+    """The first shape that fits."""
+    for shape in args.train_shape:
+        try:
+            return training(shape, args)
+        except torch.cuda.OutOfMemoryError as error:
+            _say(f"{shape} does not fit in training: {error}")
+            torch.cuda.empty_cache()
+    raise SystemExit("no shape fits in training")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that the script works")
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["llama-3.1-8b", "smollm2-135m"])
+    parser.add_argument("--train-shape", nargs="+", choices=list(SHAPES), default=["llama-3.1-8b", "llama-3.2-1b"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--context", type=int, default=512, help="tokens before each that is decoded, and itself")
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prefill")
+    parser.add_argument("--window", type=int, default=1024, help="tokens of a window in training")
+    parser.add_argument("--windows", type=int, default=8, help="windows a step")
+    parser.add_argument("--rounds", type=int, default=20, help="calls timed; their median counts")
+    args = parser.parse_args(argv)
+    if args.device.type == "cpu" and not args.tiny:
+        parser.error("a CPU can only run --tiny")
+    if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("on a CPU set TRITON_INTERPRET=1: it is read when triton is imported")
+    if args.tiny:
+        tiny = {"shape": ["tiny"], "train_shape": ["tiny"], "batch": [1, 2], "context": 20, "prompt": 24}
+        vars(args).update(tiny | {"window": 16, "windows": 2, "rounds": 1})
+    return args
+
+
+def _say(message: str) -> None:
+    print(f"gpu: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The bank on a GPU: the same slots, with a step by the kernels, of which nothing is read before its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nr_serve.neutral import kernels
+from nr_serve.neutral.bank import Bank, StepTokens, Totals
+
+
+class GpuBank(Bank):
+    """A bank whose step a CUDA graph can hold.
+
+    A step that is cut short leaves the carried states and the statistics of its first layers moved on. A token's
+    page may be -1: it ends none. A token of label `labels` is not counted among the cross statistics.
+    """
+
+    def __init__(self, **shape: Any) -> None:
+        super().__init__(**shape)
+        self._cross_KS = torch.zeros((self.labels + 1, self.slots), dtype=torch.int64, device=self.device)
+        self._pieces: kernels.Pieces | None = None
+        self._label_T = self._open_TS = torch.empty(0)
+
+    def begin(self, tokens: StepTokens, *, always: bool = False) -> None:
+        """As `Bank.begin`; with `always` also while nothing is attached, for a graph that is captured before."""
+        if not (self.attached or always):
+            return
+        page_T = None
+        if tokens.end_E is not None and tokens.page_E is not None:
+            page_T = torch.full_like(tokens.row_T, -1).index_copy_(0, tokens.end_E, tokens.page_E)
+        first_P = tokens.last_P - tokens.offset_T[tokens.last_P]
+        # The kernels go by rows, and a step's selection may lie in memory by columns.
+        selected_TS = tokens.selected_TS.contiguous()
+        self._pieces = kernels.Pieces(first_P, tokens.last_P, tokens.row_T, selected_TS, tokens.longest, page_T)
+        self._label_T = tokens.label_T
+        self._open_TS = torch.zeros_like(selected_TS, dtype=torch.int32)
+        if self._counts:
+            self._seen_LS += (self.width_LS > 0) * selected_TS.sum(0)
+
+    def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        """As `Bank.add_residues`; y is reused."""
+        if self._pieces is None:
+            return y
+        x_Td, y_Td = x.reshape(-1, self.d), y.reshape(-1, self.d)
+        width_S = self.width_LS[layer]
+        g_TS = kernels.gates(x_Td, self._gate(layer), self._pieces, counts=self._counts)
+        fired = kernels.compact(g_TS)
+        u_STH = kernels.hidden(x_Td, g_TS, fired, self.w_up_SLud[:, layer], width_S)
+        kernels.add(y_Td, u_STH, fired, self.w_out_SLhd[:, layer], width_S)
+        return y_Td.view_as(y)
+
+    def end(self) -> Tensor | None:
+        """As `Bank.end`."""
+        pieces, self._pieces = self._pieces, None
+        if pieces is None:
+            return None
+        if self._counts:
+            self._cross_KS.index_add_(0, self._label_T, self._open_TS.to(torch.int64))
+        return self._open_TS
+
+    def read_totals(self) -> Totals:
+        """As `Bank.read_totals`."""
+        totals = super().read_totals()
+        return replace(totals, cross_KS=totals.cross_KS[: self.labels])
+
+    def _gate(self, layer: int) -> kernels.Gate:
+        return kernels.Gate(
+            w_Sd=self.gate_LSd[layer],
+            b_S=self.bias_LS[layer],
+            carry_S=self.carry_S,
+            threshold_S=self.threshold_S,
+            state_RS=self.state_LRS[layer],
+            page_state_NS=self.page_state_LNS[layer],
+            open_TS=self._open_TS,
+            fired_S=self._fired_LS[layer],
+            mass_S=self._mass_S,
+        )

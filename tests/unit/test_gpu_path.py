@@ -1,0 +1,315 @@
+"""The GPU's attention, bank and graphs on tiny shapes: on a CUDA device, or else through Triton's interpreter."""
+
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from nr_serve.engine import graphs, paged_attention
+from nr_serve.engine.attention import KVCache
+from nr_serve.engine.batch import build_batch
+from nr_serve.engine.graphs import Graphs, Padding, size_of
+from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.runner import Runner
+from nr_serve.engine.scheduler import Piece
+from nr_serve.neutral.bank import Bank
+from nr_serve.neutral.gpu_bank import GpuBank
+from nr_serve.neutral.host import host_blocks
+from tests import tiny
+from tests.unit import test_exactness
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAN = float("nan")
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def naive(query_nHD, keys_NKD, values_NKD, scale, window=None):
+    """Attention of the last n of N tokens, in float64, head by head."""
+    (n, H, _), N = query_nHD.shape, len(keys_NKD)
+    out_nHD = torch.zeros_like(query_nHD, dtype=torch.float64)
+    for i in range(n):
+        end = N - n + i + 1
+        start = 0 if window is None else max(0, end - window)
+        for h in range(H):
+            k = h // (H // keys_NKD.shape[1])
+            logits_N = keys_NKD[start:end, k].double() @ query_nHD[i, h].double() * scale
+            out_nHD[i, h] = logits_N.softmax(0) @ values_NKD[start:end, k].double()
+    return out_nHD
+
+
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize(("H", "K", "D", "page_size"), [(6, 2, 24, 4), (3, 3, 16, 1), (16, 1, 32, 16)])
+def test_single_tokens_attend_to_the_pages_of_their_table(H, K, D, page_size, window, monkeypatch):
+    monkeypatch.setattr(paged_attention, "LEAST_PART", 64)
+    lengths = [1, page_size, 97, 130]
+    pages = -(-140 // page_size)
+    pool = torch.randperm(4 * pages, generator=torch.Generator().manual_seed(1)).view(4, pages)
+    keys_CKD, values_CKD = rand(4 * pages * page_size, K, D, seed=2), rand(4 * pages * page_size, K, D, seed=3)
+    table_BM = pool.to(torch.int32)
+    unread = torch.ones(len(keys_CKD), dtype=torch.bool)
+    cells = []
+    for b, length in enumerate(lengths):
+        own = (pool[b][:, None] * page_size + torch.arange(page_size)).flatten()[:length]
+        cells.append(own)
+        unread[own] = False
+        table_BM[b, -(-length // page_size) :] = 2**30
+    keys_CKD[unread.to(DEVICE)], values_CKD[unread.to(DEVICE)] = NAN, NAN
+    query_BHD = rand(4, H, D, seed=4)
+    # As a graph has it: the table's rows are columns in memory.
+    table = paged_attention.Table(
+        table_BM.T.contiguous().to(DEVICE).T, torch.tensor(lengths, device=DEVICE), page_size
+    )
+    out_BHD = paged_attention.attend_one(query_BHD, keys_CKD, values_CKD, table, 0.3, window)
+    for b, own in enumerate(cells):
+        want_1HD = naive(query_BHD[b : b + 1], keys_CKD[own], values_CKD[own], 0.3, window)
+        torch.testing.assert_close(out_BHD[b : b + 1].double(), want_1HD, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 3, 50])
+@pytest.mark.parametrize(("n", "N"), [(5, 5), (4, 11), (1, 6)])
+def test_a_chunk_attends_to_what_came_before_it(n, N, window):
+    query_nHD, keys_NKD, values_NKD = rand(n, 6, 8, seed=1), rand(N, 2, 8, seed=2), rand(N, 2, 8, seed=3)
+    got = paged_attention.attend_chunk(query_nHD, keys_NKD, values_NKD, 0.4, window)
+    want = naive(query_nHD, keys_NKD, values_NKD, 0.4, window)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1, 1), (2, 2), (3, 4), (129, 256), (256, 256), (257, None)])
+def test_a_step_goes_to_the_smallest_graph_that_holds_it(tokens, size):
+    assert size_of(tokens) == size
+
+
+PAGE, PAGES, SLOTS, ROWS = 4, 24, 3, 5
+
+
+class Engine:
+    """A tiny base with the GPU's bank, attention and graphs; pages PAGES - 1 and row ROWS - 1 are the padding's."""
+
+    def __init__(self, kind="llama", **overrides):
+        base = tiny.model(kind, **overrides)
+        self.naive = tiny.Naive(base)
+        self.model = base.to(DEVICE).requires_grad_(False)
+        self.bank = GpuBank(
+            layers=tiny.LAYERS, d=tiny.D, slots=SLOTS, width=16, rows=ROWS, device=DEVICE, dtype=torch.float32,
+            pages=PAGES,
+        )  # fmt: skip
+        self.cache = KVCache(
+            layers=tiny.LAYERS, cells=PAGES * PAGE, heads=2, head_size=16, device=DEVICE, dtype=torch.float32
+        )
+        paged_attention.register()
+        self.model.set_attn_implementation(paged_attention.NAME)
+        host_blocks(self.model, self.bank.add_residues)
+        step, self.captures = graphs.model_step(self.model, self.bank, self.cache), []
+        capture = graphs.capture_cuda() if DEVICE.type == "cuda" else graphs.uncaptured
+        self.graphs = Graphs(
+            step, slots=SLOTS, page_size=PAGE, longest=40, padding=Padding(ROWS - 1, PAGES - 1, self.bank.labels),
+            device=DEVICE, sizes=(4,), capture=lambda f: (self.captures.append(f), capture(f))[1],
+        )  # fmt: skip
+
+    def attach(self, slot, adapter):
+        for _ in self.bank.attach(slot, adapter, 0.0):
+            pass
+
+    @torch.inference_mode()
+    def prefill(self, requests):
+        pieces = [Piece(r, 0, len(r.tokens)) for r in requests]
+        batch = build_batch(
+            pieces, [0] * len(pieces), page_size=PAGE, spare_cell=self.cache.spare_cell, slots=SLOTS, device=DEVICE
+        )
+        self.bank.begin(batch.tokens)
+        ids, positions = batch.input_ids_T[None], batch.positions_T[None]
+        logits = self.model(
+            input_ids=ids, position_ids=positions, use_cache=False, nr_batch=batch, nr_cache=self.cache
+        ).logits[0]
+        self.bank.end()
+        return [logits[end - 1] for _, end in batch.bounds]
+
+    @torch.inference_mode()
+    def decode(self, requests):
+        pieces = [Piece(r, len(r.tokens) - 1, 1) for r in requests]
+        return self.graphs.run(pieces, [0] * len(pieces), attached=bool(self.bank.attached))
+
+
+def request(i, tokens, slots=()):
+    """On pages of its own, which are out of order."""
+    pages = [5 * i + j for j in (3, 1, 0, 2, 4)]
+    selection = [SimpleNamespace(slot=s) for s in slots]
+    return SimpleNamespace(tokens=list(tokens), pages=pages, row=i, selection=selection)
+
+
+def grow(engine, requests, chosen, steps):
+    """Decode greedily; every step's logits are those of the naive loop with the adapters `chosen`."""
+    for r, logits_V in zip(requests, engine.prefill(sorted(requests, key=lambda r: len(r.tokens))), strict=True):
+        r.tokens.append(int(logits_V.argmax()))
+    for _ in range(steps):
+        decoded = engine.decode(requests)
+        assert (decoded.open_BS is None) == (not engine.bank.attached)
+        for r, adapters, logits_V in zip(requests, chosen, decoded.logits_BV, strict=True):
+            want_V = engine.naive.logits(r.tokens, adapters)[-1]
+            torch.testing.assert_close(logits_V.cpu(), want_V, atol=1e-3, rtol=1e-3)
+            r.tokens.append(int(want_V.argmax()))
+
+
+def three(engine):
+    """Fresh requests: one adapter, two, none."""
+    engine.bank.state_LRS.fill_(NAN)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(290) for _ in range(n)] for n in (2, 5, 9)]
+    return [
+        request(i, tokens, slots) for i, (tokens, slots) in enumerate(zip(prompts, ([0], [0, 2], []), strict=True))
+    ]
+
+
+def test_steps_by_graph_give_the_naive_loops_logits_over_swaps():
+    engine = Engine()
+    with torch.inference_mode():
+        engine.graphs.warm_up()  # before anything is attached, as a server does
+    a0, a1, a2 = (tiny.adapter(tiny.model(), seed=i, carry=0.4 * i) for i in range(3))
+    engine.attach(0, a0)
+    engine.attach(2, a1)
+    grow(engine, three(engine), [[a0], [a0, a1], []], steps=2)
+    engine.attach(0, a2)
+    grow(engine, three(engine), [[a2], [a2, a1], []], steps=2)
+    engine.bank.detach(0)
+    engine.bank.detach(2)
+    grow(engine, three(engine), [[], [], []], steps=1)
+    assert len(engine.captures) == engine.graphs.captured == 2
+
+
+def test_steps_by_graph_look_back_as_far_as_a_layers_window():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    engine = Engine(kind="gemma3_text", layer_types=kinds, sliding_window=5)
+    a0, a1 = (tiny.adapter(tiny.model(), seed=i, carry=0.4 * i) for i in range(2))
+    engine.attach(0, a0)
+    engine.attach(2, a1)
+    grow(engine, three(engine), [[a0], [a0, a1], []], steps=1)
+
+
+def test_padding_touches_nothing_of_the_requests_and_is_counted_nowhere():
+    engine = Engine()
+    engine.attach(0, tiny.adapter(tiny.model(), seed=0))
+    engine.prefill([request(0, [1, 2, 3], [0]), request(1, [4, 5, 6], [0]), request(2, [7, 8, 9], [0])])
+    engine.bank.read_totals()
+    kept = [t.clone() for t in (engine.cache.keys_LCKD, engine.bank.state_LRS, engine.bank.page_state_LNS)]
+    decoded = engine.decode([request(i, [1, 2, 3, 4], [0]) for i in range(3)])
+    assert decoded.selected_BS.tolist() == [[True, False, False]] * 3
+    assert decoded.open_BS.shape == (3, SLOTS)
+    changed = [(a != b) & ~(a.isnan() & b.isnan()) for a, b in zip(kept, (
+        engine.cache.keys_LCKD, engine.bank.state_LRS, engine.bank.page_state_LNS), strict=True)]  # fmt: skip
+    cells = changed[0].any(0).flatten(1).any(1).nonzero().flatten().tolist()
+    assert cells == [3 * PAGE + 3, 8 * PAGE + 3, 13 * PAGE + 3, (PAGES - 1) * PAGE]
+    assert changed[1][:, 3].any().item() is False  # a row that runs, but not in this step
+    assert changed[2].any(0).any(1).nonzero().flatten().tolist() == [3, 8, 13]
+    totals = engine.bank.read_totals()
+    assert [row[0] for row in totals.seen_LS] == [3] * tiny.LAYERS
+    assert len(totals.cross_KS) == engine.bank.labels
+
+
+def test_the_bank_counts_what_the_bank_on_the_cpu_counts():
+    shape = {"layers": tiny.LAYERS, "d": tiny.D, "slots": SLOTS, "width": 16, "rows": ROWS, "pages": 6}
+    banks = [cls(**shape, device=DEVICE, dtype=torch.float32) for cls in (Bank, GpuBank)]
+    pieces = [Piece(request(0, range(6), [0]), 0, 6), Piece(request(1, range(9), [0, 1]), 2, 7)]
+    got = []
+    for bank in banks:
+        for slot in range(2):
+            adapter = tiny.adapter(tiny.model(), seed=slot, carry=0.5, bare_layers=[1] if slot else [])
+            for _ in bank.attach(slot, adapter, 0.1):
+                pass
+        batch = build_batch(pieces, [3, 5], page_size=PAGE, spare_cell=0, slots=SLOTS, device=DEVICE)
+        batch.tokens = replace(
+            batch.tokens, end_E=torch.tensor([3, 7], device=DEVICE), page_E=torch.tensor([2, 4], device=DEVICE),
+            selected_TS=batch.tokens.selected_TS.T.contiguous().T,  # by columns in memory, as a graph has it
+        )  # fmt: skip
+        bank.begin(batch.tokens)
+        y = [bank.add_residues(i, rand(13, tiny.D, seed=i), rand(13, tiny.D, seed=9)) for i in range(tiny.LAYERS)]
+        got.append((torch.stack(y), bank.end(), bank.state_LRS, bank.page_state_LNS, bank.read_totals()))
+    (y, opened, state, page_state, totals), (y2, opened2, state2, page_state2, totals2) = got
+    torch.testing.assert_close(y2, y, atol=1e-4, rtol=1e-4)
+    assert torch.equal(opened2, opened)
+    torch.testing.assert_close(state2[:, :, :2], state[:, :, :2], equal_nan=True, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(page_state2[:, :, :2], page_state[:, :, :2], equal_nan=True, atol=1e-5, rtol=1e-5)
+    for name in ("fired_LS", "seen_LS", "cross_KS"):
+        assert getattr(totals2, name) == getattr(totals, name)
+    assert totals2.mass_S == pytest.approx(totals.mass_S, rel=1e-5)
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """Engines made in this test run by the kernels, wherever they run."""
+    monkeypatch.setattr(test_exactness, "Runner", partial(Runner, kernels=True))
+
+
+def answers(core, prompts, selections, tokens):
+    """Greedy answers, and how many tokens of the prompts were found in the prefix cache."""
+    for i, (prompt, selection) in enumerate(zip(prompts, selections, strict=True)):
+        sampling = Sampling(max_tokens=tokens, temperature=0, logprobs=1, ignore_eos=True)
+        assert core.add(Submit(str(i), tuple(prompt), sampling, selection)) is None
+    found, got = 0, [[] for _ in prompts]
+    while not core.idle:
+        events = core.step()
+        found += events.report.prefix.found
+        for output in events.outputs:
+            assert output.error is None
+            got[int(output.request_id)].extend(output.tokens)
+    core.check()
+    return got, found
+
+
+def test_the_engine_by_kernels_equals_the_naive_loop_and_shares_pages_that_graphs_filled(by_kernels):
+    base = tiny.model()
+    naive = tiny.Naive(base)
+    made = {f"a{i}": tiny.adapter(base, seed=i, carry=0.4 + 0.4 * i) for i in range(2)}
+    core, adapters = test_exactness.engine(base.to(DEVICE), pages=24, budget=16, running=2, slots=2)
+    for name, adapter in made.items():
+        test_exactness.load(adapters, name, adapter)
+    prompts, selections = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12, 13]], [("a1",), None]
+    for already in (0, 2 * 8):  # the second time two pages each, of which decodes filled the second
+        got, found = answers(core, prompts, selections, tokens=3)
+        assert found == already
+        for prompt, selection, tokens in zip(prompts, selections, got, strict=True):
+            chosen = [made[name] for name in selection or made]
+            ids = [token.id for token in tokens]
+            logprobs_TV = naive.logits([*prompt, *ids], chosen).log_softmax(-1)[len(prompt) - 1 : -1]
+            for token, logprobs_V in zip(tokens, logprobs_TV, strict=True):
+                # Sums are taken in another order, so a near tie may fall the other way.
+                assert float(logprobs_V.max() - logprobs_V[token.id]) < 1e-3
+                assert token.logprob == pytest.approx(float(logprobs_V[token.id]), abs=1e-3)
+            prompt += [*ids, 20]
+
+
+def test_a_device_that_cannot_capture_is_served_without_graphs(by_kernels, monkeypatch, caplog):
+    def refuse(graphs):
+        raise RuntimeError("no capture here")
+
+    monkeypatch.setattr(Graphs, "warm_up", refuse)
+    base = tiny.model()
+    answer, _ = tiny.Naive(base).greedy([1, 2, 3], 2)
+    core, _ = test_exactness.engine(base.to(DEVICE), pages=24, budget=16, running=2, slots=1)
+    assert "no capture here" in caplog.text
+    (got,), _ = answers(core, [[1, 2, 3]], [()], tokens=2)
+    assert [token.id for token in got] == answer
+
+
+def test_a_runner_on_a_cpu_needs_no_triton():
+    program = """if True:
+        import sys
+        sys.modules["triton"] = None  # as if it were not installed
+        from nr_serve.config import ServeConfig
+        from nr_serve.engine.runner import Runner
+        from tests import tiny
+        runner = Runner(tiny.model(), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+        assert runner.graphs is None
+        assert "nr_serve.neutral.kernels" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
