@@ -27,7 +27,7 @@ from nr_serve.evaluate.tables import markdown
 from nr_serve.train.base import load_base
 from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.learner import Batch, Learner
-from nr_serve.train.loop import Batches, learning_rate
+from nr_serve.train.loop import Batches, make_optimizer
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import BadRecipe, Recipe, read_recipe
 from nr_serve.train.text import read_classes
@@ -43,6 +43,7 @@ class Runner:
     recipe: Recipe
     learner: Learner
     optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
     seconds: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     """Tokens a second, by step."""
@@ -59,11 +60,9 @@ class Runner:
         roles = {*self.learner.spoken, *(self.learner.quiet if self.learner.local is not None else ())}
         return {role: windows for role, windows in part.items() if role in roles or role == "whole"}
 
-    def step(self, number: int, parts: Sequence[Batch]) -> None:
+    def step(self, parts: Sequence[Batch]) -> None:
         """One gradient step, timed."""
         parts = [self.read(part) for part in parts]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe.run, number)
         started = time.perf_counter()
         fired = self._take(parts)
         seconds = time.perf_counter() - started
@@ -82,6 +81,7 @@ class Runner:
             fired += output["sums"]["target_fired"]
         torch.nn.utils.clip_grad_norm_(list(self.learner.trained().values()), self.recipe.run.clip)
         self.optimizer.step()
+        self.schedule.step()
         self.optimizer.zero_grad()
         number, over = fired.tolist()
         return number / over if over else 0.0
@@ -100,10 +100,7 @@ def make_runner(recipe: Recipe, classes: Classes, fit_tokens: int) -> Runner:
         few = gate_classes(classes, fit_tokens)
         fit_gates(base.model, learner.attached, few, recipe.gate, original=classes.original)
     learner.train()
-    run = recipe.run
-    trained = list(learner.trained().values())
-    optimizer = torch.optim.AdamW(trained, lr=run.lr, weight_decay=run.weight_decay, foreach=True)
-    return Runner(recipe, learner, optimizer)
+    return Runner(recipe, learner, *make_optimizer(learner.trained(), recipe.run))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     for number in range(rounds):
         parts = [batches[number * first.run.accumulate + i] for i in range(first.run.accumulate)]
         for runner in runners.values():
-            runner.step(number, parts)
+            runner.step(parts)
         _say(f"round {number + 1} of {rounds}: " + ", ".join(f"{m} {r.rates[-1]:.0f}" for m, r in runners.items()))
     measured = summarise(runners, args.warmup)
     print("\n".join(markdown(table(measured))))

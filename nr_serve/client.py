@@ -124,7 +124,9 @@ class Client:
         try:
             response = self._http.request(method, place, **request)
         except httpx.ConnectError as error:
-            raise Unavailable(f"no server answers at {self.url}; start one with `nr-serve serve`") from error
+            raise Unavailable(
+                f"no server answers at {self.url}; start one with `nr-serve serve`, or name another with --url"
+            ) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unavailable(f"{method} {self.url}{place} failed: {error or type(error).__name__}") from error
         if response.is_error:

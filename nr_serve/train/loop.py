@@ -13,6 +13,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
@@ -55,12 +57,14 @@ def learning_rate(run: Run, step: int) -> float:
     return run.lr * (0.5 - 0.5 * math.cos(math.pi * left) if run.schedule == "cosine" else left)
 
 
-def parameter_groups(trained: Mapping[str, nn.Parameter], run: Run) -> list[dict[str, Any]]:
-    """What is trained, by learning rate: the blocks' W_out has its own."""
+def make_optimizer(trained: Mapping[str, nn.Parameter], run: Run) -> tuple[AdamW, LambdaLR]:
+    """The optimizer of what is trained, in which the blocks' W_out has its own learning rate, and its schedule."""
     out = [p for name, p in trained.items() if is_out(name)]
     rest = [p for name, p in trained.items() if not is_out(name)]
     groups = [{"params": rest, "lr": run.lr}, {"params": out, "lr": run.lr * run.out_lr_ratio}]
-    return [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]]
+    optimizer = AdamW(groups, lr=run.lr, weight_decay=run.weight_decay, foreach=True)
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate(run, step) / run.lr)
 
 
 class Batches(Dataset[Batch]):
@@ -142,9 +146,6 @@ class Loop(transformers.Trainer):
         """
         self.learner, self.plan, self.validate, self.describe, self.write = learner, plan, validate, describe, log
         self.out = Path(str(arguments.output_dir))
-        groups = parameter_groups(learner.trained(), plan)
-        optimizer = torch.optim.AdamW(groups, lr=plan.lr, weight_decay=plan.weight_decay, foreach=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(plan, step) / plan.lr)
         self.batches = Batches(classes, plan, arguments.world_size)
         callbacks: list[TrainerCallback] = [EarlyStoppingCallback(plan.patience)] if plan.patience else []
         super().__init__(
@@ -153,7 +154,7 @@ class Loop(transformers.Trainer):
             train_dataset=self.batches,
             eval_dataset=[],  # measured by the run, in its own way
             data_collator=lambda parts: parts[0],
-            optimizers=(optimizer, schedule),
+            optimizers=make_optimizer(learner.trained(), plan),
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False

@@ -352,7 +352,7 @@ def test_held_out_text_is_compared_with_every_source_of_its_language(registry, t
 
 def test_a_name_that_matches_no_source_is_refused(tmp_path):
     with pytest.raises(BadRequest, match=r"no source that matches fi\.x"):
-        build.fetch_corpus(recipe(tmp_path, TABLE), tmp_path / "out", ["fi.x"])
+        build.fetch_corpus(recipe(tmp_path, TABLE), tmp_path / "out", ["hu.x", "fi.x"])
 
 
 def test_without_apt_the_error_says_what_is_needed(tmp_path, monkeypatch):

@@ -209,7 +209,7 @@ def test_training_speed_is_measured_in_rounds_of_equal_methods(base, corpus, tmp
     write_recipe(tmp_path, base)
     taken, step = [], training.Runner.step
     monkeypatch.setattr(
-        training.Runner, "step", lambda r, n, parts: (taken.append((n, r.recipe.method)), step(r, n, parts))
+        training.Runner, "step", lambda r, parts: (taken.append((len(r.seconds), r.recipe.method)), step(r, parts))
     )
     flags = ["--corpus", str(corpus), "--steps", "3", "--warmup", "1", "--tokens", "256", "--fit-tokens", "512"]
     training.main([str(tmp_path / "recipe.toml"), *flags])
@@ -243,7 +243,7 @@ def test_a_measured_step_is_a_step_of_training(base, corpus, tmp_path, method):
     runner = training.make_runner(recipe, classes, recipe.gate.fit_tokens)
     batches = training.Batches(classes, recipe.run, 1)
     for number in range(2):
-        runner.step(number, [batches[2 * number], batches[2 * number + 1]])
+        runner.step([batches[2 * number], batches[2 * number + 1]])
     got = runner.learner.trained_state()
     if method == "lora":  # A starts at random, B at 0: after two steps both depend on A
         assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in expected.items()}

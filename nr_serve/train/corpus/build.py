@@ -51,11 +51,14 @@ def fetch_corpus(recipe: Path, out: Path, only: Sequence[str] = ()) -> list[Fetc
     documents; and `manifest.json` with versions, licences and amounts. `only` picks sources by name or pattern
     ("hu.*"). Sources already there and made by the same recipe are left as they are, unless they are the user's own
     and their files have changed. Text of other recipes may lie in `out` too. Raises `DownloadFailed` naming every
-    source that failed, after the others were written; `BadRequest` when `only` picks none or a folder is absent.
+    source that failed, after the others were written; `BadRequest` when a pattern of `only` picks none or a folder
+    is absent.
     """
-    sources = [s for s in read_recipe(recipe) if not only or any(fnmatchcase(s.name, pattern) for pattern in only)]
-    if not sources:
-        raise BadRequest(f"corpus recipe {recipe} has no source that matches {', '.join(only)}")
+    sources = read_recipe(recipe)
+    unmatched = [pattern for pattern in only if not any(fnmatchcase(s.name, pattern) for s in sources)]
+    if unmatched:
+        raise BadRequest(f"corpus recipe {recipe} has no source that matches {', '.join(unmatched)}")
+    sources = [s for s in sources if not only or any(fnmatchcase(s.name, pattern) for pattern in only)]
     for source in sources:
         if source.kind == "folder":
             check_folder(source, recipe.parent, out)
