@@ -98,6 +98,8 @@ class FakeEngine:
         self.answer: Callable[[Submit], list[int]] = letters
         self.load = (0, 0, 0, 100)
         """Requests running and waiting, pages used and there, as ReadGates answers."""
+        self.cached_tokens: Callable[[Submit], int] = lambda submit: 0
+        """Tokens of a request's prompt that the prefix cache had."""
         self.error: dict[int, Exception] = {}
         """Error to end one request with, by how many tokens it has by then."""
         self.may_load, self.steps_may_run = threading.Event(), threading.Event()
@@ -178,14 +180,14 @@ class FakeEngine:
         return StepEvents(tuple(outputs), report)
 
     def _advance(self, submit: Submit, written: list[int], text: Detokenizer) -> Output:
-        name, asked = submit.request_id, submit.sampling
+        name, asked, cached = submit.request_id, submit.sampling, self.cached_tokens(submit)
         if len(written) in self.error:
             return Output(name, finish_reason="error", error=self.error.pop(len(written)))
         prompt = None
         if not written and (asked.prompt_logprobs is not None or submit.gates):
             prompt = tuple(_token(i, submit, first=at == 0, prompt=True) for at, i in enumerate(submit.prompt_ids))
         if asked.max_tokens == 0:
-            return Output(name, prompt=prompt, finish_reason="length")
+            return Output(name, prompt=prompt, finish_reason="length", cached_tokens=cached)
         token_id = self.answer(submit)[len(written)]
         written.append(token_id)
         shown = text.push(token_id)
@@ -195,7 +197,17 @@ class FakeEngine:
         elif len(written) == asked.max_tokens:
             reason = "length"
         tokens = (_token(token_id, submit),)
-        return Output(name, tokens, shown, prompt, reason, stop)
+        return Output(name, tokens, shown, prompt, reason, stop, cached_tokens=cached)
+
+
+def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def letters(submit: Submit) -> list[int]:

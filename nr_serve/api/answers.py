@@ -32,21 +32,29 @@ class Writer(Protocol):
         """Whether an output is worth a chunk."""
 
 
-@dataclass
 class Usage:
-    """Tokens read and written so far."""
+    """Tokens read and written so far; a prompt counts once, however many answers it gets."""
 
-    prompt: int
-    completion: int = 0
+    def __init__(self, ask: Ask) -> None:
+        self._prompt = ask.prompt_tokens
+        self._completion = 0
+        # Of each prompt's first answer: the others may find what that one computed.
+        self._cached = {submit.request_id: 0 for submit in ask.submits[:: ask.tries]}
 
     def count(self, output: Output) -> None:
         """Add an output's tokens."""
-        self.completion += len(output.tokens)
+        self._completion += len(output.tokens)
+        if output.request_id in self._cached:
+            self._cached[output.request_id] = output.cached_tokens
 
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, Any]:
         """OpenAI's usage object."""
-        total = self.prompt + self.completion
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
+        return {
+            "prompt_tokens": self._prompt,
+            "completion_tokens": self._completion,
+            "total_tokens": self._prompt + self._completion,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
+        }
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ async def _respond(
         return EventStream(chunks, outputs)
     async with aclosing(outputs):
         whole = await while_connected(request, collect(ask, outputs))
-    usage = Usage(ask.prompt_tokens)
+    usage = Usage(ask)
     for output in whole:
         usage.count(output)
     kept = [writer.parts(output)[0] for writer, output in zip(writers, best(ask, whole), strict=True)]
@@ -142,7 +142,7 @@ async def _chunks(
     options: StreamOptions,
     outputs: AsyncGenerator[Output, None],
 ) -> AsyncGenerator[dict[str, Any], None]:
-    usage = Usage(ask.prompt_tokens)
+    usage = Usage(ask)
     place = {submit.request_id: i for i, submit in enumerate(ask.submits)}
 
     def chunk(choices: list[dict[str, Any]], *, last: bool = False, **extras: Any) -> dict[str, Any]:

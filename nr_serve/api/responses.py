@@ -43,12 +43,19 @@ class ErrorAnswer(Answer):
     error: ErrorDetail
 
 
+class PromptTokensDetails(Answer):
+    """What became of the prompt's tokens."""
+
+    cached_tokens: int = Field(description="found in the prefix cache, and not computed again")
+
+
 class Usage(Answer):
     """Tokens read and written; a prompt counts once, whatever `n` is."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Gates(Answer):
@@ -125,7 +132,12 @@ class Completion(Envelope):
             "model": "smollm2-135m-instruct",
             "system_fingerprint": "f00d",
             "choices": [{"index": 0, "text": " Paris.", "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+            "usage": {
+                "prompt_tokens": 5,
+                "completion_tokens": 3,
+                "total_tokens": 8,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            },
         }
     )
 
@@ -204,7 +216,12 @@ class ChatCompletion(Envelope):
                     "finish_reason": "stop",
                 }
             ],
-            "usage": {"prompt_tokens": 31, "completion_tokens": 3, "total_tokens": 34},
+            "usage": {
+                "prompt_tokens": 31,
+                "completion_tokens": 3,
+                "total_tokens": 34,
+                "prompt_tokens_details": {"cached_tokens": 16},
+            },
         }
     )
 

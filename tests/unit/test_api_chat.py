@@ -1,6 +1,6 @@
 import pytest
 
-from tests.fakes import events, serving
+from tests.fakes import events, serving, usage
 
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 BAD_CALL = CALL | {"function": {"name": "f", "arguments": "[1]"}}
@@ -21,7 +21,7 @@ def test_an_answer_has_openais_shape_and_the_template_is_used(server):
         {"index": 0, "message": message, "logprobs": None, "finish_reason": "length", "stop_reason": None}
     ]
     assert bytes(server.asked().prompt_ids) == b"[user]hi[assistant]"  # no BOS besides the template's own
-    assert body["usage"] == {"prompt_tokens": 19, "completion_tokens": 3, "total_tokens": 22}
+    assert body["usage"] == usage(19, 3)
 
 
 def test_parts_are_joined_and_a_developer_is_the_system(server):

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.fakes import BOS, MAX_MODEL_LEN, ByteTokenizer, events, letters, serving
+from tests.fakes import BOS, MAX_MODEL_LEN, ByteTokenizer, events, letters, serving, usage
 
 MOST_BYTES = 2 * MAX_MODEL_LEN  # the fake's vocabulary spells some bytes with two
 LONG = "x" * (MOST_BYTES + 1)
@@ -21,7 +21,7 @@ def test_a_completion_has_openais_shape(server):
     assert body["choices"] == [
         {"index": 0, "text": "abcd", "logprobs": None, "finish_reason": "length", "stop_reason": None}
     ]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert body["usage"] == usage(3, 4)
 
 
 def test_the_default_length_is_openais_and_fits_the_context(server):
@@ -49,7 +49,7 @@ def test_a_prompt_is_text_or_ids_or_a_list_of_either(server, prompt, ids):
 def test_each_of_n_answers_has_a_seed_of_its_own_and_prompts_are_counted_once(server):
     body = server.complete(prompt=["x", "yy"], n=2, best_of=2, seed=7, max_tokens=2).json()
     assert [choice["text"] for choice in body["choices"]] == ["hi", "ij", "hi", "ij"]
-    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+    assert body["usage"] == usage(5, 8)
 
 
 def test_every_sampling_field_reaches_the_engine(server):
@@ -145,13 +145,25 @@ def test_a_stream_reports_usage_at_its_end_if_asked(server):
     streamed = events(server.complete(max_tokens=2, stream=True, stream_options={"include_usage": True}))
     assert [event["usage"] for event in streamed[:-1]] == [None, None]
     assert streamed[-1]["choices"] == []
-    assert streamed[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert streamed[-1]["usage"] == usage(3, 2)
 
 
 def test_a_stream_reports_usage_all_along_if_asked(server):
     options = {"include_usage": True, "continuous_usage_stats": True}
     streamed = events(server.complete(max_tokens=2, stream=True, stream_options=options))
     assert [event["usage"]["completion_tokens"] for event in streamed] == [1, 2, 2]
+
+
+def test_usage_says_what_the_prefix_cache_had_of_each_prompt_once():
+    with serving() as server:
+        server.engine.cached_tokens = lambda submit: len(submit.prompt_ids) - 1
+        # Of two prompts, of 3 and 5 tokens with the BOS, whose second answers may find what the first computed.
+        asked = {"prompt": ["hi", "hiya"], "n": 2, "max_tokens": 2}
+        assert server.complete(**asked).json()["usage"] == usage(8, 8, cached=2 + 4)
+        assert server.complete(**asked | {"max_tokens": 0, "echo": True}).json()["usage"] == usage(8, 0, cached=6)
+        streamed = events(server.complete(**asked, stream=True, stream_options={"include_usage": True}))
+        assert streamed[-1]["usage"] == usage(8, 8, cached=6)
+        assert server.chat(max_tokens=1).json()["usage"] == usage(19, 1, cached=18)
 
 
 def test_a_stop_ends_the_answer_and_is_named(server):
@@ -235,7 +247,7 @@ def test_best_of_returns_the_answers_likeliest_per_token_best_first(server):
     assert [choice["text"] for choice in body["choices"]] == ["hi", "ij", "hi", "ij"]
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert [choice["logprobs"] for choice in body["choices"]] == [None] * 4, "they were not asked for"
-    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 16, "total_tokens": 21}
+    assert body["usage"] == usage(5, 16)
     assert [submit.sampling.seed for submit in server.engine.submits[-8:]] == [7, 8, 9, 10] * 2
 
 
