@@ -181,7 +181,7 @@ class Loss(_Section):
         default=False, description="Whether the original windows of a batch carry the LM loss too."
     )
     open: float = Field(
-        default=1.0,
+        default=0.3,
         ge=0,
         description="Weight of the hinge relu(1 - m) on the target's carried logits m, beside the LM loss: at high "
         "learning rates the blocks move the stream, and would shut the gates of the layers above.",
@@ -213,7 +213,7 @@ class Run(_Section):
     background_share: Share = Field(default=0.1, description="Share of the windows that is background text.")
     lr: float = Field(default=4e-3, gt=0, description="Peak learning rate of AdamW.")
     out_lr_ratio: float = Field(
-        default=10.0,
+        default=4.0,
         gt=0,
         description="The blocks' W_out learns so many times faster than the rest of them; it starts at 0, as "
         "LoRA's B does (arXiv 2402.12354).",
