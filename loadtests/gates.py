@@ -370,21 +370,40 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, required=True, help="folder of text, as fetch-corpus leaves it")
     parser.add_argument("--target", required=True, help="the language to tell from all others")
     parser.add_argument("--relative", action="append", default=[], help="a close relative of it; may be repeated")
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", default="default", help="base: a folder, a hub name, or `default`")
     parser.add_argument("--original", default="en", help="the base's own language")
     parser.add_argument("--unfitted", action="append", default=[], help="a source of it in no fit (default: 2)")
     parser.add_argument("--kept-out", action="append", default=[], help="a language in no fit (default: 4)")
-    parser.add_argument("--layers", type=int, default=5, help="keep the first of every so many layers")
-    parser.add_argument("--tokens", type=int, default=2048, help="of each class; of a target four times so many")
-    parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--carry", type=float, nargs="+", default=[0.0, 0.3, 0.5, 0.8, 0.9])
-    parser.add_argument("--solver", nargs="+", choices=sorted(SOLVERS), default=list(SOLVERS))
+    parser.add_argument("--layers", type=_positive, default=5, help="keep the first of every so many layers")
+    parser.add_argument(
+        "--tokens", type=_positive, default=2048, help="of each class; of a target four times so many"
+    )
+    parser.add_argument("--window", type=_positive, default=128, help="tokens read at once")
+    parser.add_argument("--carry", type=float, nargs="+", default=[0.0, 0.3, 0.5, 0.8, 0.9], help="0 to below 1")
+    parser.add_argument(
+        "--solver", nargs="+", choices=sorted(SOLVERS), default=list(SOLVERS), help="how a gate is fitted"
+    )
     parser.add_argument("--background", type=int, nargs="+", default=[0, 1, 3, 6, 12, 24], help="languages in it")
-    parser.add_argument("--percentile", type=float, nargs="+", default=[95.0, 99.0, 99.5, 99.9])
-    parser.add_argument("--ridge", type=float, default=Gate().ridge)
+    parser.add_argument(
+        "--percentile",
+        type=float,
+        nargs="+",
+        default=[95.0, 99.0, 99.5, 99.9],
+        help="of the logit on other classes",
+    )
+    parser.add_argument("--ridge", type=float, default=Gate().ridge, help="penalty, as in a recipe")
     parser.add_argument("--plots", type=Path, help="folder for a plot")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="draws what is kept out and the order of the background"
+    )
     return parser.parse_args(argv)
+
+
+def _positive(written: str) -> int:
+    number = int(written)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{written} is less than 1")
+    return number
 
 
 def _say(message: str) -> None:

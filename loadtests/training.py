@@ -187,9 +187,9 @@ def table(measured: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipe", type=Path, help="a training recipe; its method is replaced")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of text, as fetch-corpus leaves it")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="to measure")
     parser.add_argument("--steps", type=_positive, default=20, help="rounds measured")
     parser.add_argument("--warmup", type=_whole, default=3, help="rounds before them that do not count")
     parser.add_argument("--tokens", type=_positive, help="tokens a step (default: the recipe's)")

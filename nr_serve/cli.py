@@ -91,7 +91,7 @@ def _add_grouped(parser: ArgumentParser, *flags: str, **options: Any) -> Any:
 
 
 class _Formatter(RawDescriptionHelpFormatter):
-    """Help on few lines: no list of many flags as usage, no --no-x, no types, no defaults that are no values."""
+    """Help on few lines: no usage of many flags, no idle --no-x, no types, no empty defaults."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
@@ -107,7 +107,8 @@ class _Formatter(RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: Any) -> str:
         shown = copy(action)
-        shown.option_strings = [each for each in action.option_strings if not each.startswith("--no-")]
+        if "(default: True)" not in (action.help or ""):  # there --no-x changes nothing
+            shown.option_strings = [each for each in action.option_strings if not each.startswith("--no-")]
         return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: Any) -> str:

@@ -37,6 +37,9 @@ class Evaluate(Command):
     interference: bool = Field(
         False, description="also measure each text with its own adapter alone, and sum up who disturbs whom"
     )
+    alone: bool = Field(
+        False, description="attach one adapter at a time, a row each: to choose among variants, such as carries"
+    )
     near: list[str] = Field(
         [], description="LANGUAGE=RELATIVE, such as nb=da: sum up text in a close relative apart; may be repeated"
     )
@@ -59,6 +62,7 @@ NEEDS = {
     "window": "corpus",
     "windows": "corpus",
     "interference": "corpus",
+    "alone": "corpus",
     "card": "corpus",
     "plots": "corpus",
     "switches": "corpus",
@@ -69,6 +73,9 @@ NEEDS = {
     "plot_format": "plots",
 }
 """Flag -> the flag without which it would do nothing."""
+
+ALL_ATTACHED = ("interference", "card", "tasks")
+"""Flags that measure all adapters attached, which `alone` does not."""
 
 PACKAGES = {"plots": "matplotlib", "tasks": "lm_eval"}
 """Flag -> the package it needs besides those of every command."""
@@ -81,6 +88,7 @@ class Measured:
     hosted: Hosted
     report: Report | None
     together: Interference | None
+    alone: Mapping[str, Report]
     switched: SwitchReport | None
     tasks: Mapping[str, TaskScores]
 
@@ -88,6 +96,8 @@ class Measured:
         """All of it as plain values, for JSON."""
         text = self.together or self.report
         document: dict[str, Any] = {"adapters": self.hosted.versions} if text is None else text.document()
+        if self.alone:
+            document |= {"alone": {name: report.document() for name, report in self.alone.items()}}
         if self.switched is not None:
             document |= {"switches": self.switched.document()}
         if self.tasks:
@@ -97,12 +107,15 @@ class Measured:
     def tables(self) -> list[Rows]:
         """All of it as tables."""
         from nr_serve.evaluate.tables import heldout_rows, interference_rows, summary_rows, switch_rows, task_rows
+        from nr_serve.evaluate.variants import variant_rows
 
         tables = []
         if self.together is not None:
             tables += [interference_rows(self.together), summary_rows(self.together.summary())]
         elif self.report is not None:
             tables += [heldout_rows(self.report)]
+        if self.alone:
+            tables += [variant_rows(self.alone, self.hosted.adapters)]
         if self.switched is not None:
             tables += [switch_rows(self.switched)]
         if self.tasks:
@@ -132,9 +145,9 @@ def _measure(command: Evaluate) -> Measured:
     examples = read_tasks(command.tasks, command.limit)
     hosted = load(command.files, command.model)
     switching = _read_switches(command, hosted)
-    report, together = _measure_text(command, hosted, near)
+    report, together, alone = _measure_text(command, hosted, near)
     switched = switches(hosted, switching) if switching else None
-    return Measured(hosted, report, together, switched, score_tasks(hosted, examples))
+    return Measured(hosted, report, together, alone, switched, score_tasks(hosted, examples))
 
 
 def _read_switches(command: Evaluate, hosted: Hosted) -> dict[str, SwitchText]:
@@ -151,30 +164,37 @@ def _read_switches(command: Evaluate, hosted: Hosted) -> dict[str, SwitchText]:
 
 def _measure_text(
     command: Evaluate, hosted: Hosted, near: Mapping[str, Sequence[str]]
-) -> tuple[Report | None, Interference | None]:
-    from nr_serve.evaluate.heldout import attach_all
+) -> tuple[Report | None, Interference | None, dict[str, Report]]:
+    from nr_serve.evaluate.heldout import attach_all, each_alone
     from nr_serve.evaluate.interference import interference
     from nr_serve.train.text import read_heldout
 
     if command.corpus is None:
-        return None, None
+        return None, None, {}
     texts = read_heldout(command.corpus, command.source, hosted.base.tokenizer, command.window, command.windows)
+    if command.alone:
+        return None, None, each_alone(hosted, texts)
     if not command.interference:
-        return attach_all(hosted, texts), None
+        return attach_all(hosted, texts), None, {}
     together = interference(hosted, texts, near)
-    return together.report, together
+    return together.report, together, {}
 
 
 def _write_plots(command: Evaluate, measured: Measured) -> tuple[dict[str, dict[str, Path]], dict[str, Path]]:
     """Write the plots asked for; returns those of each adapter's gates, and the interference matrix."""
-    if command.plots is None or measured.report is None:
+    reports = dict(measured.alone)
+    if measured.report is not None:
+        reports = dict.fromkeys(measured.hosted.names, measured.report)
+    if command.plots is None or not reports:
         return {}, {}
     from nr_serve.evaluate.report_plots import plot_gates, plot_matrix, plot_switches
     from nr_serve.evaluate.roles import assign_roles
 
-    folder, suffix, report = command.plots, f".{command.plot_format}", measured.report
-    roles = assign_roles(report.sources, measured.hosted.adapters, {})
-    gates = {name: plot_gates(folder, report, roles, name, suffix) for name in measured.hosted.names}
+    folder, suffix = command.plots, f".{command.plot_format}"
+    gates = {}
+    for name, report in reports.items():
+        roles = assign_roles(report.sources, measured.hosted.adapters, {})
+        gates[name] = plot_gates(folder, report, roles, name, suffix)
     if measured.switched is not None:
         plot_switches(folder, measured.switched, suffix)
     return gates, {} if measured.together is None else plot_matrix(folder, measured.together, suffix)
@@ -207,6 +227,11 @@ def _check(command: Evaluate) -> None:
     if command.corpus is None and not command.tasks:
         raise BadRequest("nothing to measure on: give --corpus, --tasks or both", param="corpus")
     check_flags(command, NEEDS, PACKAGES)
+    for flag in ALL_ATTACHED:
+        if command.alone and getattr(command, flag):
+            raise BadRequest(
+                f"{_spelled(flag)} is of all adapters attached: it does not go with --alone", param=flag
+            )
     for page in (command.card, command.markdown):
         if page is not None:
             check_page(page)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field
@@ -116,10 +120,12 @@ def sweep(command: Sweep) -> int:
 
 def calibrate(command: Calibrate) -> int:
     """Calibrate; print the file."""
+    from nr_serve.evaluate.pages import check_page
     from nr_serve.train.calibrate import calibrate as run
     from nr_serve.train.recipe import parse_changes
 
     changes = parse_changes(command.set)
+    check_page(command.out)
     print(
         run(
             command.file,
@@ -136,8 +142,10 @@ def calibrate(command: Calibrate) -> int:
 
 def export_adapter(command: ExportAdapter) -> int:
     """Export; print the adapter's file."""
+    from nr_serve.evaluate.pages import check_page
     from nr_serve.train.export import export_run
 
+    check_page(command.file)
     print(export_run(command.run, command.file, threshold=command.threshold))
     return 0
 
@@ -154,8 +162,19 @@ def fetch_corpus(command: FetchCorpus) -> int:
     """Fetch; print what lies in the folder then."""
     from nr_serve.train.corpus.build import fetch_corpus as fetch
 
-    fetched = fetch(command.recipe, command.out, command.only)
+    with _ended_by_sigterm():  # so that what is unpacked does not stay behind
+        fetched = fetch(command.recipe, command.out, command.only)
     rows = [(each.name, f"{each.train_chars:,}", f"{each.heldout_chars:,}") for each in fetched]
     for line in table([("SOURCE", "TRAIN CHARS", "HELD-OUT CHARS"), *rows]):
         print(line)
     return 0
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM inside ends the program as an exception does, so that what is temporary is removed."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -61,24 +61,33 @@ class Report:
         return json.dumps(self.document(), indent=1, sort_keys=True)
 
 
+def each_alone(hosted: Hosted, texts: Mapping[str, Windows]) -> dict[str, Report]:
+    """The report of each adapter, by its name, with no other attached."""
+    return {name: _attach(hosted, texts, (name,)) for name in hosted.names}
+
+
 def attach_all(hosted: Hosted, texts: Mapping[str, Windows]) -> Report:
     """Loss and fired shares of `texts`, by source, with none and with all of the adapters attached."""
+    return _attach(hosted, texts, hosted.names)
+
+
+def _attach(hosted: Hosted, texts: Mapping[str, Windows], names: Sequence[str]) -> Report:
     before: dict[str, SourceResult] = {}
     after: dict[str, SourceResult] = {}
     for source, windows, place in in_turn(texts):
         before[source] = read_hosted(hosted, (), windows, place)
-        after[source] = read_hosted(hosted, hosted.names, windows, place)
-    return report(hosted, texts, before, after)
+        after[source] = read_hosted(hosted, names, windows, place)
+    return report(hosted, names, texts, before, after)
 
 
 def report(
     hosted: Hosted,
+    names: Sequence[str],
     texts: Mapping[str, Windows],
     before: Mapping[str, SourceResult],
     after: Mapping[str, SourceResult],
 ) -> Report:
-    """The report of `texts` measured with none and with all of the adapters attached."""
-    names = hosted.names
+    """The report of `texts` measured with none and with the adapters `names` attached."""
     sources = {
         source: SourceReport(
             before=before[source].loss,
@@ -93,7 +102,7 @@ def report(
     return Report(
         base=hosted.base.name,
         base_fingerprint=hosted.base.fingerprint,
-        adapters=hosted.versions,
+        adapters={name: hosted.versions[name] for name in names},
         window=next(iter(texts.values())).ids_NT.shape[1],
         sources=sources,
     )

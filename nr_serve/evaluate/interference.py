@@ -151,7 +151,7 @@ def interference(
             silent = _others_silent(hosted, own, together[source])
             read = together[source] if silent else read_hosted(hosted, own, windows, place)
             alone[source] = Alone(read.loss, difference(read, together[source]))
-    return Interference(report(hosted, texts, before, together), roles, alone)
+    return Interference(report(hosted, hosted.names, texts, before, together), roles, alone)
 
 
 def _others_silent(hosted: Hosted, own: Collection[str], together: SourceResult) -> bool:

@@ -71,6 +71,8 @@ class Switch:
     """Tokens of its own text read before one at which the gate is open; None if there is none."""
     tokens_to_shut: int | None
     """Tokens read after its own text before one at which the gate is shut; None if there is none."""
+    own_difference: Difference
+    """Change of the loss on the stretch in the middle, without its first token: less where the gate opens late."""
     before: float
     """Loss of the base alone on the last stretch, without its first token; nats a token."""
     after: float
@@ -139,11 +141,19 @@ def switches(hosted: Hosted, texts: Mapping[str, SwitchText]) -> SwitchReport:
 
 
 @dataclass(frozen=True)
-class _Reading:
-    rates: tuple[float, ...]
+class _Losses:
+    """Of one stretch, without its first token."""
+
     loss: float
     nats_N: tuple[float, ...]
     labels_N: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    rates: tuple[float, ...]
+    own: _Losses
+    again: _Losses
 
 
 def _measure(hosted: Hosted, name: str, text: SwitchText) -> Switch:
@@ -159,9 +169,10 @@ def _measure(hosted: Hosted, name: str, text: SwitchText) -> Switch:
         steady=steady,
         tokens_to_open=_first(rate > 0 and rate >= OPEN * steady.own for rate in own),
         tokens_to_shut=_first(rate < SHUT for rate in again),
-        before=before.loss,
-        after=after.loss,
-        difference=difference(before, after),
+        own_difference=difference(before.own, after.own),
+        before=before.again.loss,
+        after=after.again.loss,
+        difference=difference(before.again, after.again),
     )
 
 
@@ -182,8 +193,7 @@ def _read(hosted: Hosted, names: Sequence[str], ids_NT: Tensor) -> _Reading:
     model, attached = hosted.base.model, hosted.attached
     count, length = ids_NT.shape
     fired_T = torch.zeros(length, dtype=torch.float64, device=hosted.base.device)
-    nats: list[float] = []
-    labels = length // 3 - 1
+    parts = []
     blocks = 0
 
     def watch(_: int, __: int, g_M: Tensor) -> None:
@@ -193,6 +203,15 @@ def _read(hosted: Hosted, names: Sequence[str], ids_NT: Tensor) -> _Reading:
         windows = Windows(ids_NT, torch.arange(length).expand_as(ids_NT))
         for record, nats_NT, _ in read_parts(model, attached, windows, watch):
             blocks = sum(record.blocks)
-            nats += nats_NT[:, -labels - 1 :].sum(1).tolist()  # the last of them has no next
+            parts.append(nats_NT)
     rates = (fired_T / (count * max(1, blocks))).tolist()
-    return _Reading(tuple(rates), sum(nats) / (count * labels), tuple(nats), (labels,) * count)
+    nats_NT = torch.cat(parts)
+    return _Reading(tuple(rates), _losses(nats_NT, 1), _losses(nats_NT, 2))
+
+
+def _losses(nats_NT: Tensor, place: int) -> _Losses:
+    """The losses on stretch 0, 1 or 2, of those of each token on the next."""
+    stretch = nats_NT.shape[1] // 3
+    nats = nats_NT[:, place * stretch : (place + 1) * stretch - 1].sum(1).tolist()
+    labels = (stretch - 1,) * len(nats)
+    return _Losses(sum(nats) / sum(labels), tuple(nats), labels)

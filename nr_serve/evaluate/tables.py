@@ -73,7 +73,7 @@ def summary_rows(summary: Summary) -> Rows:
 
 
 def switch_rows(report: SwitchReport) -> Rows:
-    """A row an adapter: its rate in the three stretches, tokens until it opens and shuts, and what that costs."""
+    """A row an adapter: rates in the three stretches, tokens until it opens and shuts, changes of the loss."""
     header = ["ADAPTER", "WINDOWS", "FIRED BEFORE", "FIRED IN", "FIRED AFTER", "TOKENS TO OPEN", "TOKENS TO SHUT"]
     rows = [
         [
@@ -81,13 +81,14 @@ def switch_rows(report: SwitchReport) -> Rows:
             f"{s.windows:,}",
             *(f"{rate:.2%}" for rate in (s.steady.original, s.steady.own, s.steady.original_again)),
             *("never" if tokens is None else f"{tokens}" for tokens in (s.tokens_to_open, s.tokens_to_shut)),
+            str(s.own_difference),
             f"{s.before:.4f}",
             f"{s.after:.4f}",
             str(s.difference),
         ]
         for name, s in report.adapters.items()
     ]
-    return [[*header, "BASE LOSS AFTER", "LOSS AFTER", "CHANGE"], *rows]
+    return [[*header, "CHANGE IN", "BASE LOSS AFTER", "LOSS AFTER", "CHANGE AFTER"], *rows]
 
 
 def task_rows(tasks: Mapping[str, TaskScores]) -> Rows:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,34 @@ def load_base(base: str, dtype: str = "float32", device: torch.device | str = "c
     """Load `default`, a folder or a model hub's name. Raises UnsupportedBase with the reason."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    with _loading(base) as source:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    model.requires_grad_(False)
+    model.eval()
+    fingerprint = host.fingerprint(model, tokenizer)
+    return FrozenBase(Path(source).name, model.to(device), tokenizer, fingerprint)
+
+
+def load_tokenizer(base: str) -> Any:
+    """A base's tokenizer, without the model. Raises UnsupportedBase with the reason."""
+    from transformers import AutoTokenizer
+
+    with _loading(base) as source:
+        return AutoTokenizer.from_pretrained(source)
+
+
+@contextmanager
+def _loading(base: str) -> Iterator[str]:
+    """Where a base is, fetched if it is the default; what keeps it from being loaded is an UnsupportedBase."""
     source = base
     if base == "default":
         from nr_serve.default_model import fetch_model
 
         source = str(fetch_model())
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        yield source
     except (OSError, ValueError) as error:
         raise UnsupportedBase(f"cannot load the base {source}: {error}") from error
-    model.requires_grad_(False)
-    model.eval()
-    fingerprint = host.fingerprint(model, tokenizer)
-    return FrozenBase(Path(source).name, model.to(device), tokenizer, fingerprint)

@@ -16,6 +16,7 @@ from nr_serve.neutral.format import Adapter, Block, write_adapter
 from nr_serve.train import text
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule
 from nr_serve.train.base import best_device, load_base, read_adapters
+from nr_serve.train.disk import writing
 from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
 from nr_serve.train.recipe import Gate, Recipe, parse_recipe
 from nr_serve.train.text.mix import Classes
@@ -38,7 +39,7 @@ def calibrate(
     recipe says, by logistic regression if they were random there, and every block keeps one, however little it
     finds. `changes` replaces keys of the recipe's [gate], `carry` its carry; the new file's recipe tells of both.
     Raises BadAdapterFile for a file that does not fit the base, BadRequest for an adapter without a recipe and for
-    two of the same name, BadRecipe if text is missing.
+    two of the same name, BadRecipe if text is missing, CannotWrite.
     """
     frozen = load_base(base, device=best_device())
     neighbours = read_adapters([new, *beside], frozen)
@@ -48,18 +49,22 @@ def calibrate(
     written = [source for source in added if source.reads_alike(recipe.data.text_field)]
     unwritten = [source for source in added if source not in written]  # a recipe has one field for all its text
     recipe = _with_background(recipe, [source.entry(corpus) for source in written])
+    _say("reading and packing the text")
     classes = text.read_classes(corpus, recipe.data, frozen.tokenizer, recipe.run, background=unwritten)
     module = AdapterModule.from_file(adapter)
     module.threshold = 0.0  # the fit sets its own
     module.carry = recipe.blocks.carry if carry is not None else module.carry
     modules = [module, *map(AdapterModule.from_file, neighbours.values())]
     attached = Attached(frozen.model, [each.to(frozen.device) for each in modules])
+    _say("fitting the gates")
     fitted = _fit(frozen.model, attached, classes, recipe.gate)
-    print(f"calibrate: {fitted.summary()}", file=sys.stderr)
+    _say(fitted.summary())
     results = {k: v for k, v in adapter.info.results.items() if k != "heldout"}
     results["calibrated"] = {"beside": {name: neighbour.version for name, neighbour in neighbours.items()}}
     info = replace(adapter.info, carry=module.carry, threshold=0.0, recipe=recipe.dump(), results=results)
-    write_adapter(out, info, tuple(_with_gate(block, module.layer(i)) for i, block in enumerate(adapter.blocks)))
+    blocks = tuple(_with_gate(block, module.layer(i)) for i, block in enumerate(adapter.blocks))
+    with writing(out):
+        write_adapter(out, info, blocks)
     return out
 
 
@@ -106,3 +111,7 @@ def _recipe(name: str, adapter: Adapter) -> Recipe:
     if "data" not in adapter.info.recipe:
         raise BadRequest(f"{name} carries no recipe, so its text is unknown", param="files")
     return parse_recipe(dict(adapter.info.recipe), name)
+
+
+def _say(message: str) -> None:
+    print(f"calibrate: {message}", file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ it is that trains, and marks the folder complete by writing `state.json` last.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -21,7 +20,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nr_serve.errors import Conflict, NrError
+from nr_serve.errors import NrError
+from nr_serve.train.disk import held
 
 PREFIX = "checkpoint-"
 KEPT = 2
@@ -111,11 +111,7 @@ def alone(out: Path) -> Iterator[None]:
 
     Raises Conflict if another process holds it; a killed process lets go.
     """
-    with (out / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Conflict(f"another process trains in {out}") from error
+    with held(out, "trains in"):
         for torn in set(_own(out)) - set(_complete(out)):
             shutil.rmtree(torn)
         yield

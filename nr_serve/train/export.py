@@ -16,8 +16,9 @@ from nr_serve.neutral.format import AdapterInfo, write_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import AdapterModule
 from nr_serve.train.base import FrozenBase, best_device, load_base
+from nr_serve.train.disk import writing
 from nr_serve.train.learner import Learner
-from nr_serve.train.methods import make_learner
+from nr_serve.train.methods import make_learner, save_lora
 from nr_serve.train.recipe import Recipe, parse_recipe
 
 
@@ -78,22 +79,30 @@ def load_weights(learner: Learner, weights: Mapping[str, Tensor]) -> None:
 def write_result(out: Path, recipe: Recipe, base: FrozenBase, learner: Learner, results: Mapping[str, Any]) -> Path:
     """Write what a finished run made: an adapter file, else a folder that PEFT or transformers reads.
 
-    It is there whole or not at all.
+    It is there whole or not at all. Raises CannotWrite.
     """
     path = result_path(out, recipe)
     if learner.adapter is not None and _served(recipe):
         return write_blocks(path, recipe, base, learner.adapter, results)
+    with writing(path):
+        _write_folder(path, recipe, base, learner)
+    return path
+
+
+def _write_folder(path: Path, recipe: Recipe, base: FrozenBase, learner: Learner) -> None:
     part = path.with_name(f".{path.name}.part")
     _clear(part)
     if learner.adapter is not None:
         checkpoints.save_weights(part, learner.trained_state())
     else:
         host.unhost_blocks(base.model)  # so that the layers have their own names again
-        base.model.save_pretrained(part)
+        if recipe.method == "lora":
+            save_lora(part, base)
+        else:
+            base.model.save_pretrained(part)
         base.tokenizer.save_pretrained(part)
     _clear(path)
     part.rename(path)
-    return path
 
 
 def _clear(folder: Path) -> None:
@@ -115,7 +124,7 @@ def write_blocks(
     results: Mapping[str, Any],
     threshold: float = 0.0,
 ) -> Path:
-    """Write the adapter file, weights in bfloat16."""
+    """Write the adapter file, weights in bfloat16. Raises CannotWrite."""
     info = AdapterInfo(
         base=base.name,
         base_fingerprint=base.fingerprint,
@@ -127,7 +136,8 @@ def write_blocks(
         recipe=recipe.dump(),
         results=results,
     )
-    write_adapter(path, info, adapter.export(torch.bfloat16))
+    with writing(path):
+        write_adapter(path, info, adapter.export(torch.bfloat16))
     return path
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,14 +26,13 @@ from transformers import (
 from nr_serve.errors import NrError
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import is_out
+from nr_serve.train.base import best_device
+from nr_serve.train.disk import is_write_fault
 from nr_serve.train.export import load_weights
 from nr_serve.train.learner import Batch, Learner, Sums, Whole
 from nr_serve.train.recipe import BadRecipe, Run
 from nr_serve.train.text.mix import Classes, Mix
 from nr_serve.train.text.pack import Windows
-
-WRITE_FAULTS = ("inline_container", "PytorchStreamWriter", "iostream error")
-"""One of these is in the text of each RuntimeError of torch's file writer, which has no type of its own."""
 
 
 class TrainingDiverged(NrError):
@@ -104,6 +102,7 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
         gradient_accumulation_steps=run.accumulate,
         max_grad_norm=run.clip,
         bf16=run.dtype == "bfloat16",
+        use_cpu=best_device().type == "cpu",  # not said, bf16 asks for a GPU
         torch_compile=run.compile,
         ddp_find_unused_parameters=True,  # a block whose gate stayed shut takes no part in a step
         logging_steps=run.log_every,
@@ -132,7 +131,7 @@ class Loop(transformers.Trainer):
     def __init__(
         self,
         learner: Learner,
-        classes: Classes,
+        batches: Batches,
         plan: Run,
         arguments: TrainingArguments,
         *,
@@ -146,7 +145,7 @@ class Loop(transformers.Trainer):
         """
         self.learner, self.plan, self.validate, self.describe, self.write = learner, plan, validate, describe, log
         self.out = Path(str(arguments.output_dir))
-        self.batches = Batches(classes, plan, arguments.world_size)
+        self.batches = batches
         callbacks: list[TrainerCallback] = [EarlyStoppingCallback(plan.patience)] if plan.patience else []
         super().__init__(
             model=self.learner,
@@ -229,8 +228,8 @@ class Loop(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:  # the three ways in which a full disk shows
-            if isinstance(error, RuntimeError) and not any(fault in str(error) for fault in WRITE_FAULTS):
+        except Exception as error:
+            if not is_write_fault(error):
                 raise
             kept = checkpoints.latest(self.out)
             where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"

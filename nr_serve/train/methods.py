@@ -8,9 +8,11 @@ finetune    every parameter of the base
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from nr_serve.train.attach import VARIANCE, AdapterModule, is_gate
@@ -87,12 +89,23 @@ def add_lora(recipe: Recipe, base: FrozenBase) -> None:
 
     The update is scaled by alpha / rank. B starts at 0, so the model starts as the base.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model  # transformers' own way asks for a peft of its choice
 
     config = LoraConfig(r=lora_rank(recipe, base), lora_alpha=recipe.lora.alpha, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.run.seed)
-        base.model.add_adapter(config)
+        inject_adapter_in_model(config, base.model)
     for parameter in base.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # in bfloat16 small updates would be lost
+
+
+def save_lora(folder: Path, base: FrozenBase) -> None:
+    """Write the update that `add_lora` gave a base as a folder that PEFT reads."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(base.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    base.model.peft_config["default"].save_pretrained(folder)
+    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}  # as in a PeftModel
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

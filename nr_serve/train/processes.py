@@ -18,9 +18,14 @@ def is_first() -> bool:
     return bool(accelerate.PartialState().is_main_process)
 
 
+def count() -> int:
+    """How many there are."""
+    return int(accelerate.PartialState().num_processes)
+
+
 def several() -> bool:
     """Whether there are more than one."""
-    return int(accelerate.PartialState().num_processes) > 1
+    return count() > 1
 
 
 def from_first(make: Callable[[], T]) -> T:

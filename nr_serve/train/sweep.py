@@ -49,11 +49,15 @@ def run_sweep(
 ) -> dict[str, Path | Exception]:
     """Train every run of a sweep in its folder below `out`, in order, going on where an earlier call stopped.
 
-    All recipes are checked before the first run starts. A run that fails does not stop the others: what it raised
-    stands in its place. The failures are told at the end.
+    All recipes, and the text of the runs that are left, are checked before the first run starts. A run that fails
+    then does not stop the others: what it raised stands in its place. The failures are told at the end.
     """
+    from nr_serve.train import processes
+
+    recipes = read_sweep(path, changes)
+    processes.from_first(lambda: _check_text(recipes, out, corpus))
     results: dict[str, Path | Exception] = {}
-    for name, recipe in read_sweep(path, changes).items():
+    for name, recipe in recipes.items():
         try:
             results[name] = _run(name, recipe, out / name, corpus)
         except Exception as error:
@@ -66,6 +70,20 @@ def run_sweep(
     for name, failure in failed.items():
         _say(f"{name} failed: {failure if isinstance(failure, NrError) else repr(failure)}")
     return results
+
+
+def _check_text(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> None:
+    """Raise what keeps a run that is left from starting with its text; a BadRecipe names the run."""
+    from nr_serve.train.run_text import read_run_text
+
+    for name, recipe in recipes.items():
+        if finished(out / name, recipe) is not None:
+            continue
+        _say(f"checking the text of {name}")
+        try:
+            read_run_text(recipe, corpus)
+        except BadRecipe as error:
+            raise BadRecipe(f"run {name}: {error.message}") from error
 
 
 def _run(name: str, recipe: Recipe, folder: Path, corpus: Path) -> Path:

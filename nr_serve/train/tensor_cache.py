@@ -48,7 +48,7 @@ class TensorCache:
         made = make()
         try:
             self._write(path, made)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             _say(f"cannot keep anything in {self.folder}: {error}")
         return made
 

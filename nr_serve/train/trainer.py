@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from nr_serve.errors import Conflict
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import processes, text
+from nr_serve.train import processes
 from nr_serve.train.attach import AdapterModule
 from nr_serve.train.base import load_base
 from nr_serve.train.export import load_weights, write_result
@@ -29,7 +29,8 @@ from nr_serve.train.log import Log
 from nr_serve.train.loop import Loop, TrainingStopped, training_arguments
 from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
-from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe
+from nr_serve.train.recipe import Recipe, parse_recipe
+from nr_serve.train.run_text import read_run_text
 from nr_serve.train.text.pack import Windows, digest
 
 
@@ -39,7 +40,8 @@ def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tens
     That is a file, `out`/<domain>.safetensors, for a method with blocks, else a folder, `out`/<method>. `out` also
     receives checkpoints and `log.jsonl`, and with `tensorboard` its event files. Processes started by
     `accelerate launch` share each step. Raises BadRecipe; Conflict if `out` holds another run or another process
-    trains there; TrainingDiverged if the loss stops being finite; TrainingStopped if the disk is full.
+    trains there; TrainingDiverged if the loss stops being finite; TrainingStopped or CannotWrite if the
+    disk is full.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -67,41 +69,20 @@ class TrainingRun:
         saved: checkpoints.Checkpoint | None,
     ) -> None:
         self.recipe, self.arguments, self.out, self.saved = recipe, arguments, out, saved
+        if saved is not None:
+            earlier = parse_recipe(saved.recipe)
+            _same("recipe", recipe.continues(earlier, saved.step * recipe.run.batch_tokens))
         _say("reading and packing the text")
         with arguments.main_process_first():  # the others find what it leaves in the caches
-            self._read(corpus)
-        if recipe.run.patience is not None and not any(recipe.owns(name) for name in self.heldout):
-            raise BadRecipe("run.patience watches the target's held-out text, and data.heldout names none")
-        if saved is not None:
-            self._check_resumable(saved)
+            self.text = read_run_text(recipe, corpus)
+        self.digest = self.text.classes.digest()
+        _same("corpus", saved is None or saved.text_digest == self.digest)
+        self.base = load_base(recipe.base, recipe.base_dtype, arguments.device)
+        _same("base", saved is None or saved.base_fingerprint == self.base.fingerprint)
         self.learner = make_learner(recipe, self.base).to(self.base.device)
         self.results: dict[str, Any] = saved.results if saved else {}
         self.log = Log(out / "log.jsonl") if processes.is_first() else None
         self._measured: int | None = None
-
-    def _read(self, corpus: Path) -> None:
-        """Load the base, and read the text in its tokens."""
-        recipe, run = self.recipe, self.recipe.run
-        self.base = load_base(recipe.base, recipe.base_dtype, self.arguments.device)
-        self.classes = text.read_classes(corpus, recipe.data, self.base.tokenizer, run)
-        self.digest = self.classes.digest()
-        self.heldout = text.read_heldout(
-            corpus,
-            recipe.data.heldout,
-            self.base.tokenizer,
-            run.window,
-            run.validate_windows,
-            text_field=recipe.data.text_field,
-            apart_from=self.classes,
-        )
-
-    def _check_resumable(self, saved: checkpoints.Checkpoint) -> None:
-        if not self.recipe.continues(parse_recipe(saved.recipe), saved.step * self.recipe.run.batch_tokens):
-            raise Conflict("the recipe differs from that of the run to resume")
-        if saved.base_fingerprint != self.base.fingerprint:
-            raise Conflict("the base differs from that of the run to resume")
-        if saved.text_digest != self.digest:
-            raise Conflict("the corpus differs from that of the run to resume")
 
     def train(self) -> Path:
         """Take the steps that are left; returns the adapter file or the folder of the trained model."""
@@ -121,7 +102,7 @@ class TrainingRun:
         """Take the steps that are left; returns how many the run has."""
         loop = Loop(
             self.learner,
-            self.classes,
+            self.text.batches,
             self.recipe.run,
             self.arguments,
             validate=self.validate,
@@ -153,11 +134,12 @@ class TrainingRun:
 
     def _fitted(self, adapter: AdapterModule) -> FittedGates:
         gate = self.recipe.gate
-        classes = gate_classes(self.classes, gate.fit_tokens)
+        classes = gate_classes(self.text.classes, gate.fit_tokens)
 
         def fit() -> FittedGates:
             _say("fitting the gates")
-            return fit_gates(self.base.model, self.learner.attached, classes, gate, original=self.classes.original)
+            original = self.text.classes.original
+            return fit_gates(self.base.model, self.learner.attached, classes, gate, original=original)
 
         fitted = GateCache().fitted(self._gates_depend_on(adapter, classes), fit)
         self._log({"event": "gates", "layers": {i: asdict(each) for i, each in fitted.report.items()}})
@@ -172,7 +154,7 @@ class TrainingRun:
             "layers": sorted(adapter.layers),
             "classes": {name: list(windows.ids_NT.shape) for name, windows in classes.items()},
             "text": digest(tensor for w in classes.values() for tensor in (w.ids_NT, w.offset_NT)),
-            "original": sorted(self.classes.original),
+            "original": sorted(self.text.classes.original),
             "base": self.base.fingerprint,
             "dtype": self.recipe.run.dtype,
         }
@@ -183,7 +165,7 @@ class TrainingRun:
 
     def _measure(self, step: int) -> float:
         self._measured = step
-        for name, source in measure(self.base.model, self.learner.attached, self.heldout).items():
+        for name, source in measure(self.base.model, self.learner.attached, self.text.heldout).items():
             before = self.results.get(name, {}).get("before", source.loss)
             self.results[name] = {"before": before, "after": source.loss}
             if source.fired:
@@ -208,6 +190,11 @@ class TrainingRun:
     def _log(self, entry: Mapping[str, Any]) -> None:
         if self.log is not None:
             self.log.write(entry)
+
+
+def _same(what: str, same: bool) -> None:
+    if not same:
+        raise Conflict(f"the {what} differs from that of the run to resume")
 
 
 def _say(message: str) -> None:

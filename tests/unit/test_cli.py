@@ -1,4 +1,5 @@
 import json
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_every_setting_is_a_flag_with_its_text_as_help(capsys):
         main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for name, field in ServeConfig.model_fields.items():
-        assert f"--{name.replace('_', '-')} " in text
+        assert re.search(rf"--{name.replace('_', '-')}[ ,]", text)
         assert field.description[:30] in text
 
 
@@ -343,3 +344,11 @@ def test_chunks_are_sent_at_once():
 def test_a_host_that_is_not_ours_is_refused():
     with pytest.raises(NrError, match="cannot listen on"):
         bind("192.0.2.1", 0)
+
+
+def test_help_shows_the_no_of_a_flag_that_is_on_and_of_no_other(capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = capsys.readouterr().out
+    assert "--no-prefix-cache" in text
+    assert "--no-allow-no-key" not in text

@@ -1,12 +1,15 @@
 """The command: its tables, its files, and what it refuses before it measures anything."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-from nr_serve.cli import main
+from nr_serve.cli import main, parse
+from nr_serve.commands import COMMANDS
 from nr_serve.neutral.format import write_adapter
 from tests import tiny
 
@@ -105,9 +108,31 @@ def test_switches_are_printed_put_in_the_json_and_drawn(place, tmp_path, capsys)
     assert 0 < switch["windows"] <= 2
 
 
+def test_each_alone_is_measured_as_if_the_others_were_not_there(place, tmp_path, capsys):
+    alone = {}
+    for name in ("hu", "da"):
+        assert run(place, "--json", files=(name,)) == 0
+        alone[name] = json.loads(capsys.readouterr().out)
+    assert run(place, "--alone", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["alone"] == alone
+    assert run(place, "--alone", "--plots", tmp_path) == 0
+    _, hu, da = (line.split() for line in capsys.readouterr().out.splitlines())
+    sources = alone["hu"]["sources"]
+    change = {name: source["difference"]["share"] for name, source in sources.items()}
+    fired = {name: source["fired"]["hu"] for name, source in sources.items()}
+    others = [(of["nb.a"] + of["ca.a"]) / 2 for of in (change, fired)]
+    expected = [(change["hu.a"], fired["hu.a"]), (change["en.a"], fired["en.a"]), others]
+    assert hu == ["hu", "0.5", "0", *(text for a, b in expected for text in (f"{a:+.2%}", f"{b:.2%}"))]
+    assert da[:5] == ["da", "0.5", "0", "-", "-"]
+    assert {path.name for path in tmp_path.iterdir()} == {"gates-hu.svg", "gates-da.svg"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--alone", "--interference"], "--interference is of all adapters attached: it does not go with --alone"),
+        (["--alone", "--card", "x.md"], "--card is of all adapters attached"),
+        (["--alone", "--tasks", "x.jsonl"], "--tasks is of all adapters attached"),
         (["--near", "nb=da"], "--near does nothing without --interference"),
         (["--markdown", "x.md"], "--markdown does nothing without --interference"),
         (["--stretch", "16"], "--stretch does nothing without --switches"),
@@ -157,3 +182,12 @@ def test_a_package_that_is_not_there_is_named_before_anything_is_measured(place,
     assert "--tasks needs lm_eval: pip install 'nr-serve[train]'" in capsys.readouterr().err
     assert run(place, "--plots", tmp_path) == 1
     assert "--plots needs matplotlib" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_on_measuring_are_understood():
+    page = (Path(__file__).parents[2] / "docs" / "measure.md").read_text(encoding="utf-8")
+    lines = [line.split(";")[0] for line in re.findall(r"^    .*?(nr-serve .+)$", page, re.M)]
+    assert {line.split()[1] for line in lines} == {"evaluate", "calibrate", "compare"}
+    for line in lines:
+        _, name, *args = shlex.split(line.replace("$a", "0.5"))
+        assert isinstance(parse(COMMANDS[name][0], name, args), COMMANDS[name][0])

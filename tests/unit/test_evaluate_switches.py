@@ -63,18 +63,21 @@ def test_rates_and_losses_are_the_naive_loops_with_the_carry_running_through():
     measured = switches(hosted(**adapters), {name: SwitchText(ids_NT, ("en.b",), ("x",)) for name in adapters})
     loop = Counting(tiny.model())
     for name, adapter in adapters.items():
-        fired_T, nats = torch.zeros(3 * S), [0.0, 0.0]
+        fired_T, nats = torch.zeros(3 * S), {(i, place): 0.0 for i in (0, 1) for place in (1, 2)}
         for ids in ids_NT.tolist():
             for i, attached in enumerate(([], [adapter])):
                 logprobs = loop.read(ids, attached).log_softmax(-1)
-                nats[i] -= sum(float(logprobs[t - 1, ids[t]]) for t in range(2 * S + 1, 3 * S))
+                for place in (1, 2):
+                    span = range(place * S + 1, (place + 1) * S)
+                    nats[i, place] -= sum(float(logprobs[t - 1, ids[t]]) for t in span)
             fired_T += loop.fired_T
         switch = measured.adapters[name]
         blocks = sum(block is not None for block in adapter.blocks)
         assert switch.rates == pytest.approx((fired_T / (11 * blocks)).tolist(), abs=1e-6)
-        before, after = (total / (11 * (S - 1)) for total in nats)
+        own_before, before, own_after, after = (total / (11 * (S - 1)) for total in nats.values())
         assert (switch.before, switch.after) == (pytest.approx(before, rel=1e-5), pytest.approx(after, rel=1e-5))
         assert switch.difference.nats == pytest.approx(after - before, abs=1e-5)
+        assert switch.own_difference.nats == pytest.approx(own_after - own_before, abs=1e-5)
         assert switch.windows == 11
 
 
@@ -89,8 +92,8 @@ def test_rates_and_losses_are_the_naive_loops_with_the_carry_running_through():
 def test_a_gate_is_open_at_90_per_cent_of_its_steady_rate_and_shut_below_5(
     monkeypatch, own, again, to_open, to_shut
 ):
-    rates = tuple([0.01] * 12 + own + again)
-    monkeypatch.setattr(module, "_read", lambda *_: module._Reading(rates, 2.0, (22.0, 22.0), (11, 11)))
+    rates, same = tuple([0.01] * 12 + own + again), module._Losses(2.0, (22.0, 22.0), (11, 11))
+    monkeypatch.setattr(module, "_read", lambda *_: module._Reading(rates, same, same))
     text = SwitchText(torch.zeros(2, 36), ("en.b",), ("hu.a",))
     switch = switches(hosted(hu=learned(1, "hu")), {"hu": text}).adapters["hu"]
     assert (switch.tokens_to_open, switch.tokens_to_shut) == (to_open, to_shut)

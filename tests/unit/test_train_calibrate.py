@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nr_serve.cli import main
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.heldout import attach_all
 from nr_serve.evaluate.hosted import load
@@ -95,3 +96,28 @@ def test_an_adapter_is_not_its_own_neighbour(tmp_path, base, corpus):
     old = train(write_recipe(tmp_path, base, tokens=128), tmp_path / "hu", corpus)
     with pytest.raises(BadRequest, match="two adapters have the same name: hu"):
         calibrate(old, [old], corpus, tmp_path / "new.safetensors", base=str(base))
+
+
+@pytest.mark.parametrize("command", [["calibrate", "f", "--corpus", "c", "--out"], ["export-adapter", "r"]])
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_read(tmp_path, capsys, command):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "none" / "x.safetensors", tmp_path / "file" / "x.safetensors", tmp_path):
+        assert main([*command, str(path)]) == 1
+        assert f"cannot write {path}" in capsys.readouterr().err
+
+
+def test_a_carrys_cost_is_a_table_with_a_row_each(tmp_path, base, corpus, capsys):
+    old = train(write_recipe(tmp_path, base, tokens=512), tmp_path / "hu", corpus)
+    files = [tmp_path / f"carry-{carry}.safetensors" for carry in ("0", "0.9")]
+    for carry, file in zip(("0", "0.9"), files, strict=True):
+        asked = [str(old), "--corpus", str(corpus), "--model", str(base), "--carry", carry, "--out", str(file)]
+        assert main(["calibrate", *asked]) == 0
+    capsys.readouterr()
+    asked = ["--corpus", str(corpus), "--model", str(base), "--alone", "--switches", "--window", "16"]
+    assert main(["evaluate", *map(str, files), *asked, "--stretch", "32", "--windows", "8"]) == 0
+    alone, switches = (table.splitlines() for table in capsys.readouterr().out.split("\n\n"))
+    assert [line.split()[:2] for line in alone[1:]] == [["carry-0", "0"], ["carry-0.9", "0.9"]]
+    header, *rows = (line.split("  ") for line in switches)
+    header, *rows = ([cell.strip() for cell in line if cell.strip()] for line in (header, *rows))
+    opens = [int(row[header.index("TOKENS TO OPEN")]) for row in rows]
+    assert opens[0] < opens[1]

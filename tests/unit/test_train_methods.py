@@ -43,6 +43,14 @@ def test_every_method_learns_the_target(runs):
         assert results["hu.a"]["after"] < results["hu.a"]["before"] - 0.1, method
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_in_bfloat16_learns_and_keeps_what_it_trains_in_float32(tmp_path, base, corpus, method):
+    train(write_recipe(tmp_path, base, method=method, run__dtype="bfloat16"), tmp_path / "out", corpus)
+    saved = checkpoints.load(checkpoints.latest(tmp_path / "out"))
+    assert saved.results["hu.a"]["after"] < saved.results["hu.a"]["before"] - 0.1
+    assert {tensor.dtype for tensor in saved.weights().values()} == {torch.float32}
+
+
 def test_every_method_starts_as_the_base_and_equal_methods_train_equally_many_parameters(base):
     ids = torch.arange(40)[None]
     expected = load_base(str(base)).model(ids).logits

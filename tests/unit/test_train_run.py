@@ -9,12 +9,14 @@ import torch
 from nr_serve.errors import Conflict
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import log, loop, losses
+from nr_serve.train import export, log, loop, losses
 from nr_serve.train import trainer as training
+from nr_serve.train.disk import CannotWrite
 from nr_serve.train.loop import TrainingDiverged, learning_rate
 from nr_serve.train.recipe import Run
 from nr_serve.train.trainer import train
 from tests.tiny_run import weights, write_recipe
+from tests.unit.room import no_room
 
 
 @pytest.mark.parametrize("gate", ["", "init = 'paper'\ntrained = true"], ids=["closed-form", "paper"])
@@ -87,9 +89,11 @@ def test_training_lowers_the_target_loss_and_the_file_tells_its_story(tmp_path, 
     assert len([e for e in events if e["event"] == "step"]) == 40
 
 
-def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, corpus):
+def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, corpus, monkeypatch):
     out = tmp_path / "out"
     train(write_recipe(tmp_path, base, tokens=256), out, corpus)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(training, "load_base", lambda *_: pytest.fail("the base was loaded"))
     with pytest.raises(Conflict, match="holds checkpoints"):
         train(write_recipe(tmp_path, base, tokens=256), out, corpus)
     with pytest.raises(Conflict, match="recipe differs"):
@@ -98,6 +102,7 @@ def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, c
     (other / "da.a.train.txt").write_text((corpus / "en.a.train.txt").read_text())
     with pytest.raises(Conflict, match="corpus differs"):
         train(write_recipe(tmp_path, base, tokens=256), out, other, resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, base, corpus, monkeypatch):
@@ -112,6 +117,37 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(tm
         train(write_recipe(tmp_path, base), tmp_path / "out", corpus)
     assert checkpoints.load(checkpoints.latest(tmp_path / "out")).step == 6
     assert all(t.isfinite().all() for t in weights(tmp_path / "out").values())
+
+
+def test_a_gradient_that_is_not_a_number_stops_before_it_moves_anything(tmp_path, base, corpus, monkeypatch):
+    lm_loss, calls = losses.lm_loss, []
+
+    def breaks(logits, labels):
+        calls.append(1)
+        loss = lm_loss(logits, labels)
+        return loss + (0 * logits.sum()).sqrt() if len(calls) > 6 else loss  # + 0, whose slope is not a number
+
+    monkeypatch.setattr(losses, "lm_loss", breaks)
+    with pytest.raises(TrainingDiverged, match="step 6: the gradient norm is nan"):
+        train(write_recipe(tmp_path, base), tmp_path / "out", corpus)
+    assert checkpoints.load(checkpoints.latest(tmp_path / "out")).step == 6
+    assert all(t.isfinite().all() for t in weights(tmp_path / "out").values())
+
+
+def test_a_run_without_room_for_its_adapter_ends_when_there_is(tmp_path, base, corpus, monkeypatch):
+    write, out = export.write_adapter, tmp_path / "out"
+
+    def full(*args):
+        with no_room():
+            write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_adapter", full)
+        with pytest.raises(CannotWrite, match=r"cannot write .*hu\.safetensors: .*File too large"):
+            train(write_recipe(tmp_path, base, tokens=256), out, corpus)
+    assert not [path for path in out.iterdir() if "safetensors" in path.name]
+    made = train(write_recipe(tmp_path, base, tokens=256), out, corpus, resume=True)
+    assert read_adapter(made).info.results["tokens"] == 256
 
 
 def test_a_run_goes_on_beside_a_checkpoint_half_written_and_clears_it(tmp_path, base, corpus):

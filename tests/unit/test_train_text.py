@@ -10,7 +10,7 @@ import torch
 
 from nr_serve.train.recipe import BadRecipe, Data, Run
 from nr_serve.train.text.mix import Classes, Mix
-from nr_serve.train.text.pack import Windows
+from nr_serve.train.text.pack import Windows, join
 from nr_serve.train.text.read import chat_documents, read_classes, read_heldout
 from tests import tiny
 
@@ -77,7 +77,8 @@ def test_the_windows_and_their_order_are_those_of_every_earlier_run(corpus):
     held = read_heldout(corpus, ["xx.*"], hf, 32, 5)["xx.a"]
     assert list(classes.original) == ["en.a", "en.b", "chat"]
     assert list(classes.background) == ["da"]
-    assert classes.digest() == "28a1b2ed052f44a5"
+    assert classes.digest() == "1ecfd60e4eaad120"
+    assert sha(*(w.ids_NT for w in parts)) == "28a1b2ed052f44a5"
     assert sha(*(w.offset_NT for w in parts)) == "a973f3a13101d04e"
     assert sha(*batches) == "89f66378f82ef993"
     assert sha(held.ids_NT, held.offset_NT) == "8e5b2672067ad173"
@@ -168,6 +169,21 @@ def test_held_out_text_that_fills_no_window_is_refused(corpus):
 def numbered(start: int, count: int) -> Windows:
     ids = torch.arange(start, start + count)[:, None].expand(count, 8)
     return Windows(ids, torch.arange(8).expand(count, 8))
+
+
+def test_the_digest_tells_documents_names_and_parts_apart():
+    target, one, two = numbered(0, 20), numbered(100, 3), numbered(200, 5)
+    cut = Windows(one.ids_NT, one.offset_NT % 4)
+    texts = [
+        Classes(target, {"a": one, "b": two}, {}),
+        Classes(target, {"a": cut, "b": two}, {}),
+        Classes(target, {"a": one, "c": two}, {}),
+        Classes(target, {"a": join([one, two])}, {}),
+        Classes(target, {"a": one}, {"b": two}),
+        Classes(join([target, one]), {"b": two}, {}),
+    ]
+    assert len({text.digest() for text in texts}) == len(texts)
+    assert texts[0].digest() == Classes(target, {"a": one, "b": numbered(200, 5)}, {}).digest()
 
 
 def mix(**run) -> Mix:

@@ -14,6 +14,7 @@ from nr_serve.train.text.overlap import FEWEST_GRAMS, grams, overlap
 from nr_serve.train.text.pack import Packed, Windows, pack
 from nr_serve.train.text.token_cache import TokenCache, tokenizer_key
 from tests import tiny
+from tests.unit.room import no_room
 
 
 def test_packing_restarts_the_offset_at_each_document_and_window():
@@ -126,6 +127,14 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, capsys):
     cache = TokenCache(tmp_path / "file")
     assert same(cache.packed(["a"], lambda: made(1)), made(1))
     assert "cannot keep anything" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, capsys):
+    cache = TokenCache(tmp_path)
+    with no_room():
+        assert same(cache.packed(["a"], lambda: made(1)), made(1))
+    assert f"cannot keep anything in {tmp_path}: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_of_a_file_that_cannot_be_put_in_place(tmp_path: Path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -26,10 +26,14 @@ from nr_serve.train.corpus.files import (
 )
 from nr_serve.train.corpus.folder import check_folder, folder_files, folder_versions
 from nr_serve.train.corpus.packages import Packages
+from nr_serve.train.corpus.progress import counted, say
 from nr_serve.train.corpus.recipe import Source, read_recipe
 from nr_serve.train.corpus.split import Document, cut, deduplicate, drop_leaked, hold_out, shared_grams, size, thin
+from nr_serve.train.disk import held, writing
+from nr_serve.train.globs import match_files
 
 PARTS = ("train", "heldout")
+WORK = ".packages-"  # what the folders start with that packages are unpacked in
 RAW_FACTOR = 4  # text read for each character kept, before duplicates go: bounds time and memory
 
 
@@ -52,7 +56,7 @@ def fetch_corpus(recipe: Path, out: Path, only: Sequence[str] = ()) -> list[Fetc
     ("hu.*"). Sources already there and made by the same recipe are left as they are, unless they are the user's own
     and their files have changed. Text of other recipes may lie in `out` too. Raises `DownloadFailed` naming every
     source that failed, after the others were written; `BadRequest` when a pattern of `only` picks none or a folder
-    is absent.
+    is absent; `Conflict` when another process fetches into `out`; `CannotWrite`.
     """
     sources = read_recipe(recipe)
     unmatched = [pattern for pattern in only if not any(fnmatchcase(s.name, pattern) for s in sources)]
@@ -62,10 +66,18 @@ def fetch_corpus(recipe: Path, out: Path, only: Sequence[str] = ()) -> list[Fetc
     for source in sources:
         if source.kind == "folder":
             check_folder(source, recipe.parent, out)
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with held(out, "fetches into"):
+            for left in out.glob(f"{WORK}*"):  # by a process that was killed
+                shutil.rmtree(left)
+            return _fetch(sources, recipe.parent, out)
+
+
+def _fetch(sources: list[Source], beside: Path, out: Path) -> list[Fetched]:
     manifest = read_manifest(out)
-    missing = [source for source in sources if not _is_there(source, recipe.parent, manifest, out)]
-    failures = _fetch_all(missing, recipe.parent, out, manifest) if missing else []
+    missing = [source for source in sources if not _is_there(source, beside, manifest, out)]
+    failures = _fetch_all(missing, beside, out, manifest) if missing else []
     for language in sorted({source.language for source in sources}):
         _compare_sources(language, out, manifest)
     if failures:
@@ -80,16 +92,16 @@ def _fetch_all(sources: list[Source], beside: Path, out: Path, manifest: Manifes
     """
     failures = []
     languages = sorted({source.language for source in sources if source.kind == "ddtp"})
-    with tempfile.TemporaryDirectory(prefix=".packages-", dir=out) as work:
+    with tempfile.TemporaryDirectory(prefix=WORK, dir=out) as work:
         builder = Builder(Packages(Path(work).resolve(), languages), beside)
         for number, source in enumerate(sources, 1):
-            _say(f"[{number}/{len(sources)}] {source.name}")
+            say(f"[{number}/{len(sources)}] {source.name}")
             try:
                 manifest[source.name] = builder.build(source, out)
             except (NrError, ValueError, LookupError, OSError, EOFError, zlib.error) as error:
                 # One bad package must not lose the others; every failure is reported at the end.
                 failures.append(f"{source.name}: {type(error).__name__}: {error}")
-                _say(f"{source.name} failed: {error}")
+                say(f"{source.name} failed: {error}")
             else:
                 write_manifest(out, manifest)
     return failures
@@ -105,7 +117,7 @@ def _compare_sources(language: str, out: Path, manifest: Manifest) -> None:
     names = sorted(name for name in own if all(text_file(out, name, part).is_file() for part in PARTS))
     if all(manifest[name].get("compared") == names for name in names):
         return
-    _say(f"comparing the held-out text of {len(names)} sources in {language} with their training text")
+    say(f"comparing the held-out text of {len(names)} sources in {language} with their training text")
     held = {name: list(read_documents(text_file(out, name, "heldout"))) for name in names}
     train = chain.from_iterable(read_documents(text_file(out, name, "train")) for name in names)
     shared = shared_grams(chain.from_iterable(held.values()), train)
@@ -135,7 +147,7 @@ class Builder:
         for part, documents in (("train", train), ("heldout", heldout)):
             write_documents(text_file(out, source.name, part), documents)
         amounts = {"train_chars": size(train), "heldout_chars": size(heldout)}
-        _say(f"{source.name}: {size(train) / 1e6:.2f} + {size(heldout) / 1e6:.3f} million characters")
+        say(f"{source.name}: {size(train) / 1e6:.2f} + {size(heldout) / 1e6:.3f} million characters")
         return {
             **amounts,
             "licence": source.licence,
@@ -146,9 +158,10 @@ class Builder:
     def _documents(self, source: Source, files: list[Path]) -> list[Document]:
         originals = self._original_paragraphs(source)
         translated = source.language != "en"
+        say(f"{source.name}: files to read: {len(files):,}")
         cleaned = (
             clean_document(document, translated=translated, originals=originals)
-            for document in _raw_documents(files, source)
+            for document in counted(_raw_documents(files, source), source.name)
         )
         limit = source.limit_mb * 1e6
         bounded = thin([document for document in cleaned if document], RAW_FACTOR * limit)
@@ -173,7 +186,9 @@ class Builder:
         found: dict[str, Path] = {}
         for root in [fetch(package) for package in source.packages]:
             for glob in globs:
-                found |= {str(path.relative_to(root)): path for path in root.glob(glob) if _is_regular(path)}
+                # Links in packages point at the same text again, or at packages that are not there.
+                matches = match_files(root, glob)
+                found |= {str(path.relative_to(root)): path for path in matches if not path.is_symlink()}
         if not found:
             raise DownloadFailed(f"{', '.join(source.packages)} holds no {' or '.join(globs)}")
         return [found[name] for name in sorted(found)]
@@ -195,11 +210,6 @@ def _raw_documents(files: list[Path], source: Source) -> Iterator[Document]:
             yield [strip.sub("", paragraph) for paragraph in document] if strip else document
 
 
-def _is_regular(path: Path) -> bool:
-    # Links in packages point at the same text again, or at packages that are not there.
-    return path.is_file() and not path.is_symlink()
-
-
 def _is_there(source: Source, beside: Path, manifest: Manifest, out: Path) -> bool:
     entry = manifest.get(source.name)
     if entry is None or not all(text_file(out, source.name, part).is_file() for part in PARTS):
@@ -211,7 +221,3 @@ def _is_there(source: Source, beside: Path, manifest: Manifest, out: Path) -> bo
 def _fetched(name: str, entry: dict[str, Any], out: Path) -> Fetched:
     train, heldout = (text_file(out, name, part) for part in PARTS)
     return Fetched(name, train, heldout, entry["train_chars"], entry["heldout_chars"])
-
-
-def _say(message: str) -> None:
-    print(f"corpus: {message}", file=sys.stderr, flush=True)

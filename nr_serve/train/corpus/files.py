@@ -49,6 +49,6 @@ def write_manifest(out: Path, manifest: Manifest) -> None:
 
 
 def _replace(path: Path, content: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.part")
     part.write_text(content, encoding="utf-8")
     os.replace(part, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nr_serve.errors import BadRequest
 from nr_serve.train.corpus.recipe import Source
+from nr_serve.train.globs import match_files
 
 
 def check_folder(source: Source, beside: Path, out: Path) -> None:
@@ -23,10 +24,7 @@ def check_folder(source: Source, beside: Path, out: Path) -> None:
 def folder_files(source: Source, beside: Path, globs: Sequence[str]) -> list[Path]:
     """Return the files of the folder that match, sorted by their names below it; raise `BadRequest` for none."""
     root = beside / source.folder
-    try:
-        found = {path for glob in globs for path in root.glob(glob) if path.is_file()}
-    except (ValueError, NotImplementedError) as error:
-        raise BadRequest(f"source {source.name}: {error}") from error
+    found = {path for glob in globs for path in match_files(root, glob)}
     if not found:
         raise BadRequest(f"source {source.name}: {root} holds no {' or '.join(globs)}")
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from nr_serve.errors import DownloadFailed
 from nr_serve.packages import pip_download, run_client
+from nr_serve.train.corpus.progress import say
 
 # Of the machine's own apt settings; the hooks that follow an update would work on the machine's lists, as root.
 REPLACED = ("Acquire::Languages", "Dir::Etc::parts", "Dir::Etc::main", "APT::Update::P")
@@ -54,8 +54,10 @@ class Packages:
 
     def _fetch_deb(self, name: str) -> Path:
         folder = self._folder(name)
+        say(f"downloading {name}")
         self._apt("download", name, cwd=folder)
         [file] = folder.glob("*.deb")
+        _say_size(file)
         root = folder / "root"
         run_client(["dpkg-deb", "--extract", str(file), str(root)])
         self.versions[name] = run_client(["dpkg-deb", "--field", str(file), "Version"]).strip()
@@ -65,7 +67,9 @@ class Packages:
 
     def _fetch_pypi(self, requirement: str) -> Path:
         folder = self._folder(requirement)
+        say(f"downloading {requirement}")
         file = pip_download(requirement, folder, wheel_only=False)
+        _say_size(file)
         root = folder / "root"
         _unpack(file, root)
         name, _, version = requirement.partition("==")
@@ -96,7 +100,7 @@ class Packages:
         config = folder / "apt.conf"
         config.write_text("\n".join([*kept, *self._settings(folder)]) + "\n", encoding="utf-8")
         environment = {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C.UTF-8"}
-        print("corpus: updating apt's lists in a temporary folder", file=sys.stderr, flush=True)
+        say("updating apt's lists in a temporary folder")
         run_client(["apt-get", "--quiet", "update"], env=environment)
         return environment
 
@@ -112,6 +116,10 @@ class Packages:
         }
         languages = [f'Acquire::Languages:: "{language}";' for language in self._languages or ("none",)]
         return [f'{key} "{value}";' for key, value in own.items()] + languages
+
+
+def _say_size(file: Path) -> None:
+    say(f"unpacking {file.name}, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def _unpack(file: Path, root: Path) -> None:

@@ -5,6 +5,8 @@ Nothing here depends on how far a run has come: a batch is a function of the rec
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -27,9 +29,14 @@ class Classes:
     """The 8-grams of each class's text (see `overlap`), `target` among them, int64 [G]."""
 
     def digest(self) -> str:
-        """16 hex digits that tell this text from any other."""
-        windows = (self.target, *self.original.values(), *self.background.values())
-        return digest(each.ids_NT for each in windows)[:16]
+        """16 hex digits that tell this text, its documents and the part each class plays from any other."""
+        roles = {"target": {"target": self.target}, "original": self.original, "background": self.background}
+        content = [
+            [role, name, digest((windows.ids_NT, windows.offset_NT)), *windows.ids_NT.shape]
+            for role, classes in roles.items()
+            for name, windows in classes.items()
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 class Rotation:

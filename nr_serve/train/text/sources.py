@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nr_serve.train.entries import DATASETS, NOT
+from nr_serve.train.globs import match_files
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.text.dataset import Dataset
 from nr_serve.train.text.text_file import TextFile
@@ -67,7 +68,7 @@ def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
     """
     found: list[Path] = []
     for pattern in globs:
-        matches = _match(folder, pattern.removeprefix(NOT))
+        matches = match_files(folder, pattern.removeprefix(NOT))
         if pattern.startswith(NOT):
             found = [path for path in found if path not in matches]
         elif matches:
@@ -77,13 +78,6 @@ def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
         if not found:
             raise BadRecipe(f"no text in {folder} is left after {pattern!r}")
     return sorted(found)
-
-
-def _match(folder: Path, pattern: str) -> list[Path]:
-    try:
-        return [path for path in folder.glob(pattern) if path.is_file()]
-    except (ValueError, NotImplementedError) as error:
-        raise BadRecipe(f"{pattern!r} is not a glob of files in the corpus folder: {error}") from error
 
 
 def read_in_turn(sources: Sequence[Source], characters: int | None = None) -> list[str]:

@@ -1,0 +1,50 @@
+"""The text of a run, read and checked before its base is loaded: that needs the base's tokenizer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nr_serve.train import processes, text
+from nr_serve.train.base import load_tokenizer
+from nr_serve.train.loop import Batches
+from nr_serve.train.recipe import BadRecipe, Recipe
+from nr_serve.train.text.mix import Classes
+from nr_serve.train.text.pack import Windows
+from nr_serve.train.text.read import find_roles
+
+
+@dataclass(frozen=True)
+class RunText:
+    """What a run reads."""
+
+    classes: Classes
+    heldout: Mapping[str, Windows]
+    batches: Batches
+    """The classes' windows in the order of the steps."""
+
+
+def read_run_text(recipe: Recipe, corpus: Path) -> RunText:
+    """The text that a recipe names, in its base's tokens.
+
+    Raises BadRecipe for text that is missing, empty, damaged or in two parts, for a target that is another class's
+    text too, and for a recipe that this text does not suit; DownloadFailed; UnsupportedBase without a tokenizer.
+    """
+    data, run = recipe.data, recipe.run
+    find_roles(corpus, data)  # what is missing is said before a base is fetched for its tokenizer
+    tokenizer = load_tokenizer(recipe.base)
+    classes = text.read_classes(corpus, data, tokenizer, run)
+    batches = Batches(classes, run, processes.count())
+    heldout = text.read_heldout(
+        corpus,
+        data.heldout,
+        tokenizer,
+        run.window,
+        run.validate_windows,
+        text_field=data.text_field,
+        apart_from=classes,
+    )
+    if run.patience is not None and not any(recipe.owns(name) for name in heldout):
+        raise BadRecipe("run.patience watches the target's held-out text, and data.heldout names none")
+    return RunText(classes, heldout, batches)

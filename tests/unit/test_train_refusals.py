@@ -1,0 +1,91 @@
+"""What a run is refused for is said before its base is loaded; of a sweep, before its first run starts."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nr_serve.errors import BadRequest
+from nr_serve.train import trainer
+from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.sweep import run_sweep
+from nr_serve.train.trainer import train
+from tests.tiny_run import RECIPE, write_recipe
+
+PROSE = "\n\n".join(" ".join(f"w{i}" for i in range(start, start + 50)) for start in range(0, 2500, 50)).encode()
+
+FAULTS = {
+    "no text": ({"data__target": ["xx.*"]}, {}, r"no text in .* matches 'xx\.\*'"),
+    "an empty file": ({}, {"hu.a.train.txt": b"\n \n\n"}, r"hu\.a\.train\.txt holds no text"),
+    "another encoding": ({}, {"da.a.train.txt": b"\xe6\xf8"}, r"da\.a\.train\.txt is not UTF-8: line 1, byte 0"),
+    "too little text": ({}, {"hu.a.train.txt": b"a"}, "the text of target fills 0 windows"),
+    "a target that is the original": (
+        {},
+        {"hu.a.train.txt": PROSE, "en.a.train.txt": PROSE},
+        r"the target and the text of original en\.a share 100%",
+    ),
+    "held-out text that is learned": (
+        {},
+        {"hu.a.train.txt": PROSE, "hu.a.heldout.txt": PROSE},
+        r"held-out text of hu\.a and the target share 100%",
+    ),
+    "no background for its share": ({"data__background": []}, {}, "data.background names no text"),
+    "parts that do not divide": ({"run__accumulate": 3}, {}, "do not divide into 3 parts"),
+    "patience without its text": (
+        {"run__patience": 1, "data__heldout": ["en.*.heldout.txt"]},
+        {},
+        r"run\.patience watches",
+    ),
+}
+
+
+def fails(*_, **__):
+    raise AssertionError("this was not to be called")
+
+
+def spoiled(corpus: Path, folder: Path, files: dict[str, bytes]) -> Path:
+    shutil.copytree(corpus, folder)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_text_and_a_recipe_that_does_not_suit_it_are_refused_before_the_base_is_loaded(
+    tmp_path, base, corpus, monkeypatch, fault
+):
+    changes, files, message = FAULTS[fault]
+    monkeypatch.setattr(trainer, "load_base", fails)
+    with pytest.raises(BadRecipe, match=message):
+        train(write_recipe(tmp_path, base, **changes), tmp_path / "out", spoiled(corpus, tmp_path / "text", files))
+
+
+def test_text_that_is_missing_is_said_before_the_base_is_looked_for(tmp_path, corpus):
+    recipe = write_recipe(tmp_path, tmp_path / "no base", data__target=["xx.*"])
+    with pytest.raises(BadRecipe, match="matches 'xx"):
+        train(recipe, tmp_path / "out", corpus)
+
+
+def sweep_of(folder: Path, base: Path, runs: str) -> Path:
+    (folder / "recipe.toml").write_text(RECIPE.format(base=base, tokens=256, lr=0.01, gate=""))
+    path = folder / "sweep.toml"
+    path.write_text(f'recipe = "recipe.toml"\n{runs}')
+    return path
+
+
+def test_a_sweep_checks_the_text_of_every_run_before_the_first_starts(tmp_path, base, corpus, monkeypatch):
+    path = sweep_of(tmp_path, base, '[runs.a]\n[runs.b]\n"data.background" = ["da.*.train.txt", "sv.*"]\n')
+    text = spoiled(corpus, tmp_path / "text", {"sv.a.train.txt": b"\xe6"})
+    monkeypatch.setattr(trainer, "train", fails)
+    with pytest.raises(BadRecipe, match=r"^run b: .*sv\.a\.train\.txt is not UTF-8"):
+        run_sweep(path, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_does_not_read_the_text_of_finished_runs_again(tmp_path, base, corpus):
+    path = sweep_of(tmp_path, base, "[runs.a]\n")
+    made = run_sweep(path, tmp_path / "out", corpus)
+    assert run_sweep(path, tmp_path / "out", tmp_path / "gone") == made
+    path.write_text(path.read_text() + '[runs.b]\n"run.seed" = 4\n')
+    with pytest.raises(BadRequest, match="run b: no text in"):
+        run_sweep(path, tmp_path / "out", tmp_path / "gone")
