@@ -11,7 +11,7 @@ from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine, Deliver, Engine
 from nr_serve.config import ServeConfig
 from nr_serve.errors import UnsupportedBase
-from nr_serve.metrics import Metrics, VllmNames
+from nr_serve.metrics import Metrics, VllmCollector, VllmNames
 from nr_serve.names import adapter_entry, check_adapter_name
 from nr_serve.tokenizer import Tokenizer
 
@@ -60,8 +60,11 @@ def _engine(config: ServeConfig, model: str | Path, tokenizer: Tokenizer, delive
 
 
 def _metrics(config: ServeConfig, model: str | Path) -> Metrics:
-    vllm = config.metrics_compat == "vllm"
-    return Metrics(VllmNames(config.base_name(model), config.page_size) if vllm else None)
+    metrics = Metrics()
+    if config.metrics_compat == "vllm":
+        names = VllmNames(config.base_name(model), config.page_size)
+        metrics.registry.register(VllmCollector(names, metrics))
+    return metrics
 
 
 def _tracing(config: ServeConfig) -> Tracing | None:

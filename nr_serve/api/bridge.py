@@ -219,7 +219,7 @@ class AsyncEngine:
 
     def _track(self, request: Submit, inbox: asyncio.Queue[Output]) -> _Live:
         trace = None if self.tracing is None else self.tracing.begin()
-        return _Live(inbox, self.metrics.track(request), trace)
+        return _Live(inbox, RequestClock(self.metrics, request), trace)
 
     def _abort(self, request_id: str) -> None:
         live = self._live.pop(request_id, None)

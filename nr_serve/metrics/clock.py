@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from nr_serve.engine.messages import FinishReason, Output, Submit
 from nr_serve.errors import NrError
-
-if TYPE_CHECKING:
-    from nr_serve.metrics.instruments import Metrics
+from nr_serve.metrics.instruments import Metrics
 
 
 class RequestClock:
     """Times one request and counts its tokens. All times are `time.monotonic()`, in seconds."""
 
     def __init__(self, metrics: Metrics, request: Submit) -> None:
+        """Start, as the request is about to be submitted."""
         self.request = request
         self.arrived = time.monotonic()
         self.started: float | None = None
@@ -27,6 +25,7 @@ class RequestClock:
         self._read = False
         self._metrics = metrics
         self._selected = metrics.selected(request.selected)
+        metrics.began(request)
 
     def output(self, output: Output) -> None:
         """Count what one step gave the request."""
@@ -40,7 +39,7 @@ class RequestClock:
     def end(self, reason: FinishReason, error: NrError | None = None) -> None:
         """The request is over: `reason` is why."""
         metrics = self._metrics
-        metrics.ended(self, self._selected, reason)
+        metrics.ended(self.request, self._selected, reason)
         if reason == "error":
             metrics.errors.labels(error.type if error is not None else NrError.type).inc()
         if reason in ("stop", "length"):

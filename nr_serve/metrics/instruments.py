@@ -12,9 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 from nr_serve import __version__
 from nr_serve.engine.messages import AdapterView, EngineInfo, FinishReason, GateStatistics, StepReport, Submit
 from nr_serve.metrics import definitions
-from nr_serve.metrics.clock import RequestClock
 from nr_serve.metrics.totals import EngineTotals
-from nr_serve.metrics.vllm import VllmCollector, VllmNames
 
 _MOST_SELECTED = 64
 _OTHER = "other"
@@ -23,30 +21,26 @@ _OTHER = "other"
 class Metrics:
     """The server's metrics, in a registry of their own."""
 
-    def __init__(self, vllm: VllmNames | None = None) -> None:
-        """With `vllm` they are shown under vLLM's names too."""
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._totals = EngineTotals()
+        self.totals = EngineTotals()
         self._selected: set[str] = set()
         self.named: Tally[str] = Tally()
         """Adapters that requests in flight chose by name, and by how many."""
-        self.registry.register(self._totals)
+        self.registry.register(self.totals)
         self._define_requests()
         self._define_steps()
         self._define_adapters()
-        if vllm is not None:
-            self.registry.register(VllmCollector(vllm, self, self._totals))
 
     def serves(self, info: EngineInfo) -> None:
         """Say what the engine, ready now, serves."""
         self.info.labels(__version__, info.model, info.device, info.dtype).set(1)
 
-    def track(self, request: Submit) -> RequestClock:
-        """Start the clock of a request that is about to be submitted."""
+    def began(self, request: Submit) -> None:
+        """Count a request that is about to be submitted."""
         self.in_flight.inc()
         self.named.update(request.adapters or ())
-        return RequestClock(self, request)
 
     def step(self, report: StepReport) -> None:
         """Count one step of the engine."""
@@ -81,18 +75,18 @@ class Metrics:
         self._selected.add(name)
         return name
 
-    def ended(self, clock: RequestClock, selected: str, reason: FinishReason) -> None:
+    def ended(self, request: Submit, selected: str, reason: FinishReason) -> None:
         """Count an answer. One whose adapter was unloaded meanwhile must not bring its name back."""
         self.in_flight.dec()
-        self.named -= Tally(clock.request.adapters or ())
+        self.named -= Tally(request.adapters or ())
         self.requests.labels(selected if selected in self._selected else _OTHER, reason).inc()
 
     def render(self, gates: GateStatistics | None, adapters: Sequence[AdapterView]) -> bytes:
         """Return the exposition text; `gates` is None until the engine can be asked."""
         if gates is not None:
             self._set_load(gates)
-        self._totals.statistics = gates
-        self._totals.adapters = adapters
+        self.totals.statistics = gates
+        self.totals.adapters = adapters
         return generate_latest(self.registry)
 
     def _set_load(self, now: StepReport | GateStatistics) -> None:

@@ -10,16 +10,12 @@ import time
 from collections import Counter as Tally
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from nr_serve.engine.messages import GateStatistics
-from nr_serve.metrics.totals import EngineTotals
-
-if TYPE_CHECKING:
-    from nr_serve.metrics.instruments import Metrics
+from nr_serve.metrics.instruments import Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +36,10 @@ class VllmNames:
 class VllmCollector(Collector):
     """Shows the metrics under vLLM's names."""
 
-    def __init__(self, names: VllmNames, metrics: Metrics, totals: EngineTotals) -> None:
+    def __init__(self, names: VllmNames, metrics: Metrics) -> None:
         self._names = names
         self._metrics = metrics
-        self._totals = totals
+        self._totals = metrics.totals
         self._renamed = {
             "vllm:num_requests_running": metrics.running,
             "vllm:num_requests_waiting": metrics.waiting,

@@ -19,7 +19,7 @@ from nr_serve.engine.messages import (
     Token,
 )
 from nr_serve.errors import QueueFull, Unavailable
-from nr_serve.metrics import Metrics, VllmNames, metrics_table
+from nr_serve.metrics import Metrics, RequestClock, VllmCollector, VllmNames, metrics_table
 from nr_serve.metrics.definitions import DEFINITIONS
 from tests.fakes import FakeEngine, serving, view
 
@@ -57,7 +57,7 @@ def submit(**more) -> Submit:
 
 def test_a_request_is_timed_and_its_tokens_counted():
     metrics = Metrics()
-    clock = metrics.track(submit())
+    clock = RequestClock(metrics, submit())
     assert samples(metrics)["nr_requests_in_flight"] == 1
     clock.output(Output("r", tokens=(Token(1, "a"),)))
     clock.output(Output("r", tokens=(Token(1, "a"), Token(2, "b")), finish_reason="stop"))
@@ -73,7 +73,7 @@ def test_a_request_is_timed_and_its_tokens_counted():
 def test_a_requests_time_is_told_apart_into_queue_prefill_and_decode():
     metrics = Metrics()
     before = time.monotonic()
-    clock = metrics.track(submit())
+    clock = RequestClock(metrics, submit())
     clock.output(Output("r", tokens=(Token(1, "a"),), started=clock.arrived + 0.25))
     clock.output(Output("r", tokens=(Token(1, "a"),), finish_reason="stop"))
     spent = time.monotonic() - before
@@ -89,8 +89,8 @@ def test_a_requests_time_is_told_apart_into_queue_prefill_and_decode():
 def test_errors_are_told_apart_by_their_type():
     metrics = Metrics()
     for error in (QueueFull("full"), QueueFull("full"), Unavailable("stopped")):
-        metrics.track(submit()).output(Output("r", finish_reason="error", error=error))
-    metrics.track(submit()).end("abort")
+        RequestClock(metrics, submit()).output(Output("r", finish_reason="error", error=error))
+    RequestClock(metrics, submit()).end("abort")
     got = samples(metrics)
     assert got['nr_request_errors_total{type="RateLimitError"}'] == 2
     assert got['nr_request_errors_total{type="ServiceUnavailableError"}'] == 1
@@ -99,7 +99,7 @@ def test_errors_are_told_apart_by_their_type():
 
 def test_a_refused_request_is_counted_but_not_timed():
     metrics = Metrics()
-    metrics.track(submit()).output(Output("r", finish_reason="error"))
+    RequestClock(metrics, submit()).output(Output("r", finish_reason="error"))
     got = samples(metrics)
     assert got['nr_requests_total{finish_reason="error",selected="base"}'] == 1
     assert got["nr_request_seconds_count"] == got["nr_prompt_tokens_total"] == 0
@@ -121,7 +121,7 @@ def test_a_step_sets_the_gauges_and_adds_to_the_counters():
 
 def test_an_unloaded_adapter_leaves_no_label_behind():
     metrics = Metrics()
-    metrics.track(Submit("r", (1,), Sampling(), selected="hu")).end("stop")
+    RequestClock(metrics, Submit("r", (1,), Sampling(), selected="hu")).end("stop")
     metrics.loaded(view("hu"))
     assert 'selected="hu"' in metrics.render(None, ()).decode()
     metrics.unloaded("hu")
@@ -138,14 +138,14 @@ def test_an_adapter_that_was_not_measured_has_no_leak():
 def test_joined_selections_go_with_each_adapter_in_them_and_only_so_many_are_told_apart():
     metrics = Metrics()
     for selected in ("base", "da+hu", "sk"):
-        metrics.track(Submit("r", (1,), Sampling(), selected=selected)).end("stop")
+        RequestClock(metrics, Submit("r", (1,), Sampling(), selected=selected)).end("stop")
     metrics.unloaded("hu")
     text = metrics.render(None, ()).decode()
     assert "da+hu" not in text
     assert 'selected="sk"' in text
     for i in range(1000):
-        metrics.track(Submit("r", (1,), Sampling(), selected=f"da+x{i}")).end("stop")
-    metrics.track(submit()).end("stop")
+        RequestClock(metrics, Submit("r", (1,), Sampling(), selected=f"da+x{i}")).end("stop")
+    RequestClock(metrics, submit()).end("stop")
     got = {name: value for name, value in samples(metrics).items() if name.startswith("nr_requests_total")}
     assert len(got) < 100
     assert got['nr_requests_total{finish_reason="stop",selected="other"}'] > 900
@@ -280,7 +280,9 @@ DASHBOARDS = {
 
 
 def vllm_metrics() -> Metrics:
-    return Metrics(VllmNames("base", 16))
+    metrics = Metrics()
+    metrics.registry.register(VllmCollector(VllmNames("base", 16), metrics))
+    return metrics
 
 
 def statistics(**more) -> GateStatistics:
@@ -305,7 +307,7 @@ def test_vllms_names_are_shown_only_if_asked_for():
 def test_vllms_dashboards_find_what_they_read():
     metrics = vllm_metrics()
     for reason in ("stop", "length", "abort"):
-        metrics.track(submit()).end(reason)
+        RequestClock(metrics, submit()).end(reason)
     got = picked(metrics)
     assert set(got) >= DASHBOARDS
     for name in DASHBOARDS:
@@ -316,10 +318,10 @@ def test_vllms_dashboards_find_what_they_read():
 def test_what_is_shown_under_vllms_names_is_what_is_shown_under_ours():
     metrics = vllm_metrics()
     for selected in ("base", "hu"):
-        clock = metrics.track(Submit("r", (1, 2, 3), Sampling(), selected=selected))
+        clock = RequestClock(metrics, Submit("r", (1, 2, 3), Sampling(), selected=selected))
         clock.output(Output("r", tokens=(Token(1, "a"),), started=time.monotonic()))
         clock.output(Output("r", tokens=(Token(1, "a"),), finish_reason="stop"))
-    metrics.track(submit()).end("abort")
+    RequestClock(metrics, submit()).end("abort")
     metrics.step(StepReport(1, 0.1, 5, 3, 4, 6, 7, 1, 10, 100, PrefixTokens(40, 32, 16)))
     got = picked(metrics)
     value = {name: samples[0][1] for name, samples in got.items()}
@@ -346,8 +348,8 @@ def test_what_is_shown_under_vllms_names_is_what_is_shown_under_ours():
 
 def test_the_gateway_reads_which_adapters_are_ready_and_which_are_waited_for():
     metrics = vllm_metrics()
-    clock = metrics.track(Submit("r", (1,), Sampling(), adapters=("hu", "da"), selected="da+hu"))
-    metrics.track(submit())
+    clock = RequestClock(metrics, Submit("r", (1,), Sampling(), adapters=("hu", "da"), selected="da+hu"))
+    RequestClock(metrics, submit())
     adapters = (view("da", state="registered", slot=None), view("hu"), view("sk"), view("tr", state="loading"))
     [(labels, at)] = picked(metrics, *adapters)["vllm:lora_requests_info"]
     assert labels == {"max_lora": "8", "running_lora_adapters": "hu,sk", "waiting_lora_adapters": "da"}
