@@ -25,6 +25,7 @@ def test_no_input_crashes_the_server_or_changes_a_stream_beside_it():
     assert found["streams"] > 1
     assert found["streams_changed"] == 0
     assert found["pages"] == [0, 0]
+    assert found["descriptors"][0] == found["descriptors"][1]
     assert found["status"] == "ready"
     assert {200, 201, 400, 404} <= set(found["statuses"]), "some of it is good"
 
