@@ -78,6 +78,13 @@ class NotFound(NrError):
     type = "NotFoundError"
 
 
+class SentTooSlowly(NrError):
+    """The client stopped sending its request."""
+
+    status = 408
+    type = "TimeoutError"
+
+
 class Conflict(NrError):
     """The name is taken, or what is to change is in use."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from nr_serve.client import refusal
 from nr_serve.config import FLAGS, GROUPS, Adapters, Engine, Model, ServeConfig
 from nr_serve.errors import BadRequest, NrError, Unavailable, faults
+from nr_serve.local_transport import LocalTransport
 
 C = TypeVar("C", bound=BaseSettings)
+T = TypeVar("T")
 
 
 class OfflineConfig(Engine, Adapters, Model, BaseSettings):
@@ -111,10 +113,23 @@ class Server:
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **fields: Any) -> Answer:
         """Answer a conversation, or one message; `fields` are any of POST /v1/chat/completions but `stream`."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        body = self._post("/v1/chat/completions", {"model": self.model, "messages": messages} | fields)
+        body = self._post("/v1/chat/completions", {"model": self.model, "messages": _messages(messages)} | fields)
         return Answer(tuple(choice["message"]["content"] for choice in body["choices"]), body)
+
+    def stream(self, prompt: str | Sequence[int], **fields: Any) -> Iterator[str]:
+        """Continue a text; yield the answer in pieces, as it is written. `fields` are those of `complete`.
+
+        An answer that is left before its end, by `break`, is not written to its end.
+        """
+        body = {"model": self.model, "prompt": prompt} | fields
+        for choice in self._choices("/v1/completions", body):
+            yield choice["text"]
+
+    def stream_chat(self, messages: str | Sequence[Mapping[str, Any]], **fields: Any) -> Iterator[str]:
+        """Answer a conversation, or one message, in pieces; see `stream`."""
+        body = {"model": self.model, "messages": _messages(messages)} | fields
+        for choice in self._choices("/v1/chat/completions", body):
+            yield choice["delta"].get("content") or ""
 
     def gates(self, text: str, **fields: Any) -> list[tuple[str, dict[str, float]]]:
         """Each token of a text with, by adapter, the share of the adapter's blocks that fired at it."""
@@ -153,18 +168,37 @@ class Server:
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         if body.get("stream"):
-            raise BadRequest("`stream` is not supported here", param="stream")
+            raise BadRequest("`stream` is a method of its own here", param="stream")
         return self._json(post, self._http, path, body)
 
-    def _json(self, ask: Callable[..., Awaitable[httpx.Response]], *args: Any) -> dict[str, Any]:
+    def _choices(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The choices of a stream of one answer."""
+        events = stream(self._http, path, {**body, "stream": True})
+        try:
+            while (event := self._run(anext, events, None)) is not None:
+                if "error" in event:
+                    raise NrError(event["error"]["message"], param=event["error"]["param"])
+                for choice in event["choices"]:
+                    if choice["index"] > 0:
+                        raise BadRequest("one answer can be streamed; ask for several with `complete`", param="n")
+                    yield choice
+        finally:
+            if self._open is not None:
+                self._run(events.aclose)
+
+    def _run(self, ask: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Run on the server's event loop, and wait for what comes of it."""
         if self._open is None:
             raise Unavailable("the server is closed")
         future = self._portal.start_task_soon(ask, *args)
         try:
-            response = future.result()
+            return future.result()
         except BaseException:  # an interrupted cell drops its request
             future.cancel()
             raise
+
+    def _json(self, ask: Callable[..., Awaitable[httpx.Response]], *args: Any) -> dict[str, Any]:
+        response = self._run(ask, *args)
         if response.is_error:
             raise refusal(response)
         body: dict[str, Any] = response.json()
@@ -173,15 +207,39 @@ class Server:
 
 async def post(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> httpx.Response:
     """POST `body`; when the queue is full, wait and ask again. Raises BadRequest for what cannot be JSON."""
+    async with _posted(http, path, body) as response:
+        await response.aread()
+        return response
+
+
+async def stream(
+    http: httpx.AsyncClient, path: str, body: Mapping[str, Any]
+) -> AsyncGenerator[dict[str, Any], None]:
+    """POST `body` as `post` does; the events of the answer. Raises the refusal if it is refused."""
+    async with _posted(http, path, body) as response:
+        if response.is_error:
+            await response.aread()
+            raise refusal(response)
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line.removeprefix("data: "))
+
+
+@asynccontextmanager
+async def _posted(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
     try:
         content = json.dumps(body, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRequest(f"this cannot be sent as JSON: {error}") from error
     while True:
-        response = await http.post(path, content=content, headers={"Content-Type": "application/json"})
-        if response.status_code != 429:
-            return response
-        await asyncio.sleep(float(response.headers["Retry-After"]))
+        async with http.stream(
+            "POST", path, content=content, headers={"Content-Type": "application/json"}
+        ) as response:
+            if response.status_code != 429:
+                yield response
+                return
+            wait_s = float(response.headers["Retry-After"])
+        await asyncio.sleep(wait_s)
 
 
 @asynccontextmanager
@@ -199,9 +257,14 @@ async def local_http(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
         await settled.wait()
         if engine.status != "ready":
             raise NrError(engine.failure or "the engine failed to start")
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as http:
+        async with httpx.AsyncClient(
+            transport=LocalTransport(app), base_url="http://localhost", timeout=None
+        ) as http:
             yield http
+
+
+def _messages(given: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
 def _checked(kind: type[C], settings: Mapping[str, Any]) -> C:

@@ -19,6 +19,7 @@ from nr_serve.errors import (
     Forbidden,
     NotFound,
     NrError,
+    SentTooSlowly,
     TimedOut,
     TooLarge,
     TooManyRequests,
@@ -31,6 +32,7 @@ _KINDS = (
     Unauthorized,
     Forbidden,
     NotFound,
+    SentTooSlowly,
     Conflict,
     TooLarge,
     TooManyRequests,
@@ -42,6 +44,8 @@ _TYPES = {kind.status: kind.type for kind in _KINDS} | {405: "MethodNotAllowedEr
 GONE = 499
 """For the access log: the client went away, and nobody reads the answer."""
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LONGEST_MESSAGE, _LONGEST_PARAM = 2000, 200
+"""What a client sent may be part of either."""
 _TYPE_NAMES = {"str", "int", "float", "bool", "dict", "none", "nullable"}
 """Names that pydantic puts in an error's place for the branch of a union, and that no field of ours has."""
 
@@ -105,6 +109,8 @@ def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
     param = _param(first["loc"])
     if first["type"] == "json_invalid":
         return BadRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', 'cannot be read')}")
+    if first["type"] in ("model_attributes_type", "model_type") and param is None:
+        return BadRequest("a JSON object is required, sent as Content-Type: application/json")
     if first["type"] == "extra_forbidden":
         return BadRequest(f"Unrecognized request argument supplied: {param}", param=param)
     if first["type"] == "missing":
@@ -146,7 +152,12 @@ def _is_field(part: str) -> bool:
 
 def _body(message: str, kind: str, param: str | None, status: int) -> dict[str, Any]:
     return {
-        "error": {"message": _sendable(message), "type": kind, "param": param and _sendable(param), "code": status}
+        "error": {
+            "message": _sendable(message[:_LONGEST_MESSAGE]),
+            "type": kind,
+            "param": param and _sendable(param[:_LONGEST_PARAM]),
+            "code": status,
+        }
     }
 
 

@@ -74,6 +74,10 @@ def _parse(data: bytes) -> Any:
         raise BadRequest("the body is nested too deeply") from error
     except UnicodeDecodeError as error:
         raise BadRequest("the body is not JSON: it is not UTF-8") from error
+    except json.JSONDecodeError:
+        raise  # FastAPI tells where
+    except ValueError as error:
+        raise BadRequest("the body holds a number of too many digits") from error
 
 
 def _read(data: bytes, model: type[BaseModel]) -> BaseModel:

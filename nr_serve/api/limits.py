@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nr_serve.api.errors import error_response
 from nr_serve.api.paths import asks_model
 from nr_serve.config import ServeConfig
-from nr_serve.errors import RateLimited, TooLarge
+from nr_serve.errors import BadRequest, RateLimited, TooLarge
 from nr_serve.keys import Key
 
 
@@ -27,7 +27,12 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, counting its body."""
-        if scope["type"] != "http" or scope["method"] == "PUT":
+        if scope["type"] == "http" and {"content-length", "transfer-encoding"}.issubset(Headers(scope=scope)):
+            # Which of them counts, a proxy before us may see otherwise: what follows could be smuggled past it.
+            refusal = error_response(BadRequest("a body has either Content-Length or Transfer-Encoding"))
+            refusal.headers["Connection"] = "close"
+            await refusal(scope, receive, send)
+        elif scope["type"] != "http" or scope["method"] == "PUT":
             await self._app(scope, receive, send)
         elif _announced(scope) > self._max_bytes:
             await error_response(TooLarge(self._message()))(scope, receive, send)

@@ -61,7 +61,7 @@ class GenerationBody(FormFields):
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="lower runs first")
     gates: bool = Field(False, description="report the share of its blocks that fired, per token and adapter")
     service_tier: Literal["auto", "default"] | None = Field(None, description="there is one tier")
-    cache_salt: Annotated[Text, Field(min_length=1)] | None = Field(
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(
         None, description="share no cache with requests of another salt"
     )
     user: Text | None = Field(None, description="the caller's own name for its user; not used")

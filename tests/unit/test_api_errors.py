@@ -262,6 +262,7 @@ def test_many_streams_share_the_steps(server):
         ),
         ("/v1/completions", {"prompt": ["a"] * 4, "n": 128, "logprobs": 20, "max_tokens": 190}, "logprobs"),
         ("/v1/completions", {"prompt": "a", "repetition_penalty": 1e-300}, "repetition_penalty"),
+        ("/v1/completions", {"prompt": "a", "cache_salt": "x" * 257}, "cache_salt"),  # kept with its page
     ],
 )
 def test_what_would_cost_more_than_a_request_may_is_refused_by_name(server, path, body, param):
@@ -302,6 +303,8 @@ def test_a_large_body_is_read_on_the_thread_of_texts(server, size, monkeypatch):
         (b"[" * 5000 + b"]" * 5000, "nested too deeply"),
         (b'{"model": ' * 5000 + b"1" + b"}" * 5000, "nested too deeply"),
         (b'{"model": "\xff"}', "not UTF-8"),
+        (b'{"model": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b"[1]", "a JSON object is required"),
     ],
 )
 def test_a_body_that_cannot_be_read_is_refused_with_the_reason(server, body, message):
@@ -309,6 +312,21 @@ def test_a_body_that_cannot_be_read_is_refused_with_the_reason(server, body, mes
         for content in (body, body + b" " * LARGE_BYTES):
             answer = server.http.post(path, content=content, headers={"content-type": "application/json"})
             assert (answer.status_code, message in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_a_body_of_another_type_is_refused_with_the_type_it_needs(server):
+    answer = server.http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
+    assert (answer.status_code, "application/json" in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_an_error_repeats_only_so_much_of_what_was_sent(server):
+    for answer in (
+        server.http.get("/" + "a" * 50_000),
+        server.complete(**{"x" * 50_000: 1}),
+        server.complete(model="m" * 50_000),
+    ):
+        assert answer.status_code in (400, 404)
+        assert len(answer.content) < 3000
 
 
 @pytest.mark.parametrize("field", ["content", "tool_calls"])

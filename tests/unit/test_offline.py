@@ -62,6 +62,41 @@ def test_an_answer_is_its_text(server):
     assert len(answer.texts) == 2
 
 
+def test_a_stream_comes_in_pieces_that_make_the_answer(server):
+    ask = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    pieces = list(server.stream("A fájl", **ask))
+    assert len(pieces) > 1
+    assert "".join(pieces) == server.complete("A fájl", **ask).text
+    assert "".join(server.stream_chat("hi", **ask)) == server.chat("hi", **ask).text
+
+
+def test_a_stream_is_there_before_its_answer_is_whole_and_ends_where_it_is_left(server):
+    before = count(server, "abort")
+    stream = server.stream("A fájl", max_tokens=200, temperature=0, ignore_eos=True)
+    assert isinstance(next(stream), str)
+    stream.close()
+    assert count(server, "abort") == before + 1
+    assert "\nnr_requests_in_flight 0.0\n" in metrics(server)
+    for _ in server.stream("A fájl", max_tokens=200):
+        break
+
+
+def test_a_stream_that_is_refused_raises_when_it_is_read(server):
+    for error, fields in [(NotFound, {"model": "nobody"}), (BadRequest, {"top_p": 2}), (BadRequest, {"n": 2})]:
+        with pytest.raises(error):
+            list(server.stream("x", max_tokens=1, **fields))
+
+
+def metrics(server) -> str:
+    return server._run(server._http.get, "/metrics").text
+
+
+def count(server, reason: str) -> float:
+    """Answers ended for this reason."""
+    found = re.findall(rf'nr_requests_total{{finish_reason="{reason}".*}} (.+)', metrics(server))
+    return sum(map(float, found))
+
+
 def test_chat_goes_through_the_template(server):
     hu = tiny.adapter(tiny.model(), 1, carry=0.5)
     ask = {"max_tokens": 6, "temperature": 0, "return_token_ids": True}

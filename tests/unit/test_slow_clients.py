@@ -31,7 +31,7 @@ def real(tmp_path, monkeypatch):
         run(self, sockets)
 
     monkeypatch.setattr(Server, "run", run_with_small_buffers)
-    with running(lambda deliver: Loop(folder, deliver), tiny.tokenizer(), dtype="float32") as (served, _):
+    with running(lambda deliver: Loop(folder, deliver), tiny.tokenizer()) as (served, _):
         yield served
 
 
