@@ -9,13 +9,9 @@ from tests import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_environment(tmp_path_factory):
-    """Keep the tokenised text of tests out of the user's cache, and compute in float32 whatever is faster here.
-
-    In bfloat16 a token may change with what shares its step.
-    """
+def _own_cache(tmp_path_factory):
+    """Keep the tokenised text of tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NR_DTYPE", "float32")
         patch.setenv("NR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
