@@ -64,7 +64,9 @@ class ExportAdapter(Command):
 
     run: CliPositionalArg[Path] = Field(description="the run's folder")
     file: CliPositionalArg[Path] = Field(description="the adapter file to write")
-    threshold: float = Field(0.0, description="a gate fires above this; more costs learning and lessens leak")
+    threshold: float | None = Field(
+        None, ge=0, description="a gate fires above this; more costs learning and lessens leak (default: the recipe's)"
+    )
 
 
 class FetchModel(Command):
