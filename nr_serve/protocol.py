@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from http import HTTPStatus
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -70,7 +71,9 @@ class Protocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error_body(error)).encode()
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-            head = h11.Response(status_code=error.status, headers=[*headers, ("Connection", "close")])
+            reason = HTTPStatus(error.status).phrase.encode()
+            headers.append(("Connection", "close"))
+            head = h11.Response(status_code=error.status, headers=headers, reason=reason)
             for event in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

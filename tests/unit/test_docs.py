@@ -30,7 +30,8 @@ def test_the_settings_page_holds_the_settings():
     )
 
 
-def test_the_settings_file_of_the_page_is_read(tmp_path):
+def test_the_settings_file_of_the_page_is_read(tmp_path, monkeypatch):
+    monkeypatch.delenv("NR_DTYPE")
     (example,) = re.findall(r"```toml\n(model = .+?)```", SETTINGS, re.S)
     path = tmp_path / "nr.toml"
     path.write_text(example, encoding="utf-8")
@@ -54,6 +55,23 @@ def test_a_list_in_the_environment_has_commas_as_the_page_says(monkeypatch):
     assert (ServeConfig().adapter, ServeConfig().adapter_dir) == (["hu.safetensors"], [Path("/a"), Path("b/c")])
     monkeypatch.setenv("NR_ADAPTER", "")
     assert ServeConfig().adapter == []
+
+
+def test_the_security_page_says_what_each_package_is_for():
+    page = (DOCS / "security.md").read_text(encoding="utf-8")
+    table = page.split("| package | for |")[1]
+    rows = dict(re.findall(r"^\| (\w[\w-]*) \| (.+) \|$", table, re.M))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert list(rows) == [re.match(r"[\w-]+", each)[0] for each in project["dependencies"]]
+
+
+def test_the_commands_of_the_security_page_are_understood(tmp_path):
+    page = (DOCS / "security.md").read_text(encoding="utf-8")
+    make_key, serve = re.findall(r"^    nr-serve (.+)$", page, re.M)
+    name, _, file = make_key.removeprefix("make-key ").split()
+    assert parse(COMMANDS["make-key"][0], "make-key", [name]).name == name
+    config = parse(ServeConfig, "serve", shlex.split(serve)[1:])
+    assert (config.host, config.key_file) == ("0.0.0.0", Path(file))
 
 
 def test_the_recipe_page_holds_the_keys():
