@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nr_serve.disk import writing
 from nr_serve.errors import BadRequest
 from nr_serve.neutral.format import Adapter, Block, write_adapter
 from nr_serve.train import text
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule
 from nr_serve.train.base import best_device, load_base, read_adapters
-from nr_serve.train.disk import writing
 from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
 from nr_serve.train.recipe import Gate, Recipe, parse_recipe
 from nr_serve.train.text.mix import Classes

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nr_serve.disk import writing
 from nr_serve.errors import BadRequest, Conflict
 from nr_serve.neutral import host
 from nr_serve.neutral.format import AdapterInfo, write_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import AdapterModule
 from nr_serve.train.base import FrozenBase, best_device, load_base
-from nr_serve.train.disk import writing
 from nr_serve.train.learner import Learner
 from nr_serve.train.methods import make_learner, save_lora
 from nr_serve.train.recipe import Recipe, parse_recipe

@@ -20,7 +20,13 @@ from tests.tiny_run import write_recipe
 
 
 def test_calibration_moves_only_the_gates_and_shuts_them_on_a_neighbours_text(tmp_path, base, corpus):
-    wide = {"tokens": 5120, "lr": 0.03, "gate__threshold": 0.02, "data__background": [], "run__background_share": 0.0}
+    wide = {
+        "tokens": 5120,
+        "lr": 0.03,
+        "gate__threshold": 0.02,
+        "data__background": [],
+        "run__background_share": 0.0,
+    }
     old = train(write_recipe(tmp_path, base, **wide), tmp_path / "hu", corpus)
     changes = {"domain": "da", "data__target": ["da.*.train.txt"], "data__background": ["hu.a.train.txt"]}
     neighbour = train(write_recipe(tmp_path, base, **changes), tmp_path / "da", corpus)
