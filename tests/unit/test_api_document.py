@@ -96,3 +96,10 @@ def test_every_field_of_openais_is_honoured_or_refused_by_name(body):
     assert "stream" in theirs
     assert theirs <= ours | body.not_supported.keys()
     assert not ours & body.not_supported.keys()
+
+
+def test_every_field_that_is_not_supported_is_refused_with_its_name(server):
+    for ask, body in ((server.complete, CompletionBody), (server.chat, ChatBody)):
+        for name in body.not_supported:
+            answer = ask(**{name: {"asks": "something"}})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
