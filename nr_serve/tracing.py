@@ -29,7 +29,7 @@ try:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
     from opentelemetry.util.types import AttributeValue
 except ModuleNotFoundError as error:
-    raise NrError(f"tracing needs `pip install 'nr-serve[otel]'`: {error.name} is missing") from error
+    raise NrError(f"tracing needs {error.name}, of the extra `otel`") from error
 
 _OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 

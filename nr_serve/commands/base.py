@@ -1,14 +1,17 @@
-"""What the commands' settings share."""
+"""What the commands share."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from importlib.util import find_spec
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nr_serve.client import DEFAULT_URL, Client
 from nr_serve.config import FLAGS
+from nr_serve.errors import BadRequest
 
 
 class Command(BaseSettings):
@@ -40,3 +43,18 @@ class Remote(Command):
         key = self.key.get_secret_value() if self.key else None
         key = key or os.environ.get("NR_ADMIN_KEY") or os.environ.get("NR_API_KEY")
         return Client(self.url or os.environ.get("NR_URL") or DEFAULT_URL, key)
+
+
+def check_flags(command: Command, needs: Mapping[str, str], packages: Mapping[str, str]) -> None:
+    """Refuse a flag that would do nothing without another, or that needs a package which is not there."""
+    for flag, needed in needs.items():
+        if flag in command.model_fields_set and getattr(command, flag) and not getattr(command, needed):
+            raise BadRequest(f"{spelled(flag)} does nothing without {spelled(needed)}", param=flag)
+    for flag, module in packages.items():
+        if getattr(command, flag) and find_spec(module) is None:
+            raise BadRequest(f"{spelled(flag)} needs {module}, of the extra `train`", param=flag)
+
+
+def spelled(flag: str) -> str:
+    """A field's name as a flag."""
+    return "--" + flag.replace("_", "-")

@@ -7,9 +7,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from nr_serve.commands.base import Command
-from nr_serve.commands.evaluation import check_flags
-from nr_serve.commands.remote import table
+from nr_serve.commands.base import Command, check_flags
+from nr_serve.commands.table import table
 from nr_serve.errors import BadRequest
 
 
@@ -28,9 +27,9 @@ class Compare(Command):
 
 def compare(command: Compare) -> int:
     """Measure; print tables or JSON; write the pages."""
+    from nr_serve.disk import make_folder
     from nr_serve.evaluate.compare import compare_runs, write_comparison
     from nr_serve.evaluate.comparison_report import tables
-    from nr_serve.evaluate.pages import make_folder
     from nr_serve.evaluate.tasks import read_tasks
 
     runs = {folder.resolve().name: folder for folder in command.runs}

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from nr_serve.commands.base import Command
-from nr_serve.commands.remote import table
+from nr_serve.commands.base import Command, check_flags, spelled
+from nr_serve.commands.table import table
 from nr_serve.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -204,25 +203,25 @@ def _write_pages(
     command: Evaluate, measured: Measured, gates: Mapping[str, Mapping[str, Path]], matrix: Mapping[str, Path]
 ) -> None:
     """Write the card and the interference report, with links to the plots."""
+    from nr_serve.disk import write_text
     from nr_serve.evaluate.card import card
-    from nr_serve.evaluate.pages import write_page
     from nr_serve.evaluate.tables import interference_page, links
 
     hosted = measured.hosted
     if command.card is not None and measured.report is not None:
         first = hosted.names[0]
         shown = links(gates.get(first, {}), command.card)
-        write_page(
+        write_text(
             command.card, card(first, hosted.adapters[first], measured.report, tasks=measured.tasks, links=shown)
         )
     if command.markdown is not None and measured.together is not None:
         plots = dict(matrix) | {caption: path for own in gates.values() for caption, path in own.items()}
-        write_page(command.markdown, interference_page(measured.together, links(plots, command.markdown)))
+        write_text(command.markdown, interference_page(measured.together, links(plots, command.markdown)))
 
 
 def _check(command: Evaluate) -> None:
     """Refuse, before anything long is done, flags that would do nothing and places that take no file."""
-    from nr_serve.evaluate.pages import check_page, make_folder
+    from nr_serve.disk import check_file, make_folder
 
     if command.corpus is None and not command.tasks:
         raise BadRequest("nothing to measure on: give --corpus, --tasks or both", param="corpus")
@@ -230,23 +229,13 @@ def _check(command: Evaluate) -> None:
     for flag in ALL_ATTACHED:
         if command.alone and getattr(command, flag):
             raise BadRequest(
-                f"{_spelled(flag)} is of all adapters attached: it does not go with --alone", param=flag
+                f"{spelled(flag)} is of all adapters attached: it does not go with --alone", param=flag
             )
     for page in (command.card, command.markdown):
         if page is not None:
-            check_page(page)
+            check_file(page)
     if command.plots is not None:
         make_folder(command.plots)
-
-
-def check_flags(command: Command, needs: Mapping[str, str], packages: Mapping[str, str]) -> None:
-    """Refuse a flag that would do nothing without another, or that needs a package which is not there."""
-    for flag, needed in needs.items():
-        if flag in command.model_fields_set and getattr(command, flag) and not getattr(command, needed):
-            raise BadRequest(f"{_spelled(flag)} does nothing without {_spelled(needed)}", param=flag)
-    for flag, module in packages.items():
-        if getattr(command, flag) and find_spec(module) is None:
-            raise BadRequest(f"{_spelled(flag)} needs {module}: pip install 'nr-serve[train]'", param=flag)
 
 
 def _near(marks: Sequence[str]) -> dict[str, list[str]]:
@@ -257,7 +246,3 @@ def _near(marks: Sequence[str]) -> dict[str, list[str]]:
             raise BadRequest(f"--near takes LANGUAGE=RELATIVE, such as nb=da, not {mark!r}", param="near")
         near.setdefault(language, []).append(relative)
     return near
-
-
-def _spelled(flag: str) -> str:
-    return "--" + flag.replace("_", "-")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from nr_serve.commands.base import Remote
+from nr_serve.commands.table import table
 
 
 class LoadAdapter(Remote):
@@ -64,12 +65,6 @@ def list_adapters(command: ListAdapters) -> int:
     for line in table([header, *map(_row, adapters)]):
         print(line)
     return 0
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines with aligned columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _row(adapter: Mapping[str, Any]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from nr_serve.commands.base import Command
-from nr_serve.commands.remote import table
+from nr_serve.commands.table import table
 from nr_serve.errors import BadRequest
 
 
@@ -64,7 +64,11 @@ class ExportAdapter(Command):
 
     run: CliPositionalArg[Path] = Field(description="the run's folder")
     file: CliPositionalArg[Path] = Field(description="the adapter file to write")
-    threshold: float = Field(0.0, description="a gate fires above this; more costs learning and lessens leak")
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        description="a gate fires above this; more costs learning and lessens leak (default: the recipe's)",
+    )
 
 
 class FetchModel(Command):
@@ -120,12 +124,12 @@ def sweep(command: Sweep) -> int:
 
 def calibrate(command: Calibrate) -> int:
     """Calibrate; print the file."""
-    from nr_serve.evaluate.pages import check_page
+    from nr_serve.disk import check_file
     from nr_serve.train.calibrate import calibrate as run
     from nr_serve.train.recipe import parse_changes
 
     changes = parse_changes(command.set)
-    check_page(command.out)
+    check_file(command.out)
     print(
         run(
             command.file,
@@ -142,10 +146,10 @@ def calibrate(command: Calibrate) -> int:
 
 def export_adapter(command: ExportAdapter) -> int:
     """Export; print the adapter's file."""
-    from nr_serve.evaluate.pages import check_page
+    from nr_serve.disk import check_file
     from nr_serve.train.export import export_run
 
-    check_page(command.file)
+    check_file(command.file)
     print(export_run(command.run, command.file, threshold=command.threshold))
     return 0
 

@@ -23,7 +23,8 @@ class Reuse:
     def match(self, request: Request) -> list[Record]:
         """The pages that an admitted request may begin with.
 
-        None if its prompt's tokens are part of the answer: what is said of each is known only when it is computed.
+        None of them if its prompt's tokens are part of the answer: what is said of each is known only when it is
+        computed.
         """
         if request.reports_prompt:
             return []

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nr_serve.disk import make_folder, write_text
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.comparison_report import Comparison, RunReport, page
-from nr_serve.evaluate.pages import make_folder, write_page
 from nr_serve.evaluate.readings import in_turn, read_text
 from nr_serve.evaluate.run_log import read_losses, training_seconds
 from nr_serve.evaluate.tasks import Answer, Example, answer_tasks, score
@@ -81,7 +81,7 @@ def compare_runs(
     base = load_base(recipes[0].base, device=best_device())
     measured = list(sources) or list(dict.fromkeys(entry for recipe in recipes for entry in recipe.data.heldout))
     exam = _exam(read_heldout(corpus, measured, base.tokenizer, WINDOW, windows), recipes, tasks or {})
-    results, answers = exam.take(base, Attached(base.model, []), (), "backbone")
+    results, answers = exam.take(base, Attached(base.model, []), (), "base")
     losses = {source: result.loss for source, result in results.items()}
     target, original = exam.means(losses)
     name = base.name
@@ -107,8 +107,8 @@ def write_comparison(comparison: Comparison, runs: Mapping[str, Path], folder: P
     make_folder(folder)
     names = ("comparison.json", "comparison.md", "pareto.svg", "loss.svg")
     as_json, as_page, as_pareto, as_curves = written = [folder / name for name in names]
-    write_page(as_json, comparison.to_json())
-    write_page(as_page, page(comparison))
+    write_text(as_json, comparison.to_json())
+    write_text(as_page, page(comparison))
     points, shares = comparison.points()
     pareto(as_pareto, points, title=f"{comparison.domain}: learned and forgotten, as shares of {shares}")
     curves = {name: read_losses(run / "log.jsonl").get("train", []) for name, run in runs.items()}
@@ -134,7 +134,7 @@ def _is_unread_original(source: str, recipe: Recipe) -> bool:
 
 
 def _measure_run(name: str, folder: Path, exam: Exam, base_answers: Mapping[str, Sequence[Answer]]) -> RunReport:
-    recipe, base, learner, saved = load_run(folder, "float32")  # as the backbone is measured
+    recipe, base, learner, saved = load_run(folder, "float32")  # as the base is measured
     results, answers = exam.take(base, learner.attached, _versions(saved), f"run {name}")
     losses = {source: result.loss for source, result in results.items()}
     target, original = exam.means(losses)

@@ -116,8 +116,8 @@ def rows(comparison: Comparison) -> Rows:
     """A row for the base, and one a run."""
     header = ["RUN", "METHOD", "LR", "TOKENS", "TRAINED PARAMETERS", "MINUTES", "TARGET", comparison.unread.upper()]
     losses = [f"{comparison.base_target:.4f}", f"{comparison.base_original:.4f}"]
-    backbone = ["backbone", "-", "-", "0", "0", "0", *losses, "-", "-"]
-    return [[*header, "LEARNED", "FORGOTTEN"], backbone, *(_row(comparison, name) for name in comparison.runs)]
+    base = ["base", "-", "-", "0", "0", "0", *losses, "-", "-"]
+    return [[*header, "LEARNED", "FORGOTTEN"], base, *(_row(comparison, name) for name in comparison.runs)]
 
 
 def _row(comparison: Comparison, name: str) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from nr_serve import __version__
-from nr_serve.default_model import cache_folder
+from nr_serve.disk import cache_folder
 from nr_serve.evaluate.hosted import Hosted, say
 from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase

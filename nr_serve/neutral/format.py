@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 GATES = ("relu",)
 _LONGEST_TEXT = 200
 MAX_LAYERS = 9999
-"""Far above any gate, and still a float32."""
+"""Far above any base's."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -32,7 +32,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError as missing:
-    raise NrError("the GPU kernels need triton: pip install 'nr-serve[gpu]'") from missing
+    raise NrError("the GPU kernels need triton, of the extra `gpu`") from missing
 
 PARTS_OF_D = 32
 """The gates' products are cut along d into at most so many parts, that few tokens still occupy the device."""

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nr_serve.disk import writing
 from nr_serve.errors import BadRequest
 from nr_serve.neutral.format import Adapter, Block, write_adapter
 from nr_serve.train import text
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule
 from nr_serve.train.base import best_device, load_base, read_adapters
-from nr_serve.train.disk import writing
 from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
 from nr_serve.train.recipe import Gate, Recipe, parse_recipe
 from nr_serve.train.text.mix import Classes
@@ -38,13 +38,15 @@ def calibrate(
     The classes are those of its recipe and the target text of every adapter beside it; gates are fitted as the
     recipe says, by logistic regression if they were random there, and every block keeps one, however little it
     finds. `changes` replaces keys of the recipe's [gate], `carry` its carry; the new file's recipe tells of both.
+    The file keeps its threshold, if they do not name another.
     Raises BadAdapterFile for a file that does not fit the base, BadRequest for an adapter without a recipe and for
     two of the same name, BadRecipe if text is missing, CannotWrite.
     """
     frozen = load_base(base, device=best_device())
     neighbours = read_adapters([new, *beside], frozen)
     adapter = neighbours.pop(new.stem)
-    recipe = _changed(_recipe(new.stem, adapter), new.name, carry, changes or {})
+    gate = {"threshold": adapter.info.threshold, **(changes or {})}
+    recipe = _changed(_recipe(new.stem, adapter), new.name, carry, gate)
     added = _target_text(recipe, neighbours, corpus)
     written = [source for source in added if source.reads_alike(recipe.data.text_field)]
     unwritten = [source for source in added if source not in written]  # a recipe has one field for all its text
@@ -52,7 +54,7 @@ def calibrate(
     _say("reading and packing the text")
     classes = text.read_classes(corpus, recipe.data, frozen.tokenizer, recipe.run, background=unwritten)
     module = AdapterModule.from_file(adapter)
-    module.threshold = 0.0  # the fit sets its own
+    module.threshold = 0.0  # as in training: gates are fitted to open at 0
     module.carry = recipe.blocks.carry if carry is not None else module.carry
     modules = [module, *map(AdapterModule.from_file, neighbours.values())]
     attached = Attached(frozen.model, [each.to(frozen.device) for each in modules])
@@ -61,7 +63,9 @@ def calibrate(
     _say(fitted.summary())
     results = {k: v for k, v in adapter.info.results.items() if k != "heldout"}
     results["calibrated"] = {"beside": {name: neighbour.version for name, neighbour in neighbours.items()}}
-    info = replace(adapter.info, carry=module.carry, threshold=0.0, recipe=recipe.dump(), results=results)
+    info = replace(
+        adapter.info, carry=module.carry, threshold=recipe.gate.threshold, recipe=recipe.dump(), results=results
+    )
     blocks = tuple(_with_gate(block, module.layer(i)) for i, block in enumerate(adapter.blocks))
     with writing(out):
         write_adapter(out, info, blocks)

@@ -20,8 +20,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from nr_serve.disk import held
 from nr_serve.errors import NrError
-from nr_serve.train.disk import held
 
 PREFIX = "checkpoint-"
 KEPT = 2

@@ -10,31 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nr_serve.disk import writing
 from nr_serve.errors import BadRequest, Conflict
 from nr_serve.neutral import host
 from nr_serve.neutral.format import AdapterInfo, write_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import AdapterModule
 from nr_serve.train.base import FrozenBase, best_device, load_base
-from nr_serve.train.disk import writing
 from nr_serve.train.learner import Learner
 from nr_serve.train.methods import make_learner, save_lora
 from nr_serve.train.recipe import Recipe, parse_recipe
 
 
-def export_run(run: Path, path: Path, *, threshold: float = 0.0) -> Path:
+def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path:
     """Write the adapter that the run in folder `run` keeps so far to `path`; the run may still be going.
 
-    `threshold` is written to the file: a gate there is relu(m - threshold), so that a little above 0 trades some
-    learning for less leak. Raises Conflict if there is no checkpoint, BadRequest if the run makes no adapter.
+    `threshold` replaces the recipe's `gate.threshold`. Raises Conflict if there is no checkpoint, BadRequest if the
+    run makes no adapter.
     """
     recipe, base, learner, saved = load_run(run)
     if learner.adapter is None or not _served(recipe):
         raise BadRequest(f"the run in {run} makes no adapter file: {_why(recipe)}")
-    results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
-    if not threshold:  # what was measured while it trained holds for the thresholds of the training alone
-        results["heldout"] = saved.results
-    return write_blocks(path, recipe, base, learner.adapter, results, threshold)
+    if threshold is not None:
+        if recipe.method != "neutral":
+            raise BadRequest("blocks without gates have no threshold", param="threshold")
+        recipe = recipe.with_gate(threshold=threshold)
+    results = {"tokens": saved.step * recipe.run.batch_tokens, "heldout": saved.results}
+    return write_blocks(path, recipe, base, learner.adapter, results)
 
 
 def read_run(run: Path) -> tuple[Recipe, checkpoints.Checkpoint]:
@@ -58,6 +60,8 @@ def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, L
         raise Conflict(f"the base differs from that of the run in {run}")
     learner = make_learner(recipe, base).to(base.device)
     load_weights(learner, saved.weights())
+    if learner.adapter is not None:
+        learner.adapter.threshold = recipe.threshold
     return recipe, base, learner, saved
 
 
@@ -117,21 +121,21 @@ def result_path(out: Path, recipe: Recipe) -> Path:
 
 
 def write_blocks(
-    path: Path,
-    recipe: Recipe,
-    base: FrozenBase,
-    adapter: AdapterModule,
-    results: Mapping[str, Any],
-    threshold: float = 0.0,
+    path: Path, recipe: Recipe, base: FrozenBase, adapter: AdapterModule, results: Mapping[str, Any]
 ) -> Path:
-    """Write the adapter file, weights in bfloat16. Raises CannotWrite."""
+    """Write the adapter file, weights in bfloat16. Raises CannotWrite.
+
+    `results["heldout"]`, as measured in training, at threshold 0, is left out where the file has another one.
+    """
+    if recipe.threshold:
+        results = {name: each for name, each in results.items() if name != "heldout"}
     info = AdapterInfo(
         base=base.name,
         base_fingerprint=base.fingerprint,
         layers=base.layers,
         d=base.d,
         carry=recipe.blocks.carry,
-        threshold=threshold,
+        threshold=recipe.threshold,
         domain=recipe.domain,
         recipe=recipe.dump(),
         results=results,

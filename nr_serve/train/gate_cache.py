@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nr_serve.default_model import cache_folder
+from nr_serve.disk import cache_folder
 from nr_serve.train.gates import FittedGates, LayerFit
 from nr_serve.train.tensor_cache import TensorCache, Tensors
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule, window_inputs
 from nr_serve.train.measure import evaluating
@@ -237,12 +238,17 @@ def fit_gates(
     tokens at once.
     """
     fitter = Fitter(attached.adapters[0], classes, "target", gate, original)
-    windows = fitter.windows
-    attached.before = fitter.fit
-    try:
-        with evaluating(model):
+    windows, depth = fitter.windows, attached.adapters[0].depth
+    with evaluating(model), tqdm(total=depth, desc="gates", unit=" layers", leave=False, disable=None) as bar:
+
+        def fit(layer: int, x_Td: Tensor) -> None:
+            fitter.fit(layer, x_Td)
+            bar.update()
+
+        attached.before = fit
+        try:
             attached.begin(windows.offset_NT)
             model.model(windows.ids_NT, use_cache=False, **window_inputs(windows.offset_NT))
-    finally:
-        attached.before = None
+        finally:
+            attached.before = None
     return FittedGates(attached.adapters[0].gates(), fitter.report)

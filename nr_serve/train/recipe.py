@@ -138,7 +138,7 @@ class Gate(_Section):
         default=99.5,
         gt=50,
         lt=100,
-        description="The threshold is the highest of every other class's percentile of the logit.",
+        description="Fitted gates open above the highest of every other class's percentile of the logit.",
     )
     background_percentile: float = Field(
         default=99.0, gt=50, lt=100, description="The same for background classes."
@@ -149,6 +149,12 @@ class Gate(_Section):
     fit_tokens: Positive = Field(default=6144, description="Tokens of each class that fit and calibrate the gates.")
     ridge: float = Field(
         default=1e-4, gt=0, description="Ridge penalty, as a share of the mean variance of an input feature."
+    )
+    threshold: float = Field(
+        default=0.0,
+        ge=0,
+        description="The adapter file's threshold: a gate there is relu(m - threshold), so that a little above 0 "
+        "trades some learning for less leak. While it trains it is 0.",
     )
     min_found: Share = Field(
         default=0.0, description="Layers whose gate finds less than this share of the target get no block."
@@ -321,6 +327,15 @@ class Recipe(_Section):
         """Type the base's weights are held in: float32 if they train."""
         return "float32" if self.method == "finetune" else self.run.dtype
 
+    @property
+    def threshold(self) -> float:
+        """Threshold of the adapter file that a run of this makes."""
+        return self.gate.threshold if self.method == "neutral" else 0.0
+
+    def with_gate(self, **changes: Any) -> Recipe:
+        """The recipe with some keys of [gate] replaced, by values that were checked."""
+        return self.model_copy(update={"gate": self.gate.model_copy(update=changes)})
+
     def owns(self, source: str) -> bool:
         """Whether a source such as `hu.lohelp` is of the target."""
         return names_source(self.data.target, source)
@@ -338,9 +353,10 @@ class Recipe(_Section):
         if self.run.tokens != earlier.run.tokens and tokens <= min(self.run.decay_start, earlier.run.decay_start):
             free |= {"tokens"}
         mine, other = self.dump(), earlier.dump()
-        for name in free:
-            mine["run"].pop(name)
-            other["run"].pop(name)
+        for recipe in (mine, other):
+            del recipe["gate"]["threshold"]
+            for name in free:
+                del recipe["run"][name]
         return mine == other
 
 

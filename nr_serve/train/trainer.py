@@ -149,7 +149,7 @@ class TrainingRun:
     def _gates_depend_on(self, adapter: AdapterModule, classes: Mapping[str, Windows]) -> dict[str, Any]:
         """All that decides the fitted gates: a key of the cache."""
         return {
-            "gate": self.recipe.gate.model_dump(),
+            "gate": self.recipe.gate.model_dump(exclude={"threshold"}),
             "carry": adapter.carry,
             "layers": sorted(adapter.layers),
             "classes": {name: list(windows.ids_NT.shape) for name, windows in classes.items()},

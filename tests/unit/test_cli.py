@@ -206,7 +206,7 @@ def test_export_adapter_hands_its_flags_on_and_prints_the_file(monkeypatch, caps
     assert main(["export-adapter", "r", "f", "--threshold", "0.3"]) == 0
     assert capsys.readouterr().out == "7\n"
     assert main(["export-adapter", "r", "f"]) == 0
-    assert calls == [(Path("r"), Path("f"), {"threshold": t}) for t in (0.3, 0.0)]
+    assert calls == [(Path("r"), Path("f"), {"threshold": t}) for t in (0.3, None)]
 
 
 def test_calibrate_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):

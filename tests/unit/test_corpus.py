@@ -11,12 +11,12 @@ import sys
 
 import pytest
 
+from nr_serve.disk import CannotWrite, held
 from nr_serve.errors import BadRequest, Conflict, DownloadFailed
 from nr_serve.train.corpus import build, clean, extract, man, split
 from nr_serve.train.corpus import packages as corpus_packages
 from nr_serve.train.corpus.progress import counted
 from nr_serve.train.corpus.recipe import Source, read_recipe
-from nr_serve.train.disk import CannotWrite, held
 
 
 def source(**fields):

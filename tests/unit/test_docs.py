@@ -144,3 +144,11 @@ def test_the_first_request_of_the_guide_is_one_the_server_takes():
     assert "http://127.0.0.1:8000/v1/completions" in words
     body = CompletionBody.model_validate(json.loads(words[words.index("-d") + 1]))
     assert (body.model, body.gates) == ("smollm2-135m-instruct", True)
+
+
+def test_the_flags_that_the_readme_gives_for_vllms_are_there():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| vLLM \| nr-serve \|\n((?:\|.*\n)+)", readme)
+    named = re.findall(r"--(?:no-)?([a-z-]+)", "".join(line.split("|")[2] for line in table.splitlines()[1:]))
+    assert len(named) >= 5
+    assert {name.replace("-", "_") for name in named} <= ServeConfig.model_fields.keys()

@@ -63,7 +63,7 @@ def logits_by_run(runs: dict[str, Path], base: Path) -> dict:
     tuned = tiny.Naive(AutoModelForCausalLM.from_pretrained(runs["finetune"] / "finetune"))
     files = {name: in_float32(read_adapter(runs[name] / "hu.safetensors")) for name in ("adapter", "neutral")}
     return {
-        "backbone": loop.logits,
+        "base": loop.logits,
         "finetune": tuned.logits,
         **{name: lambda ids, file=file: loop.logits(ids, [file]) for name, file in files.items()},
     }
@@ -92,7 +92,7 @@ def test_losses_and_shares_equal_those_reckoned_from_the_runs_files(made, runs, 
         for name, logits in logits_by_run(runs, base).items()
     }
     # An adapter's file holds bfloat16, a run float32.
-    assert made.base_losses == pytest.approx(found.pop("backbone"), rel=1e-5)
+    assert made.base_losses == pytest.approx(found.pop("base"), rel=1e-5)
     for name, losses in found.items():
         assert made.runs[name].losses == pytest.approx(losses, rel=1e-5 if name == "finetune" else 3e-3)
         assert made.runs[name].target == made.runs[name].losses["hu.a"]
@@ -180,7 +180,7 @@ def test_tasks_are_scored_by_run_with_the_paired_error_of_the_change(made, runs,
         return float(likelihoods.index(max(likelihoods)) == row["gold"])
 
     found = logits_by_run(runs, base)
-    before = [right(found["backbone"], row) for row in ROWS]
+    before = [right(found["base"], row) for row in ROWS]
     after = [right(found["finetune"], row) for row in ROWS]
     scores = made.runs["finetune"].tasks["pick"]
     assert (scores.examples, scores.base.acc.value) == (4, statistics.mean(before))
@@ -189,7 +189,7 @@ def test_tasks_are_scored_by_run_with_the_paired_error_of_the_change(made, runs,
     assert scores.change.acc.standard_error == pytest.approx(statistics.stdev(changes) / 2)
 
 
-def test_without_finetuning_there_are_no_shares_and_none_for_the_backbone(made):
+def test_without_finetuning_there_are_no_shares_and_none_for_the_base(made):
     few = replace(made, runs={"neutral": made.runs["neutral"]})
     assert few.learned("neutral") is None
     assert few.forgotten("neutral") is None
@@ -240,7 +240,7 @@ def test_the_command_prints_the_tables_and_writes_the_files(runs, corpus, tasks,
     assert main([*asked, "--tasks", str(tasks), "--out", str(tmp_path / "out")]) == 0
     seen = capsys.readouterr()
     assert [line.split()[0] for line in seen.out.splitlines() if line] == [
-        *("RUN", "backbone", "finetune", "adapter", "neutral"),
+        *("RUN", "base", "finetune", "adapter", "neutral"),
         *("SOURCE", "hu.a", "en.b", "da.a", "en.a"),
         *("TASK", "pick", "pick"),
     ]

@@ -20,14 +20,21 @@ from tests.tiny_run import write_recipe
 
 
 def test_calibration_moves_only_the_gates_and_shuts_them_on_a_neighbours_text(tmp_path, base, corpus):
-    wide = {"tokens": 5120, "lr": 0.03, "data__background": [], "run__background_share": 0.0}
+    wide = {
+        "tokens": 5120,
+        "lr": 0.03,
+        "gate__threshold": 0.02,
+        "data__background": [],
+        "run__background_share": 0.0,
+    }
     old = train(write_recipe(tmp_path, base, **wide), tmp_path / "hu", corpus)
     changes = {"domain": "da", "data__target": ["da.*.train.txt"], "data__background": ["hu.a.train.txt"]}
     neighbour = train(write_recipe(tmp_path, base, **changes), tmp_path / "da", corpus)
     new = calibrate(old, [neighbour], corpus, tmp_path / "new.safetensors", base=str(base), carry=0.25)
     before, after = read_adapter(old), read_adapter(new)
     assert after.version != before.version
-    assert (after.info.carry, after.info.threshold, after.info.recipe["blocks"]["carry"]) == (0.25, 0, 0.25)
+    assert (after.info.carry, after.info.recipe["blocks"]["carry"]) == (0.25, 0.25)
+    assert before.info.threshold == after.info.threshold == after.info.recipe["gate"]["threshold"] == 0.02
     assert after.info.recipe["data"]["background"] == ["da.a.train.txt"]
     assert after.info.results["calibrated"]["beside"] == {"da": read_adapter(neighbour).version}
     for a, b in zip(before.blocks, after.blocks, strict=True):
@@ -44,6 +51,12 @@ def test_calibration_moves_only_the_gates_and_shuts_them_on_a_neighbours_text(tm
     assert fired[old]["da.a"] > 0.2
     assert fired[new]["da.a"] < 0.1
     assert fired[new]["hu.a"] > 0.5
+
+
+def test_calibration_sets_a_threshold_if_told(tmp_path, base, corpus):
+    old = train(write_recipe(tmp_path, base, tokens=256), tmp_path / "hu", corpus)
+    new = calibrate(old, [], corpus, tmp_path / "new.safetensors", base=str(base), changes={"threshold": 0.3})
+    assert (read_adapter(old).info.threshold, read_adapter(new).info.threshold) == (0, 0.3)
 
 
 def test_calibration_needs_the_adapters_recipe(tmp_path, base, corpus):

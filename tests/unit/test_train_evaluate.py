@@ -102,9 +102,29 @@ def test_an_export_at_another_threshold_leaves_out_what_was_measured_at_the_old(
     train(write_recipe(tmp_path, base, tokens=512), tmp_path / "run", corpus)
     dialled = read_adapter(export_run(tmp_path / "run", tmp_path / "dialled.safetensors", threshold=0.25))
     assert dialled.info.threshold == 0.25
+    assert dialled.info.recipe["gate"]["threshold"] == 0.25
     assert set(dialled.info.results) == {"tokens"}
     with pytest.raises(Conflict, match="no checkpoint"):
         export_run(tmp_path, tmp_path / "x.safetensors")
+
+
+def test_a_runs_file_has_its_recipes_threshold_and_trains_as_without(base, corpus, tmp_path):
+    made = [
+        read_adapter(train(write_recipe(tmp_path, base, tokens=512, **gate), tmp_path / out, corpus))
+        for out, gate in (("plain", {}), ("dialled", {"gate__threshold": 0.25}))
+    ]
+    assert [each.info.threshold for each in made] == [0, 0.25]
+    assert ["heldout" in each.info.results for each in made] == [True, False]
+    assert all(torch.equal(a.w_out, b.w_out) for a, b in zip(made[0].blocks, made[1].blocks, strict=True))
+    loaded = load_run(tmp_path / "dialled")[2]
+    assert loaded.adapter.threshold == 0.25
+
+
+def test_blocks_without_gates_take_no_threshold(base, corpus, tmp_path):
+    recipe = write_recipe(tmp_path, base, tokens=512, method="adapter", gate__threshold=0.25)
+    assert read_adapter(train(recipe, tmp_path / "run", corpus)).info.threshold == 0
+    with pytest.raises(BadRequest, match="no threshold"):
+        export_run(tmp_path / "run", tmp_path / "x.safetensors", threshold=0.25)
 
 
 def test_attaching_leaves_the_base_as_it_is_where_nothing_fires(corpus):

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 
+from nr_serve.disk import CannotWrite
 from nr_serve.errors import Conflict
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import export, log, loop, losses
 from nr_serve.train import trainer as training
-from nr_serve.train.disk import CannotWrite
 from nr_serve.train.loop import TrainingDiverged, learning_rate
 from nr_serve.train.recipe import Run
 from nr_serve.train.trainer import train

@@ -189,7 +189,7 @@ def test_a_hub_out_of_reach_is_a_failed_download(tmp_path: Path, monkeypatch):
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BadRecipe, match=r"needs the library datasets: pip install 'nr-serve\[train\]'"):
+    with pytest.raises(BadRecipe, match=r"needs the library datasets, of the extra `train`"):
         Dataset.parse("datasets:some/where", tmp_path, "text").fingerprint()
 
 

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from nr_serve.disk import held, writing
 from nr_serve.errors import BadRequest, DownloadFailed, NrError
 from nr_serve.train.corpus.clean import clean_document
 from nr_serve.train.corpus.extract import extract
@@ -29,7 +30,6 @@ from nr_serve.train.corpus.packages import Packages
 from nr_serve.train.corpus.progress import counted, say
 from nr_serve.train.corpus.recipe import Source, read_recipe
 from nr_serve.train.corpus.split import Document, cut, deduplicate, drop_leaked, hold_out, shared_grams, size, thin
-from nr_serve.train.disk import held, writing
 from nr_serve.train.globs import match_files
 
 PARTS = ("train", "heldout")

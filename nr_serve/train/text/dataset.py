@@ -65,7 +65,7 @@ class Dataset:
         try:
             import datasets
         except ImportError as error:
-            raise BadRecipe(f"{self} needs the library datasets: pip install 'nr-serve[train]'") from error
+            raise BadRecipe(f"{self} needs the library datasets, of the extra `train`") from error
         try:
             return datasets.load_dataset_builder(self.path, self.config)
         except ConnectionError as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nr_serve.default_model import cache_folder
+from nr_serve.disk import cache_folder
 from nr_serve.train.tensor_cache import MOST_BYTES, TensorCache, Tensors
 from nr_serve.train.text.pack import Packed, Windows
 

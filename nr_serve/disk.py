@@ -1,19 +1,27 @@
-"""Writing where others may write, or where there may be no room. Torch-free."""
+"""Files: where they are kept, and writing where others may write or where there may be no room. Torch-free."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EISDIR
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nr_serve.errors import Conflict, NrError
+from nr_serve.errors import BadRequest, Conflict, NrError
 
 WRITE_FAULTS = ("inline_container", "PytorchStreamWriter", "iostream error")
 """One of these is in the text of each RuntimeError of torch's file writer, which has no type of its own."""
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be fetched or made again: `$NR_CACHE`, or `~/.cache/nr-serve`."""
+    named = os.environ.get("NR_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "nr-serve"
 
 
 class CannotWrite(NrError):
@@ -50,3 +58,37 @@ def held(folder: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def check_file(path: Path) -> None:
+    """Raise BadRequest if this file could not be written: said before hours of work, not after."""
+    with _refused(f"cannot write {path}"):
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        _try(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for files. Raises BadRequest if it takes none."""
+    with _refused(f"cannot write in {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        _try(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file. Raises BadRequest."""
+    with _refused(f"cannot write {path}"):
+        path.write_text(text, encoding="utf-8")
+
+
+def _try(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadRequest(f"{what}: {error.strerror}") from error
