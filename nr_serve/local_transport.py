@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
 import httpx
 from starlette.types import ASGIApp, Message, Scope
+
+log = logging.getLogger(__name__)
 
 _Parts = asyncio.Queue[bytes | None]  # None: there are no more
 
@@ -66,13 +69,17 @@ class _Answer(httpx.AsyncByteStream):
         await self.end()
 
     async def end(self) -> None:
-        """Return once the app has, or raise what it raised."""
-        await self._task
+        """Return once the app has. Raises httpx.ReadError if it failed."""
+        try:
+            await self._task
+        except Exception as error:
+            log.exception("a bug")
+            raise httpx.ReadError("the answer broke off; the log has the details") from error
 
     async def aclose(self) -> None:
         """End the request, if it has not ended."""
         self._task.cancel()
-        await asyncio.wait([self._task])
+        await asyncio.gather(self._task, return_exceptions=True)
 
 
 def _scope(request: httpx.Request) -> Scope:

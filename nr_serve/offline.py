@@ -220,9 +220,12 @@ async def stream(
         if response.is_error:
             await response.aread()
             raise refusal(response)
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                yield json.loads(line.removeprefix("data: "))
+        try:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    yield json.loads(line.removeprefix("data: "))
+        except httpx.ReadError as error:
+            raise NrError(str(error)) from error
 
 
 @asynccontextmanager

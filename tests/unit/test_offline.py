@@ -87,6 +87,20 @@ def test_a_stream_that_is_refused_raises_when_it_is_read(server):
             list(server.stream("x", max_tokens=1, **fields))
 
 
+def test_a_bug_in_mid_stream_is_logged_once_and_ends_it(server, caplog, monkeypatch):
+    def bug(*_):
+        raise RuntimeError("secret detail")
+
+    stream = server.stream("A fájl", max_tokens=200, temperature=0, ignore_eos=True)
+    next(stream)
+    monkeypatch.setattr("nr_serve.api.openai.Usage.count", bug)
+    with pytest.raises(NrError, match="broke off"):
+        list(stream)
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert "secret detail" in str(record.exc_info[1])
+    assert "\nnr_requests_in_flight 0.0\n" in metrics(server)
+
+
 def metrics(server) -> str:
     return server._run(server._http.get, "/metrics").text
 
