@@ -47,10 +47,10 @@ class Batch:
     _rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def bias(self, group: int, window: int | None, heads: int, repeats: int, dtype: torch.dtype) -> Tensor:
-        """What is added to a group's attention logits: 0 where a query may look, else -inf.
+        """What is added to a group's attention logits: 0 where a query may look, else -inf; [Z, n * repeats, N].
 
-        [B * K, n * repeats, N]. Only the last `window` positions if given. The same for all `heads` (K) key heads, and for the `repeats`
-        query heads that each has. Made once a step, as every layer of a kind asks for the same.
+        Only the last `window` positions if given. Z = B * heads: it is the same for all key heads, and for the
+        `repeats` query heads that each has. Made once a step, as every layer of a kind asks for the same.
         """
         key = (group, window, heads, repeats)
         if key not in self._biases:
