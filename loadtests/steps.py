@@ -35,13 +35,13 @@ class Engine:
     def __init__(self, config: ServeConfig, seed: int) -> None:
         """Return once it is ready. Raises SystemExit with the reason if it cannot be."""
         model = model_folder(config.model)
-        self._delivered: queue.SimpleQueue[Delivered] = queue.SimpleQueue()
+        self.delivered: queue.SimpleQueue[Delivered] = queue.SimpleQueue()
         self._rng, self._names = random.Random(seed), 0
         self.loop = EngineLoop(
             config,
             model,
             load_tokenizer(model),
-            lambda events: self._delivered.put((time.perf_counter(), events)),
+            lambda events: self.delivered.put((time.perf_counter(), events)),
         )
         self.loop.start()
         while self.loop.status == "loading":
@@ -59,7 +59,7 @@ class Engine:
             self.loop.submit(Submit(f"r{self._names}", ids, sampling))
         left, before, seen = requests, time.perf_counter(), []
         while left:
-            at, events = self._delivered.get()
+            at, events = self.delivered.get()
             for output in events.outputs:
                 if output.error is not None:
                     raise SystemExit(str(output.error))

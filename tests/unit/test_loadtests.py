@@ -233,3 +233,22 @@ def test_steps_with_adapters_and_with_none_take_turns(base_folder, monkeypatch, 
         expected += [none, on[0], on[1], none, *[none, on[1], on[1], none] * 2]
         expected += [on[2], none, none, on[2], on[2], none]
     assert steps == expected
+
+
+def test_streams_are_read_with_and_without_loads_in_turn(base_folder, monkeypatch, capsys):
+    script = load("loadtests/swaps.py")
+    read, readings = script.Swaps.read, []
+
+    def watched(self, streams, tokens, files, every):
+        reading = read(self, streams, tokens, files, every)
+        readings.append((len(files), len(reading.gaps), len(reading.loads)))
+        return reading
+
+    monkeypatch.setattr(script.Swaps, "read", watched)
+    flags = ["--streams", "2", "--tokens", "6", "--loads", "2", "--every", "0", "--rounds", "2", "--width", "3"]
+    script.main(["--model", base_folder, *flags])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    warm_up, none, two = (0, 2 * 7, 0), (0, 2 * 5, 0), (2, 2 * 5, 2)
+    assert readings == [warm_up, two, none, two, none, none, two, none, two]
+    assert [(row["kind"], len(row["loads"])) for row in result["rows"]] == [("new", 2), ("known", 2)] * 2
+    assert all(row["ratios"]["p99"] == row["with"]["p99"] / row["without"]["p99"] for row in result["rows"])
