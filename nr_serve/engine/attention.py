@@ -112,7 +112,8 @@ def _attend(
         cache.view(-1, D).index_select(0, rows_X).view(B * K, -1, D) for cache in (keys_CKD, values_CKD)
     )
     scale = D**-0.5 if scaling is None else scaling
-    if query_THD.dtype is torch.bfloat16 and B * n * keys_ZND.shape[1] >= _WORTH_PRODUCTS:
+    on_cpu = query_THD.device.type == "cpu"  # a GPU's fused attention is the faster one
+    if on_cpu and query_THD.dtype is torch.bfloat16 and B * n * keys_ZND.shape[1] >= _WORTH_PRODUCTS:
         out_ZQD = _by_products(query_ZQD, keys_ZND, values_ZND, bias_ZQN, scale, n)
     else:
         # One head each: torch has no fused attention for three dimensions.
