@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 def url() -> Iterator[str]:
     """URL of a running server with no adapter loaded."""
     fetch_model()
-    with local_server("--max-batch-tokens", "64") as client:
+    with local_server("--max-batch-tokens", "64", "--dtype", "float32") as client:
         yield client.url
 
 
