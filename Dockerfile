@@ -15,7 +15,7 @@ RUN python3 -m venv /opt/nr-serve && /opt/nr-serve/bin/pip install --no-cache-di
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY nr_serve ./nr_serve
-RUN /opt/nr-serve/bin/pip install --no-cache-dir .
+RUN /opt/nr-serve/bin/pip install --no-cache-dir '.[otel]'
 
 FROM ${BASE}
 RUN apt-get update \

@@ -12,12 +12,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nr_serve.api.errors import error_body
 from nr_serve.errors import BadRequest, NrError, SentTooSlowly
 
-SEND_SECONDS = 30.0
+READ_SECONDS = 30.0
 """For the whole head of a request, and between two parts of its body."""
 _THEY_SEND = (h11.IDLE, h11.SEND_BODY)
 
 
-class Protocol(H11Protocol):
+class Http11Protocol(H11Protocol):
     """One connection. It ends if a request is not sent in time: a server has only so many."""
 
     _timer: asyncio.TimerHandle | None = None
@@ -50,7 +50,7 @@ class Protocol(H11Protocol):
         return False  # an upgrade may be ignored: it is answered as the request that it is
 
     def _wait(self) -> None:
-        self._timer = self.loop.call_later(SEND_SECONDS, self._too_slow)
+        self._timer = self.loop.call_later(READ_SECONDS, self._too_slow)
 
     def _stop_waiting(self) -> None:
         if self._timer is not None:
@@ -64,7 +64,7 @@ class Protocol(H11Protocol):
         elif self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
             self.transport.close()  # it asked nothing
         else:
-            self._refuse(SentTooSlowly(f"the request did not come within {SEND_SECONDS:g} seconds"))
+            self._refuse(SentTooSlowly(f"the request did not come within {READ_SECONDS:g} seconds"))
 
     def _refuse(self, error: NrError) -> None:
         """Answer, unless an answer has begun, and close."""

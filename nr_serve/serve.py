@@ -20,7 +20,7 @@ from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Status
 from nr_serve.errors import NrError
 from nr_serve.logs import configure_logging, quiet_progress_bars
-from nr_serve.protocol import Protocol
+from nr_serve.protocol import Http11Protocol
 
 log = logging.getLogger(__name__)
 _CLOSING_SECONDS = 2
@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Protocol,
+                http=Http11Protocol,
                 ws="none",
                 log_config=None,
                 access_log=False,

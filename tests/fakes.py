@@ -35,7 +35,7 @@ from nr_serve.engine.messages import (
 )
 from nr_serve.errors import BadAdapterFile, Conflict, NotFound, NrError, Unavailable
 from nr_serve.metrics import Metrics
-from nr_serve.protocol import Protocol
+from nr_serve.protocol import Http11Protocol
 from nr_serve.serve import bind
 from nr_serve.tokenizer import Detokenizer, Tokenizer
 
@@ -300,7 +300,7 @@ def serving(failure: str | None = None, *, loading: bool = False, **config: Any)
     app = create_app(AsyncEngine(build, Metrics()), tokenizer(), ServeConfig(**config))
     listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(
-        uvicorn.Config(app, http=Protocol, ws="none", log_config=None, timeout_graceful_shutdown=2)
+        uvicorn.Config(app, http=Http11Protocol, ws="none", log_config=None, timeout_graceful_shutdown=2)
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

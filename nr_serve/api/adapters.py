@@ -12,10 +12,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 
+from nr_serve.api.body_route import BodyRoute
 from nr_serve.api.context import Context, Ctx
 from nr_serve.api.files import allowed_file
-from nr_serve.api.large import BodyRoute
-from nr_serve.api.responses import Adapter, AdapterList, answers, refusals
+from nr_serve.api.openapi import Adapter, AdapterList, answers, refusals
 from nr_serve.api.schemas import LoadBody, LoadLoraBody, PatchBody, PutQuery, UnloadLoraBody
 from nr_serve.api.selection import check_name
 from nr_serve.api.uploads import receive_file

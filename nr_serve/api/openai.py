@@ -13,11 +13,11 @@ from starlette.responses import Response
 from nr_serve.api import chat, completions
 from nr_serve.api.answers import Envelope, Usage, Writer, best, collect
 from nr_serve.api.ask import Ask, chat_ask, check_ids, check_size, completion_ask
+from nr_serve.api.body_route import BodyRoute
 from nr_serve.api.chat import ChatWriter
 from nr_serve.api.completions import CompletionWriter
 from nr_serve.api.context import Context, Ctx
-from nr_serve.api.large import BodyRoute
-from nr_serve.api.responses import (
+from nr_serve.api.openapi import (
     CHAT_EVENTS,
     COMPLETION_EVENTS,
     ChatCompletion,

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from nr_serve import __version__
 from nr_serve.api.context import Ctx
-from nr_serve.api.responses import Health, Ready, Versions, answers, refusals
+from nr_serve.api.openapi import Health, Ready, Versions, answers, refusals
 from nr_serve.errors import Unavailable
 
 router = APIRouter()

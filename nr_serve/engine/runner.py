@@ -18,10 +18,10 @@ from nr_serve.engine.attention import KVCache
 from nr_serve.engine.base import check_base, end_tokens, load_base, max_model_len
 from nr_serve.engine.batch import Batch, build_batch
 from nr_serve.engine.graphs import SIZES, Graphs, Padding, model_step
-from nr_serve.engine.linear import pack_linears
 from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.neutrality import Opened
 from nr_serve.engine.opened import opened_by_page
+from nr_serve.engine.packed_linear import pack_linears
 from nr_serve.engine.probe import Probe
 from nr_serve.engine.request import TopLogprobs
 from nr_serve.engine.sampler import allow, likeliest, log_probabilities, sample, takes_likeliest

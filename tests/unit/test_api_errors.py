@@ -6,8 +6,8 @@ from contextlib import suppress
 
 import pytest
 
-from nr_serve.api import large
-from nr_serve.api.large import LARGE_BYTES
+from nr_serve.api import body_route
+from nr_serve.api.body_route import LARGE_BYTES
 from nr_serve.errors import BadRequest, QueueFull
 from tests.fakes import events, serving
 from tests.unit.waiting import until
@@ -289,9 +289,9 @@ def test_a_large_body_is_read_beside_the_event_loop_and_refused_as_a_small_one_i
 
 @pytest.mark.parametrize("size", [0, LARGE_BYTES])
 def test_a_large_body_is_read_on_the_thread_of_texts(server, size, monkeypatch):
-    threads, parse = [], large._parse
+    threads, parse = [], body_route.parse_json
     monkeypatch.setattr(
-        large, "_parse", lambda data: threads.append(threading.current_thread().name) or parse(data)
+        body_route, "parse_json", lambda data: threads.append(threading.current_thread().name) or parse(data)
     )
     content = json.dumps({"prompt": "hi"}) + " " * size
     server.http.post("/tokenize", content=content, headers={"content-type": "application/json"})

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from argparse import ArgumentParser
 
 import kubernetes_validate
@@ -169,6 +170,17 @@ def test_docker_understands_the_compose_files():
     files = ["-f", str(COMPOSE), "-f", str(DEPLOY / "compose.gpu.yaml")]
     keys = ["env", "NR_API_KEY=a", "NR_ADMIN_KEY=b", "GRAFANA_PASSWORD=c"]
     run(*keys, "docker", "compose", *files, "config", "--quiet")
+
+
+# The image
+
+
+def test_the_image_has_what_every_setting_of_the_server_needs():
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    [extras] = re.findall(r"pip install .*'\.\[(.+)\]'", dockerfile)
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert "otel" in extras.split(","), "--otlp-endpoint needs it"
+    assert set(extras.split(",")) <= set(known)
 
 
 # Kubernetes

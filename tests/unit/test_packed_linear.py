@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine import linear
-from nr_serve.engine.linear import PackedLinear, can_pack, pack_linears
+from nr_serve.engine import packed_linear
+from nr_serve.engine.packed_linear import PackedLinear, can_pack, pack_linears
 from nr_serve.engine.runner import Runner
 from tests import tiny
 
@@ -73,7 +73,7 @@ def test_only_a_small_float32_base_keeps_its_plain_weights(monkeypatch):
     small, large = tiny.model().requires_grad_(False), tiny.model().requires_grad_(False)
     pack_linears(small)
     assert plain_bytes(small) > 0
-    monkeypatch.setattr(linear, "_KEEP_BYTES", 1000)
+    monkeypatch.setattr(packed_linear, "_KEEP_BYTES", 1000)
     pack_linears(large)
     assert plain_bytes(large) == 0
     assert large.lm_head.weight is large.model.embed_tokens.weight, "it is in memory anyway"
@@ -88,7 +88,7 @@ def test_a_bfloat16_base_keeps_no_plain_weights():
 
 
 def test_without_packed_products_the_base_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
+    monkeypatch.setattr(packed_linear, "can_pack", lambda dtype: False)
     model = tiny.model().requires_grad_(False)
     before = list(model.modules())
     pack_linears(model)
@@ -102,5 +102,5 @@ def test_packing_changes_neither_fingerprint_nor_slot_width(monkeypatch):
         return Runner(tiny.model(), tiny.tokenizer(), ServeConfig(pages=40), "tiny").info
 
     packed = info()
-    monkeypatch.setattr(linear, "can_pack", lambda dtype: False)
+    monkeypatch.setattr(packed_linear, "can_pack", lambda dtype: False)
     assert info() == packed

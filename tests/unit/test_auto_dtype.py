@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine import base, fastest
+from nr_serve.engine import auto_dtype, base
 from tests import tiny
 
 
@@ -21,19 +21,19 @@ from tests import tiny
 )
 def test_bfloat16_is_chosen_if_it_is_clearly_faster_everywhere(decode, prefill, chosen, monkeypatch, caplog):
     speed = {8: decode, 256: prefill}
-    monkeypatch.setattr(fastest, "_ratio", lambda layers, tokens: speed[tokens])
+    monkeypatch.setattr(auto_dtype, "_ratio", lambda layers, tokens: speed[tokens])
     with caplog.at_level(logging.INFO):
-        assert fastest.fastest_dtype() is chosen
+        assert auto_dtype.fastest_dtype() is chosen
     assert f"dtype auto: {str(chosen).removeprefix('torch.')}" in caplog.text
     assert f"{decode}x at 8 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_the_measurement_runs_with_packed_weights_and_without(packs, monkeypatch):
-    monkeypatch.setattr(fastest, "_SIZE", 64)
+    monkeypatch.setattr(auto_dtype, "_SIZE", 64)
     if not packs:
-        monkeypatch.setattr(fastest, "can_pack", lambda dtype: False)
-    assert fastest.fastest_dtype() in (torch.float32, torch.bfloat16)
+        monkeypatch.setattr(auto_dtype, "can_pack", lambda dtype: False)
+    assert auto_dtype.fastest_dtype() in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

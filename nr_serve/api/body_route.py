@@ -1,4 +1,4 @@
-"""Large JSON bodies: read and checked on the thread of texts, so that running streams do not wait for them."""
+"""Routes that take JSON: large bodies are read on the thread of texts, so that running streams do not wait."""
 
 from __future__ import annotations
 
@@ -61,13 +61,14 @@ class _BodyRequest(Request):
         context: Context = self.app.state.context
         try:
             if len(data) < LARGE_BYTES:
-                return _parse(data)
+                return parse_json(data)
             return await context.text(partial(_read, data, self._model))
         except NrError as error:
             raise _Refused(error) from error
 
 
-def _parse(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
+    """What a body holds. Raises JSONDecodeError if it is no JSON, and BadRequest if it cannot be read at all."""
     try:
         return json.loads(data)
     except RecursionError as error:
@@ -82,7 +83,7 @@ def _parse(data: bytes) -> Any:
 
 def _read(data: bytes, model: type[BaseModel]) -> BaseModel:
     try:
-        return model.model_validate(_parse(data))
+        return model.model_validate(parse_json(data))
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
         raise invalid_request([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from error

@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing of the adapter file's reader and of request bodies, by atheris.
 
     pip install atheris
-    python loadtests/guided.py reader -max_total_time=300
-    python loadtests/guided.py bodies -max_total_time=300
+    python loadtests/fuzz_coverage.py reader -max_total_time=300
+    python loadtests/fuzz_coverage.py bodies -max_total_time=300
 
 Half of the mutations are libFuzzer's, of bytes, and half change the JSON in the input. What follows the target are
 libFuzzer's flags. It stops at the first crash, which is an exception that is no refusal, and leaves the input in a
@@ -25,8 +25,8 @@ from pydantic import ValidationError
 
 with atheris.instrument_imports(include=["nr_serve"]):
     from loadtests.fuzz import GOOD, mutated_json
+    from nr_serve.api.body_route import parse_json
     from nr_serve.api.errors import error_body, invalid_request
-    from nr_serve.api.large import _parse
     from nr_serve.api.schemas import (
         ChatBody,
         CompletionBody,
@@ -77,7 +77,7 @@ def bodies(folder: Path) -> tuple[Target, list[bytes]]:
     def read(data: bytes) -> None:
         kind = BODIES[data[0] % len(BODIES)] if data else CompletionBody
         try:
-            body = kind.model_validate(_parse(data[1:]))
+            body = kind.model_validate(parse_json(data[1:]))
             if isinstance(body, CompletionBody | ChatBody):
                 form_of(body)
             if isinstance(body, ChatBody):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nr_serve.engine.linear import PackedLinear, can_pack
+from nr_serve.engine.packed_linear import PackedLinear, can_pack
 
 log = logging.getLogger(__name__)
 _SIZE = 2048  # a weight no core holds in its own cache
