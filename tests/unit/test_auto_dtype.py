@@ -28,6 +28,30 @@ def test_bfloat16_is_chosen_if_it_is_clearly_faster_everywhere(decode, prefill, 
     assert f"{decode}x at 8 tokens" in caplog.text
 
 
+def test_the_measurement_runs_on_one_thread_and_gives_the_others_back(monkeypatch):
+    threads = []
+    monkeypatch.setattr(auto_dtype, "_ratio", lambda layers, tokens: threads.append(torch.get_num_threads()) or 1.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        auto_dtype.fastest_dtype()
+        assert (set(threads), torch.get_num_threads()) == ({1}, 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_counts_is_the_time_computed_not_the_time_waited(monkeypatch):
+    now = {"computed": 0.0}
+    monkeypatch.setattr(auto_dtype.time, "thread_time", lambda: now["computed"])
+
+    def layer(*seconds):
+        each = iter(seconds * auto_dtype._ROUNDS)
+        return lambda x: now.update(computed=now["computed"] + next(each))
+
+    layers = {torch.float32: layer(3.0, 9.0), torch.bfloat16: layer(9.0, 2.0)}
+    assert auto_dtype._ratio(layers, 1) == pytest.approx(1.5), "the best of each"
+
+
 @pytest.mark.parametrize("packs", [True, False])
 def test_the_measurement_runs_with_packed_weights_and_without(packs, monkeypatch):
     monkeypatch.setattr(auto_dtype, "_SIZE", 64)
