@@ -43,20 +43,30 @@ class Batch:
     tokens: StepTokens
     bounds: list[tuple[int, int]]
     """Each piece's tokens, as a range of the step."""
-    _biases: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[int, int | None, int, int], Tensor] = field(default_factory=dict)
+    _rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def bias(self, group: int, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
-        """What is added to a group's attention logits: 0 where a query may look, else -inf, [B, 1, repeats * n, N].
+    def bias(self, group: int, window: int | None, heads: int, repeats: int, dtype: torch.dtype) -> Tensor:
+        """What is added to a group's attention logits: 0 where a query may look, else -inf; [Z, n * repeats, N].
 
-        Only the last `window` positions if given. The n tokens come `repeats` times, once for each query head of
-        a key head. Made once a step, as every layer of a kind asks for the same.
+        Only the last `window` positions if given. Z = B * heads: it is the same for all key heads, and for the
+        `repeats` query heads that each has. Made once a step, as every layer of a kind asks for the same.
         """
-        key = (group, window, repeats)
+        key = (group, window, heads, repeats)
         if key not in self._biases:
             visible_BnN = self._visible(self.groups[group], window)
             bias_BnN = torch.zeros_like(visible_BnN, dtype=dtype).masked_fill(~visible_BnN, -torch.inf)
-            self._biases[key] = bias_BnN.repeat(1, repeats, 1)[:, None]
+            bias_BQN = bias_BnN.repeat_interleave(repeats, dim=1)
+            self._biases[key] = bias_BQN[:, None].expand(-1, heads, -1, -1).flatten(0, 1)
         return self._biases[key]
+
+    def rows(self, group: int, heads: int) -> Tensor:
+        """Where a group's context stands among a layer's keys [C * K, D], head by head; [B * K * N]."""
+        if (group, heads) not in self._rows:
+            first_B1N = self.groups[group].cells_BN[:, None] * heads
+            head_K1 = torch.arange(heads, device=first_B1N.device)[:, None]
+            self._rows[group, heads] = (first_B1N + head_K1).flatten()
+        return self._rows[group, heads]
 
     @staticmethod
     def _visible(group: Group, window: int | None) -> Tensor:
