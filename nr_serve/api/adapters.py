@@ -16,7 +16,7 @@ from nr_serve.api.context import Context, Ctx
 from nr_serve.api.files import allowed_file
 from nr_serve.api.large import BodyRoute
 from nr_serve.api.responses import Adapter, AdapterList, answers, refusals
-from nr_serve.api.schemas import LoadBody, LoadLoraBody, PatchBody, UnloadLoraBody
+from nr_serve.api.schemas import LoadBody, LoadLoraBody, PatchBody, PutQuery, UnloadLoraBody
 from nr_serve.api.selection import check_name
 from nr_serve.api.uploads import receive_file
 from nr_serve.api.views import adapter_body
@@ -29,7 +29,6 @@ from nr_serve.engine.messages import (
     UnloadAdapter,
 )
 from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound
-from nr_serve.neutral import MAX_THRESHOLD
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -57,23 +56,19 @@ async def get_adapter(context: Ctx, name: str) -> JSONResponse:
 
 @router.put("/v1/adapters/{name}", responses=_LOADED)
 async def put_adapter(
-    context: Ctx,
-    request: Request,
-    name: str,
-    replace: Annotated[bool, Query()] = False,
-    pinned: Annotated[bool | None, Query()] = None,
-    threshold: Annotated[float | None, Query(ge=-MAX_THRESHOLD, le=MAX_THRESHOLD, allow_inf_nan=False)] = None,
+    context: Ctx, request: Request, name: str, query: Annotated[PutQuery, Query()]
 ) -> JSONResponse:
     """Load the adapter in the body: the bytes of its file."""
     check_name(context, name)
-    _check_free(context, name, replace)  # before the upload: it may be long
+    _check_free(context, name, query.replace)  # before the upload: it may be long
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nr-serve-")))
         path = folder / f"{name}.safetensors"
         await receive_file(request, path, _max_bytes(context))
         status = _load_status(context, name)
         received = stack.pop_all()
-    view = await _load(context, LoadAdapter(name, path, replace, pinned, threshold), received)
+    command = LoadAdapter(name, path, query.replace, query.pinned, query.threshold)
+    view = await _load(context, command, received)
     return JSONResponse(adapter_body(view), status)
 
 

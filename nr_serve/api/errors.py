@@ -43,7 +43,6 @@ _KINDS = (
 _TYPES = {kind.status: kind.type for kind in _KINDS} | {405: "MethodNotAllowedError"}
 GONE = 499
 """For the access log: the client went away, and nobody reads the answer."""
-_FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LONGEST_MESSAGE, _LONGEST_PARAM = 2000, 200
 """What a client sent may be part of either."""
 _TYPE_NAMES = {"str", "int", "float", "bool", "dict", "none", "nullable"}
@@ -112,6 +111,9 @@ def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
     if first["type"] in ("model_attributes_type", "model_type") and param is None:
         return BadRequest("a JSON object is required, sent as Content-Type: application/json")
     if first["type"] == "extra_forbidden":
+        *place, name = first["loc"]
+        within = _param(place)
+        param = f"{within}.{name}" if within else str(name)
         return BadRequest(f"Unrecognized request argument supplied: {param}", param=param)
     if first["type"] == "missing":
         return BadRequest(f"`{param}` is required" if param else "a JSON body is required", param=param)
@@ -139,15 +141,11 @@ def _param(place: Sequence[str | int]) -> str | None:
     for part in place[1:]:
         if isinstance(part, int):
             name += f"[{part}]" if name else ""
-        elif part in _TYPE_NAMES or not _is_field(part):
+        elif part in _TYPE_NAMES or "-" in part or "[" in part:  # pydantic's names for branches of a union
             break
         else:
             name += f".{part}" if name else part
     return name or None
-
-
-def _is_field(part: str) -> bool:
-    return _FIELD.fullmatch(part) is not None or ("-" not in part and "[" not in part)
 
 
 def _body(message: str, kind: str, param: str | None, status: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from nr_serve.api.body import Body, NotSupported, Text, TokenIds
 from nr_serve.api.structured import FormFields
@@ -221,6 +221,16 @@ class LoadBody(Body):
 
     name: Text
     path: Text = Field(min_length=1, description="absolute, or relative to an allowed folder")
+    replace: bool = False
+    pinned: bool | None = Field(None, description="default: as the version it replaces")
+    threshold: float | None = Field(None, ge=-MAX_THRESHOLD, le=MAX_THRESHOLD, description="default: the file's")
+
+
+class PutQuery(BaseModel):
+    """The query of PUT /v1/adapters/{name}."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     replace: bool = False
     pinned: bool | None = Field(None, description="default: as the version it replaces")
     threshold: float | None = Field(None, ge=-MAX_THRESHOLD, le=MAX_THRESHOLD, description="default: the file's")

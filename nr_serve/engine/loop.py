@@ -1,4 +1,7 @@
-"""The engine's thread: one queue in, one hand-over a step out. Nothing else touches the engine's state."""
+"""The engine's thread: one queue in, one hand-over a step out. Nothing else touches the engine's state.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What goes in and out of the engine: plain values, no tensors, so a process boundary could stand here later.
 
 In: `Submit` and `Abort`, and commands, each answered through a future. Out: one `StepEvents` a step.
+Torch-free.
 """
 
 from __future__ import annotations

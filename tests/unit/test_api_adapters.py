@@ -61,8 +61,12 @@ def test_a_bad_file_is_refused_and_changes_nothing(server, content, status):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"replace": "maybe"}, {"threshold": "x"}, {"threshold": "nan"}, {"threshold": "1e300"}]
-)
+    "flags",
+    [
+        {"replace": "maybe"}, {"threshold": "x"}, {"threshold": "nan"}, {"threshold": "1e300"}, {"treshold": "0.3"},
+        {"x-y": "1"},
+    ],
+)  # fmt: skip
 def test_wrong_flags_are_refused_by_name(server, flags):
     response = put(server, "da", **flags)
     assert (response.status_code, response.json()["error"]["param"]) == (400, next(iter(flags)))

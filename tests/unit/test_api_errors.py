@@ -1,7 +1,6 @@
 import json
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -11,6 +10,7 @@ from nr_serve.api import large
 from nr_serve.api.large import LARGE_BYTES
 from nr_serve.errors import BadRequest, QueueFull
 from tests.fakes import events, serving
+from tests.unit.waiting import until
 
 ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/x"),
@@ -121,8 +121,7 @@ def test_an_error_in_mid_stream_is_the_streams_last_event(server):
 def test_one_failing_answer_aborts_its_siblings(server):
     server.engine.error[3] = BadRequest("no")
     assert server.complete(n=3).status_code == 400
-    time.sleep(0.05)
-    assert len(server.engine.aborted) == 2
+    until(lambda: len(server.engine.aborted) == 2)
 
 
 def test_a_bug_is_a_500_without_a_trace(server, caplog):
@@ -138,23 +137,25 @@ def test_a_bug_is_a_500_without_a_trace(server, caplog):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("started", [False, True])
 def test_a_client_that_goes_away_has_its_requests_aborted(server, stream, started):
+    engine = server.engine
+
+    def one_step(submit):
+        engine.steps_may_run.clear()
+        return [97] * 10
+
+    engine.answer = one_step
     if not started:
-        server.engine.steps_may_run.clear()
-    server.engine.answer = lambda submit: [97] * 10_000
+        engine.steps_may_run.clear()
     body = json.dumps({"model": "base", "prompt": "x", "max_tokens": 190, "n": 2, "stream": stream}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: len(engine.submits) == 2 and not engine.steps_may_run.is_set())
         if started and stream:
             client.recv(100)
-        time.sleep(0.05)
-    for _ in range(100):
-        if len(server.engine.aborted) == 2:
-            break
-        time.sleep(0.01)
-    server.engine.steps_may_run.set()
-    assert len(server.engine.aborted) == 2
+    until(lambda: len(engine.aborted) == 2)
+    engine.steps_may_run.set()
     assert "nr_requests_in_flight 0.0" in server.http.get("/metrics").text
 
 
@@ -182,7 +183,7 @@ def test_an_engine_that_dies_answers_whoever_waits(server):
     server.engine.steps_may_run.clear()
     with ThreadPoolExecutor() as threads:
         waiting = threads.submit(server.complete)
-        time.sleep(0.1)
+        until(lambda: bool(server.engine.submits))
         server.engine.fail("the GPU is gone")
         answer = waiting.result(5)
     assert (answer.status_code, server.http.get("/health").status_code) == (500, 503)
@@ -317,6 +318,12 @@ def test_a_body_that_cannot_be_read_is_refused_with_the_reason(server, body, mes
 def test_a_body_of_another_type_is_refused_with_the_type_it_needs(server):
     answer = server.http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
     assert (answer.status_code, "application/json" in answer.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("name", ["colour", "col-our", "a[0]"])
+def test_a_field_that_nobody_knows_is_refused_by_its_name_whatever_that_is(server, name):
+    error = server.complete(**{name: 1}).json()["error"]
+    assert (error["code"], error["param"], name in error["message"]) == (400, name, True)
 
 
 def test_an_error_repeats_only_so_much_of_what_was_sent(server):

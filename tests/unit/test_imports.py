@@ -1,18 +1,33 @@
 """What must start without torch does, and fast."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import nr_serve
+
+PACKAGE = Path(nr_serve.__file__).parent
 BLOCK = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "transformers"}:
+        if name.split(".")[0] in blocked:
             raise ImportError(f"{name} must not be imported here")
 sys.meta_path.insert(0, Blocked())
 """
+
+
+def torch_free() -> list[str]:
+    """The modules whose docstring says that they are."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if "Torch-free" in said:
+            found.append(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -24,5 +39,18 @@ sys.meta_path.insert(0, Blocked())
     ],
 )
 def test_no_torch_is_needed(program):
-    done = subprocess.run([sys.executable, "-c", BLOCK + program], capture_output=True, text=True, timeout=60)
+    runs(program)
+
+
+def test_a_module_that_says_it_is_torch_free_is():
+    modules = torch_free()
+    assert {"nr_serve.engine.core", "nr_serve.engine.scheduler", "nr_serve.neutral.registry"} <= set(modules)
+    runs(f"for name in {modules}: __import__(name)", "numpy", "fastapi")
+
+
+def runs(program: str, *blocked: str) -> None:
+    names = f"blocked = {('torch', 'transformers', *blocked)}"
+    done = subprocess.run(
+        [sys.executable, "-c", names + BLOCK + program], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
