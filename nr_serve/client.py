@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,25 +12,10 @@ from urllib.parse import quote
 
 import httpx
 
-from nr_serve import errors
-from nr_serve.errors import NrError, Unavailable
+from nr_serve.errors import BY_STATUS, BadRequest, NrError, Unavailable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _SECONDS = 600.0  # a large adapter on a slow disk, or a long answer
-_ERRORS: dict[int, type[NrError]] = {
-    kind.status: kind
-    for kind in (
-        errors.BadRequest,
-        errors.Unauthorized,
-        errors.Forbidden,
-        errors.NotFound,
-        errors.Conflict,
-        errors.TooLarge,
-        errors.TooManyRequests,
-        errors.Unavailable,
-        errors.TimedOut,
-    )
-}
 
 
 class Client:
@@ -46,7 +31,7 @@ class Client:
                 trust_env=not is_loopback(httpx.URL(url).host),  # a proxy cannot reach this machine's loopback
             )
         except httpx.InvalidURL as error:
-            raise errors.BadRequest(f"{url} is not a URL: {error}") from error
+            raise BadRequest(f"{url} is not a URL: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -84,7 +69,7 @@ class Client:
                 place = f"/v1/adapters/{quote(name or path.stem, safe='')}"
                 return self._json("PUT", place, content=file, params=flags, headers={"Content-Length": size})
         except OSError as error:
-            raise errors.BadRequest(f"cannot read {path}: {error.strerror}") from error
+            raise BadRequest(f"cannot read {path}: {error.strerror}") from error
 
     def unload(self, name: str) -> dict[str, Any]:
         """Unload an adapter; return it as it was."""
@@ -137,12 +122,16 @@ class Client:
 
 def refusal(response: httpx.Response) -> NrError:
     """The error that an answer with an error status tells of."""
-    kind = _ERRORS.get(response.status_code, NrError)
     try:
-        body = response.json()["error"]
-        return kind(str(body["message"]), param=body.get("param"))
-    except (ValueError, KeyError, TypeError):  # not an nr-serve, or something in between
+        return told(response.json()["error"], response.status_code)
+    except (ValueError, KeyError, TypeError, AttributeError):  # not an nr-serve, or something in between
+        kind = BY_STATUS.get(response.status_code, NrError)
         return kind(f"{response.url} answered {response.status_code} {response.reason_phrase}")
+
+
+def told(error: Mapping[str, Any], status: int) -> NrError:
+    """The error that an `error` object in the API's form tells of."""
+    return BY_STATUS.get(status, NrError)(str(error["message"]), param=error.get("param"))
 
 
 def is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@
     ├── Unauthorized               401
     ├── Forbidden                  403  a path outside the allowed folders
     ├── NotFound                   404  no such model, adapter or route
+    ├── SentTooSlowly              408  the client stopped sending its request
     ├── Conflict                   409  the name is taken, or the thing is in use
     ├── TooLarge                   413
     ├── TooManyRequests            429  carries Retry-After
@@ -140,6 +141,22 @@ class UnsupportedBase(NrError):
 class DownloadFailed(NrError):
     """A model or a corpus could not be fetched or did not match its checksum."""
 
+
+_KINDS: tuple[type[NrError], ...] = (
+    BadRequest,
+    Unauthorized,
+    Forbidden,
+    NotFound,
+    SentTooSlowly,
+    Conflict,
+    TooLarge,
+    TooManyRequests,
+    NrError,
+    Unavailable,
+    TimedOut,
+)
+BY_STATUS = {kind.status: kind for kind in _KINDS}
+"""What each HTTP status of an error stands for."""
 
 MOST_FAULTS = 8
 """Faults that a message tells of."""

@@ -1,4 +1,4 @@
-"""What an adapter may be called. Torch-free."""
+"""What adapters may be called, and how metrics name what requests select. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 
 from nr_serve.errors import BadRequest
 
+OTHER = "other"
+"""The label of selections that are not told apart."""
+MOST_JOINED = 61
+"""Selections of several adapters that are told apart: clients may join any."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 

@@ -21,7 +21,7 @@ from anyio.from_thread import start_blocking_portal
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from nr_serve.client import refusal
+from nr_serve.client import refusal, told
 from nr_serve.config import FLAGS, GROUPS, Adapters, Engine, Model, ServeConfig
 from nr_serve.errors import BadRequest, NrError, Unavailable, faults
 from nr_serve.local_transport import LocalTransport
@@ -172,16 +172,16 @@ class Server:
         return self._json(post, self._http, path, body)
 
     def _choices(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The choices of a stream of one answer."""
+        """The choices of a stream of one answer. Raises BadRequest if it would be several."""
+        for field in ("n", "prompt"):
+            if _several(body.get(field)):
+                raise BadRequest("one answer can be streamed; ask for several with `complete`", param=field)
         events = stream(self._http, path, {**body, "stream": True})
         try:
             while (event := self._run(anext, events, None)) is not None:
                 if "error" in event:
-                    raise NrError(event["error"]["message"], param=event["error"]["param"])
-                for choice in event["choices"]:
-                    if choice["index"] > 0:
-                        raise BadRequest("one answer can be streamed; ask for several with `complete`", param="n")
-                    yield choice
+                    raise told(event["error"], event["error"]["code"])
+                yield from event["choices"]
         finally:
             if self._open is not None:
                 self._run(events.aclose)
@@ -268,6 +268,13 @@ async def local_http(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
 
 def _messages(given: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def _several(asked: Any) -> bool:
+    """Whether an `n` is more than 1, or a `prompt` more than one text or list of token ids."""
+    if isinstance(asked, list | tuple):
+        return len(asked) > 1 and not isinstance(asked[0], int)
+    return isinstance(asked, int) and asked > 1
 
 
 def _checked(kind: type[C], settings: Mapping[str, Any]) -> C:

@@ -123,10 +123,8 @@ class AsyncEngine:
     @property
     def info(self) -> EngineInfo:
         """What is served. Raises Unavailable until the engine is ready."""
-        if self.status == "failed":
-            raise Unavailable("the engine failed; the server's log says why")
-        if self.status != "ready" or self._engine.info is None:
-            raise Unavailable(f"the server is not ready: {self.status}")
+        self._check_ready()
+        assert self._engine.info is not None
         return self._engine.info
 
     @asynccontextmanager
@@ -149,7 +147,7 @@ class AsyncEngine:
 
         Raises the error of the first that fails. However it ends, requests still running are aborted.
         """
-        _ = self.info
+        self._check_ready()
         inbox: asyncio.Queue[Output] = asyncio.Queue()
         running: set[str] = set()
         note_submits(requests)
@@ -172,7 +170,7 @@ class AsyncEngine:
 
     async def call(self, command: Command) -> Any:
         """Have the engine carry out a command between two steps, and return its answer."""
-        _ = self.info
+        self._check_ready()
         # A task of its own, shielded: a client that goes away does not undo what the engine is at work on,
         # and what it did must still be noted.
         task = asyncio.create_task(self._carry_out(command))
@@ -188,6 +186,13 @@ class AsyncEngine:
             await asyncio.wait([self._reading], timeout=_READ_SECONDS)
         statistics = self._statistics if self.status == "ready" else None
         return self.metrics.render(statistics, tuple(self.adapters.values()))
+
+    def _check_ready(self) -> None:
+        """Raise Unavailable unless requests are taken."""
+        if self.status == "failed":
+            raise Unavailable("the engine failed; the server's log says why")
+        if self.status != "ready":
+            raise Unavailable(f"the server is not ready: {self.status}")
 
     async def _read(self) -> None:
         try:

@@ -13,34 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from nr_serve.errors import (
-    BadRequest,
-    Conflict,
-    Forbidden,
-    NotFound,
-    NrError,
-    SentTooSlowly,
-    TimedOut,
-    TooLarge,
-    TooManyRequests,
-    Unauthorized,
-    Unavailable,
-)
+from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooManyRequests, Unauthorized
 
-_KINDS = (
-    BadRequest,
-    Unauthorized,
-    Forbidden,
-    NotFound,
-    SentTooSlowly,
-    Conflict,
-    TooLarge,
-    TooManyRequests,
-    NrError,
-    Unavailable,
-    TimedOut,
-)
-_TYPES = {kind.status: kind.type for kind in _KINDS} | {405: "MethodNotAllowedError"}
+_TYPES = {status: kind.type for status, kind in BY_STATUS.items()} | {405: "MethodNotAllowedError"}
 GONE = 499
 """For the access log: the client went away, and nobody reads the answer."""
 _LONGEST_MESSAGE, _LONGEST_PARAM = 2000, 200

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from nr_serve.api.errors import error_body
 from nr_serve.errors import NrError
@@ -37,8 +37,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, watching for the client to go."""
         try:
-            await while_connected(receive, self._send(send))
-        except (ClientDisconnect, OSError):
+            await while_connected(receive, self._send(_to_client(send)))
+        except ClientDisconnect:
             return  # nobody is left to tell
         finally:
             await self._bodies.aclose()
@@ -53,6 +53,18 @@ class EventStream(Response):
         except NrError as error:
             last = event(error_body(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _to_client(send: Send) -> Send:
+    """`send`, but what the connection raises becomes ClientDisconnect; an error of ours stays what it is."""
+
+    async def sent(message: Message) -> None:
+        try:
+            await send(message)
+        except OSError as error:
+            raise ClientDisconnect from error
+
+    return sent
 
 
 async def while_connected(receive: Receive | Request, work: Awaitable[T]) -> T:

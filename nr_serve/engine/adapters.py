@@ -15,11 +15,12 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from nr_serve.engine.canary import Canary
-from nr_serve.engine.gates import OTHER, GateCounts
+from nr_serve.engine.gates import GateCounts
 from nr_serve.engine.messages import AdapterGates, AdapterView, LoadAdapter, PatchAdapter
 from nr_serve.engine.neutrality import Attachments
 from nr_serve.engine.request import Request
 from nr_serve.errors import BadRequest, Conflict, NrError, Unavailable
+from nr_serve.names import OTHER
 from nr_serve.neutral import MAX_THRESHOLD
 from nr_serve.neutral.registry import Registry, Selection, Version
 

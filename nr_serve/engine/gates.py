@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nr_serve.engine.messages import AdapterGates
+from nr_serve.names import MOST_JOINED, OTHER
 from nr_serve.neutral.registry import Registry
 
 if TYPE_CHECKING:
     from nr_serve.neutral.bank import Bank
 
 LAYER_GROUPS = 4  # layers are counted in a few groups, to bound the number of time series
-OTHER = "other"
 
 
 @dataclass(slots=True)
@@ -33,13 +33,13 @@ class GateCounts:
         self._rows: dict[str, int] = {OTHER: 0}
 
     def row(self, selected: str) -> int:
-        """Row of a selection's name; all beyond the bound share one."""
+        """Row of a selection's name; joined names beyond `MOST_JOINED`, and what finds no row, share one."""
         if selected not in self._rows:
             free = set(range(self._bank.labels)) - set(self._rows.values())
-            if not free:
-                selected = OTHER
-            else:
-                self._rows[selected] = min(free)
+            joined = sum("+" in each for each in self._rows)
+            if not free or ("+" in selected and joined >= MOST_JOINED):
+                return self._rows[OTHER]
+            self._rows[selected] = min(free)
         return self._rows[selected]
 
     def read(self) -> None:

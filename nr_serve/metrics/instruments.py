@@ -13,9 +13,7 @@ from nr_serve import __version__
 from nr_serve.engine.messages import AdapterView, EngineInfo, FinishReason, GateStatistics, StepReport, Submit
 from nr_serve.metrics import definitions
 from nr_serve.metrics.totals import EngineTotals
-
-_MOST_SELECTED = 64
-_OTHER = "other"
+from nr_serve.names import MOST_JOINED, OTHER
 
 
 class Metrics:
@@ -69,9 +67,10 @@ class Metrics:
             self._selected.discard(selected)
 
     def selected(self, name: str) -> str:
-        """The label of a selection: clients may join any adapters, so only so many joined names are told apart."""
-        if "+" in name and name not in self._selected and len(self._selected) >= _MOST_SELECTED:
-            return _OTHER
+        """The label of a selection; of joined names only so many are told apart."""
+        joined = sum("+" in each for each in self._selected)
+        if "+" in name and name not in self._selected and joined >= MOST_JOINED:
+            return OTHER
         self._selected.add(name)
         return name
 
@@ -79,7 +78,7 @@ class Metrics:
         """Count an answer. One whose adapter was unloaded meanwhile must not bring its name back."""
         self.in_flight.dec()
         self.named -= Tally(request.adapters or ())
-        self.requests.labels(selected if selected in self._selected else _OTHER, reason).inc()
+        self.requests.labels(selected if selected in self._selected else OTHER, reason).inc()
 
     def render(self, gates: GateStatistics | None, adapters: Sequence[AdapterView]) -> bytes:
         """Return the exposition text; `gates` is None until the engine can be asked."""

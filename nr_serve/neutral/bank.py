@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nr_serve.errors import BadAdapterFile
+from nr_serve.names import MOST_JOINED
 from nr_serve.neutral.format import Adapter
 from nr_serve.neutral.scan import Pass, carry_on, passes
 
@@ -97,12 +98,11 @@ class Bank:
         rows: int,
         device: torch.device,
         dtype: torch.dtype,
-        labels: int = 64,
         pages: int = 0,
     ) -> None:
         self.layers, self.d, self.slots, self.width, self.rows = layers, d, slots, width, rows
         self.device, self.dtype = device, dtype
-        self.labels, self.pages = labels, pages
+        self.labels, self.pages = slots + MOST_JOINED + 3, pages  # three: the base, the bare base and `OTHER`
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -123,7 +123,7 @@ class Bank:
         self._fired_LS = zeros(layers, slots, dtype=torch.int64)
         self._seen_LS = zeros(layers, slots, dtype=torch.int64)
         self._mass_S = zeros(slots, dtype=torch.float64)
-        self._cross_KS = zeros(labels, slots, dtype=torch.int64)
+        self._cross_KS = zeros(self.labels, slots, dtype=torch.int64)
         self._blocks: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(slots)]  # views, by slot and layer
         self._carries = [0.0] * slots
         self._room = zeros(0)  # for the carried logits of a step, grown to the largest so far

@@ -189,7 +189,9 @@ def _version(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 def _info(metadata: Mapping[str, str]) -> AdapterInfo:
     if metadata.get("format") != FORMAT:
-        raise BadAdapterFile(f"not an adapter: its metadata lacks format={FORMAT!r}")
+        raise BadAdapterFile(
+            f"not a neutral-residue adapter: its metadata lacks format={FORMAT!r}; LoRA files are not served"
+        )
     version = metadata.get("format_version", "")
     if version != str(FORMAT_VERSION):
         raise BadAdapterFile(

@@ -483,15 +483,19 @@ def gates_by_the_definition(ids, adapter):
 def test_beyond_a_bound_selections_share_one_row_and_an_unloaded_name_gives_its_row_back():
     server = Server()
     counts = GateCounts(server.adapters._bank, server.adapters.registry)
-    rows = [counts.row(f"s{i}") for i in range(200)]
-    assert len(set(rows)) == 64
-    assert rows == [counts.row(f"s{i}") for i in range(200)]
-    assert set(rows[63:]) == {counts.row("other")}
-    counts.forget("s5")
-    assert counts.row("new") == rows[5]
-    assert counts.row("s5") == counts.row("other")
+    rows = [counts.row(f"a+b{i}") for i in range(200)]
+    assert len(set(rows)) == 61 + 1
+    assert rows == [counts.row(f"a+b{i}") for i in range(200)]
+    assert set(rows[61:]) == {counts.row("other")}
+    own = [counts.row(f"s{i}") for i in range(100)]
+    told = server.adapters._bank.slots + 2  # the base and the bare base are two more
+    assert len(set(own[:told] + rows)) == told + len(set(rows)), "joined names leave rows to every slot's adapter"
+    assert set(own[told:]) == {counts.row("other")}
+    counts.forget("s1")
+    assert counts.row("new") == own[1]
+    assert counts.row("s1") == counts.row("other")
     counts.forget("other")
-    assert counts.row("s5") == counts.row("other") == 0, "an adapter may be called other"
+    assert counts.row("s1") == counts.row("other") == 0, "an adapter may be called other"
 
 
 def test_gates_are_reported_for_every_token_with_adapters_and_without():

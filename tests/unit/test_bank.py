@@ -11,9 +11,8 @@ from nr_serve.neutral import math
 from nr_serve.neutral.bank import Bank, StepTokens
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block
 
-LABELS = 64
-
 D, LAYERS, SLOTS, WIDTH, ROWS, PAGES = 8, 3, 4, 6, 5, 3
+LABELS = SLOTS + 64
 NAN = float("nan")
 
 

@@ -299,8 +299,8 @@ def test_tensors_that_claim_what_is_not_there_are_refused(path, entry):
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"format": None}, "not an adapter: its metadata lacks format"),
-        ({"format": "lora"}, "not an adapter"),
+        ({"format": None}, "not a neutral-residue adapter: its metadata lacks format"),
+        ({"format": "lora"}, "LoRA files are not served"),
         ({"format_version": "2"}, "written in adapter format '2'; this nr-serve reads format 1"),
         ({"format_version": None}, "adapter format ''"),
         ({"base": None, "d": None}, "metadata lacks base, d"),
@@ -339,7 +339,7 @@ def test_a_file_without_metadata_or_without_blocks_is_refused(path):
     header, body = parts(path.read_bytes())
     metadata = header.pop("__metadata__")
     path.write_bytes(whole(header, body))
-    refused(path, "not an adapter")
+    refused(path, "not a neutral-residue adapter")
     path.write_bytes(whole({"__metadata__": metadata}, b""))
     refused(path, "the file holds no block")
 

@@ -49,8 +49,6 @@ def test_a_module_that_says_it_is_torch_free_is():
 
 
 def runs(program: str, *blocked: str) -> None:
-    names = f"blocked = {('torch', 'transformers', *blocked)}"
-    done = subprocess.run(
-        [sys.executable, "-c", names + BLOCK + program], capture_output=True, text=True, timeout=60
-    )
+    program = f"blocked = {('torch', 'transformers', *blocked)}" + BLOCK + program
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

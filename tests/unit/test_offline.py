@@ -12,7 +12,16 @@ import pytest
 
 import nr_serve
 from nr_serve import Server
-from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, NrError, Unavailable, UnsupportedBase
+from nr_serve.errors import (
+    BadAdapterFile,
+    BadRequest,
+    Conflict,
+    NotFound,
+    NrError,
+    TimedOut,
+    Unavailable,
+    UnsupportedBase,
+)
 from nr_serve.neutral.format import write_adapter
 from tests import tiny
 
@@ -82,9 +91,35 @@ def test_a_stream_is_there_before_its_answer_is_whole_and_ends_where_it_is_left(
 
 
 def test_a_stream_that_is_refused_raises_when_it_is_read(server):
-    for error, fields in [(NotFound, {"model": "nobody"}), (BadRequest, {"top_p": 2}), (BadRequest, {"n": 2})]:
+    for error, fields in [(NotFound, {"model": "nobody"}), (BadRequest, {"top_p": 2})]:
         with pytest.raises(error):
             list(server.stream("x", max_tokens=1, **fields))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "param"), [("x", {"n": 2}, "n"), (["x", "y"], {}, "prompt"), ([[1, 2], [3]], {}, "prompt")]
+)
+def test_several_answers_are_no_stream_and_nothing_is_asked_of_the_engine(server, prompt, fields, param):
+    asked = re.compile("^nr_requests_total.*", re.M)
+    before = asked.findall(metrics(server))
+    with pytest.raises(BadRequest, match="one answer can be streamed") as caught:
+        next(server.stream(prompt, max_tokens=1, **fields))
+    assert caught.value.param == param
+    assert asked.findall(metrics(server)) == before
+    for one in (["x"], [1, 2]):
+        assert len(list(server.stream(one, max_tokens=1, ignore_eos=True))) > 0
+
+
+def test_an_error_in_mid_stream_keeps_its_kind(server, monkeypatch):
+    def late(*_):
+        raise TimedOut("too late", param="timeout")
+
+    stream = server.stream("A fájl", max_tokens=200, temperature=0, ignore_eos=True)
+    next(stream)
+    monkeypatch.setattr("nr_serve.api.openai.Usage.count", late)
+    with pytest.raises(TimedOut, match="too late") as caught:
+        list(stream)
+    assert caught.value.param == "timeout"
 
 
 def test_a_bug_in_mid_stream_is_logged_once_and_ends_it(server, caplog, monkeypatch):
