@@ -2,7 +2,8 @@
 # Everything that needs a CUDA device, in one go: tests/gpu with the checks of the kernels, the measurements.
 #   sh loadtests/gpu.sh [FOLDER]    leaves gpu-tests.log and gpu.json in FOLDER (default: the current one)
 set -u
-out=${1:-.}
+mkdir -p "${1:-.}"
+out=$(cd "${1:-.}" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 status=0

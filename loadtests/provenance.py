@@ -15,25 +15,41 @@ import torch
 from nr_serve import __version__
 
 ROOT = Path(__file__).parents[1]
+MATRIX_EXTENSIONS = frozenset(
+    ["avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "bf16", "i8mm"]
+)
+"""As Linux calls them, on x86 and Arm."""
 
 
 def provenance(script: str, argv: Sequence[str]) -> dict[str, Any]:
     """The command that runs `script` of this folder with those arguments, the machine, the commit, and versions."""
     return {
         "command": shlex.join(["python", f"loadtests/{Path(script).name}", *argv]),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": _machine(),
         "commit": _commit(),
         "nr_serve": __version__,
         "torch": torch.__version__,
     }
 
 
-def _processor() -> str:
-    """The processor's name as Linux tells it, or its architecture."""
+def _machine() -> dict[str, Any]:
+    """The processor and, of the extensions that decide how fast bfloat16 and int8 products are, those it has."""
+    said = _cpuinfo()
+    extensions = sorted(MATRIX_EXTENSIONS & set(said.get("flags", said.get("Features", "")).split()))
+    return {
+        "processor": said.get("model name") or platform.machine(),
+        "extensions": extensions,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux tells of the first processor; nothing elsewhere."""
     listed = Path("/proc/cpuinfo")
-    lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    first = listed.read_text(encoding="utf-8").split("\n\n")[0] if listed.exists() else ""
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _commit() -> str | None:

@@ -104,7 +104,8 @@ async def _ask_all(
 ) -> list[Answer]:
     bodies = [contender.body(prompt.text, prompt.language, tokens) for prompt in prompts]
     kind, size = load
-    limits = httpx.Limits(max_connections=None)
+    # A connection a request: llama.cpp's server ends one that is kept without a word, between two of its answers.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=contender.url, timeout=600, limits=limits, trust_env=False) as http:
         if kind == "concurrency":
             return await at_concurrency(http, bodies, int(size))

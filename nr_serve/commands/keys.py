@@ -12,7 +12,7 @@ from nr_serve.commands.base import Command
 
 
 class MakeKey(Command):
-    """Make a key: shown once on stderr, its line for the key file on stdout."""
+    """Make a key: shown once on stderr, its entry for the key file on stdout."""
 
     name: CliPositionalArg[str] = Field(description="whose key it is; shown in the server's log")
     role: keys.Role = Field("inference", description="admin may change adapters too")

@@ -380,6 +380,7 @@ def hang(self, name):
     while True:
         signal.pause()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
 packages.Packages.deb = hang
 sys.exit(main(sys.argv[1:]))
 """

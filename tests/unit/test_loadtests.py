@@ -1,11 +1,16 @@
 """The measurements of speed: counted by hand where they count, and run against a server without a model."""
 
 import asyncio
+import itertools
 import json
 from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.fakes import serving
@@ -177,6 +182,22 @@ def test_the_share_reached_is_the_time_at_the_ceilings_over_the_measured(base_fo
     (step,) = result["steps"]
     assert step["share"] == pytest.approx(step["milliseconds"] / 2)
     assert result["shape"]["layers"] == tiny.LAYERS
+
+
+def test_loras_differ_from_each_other_and_from_their_base(base_folder, tmp_path, capsys):
+    load("loadtests/loras.py").main(["hu", "da", "--out", str(tmp_path), "--base", base_folder, "--rank", "2"])
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ids = torch.tensor([[5, 6, 7]])
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    sides = [sum(m.weight.shape) for n, m in base.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    assert said["parameters"] == 2 * sum(sides)
+    with torch.no_grad():
+        logits = [base(ids).logits]
+        for name in ("hu", "da"):
+            lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / name)
+            logits.append(lora(ids).logits)
+    for one, other in itertools.combinations(logits, 2):
+        assert (one - other).abs().max() > 1e-6
 
 
 def test_the_shape_is_read_where_a_configuration_leaves_sizes_out():

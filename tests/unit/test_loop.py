@@ -55,6 +55,7 @@ class Loop(EngineLoop):
 
     def __init__(self, folder, **config) -> None:
         settings = {"pages": 64, "page_size": 4, "slots": 2, "slot_width": 16, "max_running": 4, "device": "cpu"}
+        settings["dtype"] = "float32"  # as the reference: on some processors `auto` is bfloat16
         self.up = threading.Event()
         self.delivered: queue.SimpleQueue = queue.SimpleQueue()
         self.hold = threading.Event()

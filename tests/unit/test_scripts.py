@@ -279,6 +279,8 @@ def test_a_measurement_says_which_commit_and_command_it_comes_from():
     provenance = load("loadtests/provenance.py")
     made = provenance.provenance("/anywhere/loadtests/gates.py", ["--corpus", "my text"])
     assert made["command"] == "python loadtests/gates.py --corpus 'my text'"
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    assert ("avx512_bf16" in made["machine"]["extensions"]) == ("avx512_bf16" in flags)
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode == 0:
         assert head.stdout.startswith(made["commit"].removesuffix("-dirty"))
