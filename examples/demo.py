@@ -123,7 +123,7 @@ def rate(choice: dict[str, Any]) -> float:
 
 
 def loss(client: Client, model: str, texts: list[str]) -> float:
-    """Mean negative log likelihood, nats a token, from echoed prompts."""
+    """Mean negative log likelihood, nats per token, from echoed prompts."""
     answer = client.complete(model=model, prompt=texts, max_tokens=0, echo=True, logprobs=0)
     scored = [p for choice in answer["choices"] for p in choice["logprobs"]["token_logprobs"] if p is not None]
     return -sum(scored) / len(scored)
@@ -147,7 +147,7 @@ def main() -> None:
         load_beside_a_stream(url, model)
         print("\none batch, two languages, one model name:")
         ask_in_two_languages(url, client, model)
-        print("\nloss in nats a token      frozen base   base + hu, gates route")
+        print("\nloss in nats per token    frozen base   base + hu, gates route")
         for language, texts in (("Hungarian", HUNGARIAN_TEXT), ("English", ENGLISH_TEXT)):
             alone, routed = loss(client, f"{model}@none", texts), loss(client, model, texts)
             print(f"  {language:22}  {alone:11.3f}   {routed:11.3f}")

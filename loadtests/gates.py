@@ -157,7 +157,7 @@ def _read(corpus: Path, glob: str, tokenizer: Any, window: int, tokens: int) -> 
 
 
 class Stream:
-    """The inputs of some layers' FFNs on all windows, float16, a file a layer."""
+    """The inputs of some layers' FFNs on all windows, float16, a file per layer."""
 
     def __init__(self, folder: Path, layers: Sequence[int], windows: Windows, d: int) -> None:
         self.layers, self.windows, self.d = layers, windows, d

@@ -383,7 +383,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="tokens before each that is decoded, and itself")
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prefill")
     parser.add_argument("--window", type=int, default=1024, help="tokens of a window in training")
-    parser.add_argument("--windows", type=int, default=8, help="windows a step")
+    parser.add_argument("--windows", type=int, default=8, help="windows per step")
     parser.add_argument("--rounds", type=int, default=20, help="calls timed; their median counts")
     args = parser.parse_args(argv)
     if args.device.type == "cpu" and not args.tiny:

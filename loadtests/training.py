@@ -159,7 +159,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def table(measured: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """A row a method."""
+    """A row per method."""
     header = [
         "METHOD",
         "PARAMETERS",
@@ -192,7 +192,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="to measure")
     parser.add_argument("--steps", type=_positive, default=20, help="rounds measured")
     parser.add_argument("--warmup", type=_whole, default=3, help="rounds before them that do not count")
-    parser.add_argument("--tokens", type=_positive, help="tokens a step (default: the recipe's)")
+    parser.add_argument("--tokens", type=_positive, help="tokens per step (default: the recipe's)")
     parser.add_argument(
         "--fit-tokens", type=_positive, default=2048, help="tokens of each class that fit the gates"
     )

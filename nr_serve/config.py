@@ -246,7 +246,7 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], place: str) -> N
 
 
 def settings_tables() -> str:
-    """The settings as Markdown, a table a group; docs/settings.md holds it."""
+    """The settings as Markdown, a table per group; docs/settings.md holds it."""
     sections = []
     for group in GROUPS:
         rows = [f"### {group.__doc__}", "", "| flag | environment | meaning |", "| --- | --- | --- |"]

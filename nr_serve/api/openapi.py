@@ -172,7 +172,7 @@ class ChatTokenLogprob(ChatLogprob):
 
 
 class ChatLogprobs(Answer):
-    """Log probabilities, an entry a token."""
+    """Log probabilities, an entry per token."""
 
     content: list[ChatTokenLogprob]
     refusal: None = None

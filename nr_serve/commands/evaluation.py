@@ -32,7 +32,7 @@ class Evaluate(Command):
     source: list[str] = Field(["*.heldout.txt"], description="which of its files to measure on; may be repeated")
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
     window: int = Field(256, ge=8, description="tokens read at once")
-    windows: int = Field(32, ge=1, description="most windows a source")
+    windows: int = Field(32, ge=1, description="most windows per source")
     interference: bool = Field(
         False, description="also measure each text with its own adapter alone, and sum up who disturbs whom"
     )

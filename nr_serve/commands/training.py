@@ -39,7 +39,7 @@ class Sweep(Command):
     source: list[str] = Field(
         [], description="held-out files to compare on; may be repeated (default: what the recipe holds out)"
     )
-    windows: int = Field(32, ge=1, description="most windows a source")
+    windows: int = Field(32, ge=1, description="most windows per source")
 
 
 class Calibrate(Command):

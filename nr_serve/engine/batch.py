@@ -86,7 +86,7 @@ def build_batch(
     recalls_pages: bool = False,
     device: torch.device,
 ) -> Batch:
-    """Lay the pieces end to end. They must be ordered by length; `labels` has one entry a piece.
+    """Lay the pieces end to end. They must be ordered by length; `labels` has one entry per piece.
 
     `spare_cell` is a KV cell that is never written and holds zeros. With `recalls_pages` the bank is told where
     pages end, to keep the carried state there.

@@ -243,7 +243,7 @@ Neutrality = Mapping[str, Leak]
 
 @dataclass(frozen=True, slots=True)
 class AdapterGates:
-    """One adapter's gate totals, over tokens that selected it. Lists have one entry a layer group."""
+    """One adapter's gate totals, over tokens that selected it. Lists have one entry per layer group."""
 
     layer_groups: tuple[str, ...] = ()
     """Names such as "0-9"."""

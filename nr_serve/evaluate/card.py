@@ -41,7 +41,7 @@ def card(
         "",
         "## Measured",
         "",
-        f"Held-out loss in nats a token, windows of {report.window} tokens, {_attached(name, report)}; "
+        f"Held-out loss in nats per token, windows of {report.window} tokens, {_attached(name, report)}; "
         "*fired* is the share of token-layers on which a block of this adapter acted; after ±, the standard error "
         "of the change, paired over windows.",
         "",

@@ -31,7 +31,7 @@ class RunReport:
     seconds: float
     """Time of its steps, by its log."""
     losses: Mapping[str, float]
-    """Held-out loss by source, nats a token."""
+    """Held-out loss by source, nats per token."""
     fired: Mapping[str, float]
     """Share of token-layers that fired by source; empty for a method without blocks."""
     target: float
@@ -155,7 +155,7 @@ def source_rows(comparison: Comparison) -> Rows:
 
 
 def task_rows(comparison: Comparison) -> Rows:
-    """Two rows a task: accuracy, and accuracy by the choices' length; in brackets the change from the base."""
+    """Two rows per task: accuracy, and accuracy by the choices' length; in brackets the change from the base."""
     body = [
         [task, f"{scores.examples:,}", which, str(getattr(scores.base, which))]
         + [_scored(run.tasks[task], which) for run in comparison.runs.values()]
@@ -181,8 +181,8 @@ def page(comparison: Comparison) -> str:
     lines = [
         f"# {comparison.domain}: training methods compared",
         "",
-        f"Held-out loss on `{comparison.base}` in nats a token, windows of {comparison.window} tokens. Target: the "
-        f"mean over {', '.join(comparison.target_sources)}. {comparison.unread.capitalize()}: the mean over "
+        f"Held-out loss on `{comparison.base}` in nats per token, windows of {comparison.window} tokens. Target: "
+        f"the mean over {', '.join(comparison.target_sources)}. {comparison.unread.capitalize()}: the mean over "
         f"{', '.join(comparison.original_sources)}, which no run read. Learned and forgotten are shares of what "
         "finetuning learned and forgot.",
         *(line for table in tables(comparison) for line in ("", *markdown(table))),

@@ -22,9 +22,9 @@ class SourceReport:
     """One source of text, before and after the adapters were attached."""
 
     before: float
-    """Loss of the base alone, nats a token."""
+    """Loss of the base alone, nats per token."""
     after: float
-    """Loss with every adapter attached, nats a token."""
+    """Loss with every adapter attached, nats per token."""
     difference: Difference
     """`after` less `before`."""
     tokens: int

@@ -78,14 +78,14 @@ def heat_map(
 
 
 def loss_curves(path: Path, curves: Mapping[str, Curve], *, title: str) -> None:
-    """Loss over the tokens trained on, a line a name."""
+    """Loss over the tokens trained on, a line per name."""
     figure, axes = _axes(7.2, 4.2, title)
     for i, (name, curve) in enumerate(curves.items()):
         tokens, losses = [t for t, _ in curve], [loss for _, loss in curve]
         line = "-" if len(curve) > 1 else "o"
         axes.plot(tokens, losses, line, color=f"C{i % 10}", label=name, linewidth=0.7 if len(curve) > 50 else 1.4)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     figure.legend(loc="outside right upper", fontsize=8)

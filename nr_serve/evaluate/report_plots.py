@@ -35,7 +35,7 @@ def plot_matrix(folder: Path, measured: Interference, suffix: str = ".svg") -> d
 
 
 def plot_switches(folder: Path, report: SwitchReport, suffix: str = ".svg") -> dict[str, Path]:
-    """Write the gate rate at language switches, a line an adapter; returns the caption and the file."""
+    """Write the gate rate at language switches, a line per adapter; returns the caption and the file."""
     span = report.stretch
     around = {
         heading: {

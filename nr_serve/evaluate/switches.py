@@ -3,7 +3,7 @@
 Each window is one document: a stretch of the base's own language, a stretch of text that the adapter learned, and
 the first text again where it broke off. The carry runs through both switches.
 
-Shape suffixes: N windows, S tokens a stretch, T = 3 S tokens a window.
+Shape suffixes: N windows, S tokens a stretch, T = 3 S tokens per window.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Switch:
     own_difference: Difference
     """Change of the loss on the stretch in the middle, without its first token: less where the gate opens late."""
     before: float
-    """Loss of the base alone on the last stretch, without its first token; nats a token."""
+    """Loss of the base alone on the last stretch, without its first token; nats per token."""
     after: float
     """The same with the adapter."""
     difference: Difference

@@ -29,7 +29,7 @@ SUMMARY = {
 
 
 def heldout_rows(report: Report) -> Rows:
-    """A row a source: without and with the adapters."""
+    """A row per source: without and with the adapters."""
     header = ["SOURCE", "TOKENS", "BASE LOSS", "LOSS", "CHANGE", *_fired_header(report)]
     rows = [
         [name, f"{s.tokens:,}", f"{s.before:.4f}", f"{s.after:.4f}", str(s.difference), *_fired(report, name)]
@@ -39,7 +39,7 @@ def heldout_rows(report: Report) -> Rows:
 
 
 def interference_rows(measured: Interference) -> Rows:
-    """A row a source: none, own alone and all attached, and who fired when all were: the interference matrix."""
+    """A row per source: none, own alone and all attached, and who fired when all were: the interference matrix."""
     report = measured.report
     header = ["SOURCE", "ROLE", "TOKENS", "BASE", "OWN ALONE", "ALL", "ALL / BASE", "ALL / ALONE"]
     rows = []
@@ -73,7 +73,7 @@ def summary_rows(summary: Summary) -> Rows:
 
 
 def switch_rows(report: SwitchReport) -> Rows:
-    """A row an adapter: rates in the three stretches, tokens until it opens and shuts, changes of the loss."""
+    """A row per adapter: rates in the three stretches, tokens until it opens and shuts, changes of the loss."""
     header = ["ADAPTER", "WINDOWS", "FIRED BEFORE", "FIRED IN", "FIRED AFTER", "TOKENS TO OPEN", "TOKENS TO SHUT"]
     rows = [
         [
@@ -92,7 +92,7 @@ def switch_rows(report: SwitchReport) -> Rows:
 
 
 def task_rows(tasks: Mapping[str, TaskScores]) -> Rows:
-    """Two rows a task: accuracy, and accuracy by the choices' length."""
+    """Two rows per task: accuracy, and accuracy by the choices' length."""
     header = ["TASK", "EXAMPLES", "SCORE", "BASE", "ATTACHED", "CHANGE"]
     rows = [
         [
@@ -128,7 +128,7 @@ def interference_page(measured: Interference, links: Sequence[str] = ()) -> str:
     lines = [
         "# Adapters attached together",
         "",
-        f"{versions} on `{report.base}`. Held-out loss in nats a token, windows of {report.window} tokens. "
+        f"{versions} on `{report.base}`. Held-out loss in nats per token, windows of {report.window} tokens. "
         "*Fired* is the share of token-layers on which an adapter's blocks acted, with all attached. "
         "After ±: the standard error of the change, paired over windows.",
         "",

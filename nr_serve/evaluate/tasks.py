@@ -1,6 +1,6 @@
 """Multiple-choice tasks from local files, scored by lm-evaluation-harness on the hosted base.
 
-A task is a JSONL file, a question a line, with the place of the right choice (0 is the first) as `gold`:
+A task is a JSONL file, a question per line, with the place of the right choice (0 is the first) as `gold`:
 
     {"context": "Question: What is the capital of France?\\nAnswer:", "choices": ["Lyon", "Paris"], "gold": 1}
 

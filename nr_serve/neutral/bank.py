@@ -62,7 +62,7 @@ class Totals:
 
 @dataclass(slots=True)
 class _Step:
-    """What the layers of one step share. L: a tuple of one tensor a layer; n: slots whose gates are evaluated."""
+    """What the layers of one step share. L: a tuple of one tensor per layer; n: slots whose gates are evaluated."""
 
     tokens: StepTokens
     row_P: Tensor

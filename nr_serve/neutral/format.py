@@ -83,7 +83,7 @@ class Adapter:
 
     info: AdapterInfo
     blocks: tuple[Block | None, ...]
-    """One entry a layer of the base; None where the layer has no block."""
+    """One entry per layer of the base; None where the layer has no block."""
     version: str
     """First 12 hex digits of a SHA-256 over the metadata and the tensors; the file may hold them in any order."""
     nbytes: int

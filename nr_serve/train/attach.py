@@ -80,7 +80,7 @@ def is_out(name: str) -> bool:
 
 
 class AdapterModule(nn.Module):
-    """One adapter: a block a layer, None where a layer has none."""
+    """One adapter: a block per layer, None where a layer has none."""
 
     def __init__(
         self, blocks: Sequence[Block | None], carry: float, threshold: float = 0.0, kind: str = "relu"

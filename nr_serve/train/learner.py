@@ -1,6 +1,6 @@
 """The learner: the base with what a method trains in it, and the loss of one batch.
 
-Shape suffixes: B windows, T tokens a window.
+Shape suffixes: B windows, T tokens per window.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Batches(Dataset[Batch]):
     def __init__(self, classes: Classes, run: Run, processes: int) -> None:
         parts = processes * run.accumulate
         if run.windows_a_step % parts:
-            raise BadRecipe(f"{run.windows_a_step} windows a step do not divide into {parts} parts")
+            raise BadRecipe(f"{run.windows_a_step} windows per step do not divide into {parts} parts")
         self.parts, self.length = parts, run.steps * parts
         self.mix = Mix(classes, run)
         if self.mix.fewest_targets < parts:

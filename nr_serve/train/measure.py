@@ -1,6 +1,6 @@
 """Loss and fired shares of attached adapters on windows of text, through the same hosted blocks that train.
 
-Shape suffixes: N windows, T tokens a window, V vocabulary.
+Shape suffixes: N windows, T tokens per window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SourceResult:
     """One source of text, with every attached adapter in place."""
 
     loss: float
-    """Mean held-out loss, nats a token."""
+    """Mean held-out loss, nats per token."""
     tokens: int
     """Tokens read."""
     fired: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""The log: one line a request, with an id that the client gets back, and never a prompt unless asked for."""
+"""The log: one line per request, with an id that the client gets back, and never a prompt unless asked for."""
 
 import json
 import logging

@@ -28,7 +28,7 @@ def by_hand(z, a, state):
 
 
 def reference(z_TA, lengths, states):
-    """[T, A] in float64; `states` has one row a piece."""
+    """[T, A] in float64; `states` has one row per piece."""
     pieces = []
     for z_nA, state_A in zip(z_TA.split(lengths), states, strict=True):
         columns = [by_hand(z_nA[:, i].tolist(), CARRIES[i], state_A[i]) for i in range(A)]

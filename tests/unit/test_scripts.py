@@ -224,7 +224,7 @@ def test_training_speed_is_measured_in_rounds_of_equal_methods(base, corpus, tmp
     assert result["methods"]["adapter"]["target_fired"] == 1
     assert 0 < result["methods"]["neutral"]["target_fired"] <= 1
     for method, m in result["methods"].items():
-        # 16 windows a step: 12 of the target, 2 original, 2 of the background, which only neutral reads
+        # 16 windows per step: 12 of the target, 2 original, 2 of the background, which only neutral reads
         tokens = 256 if method == "neutral" else 224
         rates, seconds = m["rounds"]["tokens_a_second"], m["rounds"]["seconds"]
         assert [r * s for r, s in zip(rates, seconds, strict=True)] == [pytest.approx(tokens)] * 3

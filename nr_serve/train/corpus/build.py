@@ -86,7 +86,7 @@ def _fetch(sources: list[Source], beside: Path, out: Path) -> list[Fetched]:
 
 
 def _fetch_all(sources: list[Source], beside: Path, out: Path, manifest: Manifest) -> list[str]:
-    """Fetch each source, write the manifest after each, and return what went wrong, a line a source.
+    """Fetch each source, write the manifest after each, and return what went wrong, a line per source.
 
     The user's own folders are relative to `beside`.
     """

@@ -1,6 +1,6 @@
 """Documents to windows of tokens.
 
-Shape suffixes: N windows, T tokens a window.
+Shape suffixes: N windows, T tokens per window.
 """
 
 from __future__ import annotations
