@@ -46,8 +46,8 @@ class Data(_Section):
     An entry is a glob of files in the corpus folder, each named `<lang>.<source>...`, or a data set that the
     library `datasets` streams, `datasets:NAME[:CONFIG][@SPLIT]`, where NAME is one on the hub or a folder and SPLIT
     is `train` by default. After `!`, a glob leaves out of what the entries before it name:
-    `["*.*.train.txt", "!cs.*"]`. A `.jsonl` file holds one document per line, any other one paragraph per line and an
-    empty line between documents; both may be compressed, `.gz` or `.xz`.
+    `["*.*.train.txt", "!cs.*"]`. A `.jsonl` file holds one document per line, any other one paragraph per line
+    and an empty line between documents; both may be compressed, `.gz` or `.xz`.
     """
 
     target: Globs = Field(min_length=1, description="Text of the domain to learn.")
