@@ -4,10 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel
 
 from nr_serve.cli import main
-from nr_serve.train import trainer
+from nr_serve.train import export, trainer
 from nr_serve.train.loop import TrainingDiverged
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.sweep import finished, read_sweep, run_sweep
@@ -96,14 +95,14 @@ def test_a_sweep_can_be_stopped_by_hand(tmp_path, base, corpus, monkeypatch):
 def test_a_result_half_written_is_not_one(tmp_path, base, corpus, monkeypatch):
     path = write_sweep(tmp_path, base, '[runs.a]\n"method" = "lora"\n')
     (recipe,) = read_sweep(path).values()
-    save = PreTrainedModel.save_pretrained
+    save = export.save_lora
 
-    def killed(model, folder, *args, **more):
-        save(model, folder, *args, **more)
+    def killed(folder, base):
+        save(folder, base)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedModel, "save_pretrained", killed)
+        patch.setattr(export, "save_lora", killed)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(path, tmp_path / "out", corpus)
     assert finished(tmp_path / "out" / "a", recipe) is None
