@@ -1,8 +1,6 @@
 """The prefix cache alone: which pages it gives to whom, and when it lets them go."""
 
 import random
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from itertools import chain as joined
 from itertools import product
@@ -17,7 +15,6 @@ from nr_serve.engine.reuse import Reuse
 from nr_serve.engine.scheduler import Scheduler
 from nr_serve.neutral.registry import Version
 from nr_serve.tokenizer import Detokenizer
-from tests.unit.test_imports import BLOCK
 
 PAGE = 4
 
@@ -256,14 +253,6 @@ def test_contents_and_holders_that_are_lost_are_noticed():
     pool.keep(0, object())
     with pytest.raises(RuntimeError, match="contents"):
         pool.check()
-
-
-def test_the_brain_needs_no_torch():
-    program = (
-        "import nr_serve.engine.scheduler, nr_serve.engine.reuse, nr_serve.engine.request, nr_serve.engine.core"
-    )
-    done = subprocess.run([sys.executable, "-c", BLOCK + program], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
 
 
 # All of it, over random traffic
