@@ -45,6 +45,14 @@ def write_recipe(
     return read_recipe(path, {key.replace("__", "."): value for key, value in changes.items()})
 
 
+def write_sweep(folder: Path, base: Path, runs: str) -> Path:
+    """A sweep over that recipe, all its runs with a seed of 3; `runs` is the rest of its file."""
+    (folder / "recipe.toml").write_text(RECIPE.format(base=base, tokens=512, lr=0.01, gate=""))
+    path = folder / "sweep.toml"
+    path.write_text(f'recipe = "recipe.toml"\n[set]\n"run.seed" = 3\n{runs}')
+    return path
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     """The trained tensors of a run's newest checkpoint."""
     return checkpoints.load(checkpoints.latest(out)).weights()

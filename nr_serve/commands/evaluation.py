@@ -190,10 +190,9 @@ def _write_plots(command: Evaluate, measured: Measured) -> tuple[dict[str, dict[
     from nr_serve.evaluate.roles import assign_roles
 
     folder, suffix = command.plots, f".{command.plot_format}"
-    gates = {}
-    for name, report in reports.items():
-        roles = assign_roles(report.sources, measured.hosted.adapters, {})
-        gates[name] = plot_gates(folder, report, roles, name, suffix)
+    sources = next(iter(reports.values())).sources  # every report is of the same text
+    roles = assign_roles(sources, measured.hosted.adapters, {})
+    gates = {name: plot_gates(folder, report, roles, name, suffix) for name, report in reports.items()}
     if measured.switched is not None:
         plot_switches(folder, measured.switched, suffix)
     return gates, {} if measured.together is None else plot_matrix(folder, measured.together, suffix)

@@ -10,7 +10,7 @@ from nr_serve.train import trainer
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.sweep import run_sweep
 from nr_serve.train.trainer import train
-from tests.tiny_run import RECIPE, write_recipe
+from tests.tiny_run import write_recipe, write_sweep
 
 PROSE = "\n\n".join(" ".join(f"w{i}" for i in range(start, start + 50)) for start in range(0, 2500, 50)).encode()
 
@@ -66,15 +66,8 @@ def test_text_that_is_missing_is_said_before_the_base_is_looked_for(tmp_path, co
         train(recipe, tmp_path / "out", corpus)
 
 
-def sweep_of(folder: Path, base: Path, runs: str) -> Path:
-    (folder / "recipe.toml").write_text(RECIPE.format(base=base, tokens=256, lr=0.01, gate=""))
-    path = folder / "sweep.toml"
-    path.write_text(f'recipe = "recipe.toml"\n{runs}')
-    return path
-
-
 def test_a_sweep_checks_the_text_of_every_run_before_the_first_starts(tmp_path, base, corpus, monkeypatch):
-    path = sweep_of(tmp_path, base, '[runs.a]\n[runs.b]\n"data.background" = ["da.*.train.txt", "sv.*"]\n')
+    path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"data.background" = ["da.*.train.txt", "sv.*"]\n')
     text = spoiled(corpus, tmp_path / "text", {"sv.a.train.txt": b"\xe6"})
     monkeypatch.setattr(trainer, "train", fails)
     with pytest.raises(BadRecipe, match=r"^run b: .*sv\.a\.train\.txt is not UTF-8"):
@@ -83,7 +76,7 @@ def test_a_sweep_checks_the_text_of_every_run_before_the_first_starts(tmp_path, 
 
 
 def test_a_sweep_does_not_read_the_text_of_finished_runs_again(tmp_path, base, corpus):
-    path = sweep_of(tmp_path, base, "[runs.a]\n")
+    path = write_sweep(tmp_path, base, "[runs.a]\n")
     made = run_sweep(path, tmp_path / "out", corpus)
     assert run_sweep(path, tmp_path / "out", tmp_path / "gone") == made
     path.write_text(path.read_text() + '[runs.b]\n"run.seed" = 4\n')

@@ -10,14 +10,7 @@ from nr_serve.train import export, trainer
 from nr_serve.train.loop import TrainingDiverged
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.sweep import finished, read_sweep, run_sweep
-from tests.tiny_run import RECIPE
-
-
-def write_sweep(folder: Path, base: Path, runs: str) -> Path:
-    (folder / "recipe.toml").write_text(RECIPE.format(base=base, tokens=512, lr=0.01, gate=""))
-    path = folder / "sweep.toml"
-    path.write_text(f'recipe = "recipe.toml"\n[set]\n"run.seed" = 3\n{runs}')
-    return path
+from tests.tiny_run import write_sweep
 
 
 def test_a_sweep_trains_each_run_once_with_its_changes(tmp_path, base, corpus, capsys):
