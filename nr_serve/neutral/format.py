@@ -264,8 +264,6 @@ def _blocks(tensors: Mapping[str, Tensor], info: AdapterInfo) -> tuple[Block | N
             raise BadAdapterFile(f"unexpected tensor {_short(name)!r} for a base with {info.layers} layers")
         if tensor.dtype not in _DTYPES:
             raise BadAdapterFile(f"{name} has dtype {tensor.dtype}; float32, bfloat16 or float16 is needed")
-        if not bool(torch.isfinite(tensor).all()):
-            raise BadAdapterFile(f"{name} holds NaN or infinite values")
         by_layer.setdefault(int(match[1]), {})[match[2]] = tensor
     if not by_layer:
         raise BadAdapterFile("the file holds no block")
@@ -285,7 +283,12 @@ def _block(layer: int, named: Mapping[str, Tensor], d: int) -> Block:
             raise BadAdapterFile(f"layers.{layer}.{name} has shape {found}, wanted {_shape_text(name, d, h)}")
     if bias.numel() != 1:
         raise BadAdapterFile(f"layers.{layer}.block_gate_bias has shape {list(bias.shape)}, wanted []")
-    return Block(named["block_gate"], bias.reshape(()), named["w_in"], named["w_gate"], named["w_out"])
+    bias = bias.reshape(())
+    # After the shapes: torch computes nothing of more than 64 dimensions.
+    for name, tensor in {**named, "block_gate_bias": bias}.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadAdapterFile(f"layers.{layer}.{name} holds NaN or infinite values")
+    return Block(named["block_gate"], bias, named["w_in"], named["w_gate"], named["w_out"])
 
 
 def _shape_text(name: str, d: int, h: int) -> str:

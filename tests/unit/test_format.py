@@ -210,6 +210,17 @@ def test_wrong_shapes_and_names_are_refused(path, name, shape, match):
     refused(path, match)
 
 
+@pytest.mark.parametrize("name", ["block_gate", "block_gate_bias", "w_in", "w_gate", "w_out"])
+def test_a_tensor_of_more_dimensions_than_torch_computes_with_is_refused_or_read(path, name):
+    header, body = parts(path.read_bytes())
+    header[f"layers.2.{name}"]["shape"] = [1] * 70 + header[f"layers.2.{name}"]["shape"]
+    path.write_bytes(whole(header, body))
+    if name == "block_gate_bias":  # one number, however it is laid out
+        assert read_adapter(path, BASE).blocks[2].bias.shape == ()
+    else:
+        refused(path, f"{name} has shape")
+
+
 def rewrite(path, changed: dict[str, torch.Tensor]) -> None:
     """Replace or add float32 tensors, without safetensors' or the project's own writer."""
     header, body = parts(path.read_bytes())
