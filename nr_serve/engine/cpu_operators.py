@@ -45,7 +45,7 @@ def cpu_operators() -> CpuOperators | None:
     None, and the reason in the log, where they cannot be had: torch's own do the work then, more slowly.
     """
     try:
-        torch.ops.load_library(_library())
+        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
     except FileNotFoundError as error:
         log.warning("no C++ compiler (%s): steps take up to twice as long; g++ would do", error.filename)
         return None

@@ -1,7 +1,7 @@
 """Norms, FFNs and attention of decoder layers on a CPU, each in a few operators of `cpu_operators.cpp`.
 
-Only for classes of transformers that are known to compute just this; all others stay as they are. The start-up check
-(`probe.py`) holds the result against the model's own.
+Only for classes of transformers that are known to compute just this; all others stay as they are. The start-up
+check (`probe.py`) holds the result against the model's own.
 """
 
 from __future__ import annotations

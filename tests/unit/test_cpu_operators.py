@@ -1,4 +1,4 @@
-"""The compiled operators against float64, one token and head at a time; and what happens where they cannot be made."""
+"""The compiled operators against float64, one token and head at a time; and what happens where there are none."""
 
 import pytest
 import torch
