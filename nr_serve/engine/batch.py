@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.engine.scheduler import Piece
-from nr_serve.neutral.bank import StepTokens
+from nr_serve.neutral.bank import StepTokens, Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,9 @@ def build_batch(
     recalls_pages: bool = False,
     device: torch.device,
 ) -> Batch:
-    """Lay the pieces end to end. They must be ordered by length; `labels` has one entry per piece.
+    """Lay the pieces end to end. They must be ordered by length, but one on trial comes last.
+
+    `labels` has one entry per piece.
 
     `spare_cell` is a KV cell that is never written and holds zeros. With `recalls_pages` the bank is told where
     pages end, to keep the carried state there.
@@ -120,6 +122,7 @@ def build_batch(
         longest=int(counts.max()),
         end_E=put(page_ends) if len(page_ends) else None,
         page_E=put(written[page_ends] // page_size) if len(page_ends) else None,
+        trial=_trial(pieces[-1], int(ends[-1])),
     )
     starts = ends - counts
     return Batch(
@@ -130,6 +133,14 @@ def build_batch(
         tokens=tokens,
         bounds=[(int(s), int(e)) for s, e in zip(starts, ends, strict=True)],
     )
+
+
+def _trial(piece: Piece, end: int) -> Trial | None:
+    if piece.trial is None:
+        return None
+    (version,) = piece.request.selection or ()
+    assert version.slot is not None
+    return Trial(first=end - piece.count, slot=version.slot, threshold=piece.trial)
 
 
 def _cells(piece: Piece, page_size: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,16 @@ from nr_serve.neutral.format import Adapter
 from nr_serve.neutral.scan import Pass, carry_on, passes
 
 _SHUT = -1e30  # bias of a layer without a block: finite, so that the carry of it stays finite
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A step's last tokens, on which a slot has another threshold, and which are not counted."""
+
+    first: int
+    """Index of the first of them."""
+    slot: int
+    threshold: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,12 @@ class StepTokens:
     """Index of each token that ends a page whose state is to be kept; None: there is none."""
     page_E: Tensor | None = None
     """The pages those tokens end, below the bank's `pages`."""
+    trial: Trial | None = None
+
+    @property
+    def counted(self) -> int:
+        """Tokens that are counted: the first so many."""
+        return len(self.row_T) if self.trial is None else self.trial.first
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +83,8 @@ class _Step:
     row_P: Tensor
     """State row of each piece's request."""
     selected_Tn: Tensor
-    threshold_n: Tensor
+    threshold: Tensor
+    """[n], or [T, n] with a trial."""
     m_LTn: Tensor
     """Carried logits, filled layer by layer."""
     m_L: tuple[Tensor, ...]
@@ -130,7 +146,6 @@ class Bank:
         self._none_open = zeros(1, 1, dtype=torch.int32)
         self._look_at_attached()
         self._step: _Step | None = None
-        self._counts = True
 
     # Slots
 
@@ -191,16 +206,6 @@ class Bank:
         """Set a row's carried state to that at a page's end, for all slots: its next token follows that page."""
         self.state_LRS[:, row] = self.page_state_LNS[:, page]
 
-    @contextmanager
-    def trial(self, slot: int, threshold: float) -> Iterator[None]:
-        """Steps within it use this threshold in the slot and are not counted; afterwards all is as it was."""
-        before = self.threshold_S[slot].clone()
-        self.threshold_S[slot], self._counts = threshold, False
-        try:
-            yield
-        finally:
-            self.threshold_S[slot], self._counts = before, True
-
     # Steps
 
     def begin(self, tokens: StepTokens) -> None:
@@ -237,8 +242,7 @@ class Bank:
         if step.layers_done < self.layers:
             return self._none_open.expand_as(step.tokens.selected_TS)
         self._keep_states(step)
-        if self._counts:
-            self._seen_LS += (self.width_LS > 0) * step.tokens.selected_TS.sum(0)
+        self._seen_LS += (self.width_LS > 0) * step.tokens.selected_TS[: step.tokens.counted].sum(0)
         if not step.opened:
             return self._none_open.expand_as(step.tokens.selected_TS)
         return self._count_open(step)
@@ -267,7 +271,7 @@ class Bank:
             tokens=tokens,
             row_P=row_P,
             selected_Tn=tokens.selected_TS[:, :n],
-            threshold_n=self.threshold_S[:n],
+            threshold=_threshold(self.threshold_S[:n], tokens),
             m_LTn=m_LTn,
             m_L=m_LTn.unbind(),
             carried_L=(a_LPn * before_LPn.masked_fill(nothing_LPn, 0.0)).unbind(),
@@ -288,7 +292,7 @@ class Bank:
             first_Pn = torch.addcmul(step.carried_L[layer], z_Tn[step.first_P], step.share_L[layer])
             carry_on(m_Tn.index_copy_(0, step.first_P, first_Pn), step.passes)
         step.layers_done = layer + 1
-        return m_Tn - step.threshold_n
+        return m_Tn - step.threshold
 
     def _add_blocks(self, layer: int, x_Td: Tensor, y_Td: Tensor, g_Tn: Tensor) -> Tensor:
         """y plus g times the blocks, for the tokens whose g is above 0 and no others; y is reused."""
@@ -320,17 +324,16 @@ class Bank:
 
     def _count_open(self, step: _Step) -> Tensor:
         """Layers open by token and slot, [T, S]; adds them, and what acted, to the statistics."""
-        n = self._columns
-        over_LTn = step.m_LTn - step.threshold_n
+        n, counted = self._columns, step.tokens.counted
+        over_LTn = step.m_LTn - step.threshold
         # Adapters that were not selected are observed, for the live interference matrix, but add nothing.
         open_TS = F.pad((over_LTn > 0).sum(0, dtype=torch.int32), (0, self.slots - n))
-        if self._counts:
-            # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
-            g_LTn = torch.where(step.selected_Tn, over_LTn.relu_(), 0.0)
-            self._fired_LS[:, :n] += (g_LTn > 0).sum(1)
-            # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
-            self._mass_S[:n] += g_LTn.nan_to_num_(posinf=0.0).sum((0, 1), dtype=torch.float64)
-            self._cross_KS.index_add_(0, step.tokens.label_T, open_TS.to(torch.int64))
+        # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
+        g_LTn = torch.where(step.selected_Tn, over_LTn.relu_(), 0.0)[:, :counted]
+        self._fired_LS[:, :n] += (g_LTn > 0).sum(1)
+        # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
+        self._mass_S[:n] += g_LTn.nan_to_num_(posinf=0.0).sum((0, 1), dtype=torch.float64)
+        self._cross_KS.index_add_(0, step.tokens.label_T[:counted], open_TS[:counted].to(torch.int64))
         return open_TS
 
     def _look_at_attached(self) -> None:
@@ -343,6 +346,15 @@ class Bank:
         self._columns = min(self.slots, (highest + 8) // 8 * 8)
         self._gate_L = self.gate_LSd[:, : self._columns].unbind()
         self._bias_L = self.bias_LS[:, : self._columns].unbind()
+
+
+def _threshold(threshold_n: Tensor, tokens: StepTokens) -> Tensor:
+    trial = tokens.trial
+    if trial is None:
+        return threshold_n
+    threshold_Tn = threshold_n.repeat(len(tokens.row_T), 1)
+    threshold_Tn[trial.first :, trial.slot] = trial.threshold
+    return threshold_Tn
 
 
 def _firsts(last_P: Tensor) -> Tensor:
