@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.bank import StepTokens, Trial
+
+_FEW_TOKENS = 8  # a group more for a piece of so few costs more than reading its context for each of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,7 @@ def build_batch(
         input_ids_T=put(input_ids.astype(np.int64)),
         positions_T=put(positions),
         cells_T=put(written),
-        groups=_groups(pieces, cells, starts, spare_cell, device),
+        groups=_groups(pieces, cells, spare_cell, device),
         tokens=tokens,
         bounds=[(int(s), int(e)) for s, e in zip(starts, ends, strict=True)],
     )
@@ -150,10 +153,10 @@ def _cells(piece: Piece, page_size: int) -> np.ndarray:
     return cells[: piece.start + piece.count]
 
 
-def _groups(
-    pieces: Sequence[Piece], cells: list[np.ndarray], starts: np.ndarray, spare_cell: int, device: torch.device
-) -> list[Group]:
+def _groups(pieces: Sequence[Piece], cells: list[np.ndarray], spare_cell: int, device: torch.device) -> list[Group]:
     groups: list[Group] = []
+    pieces, cells = _apart(pieces, cells)
+    starts = list(accumulate((piece.count for piece in pieces), initial=0))
     i = 0
     while i < len(pieces):
         count = pieces[i].count
@@ -161,9 +164,24 @@ def _groups(
         # Only single tokens are worth padding together; prompts' chunks differ too much in context.
         while count == 1 and j < len(pieces) and pieces[j].count == 1:
             j += 1
-        groups.append(_group(pieces[i:j], cells[i:j], int(starts[i]), spare_cell, device))
+        groups.append(_group(pieces[i:j], cells[i:j], starts[i], spare_cell, device))
         i = j
     return groups
+
+
+def _apart(pieces: Sequence[Piece], cells: list[np.ndarray]) -> tuple[list[Piece], list[np.ndarray]]:
+    """The pieces, a short one as so many single tokens: they attend together with those of other requests."""
+    each: list[Piece] = []
+    own: list[np.ndarray] = []
+    for piece, context in zip(pieces, cells, strict=True):
+        if piece.count > _FEW_TOKENS:
+            each.append(piece)
+            own.append(context)
+            continue
+        for end in range(piece.start + 1, piece.start + piece.count + 1):
+            each.append(Piece(piece.request, end - 1, 1))
+            own.append(context[:end])
+    return each, own
 
 
 def _group(

@@ -141,7 +141,8 @@ def test_answers_and_gate_statistics_are_the_same_with_a_load_in_their_midst():
         assert server.tokens["bare"] == server.expected()
         statistics.append(server.core.statistics())
     quiet, loaded = statistics
-    assert loaded.adapters["b"] == quiet.adapters["b"]
+    mass = pytest.approx(quiet.adapters["b"].mass)  # a sum is rounded by what shares its step
+    assert loaded.adapters["b"] == dataclasses.replace(quiet.adapters["b"], mass=mass)
     assert quiet.adapters["b"].seen[0] == len(PROMPT) + ANSWER - 1
     assert {key: n for key, n in loaded.cross.items() if key[0] == "b"} == quiet.cross
 
