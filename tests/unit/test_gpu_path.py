@@ -228,7 +228,8 @@ def test_the_bank_counts_what_the_bank_on_the_cpu_counts(trial):
                 pass
         batch = build_batch(pieces, [3, 5], page_size=PAGE, spare_cell=0, slots=SLOTS, device=DEVICE)
         batch.tokens = replace(
-            batch.tokens, trial=trial, end_E=torch.tensor([3, 7], device=DEVICE), page_E=torch.tensor([2, 4], device=DEVICE),
+            batch.tokens, trial=trial,
+            end_E=torch.tensor([3, 7], device=DEVICE), page_E=torch.tensor([2, 4], device=DEVICE),
             selected_TS=batch.tokens.selected_TS.T.contiguous().T,  # by columns in memory, as a graph has it
         )  # fmt: skip
         bank.begin(batch.tokens)
