@@ -68,6 +68,7 @@ class Model(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type of weights and activations")
     threads: int | None = Field(None, ge=1, description="CPU threads for the model (default: torch's choice)")
+    compile: bool = Field(True, description="on a CPU, compile faster operators once; it needs a C++ compiler")
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt plus answer, tokens (default: base's)"
     )

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from nr_serve.engine.batch import Batch, Group
+from nr_serve.engine.cpu_operators import CpuOperators
 from nr_serve.errors import UnsupportedBase
 
 NAME = "nr_paged"
 _TOKENS_AT_ONCE = 128  # their logits stay in a core's cache
 _WORTH_PRODUCTS = 512  # tokens times context: below, calling several operators costs more than it saves
+_NO_WINDOW = 2**62
 _KNOWN = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 
 
@@ -28,8 +30,18 @@ class KVCache:
     """Keys and values of every layer, in cells of one token; pages are runs of cells."""
 
     def __init__(
-        self, *, layers: int, cells: int, heads: int, head_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        *,
+        layers: int,
+        cells: int,
+        heads: int,
+        head_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        operators: CpuOperators | None = None,
     ) -> None:
+        self.operators = operators
+        """What single tokens attend by; None: torch's own operators."""
         shape = (layers, cells + 1, heads, head_size)
         self.keys_LCKD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LCKD = torch.zeros(shape, device=device, dtype=dtype)
@@ -82,38 +94,62 @@ def paged_attention(
     """
     refuse_unknown(attention_mask, dropout, unknown)
     keys_CKD, values_CKD = nr_cache.written(module, nr_batch.cells_T, key, value)
-    query_THD = query[0].transpose(0, 1)
-    heads = keys_CKD.shape[1]
-    repeats = query_THD.shape[1] // heads
+    out_THD = attend(
+        query[0].transpose(0, 1), keys_CKD, values_CKD, nr_batch, sliding_window, scaling, nr_cache.operators
+    )
+    return out_THD[None], None
+
+
+def attend(
+    query_THD: Tensor,
+    keys_CKD: Tensor,
+    values_CKD: Tensor,
+    batch: Batch,
+    window: int | None,
+    scaling: float | None,
+    operators: CpuOperators | None,
+) -> Tensor:
+    """Attention of a step over a layer's keys and values, those of the step among them; [T, H, D].
+
+    No further back than `window` positions if given. Logits are multiplied by `scaling`, or by D ** -0.5.
+    """
+    heads, D = keys_CKD.shape[1:]
+    repeats, scale = query_THD.shape[1] // heads, D**-0.5 if scaling is None else scaling
     outputs = []
-    for i, group in enumerate(nr_batch.groups):
-        rows_X = nr_batch.rows(i, heads)
-        bias_ZQN = nr_batch.bias(i, sliding_window, heads, repeats, query.dtype)
-        outputs.append(_attend(query_THD, keys_CKD, values_CKD, group, rows_X, bias_ZQN, scaling))
-    return torch.cat(outputs)[None], None
+    for i, group in enumerate(batch.groups):
+        query_BnHD = query_THD[group.first : group.first + group.pieces * group.count]
+        if operators is not None and group.count == 1:
+            cells_BN, positions_B1 = group.cells_BN, group.positions_Bn
+            out = operators.attend(
+                query_BnHD.contiguous(), keys_CKD, values_CKD, cells_BN, positions_B1, scale, window or _NO_WINDOW
+            )
+        else:
+            rows_X = batch.rows(i, heads)
+            bias_ZQN = batch.bias(i, window, heads, repeats, query_THD.dtype)
+            out = _attend(query_BnHD, keys_CKD, values_CKD, group, rows_X, bias_ZQN, scale)
+        outputs.append(out)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _attend(
-    query_THD: Tensor,
+    query_BnHD: Tensor,
     keys_CKD: Tensor,
     values_CKD: Tensor,
     group: Group,
     rows_X: Tensor,
     bias_ZQN: Tensor,
-    scaling: float | None,
+    scale: float,
 ) -> Tensor:
-    """One group's attention, [B * n, H, D]."""
-    B, n, (_, H, D) = group.pieces, group.count, query_THD.shape
+    """One group's attention by torch's operators; queries [B * n, H, D] to the same."""
+    B, n, (_, H, D) = group.pieces, group.count, query_BnHD.shape
     K = keys_CKD.shape[1]
     # The G query heads of a key head become further queries of it, so keys are not repeated.
-    query_BnKGD = query_THD[group.first : group.first + B * n].view(B, n, K, H // K, D)
-    query_ZQD = query_BnKGD.transpose(1, 2).reshape(B * K, n * (H // K), D)
+    query_ZQD = query_BnHD.view(B, n, K, H // K, D).transpose(1, 2).reshape(B * K, n * (H // K), D)
     keys_ZND, values_ZND = (
         cache.view(-1, D).index_select(0, rows_X).view(B * K, -1, D) for cache in (keys_CKD, values_CKD)
     )
-    scale = D**-0.5 if scaling is None else scaling
-    on_cpu = query_THD.device.type == "cpu"  # a GPU's fused attention is the faster one
-    if on_cpu and query_THD.dtype is torch.bfloat16 and B * n * keys_ZND.shape[1] >= _WORTH_PRODUCTS:
+    on_cpu = query_BnHD.device.type == "cpu"  # a GPU's fused attention is the faster one
+    if on_cpu and query_BnHD.dtype is torch.bfloat16 and B * n * keys_ZND.shape[1] >= _WORTH_PRODUCTS:
         out_ZQD = _by_products(query_ZQD, keys_ZND, values_ZND, bias_ZQN, scale, n)
     else:
         # One head each: torch has no fused attention for three dimensions.

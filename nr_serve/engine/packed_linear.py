@@ -25,12 +25,13 @@ class PackedLinear(nn.Module):
         self.bias = bias
         self.weight = weight if keep else None
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_FOR)
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         if self.weight is not None and x.numel() == self.in_features:
             return F.linear(x, self.weight, self.bias)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        product: Tensor = self._multiply(x, self._packed, self.bias, "none", [], "")
         return product
 
 

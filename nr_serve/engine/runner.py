@@ -17,6 +17,8 @@ from nr_serve.engine import attention
 from nr_serve.engine.attention import KVCache
 from nr_serve.engine.base import check_base, end_tokens, load_base, max_model_len
 from nr_serve.engine.batch import Batch, build_batch
+from nr_serve.engine.cpu_operators import cpu_operators
+from nr_serve.engine.fuse import fuse
 from nr_serve.engine.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.neutrality import Opened
@@ -54,6 +56,7 @@ class Runner:
         self.eos_ids = end_tokens(model, tokenizer)
         mark, probe = fingerprint(model, tokenizer.hf), Probe(model, tokenizer)
         self.page_size = config.page_size
+        self.operators = cpu_operators() if self._compiles(config) else None
         self.pages, self.cache = self._kv_cache(config, shape)
         self.probe_row = config.max_running
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
@@ -75,6 +78,8 @@ class Runner:
             eos_ids=tuple(sorted(self.eos_ids)),
         )
         model.set_attn_implementation(self._attention())
+        if self.operators is not None:
+            fuse(model, self.operators)
         host_blocks(model, self.bank.add_residues)
         pack_linears(model)
         probe.check(self._all_logits, page_size=self.page_size, pages=self.pages)
@@ -192,6 +197,9 @@ class Runner:
     def _all_logits(self, piece: Piece) -> Tensor:
         return self.forward(self._batch([piece], [0]), list(range(piece.count)))[0]
 
+    def _compiles(self, config: ServeConfig) -> bool:
+        return config.compile and self.device.type == "cpu" and not self.kernels
+
     def _attention(self) -> str:
         """Name of the attention function, now registered."""
         attention.register()
@@ -260,6 +268,7 @@ class Runner:
             head_size=head_size,
             device=self.device,
             dtype=self.dtype,
+            operators=self.operators,
         )
         return pages, cache
 

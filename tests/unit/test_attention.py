@@ -7,6 +7,7 @@ from torch import nn
 from nr_serve.engine import attention
 from nr_serve.engine.attention import KVCache, paged_attention
 from nr_serve.engine.batch import build_batch
+from nr_serve.engine.cpu_operators import cpu_operators
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.request import AnswerText, Request
 from nr_serve.engine.scheduler import Piece
@@ -50,18 +51,27 @@ def wanted(query_THD, cache, piece, first, heads_a_key, window):
     return torch.stack(outputs).view(piece.count, query_THD.shape[1], SIZE)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "products"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2)])
 def test_every_token_attends_to_its_own_context_and_nothing_else(
-    monkeypatch, dtype, products, window, heads, key_heads
+    monkeypatch, dtype, products, window, heads, key_heads, compiled
 ):
     monkeypatch.setattr(attention, "_WORTH_PRODUCTS", 0 if products else 10**9)
     monkeypatch.setattr(attention, "_TOKENS_AT_ONCE", 4)
     torch.manual_seed(1)
-    cache = KVCache(layers=2, cells=CELLS, heads=key_heads, head_size=SIZE, device=torch.device("cpu"), dtype=dtype)
+    cache = KVCache(
+        layers=2,
+        cells=CELLS,
+        heads=key_heads,
+        head_size=SIZE,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        operators=cpu_operators() if compiled else None,
+    )
     step = pieces()
     # What nobody's context holds may be anything, NaN above all.
     cache.keys_LCKD[:, :-1], cache.values_LCKD[:, :-1] = torch.nan, torch.nan

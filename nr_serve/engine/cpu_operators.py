@@ -1,0 +1,97 @@
+"""Operators of a decoder layer on a CPU: `cpu_operators.cpp`, compiled once for the processor at hand.
+
+Knows how they are built and loaded, not where they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nr_serve.disk import cache_folder
+
+log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
+_PROCESSOR = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class CpuOperators:
+    """The compiled operators; shapes and formulas stand in their source."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    silu_mul: Callable[[Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
+
+
+@cache
+def cpu_operators() -> CpuOperators | None:
+    """The operators, compiled now if this machine has not done so before: that takes some ten seconds.
+
+    None, and the reason in the log, where they cannot be had: torch's own do the work then, more slowly.
+    """
+    try:
+        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
+    except FileNotFoundError as error:
+        log.warning("no C++ compiler (%s): steps take up to twice as long; g++ would do", error.filename)
+        return None
+    except subprocess.CalledProcessError as error:
+        log.warning("the operators for this processor cannot be compiled; torch's own are used: %s", error.stderr)
+        return None
+    except OSError as error:
+        log.warning("the operators for this processor cannot be loaded; torch's own are used: %s", error)
+        return None
+    ops = torch.ops.nr_serve
+    return CpuOperators(ops.rms_norm.default, ops.silu_mul.default, ops.rotate.default, ops.attend.default)
+
+
+def _library() -> Path:
+    """The compiled file, in the cache folder. Raises CalledProcessError, FileNotFoundError or another OSError."""
+    compiler = os.environ.get("CXX", "c++")
+    made_of = (_SOURCE.read_text(), compiler, *_FLAGS, torch.__version__, _processor())
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    library = cache_folder() / "operators" / f"{key}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            os.replace(
+                _compiled(compiler, Path(folder)), library
+            )  # whole or not at all, whoever else does the same
+        log.info("operators compiled for this processor in %.0f s", time.perf_counter() - started)
+    return library
+
+
+def _compiled(compiler: str, folder: Path) -> Path:
+    """Compile and link apart: linking with -fopenmp would bring a second pool of threads beside torch's."""
+    torch_folder = Path(torch.__file__).parent
+    compiled, library = folder / "operators.o", folder / "operators.so"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    _run(compiler, *_FLAGS, abi, "-isystem", torch_folder / "include", "-c", _SOURCE, "-o", compiled)
+    _run(compiler, "-shared", compiled, "-L", torch_folder / "lib", "-ltorch_cpu", "-lc10", "-o", library)
+    return library
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _processor() -> str:
+    """What the compiled file depends on: a cache folder may be shared by several machines."""
+    told = _PROCESSOR.read_text().splitlines() if _PROCESSOR.exists() else []
+    flags = [line for line in told if line.startswith(("flags", "Features"))]
+    return " ".join([platform.machine(), *flags[:1]])

@@ -1,0 +1,160 @@
+"""The compiled operators against float64, one token and head at a time; and what happens where there are none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nr_serve.engine import cpu_operators as module
+from nr_serve.engine.cpu_operators import CpuOperators, cpu_operators
+
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+SIZES = (1, 7, 16, 48, 576, 1000)
+FAR = 2**62
+
+
+@pytest.fixture(scope="module")
+def operators() -> CpuOperators:
+    made = cpu_operators()
+    if made is None:
+        pytest.skip("no C++ compiler here")
+    return made
+
+
+def close(got, want, dtype):
+    assert got.dtype == dtype
+    scale = max(1.0, float(want.abs().max()))
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=ROUNDING[dtype] * scale)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("size", SIZES)
+def test_rms_norm_is_the_formula(operators, dtype, size):
+    torch.manual_seed(size)
+    for rows in ((1,), (1, 3), (130,)):
+        x, weight = (3 * torch.randn(*rows, size)).to(dtype), torch.randn(size).to(dtype)
+        wide = x.double()
+        want = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        close(operators.rms_norm(x, weight, 1e-5), want, dtype)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("size", SIZES)
+def test_silu_mul_is_the_formula(operators, dtype, size):
+    torch.manual_seed(size)
+    for rows in ((1,), (1, 3), (130,)):
+        both = (4 * torch.randn(*rows, 2 * size)).to(dtype)
+        gate, up = both.double().chunk(2, -1)
+        close(operators.silu_mul(both), F.silu(gate) * up, dtype)
+
+
+def test_silu_mul_of_values_far_out_stays_finite(operators):
+    both = torch.tensor([[-1e4, 1e4, -200.0, 3.0, 2.0, 5.0]])
+    torch.testing.assert_close(operators.silu_mul(both), torch.tensor([[0.0, 2e4, 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 2, 16), (9, 3, 64), (2, 2, 6), (5, 1, 40)])
+def test_rotate_turns_queries_and_keys_and_fills_the_cells(operators, dtype, heads, key_heads, size):
+    torch.manual_seed(size)
+    tokens, cells = 7, torch.tensor([11, 3, 8, 0, 5, 12, 1])
+    qkv = torch.randn(1, tokens, (heads + 2 * key_heads) * size).to(dtype)
+    cos, sin = (torch.randn(1, tokens, size).to(dtype) for _ in range(2))
+    stores = [torch.full((14, key_heads, size), 7.0).to(dtype) for _ in range(2)]
+    query = operators.rotate(qkv, cos, sin, *stores, cells)
+    each = qkv[0].double().view(tokens, -1, size)
+    first, second = each[:, : heads + key_heads].chunk(2, -1)
+    turned = torch.cat([-second, first], -1) * sin[0].double()[:, None]
+    want = each[:, : heads + key_heads] * cos[0].double()[:, None] + turned
+    close(query, want[:, :heads], dtype)
+    close(stores[0][cells], want[:, heads:], dtype)
+    assert torch.equal(stores[1][cells], qkv[0].view(tokens, -1, size)[:, heads + key_heads :])
+    untouched = sorted(set(range(14)) - set(cells.tolist()))
+    assert all(bool((store[untouched] == 7).all()) for store in stores)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 2, 16), (9, 3, 64), (7, 1, 12), (32, 4, 128)])
+@pytest.mark.parametrize("window", [FAR, 5])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attend_is_softmax_attention_over_each_own_context(
+    operators, dtype, heads, key_heads, size, window, threads
+):
+    torch.manual_seed(size)
+    lengths = [1, 16, 17, 40, 3]
+    keys, values = (torch.full((300, key_heads, size), torch.nan).to(dtype) for _ in range(2))
+    cells = torch.full((len(lengths), max(lengths)), 299)  # a cell that holds NaN
+    order = torch.randperm(299)
+    for row, length in enumerate(lengths):
+        cells[row, :length] = order[row * 40 : row * 40 + length]
+        for store in (keys, values):
+            store[cells[row, :length]] = torch.randn(length, key_heads, size).to(dtype)
+    query = torch.randn(len(lengths), heads, size).to(dtype)
+    positions = torch.tensor(lengths) - 1
+    want = torch.empty(query.shape, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        seen = cells[row, max(0, length - window) : length]
+        for head in range(heads):
+            of = head // (heads // key_heads)
+            weights = (0.3 * keys[seen, of].double() @ query[row, head].double()).softmax(0)
+            want[row, head] = weights @ values[seen, of].double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = operators.attend(query, keys, values, cells, positions, 0.3, window)
+    finally:
+        torch.set_num_threads(before)
+    close(got, want, dtype)
+    alone = operators.attend(query[3:4], keys, values, cells[3:4], positions[3:4], 0.3, window)
+    assert torch.equal(alone[0], got[3]), "what shares the step must not matter"
+
+
+def test_a_wrong_shape_or_type_is_an_error_not_a_crash(operators):
+    x = torch.randn(2, 8)
+    with pytest.raises(RuntimeError):
+        operators.rms_norm(x, torch.ones(9), 1e-5)
+    with pytest.raises(RuntimeError):
+        operators.rms_norm(x.double(), torch.ones(8).double(), 1e-5)
+    with pytest.raises(RuntimeError):
+        operators.silu_mul(torch.randn(2, 7))
+
+
+@pytest.fixture
+def new_machine(monkeypatch, tmp_path):
+    """Nothing compiled, and nothing remembered."""
+    monkeypatch.setenv("NR_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "cpu_operators", cpu_operators.__wrapped__)
+    return tmp_path
+
+
+def test_without_a_compiler_there_are_none_and_the_log_says_so(new_machine, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert module.cpu_operators() is None
+    assert "/nowhere/c++" in caplog.text
+
+
+def test_where_they_do_not_compile_there_are_none_and_the_log_says_why(new_machine, monkeypatch, caplog):
+    compiler = new_machine / "c++"
+    compiler.write_text("#!/bin/sh\necho 'unknown processor' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert module.cpu_operators() is None
+    assert "unknown processor" in caplog.text
+    assert not list((new_machine / "operators").glob("*")), "nothing half made stays"
+
+
+def test_what_was_compiled_is_used_again(operators, new_machine, monkeypatch):
+    made = module._library()
+    assert list(made.parent.iterdir()) == [made]
+    monkeypatch.setattr(module, "_compiled", lambda *_: pytest.fail("compiled twice"))
+    assert module._library() == made
+
+
+def test_another_processor_has_its_own(new_machine, monkeypatch):
+    def compiled(compiler, folder):
+        (folder / "made").touch()
+        return folder / "made"
+
+    monkeypatch.setattr(module, "_compiled", compiled)
+    first = module._library()
+    monkeypatch.setattr(module, "_processor", lambda: "another")
+    assert module._library() != first
