@@ -12,7 +12,7 @@ R rows, N pages, L layers, K labels, d width of the stream, h width of a slot.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from nr_serve.names import MOST_JOINED
 from nr_serve.neutral.format import Adapter
 from nr_serve.neutral.scan import Pass, carry_on, passes
 
+_FEW_TOKENS = 64  # of a step: with more, products by oneDNN are faster than the operator made for few
 _SHUT = -1e30  # bias of a layer without a block: finite, so that the carry of it stays finite
 
 
@@ -88,17 +89,27 @@ class _Step:
     m_LTn: Tensor
     """Carried logits, filled layer by layer."""
     m_L: tuple[Tensor, ...]
+    before_L: tuple[Tensor, ...]
+    """[P, n]: the state each piece continues from; NaN where nothing came before."""
+    first_P: Tensor | None
+    """Index of each piece's first token; None in a step of decodes alone: all are."""
+    carries: _Carries | None
+    """None: the step's tokens are few, and one operator does it all."""
+    layers_done: int = 0
+    opened: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Carries:
+    """What torch's operators need to carry the logits of many tokens on."""
+
     carried_L: tuple[Tensor, ...]
     """[P, n]: a times the state the piece continues from; 0 where nothing came before."""
     share_L: tuple[Tensor, ...]
     """[P, n]: weight of the first token's own logit, 1 - a; 1 where nothing came before."""
     share_n: Tensor
     """The same for the other tokens."""
-    first_P: Tensor | None
-    """Index of each piece's first token; None in a step of decodes alone: all are."""
     passes: list[Pass]
-    layers_done: int = 0
-    opened: bool = False
 
 
 class Bank:
@@ -115,7 +126,9 @@ class Bank:
         device: torch.device,
         dtype: torch.dtype,
         pages: int = 0,
+        few: Callable[..., bool] | None = None,
     ) -> None:
+        """`few` adds the residues of a layer to few tokens: `add_residues` of `cpu_operators`; None: torch does."""
         self.layers, self.d, self.slots, self.width, self.rows = layers, d, slots, width, rows
         self.device, self.dtype = device, dtype
         self.labels, self.pages = slots + MOST_JOINED + 3, pages  # three: the base, the bare base and `OTHER`
@@ -145,6 +158,9 @@ class Bank:
         self._room = zeros(0)  # for the carried logits of a step, grown to the largest so far
         self._none_open = zeros(1, 1, dtype=torch.int32)
         self._look_at_attached()
+        self._few = few
+        self._up_L, self._out_L = self.w_up_SLud.unbind(1), self.w_out_SLhd.unbind(1)
+        self._width_L = self.width_LS.unbind()
         self._step: _Step | None = None
 
     # Slots
@@ -222,13 +238,37 @@ class Bank:
         if step is None:
             return y
         x_Td = x.reshape(-1, self.d)
-        over_Tn = self._gates(layer, x_Td, step)
+        if step.carries is None:
+            return self._add_few(layer, x_Td.contiguous(), y.reshape(-1, self.d).contiguous(), step).view_as(y)
+        over_Tn = self._gates(layer, x_Td, step, step.carries)
         # The one value read of a layer. NaN, too, goes on to where every gate is looked at.
         if float(over_Tn.max()) <= 0:
             return y
         step.opened = True
         g_Tn = torch.where(step.selected_Tn, over_Tn.relu_(), 0.0)
         return self._add_blocks(layer, x_Td, y.reshape(-1, self.d), g_Tn).view_as(y)
+
+    def _add_few(self, layer: int, x_Td: Tensor, y_Td: Tensor, step: _Step) -> Tensor:
+        """All of `add_residues` in one operator."""
+        assert self._few is not None
+        opened = self._few(
+            x_Td,
+            y_Td,
+            self._gate_L[layer],
+            self._bias_L[layer],
+            self.carry_S[: self._columns],
+            step.before_L[layer],
+            step.tokens.offset_T,
+            step.threshold,
+            step.selected_Tn,
+            step.m_L[layer],
+            self._up_L[layer],
+            self._out_L[layer],
+            self._width_L[layer],
+        )
+        step.opened |= opened
+        step.layers_done = layer + 1
+        return y_Td
 
     def end(self) -> Tensor | None:
         """Finish the step. Layers whose gate was open by token and slot, int32 [T, S]; None: nothing is attached.
@@ -258,39 +298,47 @@ class Bank:
     def _prepared(self, tokens: StepTokens) -> _Step:
         """What the layers of a step share, made once."""
         n, T = self._columns, len(tokens.row_T)
-        a_n = self.carry_S[:n]
         row_P = tokens.row_T[tokens.last_P]
-        before_LPn = self.state_LRS[:, row_P, :n]
-        nothing_LPn = before_LPn.isnan()
-        a_LPn = torch.where(nothing_LPn, 0.0, a_n)
+        before_LPn = self.state_LRS[:, row_P, :n].contiguous()
+        threshold = _threshold(self.threshold_S[:n], tokens)
+        few = self._few is not None and T <= _FEW_TOKENS
         if self.layers * T * n > len(self._room):
             self._room = torch.empty(self.layers * T * n, device=self.device)
         m_LTn = self._room[: self.layers * T * n].view(self.layers, T, n)
-        decodes = tokens.longest == 1
         return _Step(
             tokens=tokens,
             row_P=row_P,
             selected_Tn=tokens.selected_TS[:, :n],
-            threshold=_threshold(self.threshold_S[:n], tokens),
+            threshold=threshold.expand(T, n) if few else threshold,
             m_LTn=m_LTn,
             m_L=m_LTn.unbind(),
+            before_L=before_LPn.unbind(),
+            first_P=None if tokens.longest == 1 else _firsts(tokens.last_P),
+            carries=None if few else self._carries_of(tokens, before_LPn),
+        )
+
+    def _carries_of(self, tokens: StepTokens, before_LPn: Tensor) -> _Carries:
+        n = self._columns
+        a_n = self.carry_S[:n]
+        nothing_LPn = before_LPn.isnan()
+        a_LPn = torch.where(nothing_LPn, 0.0, a_n)
+        return _Carries(
             carried_L=(a_LPn * before_LPn.masked_fill(nothing_LPn, 0.0)).unbind(),
             share_L=(1 - a_LPn).unbind(),
             share_n=1 - a_n,
-            first_P=None if decodes else _firsts(tokens.last_P),
-            passes=[] if decodes else passes(a_n, max(self._carries[:n]), tokens.offset_T, tokens.longest),
+            passes=passes(a_n, max(self._carries[:n]), tokens.offset_T, tokens.longest),
         )
 
-    def _gates(self, layer: int, x_Td: Tensor, step: _Step) -> Tensor:
+    def _gates(self, layer: int, x_Td: Tensor, step: _Step, carries: _Carries) -> Tensor:
         """Carried logit minus threshold of every token and evaluated slot, [T, n], selected or not."""
         z_Tn = F.linear(x_Td.float(), self._gate_L[layer], self._bias_L[layer])
         m_Tn = step.m_L[layer]
         if step.first_P is None:
-            torch.addcmul(step.carried_L[layer], z_Tn, step.share_L[layer], out=m_Tn)
+            torch.addcmul(carries.carried_L[layer], z_Tn, carries.share_L[layer], out=m_Tn)
         else:
-            torch.mul(z_Tn, step.share_n, out=m_Tn)
-            first_Pn = torch.addcmul(step.carried_L[layer], z_Tn[step.first_P], step.share_L[layer])
-            carry_on(m_Tn.index_copy_(0, step.first_P, first_Pn), step.passes)
+            torch.mul(z_Tn, carries.share_n, out=m_Tn)
+            first_Pn = torch.addcmul(carries.carried_L[layer], z_Tn[step.first_P], carries.share_L[layer])
+            carry_on(m_Tn.index_copy_(0, step.first_P, first_Pn), carries.passes)
         step.layers_done = layer + 1
         return m_Tn - step.threshold
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from nr_serve.engine.cpu_operators import cpu_operators
 from nr_serve.errors import BadAdapterFile
 from nr_serve.neutral import math
 from nr_serve.neutral.bank import Bank, StepTokens, Trial
@@ -16,9 +17,23 @@ LABELS = SLOTS + 64
 NAN = float("nan")
 
 
+few = None
+
+
+@pytest.fixture(autouse=True, params=["torch's operators", "one operator"])
+def by(request, monkeypatch):
+    """Every test here is for both."""
+    operators = cpu_operators() if request.param == "one operator" else None
+    if request.param == "one operator" and operators is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(f"{__name__}.few", operators and operators.add_residues)
+
+
 def bank(dtype=torch.float32) -> Bank:
-    device = torch.device("cpu")
-    return Bank(layers=LAYERS, d=D, slots=SLOTS, width=WIDTH, rows=ROWS, device=device, dtype=dtype, pages=PAGES)
+    return Bank(
+        layers=LAYERS, d=D, slots=SLOTS, width=WIDTH, rows=ROWS, pages=PAGES,
+        device=torch.device("cpu"), dtype=dtype, few=few,
+    )  # fmt: skip
 
 
 def adapter(seed: int, *, carry=0.0, widths=(WIDTH,) * LAYERS, bias=0.0) -> Adapter:
