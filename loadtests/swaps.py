@@ -4,9 +4,9 @@
 
 The engine in this process, without HTTP. In each round so many streams are read to their end twice, once in peace
 and once while an adapter is loaded every `--every` seconds, each in the place of the one before. The adapters are
-random, of 5% capacity, and never fire. *New* ones are measured on the probe texts before they are published; of
-*known* ones, loaded before, the measurement is kept. `idle` is a load while nothing runs. The last line is one JSON
-document.
+random, of 5% capacity, and never fire. *New* ones are measured on the probe texts once published, beside the
+streams; of *known* ones, loaded before, the measurement is kept. `idle` is a load while nothing runs. The last line
+is one JSON document.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from provenance import provenance
 from steps import Engine
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine.messages import AdapterView, EngineInfo, LoadAdapter, Sampling, Submit
+from nr_serve.engine.messages import AdapterView, EngineInfo, ListAdapters, LoadAdapter, Sampling, Submit
 from nr_serve.evaluate.tables import markdown
 from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
 
@@ -71,8 +71,15 @@ class Swaps:
         """Seconds from the request to published, while nothing runs."""
         started = time.perf_counter()
         view: AdapterView = self.engine.loop.call(LoadAdapter("swapped", path, replace=True)).result()
+        seconds = time.perf_counter() - started
         assert view.state == "attached"
-        return time.perf_counter() - started
+        self.settle()
+        return seconds
+
+    def settle(self) -> None:
+        """Wait until nothing is measured any more."""
+        while any(view.measuring for view in self.engine.loop.call(ListAdapters()).result()):
+            time.sleep(0.05)
 
     def read(self, streams: int, tokens: int, files: list[Path], every: float) -> Reading:
         """Read so many streams to their end; load the files meanwhile, one every `every` seconds."""
@@ -103,6 +110,7 @@ class Swaps:
                 left -= output.finish_reason is not None
         for future in futures:
             future.result()
+        self.settle()
         return Reading(gaps, [done.get() for _ in futures])
 
 

@@ -315,6 +315,7 @@ class Adapter(Answer):
     load_seconds: float
     gates: AdapterGates
     neutrality: dict[str, ProbeLeak] | None
+    measuring: bool
     fired_by_selected: dict[str, int] | None = None
     deleted: bool | None = None
 

@@ -26,6 +26,7 @@ def adapter_body(view: AdapterView, statistics: GateStatistics | None = None) ->
         "load_seconds": view.load_seconds,
         "gates": gates_body(view.gates),
         "neutrality": neutrality_body(view.neutrality),
+        "measuring": view.measuring,
     }
     if statistics is not None:
         body["fired_by_selected"] = {

@@ -86,7 +86,7 @@ def _row(adapter: Mapping[str, Any]) -> tuple[str, ...]:
 def _leak(adapter: Mapping[str, Any]) -> str:
     """The worst on any probe text, and the text's name."""
     if adapter["neutrality"] is None:
-        return "-"
+        return "measuring" if adapter["measuring"] else "-"
     name, worst = max(adapter["neutrality"].items(), key=lambda item: item[1]["leak"])
     return f"{worst['leak']:.2%} ({name})"
 

@@ -5,21 +5,22 @@ Everything here runs on the engine's thread, between steps.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
-from nr_serve.engine.canary import Canary
+from nr_serve.engine.canary import Canary, Measurement
 from nr_serve.engine.gates import GateCounts
 from nr_serve.engine.messages import AdapterGates, AdapterView, LoadAdapter, PatchAdapter
 from nr_serve.engine.neutrality import Attachments
 from nr_serve.engine.request import Request
-from nr_serve.errors import BadRequest, Conflict, NrError, Unavailable
+from nr_serve.engine.scheduler import Piece, Result
+from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NrError, Unavailable
 from nr_serve.names import OTHER
 from nr_serve.neutral import MAX_THRESHOLD
 from nr_serve.neutral.registry import Registry, Selection, Version
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from nr_serve.neutral.bank import Bank
     from nr_serve.neutral.format import Adapter
 
+log = logging.getLogger(__name__)
 COPY_SECONDS = 0.002  # of copying weights between two steps: small beside a step, so that no stream feels it
 
 
@@ -36,12 +38,15 @@ class _Change:
     """A version on its way into its slot or, with a `patch`, to another threshold there."""
 
     version: Version
-    pieces: Iterator[None]
-    """The work to do first, between steps: copying and measuring."""
+    copying: Iterator[None]
+    """Done first, between steps."""
+    measurement: Measurement | None
+    """To be made, in part or whole, before it acts."""
     started: float
     answer: Future[AdapterView] | None = None
     """Set for a load and for a patch: it is answered when it acts. A load is published then."""
     replace: bool = False
+    copied: bool = False
     patch: PatchAdapter | None = None
     evicted: Version | None = None
     """Who had the slot before."""
@@ -55,8 +60,11 @@ class Adapters:
         self.registry = Registry(bank.slots)
         self.attachments = Attachments()
         self._bank = bank
-        self._canary = canary or Canary({}, fired=lambda piece, slot, threshold: 0)
+        self._canary = canary or Canary({})
         self._changes: deque[_Change] = deque()
+        # What acts and is still to be measured, each with its attachment: by another it is not meant any more.
+        self._behind: deque[tuple[int, Measurement]] = deque()
+        self._on_trial: Measurement | None = None
         self._gates = GateCounts(bank, self.registry)
 
     # Requests
@@ -126,7 +134,7 @@ class Adapters:
             answer.set_exception(_unmeasured(version))
             return
         # Every slot is in use: it is registered, and attached when one comes free or somebody asks for it.
-        self._publish(_Change(version, iter(()), started, answer, message.replace))
+        self._publish(_Change(version, iter(()), None, started, answer, message.replace))
 
     def unload(self, name: str) -> AdapterView:
         """Forget a name; running requests keep the version they hold. Raises NotFound."""
@@ -139,7 +147,7 @@ class Adapters:
     def patch(self, message: PatchAdapter, answer: Future[AdapterView]) -> None:
         """Turn an adapter's dials; `answer` gets its view, or the error.
 
-        A new threshold acts only once the leak at it is known: its gates then move the stream that others read.
+        With a limit a new threshold acts only once the leak at it is known.
         """
         try:
             version = self.registry.get(message.name)
@@ -155,25 +163,50 @@ class Adapters:
         answer.set_result(self.view(version))
 
     @property
-    def copying(self) -> bool:
+    def busy(self) -> bool:
         """Whether weights are on their way into a slot, or an adapter is being measured."""
-        return bool(self._changes)
+        return bool(self._changes or self._behind)
 
     def copy_some(self, seconds: float = COPY_SECONDS) -> None:
-        """Copy weights and measure for about so long, at least a layer or a piece; publish what is ready."""
+        """Copy weights for about so long, at least a layer; publish what is ready."""
         end = time.perf_counter() + seconds
         while self._changes:
             change = self._changes[0]
-            try:
-                for _ in change.pieces:
-                    if time.perf_counter() >= end:
-                        return
-            except NrError as error:
-                self._changes.popleft()
-                self._refuse(change, error)
+            for _ in change.copying:
+                if time.perf_counter() >= end:
+                    return
+            change.copied = True
+            if change.measurement is not None and not self._canary.may_act(change.measurement):
+                return
+            self._changes.popleft()
+            self._finish(change)
+
+    def trial(self, most: int) -> Piece | None:
+        """The piece of probe text to run with the next step, of at most so many tokens; `tried` takes its result.
+
+        What waits to act goes before what acts already, and nothing is measured while weights are copied.
+        """
+        self._on_trial = self._to_measure()
+        return None if self._on_trial is None else self._canary.piece(self._on_trial, most)
+
+    def tried(self, piece: Piece, result: Result) -> None:
+        """Take what running the piece gave; an adapter that is found out is refused, or unloaded."""
+        measurement = self._on_trial
+        assert measurement is not None
+        acts = not (self._changes and self._changes[0].measurement is measurement)
+        if acts and not self._is_meant(*self._behind[0]):
+            return  # it went with a request that ended
+        try:
+            self._canary.add(measurement, piece, result)
+        except NrError as error:
+            if acts:
+                self._behind.popleft()
+                self._found_out(measurement.version, error)
             else:
-                self._changes.popleft()
-                self._finish(change)
+                self._refuse(self._changes.popleft(), error)
+        else:
+            if acts and self._canary.done(measurement):
+                self._behind.popleft()
 
     def abandon(self, error: NrError) -> None:
         """Answer every load and patch under way with `error`: the engine is at its end."""
@@ -181,6 +214,7 @@ class Adapters:
             if change.answer is not None:
                 change.answer.set_exception(error)
         self._changes.clear()
+        self._behind.clear()
 
     # Reading
 
@@ -204,6 +238,7 @@ class Adapters:
             load_seconds=version.load_seconds,
             gates=self._gates.of(version.name),
             neutrality=self._canary.report(version),
+            measuring=any(each.version is version and self._is_meant(at, each) for at, each in self._behind),
         )
 
     def views(self) -> tuple[AdapterView, ...]:
@@ -236,20 +271,33 @@ class Adapters:
         self.registry.place(version, slot)
         self._shut(slot)
         # Shut until it is finished: what is measured may be refused, and must not be observed meanwhile.
-        copied = self._bank.attach(slot, version.payload, math.inf)
-        pieces = chain(copied, self._canary.measure(version, version.threshold))
-        self._changes.append(_Change(version, pieces, started, answer, replace, evicted=evicted))
+        copying = self._bank.attach(slot, version.payload, math.inf)
+        measurement = self._canary.begin(version, version.threshold)
+        self._changes.append(_Change(version, copying, measurement, started, answer, replace, evicted=evicted))
         return True
+
+    def _to_measure(self) -> Measurement | None:
+        if self._changes:
+            change = self._changes[0]
+            return change.measurement if change.copied else None
+        while self._behind and not self._is_meant(*self._behind[0]):
+            self._behind.popleft()
+        return self._behind[0][1] if self._behind else None
+
+    def _is_meant(self, attachment: int, measurement: Measurement) -> bool:
+        """Whether what is measured still acts, for new requests, at this threshold."""
+        return attachment in self.attachments.all and not measurement.version.retired
 
     def _must_measure(self, version: Version, threshold: float) -> bool:
         """Whether a threshold must wait for its turn to be measured.
 
-        An adapter outside the slots is measured when it gets one, if any leak is taken.
+        If any leak is taken it is measured afterwards, in a slot.
         """
+        if self._canary.max_leak is None:
+            return False
         if any(change.patch is not None and change.version is version for change in self._changes):
             return True  # the last to ask must be the last to act
-        now = version.slot is not None or self._canary.max_leak is not None
-        return now and self._canary.needs(version, threshold)
+        return self._canary.begin(version, threshold) is not None
 
     def _start_patch(
         self, version: Version, message: PatchAdapter, threshold: float, answer: Future[AdapterView]
@@ -258,8 +306,8 @@ class Adapters:
         if version.slot is None and not self._start_copy(version, started):
             raise _unmeasured(version)
         self.registry.hold((version,))  # as a request does, so that it stays in its slot
-        pieces = self._canary.measure(version, threshold)
-        self._changes.append(_Change(version, pieces, started, answer, patch=message))
+        measurement = self._canary.begin(version, threshold)
+        self._changes.append(_Change(version, iter(()), measurement, started, answer, patch=message))
 
     def _pinned(self, message: LoadAdapter) -> bool:
         """Whether the version to come is pinned: as asked, else as the one it replaces."""
@@ -287,8 +335,7 @@ class Adapters:
         if change.patch is not None:
             self._finish_patch(change, change.patch)
             return
-        assert version.slot is not None
-        self._open(version.slot, version.threshold)
+        self._open(version, change.measurement)
         if change.answer is not None:
             self._publish(change)
         else:
@@ -307,7 +354,7 @@ class Adapters:
     def _refuse(self, change: _Change, error: NrError) -> None:
         """The canary said no: leave everything as it was."""
         if change.answer is None:
-            # It was registered before it could be measured, so it is served, and still counts as not measured.
+            # It was registered before it could be measured, so it is served.
             self._finish(change)
             return
         if change.patch is not None:
@@ -331,7 +378,7 @@ class Adapters:
         if patch.threshold is not None:
             version.threshold = patch.threshold
             if version.attached and version.slot is not None:
-                self._open(version.slot, patch.threshold)
+                self._open(version)
 
     def _publish(self, change: _Change) -> None:
         assert change.answer is not None
@@ -361,10 +408,21 @@ class Adapters:
         if slots:
             self._fill_free_slots()
 
-    def _open(self, slot: int, threshold: float) -> None:
-        """What the slot holds acts from the next step on, with this threshold."""
-        self._bank.set_threshold(slot, threshold)
-        self.attachments.put(slot)
+    def _open(self, version: Version, measurement: Measurement | None = None) -> None:
+        """What is in the version's slot acts from the next step on; its leak, if not known, is measured then."""
+        assert version.slot is not None
+        self._bank.set_threshold(version.slot, version.threshold)
+        self.attachments.put(version.slot)
+        if measurement is None or measurement.threshold != version.threshold:
+            measurement = self._canary.begin(version, version.threshold)
+        if measurement is not None and not self._canary.done(measurement):
+            self._behind.append((self.attachments[version.slot], measurement))
+
+    def _found_out(self, version: Version, error: NrError) -> None:
+        """An adapter that acts already could not be measured."""
+        log.error("adapter %s, version %s: %s", version.name, version.digest, error.message)
+        if isinstance(error, BadAdapterFile):
+            self.unload(version.name)
 
     def _shut(self, slot: int) -> None:
         self._bank.detach(slot)

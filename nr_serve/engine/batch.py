@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nr_serve.engine.scheduler import Piece
-from nr_serve.neutral.bank import StepTokens
+from nr_serve.neutral.bank import StepTokens, Trial
+
+_FEW_TOKENS = 8  # a group more for a piece of so few costs more than reading its context for each of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,9 @@ def build_batch(
     recalls_pages: bool = False,
     device: torch.device,
 ) -> Batch:
-    """Lay the pieces end to end. They must be ordered by length; `labels` has one entry per piece.
+    """Lay the pieces end to end. They must be ordered by length, but one on trial comes last.
+
+    `labels` has one entry per piece.
 
     `spare_cell` is a KV cell that is never written and holds zeros. With `recalls_pages` the bank is told where
     pages end, to keep the carried state there.
@@ -120,16 +125,25 @@ def build_batch(
         longest=int(counts.max()),
         end_E=put(page_ends) if len(page_ends) else None,
         page_E=put(written[page_ends] // page_size) if len(page_ends) else None,
+        trial=_trial(pieces[-1], int(ends[-1])),
     )
     starts = ends - counts
     return Batch(
         input_ids_T=put(input_ids.astype(np.int64)),
         positions_T=put(positions),
         cells_T=put(written),
-        groups=_groups(pieces, cells, starts, spare_cell, device),
+        groups=_groups(pieces, cells, spare_cell, device),
         tokens=tokens,
         bounds=[(int(s), int(e)) for s, e in zip(starts, ends, strict=True)],
     )
+
+
+def _trial(piece: Piece, end: int) -> Trial | None:
+    if piece.trial is None:
+        return None
+    (version,) = piece.request.selection or ()
+    assert version.slot is not None
+    return Trial(first=end - piece.count, slot=version.slot, threshold=piece.trial)
 
 
 def _cells(piece: Piece, page_size: int) -> np.ndarray:
@@ -139,10 +153,10 @@ def _cells(piece: Piece, page_size: int) -> np.ndarray:
     return cells[: piece.start + piece.count]
 
 
-def _groups(
-    pieces: Sequence[Piece], cells: list[np.ndarray], starts: np.ndarray, spare_cell: int, device: torch.device
-) -> list[Group]:
+def _groups(pieces: Sequence[Piece], cells: list[np.ndarray], spare_cell: int, device: torch.device) -> list[Group]:
     groups: list[Group] = []
+    pieces, cells = _apart(pieces, cells)
+    starts = list(accumulate((piece.count for piece in pieces), initial=0))
     i = 0
     while i < len(pieces):
         count = pieces[i].count
@@ -150,9 +164,24 @@ def _groups(
         # Only single tokens are worth padding together; prompts' chunks differ too much in context.
         while count == 1 and j < len(pieces) and pieces[j].count == 1:
             j += 1
-        groups.append(_group(pieces[i:j], cells[i:j], int(starts[i]), spare_cell, device))
+        groups.append(_group(pieces[i:j], cells[i:j], starts[i], spare_cell, device))
         i = j
     return groups
+
+
+def _apart(pieces: Sequence[Piece], cells: list[np.ndarray]) -> tuple[list[Piece], list[np.ndarray]]:
+    """The pieces, a short one as so many single tokens: they attend together with those of other requests."""
+    each: list[Piece] = []
+    own: list[np.ndarray] = []
+    for piece, context in zip(pieces, cells, strict=True):
+        if piece.count > _FEW_TOKENS:
+            each.append(piece)
+            own.append(context)
+            continue
+        for end in range(piece.start + 1, piece.start + piece.count + 1):
+            each.append(Piece(piece.request, end - 1, 1))
+            own.append(context[:end])
+    return each, own
 
 
 def _group(

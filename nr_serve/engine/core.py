@@ -22,6 +22,7 @@ from nr_serve.tokenizer import Detokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 5  # in a row
+TRIAL_TOKENS = 64  # of a piece on trial while nothing else runs: who comes meanwhile should not wait long
 
 
 class Runs(Protocol):
@@ -30,9 +31,11 @@ class Runs(Protocol):
     eos_ids: frozenset[int]
     recalls_pages: bool
     """Whether it keeps what a request needs to begin with pages that another one computed."""
+    trial_tokens: int
+    """How long a piece on trial may be beside others."""
 
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
-        """One forward pass; a result for each piece."""
+        """One forward pass, a piece on trial last; a result for each piece."""
         ...
 
 
@@ -112,8 +115,11 @@ class Core:
         schedule = self.scheduler.schedule()
         # Single tokens first, then chunks by length: the batch wants pieces of one length together.
         pieces = sorted(schedule.pieces, key=lambda piece: piece.count)
-        results = self._run(pieces) if pieces else []
+        trial = self._adapters.trial(self._runner.trial_tokens if pieces else TRIAL_TOKENS)
+        results, tried = self._run(pieces, trial)
         outputs = self._apply(schedule, pieces, results)
+        if trial is not None and tried is not None:
+            self._adapters.tried(trial, tried)
         return StepEvents(tuple(outputs), self._report(pieces, started, preempted) if pieces else None)
 
     def statistics(self) -> GateStatistics:
@@ -152,8 +158,20 @@ class Core:
             raise QueueFull(f"{len(self.scheduler.waiting)} requests wait already; try again later")
         self._adapters.check_selection(submit.adapters)
 
-    def _run(self, pieces: list[Piece]) -> list[Result] | NrError:
+    def _run(self, pieces: list[Piece], trial: Piece | None) -> tuple[list[Result] | NrError, Result | None]:
+        """Results of the pieces, and of the one on trial."""
         labels = [self._adapters.label(piece.request) for piece in pieces]
+        tried = None
+        if trial is not None:
+            try:
+                *results, tried = self._runner.run([*pieces, trial], [*labels, 0])
+                return results, tried
+            except Exception:  # it must take nobody with it: the others run again, without it
+                log.exception("an adapter could not be run on a probe text")
+                tried = Result(None, error=NrError("it could not be run on the probe texts; the log says why"))
+        return self._run_requests(pieces, labels) if pieces else [], tried
+
+    def _run_requests(self, pieces: list[Piece], labels: list[int]) -> list[Result] | NrError:
         try:
             results = self._runner.run(pieces, labels)
         except Exception:

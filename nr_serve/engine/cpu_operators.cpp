@@ -310,6 +310,129 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
   return out;
 }
 
+// W_in and W_gate of one hidden value, [d] each, times F tokens' x, [F, d].
+template <int F, typename T>
+void multiply_up(const T* in, const T* gate, const float* x, int64_t d, float* ins, float* gates) {
+  Vec in_sums[F], gate_sums[F];
+  for (int f = 0; f < F; ++f) in_sums[f] = gate_sums[f] = Vec(0.f);
+  each(d, [&](int64_t i, int64_t size) {
+    const Vec u = load(in + i, size), v = load(gate + i, size);
+    for (int f = 0; f < F; ++f) {
+      const Vec some = load(x + f * d + i, size);
+      in_sums[f] = at::vec::fmadd(some, u, in_sums[f]);
+      gate_sums[f] = at::vec::fmadd(some, v, gate_sums[f]);
+    }
+  });
+  for (int f = 0; f < F; ++f) ins[f] = sum(in_sums[f]), gates[f] = sum(gate_sums[f]);
+}
+
+// `size` columns of W_out, [h, d], times F tokens' hidden values, [F, h], added to columns of their y.
+template <int F, typename T>
+void add_out(const T* out, int64_t d, int64_t h, const float* hidden, int64_t size, T* const* y) {
+  Vec sums[F][VECTORS_AT_ONCE];
+  for (auto& row : sums)
+    for (Vec& s : row) s = Vec(0.f);
+  for (int64_t j = 0; j < h; ++j) {
+    __builtin_prefetch(out + (j + 8) * d);
+    each(size, [&](int64_t i, int64_t some) {
+      const Vec w = load(out + j * d + i, some);
+      for (int f = 0; f < F; ++f) sums[f][i / W] = at::vec::fmadd(Vec(hidden[f * h + j]), w, sums[f][i / W]);
+    });
+  }
+  for (int f = 0; f < F; ++f)
+    each(size, [&](int64_t i, int64_t some) { store(y[f] + i, load(y[f] + i, some) + sums[f][i / W], some); });
+}
+
+// The tokens for which one slot's block is to be computed.
+struct Fired {
+  int64_t slot, width;
+  std::vector<int64_t> tokens;
+  std::vector<float> g, x, hidden;
+};
+
+// Adds the residues of a layer to y, of the tokens whose gate fired in a slot that is selected; whether any gate is
+// open. As in bank.py: x, y [T, d]; the gates' weights [n, d], biases and carries [n]; the logits carried from before
+// each piece [P, n], NaN where there are none, and each token's place in its piece [T]; thresholds and selected [T, n];
+// m [T, n] is written; W_in and W_gate [S, 2H, d], W_out transposed [S, H, d], and the widths of the slots' blocks [S].
+bool add_residues(const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& bias, const Tensor& carry,
+                  const Tensor& before, const Tensor& offset, const Tensor& threshold, const Tensor& selected,
+                  const Tensor& m, const Tensor& up, const Tensor& out, const Tensor& width) {
+  const int64_t tokens = x.size(0), d = x.size(1), n = gate.size(0);
+  for (const Tensor* t : {&x, &y, &gate, &bias, &carry, &before, &offset, &m, &width})
+    TORCH_CHECK(t->is_contiguous());
+  for (const Tensor* t : {&y, &up, &out}) TORCH_CHECK(t->scalar_type() == x.scalar_type());
+  TORCH_CHECK(y.sizes() == x.sizes() && gate.size(1) == d && bias.numel() == n && carry.numel() == n);
+  TORCH_CHECK(before.size(1) == n && offset.numel() == tokens && m.numel() == tokens * n && width.numel() >= n);
+  TORCH_CHECK(threshold.size(0) == tokens && threshold.size(1) == n && selected.sizes() == threshold.sizes());
+  TORCH_CHECK(up.stride(2) == 1 && up.stride(1) == d && out.stride(2) == 1 && out.stride(1) == d);
+  const float *w = gate.const_data_ptr<float>(), *b = bias.const_data_ptr<float>(), *a = carry.const_data_ptr<float>();
+  const float *past = before.const_data_ptr<float>(), *limit = threshold.const_data_ptr<float>();
+  const bool* may = selected.const_data_ptr<bool>();
+  const int64_t* place = offset.const_data_ptr<int64_t>();
+  const int32_t* widths = width.const_data_ptr<int32_t>();
+  float* carried = m.mutable_data_ptr<float>();
+  bool opened = false;
+  by_type(x, [&](auto type) {
+    using T = decltype(type);
+    const T *ups = up.const_data_ptr<T>(), *outs = out.const_data_ptr<T>();
+    std::vector<float> xs(tokens * d);
+    std::vector<Fired> fired(n);
+    each(tokens * d, [&](int64_t i, int64_t size) { store(xs.data() + i, load(x.const_data_ptr<T>() + i, size), size); });
+    for (int64_t t = 0, piece = -1; t < tokens; ++t) {
+      piece += place[t] == 0;
+      for (int64_t s = 0; s < n; ++s) {
+        Vec products(0.f);
+        each(d, [&](int64_t i, int64_t size) {
+          products = at::vec::fmadd(load(xs.data() + t * d + i, size), load(w + s * d + i, size), products);
+        });
+        const float z = sum(products) + b[s], last = place[t] ? carried[(t - 1) * n + s] : past[piece * n + s];
+        const float now = !place[t] && std::isnan(last) ? z : a[s] * last + (1.f - a[s]) * z;
+        carried[t * n + s] = now;
+        const float over = now - limit[t * threshold.stride(0) + s * threshold.stride(1)];
+        if (!(over > 0)) continue;
+        opened = true;
+        if (!may[t * selected.stride(0) + s * selected.stride(1)] || !widths[s]) continue;
+        fired[s].tokens.push_back(t);
+        fired[s].g.push_back(over);
+        fired[s].x.insert(fired[s].x.end(), xs.begin() + t * d, xs.begin() + (t + 1) * d);
+      }
+    }
+    for (int64_t s = 0; s < n; ++s) {
+      Fired& block = fired[s];
+      block.slot = s, block.width = widths[s];
+      block.hidden.resize(block.tokens.size() * block.width);
+      at::parallel_for(0, block.tokens.empty() ? 0 : block.width, grain(2 * d), [&](int64_t from, int64_t to) {
+        const T* in = ups + s * up.stride(0);
+        const T* gates = in + block.width * d;
+        for (int64_t j = from; j < to; ++j)
+          by_heads(block.tokens.size(), [&](auto some, int64_t f) {
+            float i[some()], g[some()];
+            multiply_up<some()>(in + j * d, gates + j * d, block.x.data() + f * d, d, i, g);
+            for (int k = 0; k < some(); ++k)
+              block.hidden[(f + k) * block.width + j] = g[k] / (1.f + std::exp(-g[k])) * i[k] * block.g[f + k];
+          });
+      });
+    }
+    at::parallel_for(0, (d + VECTORS_AT_ONCE * W - 1) / (VECTORS_AT_ONCE * W), 1, [&](int64_t from, int64_t to) {
+      for (const Fired& block : fired)
+        for (int64_t i = from * VECTORS_AT_ONCE * W; i < std::min(d, to * VECTORS_AT_ONCE * W); i += VECTORS_AT_ONCE * W)
+          by_heads(block.tokens.size(), [&](auto some, int64_t f) {
+            T* rows[some()];
+            for (int k = 0; k < some(); ++k) rows[k] = y.mutable_data_ptr<T>() + block.tokens[f + k] * d + i;
+            const auto add_columns = [&](int64_t size) {
+              add_out<some()>(outs + block.slot * out.stride(0) + i, d, block.width, block.hidden.data() + f * block.width,
+                              size, rows);
+            };
+            if (d - i >= VECTORS_AT_ONCE * W)
+              add_columns(VECTORS_AT_ONCE * W);  // a constant, so that the sums are registers
+            else
+              add_columns(d - i);
+          });
+    });
+  });
+  return opened;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(nr_serve, library) {
@@ -321,6 +444,9 @@ TORCH_LIBRARY(nr_serve, library) {
   library.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
       " -> Tensor");
+  library.def(
+      "add_residues(Tensor x, Tensor(a!) y, Tensor gate, Tensor bias, Tensor carry, Tensor before, Tensor offset,"
+      " Tensor threshold, Tensor selected, Tensor(b!) m, Tensor up, Tensor out, Tensor width) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(nr_serve, CPU, library) {
@@ -328,4 +454,5 @@ TORCH_LIBRARY_IMPL(nr_serve, CPU, library) {
   library.impl("silu_mul", silu_mul);
   library.impl("rotate", rotate);
   library.impl("attend", attend);
+  library.impl("add_residues", add_residues);
 }

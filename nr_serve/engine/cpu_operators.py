@@ -36,6 +36,7 @@ class CpuOperators:
     silu_mul: Callable[[Tensor], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
+    add_residues: Callable[..., bool]
 
 
 @cache
@@ -56,7 +57,9 @@ def cpu_operators() -> CpuOperators | None:
         log.warning("the operators for this processor cannot be loaded; torch's own are used: %s", error)
         return None
     ops = torch.ops.nr_serve
-    return CpuOperators(ops.rms_norm.default, ops.silu_mul.default, ops.rotate.default, ops.attend.default)
+    return CpuOperators(
+        ops.rms_norm.default, ops.silu_mul.default, ops.rotate.default, ops.attend.default, ops.add_residues.default
+    )
 
 
 def _library() -> Path:

@@ -200,7 +200,7 @@ class EngineLoop:
             row=runner.probe_row,
             pages=runner.probe_pages,
         )
-        adapters = Adapters(runner.bank, Canary(requests, runner.fired, config.max_leak))
+        adapters = Adapters(runner.bank, Canary(requests, config.max_leak))
         core = Core(
             runner,
             adapters,
@@ -212,27 +212,28 @@ class EngineLoop:
             max_batch_tokens=config.max_batch_tokens,
         )
         for entry in config.adapter:
-            self._attach_at_start(entry, adapters)
+            self._attach_at_start(entry, core, adapters)
         return core, adapters
 
-    def _attach_at_start(self, entry: str, adapters: Adapters) -> None:
+    def _attach_at_start(self, entry: str, core: Core, adapters: Adapters) -> None:
         message = LoadAdapter(*adapter_entry(entry))
         answer: Future[AdapterView] = Future()
         adapters.load(message, self._read_file(message.path), answer, time.perf_counter())
-        while adapters.copying:
+        while adapters.busy:
             adapters.copy_some()
+            core.step()  # measures it
         view = answer.result()
         log.info("adapter %s: version %s, %s", view.name, view.version, view.state)
 
     def _serve(self, core: Core, adapters: Adapters) -> None:
         while True:
-            idle = core.idle and not adapters.copying
+            idle = core.idle and not adapters.busy
             if idle:
                 core.check()
             if not self._take_messages(core, adapters, wait=idle):
                 return
             adapters.copy_some()
-            if not core.idle:
+            if not core.idle or adapters.busy:
                 events = core.step()
                 if events.outputs or events.report is not None:
                     self._deliver(events)

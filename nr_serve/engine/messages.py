@@ -176,7 +176,7 @@ class UnloadAdapter:
 
 @dataclass(frozen=True, slots=True)
 class PatchAdapter:
-    """Change the dials given (None: leave). Answer: `AdapterView`, once the leak at a new threshold is known."""
+    """Change the dials given (None: leave). Answer: `AdapterView`, once a new threshold acts."""
 
     name: str
     pinned: bool | None = None
@@ -218,6 +218,8 @@ class AdapterView:
     gates: AdapterGates
     neutrality: Neutrality | None = None
     """Its leak on each probe text; None until it was measured at its threshold."""
+    measuring: bool = False
+    """Whether that is under way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def probe_requests(
     """The first PROBE_TOKENS tokens of each text, `longest` at most, as requests outside the scheduler."""
     requests = {}
     for name, ids in texts.items():
-        submit = Submit("probe", tuple(ids[: min(longest, PROBE_TOKENS)]), Sampling(max_tokens=0))
+        submit = Submit("probe", tuple(ids[: min(longest, PROBE_TOKENS)]), Sampling(max_tokens=0), gates=True)
         text = AnswerText(Detokenizer(tokenizer, ()), ())
         requests[name] = Request(
             submit=submit, eos_ids=frozenset(), seed=0, text=text, arrival=0, row=row, pages=list(pages)

@@ -61,6 +61,8 @@ class Runner:
         self.probe_row = config.max_running
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.recalls_pages = config.prefix_cache
+        # The GPU's kernels know one threshold a slot, so there a piece on trial takes a pass of its own.
+        self.trial_tokens = 64 if self.kernels else 4
         self.bank = self._bank(config, int(shape.hidden_size))
         self.info = EngineInfo(
             model=name,
@@ -98,7 +100,15 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
-        """One step: a forward pass over all pieces, then a token for each piece that samples."""
+        """One step: a forward pass over all pieces, then a token for each piece that samples.
+
+        A piece on trial comes last. Its result has the layers fired, or BadAdapterFile as its error if its tokens
+        became NaN.
+        """
+        if self.kernels and len(pieces) > 1 and pieces[-1].trial is not None:
+            # It first: if it fails, the others have not been run.
+            tried = self.run(pieces[-1:], labels[-1:])
+            return self.run(pieces[:-1], labels[:-1]) + tried
         self._set_rows(pieces)
         wanted = [_logit_positions(piece) for piece in pieces]
         bounds = list(pairwise(accumulate((piece.count for piece in pieces), initial=0)))
@@ -115,29 +125,22 @@ class Runner:
             result = _guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS)
             results.append(replace(result, opened=opened_here) if opened_here else result)
             at = rows.stop
+        if pieces[-1].trial is not None and self._is_wild(pieces[-1]):
+            error = BadAdapterFile("its residues drive the base to values that are not finite")
+            results[-1] = replace(results[-1], error=error)
         return results
 
-    @torch.inference_mode()
-    def fired(self, piece: Piece, slot: int, threshold: float) -> int:
-        """Run a piece of probe text; token-layers on which a gate of the adapter in `slot` fired.
-
-        Nothing is counted, and the slot is left as it was. Raises BadAdapterFile if the stream becomes NaN.
-        """
-        self._set_rows([piece])
-        with self.bank.trial(slot, threshold):
-            _, open_TS = self.forward(self._batch([piece], [0]), [])
-        # Behind a residue gone wild every gate is NaN, which does not fire: that must not pass for neutral.
-        if self.bank.state_LRS[:, self.probe_row, slot].isnan().any():
-            raise BadAdapterFile("its residues drive the base to values that are not finite")
-        assert open_TS is not None
-        return int(open_TS[:, slot].sum())
+    def _is_wild(self, trial: Piece) -> bool:
+        """Behind a residue gone wild every gate is NaN, which does not fire: that must not pass for neutral."""
+        slots = [version.slot for version in trial.request.selection or ()]
+        return bool(self.bank.state_LRS[:, trial.request.row][:, slots].isnan().any())
 
     def _step(
         self, pieces: Sequence[Piece], labels: Sequence[int], positions: list[int]
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """As `forward`, by a graph if there is one for it; and the slots selected by token."""
         decoded = None
-        if self.graphs is not None and all(piece.count == 1 for piece in pieces):
+        if self.graphs is not None and all(piece.count == 1 and piece.trial is None for piece in pieces):
             decoded = self.graphs.run(pieces, labels, attached=bool(self.bank.attached))
         if decoded is None:
             batch = self._batch(pieces, labels)
@@ -246,6 +249,7 @@ class Runner:
             pages=self.probe_pages.stop,
             device=self.device,
             dtype=self.dtype,
+            few=None if self.operators is None else self.operators.add_residues,
         )
 
     def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:

@@ -41,6 +41,8 @@ class Piece:
     request: Request
     start: int
     count: int
+    trial: float | None = None
+    """Threshold on trial: that of the one adapter selected, on these tokens alone, which are not counted."""
 
     @property
     def samples(self) -> bool:

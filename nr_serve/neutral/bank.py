@@ -12,8 +12,7 @@ R rows, N pages, L layers, K labels, d width of the stream, h width of a slot.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,18 @@ from nr_serve.names import MOST_JOINED
 from nr_serve.neutral.format import Adapter
 from nr_serve.neutral.scan import Pass, carry_on, passes
 
+_FEW_TOKENS = 64  # of a step: with more, products by oneDNN are faster than the operator made for few
 _SHUT = -1e30  # bias of a layer without a block: finite, so that the carry of it stays finite
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A step's last tokens, on which a slot has another threshold, and which are not counted."""
+
+    first: int
+    """Index of the first of them."""
+    slot: int
+    threshold: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,12 @@ class StepTokens:
     """Index of each token that ends a page whose state is to be kept; None: there is none."""
     page_E: Tensor | None = None
     """The pages those tokens end, below the bank's `pages`."""
+    trial: Trial | None = None
+
+    @property
+    def counted(self) -> int:
+        """Tokens that are counted: the first so many."""
+        return len(self.row_T) if self.trial is None else self.trial.first
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +84,32 @@ class _Step:
     row_P: Tensor
     """State row of each piece's request."""
     selected_Tn: Tensor
-    threshold_n: Tensor
+    threshold: Tensor
+    """[n], or [T, n] with a trial."""
     m_LTn: Tensor
     """Carried logits, filled layer by layer."""
     m_L: tuple[Tensor, ...]
+    before_L: tuple[Tensor, ...]
+    """[P, n]: the state each piece continues from; NaN where nothing came before."""
+    first_P: Tensor | None
+    """Index of each piece's first token; None in a step of decodes alone: all are."""
+    carries: _Carries | None
+    """None: the step's tokens are few, and one operator does it all."""
+    layers_done: int = 0
+    opened: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Carries:
+    """What torch's operators need to carry the logits of many tokens on."""
+
     carried_L: tuple[Tensor, ...]
     """[P, n]: a times the state the piece continues from; 0 where nothing came before."""
     share_L: tuple[Tensor, ...]
     """[P, n]: weight of the first token's own logit, 1 - a; 1 where nothing came before."""
     share_n: Tensor
     """The same for the other tokens."""
-    first_P: Tensor | None
-    """Index of each piece's first token; None in a step of decodes alone: all are."""
     passes: list[Pass]
-    layers_done: int = 0
-    opened: bool = False
 
 
 class Bank:
@@ -99,7 +126,9 @@ class Bank:
         device: torch.device,
         dtype: torch.dtype,
         pages: int = 0,
+        few: Callable[..., bool] | None = None,
     ) -> None:
+        """`few` adds the residues of a layer to few tokens: `add_residues` of `cpu_operators`; None: torch does."""
         self.layers, self.d, self.slots, self.width, self.rows = layers, d, slots, width, rows
         self.device, self.dtype = device, dtype
         self.labels, self.pages = slots + MOST_JOINED + 3, pages  # three: the base, the bare base and `OTHER`
@@ -129,8 +158,10 @@ class Bank:
         self._room = zeros(0)  # for the carried logits of a step, grown to the largest so far
         self._none_open = zeros(1, 1, dtype=torch.int32)
         self._look_at_attached()
+        self._few = few
+        self._up_L, self._out_L = self.w_up_SLud.unbind(1), self.w_out_SLhd.unbind(1)
+        self._width_L = self.width_LS.unbind()
         self._step: _Step | None = None
-        self._counts = True
 
     # Slots
 
@@ -191,16 +222,6 @@ class Bank:
         """Set a row's carried state to that at a page's end, for all slots: its next token follows that page."""
         self.state_LRS[:, row] = self.page_state_LNS[:, page]
 
-    @contextmanager
-    def trial(self, slot: int, threshold: float) -> Iterator[None]:
-        """Steps within it use this threshold in the slot and are not counted; afterwards all is as it was."""
-        before = self.threshold_S[slot].clone()
-        self.threshold_S[slot], self._counts = threshold, False
-        try:
-            yield
-        finally:
-            self.threshold_S[slot], self._counts = before, True
-
     # Steps
 
     def begin(self, tokens: StepTokens) -> None:
@@ -217,13 +238,37 @@ class Bank:
         if step is None:
             return y
         x_Td = x.reshape(-1, self.d)
-        over_Tn = self._gates(layer, x_Td, step)
+        if step.carries is None:
+            return self._add_few(layer, x_Td.contiguous(), y.reshape(-1, self.d).contiguous(), step).view_as(y)
+        over_Tn = self._gates(layer, x_Td, step, step.carries)
         # The one value read of a layer. NaN, too, goes on to where every gate is looked at.
         if float(over_Tn.max()) <= 0:
             return y
         step.opened = True
         g_Tn = torch.where(step.selected_Tn, over_Tn.relu_(), 0.0)
         return self._add_blocks(layer, x_Td, y.reshape(-1, self.d), g_Tn).view_as(y)
+
+    def _add_few(self, layer: int, x_Td: Tensor, y_Td: Tensor, step: _Step) -> Tensor:
+        """All of `add_residues` in one operator."""
+        assert self._few is not None
+        opened = self._few(
+            x_Td,
+            y_Td,
+            self._gate_L[layer],
+            self._bias_L[layer],
+            self.carry_S[: self._columns],
+            step.before_L[layer],
+            step.tokens.offset_T,
+            step.threshold,
+            step.selected_Tn,
+            step.m_L[layer],
+            self._up_L[layer],
+            self._out_L[layer],
+            self._width_L[layer],
+        )
+        step.opened |= opened
+        step.layers_done = layer + 1
+        return y_Td
 
     def end(self) -> Tensor | None:
         """Finish the step. Layers whose gate was open by token and slot, int32 [T, S]; None: nothing is attached.
@@ -237,8 +282,7 @@ class Bank:
         if step.layers_done < self.layers:
             return self._none_open.expand_as(step.tokens.selected_TS)
         self._keep_states(step)
-        if self._counts:
-            self._seen_LS += (self.width_LS > 0) * step.tokens.selected_TS.sum(0)
+        self._seen_LS += (self.width_LS > 0) * step.tokens.selected_TS[: step.tokens.counted].sum(0)
         if not step.opened:
             return self._none_open.expand_as(step.tokens.selected_TS)
         return self._count_open(step)
@@ -254,41 +298,49 @@ class Bank:
     def _prepared(self, tokens: StepTokens) -> _Step:
         """What the layers of a step share, made once."""
         n, T = self._columns, len(tokens.row_T)
-        a_n = self.carry_S[:n]
         row_P = tokens.row_T[tokens.last_P]
-        before_LPn = self.state_LRS[:, row_P, :n]
-        nothing_LPn = before_LPn.isnan()
-        a_LPn = torch.where(nothing_LPn, 0.0, a_n)
+        before_LPn = self.state_LRS[:, row_P, :n].contiguous()
+        threshold = _threshold(self.threshold_S[:n], tokens)
+        few = self._few is not None and T <= _FEW_TOKENS
         if self.layers * T * n > len(self._room):
             self._room = torch.empty(self.layers * T * n, device=self.device)
         m_LTn = self._room[: self.layers * T * n].view(self.layers, T, n)
-        decodes = tokens.longest == 1
         return _Step(
             tokens=tokens,
             row_P=row_P,
             selected_Tn=tokens.selected_TS[:, :n],
-            threshold_n=self.threshold_S[:n],
+            threshold=threshold.expand(T, n) if few else threshold,
             m_LTn=m_LTn,
             m_L=m_LTn.unbind(),
+            before_L=before_LPn.unbind(),
+            first_P=None if tokens.longest == 1 else _firsts(tokens.last_P),
+            carries=None if few else self._carries_of(tokens, before_LPn),
+        )
+
+    def _carries_of(self, tokens: StepTokens, before_LPn: Tensor) -> _Carries:
+        n = self._columns
+        a_n = self.carry_S[:n]
+        nothing_LPn = before_LPn.isnan()
+        a_LPn = torch.where(nothing_LPn, 0.0, a_n)
+        return _Carries(
             carried_L=(a_LPn * before_LPn.masked_fill(nothing_LPn, 0.0)).unbind(),
             share_L=(1 - a_LPn).unbind(),
             share_n=1 - a_n,
-            first_P=None if decodes else _firsts(tokens.last_P),
-            passes=[] if decodes else passes(a_n, max(self._carries[:n]), tokens.offset_T, tokens.longest),
+            passes=passes(a_n, max(self._carries[:n]), tokens.offset_T, tokens.longest),
         )
 
-    def _gates(self, layer: int, x_Td: Tensor, step: _Step) -> Tensor:
+    def _gates(self, layer: int, x_Td: Tensor, step: _Step, carries: _Carries) -> Tensor:
         """Carried logit minus threshold of every token and evaluated slot, [T, n], selected or not."""
         z_Tn = F.linear(x_Td.float(), self._gate_L[layer], self._bias_L[layer])
         m_Tn = step.m_L[layer]
         if step.first_P is None:
-            torch.addcmul(step.carried_L[layer], z_Tn, step.share_L[layer], out=m_Tn)
+            torch.addcmul(carries.carried_L[layer], z_Tn, carries.share_L[layer], out=m_Tn)
         else:
-            torch.mul(z_Tn, step.share_n, out=m_Tn)
-            first_Pn = torch.addcmul(step.carried_L[layer], z_Tn[step.first_P], step.share_L[layer])
-            carry_on(m_Tn.index_copy_(0, step.first_P, first_Pn), step.passes)
+            torch.mul(z_Tn, carries.share_n, out=m_Tn)
+            first_Pn = torch.addcmul(carries.carried_L[layer], z_Tn[step.first_P], carries.share_L[layer])
+            carry_on(m_Tn.index_copy_(0, step.first_P, first_Pn), carries.passes)
         step.layers_done = layer + 1
-        return m_Tn - step.threshold_n
+        return m_Tn - step.threshold
 
     def _add_blocks(self, layer: int, x_Td: Tensor, y_Td: Tensor, g_Tn: Tensor) -> Tensor:
         """y plus g times the blocks, for the tokens whose g is above 0 and no others; y is reused."""
@@ -320,17 +372,16 @@ class Bank:
 
     def _count_open(self, step: _Step) -> Tensor:
         """Layers open by token and slot, [T, S]; adds them, and what acted, to the statistics."""
-        n = self._columns
-        over_LTn = step.m_LTn - step.threshold_n
+        n, counted = self._columns, step.tokens.counted
+        over_LTn = step.m_LTn - step.threshold
         # Adapters that were not selected are observed, for the live interference matrix, but add nothing.
         open_TS = F.pad((over_LTn > 0).sum(0, dtype=torch.int32), (0, self.slots - n))
-        if self._counts:
-            # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
-            g_LTn = torch.where(step.selected_Tn, over_LTn.relu_(), 0.0)
-            self._fired_LS[:, :n] += (g_LTn > 0).sum(1)
-            # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
-            self._mass_S[:n] += g_LTn.nan_to_num_(posinf=0.0).sum((0, 1), dtype=torch.float64)
-            self._cross_KS.index_add_(0, step.tokens.label_T, open_TS.to(torch.int64))
+        # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
+        g_LTn = torch.where(step.selected_Tn, over_LTn.relu_(), 0.0)[:, :counted]
+        self._fired_LS[:, :n] += (g_LTn > 0).sum(1)
+        # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
+        self._mass_S[:n] += g_LTn.nan_to_num_(posinf=0.0).sum((0, 1), dtype=torch.float64)
+        self._cross_KS.index_add_(0, step.tokens.label_T[:counted], open_TS[:counted].to(torch.int64))
         return open_TS
 
     def _look_at_attached(self) -> None:
@@ -343,6 +394,15 @@ class Bank:
         self._columns = min(self.slots, (highest + 8) // 8 * 8)
         self._gate_L = self.gate_LSd[:, : self._columns].unbind()
         self._bias_L = self.bias_LS[:, : self._columns].unbind()
+
+
+def _threshold(threshold_n: Tensor, tokens: StepTokens) -> Tensor:
+    trial = tokens.trial
+    if trial is None:
+        return threshold_n
+    threshold_Tn = threshold_n.repeat(len(tokens.row_T), 1)
+    threshold_Tn[trial.first :, trial.slot] = trial.threshold
+    return threshold_Tn
 
 
 def _firsts(last_P: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -183,7 +184,7 @@ def _version(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
 
 
@@ -286,9 +287,18 @@ def _block(layer: int, named: Mapping[str, Tensor], d: int) -> Block:
     bias = bias.reshape(())
     # After the shapes: torch computes nothing of more than 64 dimensions.
     for name, tensor in {**named, "block_gate_bias": bias}.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not _finite(tensor):
             raise BadAdapterFile(f"layers.{layer}.{name} holds NaN or infinite values")
     return Block(named["block_gate"], bias, named["w_in"], named["w_gate"], named["w_out"])
+
+
+def _finite(tensor: Tensor) -> bool:
+    """By numpy: it takes a tenth of torch's time, and none of the threads that compute a step meanwhile."""
+    if tensor.dtype is not torch.bfloat16:
+        return bool(np.isfinite(tensor.numpy()).all())
+    # numpy has no bfloat16. Infinite and NaN are the numbers whose exponent is all ones.
+    exponents = tensor.view(torch.int16).numpy() & 0x7F80
+    return not bool((exponents == 0x7F80).any())
 
 
 def _shape_text(name: str, d: int, h: int) -> str:

@@ -16,7 +16,8 @@ class GpuBank(Bank):
     """A bank whose step a CUDA graph can hold.
 
     A step that is cut short leaves the carried states and the statistics of its first layers moved on. A token's
-    page may be -1: it ends none. A token of label `labels` is not counted among the cross statistics.
+    page may be -1: it ends none. A token of label `labels` is not counted among the cross statistics. A trial must
+    be a step of its own.
     """
 
     def __init__(self, **shape: Any) -> None:
@@ -24,11 +25,18 @@ class GpuBank(Bank):
         self._cross_KS = torch.zeros((self.labels + 1, self.slots), dtype=torch.int64, device=self.device)
         self._pieces: kernels.Pieces | None = None
         self._label_T = self._open_TS = torch.empty(0)
+        self._trial: tuple[int, Tensor] | None = None  # its slot, and the threshold there otherwise
+        self._counts = True
 
     def begin(self, tokens: StepTokens, *, always: bool = False) -> None:
         """As `Bank.begin`; with `always` also while nothing is attached, for a graph that is captured before."""
         if not (self.attached or always):
             return
+        if tokens.trial is not None:
+            assert tokens.trial.first == 0
+            slot, self._counts = tokens.trial.slot, False
+            self._trial = slot, self.threshold_S[slot].clone()
+            self.threshold_S[slot] = tokens.trial.threshold
         page_T = None
         if tokens.end_E is not None and tokens.page_E is not None:
             page_T = torch.full_like(tokens.row_T, -1).index_copy_(0, tokens.end_E, tokens.page_E)
@@ -58,6 +66,11 @@ class GpuBank(Bank):
         pieces, self._pieces = self._pieces, None
         if pieces is None:
             return None
+        if self._trial is not None:
+            slot, threshold = self._trial
+            self.threshold_S[slot] = threshold
+            self._trial, self._counts = None, True
+            return self._open_TS
         if self._counts:
             self._cross_KS.index_add_(0, self._label_T, self._open_TS.to(torch.int64))
         return self._open_TS

@@ -73,7 +73,7 @@ class Server:
 
     def finish(self) -> None:
         for _ in range(500):
-            if self.core.idle and not self.adapters.copying:
+            if self.core.idle and not self.adapters.busy:
                 self.core.check()
                 return
             self.step()
@@ -265,7 +265,7 @@ def test_a_load_that_fails_changes_nothing(case):
         assert isinstance(error_of(server.load("a", adapter, **options)), kind)
         assert server.adapters.views() == before
         expected = server.expected(a)
-    assert not server.adapters.copying or case == "name taken meanwhile"
+    assert not server.adapters.busy or case == "name taken meanwhile"
     server.ask("r", ("a",))
     server.finish()
     assert server.tokens["r"] == expected

@@ -1,14 +1,15 @@
 """The bank's fast path against the definition, summed naively in float64, request by request."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
+from nr_serve.engine.cpu_operators import cpu_operators
 from nr_serve.errors import BadAdapterFile
 from nr_serve.neutral import math
-from nr_serve.neutral.bank import Bank, StepTokens
+from nr_serve.neutral.bank import Bank, StepTokens, Trial
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block
 
 D, LAYERS, SLOTS, WIDTH, ROWS, PAGES = 8, 3, 4, 6, 5, 3
@@ -16,9 +17,23 @@ LABELS = SLOTS + 64
 NAN = float("nan")
 
 
+few = None
+
+
+@pytest.fixture(autouse=True, params=["torch's operators", "one operator"])
+def by(request, monkeypatch):
+    """Every test here is for both."""
+    operators = cpu_operators() if request.param == "one operator" else None
+    if request.param == "one operator" and operators is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(f"{__name__}.few", operators and operators.add_residues)
+
+
 def bank(dtype=torch.float32) -> Bank:
-    device = torch.device("cpu")
-    return Bank(layers=LAYERS, d=D, slots=SLOTS, width=WIDTH, rows=ROWS, device=device, dtype=dtype, pages=PAGES)
+    return Bank(
+        layers=LAYERS, d=D, slots=SLOTS, width=WIDTH, rows=ROWS, pages=PAGES,
+        device=torch.device("cpu"), dtype=dtype, few=few,
+    )  # fmt: skip
 
 
 def adapter(seed: int, *, carry=0.0, widths=(WIDTH,) * LAYERS, bias=0.0) -> Adapter:
@@ -357,6 +372,37 @@ def test_a_row_that_recalls_a_page_goes_on_as_the_row_that_filled_it():
     on.recall_row(4, 1)
     assert on.state_LRS[:, 4, 0].isnan().all()
     assert not on.state_LRS[:, 4, 2].isnan().any()
+
+
+@pytest.mark.parametrize("beside", [[], [(0, 1, (0,)), (1, 1, ())], [(0, 1, (0,)), (1, 5, (0,))]], ids=len)
+@pytest.mark.parametrize("shut", [False, True])
+@pytest.mark.parametrize("count", [1, 4])
+def test_tokens_on_trial_have_a_threshold_of_their_own_and_touch_nothing_else(beside, shut, count):
+    what, other = adapter(1, carry=0.5, bias=1.0), adapter(2)
+    on, calm, naive = bank(), bank(), NaiveBank()
+    for each in (on, calm):
+        attach(each, 0, other)
+        attach(each, 2, what, threshold=torch.inf if shut else 0.1)
+    naive.slots[2] = NaiveSlot(what, -0.2)
+    before = sum(n for _, n, _ in beside)
+    x_LTd, y_LTd = torch.randn(2, LAYERS, before + count, D, generator=torch.Generator().manual_seed(11))
+    labels = [3] * (len(beside) + 1)
+    on.begin(replace(tokens([*beside, (4, count, (2,))], labels), trial=Trial(before, slot=2, threshold=-0.2)))
+    got = torch.stack([on.add_residues(i, x_LTd[i], y_LTd[i].clone()) for i in range(LAYERS)])
+    open_TS = on.end()
+    want, want_open_TS = naive.step([(4, count, (2,))], x_LTd[:, before:], y_LTd[:, before:], [0])
+    torch.testing.assert_close(got[:, before:].double(), want, atol=1e-4, rtol=1e-5)
+    assert torch.equal(open_TS[before:, 2], want_open_TS[:, 2])
+    assert want_open_TS.any()
+    if beside:
+        alone, alone_open_TS = observed_step(calm, beside, x_LTd[:, :before], y_LTd[:, :before], labels[1:])
+        torch.testing.assert_close(got[:, :before], alone)
+        assert torch.equal(open_TS[:before], alone_open_TS)
+        torch.testing.assert_close(on.state_LRS[:, :4], calm.state_LRS[:, :4], equal_nan=True)
+    totals, calm_totals = on.read_totals(), calm.read_totals()
+    assert counters(totals)[:2] == counters(calm_totals)[:2]
+    assert (totals.mass_S, totals.cross_KS) == (pytest.approx(calm_totals.mass_S), calm_totals.cross_KS)
+    assert torch.equal(on.threshold_S, calm.threshold_S)
 
 
 def test_a_step_that_is_cut_short_leaves_states_and_statistics_as_they_were():

@@ -1,16 +1,18 @@
-"""Adapters are run past the probe texts before they act, and what is reported is what the definition gives."""
+"""Adapters are run past the probe texts, and what is reported is what the definition gives."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
 from nr_serve.config import PROBE_TOKENS
-from nr_serve.engine import canary as canary_module
+from nr_serve.engine import core as core_module
 from nr_serve.engine.canary import Canary
 from nr_serve.engine.messages import Leak
 from nr_serve.engine.probe_text import BUILT_IN, probe_requests, read_probe_texts
+from nr_serve.engine.scheduler import Result
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, NrError, Unavailable
 from nr_serve.neutral import math
 from tests import tiny
@@ -26,22 +28,36 @@ class Probed(Server):
         super().__init__(**options)
         self.pieces: list[tuple[str, int]] = []
         self.runner = self.core._runner
+        self.run, self.runner.run = self.runner.run, self.watched
         requests = probe_requests(
             TEXTS, tiny.tokenizer(), longest=512, row=self.runner.probe_row, pages=self.runner.probe_pages
         )
-        self.adapters._canary = Canary(requests, self.fired, max_leak)
+        self.adapters._canary = Canary(requests, max_leak)
 
-    def fired(self, piece, slot, threshold):
-        assert piece.count <= canary_module.PIECE_TOKENS
-        self.pieces.append((piece.request.selection[0].name, piece.count))
-        return self.runner.fired(piece, slot, threshold)
+    def watched(self, pieces, labels):
+        for piece in pieces:
+            if piece.trial is not None:
+                assert piece is pieces[-1]
+                assert piece.count <= (core_module.TRIAL_TOKENS if len(pieces) == 1 else self.runner.trial_tokens)
+                self.pieces.append((piece.request.selection[0].name, piece.count))
+        return self.run(pieces, labels)
+
+    def view(self, name):
+        return self.adapters.view(self.adapters.registry.get(name))
 
     def neutrality(self, name):
-        return self.adapters.view(self.adapters.registry.get(name)).neutrality
+        return self.view(name).neutrality
+
+    def load(self, name, adapter, *, finish=True, **options):
+        answer = super().load(name, adapter, finish=False, **options)
+        if finish:
+            self.work()
+        return answer
 
     def work(self) -> None:
         """Copy and measure all there is."""
-        self.adapters.copy_some(seconds=60)
+        while self.adapters.busy:
+            self.step()
 
 
 def leak(ids, adapter, *, threshold=None, residues=True) -> Leak:
@@ -79,15 +95,25 @@ def worst(adapter, **options) -> float:
     [{}, {"carry": 0.5, "threshold": 0.3}, {"carry": 0.5, "bare_layers": (1,)}, {"threshold": 1e6}],
     ids=str,
 )
-@pytest.mark.parametrize("piece_tokens", [1, 7, 1000])
-def test_the_leak_is_what_the_definition_gives_in_pieces_of_any_length(options, piece_tokens, monkeypatch):
-    monkeypatch.setattr(canary_module, "PIECE_TOKENS", piece_tokens)
-    server = Probed(slots=2)
+@pytest.mark.parametrize(
+    ("piece_tokens", "beside", "max_leak"),
+    [(1, False, None), (1000, False, 1.0), (1, True, None), (7, True, None), (7, True, 1.0)],
+)
+def test_the_leak_is_what_the_definition_gives_in_pieces_of_any_length(
+    options, piece_tokens, beside, max_leak, monkeypatch
+):
+    server = Probed(slots=2, max_leak=max_leak)
+    monkeypatch.setattr(core_module, "TRIAL_TOKENS", piece_tokens)
+    monkeypatch.setattr(server.runner, "trial_tokens", piece_tokens)
     server.load("other", server.made(5))
     made = server.made(1, scale=20.0, **options)
+    if beside:
+        server.ask("r", ("other",), tokens=400)
     view = server.load("a", made).result(timeout=0)
-    assert view.neutrality == server.neutrality("a") == leaks(made)
+    assert server.neutrality("a") == leaks(made)
+    assert view.neutrality == (None if max_leak is None else leaks(made))
     assert server.neutrality("other") == leaks(server.made(5))
+    assert ("r" in server.tokens, server.ended) == (beside, {})
     if "threshold" not in options or options["threshold"] < 1e6:
         assert leaks(made) != leaks(made, residues=False), "no early misfire moves a later gate: the test is blind"
     else:
@@ -115,7 +141,8 @@ def test_answers_and_gate_statistics_are_the_same_with_a_load_in_their_midst():
         assert server.tokens["bare"] == server.expected()
         statistics.append(server.core.statistics())
     quiet, loaded = statistics
-    assert loaded.adapters["b"] == quiet.adapters["b"]
+    mass = pytest.approx(quiet.adapters["b"].mass)  # a sum is rounded by what shares its step
+    assert loaded.adapters["b"] == dataclasses.replace(quiet.adapters["b"], mass=mass)
     assert quiet.adapters["b"].seen[0] == len(PROMPT) + ANSWER - 1
     assert {key: n for key, n in loaded.cross.items() if key[0] == "b"} == quiet.cross
 
@@ -123,17 +150,103 @@ def test_answers_and_gate_statistics_are_the_same_with_a_load_in_their_midst():
 def test_what_was_measured_before_is_not_measured_again():
     server = Probed(slots=2)
     made = server.made(1, scale=20.0)
-    view = server.load("a", made).result(timeout=0)
-    probed = len(server.pieces)
+    server.load("a", made)
+    measured, probed = server.neutrality("a"), len(server.pieces)
     server.patch("a", threshold=1e6)
     server.work()
     server.patch("a", threshold=made.info.threshold)
     server.work()
     back = len(server.pieces)
-    assert (back, server.neutrality("a")) == (2 * probed, view.neutrality)
+    assert (back, server.neutrality("a")) == (2 * probed, measured)
     server.adapters.unload("a")
     server.load("again", dataclasses.replace(made))
-    assert server.neutrality("again") == view.neutrality
+    assert server.neutrality("again") == measured
+
+
+def test_without_a_limit_an_adapter_acts_at_once_and_is_measured_meanwhile():
+    server = Probed(slots=2)
+    server.ask("beside", (), tokens=200)
+    a, b = server.made(1), server.made(2)
+    answer = server.load("a", a, finish=False)
+    while not answer.done():
+        server.step()
+    # It acts from the second on: the first began without NaN.
+    assert server.pieces == 2 * [("a", server.runner.trial_tokens)]
+    assert (answer.result().neutrality, answer.result().measuring, server.state("a")) == (None, True, "attached")
+    for _ in range(5):
+        server.step()
+    answer = server.load("b", b, finish=False)
+    while not answer.done():
+        server.step()
+    assert (server.view("a").measuring, server.neutrality("a")) == (True, None), "what waits to act goes first"
+    server.ask("r", ("a", "b"))
+    server.work()
+    assert "beside" not in server.ended
+    assert (server.neutrality("a"), server.neutrality("b")) == (leaks(a), leaks(b))
+    assert not server.view("a").measuring
+    server.finish()
+    assert server.tokens["r"] == server.expected(a, b)
+
+
+@pytest.mark.parametrize("how", ["unloaded", "replaced", "turned", "evicted"])
+def test_what_acts_no_more_is_measured_no_further(how):
+    server = Probed(slots=1 if how == "evicted" else 2)
+    a, b = server.made(1), server.made(2)
+    server.ask("beside", (), tokens=200)
+    answer = server.load("a", a, finish=False)
+    while not answer.done():
+        server.step()
+    if how == "unloaded":
+        server.adapters.unload("a")
+    elif how == "turned":
+        server.patch("a", threshold=0.4).result(timeout=0)
+    else:
+        server.load("a" if how == "replaced" else "b", b, finish=False, replace=True)
+    server.work()
+    assert not server.ended
+    counts = {name: sum(count for each, count in server.pieces if each == name) for name in "ab"}
+    whole, begun = sum(map(len, TEXTS.values())), 2 * server.runner.trial_tokens
+    assert (
+        counts
+        == {
+            "unloaded": {"a": begun, "b": 0},
+            "replaced": {"a": begun + whole, "b": 0},
+            "turned": {"a": begun + whole, "b": 0},
+            "evicted": {"a": begun, "b": whole},
+        }[how]
+    )
+    if how == "turned":
+        assert server.neutrality("a") == leaks(a, threshold=0.4)
+    if how == "evicted":
+        assert server.neutrality("a") is None
+        server.ask("r", ("a",))
+        server.finish()
+        assert server.neutrality("a") == leaks(a), "in its turn"
+
+
+def test_an_adapter_that_is_found_wild_while_it_acts_is_unloaded(caplog):
+    server = Probed(slots=2)
+    server.ask("beside", (), tokens=100)
+    answer = server.load("a", server.made(1), finish=False)
+    while not answer.done():
+        server.step()
+    server.ask("r", ("a",))
+    server.step()
+    run = server.runner.run
+
+    def wild(pieces, labels):
+        return [*run(pieces, labels)[:-1], Result(None, error=BadAdapterFile("not finite"))]
+
+    server.runner.run = wild
+    with caplog.at_level(logging.ERROR):
+        server.step()
+    server.runner.run = run
+    assert "adapter a, version v1: not finite" in caplog.text
+    assert server.state("a") is None
+    assert isinstance(error_of(server.patch("a", threshold=0.1)), NotFound)
+    server.finish()
+    assert server.tokens["r"] == server.expected(server.made(1)), "who holds it keeps it"
+    assert server.adapters.registry.slots_used == 0
 
 
 def test_probing_is_not_counted():
@@ -155,12 +268,12 @@ def test_probing_is_not_counted():
 
 
 def test_an_adapter_under_test_acts_on_nobody_and_is_not_observed():
-    server = Probed(slots=2)
+    server = Probed(slots=2, max_leak=1.0)
     server.load("a", server.made(1), threshold=1e6)
     server.pieces.clear()
     answer = server.load("a", server.made(2), finish=False, replace=True)
     while not server.pieces:
-        server.adapters.copy_some(seconds=0)
+        server.step()
     assert not answer.done()
     server.ask("none", (), selected="none")
     while "none" not in server.ended:
@@ -247,8 +360,8 @@ def test_with_a_limit_nothing_is_taken_that_cannot_be_measured():
     server.finish()
 
 
-def test_a_new_threshold_is_measured_before_it_acts():
-    server = Probed()
+def test_with_a_limit_a_new_threshold_is_measured_before_it_acts():
+    server = Probed(max_leak=1.0)
     made = server.made(1, carry=0.5)
     server.load("a", made)
     server.ask("before", ("a",))
@@ -288,7 +401,7 @@ def test_a_threshold_above_the_limit_is_refused_and_nothing_turns():
 
 
 def test_the_last_threshold_asked_for_is_the_last_to_act():
-    server = Probed()
+    server = Probed(max_leak=1.0)
     made = server.made(1)
     server.load("a", made)
     answers = [server.patch("a", threshold=threshold) for threshold in (0.5, 0.2, 0.0)]
@@ -301,10 +414,10 @@ def test_the_last_threshold_asked_for_is_the_last_to_act():
 
 @pytest.mark.parametrize("how", ["unloaded", "replaced"])
 def test_an_adapter_that_goes_while_its_new_threshold_is_measured_gives_its_slot_back(how):
-    server = Probed(slots=2)
+    server = Probed(slots=2, max_leak=1.0)
     server.load("a", server.made(1))
     answer = server.patch("a", threshold=0.5)
-    server.adapters.copy_some(seconds=0)
+    server.step()
     if how == "unloaded":
         server.adapters.unload("a")
         assert isinstance(error_of(server.patch("a", threshold=0.5)), NotFound)
@@ -335,15 +448,19 @@ def test_a_probe_that_fails_is_a_load_refused_and_no_more():
     made = server.made(1)
     server.load("a", made)
 
-    def fails(*_):
-        raise RuntimeError("out of memory")
+    run = server.runner.run
 
-    run, server.runner.fired = server.runner.fired, fails
+    def fails(pieces, labels):
+        if pieces[-1].trial is not None:
+            raise RuntimeError("out of memory")
+        return run(pieces, labels)
+
+    server.runner.run = fails
+    server.ask("r", ("a",))
     error = error_of(server.load("a", server.made(2), replace=True))
-    server.runner.fired = run
+    server.runner.run = run
     assert isinstance(error, NrError)
     assert "out of memory" not in error.message
-    server.ask("r", ("a",))
     server.finish()
     assert server.tokens["r"] == server.expected(made)
 

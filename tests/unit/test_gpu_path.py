@@ -19,7 +19,7 @@ from nr_serve.engine.graphs import Graphs, Padding, size_of
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.runner import Runner
 from nr_serve.engine.scheduler import Piece
-from nr_serve.neutral.bank import Bank
+from nr_serve.neutral.bank import Bank, Trial
 from nr_serve.neutral.gpu_bank import GpuBank
 from nr_serve.neutral.host import host_blocks
 from tests import tiny
@@ -215,7 +215,8 @@ def test_padding_touches_nothing_of_the_requests_and_is_counted_nowhere():
     assert len(totals.cross_KS) == engine.bank.labels
 
 
-def test_the_bank_counts_what_the_bank_on_the_cpu_counts():
+@pytest.mark.parametrize("trial", [None, Trial(first=0, slot=1, threshold=-0.3)], ids=["counted", "on trial"])
+def test_the_bank_counts_what_the_bank_on_the_cpu_counts(trial):
     shape = {"layers": tiny.LAYERS, "d": tiny.D, "slots": SLOTS, "width": 16, "rows": ROWS, "pages": 6}
     banks = [cls(**shape, device=DEVICE, dtype=torch.float32) for cls in (Bank, GpuBank)]
     pieces = [Piece(request(0, range(6), [0]), 0, 6), Piece(request(1, range(9), [0, 1]), 2, 7)]
@@ -227,7 +228,8 @@ def test_the_bank_counts_what_the_bank_on_the_cpu_counts():
                 pass
         batch = build_batch(pieces, [3, 5], page_size=PAGE, spare_cell=0, slots=SLOTS, device=DEVICE)
         batch.tokens = replace(
-            batch.tokens, end_E=torch.tensor([3, 7], device=DEVICE), page_E=torch.tensor([2, 4], device=DEVICE),
+            batch.tokens, trial=trial,
+            end_E=torch.tensor([3, 7], device=DEVICE), page_E=torch.tensor([2, 4], device=DEVICE),
             selected_TS=batch.tokens.selected_TS.T.contiguous().T,  # by columns in memory, as a graph has it
         )  # fmt: skip
         bank.begin(batch.tokens)
@@ -241,6 +243,8 @@ def test_the_bank_counts_what_the_bank_on_the_cpu_counts():
     for name in ("fired_LS", "seen_LS", "cross_KS"):
         assert getattr(totals2, name) == getattr(totals, name)
     assert totals2.mass_S == pytest.approx(totals.mass_S, rel=1e-5)
+    assert any(map(any, totals2.fired_LS)) == (trial is None)
+    assert torch.equal(banks[1].threshold_S, banks[0].threshold_S)
 
 
 @pytest.fixture
