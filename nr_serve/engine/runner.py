@@ -190,6 +190,7 @@ class Runner:
             spare_cell=self.cache.spare_cell,
             slots=self.bank.slots,
             recalls_pages=self.recalls_pages,
+            apart=self.operators is not None,
             device=self.device,
         )
 
