@@ -97,8 +97,13 @@ def fuse(model: nn.Module, operators: CpuOperators) -> None:
 
 def _is_known(layer: Any) -> bool:
     kind = type(layer)
-    known = kind.__name__ in _LAYERS and kind.__module__.startswith("transformers.models.")
-    return known and type(layer.mlp.act_fn).__name__ in _SILUS
+    if kind.__name__ not in _LAYERS or not kind.__module__.startswith("transformers.models."):
+        return False
+    # Quantised or otherwise changed, a linear layer is of another class.
+    linears = [
+        each for part in (layer.self_attn, layer.mlp) for name, each in part.named_children() if "proj" in name
+    ]
+    return type(layer.mlp.act_fn).__name__ in _SILUS and all(type(each) is nn.Linear for each in linears)
 
 
 def _window(attention: Any) -> int | None:

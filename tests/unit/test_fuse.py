@@ -39,6 +39,16 @@ def test_others_stay_as_they_are(operators, kind, changed):
     assert list(model.modules()) == before
 
 
+def test_a_layer_with_a_linear_of_another_class_stays(operators):
+    class Quantised(torch.nn.Linear):
+        pass
+
+    model = tiny.model("llama")
+    model.model.layers[1].self_attn.k_proj.__class__ = Quantised
+    fuse(model, operators)
+    assert [type(layer) is FusedLayer for layer in model.model.layers] == [True, False, True]
+
+
 def test_a_fused_ffn_computes_what_the_ffn_did(operators):
     ffn = tiny.model("qwen3").model.layers[1].mlp
     x = torch.randn(1, 9, tiny.D)
