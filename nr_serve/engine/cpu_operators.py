@@ -1,4 +1,4 @@
-"""Operators of a decoder layer on a CPU: `cpu_operators.cpp`, compiled once for the processor at hand.
+"""Operators of a decoder layer on a CPU: `cpu/operators.cpp`, compiled once for the processor at hand.
 
 Knows how they are built and loaded, not where they are used.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from nr_serve.disk import cache_folder
 
 log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCES = Path(__file__).with_name("cpu")
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
 _PROCESSOR = Path("/proc/cpuinfo")
 
@@ -65,7 +65,8 @@ def cpu_operators() -> CpuOperators | None:
 def _library() -> Path:
     """The compiled file, in the cache folder. Raises CalledProcessError, FileNotFoundError or another OSError."""
     compiler = os.environ.get("CXX", "c++")
-    made_of = (_SOURCE.read_text(), compiler, *_FLAGS, torch.__version__, _processor())
+    sources = (path.read_text() for path in sorted(_SOURCES.iterdir()))
+    made_of = (*sources, compiler, *_FLAGS, torch.__version__, _processor())
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     library = cache_folder() / "operators" / f"{key}.so"
     if not library.exists():
@@ -84,7 +85,17 @@ def _compiled(compiler: str, folder: Path) -> Path:
     torch_folder = Path(torch.__file__).parent
     compiled, library = folder / "operators.o", folder / "operators.so"
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    _run(compiler, *_FLAGS, abi, "-isystem", torch_folder / "include", "-c", _SOURCE, "-o", compiled)
+    _run(
+        compiler,
+        *_FLAGS,
+        abi,
+        "-isystem",
+        torch_folder / "include",
+        "-c",
+        _SOURCES / "operators.cpp",
+        "-o",
+        compiled,
+    )
     _run(compiler, "-shared", compiled, "-L", torch_folder / "lib", "-ltorch_cpu", "-lc10", "-o", library)
     return library
 

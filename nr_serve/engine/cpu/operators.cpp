@@ -1,0 +1,32 @@
+// Operators of a decoder layer on a CPU. Each replaces several of torch's, whose calls cost more than what they compute.
+//
+// They compute in float32 and round once, so they differ from torch's own by rounding. A token's result does not
+// depend on what shares its step.
+
+#include <torch/library.h>
+
+#include "attention.h"
+#include "layer.h"
+#include "residues.h"
+
+TORCH_LIBRARY(nr_serve, library) {
+  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  library.def("silu_mul(Tensor gate_up) -> Tensor");
+  library.def(
+      "rotate(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor cells,"
+      " Tensor? q_norm, Tensor? k_norm, float eps) -> Tensor");
+  library.def(
+      "attend(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
+      " -> Tensor");
+  library.def(
+      "add_residues(Tensor x, Tensor(a!) y, Tensor gate, Tensor bias, Tensor carry, Tensor before, Tensor offset,"
+      " Tensor threshold, Tensor selected, Tensor(b!) m, Tensor up, Tensor out, Tensor width) -> bool");
+}
+
+TORCH_LIBRARY_IMPL(nr_serve, CPU, library) {
+  library.impl("rms_norm", nr_serve::rms_norm);
+  library.impl("silu_mul", nr_serve::silu_mul);
+  library.impl("rotate", nr_serve::rotate);
+  library.impl("attend", nr_serve::attend);
+  library.impl("add_residues", nr_serve::add_residues);
+}

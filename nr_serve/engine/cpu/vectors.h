@@ -1,0 +1,93 @@
+// Vectors of the processor at hand, by torch's own library for them: float32, or bfloat16 that is float32 when loaded.
+
+#pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define CPU_CAPABILITY AVX512
+#define CPU_CAPABILITY_AVX512
+#elif defined(__AVX2__) && defined(__FMA__)
+#define CPU_CAPABILITY AVX2
+#define CPU_CAPABILITY_AVX2
+#endif
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+namespace nr_serve {
+
+using at::BFloat16;
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t W = Vec::size();
+constexpr int64_t ROWS_AT_ONCE = 4, VECTORS_AT_ONCE = 4;  // so many sums stay in registers
+
+// Loads and stores of the first `count` of W values.
+
+inline Vec load(const float* from, int64_t count = W) {
+  return count == W ? Vec::loadu(from) : Vec::loadu(from, count);
+}
+
+inline Vec load(const BFloat16* from, int64_t count = W) {
+  if (count < W) return std::get<0>(at::vec::convert_bfloat16_float(at::vec::Vectorized<BFloat16>::loadu(from, count)));
+  Vec loaded;
+  at::vec::load_fp32_from_bf16(from, loaded);
+  return loaded;
+}
+
+inline void store(float* to, Vec v, int64_t count = W) { v.store(to, count); }
+
+inline void store(BFloat16* to, Vec v, int64_t count = W) {
+  at::vec::convert_float_bfloat16(v, v).store(to, count);
+}
+
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec most(Vec a, Vec b) { return at::vec::maximum(a, b); }
+inline float sum(Vec v) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
+}
+
+// f(position, count) for every W positions below `size`.
+template <typename F>
+inline void each(int64_t size, F&& f) {
+  int64_t i = 0;
+  for (; i + W <= size; i += W) f(i, W);
+  if (i < size) f(i, size - i);
+}
+
+// f with a value of the tensor's type: float32 or bfloat16.
+template <typename F>
+void by_type(const Tensor& x, F&& f) {
+  if (x.scalar_type() == at::kFloat) return f(float());
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "float32 or bfloat16 is needed, not ", x.scalar_type());
+  f(BFloat16());
+}
+
+// What one thread takes at least, in items of `size` values.
+inline int64_t grain(int64_t size) { return std::max<int64_t>(1, 16384 / size); }
+
+// f(N, first) for items first to first + N, at most ROWS_AT_ONCE; N is a constant.
+template <typename F>
+void by_rows(int64_t items, F&& f) {
+  for (int64_t i = 0; i < items; i += ROWS_AT_ONCE) switch (std::min(ROWS_AT_ONCE, items - i)) {
+      case 1: f(std::integral_constant<int, 1>(), i); break;
+      case 2: f(std::integral_constant<int, 2>(), i); break;
+      case 3: f(std::integral_constant<int, 3>(), i); break;
+      default: f(std::integral_constant<int, ROWS_AT_ONCE>(), i);
+    }
+}
+
+// f(size, column) for the columns of a row in runs of VECTORS_AT_ONCE; the size of a whole run is a constant.
+template <typename F>
+void by_columns(int64_t from, int64_t to, F&& f) {
+  for (; from + VECTORS_AT_ONCE * W <= to; from += VECTORS_AT_ONCE * W)
+    f(std::integral_constant<int64_t, VECTORS_AT_ONCE * W>(), from);
+  if (from < to) f(to - from, from);
+}
+
+}  // namespace nr_serve
