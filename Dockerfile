@@ -18,8 +18,9 @@ COPY nr_serve ./nr_serve
 RUN /opt/nr-serve/bin/pip install --no-cache-dir '.[otel]'
 
 FROM ${BASE}
+# g++ compiles operators for the processor it meets: nr-serve's own on a CPU, Triton's launchers on a GPU.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 \
+    && apt-get install --yes --no-install-recommends python3 python3-dev g++ \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 nr \
     && install --directory --owner nr /cache /adapters

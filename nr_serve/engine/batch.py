@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.bank import StepTokens, Trial
 
 _FEW_TOKENS = 8  # a group more for a piece of so few costs more than reading its context for each of them
+_SHORT = 64 * 64  # and for so many tokens times context
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ def build_batch(
     spare_cell: int,
     slots: int,
     recalls_pages: bool = False,
+    apart: bool = False,
     device: torch.device,
 ) -> Batch:
     """Lay the pieces end to end. They must be ordered by length, but one on trial comes last.
@@ -94,7 +96,8 @@ def build_batch(
     `labels` has one entry per piece.
 
     `spare_cell` is a KV cell that is never written and holds zeros. With `recalls_pages` the bank is told where
-    pages end, to keep the carried state there.
+    pages end, to keep the carried state there. With `apart` short pieces attend as so many single tokens: it pays
+    where single tokens attend by an operator of their own.
     """
     counts = np.array([p.count for p in pieces])
     ends = np.cumsum(counts)
@@ -132,7 +135,7 @@ def build_batch(
         input_ids_T=put(input_ids.astype(np.int64)),
         positions_T=put(positions),
         cells_T=put(written),
-        groups=_groups(pieces, cells, spare_cell, device),
+        groups=_groups(pieces, cells, apart, spare_cell, device),
         tokens=tokens,
         bounds=[(int(s), int(e)) for s, e in zip(starts, ends, strict=True)],
     )
@@ -153,45 +156,41 @@ def _cells(piece: Piece, page_size: int) -> np.ndarray:
     return cells[: piece.start + piece.count]
 
 
-def _groups(pieces: Sequence[Piece], cells: list[np.ndarray], spare_cell: int, device: torch.device) -> list[Group]:
+def _groups(
+    pieces: Sequence[Piece], cells: list[np.ndarray], apart: bool, spare_cell: int, device: torch.device
+) -> list[Group]:
+    """Groups of single tokens, and one for each longer piece: prompts' chunks differ too much in context."""
     groups: list[Group] = []
-    pieces, cells = _apart(pieces, cells)
-    starts = list(accumulate((piece.count for piece in pieces), initial=0))
-    i = 0
-    while i < len(pieces):
-        count = pieces[i].count
-        j = i + 1
-        # Only single tokens are worth padding together; prompts' chunks differ too much in context.
-        while count == 1 and j < len(pieces) and pieces[j].count == 1:
-            j += 1
-        groups.append(_group(pieces[i:j], cells[i:j], starts[i], spare_cell, device))
-        i = j
+    first = 0
+    for kind, run in groupby(range(len(pieces)), key=lambda i: _kind(i, pieces[i], apart)):
+        own = [(pieces[i], cells[i]) for i in run]
+        if isinstance(kind, str):
+            own = [token for piece, context in own for token in _tokens(piece, context)]
+        groups.append(_group(own, first, spare_cell, device))
+        first += sum(piece.count for piece, _ in own)
     return groups
 
 
-def _apart(pieces: Sequence[Piece], cells: list[np.ndarray]) -> tuple[list[Piece], list[np.ndarray]]:
-    """The pieces, a short one as so many single tokens: they attend together with those of other requests."""
-    each: list[Piece] = []
-    own: list[np.ndarray] = []
-    for piece, context in zip(pieces, cells, strict=True):
-        if piece.count > _FEW_TOKENS:
-            each.append(piece)
-            own.append(context)
-            continue
-        for end in range(piece.start + 1, piece.start + piece.count + 1):
-            each.append(Piece(piece.request, end - 1, 1))
-            own.append(context[:end])
-    return each, own
+def _kind(i: int, piece: Piece, apart: bool) -> str | int:
+    """What a piece is grouped with; its index: with none. Short ones not with few: they would be padded far."""
+    if piece.count == 1 or (apart and piece.count <= _FEW_TOKENS):
+        return "few"
+    return "short" if apart and piece.count * (piece.start + piece.count) <= _SHORT else i
 
 
-def _group(
-    pieces: Sequence[Piece], cells: list[np.ndarray], first: int, spare_cell: int, device: torch.device
-) -> Group:
+def _tokens(piece: Piece, context: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
+    """A piece as so many single tokens."""
+    for end in range(piece.start + 1, piece.start + piece.count + 1):
+        yield Piece(piece.request, end - 1, 1), context[:end]
+
+
+def _group(own: Sequence[tuple[Piece, np.ndarray]], first: int, spare_cell: int, device: torch.device) -> Group:
+    pieces, cells = [piece for piece, _ in own], [context for _, context in own]
     count = pieces[0].count
     # Not a cell in use: what is masked out still meets a weight of 0, and 0 times another request's NaN is NaN.
     padded = np.full((len(pieces), max(map(len, cells))), spare_cell, dtype=np.int64)
-    for row, own in zip(padded, cells, strict=True):
-        row[: len(own)] = own
+    for row, context in zip(padded, cells, strict=True):
+        row[: len(context)] = context
     positions = np.array([p.start for p in pieces])[:, None] + np.arange(count)
     visible = np.arange(padded.shape[1]) <= positions[:, :, None]
     return Group(

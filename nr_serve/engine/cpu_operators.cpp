@@ -23,6 +23,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -80,28 +81,31 @@ void by_type(const Tensor& x, F&& f) {
 // What one thread takes at least, in items of `size` values.
 inline int64_t grain(int64_t size) { return std::max<int64_t>(1, 16384 / size); }
 
-// weight * x / sqrt(mean(x^2) + eps) along the last dimension; x is rounded before the weight, as in transformers.
+// 1 / sqrt(mean(x^2) + eps) of d values.
+template <typename T>
+inline Vec norm_scale(const T* x, int64_t d, float eps) {
+  Vec squares(0.f);
+  each(d, [&](int64_t i, int64_t count) {
+    const Vec v = load(x + i, count);
+    squares = at::vec::fmadd(v, v, squares);
+  });
+  return Vec(1.f / std::sqrt(sum(squares) / d + eps));
+}
+
+// weight * x / sqrt(mean(x^2) + eps) along the last dimension.
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t d = weight.numel();
   TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && x.size(-1) == d && x.scalar_type() == weight.scalar_type());
   Tensor y = at::empty_like(x);
   by_type(x, [&](auto type) {
     using T = decltype(type);
-    const T *xs = x.const_data_ptr<T>(), *ws = weight.const_data_ptr<T>();
-    T* ys = y.mutable_data_ptr<T>();
+    const T *in = x.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
+    T* out = y.mutable_data_ptr<T>();
     at::parallel_for(0, x.numel() / d, grain(d), [&](int64_t from, int64_t to) {
-      for (int64_t row = from; row < to; ++row) {
-        const T* in = xs + row * d;
-        T* out = ys + row * d;
-        Vec squares(0.f);
+      for (int64_t row = from * d; row < to * d; row += d) {
+        const Vec scale = norm_scale(in + row, d, static_cast<float>(eps));
         each(d, [&](int64_t i, int64_t count) {
-          const Vec v = load(in + i, count);
-          squares = at::vec::fmadd(v, v, squares);
-        });
-        const Vec scale(1.f / std::sqrt(sum(squares) / d + static_cast<float>(eps)));
-        each(d, [&](int64_t i, int64_t count) {
-          store(out + i, load(in + i, count) * scale, count);
-          store(out + i, load(out + i, count) * load(ws + i, count), count);
+          store(out + row + i, load(in + row + i, count) * scale * load(w + i, count), count);
         });
       }
     });
@@ -131,35 +135,49 @@ Tensor silu_mul(const Tensor& gate_up) {
   return y;
 }
 
-// Rotary embedding (Su et al., 2021, in halves as in transformers) of a step's queries and keys, [T, (H + 2K) D]: keys
-// and values go to their cells of [C, K, D], queries are returned, [T, H, D]. cos and sin: [T, D].
+// One head of D values, turned by its token's rotary embedding, behind an RMSNorm if there is a weight for it.
+template <typename T>
+inline void rotate_head(const T* x, const T* cos, const T* sin, const T* norm, float eps, int64_t half, T* y) {
+  const Vec scale = norm ? norm_scale(x, 2 * half, eps) : Vec(1.f);
+  each(half, [&](int64_t i, int64_t n) {
+    Vec a = load(x + i, n), b = load(x + half + i, n);
+    if (norm) {
+      a = a * scale * load(norm + i, n);
+      b = b * scale * load(norm + half + i, n);
+    }
+    store(y + i, a * load(cos + i, n) - b * load(sin + i, n), n);
+    store(y + half + i, b * load(cos + half + i, n) + a * load(sin + half + i, n), n);
+  });
+}
+
+// Rotary embedding (Su et al., 2021, in halves as in transformers) of a step's queries and keys, [T, (H + 2K) D],
+// normed before if there are weights for it, [D]. Keys and values go to their cells of [C, K, D], queries are
+// returned, [T, H, D]. cos and sin: [T, D].
 Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
-              const Tensor& cells) {
-  const int64_t tokens = cells.numel(), K = keys.size(1), D = keys.size(2), half = D / 2;
+              const Tensor& cells, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps) {
+  const int64_t tokens = cells.numel(), K = keys.size(1), D = keys.size(2);
   const int64_t heads = qkv.numel() / (tokens * D), H = heads - 2 * K;
   for (const Tensor* x : {&qkv, &cos, &sin, &keys, &values, &cells}) TORCH_CHECK(x->is_contiguous());
   for (const Tensor* x : {&cos, &sin, &keys, &values}) TORCH_CHECK(x->scalar_type() == qkv.scalar_type());
-  TORCH_CHECK(qkv.numel() == tokens * heads * D && H > 0 && D == 2 * half && keys.sizes() == values.sizes());
+  for (const auto* x : {&q_norm, &k_norm})
+    TORCH_CHECK(!*x || ((*x)->is_contiguous() && (*x)->numel() == D && (*x)->scalar_type() == qkv.scalar_type()));
+  TORCH_CHECK(qkv.numel() == tokens * heads * D && H > 0 && D % 2 == 0 && keys.sizes() == values.sizes());
   TORCH_CHECK(cos.numel() == tokens * D && sin.numel() == tokens * D);
   Tensor query = at::empty({tokens, H, D}, qkv.options());
   by_type(qkv, [&](auto type) {
     using T = decltype(type);
-    const T *in = qkv.const_data_ptr<T>(), *cs = cos.const_data_ptr<T>(), *sn = sin.const_data_ptr<T>();
+    const T *in = qkv.const_data_ptr<T>(), *c = cos.const_data_ptr<T>(), *s = sin.const_data_ptr<T>();
+    const T *qn = q_norm ? q_norm->const_data_ptr<T>() : nullptr, *kn = k_norm ? k_norm->const_data_ptr<T>() : nullptr;
     T *q = query.mutable_data_ptr<T>(), *k = keys.mutable_data_ptr<T>(), *v = values.mutable_data_ptr<T>();
     const int64_t* cell = cells.const_data_ptr<int64_t>();
     at::parallel_for(0, tokens, grain(heads * D), [&](int64_t from, int64_t to) {
       for (int64_t t = from; t < to; ++t) {
-        const T *c = cs + t * D, *s = sn + t * D;
-        for (int64_t head = 0; head < H + K; ++head) {
-          const T* x = in + (t * heads + head) * D;
-          T* y = head < H ? q + (t * H + head) * D : k + (cell[t] * K + head - H) * D;
-          each(half, [&](int64_t i, int64_t n) {
-            const Vec a = load(x + i, n), b = load(x + half + i, n);
-            store(y + i, a * load(c + i, n) - b * load(s + i, n), n);
-            store(y + half + i, b * load(c + half + i, n) + a * load(s + half + i, n), n);
-          });
-        }
-        std::copy_n(in + (t * heads + H + K) * D, K * D, v + cell[t] * K * D);
+        const T* x = in + t * heads * D;
+        for (int64_t head = 0; head < H; ++head, x += D)
+          rotate_head(x, c + t * D, s + t * D, qn, static_cast<float>(eps), D / 2, q + (t * H + head) * D);
+        for (int64_t head = 0; head < K; ++head, x += D)
+          rotate_head(x, c + t * D, s + t * D, kn, static_cast<float>(eps), D / 2, k + (cell[t] * K + head) * D);
+        std::copy_n(x, K * D, v + cell[t] * K * D);
       }
     });
   });
@@ -421,7 +439,8 @@ TORCH_LIBRARY(nr_serve, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("silu_mul(Tensor gate_up) -> Tensor");
   library.def(
-      "rotate(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor cells) -> Tensor");
+      "rotate(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor cells,"
+      " Tensor? q_norm, Tensor? k_norm, float eps) -> Tensor");
   library.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
       " -> Tensor");

@@ -34,7 +34,7 @@ class CpuOperators:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
-    rotate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
     add_residues: Callable[..., bool]
 

@@ -1,7 +1,7 @@
-"""Norms, FFNs and attention of decoder layers on a CPU, each in a few operators of `cpu_operators.cpp`.
+"""Decoder layers on a CPU in eleven operators: what lies between two products costs as much as they do.
 
-Only for classes of transformers that are known to compute just this; all others stay as they are. The start-up
-check (`probe.py`) holds the result against the model's own.
+Only for layers of transformers that are known to compute just this; all others stay as they are. The start-up check
+(`probe.py`) holds the result against the model's own.
 """
 
 from __future__ import annotations
@@ -14,24 +14,10 @@ from torch import Tensor, nn
 from nr_serve.engine.attention import KVCache, attend, refuse_unknown
 from nr_serve.engine.batch import Batch
 from nr_serve.engine.cpu_operators import CpuOperators
+from nr_serve.neutral.host import decoder_layers
 
-_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
-_FFNS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
+_LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _SILUS = {"SiLU", "SiLUActivation"}
-_ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
-
-
-class FusedNorm(nn.Module):
-    """RMSNorm (Zhang and Sennrich, 2019)."""
-
-    def __init__(self, norm: Any, operators: CpuOperators) -> None:
-        super().__init__()
-        self.weight, self.eps = norm.weight, float(norm.variance_epsilon)
-        self._rms_norm = operators.rms_norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., d] to the same."""
-        return self._rms_norm(x.contiguous(), self.weight, self.eps)
 
 
 class FusedFFN(nn.Module):
@@ -44,62 +30,75 @@ class FusedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] to the same."""
-        down: Tensor = self.down(self._silu_mul(self.gate_up(x)))
-        return down
+        y: Tensor = self.down(self._silu_mul(self.gate_up(x)))
+        return y
 
 
-class FusedAttention(nn.Module):
-    """Attention with rotary embeddings over the KV pages: queries, keys and values are one product."""
+class FusedLayer(nn.Module):
+    """A layer of attention and FFN, each behind an RMSNorm (Zhang and Sennrich, 2019) and added to the stream.
 
-    def __init__(self, attention: Any, operators: CpuOperators) -> None:
+    Queries, keys and values are one product; Qwen 3's have norms of their own.
+    """
+
+    def __init__(self, layer: Any, operators: CpuOperators) -> None:
         super().__init__()
+        attention = layer.self_attn
+        self.mlp = FusedFFN(layer.mlp, operators)
         self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = attention.o_proj
+        self.attention_norm, self.ffn_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self.eps = float(layer.input_layernorm.variance_epsilon)
+        q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        self.q_norm, self.k_norm = getattr(q_norm, "weight", None), getattr(k_norm, "weight", None)
         self.layer_idx: int = attention.layer_idx
         self.scaling: float = attention.scaling
         self.window = _window(attention)
-        self._rotate = operators.rotate
+        self._operators = operators
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         *,
+        position_embeddings: tuple[Tensor, Tensor],
         nr_batch: Batch,
         nr_cache: KVCache,
         **unknown: Any,
-    ) -> tuple[Tensor, None]:
-        """[1, T, d] to the same, as a layer's own attention is called."""
+    ) -> Tensor:
+        """[1, T, d] to the same, called as the model calls its own layers."""
         refuse_unknown(attention_mask, 0.0, unknown)
+        ops = self._operators
         keys_CKD, values_CKD = nr_cache.keys_LCKD[self.layer_idx], nr_cache.values_LCKD[self.layer_idx]
-        query_THD = self._rotate(
-            self.qkv(hidden_states), *position_embeddings, keys_CKD, values_CKD, nr_batch.cells_T
+        qkv = self.qkv(ops.rms_norm(hidden_states, self.attention_norm, self.eps))
+        query_THD = ops.rotate(
+            qkv,
+            *position_embeddings,
+            keys_CKD,
+            values_CKD,
+            nr_batch.cells_T,
+            self.q_norm,
+            self.k_norm,
+            self.eps,
         )
-        out_THD = attend(query_THD, keys_CKD, values_CKD, nr_batch, self.window, self.scaling, nr_cache.operators)
-        return self.out(out_THD.flatten(1)[None]), None
+        out_THD = attend(query_THD, keys_CKD, values_CKD, nr_batch, self.window, self.scaling, ops)
+        stream: Tensor = hidden_states + self.out(out_THD.flatten(1)[None])
+        y: Tensor = self.mlp(ops.rms_norm(stream, self.ffn_norm, self.eps))
+        return stream + y
 
 
 def fuse(model: nn.Module, operators: CpuOperators) -> None:
-    """Replace, in place, the parts of a frozen model that are known; their weights move, none is copied twice."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            fused = _fused(child, operators)
-            if fused is not None:
-                setattr(module, name, fused)
+    """Replace, in place, the layers of a frozen model that are known. Call it before `host_blocks`."""
+    decoder_layers(model)
+    layers: Any = model.get_submodule("model.layers")
+    for i, layer in enumerate(layers):
+        if _is_known(layer):
+            layers[i] = FusedLayer(layer, operators)
 
 
-def _fused(module: Any, operators: CpuOperators) -> nn.Module | None:
-    name = type(module).__name__
-    if not type(module).__module__.startswith("transformers.models."):
-        return None
-    if name in _NORMS:
-        return FusedNorm(module, operators)
-    if name in _FFNS and type(module.act_fn).__name__ in _SILUS:
-        return FusedFFN(module, operators)
-    if name in _ATTENTIONS:
-        return FusedAttention(module, operators)
-    return None
+def _is_known(layer: Any) -> bool:
+    kind = type(layer)
+    known = kind.__name__ in _LAYERS and kind.__module__.startswith("transformers.models.")
+    return known and type(layer.mlp.act_fn).__name__ in _SILUS
 
 
 def _window(attention: Any) -> int | None:

@@ -23,7 +23,7 @@ from nr_serve.engine.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.neutrality import Opened
 from nr_serve.engine.opened import opened_by_page
-from nr_serve.engine.packed_linear import pack_linears
+from nr_serve.engine.packed_linear import can_pack, pack_linears
 from nr_serve.engine.probe import Probe
 from nr_serve.engine.request import TopLogprobs
 from nr_serve.engine.sampler import allow, likeliest, log_probabilities, sample, takes_likeliest
@@ -78,7 +78,7 @@ class Runner:
             eos_ids=tuple(sorted(self.eos_ids)),
         )
         model.set_attn_implementation(self._attention())
-        if self.operators is not None:
+        if self.operators is not None and can_pack(self.dtype):
             fuse(model, self.operators)
         host_blocks(model, self.bank.add_residues)
         pack_linears(model)
@@ -190,6 +190,7 @@ class Runner:
             spare_cell=self.cache.spare_cell,
             slots=self.bank.slots,
             recalls_pages=self.recalls_pages,
+            apart=self.operators is not None,
             device=self.device,
         )
 

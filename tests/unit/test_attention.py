@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from nr_serve.engine import attention
+from nr_serve.engine import batch as batch_module
 from nr_serve.engine.attention import KVCache, paged_attention
 from nr_serve.engine.batch import build_batch
 from nr_serve.engine.cpu_operators import cpu_operators
@@ -14,8 +15,8 @@ from nr_serve.engine.scheduler import Piece
 from nr_serve.tokenizer import Detokenizer
 from tests import tiny
 
-PAGE, CELLS, SIZE = 4, 160, 16
-PIECES = [(0, 1), (9, 1), (30, 1), (0, 5), (7, 6)]
+PAGE, CELLS, SIZE = 4, 240, 16
+PIECES = [(0, 1), (9, 1), (30, 1), (0, 5), (7, 6), (0, 9), (2, 11)]
 """(start, count), ordered by count as a step's are."""
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -51,17 +52,18 @@ def wanted(query_THD, cache, piece, first, heads_a_key, window):
     return torch.stack(outputs).view(piece.count, query_THD.shape[1], SIZE)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("compiled", "apart"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize(
     ("dtype", "products"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2)])
 def test_every_token_attends_to_its_own_context_and_nothing_else(
-    monkeypatch, dtype, products, window, heads, key_heads, compiled
+    monkeypatch, dtype, products, window, heads, key_heads, compiled, apart
 ):
     monkeypatch.setattr(attention, "_WORTH_PRODUCTS", 0 if products else 10**9)
     monkeypatch.setattr(attention, "_TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr(batch_module, "_SHORT", 100)  # nine tokens are short, eleven are not
     torch.manual_seed(1)
     cache = KVCache(
         layers=2,
@@ -86,6 +88,7 @@ def test_every_token_attends_to_its_own_context_and_nothing_else(
         page_size=PAGE,
         spare_cell=cache.spare_cell,
         slots=1,
+        apart=apart,
         device=torch.device("cpu"),
     )
     tokens = sum(piece.count for piece in step)

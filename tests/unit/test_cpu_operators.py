@@ -54,17 +54,23 @@ def test_silu_mul_of_values_far_out_stays_finite(operators):
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 2, 16), (9, 3, 64), (2, 2, 6), (5, 1, 40)])
-def test_rotate_turns_queries_and_keys_and_fills_the_cells(operators, dtype, heads, key_heads, size):
+@pytest.mark.parametrize("normed", [True, False])
+def test_rotate_turns_queries_and_keys_and_fills_the_cells(operators, dtype, heads, key_heads, size, normed):
     torch.manual_seed(size)
     tokens, cells = 7, torch.tensor([11, 3, 8, 0, 5, 12, 1])
     qkv = torch.randn(1, tokens, (heads + 2 * key_heads) * size).to(dtype)
     cos, sin = (torch.randn(1, tokens, size).to(dtype) for _ in range(2))
+    norms = [torch.randn(size).to(dtype) if normed else None for _ in range(2)]
     stores = [torch.full((14, key_heads, size), 7.0).to(dtype) for _ in range(2)]
-    query = operators.rotate(qkv, cos, sin, *stores, cells)
+    query = operators.rotate(qkv, cos, sin, *stores, cells, *norms, 1e-5)
     each = qkv[0].double().view(tokens, -1, size)
-    first, second = each[:, : heads + key_heads].chunk(2, -1)
+    turning = each[:, : heads + key_heads]
+    if normed:
+        weights = torch.stack([norms[0]] * heads + [norms[1]] * key_heads).double()
+        turning = weights * turning / (turning.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    first, second = turning.chunk(2, -1)
     turned = torch.cat([-second, first], -1) * sin[0].double()[:, None]
-    want = each[:, : heads + key_heads] * cos[0].double()[:, None] + turned
+    want = turning * cos[0].double()[:, None] + turned
     close(query, want[:, :heads], dtype)
     close(stores[0][cells], want[:, heads:], dtype)
     assert torch.equal(stores[1][cells], qkv[0].view(tokens, -1, size)[:, heads + key_heads :])
