@@ -87,6 +87,7 @@ class EngineLoop:
         self._closing = threading.Lock()  # held to enqueue and to close, so that no message is left unanswered
         self._closed = False
         self._running = False  # whether there are requests
+        self._reading = False  # whether a file is read
         self._readers = ThreadPoolExecutor(1, "nr-adapter-reader")
         self._thread = threading.Thread(target=self._main, name="nr-engine", daemon=True)
 
@@ -142,6 +143,7 @@ class EngineLoop:
     # On the reader's thread
 
     def _read(self, message: LoadAdapter, answer: Future[AdapterView], started: float) -> None:
+        self._reading = True
         try:
             self._put(_Checked(message, self._read_file(message.path, self._let_steps_run), answer, started))
         except NrError as error:
@@ -149,6 +151,8 @@ class EngineLoop:
         except Exception as error:
             log.exception("reading %s failed", message.path)
             answer.set_exception(NrError(f"reading the adapter failed: {type(error).__name__}"))
+        finally:
+            self._reading = False
 
     def _let_steps_run(self) -> None:
         """Reading takes the interpreter, and maybe a core, from the steps; so it takes little at a time."""
@@ -243,7 +247,7 @@ class EngineLoop:
                 return
             adapters.copy_some()
             if not core.idle or adapters.busy:
-                events = core.step()
+                events = core.step(measures=not self._reading)  # one of the two is enough for a step
                 if events.outputs or events.report is not None:
                     self._deliver(events)
 
