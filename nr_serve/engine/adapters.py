@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nr_serve.neutral.format import Adapter
 
 log = logging.getLogger(__name__)
-COPY_SECONDS = 0.002  # of copying weights between two steps: small beside a step, so that no stream feels it
+COPY_SECONDS = 0.001  # of copying weights between two steps: small beside a step, so that no stream feels it
 
 
 @dataclass(eq=False, slots=True)

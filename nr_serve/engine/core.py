@@ -109,13 +109,18 @@ class Core:
         self._requests.clear()
         return StepEvents(outputs)
 
-    def step(self) -> StepEvents:
-        """One forward pass over a mixed batch; outputs of all that it moved on."""
+    def step(self, *, measures: bool = True) -> StepEvents:
+        """One forward pass over a mixed batch; outputs of all that it moved on.
+
+        Without `measures` no adapter is measured beside requests.
+        """
         started, preempted = time.perf_counter(), self.scheduler.preemptions
         schedule = self.scheduler.schedule()
         # Single tokens first, then chunks by length: the batch wants pieces of one length together.
         pieces = sorted(schedule.pieces, key=lambda piece: piece.count)
-        trial = self._adapters.trial(self._runner.trial_tokens if pieces else TRIAL_TOKENS)
+        trial = None
+        if measures or not pieces:
+            trial = self._adapters.trial(self._runner.trial_tokens if pieces else TRIAL_TOKENS)
         results, tried = self._run(pieces, trial)
         outputs = self._apply(schedule, pieces, results)
         if trial is not None and tried is not None:

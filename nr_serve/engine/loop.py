@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nr_serve.neutral.format import Adapter, Base
 
 log = logging.getLogger(__name__)
+_READ_PAUSE = 0.001  # seconds, after each tensor: so that reading takes less than a tenth of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Submit | Abort | _Call | _Checked | _Stop] = queue.SimpleQueue()
         self._closing = threading.Lock()  # held to enqueue and to close, so that no message is left unanswered
         self._closed = False
+        self._running = False  # whether there are requests
+        self._reading = False  # whether a file is read
         self._readers = ThreadPoolExecutor(1, "nr-adapter-reader")
         self._thread = threading.Thread(target=self._main, name="nr-engine", daemon=True)
 
@@ -140,20 +143,29 @@ class EngineLoop:
     # On the reader's thread
 
     def _read(self, message: LoadAdapter, answer: Future[AdapterView], started: float) -> None:
+        self._reading = True
         try:
-            self._put(_Checked(message, self._read_file(message.path), answer, started))
+            self._put(_Checked(message, self._read_file(message.path, self._let_steps_run), answer, started))
         except NrError as error:
             answer.set_exception(error)
         except Exception as error:
             log.exception("reading %s failed", message.path)
             answer.set_exception(NrError(f"reading the adapter failed: {type(error).__name__}"))
+        finally:
+            self._reading = False
 
-    def _read_file(self, path: Path) -> Adapter:
+    def _let_steps_run(self) -> None:
+        """Reading takes the interpreter, and maybe a core, from the steps; so it takes little at a time."""
+        if self._running:
+            time.sleep(_READ_PAUSE)
+
+    def _read_file(self, path: Path, between: Callable[[], None] = lambda: None) -> Adapter:
         from nr_serve.neutral.format import Base, read_adapter
 
         assert self.info is not None
         base: Base = Base(self.info.model, self.info.fingerprint, self.info.layers, self.info.d)
-        return read_adapter(path, base, max_bytes=int(self._config.max_adapter_gib * 2**30))
+        max_bytes = int(self._config.max_adapter_gib * 2**30)
+        return read_adapter(path, base, max_bytes=max_bytes, between=between)
 
     # On the engine's thread
 
@@ -227,6 +239,7 @@ class EngineLoop:
 
     def _serve(self, core: Core, adapters: Adapters) -> None:
         while True:
+            self._running = not core.idle
             idle = core.idle and not adapters.busy
             if idle:
                 core.check()
@@ -234,7 +247,7 @@ class EngineLoop:
                 return
             adapters.copy_some()
             if not core.idle or adapters.busy:
-                events = core.step()
+                events = core.step(measures=not self._reading)  # one of the two is enough for a step
                 if events.outputs or events.report is not None:
                     self._deliver(events)
 

@@ -62,7 +62,7 @@ class Runner:
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.recalls_pages = config.prefix_cache
         # The GPU's kernels know one threshold a slot, so there a piece on trial takes a pass of its own.
-        self.trial_tokens = 64 if self.kernels else 4
+        self.trial_tokens = 64 if self.kernels else 3
         self.bank = self._bank(config, int(shape.hidden_size))
         self.info = EngineInfo(
             model=name,

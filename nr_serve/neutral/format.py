@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,16 @@ class Base:
     d: int
 
 
-def read_adapter(path: Path, base: Base | None = None, *, max_bytes: int | None = None) -> Adapter:
+def read_adapter(
+    path: Path,
+    base: Base | None = None,
+    *,
+    max_bytes: int | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> Adapter:
     """Read and check an adapter file; with `base`, also that it was made for it.
+
+    `between` is called now and then: a tensor or a layer takes less than a millisecond.
 
     Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
     """
@@ -127,11 +135,11 @@ def read_adapter(path: Path, base: Base | None = None, *, max_bytes: int | None 
     info = _info(metadata)
     if base is not None:
         _check_base(info, base)
-    blocks = _blocks(tensors, info)
+    blocks = _blocks(tensors, info, between)
     return Adapter(
         info=info,
         blocks=blocks,
-        version=_version(tensors, metadata),
+        version=_version(tensors, metadata, between),
         nbytes=sum(t.nbytes for t in tensors.values()),
     )
 
@@ -148,7 +156,7 @@ def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     for name, value in asdict(info).items():
         metadata[name] = value if isinstance(value, str) else json.dumps(value)
-    _blocks(tensors, _info(metadata))
+    _blocks(tensors, _info(metadata), lambda: None)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         safetensors.torch.save_file(tensors, part, metadata)
@@ -180,9 +188,10 @@ def _parse(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, header.get("__metadata__") or {}
 
 
-def _version(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def _version(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], between: Callable[[], None]) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
+        between()
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
@@ -257,7 +266,9 @@ def _check_base(info: AdapterInfo, base: Base) -> None:
         )
 
 
-def _blocks(tensors: Mapping[str, Tensor], info: AdapterInfo) -> tuple[Block | None, ...]:
+def _blocks(
+    tensors: Mapping[str, Tensor], info: AdapterInfo, between: Callable[[], None]
+) -> tuple[Block | None, ...]:
     by_layer: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
@@ -268,7 +279,11 @@ def _blocks(tensors: Mapping[str, Tensor], info: AdapterInfo) -> tuple[Block | N
         by_layer.setdefault(int(match[1]), {})[match[2]] = tensor
     if not by_layer:
         raise BadAdapterFile("the file holds no block")
-    return tuple(_block(i, by_layer[i], info.d) if i in by_layer else None for i in range(info.layers))
+    blocks: list[Block | None] = []
+    for layer in range(info.layers):
+        between()
+        blocks.append(_block(layer, by_layer[layer], info.d) if layer in by_layer else None)
+    return tuple(blocks)
 
 
 def _block(layer: int, named: Mapping[str, Tensor], d: int) -> Block:
