@@ -7,6 +7,7 @@ import pytest
 
 from nr_serve.logs import JsonFormatter, TextFormatter, fields_of, quiet_progress_bars
 from tests.fakes import serving
+from tests.unit.waiting import until
 
 
 @pytest.fixture
@@ -67,6 +68,7 @@ def test_a_request_is_one_line(lines):
 def test_the_line_of_a_request_to_the_model_has_its_tokens_and_selection(served, lines, stream):
     served.complete(prompt=["hi", "hello"], n=2, max_tokens=3, stream=stream)
     served.complete(model="hu", max_tokens=1)
+    until(lambda: len(lines()) == 2)  # a line is written once its answer is out
     first, second = lines()
     numbers = ("prompt_tokens", "completion_tokens", "selection")
     assert [first[name] for name in numbers] == [3 + 6, 12, "base"], "each prompt counts once; BOS is a token"
