@@ -191,10 +191,10 @@ class Loop(EngineLoop):
         """Stand before that step, counted from now, until the event is set; `then` may take the step's place."""
         real, steps, go_on = self.core.step, [], threading.Event()
 
-        def held():
+        def held(**how):
             steps.append(1)
             assert len(steps) < step or go_on.wait(PATIENCE)
-            return real() if len(steps) < step or then is None else then()
+            return real(**how) if len(steps) < step or then is None else then()
 
         self.core.step = held
         return go_on

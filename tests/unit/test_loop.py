@@ -78,12 +78,12 @@ class Loop(EngineLoop):
         step, reached, go_on = self.core.step, threading.Event(), threading.Event()
         steps = []
 
-        def held():
+        def held(**how):
             steps.append(1)
             if len(steps) == 2:
                 reached.set()
                 assert go_on.wait(PATIENCE)
-            return step()
+            return step(**how)
 
         self.core.step = held
         return reached, go_on
