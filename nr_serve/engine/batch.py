@@ -30,9 +30,8 @@ class Group:
     count: int
     cells_BN: Tensor
     """KV cells of each piece's context, in order; the spare cell stands in where a context is shorter."""
-    visible_BnN: Tensor
-    """Bool: which of them each token may attend to."""
     positions_Bn: Tensor
+    """Places of the tokens in the contexts: each may attend to those up to its own."""
 
 
 @dataclass(slots=True)
@@ -74,10 +73,10 @@ class Batch:
 
     @staticmethod
     def _visible(group: Group, window: int | None) -> Tensor:
-        if window is None:
-            return group.visible_BnN
         context_N = torch.arange(group.cells_BN.shape[1], device=group.cells_BN.device)
-        return group.visible_BnN & (context_N > group.positions_Bn[:, :, None] - window)
+        positions_Bn1 = group.positions_Bn[:, :, None]
+        visible_BnN = context_N <= positions_Bn1
+        return visible_BnN if window is None else visible_BnN & (context_N > positions_Bn1 - window)
 
 
 def build_batch(
@@ -192,12 +191,10 @@ def _group(own: Sequence[tuple[Piece, np.ndarray]], first: int, spare_cell: int,
     for row, context in zip(padded, cells, strict=True):
         row[: len(context)] = context
     positions = np.array([p.start for p in pieces])[:, None] + np.arange(count)
-    visible = np.arange(padded.shape[1]) <= positions[:, :, None]
     return Group(
         first=first,
         pieces=len(pieces),
         count=count,
         cells_BN=torch.from_numpy(padded).to(device),
-        visible_BnN=torch.from_numpy(visible).to(device),
         positions_Bn=torch.from_numpy(positions).to(device),
     )
