@@ -1,9 +1,8 @@
 """The bank: slots of adapter weights in device memory, and the residues of one step.
 
 Owns the stacked weights, the carried gate state of each request (by row) and at the end of each KV page, and the
-gate statistics. It takes
-flattened hidden states and a per-token selection; it knows no request, no page and no HTTP, so that another
-engine can host it.
+gate statistics. It takes flattened hidden states and a per-token selection; it knows no request, no page and no
+HTTP, so that another engine can host it.
 
 Shape suffixes: T tokens of a step, P pieces (runs of tokens of one request), E ends of pages in a step, S slots,
 R rows, N pages, L layers, K labels, d width of the stream, h width of a slot.
@@ -22,7 +21,7 @@ from torch import Tensor
 from nr_serve.errors import BadAdapterFile
 from nr_serve.names import MOST_JOINED
 from nr_serve.neutral.format import Adapter
-from nr_serve.neutral.scan import Pass, carry_on, passes
+from nr_serve.neutral.scan import StepCarries
 
 _FEW_TOKENS = 64  # of a step: with more, products by oneDNN are faster than the operator made for few
 _SHUT = -1e30  # bias of a layer without a block: finite, so that the carry of it stays finite
@@ -91,25 +90,10 @@ class _Step:
     m_L: tuple[Tensor, ...]
     before_L: tuple[Tensor, ...]
     """[P, n]: the state each piece continues from; NaN where nothing came before."""
-    first_P: Tensor | None
-    """Index of each piece's first token; None in a step of decodes alone: all are."""
-    carries: _Carries | None
+    carries: StepCarries | None
     """None: the step's tokens are few, and one operator does it all."""
     layers_done: int = 0
     opened: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Carries:
-    """What torch's operators need to carry the logits of many tokens on."""
-
-    carried_L: tuple[Tensor, ...]
-    """[P, n]: a times the state the piece continues from; 0 where nothing came before."""
-    share_L: tuple[Tensor, ...]
-    """[P, n]: weight of the first token's own logit, 1 - a; 1 where nothing came before."""
-    share_n: Tensor
-    """The same for the other tokens."""
-    passes: list[Pass]
 
 
 class Bank:
@@ -313,32 +297,19 @@ class Bank:
             m_LTn=m_LTn,
             m_L=m_LTn.unbind(),
             before_L=before_LPn.unbind(),
-            first_P=None if tokens.longest == 1 else _firsts(tokens.last_P),
             carries=None if few else self._carries_of(tokens, before_LPn),
         )
 
-    def _carries_of(self, tokens: StepTokens, before_LPn: Tensor) -> _Carries:
+    def _carries_of(self, tokens: StepTokens, before_LPn: Tensor) -> StepCarries:
         n = self._columns
-        a_n = self.carry_S[:n]
-        nothing_LPn = before_LPn.isnan()
-        a_LPn = torch.where(nothing_LPn, 0.0, a_n)
-        return _Carries(
-            carried_L=(a_LPn * before_LPn.masked_fill(nothing_LPn, 0.0)).unbind(),
-            share_L=(1 - a_LPn).unbind(),
-            share_n=1 - a_n,
-            passes=passes(a_n, max(self._carries[:n]), tokens.offset_T, tokens.longest),
-        )
+        largest = max(self._carries[:n])
+        return StepCarries.of(self.carry_S[:n], largest, before_LPn, tokens.offset_T, tokens.last_P, tokens.longest)
 
-    def _gates(self, layer: int, x_Td: Tensor, step: _Step, carries: _Carries) -> Tensor:
+    def _gates(self, layer: int, x_Td: Tensor, step: _Step, carries: StepCarries) -> Tensor:
         """Carried logit minus threshold of every token and evaluated slot, [T, n], selected or not."""
         z_Tn = F.linear(x_Td.float(), self._gate_L[layer], self._bias_L[layer])
         m_Tn = step.m_L[layer]
-        if step.first_P is None:
-            torch.addcmul(carries.carried_L[layer], z_Tn, carries.share_L[layer], out=m_Tn)
-        else:
-            torch.mul(z_Tn, carries.share_n, out=m_Tn)
-            first_Pn = torch.addcmul(carries.carried_L[layer], z_Tn[step.first_P], carries.share_L[layer])
-            carry_on(m_Tn.index_copy_(0, step.first_P, first_Pn), carries.passes)
+        carries.carry(layer, z_Tn, m_Tn)
         step.layers_done = layer + 1
         return m_Tn - step.threshold
 
@@ -366,7 +337,7 @@ class Bank:
     def _keep_states(self, step: _Step) -> None:
         """The carried logits of each piece's last token, and of those that end pages."""
         tokens, n = step.tokens, self._columns
-        self.state_LRS[:, step.row_P, :n] = step.m_LTn if step.first_P is None else step.m_LTn[:, tokens.last_P]
+        self.state_LRS[:, step.row_P, :n] = step.m_LTn if tokens.longest == 1 else step.m_LTn[:, tokens.last_P]
         if tokens.end_E is not None:
             self.page_state_LNS[:, tokens.page_E, :n] = step.m_LTn[:, tokens.end_E]
 
@@ -403,8 +374,3 @@ def _threshold(threshold_n: Tensor, tokens: StepTokens) -> Tensor:
     threshold_Tn = threshold_n.repeat(len(tokens.row_T), 1)
     threshold_Tn[trial.first :, trial.slot] = trial.threshold
     return threshold_Tn
-
-
-def _firsts(last_P: Tensor) -> Tensor:
-    """Index of each piece's first token."""
-    return F.pad(last_P[:-1] + 1, (1, 0))

@@ -2,7 +2,7 @@
 
 The recurrence is solved by doubling: after the pass with shift k, row t holds the weighted sum of its last 2k
 logits (Hillis and Steele, 1986).
-Shape suffixes: T tokens of all sequences laid end to end, A gates.
+Shape suffixes: T tokens of all sequences laid end to end, P pieces of sequences, A gates, L layers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _NEGLIGIBLE = 1e-9  # below float32's resolution: terms of less weight cannot change the sum
@@ -49,6 +50,48 @@ def carry_on(m_TA: Tensor, doublings: Sequence[Pass]) -> Tensor:
             added = added.masked_fill(each.beyond_T1, 0.0)
         m_TA[each.shift :] += added
     return m_TA
+
+
+@dataclass(frozen=True, slots=True)
+class StepCarries:
+    """The carry of a step through many layers: what they share is made once. L: a tuple of one tensor per layer."""
+
+    carried_L: tuple[Tensor, ...]
+    """[P, A]: a times the state the piece continues from; 0 where nothing came before."""
+    share_L: tuple[Tensor, ...]
+    """[P, A]: weight of the first token's own logit, 1 - a; 1 where nothing came before."""
+    share_A: Tensor
+    """The same for the other tokens."""
+    first_P: Tensor | None
+    """Index of each piece's first token; None in a step of single tokens: all are."""
+    doublings: list[Pass]
+
+    @classmethod
+    def of(
+        cls, a_A: Tensor, largest: float, before_LPA: Tensor, offset_T: Tensor, last_P: Tensor, longest: int
+    ) -> StepCarries:
+        """For pieces that end at `last_P` and continue from the states `before_LPA`, NaN where nothing came before.
+
+        The rest is as in `passes`.
+        """
+        nothing_LPA = before_LPA.isnan()
+        a_LPA = torch.where(nothing_LPA, 0.0, a_A)
+        return cls(
+            carried_L=(a_LPA * before_LPA.masked_fill(nothing_LPA, 0.0)).unbind(),
+            share_L=(1 - a_LPA).unbind(),
+            share_A=1 - a_A,
+            first_P=None if longest == 1 else F.pad(last_P[:-1] + 1, (1, 0)),
+            doublings=passes(a_A, largest, offset_T, longest),
+        )
+
+    def carry(self, layer: int, z_TA: Tensor, m_TA: Tensor) -> None:
+        """Carried logits of a layer, from its logits z, into m."""
+        if self.first_P is None:
+            torch.addcmul(self.carried_L[layer], z_TA, self.share_L[layer], out=m_TA)
+            return
+        torch.mul(z_TA, self.share_A, out=m_TA)
+        first_PA = torch.addcmul(self.carried_L[layer], z_TA[self.first_P], self.share_L[layer])
+        carry_on(m_TA.index_copy_(0, self.first_P, first_PA), self.doublings)
 
 
 def segmented_carry(z_TA: Tensor, a_A: Tensor, offset_T: Tensor, state_TA: Tensor | None = None) -> Tensor:
