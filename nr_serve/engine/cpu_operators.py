@@ -73,9 +73,8 @@ def _library() -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            os.replace(
-                _compiled(compiler, Path(folder)), library
-            )  # whole or not at all, whoever else does the same
+            # Whole or not at all, whoever else does the same.
+            os.replace(_compiled(compiler, Path(folder)), library)
         log.info("operators compiled for this processor in %.0f s", time.perf_counter() - started)
     return library
 
@@ -85,17 +84,8 @@ def _compiled(compiler: str, folder: Path) -> Path:
     torch_folder = Path(torch.__file__).parent
     compiled, library = folder / "operators.o", folder / "operators.so"
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    _run(
-        compiler,
-        *_FLAGS,
-        abi,
-        "-isystem",
-        torch_folder / "include",
-        "-c",
-        _SOURCES / "operators.cpp",
-        "-o",
-        compiled,
-    )
+    headers, source = torch_folder / "include", _SOURCES / "operators.cpp"
+    _run(compiler, *_FLAGS, abi, "-isystem", headers, "-c", source, "-o", compiled)
     _run(compiler, "-shared", compiled, "-L", torch_folder / "lib", "-ltorch_cpu", "-lc10", "-o", library)
     return library
 

@@ -88,9 +88,8 @@ class FusedLayer(nn.Module):
 
 def fuse(model: nn.Module, operators: CpuOperators) -> None:
     """Replace, in place, the layers of a frozen model that are known. Call it before `host_blocks`."""
-    decoder_layers(model)
     layers: Any = model.get_submodule("model.layers")
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(decoder_layers(model)):
         if _is_known(layer):
             layers[i] = FusedLayer(layer, operators)
 
