@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -29,7 +30,8 @@ from nr_serve.neutral import MAX_THRESHOLD
 
 FORMAT = "neutral-residues"
 FORMAT_VERSION = 1
-GATES = ("relu",)
+CEILINGS = {"relu": math.inf, "relu1": 1.0}
+"""What the gates that can be served are cut off at, by the metadata's name."""
 _LONGEST_TEXT = 200
 MAX_LAYERS = 9999
 """Far above any base's."""
@@ -52,14 +54,20 @@ class AdapterInfo:
     carry: float = 0.0
     """a in m_t = a m_(t-1) + (1 - a) z_t; 0 is the paper's gate."""
     threshold: float = 0.0
-    """The gate is relu(m - threshold)."""
+    """The gate is min(relu(m - threshold), ceiling)."""
     gate: str = "relu"
+    """A name in `CEILINGS`."""
     domain: str = ""
     """What it was trained for: a language tag such as `hu`, or a domain's name."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """The training recipe."""
     results: Mapping[str, Any] = field(default_factory=dict)
     """Measured results."""
+
+    @property
+    def ceiling(self) -> float:
+        """The largest value of a gate."""
+        return CEILINGS[self.gate]
 
 
 @dataclass(frozen=True)
@@ -220,8 +228,8 @@ def _info(metadata: Mapping[str, str]) -> AdapterInfo:
     except TypeError as error:
         missing = [f for f in ("base", "base_fingerprint", "layers", "d") if f not in values]
         raise BadAdapterFile(f"metadata lacks {', '.join(missing)}") from error
-    if info.gate not in GATES:
-        raise BadAdapterFile(f"gate {info.gate!r} cannot be served; known: {', '.join(GATES)}")
+    if info.gate not in CEILINGS:
+        raise BadAdapterFile(f"gate {info.gate!r} cannot be served; known: {', '.join(CEILINGS)}")
     if not 0 <= info.carry < 1:
         raise BadAdapterFile(f"carry must be in [0, 1), not {info.carry}")
     if abs(info.threshold) > MAX_THRESHOLD:

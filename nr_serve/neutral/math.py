@@ -4,17 +4,20 @@ For the token's normalised FFN input x, in one layer, for one adapter:
 
     logit      z_t = w · x_t + b
     carried    m_t = a m_(t-1) + (1 - a) z_t,   m_0 = z_0
-    block gate g_t = relu(m_t - threshold)
+    block gate g_t = min(relu(m_t - threshold), ceiling)
     residue    r_t = g_t W_out(silu(W_gate x_t) * (W_in x_t))
 
 and the layer's output is FFN(x) + the sum of r over the selected adapters. g is exactly 0 wherever m is at
 most the threshold, so leaving the block out there changes nothing.
 
-Source: "Neutral Residues", arXiv 2410.02744, section 3; the carry (a > 0) is this project's own.
+Source: "Neutral Residues", arXiv 2410.02744, section 3. The carry (a > 0) and the ceiling are this project's own; the
+paper's gate has none (infinity).
 Shape suffixes: T tokens, d width of the residual stream, h width of the block.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +42,13 @@ def carry(z_T: Tensor, a: float, state: Tensor) -> Tensor:
     return torch.stack(carried) if carried else z_T
 
 
-def block_gate(m_T: Tensor, threshold: float | Tensor = 0.0) -> Tensor:
-    """Block gate g = relu(m - threshold), [T]. The gate *fired* where g > 0."""
-    return torch.relu(m_T - threshold)
+def block_gate(m_T: Tensor, threshold: float | Tensor = 0.0, ceiling: float = math.inf) -> Tensor:
+    """Block gate g = min(relu(m - threshold), ceiling), [T]. The gate *fired* where g > 0.
+
+    A ceiling of 1 makes it a block that is fully on for most of its own text: how far m is above the threshold is
+    noise there, which would multiply the residue.
+    """
+    return torch.relu(m_T - threshold).clamp(max=ceiling)
 
 
 def block(x_Td: Tensor, w_in_hd: Tensor, w_gate_hd: Tensor, w_out_dh: Tensor) -> Tensor:

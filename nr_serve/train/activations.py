@@ -1,6 +1,6 @@
-"""Block gates by kind: from the carried logit m to the gate g. Only relu is exactly 0, so only relu is served.
+"""Block gates by kind: from the carried logit m to the gate g. Only relu and relu1 are exactly 0, so only they are served.
 
-The others are the alternatives of arXiv 2410.02744, section 4, to be compared with.
+relu is the paper's; the others are the alternatives of arXiv 2410.02744, section 4, to be compared with.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nr_serve.neutral.format import CEILINGS
 from nr_serve.neutral.math import block_gate
+
+
+def relu1(m_T: Tensor) -> Tensor:
+    """g = min(relu(m), 1)."""
+    return block_gate(m_T, ceiling=CEILINGS["relu1"])
 
 
 def elu(m_T: Tensor) -> Tensor:
@@ -31,6 +37,7 @@ def tanh(m_T: Tensor) -> Tensor:
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": block_gate,
+    "relu1": relu1,
     "elu": elu,
     "sigmoid": sigmoid,
     "tanh": tanh,

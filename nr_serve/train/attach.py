@@ -128,7 +128,7 @@ class AdapterModule(nn.Module):
             b and Block(b.gate.float(), b.bias.float(), b.w_in.float(), b.w_gate.float(), b.w_out.float())
             for b in adapter.blocks
         ]
-        return cls(blocks, adapter.info.carry, adapter.info.threshold)
+        return cls(blocks, adapter.info.carry, adapter.info.threshold, adapter.info.gate)
 
     def layer(self, i: int) -> BlockModule | None:
         """Layer i's block, if it has one."""

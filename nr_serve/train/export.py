@@ -13,7 +13,7 @@ from torch import Tensor
 from nr_serve.disk import writing
 from nr_serve.errors import BadRequest, Conflict
 from nr_serve.neutral import host
-from nr_serve.neutral.format import AdapterInfo, write_adapter
+from nr_serve.neutral.format import CEILINGS, AdapterInfo, write_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import AdapterModule
 from nr_serve.train.base import FrozenBase, best_device, load_base
@@ -136,6 +136,7 @@ def write_blocks(
         d=base.d,
         carry=recipe.blocks.carry,
         threshold=recipe.threshold,
+        gate=_gate(recipe),
         domain=recipe.domain,
         recipe=recipe.dump(),
         results=results,
@@ -145,11 +146,16 @@ def write_blocks(
     return path
 
 
+def _gate(recipe: Recipe) -> str:
+    """The gate of the recipe's blocks as a file names it: without one it is 1 by its bias."""
+    return "relu" if recipe.method == "adapter" or recipe.gate.kind == "none" else recipe.gate.kind
+
+
 def _served(recipe: Recipe) -> bool:
-    return recipe.method == "adapter" or recipe.gate.kind in ("relu", "none")
+    return recipe.method in ("neutral", "adapter") and _gate(recipe) in CEILINGS
 
 
 def _why(recipe: Recipe) -> str:
     if recipe.method in ("lora", "finetune"):
         return f"its method is {recipe.method}"
-    return f"only relu gates are served, not {recipe.gate.kind}"
+    return f"only relu and relu1 gates are served, not {recipe.gate.kind}"

@@ -203,7 +203,7 @@ class Fitter:
         target_m = by_class.pop(self.target)
         threshold = max(float(m.quantile(self._percentile(name) / 100)) for name, m in by_class.items())
         open_m = target_m[target_m > threshold] - threshold
-        scale = 1 / float(open_m.mean()) if len(open_m) else 1.0
+        scale = self.gate.open_mean / float(open_m.mean()) if len(open_m) else 1.0
         _set(module, module.gate.detach().double() * scale, (module.bias.detach().double() - threshold) * scale)
         misfired = {name: float((m > threshold).double().mean()) for name, m in by_class.items()}
         self.report[layer] = LayerFit(len(open_m) / len(target_m), misfired)

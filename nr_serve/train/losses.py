@@ -66,7 +66,7 @@ def cross_entropy(layer: LayerOutput) -> Tensor:
 
 
 def open_hinge(m_T: Tensor, target_T: Tensor) -> Tensor:
-    """Sum over tokens of the target of relu(1 - m): 0 where the gate is as open as fitted gates are on average.
+    """Sum over tokens of the target of relu(1 - m): 0 where a gate with a ceiling of 1 is fully open.
 
     Unlike a local loss its gradient runs down the stream, to the blocks below that moved it.
     """

@@ -125,8 +125,10 @@ class Blocks(_Section):
 class Gate(_Section):
     """How the gates look and start, and whether they train. Only a neutral run reads it."""
 
-    kind: Literal["relu", "elu", "sigmoid", "tanh", "none"] = Field(
-        default="relu", description="The gate as a function of the logit; only relu, and none, can be served."
+    kind: Literal["relu1", "relu", "elu", "sigmoid", "tanh", "none"] = Field(
+        default="relu1",
+        description="The gate as a function of the logit; relu, the paper's, is relu(m), and relu1 at most 1. Only "
+        "these two, and none, can be served.",
     )
     init: Literal["closed-form", "logistic", "paper", "he"] = Field(
         default="logistic",
@@ -146,6 +148,12 @@ class Gate(_Section):
     target_weight: float = Field(
         default=0.01, gt=0, lt=1, description="The target's share of the fit's weight; less of it, fewer misfires."
     )
+    steepness: float | None = Field(
+        default=None,
+        gt=0,
+        description="Fitted gates are scaled until m averages this over the tokens of the target that open them "
+        "(default: 3 for relu1, so that most of those are fully open, else 1).",
+    )
     fit_tokens: Positive = Field(default=6144, description="Tokens of each class that fit and calibrate the gates.")
     ridge: float = Field(
         default=1e-4, gt=0, description="Ridge penalty, as a share of the mean variance of an input feature."
@@ -159,6 +167,11 @@ class Gate(_Section):
     min_found: Share = Field(
         default=0.0, description="Layers whose gate finds less than this share of the target get no block."
     )
+
+    @property
+    def open_mean(self) -> float:
+        """`steepness`, or its default."""
+        return self.steepness or (3.0 if self.kind == "relu1" else 1.0)
 
     @property
     def fitted(self) -> bool:
@@ -215,11 +228,15 @@ class Run(_Section):
         default=1,
         description="Parts a step is taken in, to save memory; each process takes so many.",
     )
-    original_share: Share = Field(default=0.1, description="Share of the windows that is original text.")
-    background_share: Share = Field(default=0.1, description="Share of the windows that is background text.")
+    original_share: Share = Field(
+        default=0.0,
+        description="Share of the windows that is original text; 0.1 in the paper. Gates that are fitted and not "
+        "trained are shut there, so that it would teach nothing.",
+    )
+    background_share: Share = Field(default=0.0, description="Share of the windows that is background text.")
     lr: float = Field(default=4e-3, gt=0, description="Peak learning rate of AdamW.")
     out_lr_ratio: float = Field(
-        default=4.0,
+        default=10.0,
         gt=0,
         description="The blocks' W_out learns so many times faster than the rest of them; it starts at 0, as "
         "LoRA's B does (arXiv 2402.12354).",
@@ -310,6 +327,13 @@ class Recipe(_Section):
     def _gates_that_a_loss_moves(self) -> Recipe:
         if self.keeps_quiet and self.loss.kind == "cross-entropy" and not self.gate.trained:
             raise ValueError("loss.kind 'cross-entropy' moves the gates alone: it needs gate.trained = true")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_quiet_by_text(self) -> Recipe:
+        moved = self.gate.trained or self.gate.kind == "none"
+        if self.keeps_quiet and moved and not self.run.original_share:
+            raise ValueError("gates that are trained, or none, need run.original_share above 0 to stay neutral")
         return self
 
     @property
