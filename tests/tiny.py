@@ -65,6 +65,7 @@ def adapter(
     h: int = 16,
     scale: float = 2.0,
     threshold: float = 0.0,
+    gate: str = "relu",
     bare_layers: Sequence[int] = (),
 ) -> Adapter:
     """A random adapter whose gates open on about half the tokens; its last layer is narrower."""
@@ -92,6 +93,7 @@ def adapter(
         d=D,
         carry=carry,
         threshold=threshold,
+        gate=gate,
         domain=f"test-{seed}",
     )
     blocks = [None if i in bare_layers else block for i, block in enumerate(blocks)]
@@ -114,7 +116,7 @@ class Naive:
                 continue
             z = math.gate_logit(x[0], block.gate, block.bias)
             m = math.carry(z, each.info.carry, torch.tensor(torch.nan))
-            g = math.block_gate(m, each.info.threshold)
+            g = math.block_gate(m, each.info.threshold, each.info.ceiling)
             y = y + math.residue(x[0], g, block.w_in, block.w_gate, block.w_out)[None]
         return y
 

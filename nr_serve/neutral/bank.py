@@ -124,6 +124,7 @@ class Bank:
         self.bias_LS = zeros(layers, slots)
         self.carry_S = zeros(slots)
         self.threshold_S = torch.full((slots,), torch.inf, device=device)  # inf: detached, can never fire
+        self.ceiling_S = torch.full((slots,), torch.inf, device=device)
         # Of a block of width h the first 2h rows: W_in, then W_gate, so that one product does both.
         self.w_up_SLud = zeros(slots, layers, 2 * width, d, dtype=dtype)
         self.w_out_SLhd = zeros(slots, layers, width, d, dtype=dtype)  # transposed, as rows of h are filled
@@ -182,6 +183,7 @@ class Bank:
             self.width_LS[layer, slot] = h
             yield
         self.carry_S[slot] = self._carries[slot] = adapter.info.carry
+        self.ceiling_S[slot] = adapter.info.ceiling
         self.state_LRS[:, :, slot] = torch.nan
         self.page_state_LNS[:, :, slot] = torch.nan
         self.threshold_S[slot] = threshold
@@ -229,7 +231,7 @@ class Bank:
         if float(over_Tn.max()) <= 0:
             return y
         step.opened = True
-        g_Tn = torch.where(step.selected_Tn, over_Tn.relu_(), 0.0)
+        g_Tn = self._gate_values(over_Tn, step)
         return self._add_blocks(layer, x_Td, y.reshape(-1, self.d), g_Tn).view_as(y)
 
     def _add_few(self, layer: int, x_Td: Tensor, y_Td: Tensor, step: _Step) -> Tensor:
@@ -241,6 +243,7 @@ class Bank:
             self._gate_L[layer],
             self._bias_L[layer],
             self.carry_S[: self._columns],
+            self.ceiling_S[: self._columns],
             step.before_L[layer],
             step.tokens.offset_T,
             step.threshold,
@@ -313,6 +316,11 @@ class Bank:
         step.layers_done = layer + 1
         return m_Tn - step.threshold
 
+    def _gate_values(self, over: Tensor, step: _Step) -> Tensor:
+        """Gates g of carried logits minus threshold, [..., T, n], which are reused; 0 where not selected."""
+        # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
+        return torch.where(step.selected_Tn, torch.minimum(over.relu_(), self.ceiling_S[: self._columns]), 0.0)
+
     def _add_blocks(self, layer: int, x_Td: Tensor, y_Td: Tensor, g_Tn: Tensor) -> Tensor:
         """y plus g times the blocks, for the tokens whose g is above 0 and no others; y is reused."""
         slot_N, token_N = (g_Tn > 0).T.nonzero().unbind(1)
@@ -347,8 +355,7 @@ class Bank:
         over_LTn = step.m_LTn - step.threshold
         # Adapters that were not selected are observed, for the live interference matrix, but add nothing.
         open_TS = F.pad((over_LTn > 0).sum(0, dtype=torch.int32), (0, self.slots - n))
-        # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
-        g_LTn = torch.where(step.selected_Tn, over_LTn.relu_(), 0.0)[:, :counted]
+        g_LTn = self._gate_values(over_LTn, step)[:, :counted]
         self._fired_LS[:, :n] += (g_LTn > 0).sum(1)
         # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
         self._mass_S[:n] += g_LTn.nan_to_num_(posinf=0.0).sum((0, 1), dtype=torch.float64)

@@ -86,6 +86,7 @@ class GpuBank(Bank):
             b_S=self.bias_LS[layer],
             carry_S=self.carry_S,
             threshold_S=self.threshold_S,
+            ceiling_S=self.ceiling_S,
             state_RS=self.state_LRS[layer],
             page_state_NS=self.page_state_LNS[layer],
             open_TS=self._open_TS,

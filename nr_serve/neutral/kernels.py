@@ -60,13 +60,14 @@ class Pieces:
 class Gate:
     """One layer's gates, for all slots, and what carries over from token to token and step to step.
 
-    All float32 but for the two counters; every tensor below `threshold_S` is written to.
+    All float32 but for the two counters; every tensor below `ceiling_S` is written to.
     """
 
     w_Sd: Tensor
     b_S: Tensor
     carry_S: Tensor
     threshold_S: Tensor
+    ceiling_S: Tensor
     state_RS: Tensor
     """m of each row's last token; NaN: nothing came before."""
     page_state_NS: Tensor
@@ -109,8 +110,8 @@ def gates(x_Td: Tensor, gate: Gate, pieces: Pieces, *, counts: bool = True) -> T
         BLOCK_T=block_T, BLOCK_S=block_S, BLOCK_D=block_d,
     )  # fmt: skip
     _carry[(pieces.first_P.numel(), triton.cdiv(S, block_S))](
-        z_KTS, gate.b_S, gate.carry_S, gate.threshold_S, pieces.first_P, pieces.last_P, pieces.row_T,
-        pieces.row_T if pieces.page_T is None else pieces.page_T, pieces.selected_TS,
+        z_KTS, gate.b_S, gate.carry_S, gate.threshold_S, gate.ceiling_S, pieces.first_P, pieces.last_P,
+        pieces.row_T, pieces.row_T if pieces.page_T is None else pieces.page_T, pieces.selected_TS,
         gate.state_RS, gate.page_state_NS, gate.open_TS, gate.fired_S, gate.mass_S, g_TS,
         T, S, gate.state_RS.stride(0), gate.page_state_NS.stride(0),
         PARTS=parts, COUNTS=counts, PAGES=pieces.page_T is not None,
@@ -219,7 +220,7 @@ def _then(a_first, b_first, a_next, b_next):
 
 @triton.jit(do_not_specialize=["T"])
 def _carry(
-    z, b, a, threshold, first, last, row, page, selected, state, page_state, opened, fired, mass, g,
+    z, b, a, threshold, ceiling, first, last, row, page, selected, state, page_state, opened, fired, mass, g,
     T, S, state_stride, page_state_stride,
     PARTS: tl.constexpr, COUNTS: tl.constexpr, PAGES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -232,6 +233,7 @@ def _carry(
     b_s = tl.load(b + s, mask=there, other=0.0)
     a_s = tl.load(a + s, mask=there, other=0.0)
     threshold_s = tl.load(threshold + s, mask=there, other=float("inf"))
+    ceiling_s = tl.load(ceiling + s, mask=there, other=0.0)
     m_s = tl.load(state + own_row * state_stride + s, mask=there, other=0.0)
     fresh_s = m_s != m_s  # NaN: nothing came before
     m_s = tl.where(fresh_s, 0.0, m_s)
@@ -256,7 +258,7 @@ def _carry(
         tl.store(opened + at, tl.load(opened + at, mask=inside, other=0) + is_open.to(tl.int32), mask=inside)
         acts = is_open & (tl.load(selected + at, mask=inside, other=0) != 0)
         # where, not a product: the threshold of a detached slot is infinite.
-        g_ts = tl.where(acts, m_ts - threshold_s[None, :], 0.0)
+        g_ts = tl.where(acts, tl.minimum(m_ts - threshold_s[None, :], ceiling_s[None, :]), 0.0)
         tl.store(g + at, g_ts, mask=inside)
         fired_s += tl.sum(acts.to(tl.int64), 0)
         mass_s += tl.sum(tl.where(g_ts < float("inf"), g_ts, 0.0).to(tl.float64), 0)

@@ -10,8 +10,8 @@ For the token's normalised FFN input x, in one layer, for one adapter:
 and the layer's output is FFN(x) + the sum of r over the selected adapters. g is exactly 0 wherever m is at
 most the threshold, so leaving the block out there changes nothing.
 
-Source: "Neutral Residues", arXiv 2410.02744, section 3. The carry (a > 0) and the ceiling are this project's own; the
-paper's gate has none (infinity).
+Source: "Neutral Residues", arXiv 2410.02744, section 3. The carry (a > 0) and the ceiling are this project's own:
+the paper's gate has a = 0 and no ceiling (infinity).
 Shape suffixes: T tokens, d width of the residual stream, h width of the block.
 """
 

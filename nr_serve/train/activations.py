@@ -1,6 +1,7 @@
-"""Block gates by kind: from the carried logit m to the gate g. Only relu and relu1 are exactly 0, so only they are served.
+"""Block gates by kind: from the carried logit m to the gate g.
 
-relu is the paper's; the others are the alternatives of arXiv 2410.02744, section 4, to be compared with.
+relu is the paper's. It and relu1 can be exactly 0, so they are served; the others are the alternatives of
+arXiv 2410.02744, section 4, to be compared with.
 """
 
 from __future__ import annotations

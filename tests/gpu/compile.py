@@ -59,7 +59,7 @@ def launch_all(T: int) -> None:
 
     exact = {"dtype": torch.float32}
     gate = kernels.Gate(
-        empty(SLOTS, D, **exact), *(empty(SLOTS, **exact) for _ in range(3)), empty(ROWS, SLOTS, **exact),
+        empty(SLOTS, D, **exact), *(empty(SLOTS, **exact) for _ in range(4)), empty(ROWS, SLOTS, **exact),
         empty(PAGES, SLOTS, **exact), empty(T, SLOTS, dtype=torch.int32), empty(SLOTS, dtype=torch.int64),
         empty(SLOTS, dtype=torch.float64),
     )  # fmt: skip

@@ -47,7 +47,7 @@ def adapter(seed: int, *, carry=0.0, widths=(WIDTH,) * LAYERS, bias=0.0) -> Adap
         Block(rand(D) / D**0.5, bias + 0.3 * rand(), rand(h, D), rand(h, D), rand(D, h)) if h else None
         for h in widths
     )
-    info = AdapterInfo("tiny", "", LAYERS, D, carry=carry)
+    info = AdapterInfo("tiny", "", LAYERS, D, carry=carry, gate=("relu", "relu1")[seed % 2])
     return Adapter(info, blocks, f"v{seed}", nbytes=0)
 
 
@@ -105,7 +105,7 @@ class NaiveSlot:
         z = self.z[layer, row]
         z.extend((x_nd.double() @ block.gate.double() + block.bias.double()).tolist())
         m = math.carry(torch.tensor(z).double(), self.adapter.info.carry, torch.tensor(NAN))[-len(x_nd) :]
-        return m - self.threshold, math.block_gate(m, self.threshold)
+        return m - self.threshold, math.block_gate(m, self.threshold, self.adapter.info.ceiling)
 
 
 class NaiveBank:

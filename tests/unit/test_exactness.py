@@ -53,7 +53,7 @@ def test_random_traffic_equals_the_naive_loop(budget):
     made = {
         "a0": tiny.adapter(base, seed=0),
         "a1": tiny.adapter(base, seed=1, carry=0.5),
-        "a2": tiny.adapter(base, seed=2, carry=0.5, threshold=0.3),
+        "a2": tiny.adapter(base, seed=2, carry=0.5, threshold=0.3, gate="relu1"),
         "a3": tiny.adapter(base, seed=3, bare_layers=(1,)),
     }
     core, adapters = engine(base, pages=24, budget=budget, running=8)

@@ -72,6 +72,7 @@ def make(seed, *, pieces, d, widths, bias=0.0, dtype=torch.float32, rows=6, page
         b_S=torch.full((S,), bias, device=DEVICE) + 0.1 * rand(S),
         carry_S=torch.tensor([0.0, 0.5, 0.8, 0.95])[torch.arange(S) % 4].to(DEVICE),
         threshold_S=torch.tensor([0.0, 0.3, float("inf"), -0.2])[torch.arange(S) % 4].to(DEVICE),
+        ceiling_S=torch.tensor([float("inf"), 0.4, 1.0])[torch.arange(S) % 3].to(DEVICE),
         state_RS=state_RS,
         page_state_NS=torch.full((pages, S), NAN, device=DEVICE),
         open_TS=torch.ones((T, S), dtype=torch.int32, device=DEVICE),
@@ -95,7 +96,7 @@ def expected(case: Case):
             m_TS[span, s] = math.carry(z_TS[span, s], float(gate.carry_S[s]), state)
             if s not in slots:
                 continue
-            g_TS[span, s] = math.block_gate(m_TS[span, s], threshold)
+            g_TS[span, s] = math.block_gate(m_TS[span, s], threshold, float(gate.ceiling_S[s]))
             w_in_hd, w_gate_hd = case.w_up_Sud[s, : 2 * h].double().chunk(2)
             w_out_hd = case.w_out_SHd[s, :h].double()
             y_Td[span] += math.residue(x_Td[span], g_TS[span, s], w_in_hd, w_gate_hd, w_out_hd.T)

@@ -61,7 +61,14 @@ class Traffic:
         self.beginnings = [[beginnings.randrange(290) for _ in range(28)] for _ in range(3)]
         # Of several kinds of gate: on a page or two of tokens they often stay shut, so that prefixes are neutral.
         self.made = [
-            tiny.adapter(self.base, seed=i, carry=self.carry if i % 3 else 0.0, scale=20.0, threshold=self._high())
+            tiny.adapter(
+                self.base,
+                seed=i,
+                carry=self.carry if i % 3 else 0.0,
+                scale=20.0,
+                threshold=self._high(),
+                gate=("relu", "relu1")[i % 2],
+            )
             for i in range(8)
         ]
         for name in NAMES[:3]:

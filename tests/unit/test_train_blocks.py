@@ -7,6 +7,7 @@ from nr_serve.neutral import math
 from nr_serve.neutral.format import Block
 from nr_serve.neutral.host import host_blocks
 from nr_serve.train import losses
+from nr_serve.train.activations import GATES
 from nr_serve.train.attach import VARIANCE, AdapterModule, Attached, window_inputs
 from tests import tiny
 
@@ -105,6 +106,12 @@ def test_starts_have_the_variance_they_are_named_for(start, variance):
     assert adapter.layer(1) is None
     assert [adapter.layer(i).w_in.shape for i in (0, 2)] == [(64, 48), (32, 48)]
     assert adapter.layer(0).w_gate.var().item() == pytest.approx(variance, rel=0.1)
+
+
+def test_a_gate_with_a_ceiling_is_the_papers_up_to_it():
+    m = torch.tensor([-2.0, 0.0, 0.25, 0.5, 1.5, 40.0])
+    assert GATES["relu1"](m - 0.25).tolist() == [0.0, 0.0, 0.0, 0.25, 1.0, 1.0]
+    assert GATES["relu"](m - 0.25).tolist() == [0.0, 0.0, 0.0, 0.25, 1.25, 39.75]
 
 
 def test_a_gate_of_kind_none_is_always_open_to_one():

@@ -117,12 +117,17 @@ def test_fitted_gates_hold_the_percentile_and_open_to_one_on_average(trained_blo
     assert report[0].found > 0.5
 
 
-def test_mean_open_gate_on_the_target_is_one():
+@pytest.mark.parametrize(
+    ("gate", "mean"),
+    [(Gate(), 3.0), (Gate(kind="relu"), 1.0), (Gate(kind="relu", steepness=2.5), 2.5)],
+    ids=["relu1", "relu", "steepness"],
+)
+def test_the_carried_logit_averages_the_steepness_where_it_opens_on_the_target(gate, mean):
     model, named = tiny.model(), classes()
     adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
     seen = {}
     attached = Attached(model, [adapter])
-    fit_gates(model, attached, named, Gate())
+    fit_gates(model, attached, named, gate)
     odd = named["target"].take(slice(1, None, 2))
 
     def look(layer, x):
@@ -132,7 +137,7 @@ def test_mean_open_gate_on_the_target_is_one():
     attached.begin(odd.offset_NT)
     model.model(odd.ids_NT, use_cache=False, **window_inputs(odd.offset_NT))
     for g in seen.values():
-        assert float(g[g > 0].mean()) == pytest.approx(1.0, abs=0.01)
+        assert float(g[g > 0].mean()) == pytest.approx(mean, rel=0.01)
 
 
 def test_layers_that_find_too_little_get_no_block():

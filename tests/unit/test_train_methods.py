@@ -99,7 +99,7 @@ def test_a_gate_that_is_never_zero_trains_but_makes_no_adapter_file(kind, tmp_pa
     out = tmp_path / "out"
     made = train(write_recipe(tmp_path, base, tokens=256, gate=gate), out, corpus)
     assert made == out / "neutral"
-    with pytest.raises(BadRequest, match=f"only relu gates are served, not {kind}"):
+    with pytest.raises(BadRequest, match=f"only relu and relu1 gates are served, not {kind}"):
         export_run(out, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 

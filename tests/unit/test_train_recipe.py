@@ -39,6 +39,8 @@ def recipe(**sections) -> Recipe:
         ({"blocks": {"capacity": 0.1}}, "exactly one of h and capacity"),
         ({"blocks": {"carry": 1.0}}, "blocks.carry"),
         ({"gate": {"init": "paper"}}, "must be trained"),
+        ({"gate": {"trained": True}}, "need run.original_share above 0"),
+        ({"gate": {"kind": "none"}}, "need run.original_share above 0"),
         ({"loss": {"kind": "l2"}}, "loss.kind"),
         ({"data": {"target": []}}, "data.target"),
     ],
@@ -126,4 +128,4 @@ def test_the_shipped_recipes_and_sweeps_are_sound(path):
 def test_a_local_loss_that_cannot_move_anything_is_refused():
     with pytest.raises(BadRecipe, match=r"it needs gate\.trained"):
         recipe(loss={"kind": "cross-entropy"})
-    assert recipe(loss={"kind": "cross-entropy"}, gate={"trained": True}).gate.trained
+    assert recipe(loss={"kind": "cross-entropy"}, gate={"trained": True}, run={"original_share": 0.1}).gate.trained

@@ -19,8 +19,8 @@ TORCH_LIBRARY(nr_serve, library) {
       "attend(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
       " -> Tensor");
   library.def(
-      "add_residues(Tensor x, Tensor(a!) y, Tensor gate, Tensor bias, Tensor carry, Tensor before, Tensor offset,"
-      " Tensor threshold, Tensor selected, Tensor(b!) m, Tensor up, Tensor out, Tensor width) -> bool");
+      "add_residues(Tensor x, Tensor(a!) y, Tensor gate, Tensor bias, Tensor carry, Tensor ceiling, Tensor before,"
+      " Tensor offset, Tensor threshold, Tensor selected, Tensor(b!) m, Tensor up, Tensor out, Tensor width) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(nr_serve, CPU, library) {

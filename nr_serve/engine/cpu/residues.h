@@ -48,17 +48,18 @@ struct Fired {
   std::vector<float> g, x, hidden;
 };
 
-// The gates of a layer: weights [n, d], biases and carries [n]; the logits carried from before each piece [P, n], NaN
-// where there are none, and each token's place in its piece [T]; thresholds and who is selected [T, n]; block widths.
+// The gates of a layer: weights [n, d], biases, carries and ceilings [n]; the logits carried from before each piece
+// [P, n], NaN where there are none, and each token's place in its piece [T]; thresholds and who is selected [T, n];
+// block widths.
 struct Gates {
-  const Tensor &weight, &bias, &carry, &before, &offset, &threshold, &selected, &width;
+  const Tensor &weight, &bias, &carry, &ceiling, &before, &offset, &threshold, &selected, &width;
 
   // Fills the carried logits m [T, n] of x [T, d]; whether any gate is open. Who fired in a selected slot is noted.
   bool open(const std::vector<float>& x, float* m, std::vector<Fired>& fired) const {
     const int64_t n = weight.size(0), d = weight.size(1), tokens = offset.numel();
     const float *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
     const float *a = carry.const_data_ptr<float>(), *past = before.const_data_ptr<float>();
-    const float* limit = threshold.const_data_ptr<float>();
+    const float *limit = threshold.const_data_ptr<float>(), *highest = ceiling.const_data_ptr<float>();
     const bool* may = selected.const_data_ptr<bool>();
     const int64_t* place = offset.const_data_ptr<int64_t>();
     const int32_t* widths = width.const_data_ptr<int32_t>();
@@ -77,7 +78,7 @@ struct Gates {
         opened = true;
         if (!may[t * selected.stride(0) + s * selected.stride(1)] || !widths[s]) continue;
         fired[s].tokens.push_back(t);
-        fired[s].g.push_back(over);
+        fired[s].g.push_back(std::min(over, highest[s]));
         fired[s].x.insert(fired[s].x.end(), x.begin() + t * d, x.begin() + (t + 1) * d);
       }
     }
@@ -106,12 +107,12 @@ void fill_hidden(Fired& block, const T* up, int64_t h, int64_t d) {
 // open. As in bank.py: x, y [T, d]; `Gates`; m [T, n] is written; W_in and W_gate [S, 2H, d], W_out transposed
 // [S, H, d], and the widths of the slots' blocks [S].
 bool add_residues(const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& bias, const Tensor& carry,
-                  const Tensor& before, const Tensor& offset, const Tensor& threshold, const Tensor& selected,
-                  const Tensor& m, const Tensor& up, const Tensor& out, const Tensor& width) {
+                  const Tensor& ceiling, const Tensor& before, const Tensor& offset, const Tensor& threshold,
+                  const Tensor& selected, const Tensor& m, const Tensor& up, const Tensor& out, const Tensor& width) {
   const int64_t tokens = x.size(0), d = x.size(1), n = gate.size(0);
-  for (const Tensor* t : {&x, &y, &gate, &bias, &carry, &before, &offset, &m, &width}) TORCH_CHECK(t->is_contiguous());
+  for (const Tensor* t : {&x, &y, &gate, &bias, &carry, &ceiling, &before, &offset, &m, &width}) TORCH_CHECK(t->is_contiguous());
   for (const Tensor* t : {&y, &up, &out}) TORCH_CHECK(t->scalar_type() == x.scalar_type());
-  TORCH_CHECK(y.sizes() == x.sizes() && gate.size(1) == d && bias.numel() == n && carry.numel() == n);
+  TORCH_CHECK(y.sizes() == x.sizes() && gate.size(1) == d && bias.numel() == n && carry.numel() == n && ceiling.numel() == n);
   TORCH_CHECK(before.size(1) == n && offset.numel() == tokens && m.numel() == tokens * n && width.numel() >= n);
   TORCH_CHECK(threshold.size(0) == tokens && threshold.size(1) == n && selected.sizes() == threshold.sizes());
   TORCH_CHECK(up.stride(2) == 1 && up.stride(1) == d && out.stride(2) == 1 && out.stride(1) == d);
@@ -124,7 +125,7 @@ bool add_residues(const Tensor& x, const Tensor& y, const Tensor& gate, const Te
     std::vector<float> xs(tokens * d);
     each(tokens * d, [&](int64_t i, int64_t size) { store(xs.data() + i, load(x.const_data_ptr<T>() + i, size), size); });
     std::vector<Fired> fired(n);
-    const Gates gates{gate, bias, carry, before, offset, threshold, selected, width};
+    const Gates gates{gate, bias, carry, ceiling, before, offset, threshold, selected, width};
     opened = gates.open(xs, m.mutable_data_ptr<float>(), fired);
     for (int64_t s = 0; s < n; ++s) fill_hidden(fired[s], ups + s * up.stride(0), h[s], d);
     constexpr int64_t run = VECTORS_AT_ONCE * W;
