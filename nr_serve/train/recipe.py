@@ -158,11 +158,11 @@ class Gate(_Section):
     ridge: float = Field(
         default=1e-4, gt=0, description="Ridge penalty, as a share of the mean variance of an input feature."
     )
-    threshold: float = Field(
-        default=0.0,
+    threshold: float | None = Field(
+        default=None,
         ge=0,
-        description="The adapter file's threshold: a gate there is relu(m - threshold), so that a little above 0 "
-        "trades some learning for less leak. While it trains it is 0.",
+        description="The adapter file's threshold, which m must pass there: it trades some learning for less leak "
+        "(default: 0.3 of the steepness for fitted relu1 gates, else 0). While it trains it is 0.",
     )
     min_found: Share = Field(
         default=0.0, description="Layers whose gate finds less than this share of the target get no block."
@@ -172,6 +172,13 @@ class Gate(_Section):
     def open_mean(self) -> float:
         """`steepness`, or its default."""
         return self.steepness or (3.0 if self.kind == "relu1" else 1.0)
+
+    @property
+    def file_threshold(self) -> float:
+        """`threshold`, or its default."""
+        if self.threshold is not None:
+            return self.threshold
+        return round(0.3 * self.open_mean, 6) if self.kind == "relu1" and self.fitted else 0.0
 
     @property
     def fitted(self) -> bool:
@@ -354,7 +361,7 @@ class Recipe(_Section):
     @property
     def threshold(self) -> float:
         """Threshold of the adapter file that a run of this makes."""
-        return self.gate.threshold if self.method == "neutral" else 0.0
+        return self.gate.file_threshold if self.method == "neutral" else 0.0
 
     def with_gate(self, **changes: Any) -> Recipe:
         """The recipe with some keys of [gate] replaced, by values that were checked."""
