@@ -64,7 +64,11 @@ def calibrate(
     results = {k: v for k, v in adapter.info.results.items() if k != "heldout"}
     results["calibrated"] = {"beside": {name: neighbour.version for name, neighbour in neighbours.items()}}
     info = replace(
-        adapter.info, carry=module.carry, threshold=recipe.gate.file_threshold, recipe=recipe.dump(), results=results
+        adapter.info,
+        carry=module.carry,
+        threshold=recipe.gate.file_threshold,
+        recipe=recipe.dump(),
+        results=results,
     )
     blocks = tuple(_with_gate(block, module.layer(i)) for i, block in enumerate(adapter.blocks))
     with writing(out):
