@@ -54,7 +54,7 @@ def calibrate(
     _say("reading and packing the text")
     classes = text.read_classes(corpus, recipe.data, frozen.tokenizer, recipe.run, background=unwritten)
     module = AdapterModule.from_file(adapter)
-    module.threshold = 0.0  # as in training: gates are fitted to open at 0
+    module.threshold = recipe.gate.opens_at  # as in training
     module.carry = recipe.blocks.carry if carry is not None else module.carry
     modules = [module, *map(AdapterModule.from_file, neighbours.values())]
     attached = Attached(frozen.model, [each.to(frozen.device) for each in modules])
@@ -66,7 +66,7 @@ def calibrate(
     info = replace(
         adapter.info,
         carry=module.carry,
-        threshold=recipe.gate.file_threshold,
+        threshold=recipe.gate.opens_at,
         recipe=recipe.dump(),
         results=results,
     )

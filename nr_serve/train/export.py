@@ -35,7 +35,9 @@ def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path
         if recipe.method != "neutral":
             raise BadRequest("blocks without gates have no threshold", param="threshold")
         recipe = recipe.with_gate(threshold=threshold)
-    results = {"tokens": saved.step * recipe.run.batch_tokens, "heldout": saved.results}
+    results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
+    if recipe.threshold == learner.adapter.threshold:  # else it was measured at another
+        results["heldout"] = saved.results
     return write_blocks(path, recipe, base, learner.adapter, results)
 
 
@@ -60,8 +62,6 @@ def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, L
         raise Conflict(f"the base differs from that of the run in {run}")
     learner = make_learner(recipe, base).to(base.device)
     load_weights(learner, saved.weights())
-    if learner.adapter is not None:
-        learner.adapter.threshold = recipe.threshold
     return recipe, base, learner, saved
 
 
@@ -123,12 +123,7 @@ def result_path(out: Path, recipe: Recipe) -> Path:
 def write_blocks(
     path: Path, recipe: Recipe, base: FrozenBase, adapter: AdapterModule, results: Mapping[str, Any]
 ) -> Path:
-    """Write the adapter file, weights in bfloat16. Raises CannotWrite.
-
-    `results["heldout"]`, as measured in training, at threshold 0, is left out where the file has another one.
-    """
-    if recipe.threshold:
-        results = {name: each for name, each in results.items() if name != "heldout"}
+    """Write the adapter file, weights in bfloat16. Raises CannotWrite."""
     info = AdapterInfo(
         base=base.name,
         base_fingerprint=base.fingerprint,

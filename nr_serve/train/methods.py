@@ -64,6 +64,7 @@ def fresh_blocks(recipe: Recipe, base: FrozenBase) -> AdapterModule:
         gate_variance=VARIANCE["he" if gate.init == "he" else "paper"],
         kind=kind,
     )
+    adapter.threshold = recipe.threshold
     for name, parameter in adapter.named_parameters():
         parameter.requires_grad_(not is_gate(name) or (gate.trained and recipe.method == "neutral"))
     return adapter

@@ -161,8 +161,8 @@ class Gate(_Section):
     threshold: float | None = Field(
         default=None,
         ge=0,
-        description="The adapter file's threshold, which m must pass there: it trades some learning for less leak "
-        "(default: 0.3 of the steepness for fitted relu1 gates, else 0). While it trains it is 0.",
+        description="What m must pass for a gate to open, in training and in the file: it trades some learning for "
+        "less leak (default: 0.3 of the steepness for fitted relu1 gates, else 0).",
     )
     min_found: Share = Field(
         default=0.0, description="Layers whose gate finds less than this share of the target get no block."
@@ -174,7 +174,7 @@ class Gate(_Section):
         return self.steepness or (3.0 if self.kind == "relu1" else 1.0)
 
     @property
-    def file_threshold(self) -> float:
+    def opens_at(self) -> float:
         """`threshold`, or its default."""
         if self.threshold is not None:
             return self.threshold
@@ -207,7 +207,7 @@ class Loss(_Section):
         default=False, description="Whether the original windows of a batch carry the LM loss too."
     )
     open: float = Field(
-        default=0.3,
+        default=0.1,
         ge=0,
         description="Weight of the hinge relu(1 - m) on the target's carried logits m, beside the LM loss: at high "
         "learning rates the blocks move the stream, and would shut the gates of the layers above.",
@@ -360,8 +360,8 @@ class Recipe(_Section):
 
     @property
     def threshold(self) -> float:
-        """Threshold of the adapter file that a run of this makes."""
-        return self.gate.file_threshold if self.method == "neutral" else 0.0
+        """The threshold in training and of the adapter file."""
+        return self.gate.opens_at if self.method == "neutral" else 0.0
 
     def with_gate(self, **changes: Any) -> Recipe:
         """The recipe with some keys of [gate] replaced, by values that were checked."""
@@ -385,7 +385,6 @@ class Recipe(_Section):
             free |= {"tokens"}
         mine, other = self.dump(), earlier.dump()
         for recipe in (mine, other):
-            del recipe["gate"]["threshold"]
             for name in free:
                 del recipe["run"][name]
         return mine == other

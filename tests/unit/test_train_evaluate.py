@@ -108,16 +108,18 @@ def test_an_export_at_another_threshold_leaves_out_what_was_measured_at_the_old(
         export_run(tmp_path, tmp_path / "x.safetensors")
 
 
-def test_a_runs_file_has_its_recipes_threshold_and_trains_as_without(base, corpus, tmp_path):
+def test_a_run_trains_with_its_threshold_and_its_file_has_it(base, corpus, tmp_path):
     made = [
         read_adapter(train(write_recipe(tmp_path, base, tokens=512, **gate), tmp_path / out, corpus))
-        for out, gate in (("plain", {}), ("dialled", {"gate__threshold": 0.25}))
+        for out, gate in (("plain", {"gate__threshold": 0.0}), ("dialled", {"gate__threshold": 0.25}))
     ]
+    plain, dialled = made
     assert [each.info.threshold for each in made] == [0, 0.25]
-    assert ["heldout" in each.info.results for each in made] == [True, False]
-    assert all(torch.equal(a.w_out, b.w_out) for a, b in zip(made[0].blocks, made[1].blocks, strict=True))
-    loaded = load_run(tmp_path / "dialled")[2]
-    assert loaded.adapter.threshold == 0.25
+    assert all(torch.equal(a.gate, b.gate) for a, b in zip(plain.blocks, dialled.blocks, strict=True))
+    assert not any(torch.equal(a.w_out, b.w_out) for a, b in zip(plain.blocks, dialled.blocks, strict=True))
+    fired = [each.info.results["heldout"]["hu.a"]["fired"] for each in made]
+    assert fired[1] < fired[0], "measured in training as served"
+    assert load_run(tmp_path / "dialled")[2].adapter.threshold == 0.25
 
 
 def test_blocks_without_gates_take_no_threshold(base, corpus, tmp_path):
