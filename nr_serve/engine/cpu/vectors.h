@@ -71,15 +71,18 @@ void by_type(const Tensor& x, F&& f) {
 // What one thread takes at least, in items of `size` values.
 inline int64_t grain(int64_t size) { return std::max<int64_t>(1, 16384 / size); }
 
+// f(N) of the constant N = min(n, MOST), of n from 1 on.
+template <int MOST, typename F>
+void up_to(int64_t n, F&& f) {
+  if constexpr (MOST > 1)
+    if (n < MOST) return up_to<MOST - 1>(n, f);
+  f(std::integral_constant<int, MOST>());
+}
+
 // f(N, first) for items first to first + N, at most ROWS_AT_ONCE; N is a constant.
 template <typename F>
 void by_rows(int64_t items, F&& f) {
-  for (int64_t i = 0; i < items; i += ROWS_AT_ONCE) switch (std::min(ROWS_AT_ONCE, items - i)) {
-      case 1: f(std::integral_constant<int, 1>(), i); break;
-      case 2: f(std::integral_constant<int, 2>(), i); break;
-      case 3: f(std::integral_constant<int, 3>(), i); break;
-      default: f(std::integral_constant<int, ROWS_AT_ONCE>(), i);
-    }
+  for (int64_t i = 0; i < items; i += ROWS_AT_ONCE) up_to<ROWS_AT_ONCE>(items - i, [&](auto some) { f(some, i); });
 }
 
 // f(size, column) for the columns of a row in runs of VECTORS_AT_ONCE; the size of a whole run is a constant.
