@@ -21,8 +21,8 @@ constexpr int64_t TILE_OUTPUTS = TILE_VECTORS * W;
 
 inline __m512bh pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
-// Outputs of T tokens, y [T, n] from their x [T, pairs]: R vectors of them, with their weights [pairs, R * W]. Meanwhile
-// `more` vectors per pair are fetched from `next`.
+// Outputs of T tokens, y [T, n] from their x [T, pairs]: R vectors of them, with their weights [pairs, R * W].
+// Meanwhile `more` vectors per pair are fetched from `next`.
 template <int T, int R>
 void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias, const int32_t* next,
                    int64_t more, BFloat16* y, int64_t n) {
@@ -69,7 +69,8 @@ Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tenso
   auto sizes = x.sizes().vec();
   sizes.back() = n;
   Tensor y = at::empty(sizes, x.options());
-  const auto *in = static_cast<const int32_t*>(x.const_data_ptr()), *w = static_cast<const int32_t*>(packed.const_data_ptr());
+  const auto* in = static_cast<const int32_t*>(x.const_data_ptr());
+  const auto* w = static_cast<const int32_t*>(packed.const_data_ptr());
   const BFloat16* b = bias ? bias->const_data_ptr<BFloat16>() : nullptr;
   BFloat16* out = y.mutable_data_ptr<BFloat16>();
   at::parallel_for(0, (n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * k), [&](int64_t from, int64_t to) {
