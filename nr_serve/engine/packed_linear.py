@@ -1,22 +1,29 @@
-"""Linear layers on a CPU, their weights laid out for oneDNN: batches of a few tokens gain most.
+"""Linear layers on a CPU, their weights laid out for a product: batches of a few tokens gain most.
 
 In torch's plain layout a weight is rearranged anew in every product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`multiply` of `cpu_operators`."""
+
 _PACKED_FOR = 8
 """Tokens a product is laid out for; oneDNN gave the same layout for 8 and for 32."""
+_BLOCK = 48
+"""Outputs that our own product computes together."""
 _KEEP_BYTES = 2**30
 """Bases up to this size keep the plain float32 weights too: a single token's products are a quarter faster."""
 
 
 class PackedLinear(nn.Module):
-    """What an `nn.Linear` of this weight and bias computes, up to rounding."""
+    """What an `nn.Linear` of this weight and bias computes, up to rounding, by oneDNN."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, keep: bool) -> None:
         """Pack the weight [out, in]; with `keep` the plain one stays, for single tokens. See `can_pack`."""
@@ -35,6 +42,33 @@ class PackedLinear(nn.Module):
         return product
 
 
+class PairedLinear(nn.Module):
+    """What an `nn.Linear` of this bfloat16 weight and bias computes, up to rounding, by our own product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, multiply: Multiply) -> None:
+        """Pack the weight [out, in]. See `can_pair`."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self._packed = _pairs(weight)
+        self._multiply = multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return self._multiply(x.contiguous(), self._packed, self.bias)
+
+
+def can_pair(weight: Tensor) -> bool:
+    """Whether our own product takes a weight [out, in]."""
+    return weight.dtype is torch.bfloat16 and weight.shape[0] % 16 == 0 and weight.shape[1] % 2 == 0
+
+
+def _pairs(weight: Tensor) -> Tensor:
+    """The weight as `multiply` reads it, end to end: blocks of outputs, a pair's weights side by side."""
+    blocks = (weight.detach()[first : first + _BLOCK] for first in range(0, len(weight), _BLOCK))
+    return torch.cat([block.reshape(len(block), -1, 2).transpose(0, 1).flatten() for block in blocks])
+
+
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this torch and this CPU have oneDNN's products of packed weights, in this dtype."""
     ops = torch.ops.mkldnn
@@ -46,11 +80,11 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def pack_linears(model: nn.Module) -> None:
+def pack_linears(model: nn.Module, multiply: Multiply | None = None) -> None:
     """Pack every plain `nn.Linear` of a frozen model on a CPU, in place; leave all as it is if that cannot be done.
 
-    Single tokens in bfloat16 are faster packed too, so nothing is kept. A weight that the embedding shares is there
-    anyway.
+    With `multiply` for our own product where it takes them, else for oneDNN. Single tokens in bfloat16 are faster
+    packed too, so nothing is kept. A weight that the embedding shares is there anyway.
     """
     weight = next(model.parameters())
     if weight.device.type != "cpu" or not can_pack(weight.dtype):
@@ -60,6 +94,8 @@ def pack_linears(model: nn.Module) -> None:
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and multiply is not None and can_pair(child.weight):
+                setattr(module, name, PairedLinear(child.weight, child.bias, multiply))
+            elif type(child) is nn.Linear:
                 shared = exact and id(child.weight) in embedded
                 setattr(module, name, PackedLinear(child.weight, child.bias, keep=keep or shared))

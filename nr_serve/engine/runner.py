@@ -81,7 +81,7 @@ class Runner:
         if self.operators is not None and can_pack(self.dtype):
             fuse(model, self.operators)
         host_blocks(model, self.bank.add_residues)
-        pack_linears(model)
+        pack_linears(model, None if self.operators is None else self.operators.multiply)
         probe.check(self._all_logits, page_size=self.page_size, pages=self.pages)
         self.graphs = self._graphs() if self.kernels else None
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine import packed_linear
-from nr_serve.engine.packed_linear import PackedLinear, can_pack, pack_linears
+from nr_serve.engine.cpu_operators import cpu_operators
+from nr_serve.engine.packed_linear import Multiply, PackedLinear, PairedLinear, can_pack, can_pair, pack_linears
 from nr_serve.engine.runner import Runner
 from tests import tiny
 
@@ -45,13 +46,67 @@ def test_a_packed_layer_takes_rows_that_do_not_lie_together():
     torch.testing.assert_close(PackedLinear(weight, None, keep=False)(x), x @ weight.T)
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
-def test_a_packed_model_gives_its_own_logits(kind, dtype):
+@pytest.fixture
+def multiply() -> Multiply:
+    operators = cpu_operators()
+    if operators is None or operators.multiply is None:
+        pytest.skip("no product of our own here")
+    return operators.multiply
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (16, 2), (32, 50), (112, 30)])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_our_own_product_is_the_product(multiply, outputs, inputs, has_bias, threads):
+    torch.manual_seed(outputs)
+    weight = torch.randn(outputs, inputs).bfloat16()
+    bias = torch.randn(outputs).bfloat16() if has_bias else None
+    layer, before = PairedLinear(weight, bias, multiply), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in ((1, 0), (1, 1), (1,), (2, 3), (8,), (1, 9), (1, 17), (100,)):
+            x = torch.randn(*shape, inputs).bfloat16()
+            want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+            got = layer(x)
+            torch.testing.assert_close(got.double(), want, rtol=4e-3, atol=1e-4 * inputs**0.5)
+            if x.numel():
+                alone = layer(x[..., -1:, :])
+                assert torch.equal(alone, got[..., -1:, :]), "what shares the step must not matter"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_our_own_product_refuses_what_does_not_fit(multiply):
+    packed, x = torch.zeros(16 * 6).bfloat16(), torch.zeros(2, 6)
+    for wrong, bias in (
+        (x, None),
+        (torch.zeros(2, 7).bfloat16(), None),
+        (x.bfloat16(), torch.zeros(15).bfloat16()),
+    ):
+        with pytest.raises(RuntimeError):
+            multiply(wrong, packed, bias)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((77, 50), torch.bfloat16), ((48, 51), torch.bfloat16), ((48, 50), torch.float32)]
+)
+def test_what_our_own_product_does_not_take_is_left_to_onednn(multiply, shape, dtype):
     need(dtype)
+    assert not can_pair(torch.zeros(shape, dtype=dtype))
+    model = nn.Sequential(nn.Linear(shape[1], shape[0], dtype=dtype))
+    pack_linears(model, multiply)
+    assert type(model[0]) is PackedLinear
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
+def test_a_packed_model_gives_its_own_logits(kind, ours, dtype):
+    need(dtype)
+    operators = cpu_operators() if ours else None
     model = tiny.model(kind).to(dtype).requires_grad_(False)
     packed = copy.deepcopy(model)
-    pack_linears(packed)
+    pack_linears(packed, None if operators is None else operators.multiply)
     assert not any(type(module) is nn.Linear for module in packed.modules())
     for tokens in (1, 2, 40):
         ids = torch.arange(tokens)[None]

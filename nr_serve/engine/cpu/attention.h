@@ -10,39 +10,41 @@
 
 namespace nr_serve {
 
-constexpr int64_t TOKENS_AT_ONCE = 16;  // of a context: for all heads they fit into a core's cache
+constexpr int64_t TOKENS_AT_ONCE = 16;  // of a context: their rows stay in a core's cache for all heads
 
-// Products of G query heads, [G, D], with `count` keys of one head; logits are [G, n].
-template <int G>
-void multiply_keys(const float* keys, int64_t stride, int64_t count, int64_t D, const float* query, float* logits,
-                   int64_t n) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float* key = keys + i * stride;
-    Vec sums[G];
-    for (Vec& s : sums) s = Vec(0.f);
-    each(D, [&](int64_t d, int64_t size) {
-      const Vec k = load(key + d, size);
-      for (int g = 0; g < G; ++g) sums[g] = at::vec::fmadd(load(query + g * D + d, size), k, sums[g]);
-    });
-    for (int g = 0; g < G; ++g) logits[g * n + i] = sum(sums[g]);
+// Products of G query heads, [G, D], with `count` keys of one head, at `d` of their rows; logits are [G, n] and are
+// written W at a time.
+template <int G, typename T>
+void multiply_keys(const T* const* rows, int64_t d, int64_t count, int64_t D, const T* query, float scale,
+                   float* logits, int64_t n) {
+  for (int64_t i = 0; i < count; i += W) {
+    Vec sums[G][W];
+    for (auto& each_of : sums)
+      for (Vec& s : each_of) s = Vec(0.f);
+    for (int64_t j = 0; j < std::min(W, count - i); ++j)
+      each<PRODUCTS<T>>(D, [&](int64_t at, int64_t size) {
+        for (int g = 0; g < G; ++g)
+          sums[g][j] = multiply_add(query + g * D + at, rows[i + j] + d + at, size, sums[g][j]);
+      });
+    for (int g = 0; g < G; ++g) store(logits + g * n + i, sum_each(sums[g]) * Vec(scale));
   }
 }
 
-// Adds `count` values of one head, times the weights [G, n] of G query heads, to `out`, [G, D].
-template <int G>
-void add_values(const float* values, int64_t stride, int64_t count, int64_t D, const float* weights, float* out,
-                int64_t n) {
-  by_columns(0, D, [&](auto size, int64_t d) {
+// Adds `count` values of one head, at `d` of their rows, times the weights [G, n] of G query heads, to `out`, [G, D].
+template <int G, typename T>
+void add_values(const T* const* rows, int64_t d, int64_t count, int64_t D, const float* weights, int64_t n,
+                float* out) {
+  by_columns(0, D, [&](auto size, int64_t at) {
     Vec sums[G][VECTORS_AT_ONCE];
     for (int g = 0; g < G; ++g)
-      each(size, [&](int64_t j, int64_t some) { sums[g][j / W] = load(out + g * D + d + j, some); });
+      each(size, [&](int64_t j, int64_t some) { sums[g][j / W] = load(out + g * D + at + j, some); });
     for (int64_t i = 0; i < count; ++i)
       each(size, [&](int64_t j, int64_t some) {
-        const Vec v = load(values + i * stride + d + j, some);
+        const Vec v = load(rows[i] + d + at + j, some);
         for (int g = 0; g < G; ++g) sums[g][j / W] = at::vec::fmadd(Vec(weights[g * n + i]), v, sums[g][j / W]);
       });
     for (int g = 0; g < G; ++g)
-      each(size, [&](int64_t j, int64_t some) { store(out + g * D + d + j, sums[g][j / W], some); });
+      each(size, [&](int64_t j, int64_t some) { store(out + g * D + at + j, sums[g][j / W], some); });
   });
 }
 
@@ -51,41 +53,37 @@ void add_values(const float* values, int64_t stride, int64_t count, int64_t D, c
 template <typename T>
 void attend_token(const T* q, const T* k, const T* v, int64_t stride, const int64_t* cells, int64_t n, int64_t keys,
                   int64_t G, int64_t D, float scale, std::vector<float>& room, T* out) {
-  const int64_t heads = keys * G, width = keys * D;
-  room.resize(heads * (2 * D + n + 1) + TOKENS_AT_ONCE * width);
-  float *query = room.data(), *sums = query + heads * D, *logits = sums + heads * D, *total = logits + heads * n;
-  float* rows = total + heads;
-  // Rows are read end to end, as memory likes it, and a few tokens' stay in the core's cache for all heads. The next
-  // ones are asked for meanwhile: their page lies anywhere.
+  const int64_t heads = keys * G, padded = (n + W - 1) / W * W;
+  room.resize(heads * (D + padded + 1));
+  float *sums = room.data(), *logits = sums + heads * D, *total = logits + heads * padded;
+  // A few tokens for all heads, as their rows lie end to end. The next ones are asked for meanwhile: their page lies
+  // anywhere.
   const auto by_tokens = [&](const T* from, auto&& f) {
+    const T* rows[TOKENS_AT_ONCE];
     for (int64_t i = 0; i < n; i += TOKENS_AT_ONCE) {
       const int64_t count = std::min(TOKENS_AT_ONCE, n - i);
-      for (int64_t j = 0; j < count; ++j)
-        each(width, [&](int64_t d, int64_t size) {
-          store(rows + j * width + d, load(from + cells[i + j] * stride + d, size), size);
-        });
-      for (int64_t j = i + count; j < std::min(i + count + TOKENS_AT_ONCE, n); ++j)
-        for (int64_t d = 0; d < width; d += 64 / static_cast<int64_t>(sizeof(T)))
-          __builtin_prefetch(from + cells[j] * stride + d);
-      for (int64_t key = 0; key < keys; ++key)
-        by_rows(G, [&](auto some, int64_t g) { f(some, key * G + g, rows + key * D, i, count); });
+      for (int64_t j = 0; j < count; ++j) rows[j] = from + cells[i + j] * stride;
+      for (int64_t key = 0; key < keys; ++key) {
+        const int64_t next = i + count, more = std::min(TOKENS_AT_ONCE, n - next);
+        for (int64_t j = more * key / keys; j < more * (key + 1) / keys; ++j)
+          for (int64_t d = 0; d < keys * D; d += 64 / static_cast<int64_t>(sizeof(T)))
+            __builtin_prefetch(from + cells[next + j] * stride + d);
+        by_rows(G, [&](auto some, int64_t g) { f(some, key * G + g, rows, key * D, i, count); });
+      }
     }
   };
-  each(heads * D, [&](int64_t i, int64_t size) {
-    store(query + i, load(q + i, size) * Vec(scale), size);
-    store(sums + i, Vec(0.f), size);
-  });
-  by_tokens(k, [&](auto some, int64_t head, const float* row, int64_t i, int64_t count) {
-    multiply_keys<some()>(row, width, count, D, query + head * D, logits + head * n + i, n);
+  each(heads * D, [&](int64_t i, int64_t size) { store(sums + i, Vec(0.f), size); });
+  by_tokens(k, [&](auto some, int64_t head, const T* const* rows, int64_t d, int64_t i, int64_t count) {
+    multiply_keys<some()>(rows, d, count, D, q + head * D, scale, logits + head * padded + i, padded);
   });
   for (int64_t head = 0; head < heads; ++head) {
-    float* row = logits + head * n;
+    float* row = logits + head * padded;
     const Vec highest(at::vec::reduce_all<float>(most, row, n));
     at::vec::map<float>([&](Vec x) { return (x - highest).exp_u20(); }, row, row, n);
     total[head] = at::vec::reduce_all<float>(add, row, n);
   }
-  by_tokens(v, [&](auto some, int64_t head, const float* row, int64_t i, int64_t count) {
-    add_values<some()>(row, width, count, D, logits + head * n + i, sums + head * D, n);
+  by_tokens(v, [&](auto some, int64_t head, const T* const* rows, int64_t d, int64_t i, int64_t count) {
+    add_values<some()>(rows, d, count, D, logits + head * padded + i, padded, sums + head * D);
   });
   for (int64_t head = 0; head < heads; ++head)
     each(D, [&](int64_t d, int64_t size) {
@@ -107,14 +105,20 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
     const T *q = query.const_data_ptr<T>(), *k = keys.const_data_ptr<T>(), *v = values.const_data_ptr<T>();
     T* o = out.mutable_data_ptr<T>();
     const int64_t *cell = cells.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
-    at::parallel_for(0, B * K, grain(N * D), [&](int64_t from, int64_t to) {
+    const auto context = [&](int64_t b) { return std::min(position[b] + 1, window); };
+    int64_t all = 0;
+    for (int64_t b = 0; b < B; ++b) all += context(b) * K;
+    // Contexts differ in length, so the threads share their tokens: each takes the heads that begin in its part.
+    at::parallel_for(0, all, grain(D), [&](int64_t from, int64_t to) {
       std::vector<float> room;
-      for (int64_t z = from; z < to;) {
-        const int64_t b = z / K, head = z % K, some = std::min(K - head, to - z), at = (b * K + head) * G * D;
-        const int64_t end = position[b] + 1, first = std::max<int64_t>(0, end - window);
-        attend_token(q + at, k + head * D, v + head * D, K * D, cell + b * N + first, end - first, some, G, D,
-                     static_cast<float>(scale), room, o + at);
-        z += some;
+      for (int64_t b = 0, at = 0; b < B; ++b) {
+        const int64_t n = context(b), first = position[b] + 1 - n;
+        const auto heads_before = [&](int64_t end) { return std::clamp<int64_t>((end - at + n - 1) / n, 0, K); };
+        const int64_t head = heads_before(from), some = heads_before(to) - head, begin = (b * K + head) * G * D;
+        if (some > 0)
+          attend_token(q + begin, k + head * D, v + head * D, K * D, cell + b * N + first, n, some, G, D,
+                       static_cast<float>(scale), room, o + begin);
+        at += n * K;
       }
     });
   });

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "layer.h"
+#include "products.h"
 #include "residues.h"
 
 TORCH_LIBRARY(nr_serve, library) {
@@ -21,6 +22,9 @@ TORCH_LIBRARY(nr_serve, library) {
   library.def(
       "add_residues(Tensor x, Tensor(a!) y, Tensor gate, Tensor bias, Tensor carry, Tensor ceiling, Tensor before,"
       " Tensor offset, Tensor threshold, Tensor selected, Tensor(b!) m, Tensor up, Tensor out, Tensor width) -> bool");
+#ifdef NR_SERVE_PRODUCTS
+  library.def("multiply(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
+#endif
 }
 
 TORCH_LIBRARY_IMPL(nr_serve, CPU, library) {
@@ -29,4 +33,7 @@ TORCH_LIBRARY_IMPL(nr_serve, CPU, library) {
   library.impl("rotate", nr_serve::rotate);
   library.impl("attend", nr_serve::attend);
   library.impl("add_residues", nr_serve::add_residues);
+#ifdef NR_SERVE_PRODUCTS
+  library.impl("multiply", nr_serve::multiply);
+#endif
 }

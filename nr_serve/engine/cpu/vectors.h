@@ -52,12 +52,57 @@ inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }
 
-// f(position, count) for every W positions below `size`.
-template <typename F>
+// The sums of W vectors.
+inline Vec sum_each(const Vec* v) {
+#ifdef CPU_CAPABILITY_AVX512
+  __m512 fours[4];  // in each 128 bits a part of four sums
+  for (int i = 0; i < 4; ++i) {
+    const auto two = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    };
+    const __m512d a = _mm512_castps_pd(two(v[4 * i], v[4 * i + 1]));
+    const __m512d b = _mm512_castps_pd(two(v[4 * i + 2], v[4 * i + 3]));
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
+#else
+  float sums[W];
+  for (int64_t i = 0; i < W; ++i) sums[i] = sum(v[i]);
+  return Vec::loadu(sums);
+#endif
+}
+
+// f(position, count) for every STEP positions below `size`.
+template <int64_t STEP = W, typename F>
 inline void each(int64_t size, F&& f) {
   int64_t i = 0;
-  for (; i + W <= size; i += W) f(i, W);
+  for (; i + STEP <= size; i += STEP) f(i, STEP);
   if (i < size) f(i, size - i);
+}
+
+#ifdef __AVX512BF16__
+// How many products `multiply_add` does at once.
+template <typename T>
+constexpr int64_t PRODUCTS = std::is_same_v<T, BFloat16> ? 2 * W : W;
+#else
+template <typename T>
+constexpr int64_t PRODUCTS = W;
+#endif
+
+// sum + a * b of the first `count` values, at most PRODUCTS<T>. Each product goes to any of the sum's places.
+template <typename T>
+inline Vec multiply_add(const T* a, const T* b, int64_t count, Vec sum) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __mmask32 some = count == 2 * W ? ~0U : (1U << count) - 1;
+    const auto values = [&](const T* x) { return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(some, x)); };
+    return _mm512_dpbf16_ps(sum, values(a), values(b));
+  }
+#endif
+  return at::vec::fmadd(load(a, count), load(b, count), sum);
 }
 
 // f with a value of the tensor's type: float32 or bfloat16.
@@ -71,15 +116,18 @@ void by_type(const Tensor& x, F&& f) {
 // What one thread takes at least, in items of `size` values.
 inline int64_t grain(int64_t size) { return std::max<int64_t>(1, 16384 / size); }
 
+// f(N) of the constant N = min(n, MOST), of n from 1 on.
+template <int MOST, typename F>
+void up_to(int64_t n, F&& f) {
+  if constexpr (MOST > 1)
+    if (n < MOST) return up_to<MOST - 1>(n, f);
+  f(std::integral_constant<int, MOST>());
+}
+
 // f(N, first) for items first to first + N, at most ROWS_AT_ONCE; N is a constant.
 template <typename F>
 void by_rows(int64_t items, F&& f) {
-  for (int64_t i = 0; i < items; i += ROWS_AT_ONCE) switch (std::min(ROWS_AT_ONCE, items - i)) {
-      case 1: f(std::integral_constant<int, 1>(), i); break;
-      case 2: f(std::integral_constant<int, 2>(), i); break;
-      case 3: f(std::integral_constant<int, 3>(), i); break;
-      default: f(std::integral_constant<int, ROWS_AT_ONCE>(), i);
-    }
+  for (int64_t i = 0; i < items; i += ROWS_AT_ONCE) up_to<ROWS_AT_ONCE>(items - i, [&](auto some) { f(some, i); });
 }
 
 // f(size, column) for the columns of a row in runs of VECTORS_AT_ONCE; the size of a whole run is a constant.

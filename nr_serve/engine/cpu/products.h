@@ -1,0 +1,87 @@
+// Products of a linear layer in bfloat16, two weights at a time; float32 sums, rounded once.
+
+#pragma once
+
+// Where there is AMX, oneDNN's own products are the faster ones.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define NR_SERVE_PRODUCTS
+
+#include <ATen/ops/empty.h>
+#include <immintrin.h>
+
+#include <optional>
+
+#include "vectors.h"
+
+namespace nr_serve {
+
+// A tile's sums, 8 tokens by 3 vectors of outputs, and what they are made of fill the registers.
+constexpr int TILE_TOKENS = 8, TILE_VECTORS = 3;
+constexpr int64_t TILE_OUTPUTS = TILE_VECTORS * W;
+
+inline __m512bh pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
+
+// Outputs of T tokens, y [T, n] from their x [T, pairs]: R vectors of them, with their weights [pairs, R * W].
+// Meanwhile `more` vectors per pair are fetched from `next`.
+template <int T, int R>
+void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias, const int32_t* next,
+                   int64_t more, BFloat16* y, int64_t n) {
+  __m512 sums[T][R];
+  for (int r = 0; r < R; ++r) {
+    const __m512 first = bias ? __m512(load(bias + r * W)) : _mm512_setzero_ps();
+    for (int t = 0; t < T; ++t) sums[t][r] = first;
+  }
+  for (int64_t k = 0; k < size; ++k) {
+    __m512bh w[R];
+    for (int r = 0; r < R; ++r) w[r] = pairs(_mm512_loadu_si512(weights + (k * R + r) * W));
+    for (int64_t i = 0; i < more; ++i) __builtin_prefetch(next + (k * more + i) * W);
+    for (int t = 0; t < T; ++t) {
+      const __m512bh both = pairs(_mm512_set1_epi32(x[t * size + k]));
+      for (int r = 0; r < R; ++r) sums[t][r] = _mm512_dpbf16_ps(sums[t][r], both, w[r]);
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) store(y + t * n + r * W, Vec(sums[t][r]));
+}
+
+// The same for any number of tokens. Weights come from memory once: for the first tile they are fetched a little ahead,
+// with more tiles the block after them is fetched bit by bit beside all of these.
+template <int R>
+void multiply_block(const int32_t* x, int64_t tokens, int64_t size, const int32_t* weights, const BFloat16* bias,
+                    BFloat16* y, int64_t n) {
+  const int64_t tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t t = i * TILE_TOKENS, done = R * i / tiles, more = R * (i + 1) / tiles - done;
+    const int32_t* next = weights + (tiles == 1 ? 16 * R : (R + done) * size) * W;
+    up_to<TILE_TOKENS>(tokens - t, [&](auto count) {
+      multiply_tile<count(), R>(x + t * size, size, weights, bias, next, more, y + t * n, n);
+    });
+  }
+}
+
+// x W^T + bias of x [..., k] and a bias [n]. The weights are packed: blocks of TILE_OUTPUTS outputs, the last of what
+// is left, each block [k / 2, outputs, 2]. k is even, n a multiple of W.
+Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias) {
+  const int64_t k = x.size(-1), n = packed.numel() / k, size = k / 2, tokens = x.numel() / k;
+  TORCH_CHECK(x.is_contiguous() && packed.is_contiguous() && k % 2 == 0 && n % W == 0 && packed.numel() == n * k);
+  for (const Tensor* t : {&x, &packed}) TORCH_CHECK(t->scalar_type() == at::kBFloat16);
+  TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == n && bias->scalar_type() == at::kBFloat16));
+  auto sizes = x.sizes().vec();
+  sizes.back() = n;
+  Tensor y = at::empty(sizes, x.options());
+  const auto* in = static_cast<const int32_t*>(x.const_data_ptr());
+  const auto* w = static_cast<const int32_t*>(packed.const_data_ptr());
+  const BFloat16* b = bias ? bias->const_data_ptr<BFloat16>() : nullptr;
+  BFloat16* out = y.mutable_data_ptr<BFloat16>();
+  at::parallel_for(0, (n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * k), [&](int64_t from, int64_t to) {
+    for (int64_t first = from * TILE_OUTPUTS; first < std::min(n, to * TILE_OUTPUTS); first += TILE_OUTPUTS)
+      up_to<TILE_VECTORS>((n - first) / W, [&](auto vectors) {
+        multiply_block<vectors()>(in, tokens, size, w + first * size, b ? b + first : nullptr, out + first, n);
+      });
+  });
+  return y;
+}
+
+}  // namespace nr_serve
+
+#endif
