@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine, Deliver, Engine
 from nr_serve.config import ServeConfig
-from nr_serve.errors import UnsupportedBase
+from nr_serve.errors import BadRequest, UnsupportedBase
 from nr_serve.metrics import Metrics, VllmCollector, VllmNames
 from nr_serve.names import adapter_entry, check_adapter_name
 from nr_serve.tokenizer import Tokenizer
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
     """Return the engine, not yet started, and the app whose lifespan starts it.
 
-    Fetches the default base if that is asked for. Raises NrError for a wrong adapter's name or model folder.
+    Fetches the default base if that is asked for. Raises NrError for a wrong adapter's name or a wrong folder.
     """
+    for folder in config.adapter_dir:
+        if not folder.is_dir():
+            raise BadRequest(f"--adapter-dir {folder}: there is no such folder", param="adapter_dir")
     model = model_folder(config.model)
     for entry in config.adapter:
         check_adapter_name(adapter_entry(entry)[0], config.base_name(model))

@@ -157,6 +157,11 @@ def test_unusable_paths_inside_are_refused(server, path, status):
     assert (response.status_code, response.json()["error"]["param"]) == (status, "path")
 
 
+def test_a_path_where_nothing_is_is_answered_with_where_paths_begin(server):
+    response = server.http.post("/v1/adapters", json={"name": "x", "path": "nope.safetensors"})
+    assert response.json()["error"]["message"].endswith("paths are relative to --adapter-dir")
+
+
 def test_without_a_folder_nothing_on_the_server_can_be_loaded():
     with serving() as server:
         response = server.http.post("/v1/adapters", json={"name": "x", "path": "/etc/passwd"})

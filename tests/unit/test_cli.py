@@ -287,6 +287,14 @@ def test_a_model_that_is_not_there_is_said(capsys):
     assert capsys.readouterr().err == "error: there is no model folder /no/such\n"
 
 
+def test_a_folder_of_adapters_that_is_not_there_is_said_before_the_base_is_looked_for(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "no", tmp_path / "file"):
+        args = ["serve", "--port", "0", "--model", "/no/such", "--adapter-dir", str(wrong)]
+        assert main([*args, "--adapter-dir", str(tmp_path)]) == 1
+        assert capsys.readouterr().err == f"error: --adapter-dir {wrong}: there is no such folder\n"
+
+
 @pytest.mark.parametrize(("args", "name"), [([], "base-x"), (["--served-model-name", "b"], "b")])
 def test_an_adapter_of_the_bases_name_is_refused_before_anything_is_loaded(tmp_path, args, name, capsys):
     folder = tmp_path / "base-x"
