@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
     """Return the engine, not yet started, and the app whose lifespan starts it.
 
-    Fetches the default base if that is asked for. Raises NrError for a wrong adapter's name or a wrong folder.
+    Fetches the default base if that is asked for. Raises NrError for a wrong adapter or folder.
     """
-    for folder in config.adapter_dir:
-        if not folder.is_dir():
-            raise BadRequest(f"--adapter-dir {folder}: there is no such folder", param="adapter_dir")
+    _check_adapters(config)
     model = model_folder(config.model)
     for entry in config.adapter:
         check_adapter_name(adapter_entry(entry)[0], config.base_name(model))
@@ -44,6 +42,20 @@ def model_folder(model: str) -> str | Path:
     from nr_serve.default_model import fetch_model
 
     return fetch_model()
+
+
+def _check_adapters(config: ServeConfig) -> None:
+    """Refuse a wrong folder or file before the base, which takes longer; whether a file fits is seen with it."""
+    for folder in config.adapter_dir:
+        if not folder.is_dir():
+            raise BadRequest(f"--adapter-dir {folder}: there is no such folder", param="adapter_dir")
+    if config.adapter:
+        from nr_serve.neutral.format import naming, read_info  # torch: help must start at once
+
+        for entry in config.adapter:
+            _, path = adapter_entry(entry)
+            with naming(path):
+                read_info(path, max_bytes=int(config.max_adapter_gib * 2**30))
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:

@@ -143,8 +143,10 @@ def test_flags_win_over_the_environment_for_the_client_too(server, monkeypatch, 
     ("args", "message"),
     [
         (["unload-adapter", "nope"], "`nope` does not exist"),
-        (["load-adapter", "/no/such.safetensors"], "cannot read /no/such.safetensors"),
-        (["inspect", "/no/such.safetensors"], "cannot read such.safetensors"),
+        (["load-adapter", "/no/such.safetensors"], "/no/such.safetensors: cannot be read: No such file"),
+        (["load-adapter", __file__], f"{__file__}: not a whole safetensors file"),
+        (["inspect", "/no/such.safetensors"], "/no/such.safetensors: cannot be read: No such file"),
+        (["inspect", __file__], f"{__file__}: not a whole safetensors file"),
         (["list-adapters", "--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
     ],
 )
@@ -295,11 +297,25 @@ def test_a_folder_of_adapters_that_is_not_there_is_said_before_the_base_is_looke
         assert capsys.readouterr().err == f"error: --adapter-dir {wrong}: there is no such folder\n"
 
 
+def test_a_wrong_adapter_file_is_named_before_the_base_is_looked_for(tmp_path, hu, capsys):
+    none, other = tmp_path / "none.safetensors", tmp_path / "other.safetensors"
+    other.write_bytes(hu.read_bytes().replace(b"neutral-residues", b"neutral-somethin"))
+    wrong = {
+        none: "cannot be read: No such file",
+        other: "not a neutral-residue adapter",
+        tmp_path: "cannot be read",
+    }
+    for path, reason in wrong.items():
+        args = ["serve", "--port", "0", "--model", "/no/such", "--adapter", str(hu), "--adapter", f"x={path}"]
+        assert main(args) == 1
+        assert capsys.readouterr().err.startswith(f"error: {path}: {reason}")
+
+
 @pytest.mark.parametrize(("args", "name"), [([], "base-x"), (["--served-model-name", "b"], "b")])
-def test_an_adapter_of_the_bases_name_is_refused_before_anything_is_loaded(tmp_path, args, name, capsys):
+def test_an_adapter_of_the_bases_name_is_refused_before_anything_is_loaded(tmp_path, hu, args, name, capsys):
     folder = tmp_path / "base-x"
     folder.mkdir()
-    assert main(["serve", "--port", "0", "--model", str(folder), "--adapter", f"{name}=f", *args]) == 1
+    assert main(["serve", "--port", "0", "--model", str(folder), "--adapter", f"{name}={hu}", *args]) == 1
     assert capsys.readouterr().err == f"error: `{name}` is the base's name; give the adapter another\n"
 
 
