@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings
 from nr_serve.api.schemas import CompletionBody
 from nr_serve.cli import parse
 from nr_serve.commands import COMMANDS
-from nr_serve.config import ServeConfig, settings_tables
+from nr_serve.config import _OTHERS, ServeConfig, settings_tables
 from nr_serve.keys import read_key_file
 from nr_serve.train.corpus import recipe as corpus_recipe
 from nr_serve.train.recipe import Recipe, parse_changes, read_recipe
@@ -28,6 +28,11 @@ def test_the_settings_page_holds_the_settings():
     assert settings_tables() in SETTINGS, (
         "docs/settings.md is out of date: paste what nr_serve.config.settings_tables() returns"
     )
+
+
+def test_the_settings_page_holds_every_variable_that_is_no_setting():
+    named = re.findall(r"^\| `(NR_\w+)` \|", SETTINGS, re.M)
+    assert sorted(named) == sorted(_OTHERS)
 
 
 def test_the_settings_file_of_the_page_is_read(tmp_path, monkeypatch):
