@@ -84,19 +84,26 @@ class Server(uvicorn.Server):
         self._engine: AsyncEngine = app.state.context.engine
         self._work = work
         self._grace_s = grace_s
+        self._told: str | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end came."""
         if self.should_exit:
             os._exit(128 + sig)
+        self._told = signal.Signals(sig).name
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain while the socket still takes connections, so that clients read 503; then close."""
+        if self._told is not None:  # logged here: a signal may come in the middle of another line
+            running = self._work.running
+            log.info("stopping on %s: %d requests running, %g s to end", self._told, running, self._grace_s)
         await self._work.drain(self._grace_s)
         if self._engine.status == "loading":
+            log.info("stopped")
             _leave()
         await super().shutdown(sockets)
+        log.info("stopped")
 
 
 class _Watch:

@@ -336,6 +336,22 @@ def test_sigterm_ends_the_process_with_0_once_its_streams_have_ended():
         assert server.wait(PATIENCE) == 0
 
 
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_the_log_says_when_it_begins_to_end_and_when_it_has_ended(sig):
+    with process("--grace-period", "0.5") as (server, client):
+        with client.http.stream("POST", "/v1/completions", json=BODY, timeout=PATIENCE) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.send_signal(sig)
+            "".join(lines)
+        server.wait(PATIENCE)
+        said = [line for line in server.stderr.read().splitlines() if " nr_serve.serve: " in line]
+    assert said[-2:] == [
+        f"INFO nr_serve.serve: stopping on {sig.name}: 1 requests running, 0.5 s to end",
+        "INFO nr_serve.serve: stopped",
+    ]
+
+
 def test_sigterm_ends_a_process_that_loads_its_base_at_once_with_0():
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
@@ -346,6 +362,7 @@ def test_sigterm_ends_a_process_that_loads_its_base_at_once_with_0():
             until(lambda: is_loading(client))
             server.send_signal(signal.SIGTERM)
             assert server.wait(PATIENCE) == 0
+            assert server.stderr.read().endswith(b"INFO nr_serve.serve: stopped\n")
         finally:
             client.http.close()
             server.kill()
