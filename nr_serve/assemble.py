@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +21,16 @@ if TYPE_CHECKING:
     from nr_serve.tracing import Tracing
 
 
+log = logging.getLogger(__name__)
+
+
 def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
     """Return the engine, not yet started, and the app whose lifespan starts it.
 
     Fetches the default base if that is asked for. Raises NrError for a wrong adapter or folder.
     """
     _check_adapters(config)
-    model = model_folder(config.model)
+    model = model_folder(config.model, log.info if config.log_format == "json" else None)
     for entry in config.adapter:
         check_adapter_name(adapter_entry(entry)[0], config.base_name(model))
     tokenizer = load_tokenizer(model)
@@ -35,13 +40,16 @@ def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
     return engine, create_app(engine, tokenizer, config)
 
 
-def model_folder(model: str) -> str | Path:
-    """What transformers loads the base from. Raises DownloadFailed."""
+def model_folder(model: str, say: Callable[[str], None] | None = None) -> str | Path:
+    """What transformers loads the base from. Raises DownloadFailed.
+
+    How fetching it goes on is given to `say`, or printed.
+    """
     if model != "default":
         return model
     from nr_serve.default_model import fetch_model
 
-    return fetch_model()
+    return fetch_model() if say is None else fetch_model(say=say)
 
 
 def _check_adapters(config: ServeConfig) -> None:

@@ -152,11 +152,20 @@ def test_json_keeps_a_trace_in_its_line():
     assert fields_of(made) == {}
 
 
-@pytest.mark.parametrize(("level", "bars"), [("info", True), ("warning", False)])
-def test_progress_bars_are_quiet_from_warning_on(level, bars):
+@pytest.mark.parametrize(
+    ("level", "form", "watched", "bars"),
+    [
+        ("info", "text", True, True),
+        ("warning", "text", True, False),
+        ("info", "json", True, False),
+        ("info", "text", False, False),
+    ],
+)
+def test_progress_bars_are_for_people_who_watch(level, form, watched, bars, monkeypatch):
     from transformers.utils import logging as transformers_logging
 
+    monkeypatch.setattr("sys.stderr.isatty", lambda: watched)
     transformers_logging.enable_progress_bar()
-    quiet_progress_bars(level)
+    quiet_progress_bars(level, form)
     assert transformers_logging.is_progress_bar_enabled() is bars
     transformers_logging.enable_progress_bar()

@@ -368,6 +368,62 @@ def test_sigterm_ends_a_process_that_loads_its_base_at_once_with_0():
             server.kill()
 
 
+def test_in_json_all_that_a_server_says_is_objects():
+    with bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "tests.unit.halting", "--port", str(port), "--log-format", "json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        client = Served(None, f"http://127.0.0.1:{port}")
+        try:
+            until(lambda: is_ready(client))
+            server.send_signal(signal.SIGTERM)
+            out, err = server.communicate(timeout=PATIENCE)
+        finally:
+            client.http.close()
+            server.kill()
+    said = {entry["message"]: entry for entry in map(json.loads, err.splitlines())}
+    assert (out, server.returncode) == ("", 0)
+    about = {"model": "base", "address": client.url, "device": "cpu", "dtype": "float32", "adapters": ["hu"]}
+    assert said["ready"].items() >= about.items()
+    assert "stopped" in said
+
+
+def test_in_json_a_start_that_fails_is_an_object_too():
+    command = [sys.executable, "-m", "nr_serve.cli", "serve", "--port", "0", "--model", "/no/such"]
+    done = subprocess.run([*command, "--log-format", "json"], capture_output=True, text=True, check=False)
+    *_, last = map(json.loads, done.stderr.splitlines())
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert (last["level"], last["message"]) == ("error", "there is no model folder /no/such")
+
+
+def test_in_json_other_libraries_and_the_fetching_of_the_base_log_here_too():
+    code = """
+import logging, sys, warnings
+from pathlib import Path
+from nr_serve import assemble, default_model
+from nr_serve.config import ServeConfig
+from nr_serve.logs import configure_logging
+configure_logging("info", "json")
+import transformers
+for name in ("transformers.models", "huggingface_hub.utils"):
+    logging.getLogger(name).warning("hello")
+warnings.warn("old")
+default_model._fetch = lambda target, say: say("downloading")
+assemble.load_tokenizer = lambda model: sys.exit()
+assemble.assemble(ServeConfig(log_format="json"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said = [entry["logger"] for entry in map(json.loads, done.stderr.splitlines())]
+    assert said == ["transformers.models", "huggingface_hub.utils", "py.warnings", "nr_serve.assemble"]
+
+
+def is_ready(client) -> bool:
+    try:
+        return client.http.get("/ready").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
 def is_loading(client) -> bool:
     try:
         return client.http.get("/health").json() == {"status": "loading"}
