@@ -107,7 +107,7 @@ class Server(uvicorn.Server):
         """Drain while the socket still takes connections, so that clients read 503; then close."""
         if self._told is not None:  # logged here: a signal may come in the middle of another line
             running = self._work.running
-            log.info("stopping on %s: %d requests running, %g s to end", self._told, running, self._grace_s)
+            log.info("stopping on %s: running requests: %d, grace: %g s", self._told, running, self._grace_s)
         await self._work.drain(self._grace_s)
         if self._engine.status == "loading":
             log.info("stopped")

@@ -347,7 +347,7 @@ def test_the_log_says_when_it_begins_to_end_and_when_it_has_ended(sig):
         server.wait(PATIENCE)
         said = [line for line in server.stderr.read().splitlines() if " nr_serve.serve: " in line]
     assert said[-2:] == [
-        f"INFO nr_serve.serve: stopping on {sig.name}: 1 requests running, 0.5 s to end",
+        f"INFO nr_serve.serve: stopping on {sig.name}: running requests: 1, grace: 0.5 s",
         "INFO nr_serve.serve: stopped",
     ]
 
