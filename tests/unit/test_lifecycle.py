@@ -305,8 +305,7 @@ def test_an_upload_stays_until_the_engine_has_read_it_though_its_request_is_ende
         server.handle_exit(signal.SIGTERM, None)
         assert upload.result(PATIENCE).status_code == answer.result(PATIENCE).status_code == 503
     assert engine.adapters["da"].version == b"good".hex()
-    (load,) = [command for command in engine.commands if isinstance(command, LoadAdapter)]
-    assert not load.path.parent.exists()
+    assert not engine.last_load().path.parent.exists()
 
 
 @contextmanager
