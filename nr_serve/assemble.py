@@ -70,6 +70,8 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
     """The base's tokenizer. Raises UnsupportedBase if there is none."""
     if str(model).startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise UnsupportedBase(f"there is no model folder {model}")
+    if not Path(model).is_dir():
+        log.info("%s is no folder here: it is looked for on the hub, and in what was fetched from there", model)
     try:
         return Tokenizer.load(model)
     except (OSError, ValueError) as error:

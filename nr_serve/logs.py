@@ -22,6 +22,12 @@ def configure_logging(level: str, form: str) -> None:
     logging.getLogger("uvicorn").setLevel("WARNING" if level == "info" else level.upper())
     if form == "json":
         _take_over_others()
+    quiet_hub()
+
+
+def quiet_hub() -> None:
+    """Leave out the hub's lines on each of its tries: the error at their end says that it cannot be reached."""
+    logging.getLogger("huggingface_hub.utils._http").setLevel("ERROR")
 
 
 def quiet_progress_bars(level: str, form: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nr_serve.errors import BadRequest, UnsupportedBase
+from nr_serve.logs import quiet_hub
 from nr_serve.neutral import host
 from nr_serve.neutral.format import Adapter, Base, naming, read_adapter
 
@@ -103,6 +104,7 @@ def _loading(base: str) -> Iterator[str]:
         from nr_serve.default_model import fetch_model
 
         source = str(fetch_model())
+    quiet_hub()
     try:
         yield source
     except (OSError, ValueError) as error:

@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from nr_serve.logs import JsonFormatter, TextFormatter, fields_of, quiet_progress_bars
+from nr_serve.logs import JsonFormatter, TextFormatter, configure_logging, fields_of, quiet_progress_bars
+from nr_serve.train.base import load_base
 from tests.fakes import serving
 from tests.unit.waiting import until
 
@@ -150,6 +151,14 @@ def test_json_keeps_a_trace_in_its_line():
     (line,) = JsonFormatter().format(made).splitlines()
     assert "RuntimeError: why" in json.loads(line)["trace"]
     assert fields_of(made) == {}
+
+
+def test_the_hub_does_not_tell_of_each_try(base):
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    for quiet in (lambda: configure_logging("info", "text"), lambda: load_base(str(base))):
+        hub.setLevel("NOTSET")
+        quiet()
+        assert not hub.isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize(
