@@ -22,13 +22,14 @@ class Client:
     """Talks to one server. What the server refuses is raised as the NrError it stands for."""
 
     def __init__(self, url: str = DEFAULT_URL, key: str | None = None, *, timeout_s: float = _SECONDS) -> None:
-        self.url = url.rstrip("/")
+        """`url` may lack its scheme, which then is http."""
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         try:
             self._http = httpx.Client(
                 base_url=self.url,
                 headers={"Authorization": f"Bearer {key}"} if key else {},
                 timeout=httpx.Timeout(timeout_s, connect=10.0),
-                trust_env=not is_loopback(httpx.URL(url).host),  # a proxy cannot reach this machine's loopback
+                trust_env=not is_loopback(httpx.URL(self.url).host),  # a proxy cannot reach this machine's loopback
             )
         except httpx.InvalidURL as error:
             raise BadRequest(f"{url} is not a URL: {error}") from error

@@ -49,6 +49,12 @@ def test_what_the_server_refuses_is_raised_with_its_message_and_field(client, tm
         client.load(tmp_path / "none.safetensors")
 
 
+def test_a_url_may_lack_its_scheme(server):
+    with Client(server.url.removeprefix("http://")) as client:
+        assert client.url == server.url
+        assert client.models()[0]["id"] == "base"
+
+
 def test_a_missing_key_is_said(server, tmp_path):
     with Client(server.url) as client, pytest.raises(errors.Unauthorized):
         client.unload("hu")
