@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
-# CPU:  docker build -t nr-serve --build-arg BASE=ubuntu:24.04 .
+# CPU:  docker build -t nr-serve --build-arg BASE=ubuntu:24.04 \
+#           --build-arg TORCH=torch==2.13.0+cpu --build-arg PIP_EXTRA_INDEX_URL=... .
 # GPU:  docker build -t nr-serve .
 # Run:  docker run -p 8000:8000 -e NR_API_KEY=... nr-serve     (others can reach it: it does not start without a key)
 ARG BASE=nvidia/cuda:12.8.1-base-ubuntu24.04
@@ -8,7 +9,7 @@ FROM ${BASE} AS build
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
-# The wheels bring their own CUDA libraries; for a CPU image point this at a folder or index with CPU builds.
+# The wheels bring their own CUDA libraries; for a CPU image ask for a CPU build, and name the index that has it.
 ARG TORCH=torch==2.13.0
 ARG PIP_EXTRA_INDEX_URL
 RUN python3 -m venv /opt/nr-serve && /opt/nr-serve/bin/pip install --no-cache-dir "${TORCH}"
@@ -27,6 +28,8 @@ RUN apt-get update \
 COPY --from=build /opt/nr-serve /opt/nr-serve
 ENV PATH=/opt/nr-serve/bin:$PATH \
     NR_CACHE=/cache \
+    HF_HOME=/cache/huggingface \
+    TRITON_CACHE_DIR=/cache/triton \
     NR_HOST=0.0.0.0 \
     NR_PORT=8000 \
     PYTHONUNBUFFERED=1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from fastapi import FastAPI
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine, Deliver, Engine
 from nr_serve.config import ServeConfig
-from nr_serve.errors import UnsupportedBase
+from nr_serve.errors import BadRequest, UnsupportedBase
 from nr_serve.metrics import Metrics, VllmCollector, VllmNames
 from nr_serve.names import adapter_entry, check_adapter_name
 from nr_serve.tokenizer import Tokenizer
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
     from nr_serve.tracing import Tracing
 
 
+log = logging.getLogger(__name__)
+
+
 def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
     """Return the engine, not yet started, and the app whose lifespan starts it.
 
-    Fetches the default base if that is asked for. Raises NrError for a wrong adapter's name or model folder.
+    Fetches the default base if that is asked for. Raises NrError for a wrong adapter or folder.
     """
-    model = model_folder(config.model)
+    _check_adapters(config)
+    model = model_folder(config.model, log.info if config.log_format == "json" else None)
     for entry in config.adapter:
         check_adapter_name(adapter_entry(entry)[0], config.base_name(model))
     tokenizer = load_tokenizer(model)
@@ -34,19 +40,38 @@ def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
     return engine, create_app(engine, tokenizer, config)
 
 
-def model_folder(model: str) -> str | Path:
-    """What transformers loads the base from. Raises DownloadFailed."""
+def model_folder(model: str, say: Callable[[str], None] | None = None) -> str | Path:
+    """What transformers loads the base from. Raises DownloadFailed.
+
+    How fetching it goes on is given to `say`, or printed.
+    """
     if model != "default":
         return model
     from nr_serve.default_model import fetch_model
 
-    return fetch_model()
+    return fetch_model() if say is None else fetch_model(say=say)
+
+
+def _check_adapters(config: ServeConfig) -> None:
+    """Refuse a wrong folder or file before the base, which takes longer; whether a file fits is seen with it."""
+    for folder in config.adapter_dir:
+        if not folder.is_dir():
+            raise BadRequest(f"--adapter-dir {folder}: there is no such folder", param="adapter_dir")
+    if config.adapter:
+        from nr_serve.neutral.format import naming, read_info  # torch: help must start at once
+
+        for entry in config.adapter:
+            _, path = adapter_entry(entry)
+            with naming(path):
+                read_info(path, max_bytes=int(config.max_adapter_gib * 2**30))
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:
     """The base's tokenizer. Raises UnsupportedBase if there is none."""
     if str(model).startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise UnsupportedBase(f"there is no model folder {model}")
+    if not Path(model).is_dir():
+        log.info("%s is no folder here: it is looked for on the hub, and in what was fetched from there", model)
     try:
         return Tokenizer.load(model)
     except (OSError, ValueError) as error:

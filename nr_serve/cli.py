@@ -5,13 +5,16 @@ Commands import what they need when they run, so that help and the client's comm
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from copy import copy
+from functools import partial
 from inspect import cleandoc
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsError
@@ -22,6 +25,7 @@ from nr_serve.config import GROUPS, ServeConfig, check_environment
 from nr_serve.errors import NrError
 
 _MOST_IN_USAGE = 15
+_LIST_DEFAULT = re.compile(r"(?<=\(default: )\[(.+)\](?=\))")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +79,17 @@ def parse(settings: type[BaseSettings], name: str, args: list[str]) -> BaseSetti
         formatter_class=_Formatter,
         add_argument_method=_add_grouped if settings is ServeConfig else ArgumentParser.add_argument,
     )
+    source.root_parser.error = partial(_wrong_usage, source.root_parser)
     return CliApp.run(settings, cli_args=args, cli_settings_source=source)
+
+
+def _wrong_usage(parser: ArgumentParser, message: str) -> NoReturn:
+    """Print the usage and the error, with the flag that may have been meant, and exit."""
+    for word in message.split():
+        close = difflib.get_close_matches(word.partition("=")[0], parser._option_string_actions, 1)
+        if message.startswith("unrecognized arguments: ") and word.startswith("--") and close:
+            message += f"; is `{close[0]}` meant?"
+    ArgumentParser.error(parser, message)
 
 
 _GROUP_OF = {f"--{name.replace('_', '-')}": group.__doc__ for group in GROUPS for name in group.model_fields}
@@ -115,7 +129,8 @@ class _Formatter(RawDescriptionHelpFormatter):
         text = action.help or ""
         for noise in (" (default: None)", " (default: [])", " (default: False)"):
             text = text.replace(noise, "")
-        return text.rstrip()
+        text = text.replace("(default: True)", "(default: yes)")
+        return _LIST_DEFAULT.sub(lambda found: found[1].replace("'", ""), text).rstrip()
 
     def _metavar_formatter(self, action: Any, default_metavar: str) -> Any:
         if isinstance(action.metavar, str) and not action.metavar.startswith("{"):

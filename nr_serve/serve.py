@@ -28,15 +28,25 @@ _CLOSING_SECONDS = 2
 
 
 def serve(config: ServeConfig) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code. Raises NrError if it cannot start."""
+    """Serve until SIGTERM or SIGINT; return the exit code. Raises NrError if it cannot start, or failed."""
     signal.signal(signal.SIGTERM, _end)
     configure_logging(config.log_level, config.log_format)
+    if config.log_format == "text":
+        return _serve(config)
+    try:
+        return _serve(config)
+    except NrError as error:  # the command line would print it as text
+        log.error(error.message)
+        return 1
+
+
+def _serve(config: ServeConfig) -> int:
     _check_reach(config)
     with bind(config.host, config.port) as listener:
-        quiet_progress_bars(config.log_level)
+        quiet_progress_bars(config.log_level, config.log_format)
         engine, app = assemble(config)
         server = Server(app, app.state.context.work, config.grace_period)
-        watch = _Watch(engine, server, _address(listener))
+        watch = _Watch(engine, server, _address(listener), config.log_format)
         engine.on_status = watch.turned
         try:
             server.run(sockets=[listener])
@@ -84,28 +94,36 @@ class Server(uvicorn.Server):
         self._engine: AsyncEngine = app.state.context.engine
         self._work = work
         self._grace_s = grace_s
+        self._told: str | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal to end came."""
         if self.should_exit:
             os._exit(128 + sig)
+        self._told = signal.Signals(sig).name
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain while the socket still takes connections, so that clients read 503; then close."""
+        if self._told is not None:  # logged here: a signal may come in the middle of another line
+            running = self._work.running
+            log.info("stopping on %s: running requests: %d, grace: %g s", self._told, running, self._grace_s)
         await self._work.drain(self._grace_s)
         if self._engine.status == "loading":
+            log.info("stopped")
             _leave()
         await super().shutdown(sockets)
+        log.info("stopped")
 
 
 class _Watch:
     """Says when the server is ready, and ends it if the engine cannot start."""
 
-    def __init__(self, engine: AsyncEngine, server: uvicorn.Server, address: str) -> None:
+    def __init__(self, engine: AsyncEngine, server: uvicorn.Server, address: str, form: str) -> None:
         self._engine = engine
         self._server = server
         self._address = address
+        self._form = form
         self._was_ready = False
         self.failure: NrError | None = None
 
@@ -120,10 +138,17 @@ class _Watch:
         elif status == "failed":
             # The process lives on, answering 503: what restarts it reads /health.
             self.failure = NrError(f"the engine failed: {self._engine.failure}")
-            print(f"error: {self.failure.message}", file=sys.stderr, flush=True)
+            if self._form == "json":
+                log.error(self.failure.message)
+            else:
+                print(f"error: {self.failure.message}", file=sys.stderr, flush=True)
 
     def _say_ready(self) -> None:
         info, adapters = self._engine.info, self._engine.adapters
+        if self._form == "json":
+            fields = {"model": info.model, "address": self._address, "device": info.device, "dtype": info.dtype}
+            log.info("ready", extra={"fields": {**fields, "adapters": list(adapters)}})
+            return
         with_adapters = f"adapters: {', '.join(adapters)}" if adapters else "no adapter loaded"
         print(
             f"ready: {info.model} on {self._address} ({info.device}, {info.dtype}; {with_adapters})",

@@ -138,6 +138,9 @@ class FakeEngine:
         self._inbox.put((command, future))
         return future
 
+    def last_load(self) -> LoadAdapter:
+        return [each for each in self.commands if isinstance(each, LoadAdapter)][-1]
+
     def fail(self, reason: str) -> None:
         self.failure, self.status = reason, "failed"
 

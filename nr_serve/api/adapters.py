@@ -50,7 +50,7 @@ async def get_adapter(context: Ctx, name: str) -> JSONResponse:
     views: tuple[AdapterView, ...] = await context.engine.call(ListAdapters())
     for view in views:
         if view.name == name:
-            return JSONResponse(adapter_body(view, await context.engine.call(ReadGates())))
+            return await _answer(context, view)
     raise _unknown(name)
 
 
@@ -69,7 +69,7 @@ async def put_adapter(
         received = stack.pop_all()
     command = LoadAdapter(name, path, query.replace, query.pinned, query.threshold)
     view = await _load(context, command, received)
-    return JSONResponse(adapter_body(view), status)
+    return await _answer(context, view, status)
 
 
 @router.post("/v1/adapters", responses=_LOADED)
@@ -84,21 +84,22 @@ async def post_adapter(context: Ctx, body: LoadBody) -> JSONResponse:
         "path",
         lambda path: LoadAdapter(body.name, path, body.replace, body.pinned, body.threshold),
     )
-    return JSONResponse(adapter_body(view), status)
+    return await _answer(context, view, status)
 
 
 @router.patch("/v1/adapters/{name}", responses=answers(Adapter, Forbidden))
 async def patch_adapter(context: Ctx, name: str, body: PatchBody) -> JSONResponse:
     """Change an adapter's dials."""
     view = await _change(context, PatchAdapter(name, body.pinned, body.threshold))
-    return JSONResponse(adapter_body(view))
+    return await _answer(context, view)
 
 
 @router.delete("/v1/adapters/{name}", responses=answers(Adapter, Forbidden))
 async def delete_adapter(context: Ctx, name: str) -> JSONResponse:
     """Unload an adapter; requests in flight keep it until they end."""
+    statistics = await context.engine.call(ReadGates())  # before: they go with it
     view = await _change(context, UnloadAdapter(name))
-    return JSONResponse(adapter_body(view) | {"deleted": True})
+    return JSONResponse(adapter_body(view, statistics) | {"deleted": True})
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=refusals(Forbidden, Conflict))
@@ -132,6 +133,11 @@ async def unload_lora_adapter(context: Ctx, body: UnloadLoraBody) -> PlainTextRe
         raise NotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name")
     await context.engine.call(UnloadAdapter(name))
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+async def _answer(context: Context, view: AdapterView, status: int = 200) -> JSONResponse:
+    """One adapter, with whose traffic it fired on."""
+    return JSONResponse(adapter_body(view, await context.engine.call(ReadGates())), status)
 
 
 async def _load_allowed(

@@ -44,7 +44,7 @@ def _find(roots: Sequence[Path], given: str, param: str) -> tuple[Path, Path]:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if len(files) == 1 and files[0].is_file() and files[0].resolve().is_relative_to(root):
             return root, files[0].resolve()
-    raise NotFound("no adapter found at this path", param=param)
+    raise NotFound("no adapter found at this path; paths are relative to --adapter-dir", param=param)
 
 
 def _open_beneath(root: Path, path: Path) -> int:

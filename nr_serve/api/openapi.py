@@ -316,7 +316,7 @@ class Adapter(Answer):
     gates: AdapterGates
     neutrality: dict[str, ProbeLeak] | None
     measuring: bool
-    fired_by_selected: dict[str, int] | None = None
+    fired_by_selected: dict[str, int]
     deleted: bool | None = None
 
 

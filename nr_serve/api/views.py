@@ -7,9 +7,10 @@ from typing import Any
 from nr_serve.engine.messages import AdapterGates, AdapterView, GateStatistics, Neutrality
 
 
-def adapter_body(view: AdapterView, statistics: GateStatistics | None = None) -> dict[str, Any]:
-    """An adapter as clients see it; with `statistics`, also on whose traffic it fired."""
-    body: dict[str, Any] = {
+def adapter_body(view: AdapterView, statistics: GateStatistics) -> dict[str, Any]:
+    """An adapter as clients see it; the statistics say on whose traffic it fired."""
+    cross = statistics.cross.items()
+    return {
         "name": view.name,
         "object": "adapter",
         "version": view.version,
@@ -27,12 +28,8 @@ def adapter_body(view: AdapterView, statistics: GateStatistics | None = None) ->
         "gates": gates_body(view.gates),
         "neutrality": neutrality_body(view.neutrality),
         "measuring": view.measuring,
+        "fired_by_selected": {selected: count for (name, selected), count in cross if name == view.name},
     }
-    if statistics is not None:
-        body["fired_by_selected"] = {
-            selected: count for (name, selected), count in statistics.cross.items() if name == view.name
-        }
-    return body
 
 
 def gates_body(gates: AdapterGates) -> dict[str, Any]:

@@ -49,6 +49,11 @@ class Work:
             # At once, and not when the task is done: a timeout that was left cannot be set any more.
             self._deadlines.discard(deadline)
 
+    @property
+    def running(self) -> int:
+        """Requests under way."""
+        return len(self._deadlines)
+
     async def drain(self, grace_s: float) -> None:
         """Take nothing new; return when all has ended, which is after `grace_s` seconds at the latest."""
         self.draining = True

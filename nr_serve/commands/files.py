@@ -24,9 +24,11 @@ class Inspect(Command):
 
 def inspect(command: Inspect) -> int:
     """Read the file whole, as the server would; print it."""
-    from nr_serve.neutral.format import read_adapter
+    from nr_serve.neutral.format import naming, read_adapter
 
-    summary = _summary(read_adapter(command.file))
+    with naming(command.file):
+        adapter = read_adapter(command.file)
+    summary = _summary(adapter)
     if command.json_:
         print(json.dumps(summary, ensure_ascii=False, indent=2))
         return 0

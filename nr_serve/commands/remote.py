@@ -11,6 +11,7 @@ from pydantic_settings import CliPositionalArg
 
 from nr_serve.commands.base import Remote
 from nr_serve.commands.table import table
+from nr_serve.errors import Conflict
 
 
 class LoadAdapter(Remote):
@@ -36,9 +37,12 @@ class ListAdapters(Remote):
 def load_adapter(command: LoadAdapter) -> int:
     """Load; print name, version, slot, seconds and leak."""
     with command.client() as client:
-        adapter = client.load(
-            command.file, command.name, replace=command.replace, pinned=command.pin, threshold=command.threshold
-        )
+        try:
+            adapter = client.load(
+                command.file, command.name, replace=command.replace, pinned=command.pin, threshold=command.threshold
+            )
+        except Conflict as error:  # the server does not know what its caller's flags are called
+            raise Conflict(f"{error.message} (--replace, --name)", param=error.param) from error
     print(
         f"{adapter['name']}: version {adapter['version']}, {_place(adapter)}, "
         f"loaded in {adapter['load_seconds']:.2f} s, leak {_leak(adapter)}"
@@ -84,11 +88,12 @@ def _row(adapter: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _leak(adapter: Mapping[str, Any]) -> str:
-    """The worst on any probe text, and the text's name."""
+    """The worst on any probe text, and the text's name if there is anything to see on it."""
     if adapter["neutrality"] is None:
         return "measuring" if adapter["measuring"] else "-"
     name, worst = max(adapter["neutrality"].items(), key=lambda item: item[1]["leak"])
-    return f"{worst['leak']:.2%} ({name})"
+    shown = f"{worst['leak']:.2%}"
+    return shown if shown == "0.00%" else f"{shown} ({name})"
 
 
 def _place(adapter: Mapping[str, Any]) -> str:

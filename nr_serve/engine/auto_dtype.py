@@ -1,28 +1,94 @@
-"""Which dtype the CPU at hand computes faster, measured at start-up."""
+"""Which dtype the CPU at hand computes faster: measured at the first start, and kept.
+
+A machine that is busy now and idle at the next start must not change what it answers, so it is asked once.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
+import platform
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nr_serve.disk import cache_folder
 from nr_serve.engine.packed_linear import PackedLinear, can_pack
 
 log = logging.getLogger(__name__)
 _SIZE = 2048  # a weight no core holds in its own cache
 _TOKENS = (8, 256)  # a small decode step, and a prefill chunk
-_ROUNDS = 10
-_MARGIN = 1.2  # so that one machine does not choose now this, now that
+_ROUNDS = 30
+_MARGIN = 1.2  # so that machines of one kind do not choose one this, one that
+_FORMAT = 1
+"""Raised when the measurement changes: what was measured otherwise is not read again."""
+_PROCESSOR = Path("/proc/cpuinfo")
+_TELLING = ("model name", "flags", "CPU part", "Features")  # the last two on ARM
+
+
+def fastest_dtype() -> torch.dtype:
+    """bfloat16 if it is clearly faster, for decode and prefill alike; else float32.
+
+    Kept in the cache folder for this processor, its number of cores and this torch; measured if it is not there.
+    """
+    path = _kept_at()
+    kept = _read(path)
+    if kept is not None:
+        log.info("dtype auto: %s, as measured at an earlier start (%s)", _name(kept), path)
+        return kept
+    chosen = _measured()
+    try:
+        _write(path, chosen)
+    except OSError as error:
+        log.warning("dtype auto: the choice cannot be kept and may differ at the next start: %s", error)
+    return chosen
+
+
+def _kept_at() -> Path:
+    depends_on = [_FORMAT, platform.machine(), _processor(), os.cpu_count(), torch.__version__]
+    return cache_folder() / "dtype" / f"{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]}.json"
+
+
+def _processor() -> list[str]:
+    """Model and abilities of the first core."""
+    told = _PROCESSOR.read_text().partition("\n\n")[0].splitlines() if _PROCESSOR.exists() else []
+    return [line for line in told if line.startswith(_TELLING)]
+
+
+def _read(path: Path) -> torch.dtype | None:
+    try:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[json.loads(path.read_bytes())["dtype"]]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("dtype auto: %s is damaged and made again: %r", path, error)
+        return None
+
+
+def _write(path: Path, chosen: torch.dtype) -> None:
+    """Whole or not at all, whoever else does the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        made.write_text(json.dumps({"dtype": _name(chosen)}) + "\n", encoding="utf-8")
+        os.replace(made, path)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @torch.inference_mode()
-def fastest_dtype() -> torch.dtype:
-    """bfloat16 if it is clearly faster, for decode and prefill alike; else float32. Takes about 0.2 s.
+def _measured() -> torch.dtype:
+    """Takes half a second of computing, once a machine.
 
     Measured on one core, by the time that it computes: what else the machine is at does not count.
     """
@@ -35,7 +101,7 @@ def fastest_dtype() -> torch.dtype:
         torch.set_num_threads(threads)
     chosen = torch.bfloat16 if min(ratios) >= _MARGIN else torch.float32
     measured = ", ".join(f"{ratio:.1f}x at {tokens} tokens" for ratio, tokens in zip(ratios, _TOKENS, strict=True))
-    log.info("dtype auto: %s; speed of bfloat16 to float32: %s", str(chosen).removeprefix("torch."), measured)
+    log.info("dtype auto: %s, measured now; speed of bfloat16 to float32: %s", _name(chosen), measured)
     return chosen
 
 

@@ -73,9 +73,8 @@ class GateCounts:
 
     def of(self, name: str) -> AdapterGates:
         """An adapter's totals as of the last `read`."""
-        totals = self._totals.get(name)
-        if totals is None:
-            return AdapterGates()
+        zeros = [0] * self._bank.layers
+        totals = self._totals.get(name, _Totals(zeros, zeros))
         groups = _layer_groups(self._bank.layers)
         return AdapterGates(
             layer_groups=tuple(f"{group.start}-{group.stop - 1}" for group in groups),

@@ -228,9 +228,13 @@ class EngineLoop:
         return core, adapters
 
     def _attach_at_start(self, entry: str, core: Core, adapters: Adapters) -> None:
+        from nr_serve.neutral.format import naming
+
         message = LoadAdapter(*adapter_entry(entry))
         answer: Future[AdapterView] = Future()
-        adapters.load(message, self._read_file(message.path), answer, time.perf_counter())
+        with naming(message.path):
+            adapter = self._read_file(message.path)
+        adapters.load(message, adapter, answer, time.perf_counter())
         while adapters.busy:
             adapters.copy_some()
             core.step()  # measures it

@@ -14,7 +14,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nr_serve.errors import BadAdapterFile, TooLarge
@@ -152,6 +153,29 @@ def read_adapter(
     )
 
 
+def read_info(path: Path, *, max_bytes: int | None = None) -> AdapterInfo:
+    """What an adapter file says about itself. Its header is read and checked, its tensors are not.
+
+    Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
+    """
+    with _readable(path, max_bytes), path.open("rb") as file:
+        start = file.read(2)
+        try:
+            with safe_open(path, framework="pt") as header:
+                return _info(header.metadata() or {})
+        except SafetensorError as error:
+            raise _not_safetensors(start, error) from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have what is wrong with a file say which file it is, where the reader did not name it."""
+    try:
+        yield
+    except (BadAdapterFile, TooLarge) as error:
+        raise type(error)(f"{path}: {error.message}", param=error.param) from error
+
+
 def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...]) -> None:
     """Write an adapter file whole or not at all. Raises BadAdapterFile if it would not be read back."""
     tensors: dict[str, Tensor] = {}
@@ -175,25 +199,36 @@ def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...
 
 
 def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
+    with _readable(path, max_bytes):
+        return path.read_bytes()
+
+
+@contextmanager
+def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
+    """Refuse a file that is too large before it is read, and one that cannot be read."""
     try:
         size = path.stat().st_size
         if max_bytes is not None and size > max_bytes:
-            raise TooLarge(f"{path.name} has {size:,} bytes; the limit is {max_bytes:,}")
-        return path.read_bytes()
+            raise TooLarge(f"the file has {size:,} bytes; the limit is {max_bytes:,}")
+        yield
     except OSError as error:
-        raise BadAdapterFile(f"cannot read {path.name}: {error.strerror}") from error
+        raise BadAdapterFile(f"cannot be read: {error.strerror or error}") from error
 
 
 def _parse(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # torch raises the last two
-        # Looked at only now: a safetensors file whose header has the right length begins with the same bytes.
-        if data[:1] == b"\x80" or data[:2] == b"PK":
-            raise BadAdapterFile("this is a pickle or zip file, not safetensors; pickle is never loaded") from error
-        raise BadAdapterFile(f"not a whole safetensors file: {_short(error)}") from error
+        raise _not_safetensors(data[:2], error) from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__") or {}
+
+
+def _not_safetensors(start: bytes, error: Exception) -> BadAdapterFile:
+    # Looked at only now: a safetensors file whose header has the right length begins with the same bytes.
+    if start[:1] == b"\x80" or start == b"PK":
+        return BadAdapterFile("this is a pickle or zip file, not safetensors; pickle is never loaded")
+    return BadAdapterFile(f"not a whole safetensors file: {_short(error)}")
 
 
 def _version(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], between: Callable[[], None]) -> str:

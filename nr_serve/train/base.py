@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from nr_serve.errors import BadRequest, UnsupportedBase
+from nr_serve.logs import quiet_hub
 from nr_serve.neutral import host
-from nr_serve.neutral.format import Adapter, Base, read_adapter
+from nr_serve.neutral.format import Adapter, Base, naming, read_adapter
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ def read_adapters(files: Sequence[Path], base: FrozenBase) -> dict[str, Adapter]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise BadRequest(f"two adapters have the same name: {', '.join(twice)}", param="adapters")
-    return {path.stem: read_adapter(path, base.identity) for path in files}
+    adapters = {}
+    for path in files:
+        with naming(path):
+            adapters[path.stem] = read_adapter(path, base.identity)
+    return adapters
 
 
 def load_base(base: str, dtype: str = "float32", device: torch.device | str = "cpu") -> FrozenBase:
@@ -99,6 +104,7 @@ def _loading(base: str) -> Iterator[str]:
         from nr_serve.default_model import fetch_model
 
         source = str(fetch_model())
+    quiet_hub()
     try:
         yield source
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ GATE_FORMAT = 3
 
 
 class GateCache:
-    """The folder; `$NR_CACHE/gates` or `~/.cache/nr-serve/gates` unless one is named."""
+    """The folder; `gates` in the cache folder unless one is named."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._cache = TensorCache(folder if folder is not None else cache_folder() / "gates")

@@ -72,6 +72,10 @@ class TrainingRun:
         if saved is not None:
             earlier = parse_recipe(saved.recipe)
             _same("recipe", recipe.continues(earlier, saved.step * recipe.run.batch_tokens))
+        run = recipe.run
+        if run.tokens != run.steps * run.batch_tokens:
+            whole = f"{run.steps:,} steps of {run.batch_tokens:,}"
+            _say(f"run.tokens {run.tokens:,} is rounded down to {run.steps * run.batch_tokens:,}, {whole}")
         _say("reading and packing the text")
         with arguments.main_process_first():  # the others find what it leaves in the caches
             self.text = read_run_text(recipe, corpus)

@@ -1,11 +1,13 @@
 """What the README shows is run."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from pydantic_settings import BaseSettings
 
@@ -57,12 +59,26 @@ def test_every_python_example_prints_an_answer(code, url, capsys, monkeypatch):
     assert capsys.readouterr().out.strip()
 
 
+def test_the_tokens_on_the_apis_page_are_those_of_the_default_base(url):
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    asked, given = (
+        json.loads(re.search(pattern, page)[1]) for pattern in (r"/detokenize\n(.+)", r"gives `(\{.+\})`")
+    )
+    assert httpx.post(f"{url}/detokenize", json=asked, trust_env=False).json() == given
+
+
+def without_numbers(line: str) -> str:
+    return re.sub(r"[\d.]+", "#", " ".join(line.split()))
+
+
 def test_the_demo_shows_what_the_readme_says():
     done = subprocess.run(
         [sys.executable, "examples/demo.py"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     out = done.stdout
+    (sample,) = re.findall(r"`make demo` prints.*?```\n(.*?)```", README, re.S)
+    assert set(map(without_numbers, sample.splitlines())) <= set(map(without_numbers, out.splitlines())), out
     assert out.count("  = the base's answer") >= 3, out  # neutral is measured, not promised to the last token
     losses = dict(re.findall(r"  (Hungarian|English) +([\d.]+ +[\d.]+)", out))
     before, after = map(float, losses["Hungarian"].split())

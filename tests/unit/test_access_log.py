@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from nr_serve.logs import JsonFormatter, TextFormatter, fields_of, quiet_progress_bars
+from nr_serve.logs import JsonFormatter, TextFormatter, configure_logging, fields_of, quiet_progress_bars
+from nr_serve.train.base import load_base
 from tests.fakes import serving
 from tests.unit.waiting import until
 
@@ -152,11 +153,28 @@ def test_json_keeps_a_trace_in_its_line():
     assert fields_of(made) == {}
 
 
-@pytest.mark.parametrize(("level", "bars"), [("info", True), ("warning", False)])
-def test_progress_bars_are_quiet_from_warning_on(level, bars):
+def test_the_hub_does_not_tell_of_each_try(base):
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    for quiet in (lambda: configure_logging("info", "text"), lambda: load_base(str(base))):
+        hub.setLevel("NOTSET")
+        quiet()
+        assert not hub.isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize(
+    ("level", "form", "watched", "bars"),
+    [
+        ("info", "text", True, True),
+        ("warning", "text", True, False),
+        ("info", "json", True, False),
+        ("info", "text", False, False),
+    ],
+)
+def test_progress_bars_are_for_people_who_watch(level, form, watched, bars, monkeypatch):
     from transformers.utils import logging as transformers_logging
 
+    monkeypatch.setattr("sys.stderr.isatty", lambda: watched)
     transformers_logging.enable_progress_bar()
-    quiet_progress_bars(level)
+    quiet_progress_bars(level, form)
     assert transformers_logging.is_progress_bar_enabled() is bars
     transformers_logging.enable_progress_bar()

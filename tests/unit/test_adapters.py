@@ -388,6 +388,14 @@ def record_admissions(server) -> dict[str, list]:
     return admitted
 
 
+def test_an_adapter_that_saw_nothing_yet_has_its_groups_of_layers():
+    server = Server(slots=2)
+    server.load("a", server.made(1))
+    gates = server.adapters.view(server.adapters.registry.get("a")).gates
+    assert gates.layer_groups == ("0-0", "1-1", "2-2")
+    assert gates.fired == gates.seen == (0,) * tiny.LAYERS
+
+
 def test_statistics_belong_to_names_survive_replacement_and_go_with_the_name():
     server = Server(slots=2)
     server.load("a", server.made(1))

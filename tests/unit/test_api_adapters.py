@@ -25,7 +25,7 @@ def test_an_uploaded_file_is_loaded_and_gone_from_disk(server):
     body = response.json()
     assert response.status_code == 201
     assert (body["name"], body["pinned"], body["threshold"], body["slot"]) == ("da", True, 0.25, 1)
-    assert not server.engine.commands[-1].path.exists()
+    assert not server.engine.last_load().path.exists()
     assert server.complete(model="da", max_tokens=1).status_code == 200
 
 
@@ -157,6 +157,11 @@ def test_unusable_paths_inside_are_refused(server, path, status):
     assert (response.status_code, response.json()["error"]["param"]) == (status, "path")
 
 
+def test_a_path_where_nothing_is_is_answered_with_where_paths_begin(server):
+    response = server.http.post("/v1/adapters", json={"name": "x", "path": "nope.safetensors"})
+    assert response.json()["error"]["message"].endswith("paths are relative to --adapter-dir")
+
+
 def test_without_a_folder_nothing_on_the_server_can_be_loaded():
     with serving() as server:
         response = server.http.post("/v1/adapters", json={"name": "x", "path": "/etc/passwd"})
@@ -167,6 +172,17 @@ def test_dials_change_and_the_rest_stays(server):
     body = server.http.patch("/v1/adapters/hu", json={"threshold": 0.5}).json()
     assert (body["threshold"], body["pinned"]) == (0.5, False)
     assert server.http.patch("/v1/adapters/hu", json={"pinned": True}).json()["threshold"] == 0.5
+
+
+def test_every_answer_shows_an_adapter_in_the_same_way(server, tmp_path):
+    listed = server.http.get("/v1/adapters/hu").json()
+    assert server.http.patch("/v1/adapters/hu", json={}).json() == listed
+    (tmp_path / "in" / "da.safetensors").write_bytes(b"good")
+    posted = server.http.post("/v1/adapters", json={"name": "da", "path": "da.safetensors"}).json()
+    assert posted == server.http.get("/v1/adapters/da").json()
+    put = server.http.put("/v1/adapters/sk", content=b"good").json()
+    assert put == server.http.get("/v1/adapters/sk").json()
+    assert server.http.delete("/v1/adapters/hu").json() == listed | {"deleted": True}
 
 
 def test_an_unknown_adapters_place_in_the_request_is_named(server):

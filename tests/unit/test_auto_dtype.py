@@ -10,6 +10,13 @@ from nr_serve.engine import auto_dtype, base
 from tests import tiny
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """Nothing measured before."""
+    monkeypatch.setenv("NR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.mark.parametrize(
     ("decode", "prefill", "chosen"),
     [
@@ -58,6 +65,60 @@ def test_the_measurement_runs_with_packed_weights_and_without(packs, monkeypatch
     if not packs:
         monkeypatch.setattr(auto_dtype, "can_pack", lambda dtype: False)
     assert auto_dtype.fastest_dtype() in (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture
+def speeds(monkeypatch):
+    """What each measurement will find, for any number of tokens; it must be asked no more often."""
+    found = []
+    monkeypatch.setattr(auto_dtype, "_TOKENS", (8,))
+    monkeypatch.setattr(auto_dtype, "_ratio", lambda layers, tokens: found.pop(0))
+    return found
+
+
+@pytest.mark.parametrize(("first", "chosen"), [(1.5, torch.bfloat16), (1.0, torch.float32)])
+def test_what_was_chosen_is_chosen_again_and_the_log_says_where_it_is_from(first, chosen, speeds, cache, caplog):
+    speeds.append(first)
+    with caplog.at_level(logging.INFO):
+        assert auto_dtype.fastest_dtype() is chosen
+        assert "measured now" in caplog.text
+        caplog.clear()
+        assert auto_dtype.fastest_dtype() is chosen
+    (kept,) = (cache / "dtype").iterdir()
+    assert f"as measured at an earlier start ({kept})" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["processor", "cores", "torch"])
+def test_another_processor_core_count_or_torch_is_measured_anew(change, speeds, monkeypatch, tmp_path):
+    speeds += [1.5, 1.0]
+    assert auto_dtype.fastest_dtype() is torch.bfloat16
+    if change == "processor":
+        other = tmp_path / "cpuinfo"
+        other.write_text("processor\t: 0\nmodel name\t: Another\n\nprocessor\t: 1\n")
+        monkeypatch.setattr(auto_dtype, "_PROCESSOR", other)
+    elif change == "cores":
+        monkeypatch.setattr(auto_dtype.os, "cpu_count", lambda: 1000)
+    else:
+        monkeypatch.setattr(torch, "__version__", "0.0")
+    assert auto_dtype.fastest_dtype() is torch.float32
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"dtype": "int8"}', b"\xff"])
+def test_a_damaged_choice_is_made_again(content, speeds, cache, caplog):
+    speeds += [1.0, 1.5]
+    auto_dtype.fastest_dtype()
+    (kept,) = (cache / "dtype").iterdir()
+    kept.write_bytes(content)
+    assert auto_dtype.fastest_dtype() is torch.bfloat16
+    assert "is damaged" in caplog.text
+    assert auto_dtype.fastest_dtype() is torch.bfloat16
+
+
+def test_a_choice_that_cannot_be_kept_is_used_and_said(speeds, cache, caplog):
+    cache.write_text("a file where the folder should be")
+    speeds.append(1.5)
+    assert auto_dtype.fastest_dtype() is torch.bfloat16
+    assert "cannot be kept" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from nr_serve.cli import main, parse
 from nr_serve.commands import COMMANDS
+from nr_serve.commands.remote import _leak
 from nr_serve.config import ServeConfig
 from nr_serve.errors import BadRequest, NrError
 from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
@@ -126,12 +127,52 @@ def test_an_adapter_is_loaded_listed_and_unloaded_with_no_further_flag(against, 
     assert da.split()[:4] == ["da", "676f6f642064", "hu", "attached"]
     assert main(["load-adapter", str(path), "--replace", "--pin", "--threshold", "0.5", "--name", "da"]) == 0
     capsys.readouterr()
-    assert against.engine.commands[-1].pinned is True
+    assert against.engine.last_load().pinned is True
     assert main(["load-adapter", str(path), "--replace"]) == 0
-    assert against.engine.commands[-1].pinned is None
+    assert against.engine.last_load().pinned is None
     capsys.readouterr()
     assert main(["unload-adapter", "da"]) == 0
     assert capsys.readouterr().out == "da: unloaded\n"
+
+
+def test_a_taken_name_is_refused_with_the_flags_that_help(against, tmp_path, capsys):
+    path = tmp_path / "hu.safetensors"
+    path.write_bytes(b"good")
+    assert main(["load-adapter", str(path)]) == 1
+    assert "replace it, or choose another name (--replace, --name)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("leaks", "shown"),
+    [({"a": 0.0, "b": 0.0}, "0.00%"), ({"a": 1e-5, "b": 0.0}, "0.00%"), ({"a": 0.0, "b": 0.0075}, "0.75% (b)")],
+)
+def test_no_text_is_named_for_a_leak_of_nothing(leaks, shown):
+    assert _leak({"neutrality": {name: {"leak": leak} for name, leak in leaks.items()}}) == shown
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"), [("--modle", "--model"), ("--modle=x", "--model"), ("--pot", "--port"), ("--zzzzzz", None)]
+)
+def test_a_misspelt_flag_is_answered_with_the_one_that_may_be_meant(flag, meant, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["serve", flag])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert f"unrecognized arguments: {flag}" in error
+    assert ("meant?" in error) == (meant is not None)
+    assert meant is None or f"is `{meant}` meant?" in error
+
+
+def test_help_shows_defaults_in_plain_words(capsys):
+    told = ""
+    for name in ("serve", "evaluate"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        told += " ".join(capsys.readouterr().out.split())
+    assert "began alike (default: yes)" in told
+    assert "(default: *.heldout.txt)" in told
+    assert "True" not in told
+    assert "['" not in told
 
 
 def test_flags_win_over_the_environment_for_the_client_too(server, monkeypatch, capsys):
@@ -143,8 +184,10 @@ def test_flags_win_over_the_environment_for_the_client_too(server, monkeypatch, 
     ("args", "message"),
     [
         (["unload-adapter", "nope"], "`nope` does not exist"),
-        (["load-adapter", "/no/such.safetensors"], "cannot read /no/such.safetensors"),
-        (["inspect", "/no/such.safetensors"], "cannot read such.safetensors"),
+        (["load-adapter", "/no/such.safetensors"], "/no/such.safetensors: cannot be read: No such file"),
+        (["load-adapter", __file__], f"{__file__}: not a whole safetensors file"),
+        (["inspect", "/no/such.safetensors"], "/no/such.safetensors: cannot be read: No such file"),
+        (["inspect", __file__], f"{__file__}: not a whole safetensors file"),
         (["list-adapters", "--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
     ],
 )
@@ -287,11 +330,33 @@ def test_a_model_that_is_not_there_is_said(capsys):
     assert capsys.readouterr().err == "error: there is no model folder /no/such\n"
 
 
+def test_a_folder_of_adapters_that_is_not_there_is_said_before_the_base_is_looked_for(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "no", tmp_path / "file"):
+        args = ["serve", "--port", "0", "--model", "/no/such", "--adapter-dir", str(wrong)]
+        assert main([*args, "--adapter-dir", str(tmp_path)]) == 1
+        assert capsys.readouterr().err == f"error: --adapter-dir {wrong}: there is no such folder\n"
+
+
+def test_a_wrong_adapter_file_is_named_before_the_base_is_looked_for(tmp_path, hu, capsys):
+    none, other = tmp_path / "none.safetensors", tmp_path / "other.safetensors"
+    other.write_bytes(hu.read_bytes().replace(b"neutral-residues", b"neutral-somethin"))
+    wrong = {
+        none: "cannot be read: No such file",
+        other: "not a neutral-residue adapter",
+        tmp_path: "cannot be read",
+    }
+    for path, reason in wrong.items():
+        args = ["serve", "--port", "0", "--model", "/no/such", "--adapter", str(hu), "--adapter", f"x={path}"]
+        assert main(args) == 1
+        assert capsys.readouterr().err.startswith(f"error: {path}: {reason}")
+
+
 @pytest.mark.parametrize(("args", "name"), [([], "base-x"), (["--served-model-name", "b"], "b")])
-def test_an_adapter_of_the_bases_name_is_refused_before_anything_is_loaded(tmp_path, args, name, capsys):
+def test_an_adapter_of_the_bases_name_is_refused_before_anything_is_loaded(tmp_path, hu, args, name, capsys):
     folder = tmp_path / "base-x"
     folder.mkdir()
-    assert main(["serve", "--port", "0", "--model", str(folder), "--adapter", f"{name}=f", *args]) == 1
+    assert main(["serve", "--port", "0", "--model", str(folder), "--adapter", f"{name}={hu}", *args]) == 1
     assert capsys.readouterr().err == f"error: `{name}` is the base's name; give the adapter another\n"
 
 

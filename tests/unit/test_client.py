@@ -40,13 +40,19 @@ def test_an_adapter_is_loaded_under_its_files_name_listed_and_unloaded(client, t
 def test_what_the_server_refuses_is_raised_with_its_message_and_field(client, tmp_path):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(b"bad")
-    with pytest.raises(errors.BadRequest, match="not a whole safetensors file"):
+    with pytest.raises(errors.BadRequest, match=r"bad\.safetensors: not a whole safetensors file"):
         client.load(path)
     with pytest.raises(errors.BadRequest) as caught:
         client.complete(model="base", prompt="x", n=0)
     assert caught.value.param == "n"
-    with pytest.raises(errors.BadRequest, match="cannot read"):
+    with pytest.raises(errors.BadRequest, match="cannot be read"):
         client.load(tmp_path / "none.safetensors")
+
+
+def test_a_url_may_lack_its_scheme(server):
+    with Client(server.url.removeprefix("http://")) as client:
+        assert client.url == server.url
+        assert client.models()[0]["id"] == "base"
 
 
 def test_a_missing_key_is_said(server, tmp_path):

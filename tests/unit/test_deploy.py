@@ -183,6 +183,21 @@ def test_the_image_has_what_every_setting_of_the_server_needs():
     assert set(extras.split(",")) <= set(known)
 
 
+def test_all_that_the_image_fetches_goes_to_its_volume():
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    kept = dict(re.findall(r"(NR_CACHE|HF_HOME|TRITON_CACHE_DIR)=(\S+)", dockerfile))
+    assert len(kept) == 3
+    assert all(folder == "/cache" or folder.startswith("/cache/") for folder in kept.values())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/deploy.md", "deploy/compose.yaml"])
+def test_an_image_for_a_cpu_can_be_told_where_its_torch_is(page):
+    dockerfile, text = ((ROOT / name).read_text(encoding="utf-8") for name in ("Dockerfile", page))
+    for argument in ("TORCH", "PIP_EXTRA_INDEX_URL"):
+        assert re.search(rf"^ARG {argument}\b", dockerfile, re.M)
+        assert re.search(rf"\b{argument}\b", text)
+
+
 # Kubernetes
 
 
@@ -197,6 +212,15 @@ def built(folder) -> dict[str, dict]:
     return {each["kind"]: each for each in yaml.safe_load_all(run(*command, str(folder)))}
 
 
+@pytest.fixture
+def whole(tmp_path):
+    """The manifests with every component."""
+    shutil.copytree(KUBERNETES, tmp_path, dirs_exist_ok=True)
+    chosen = tmp_path / "kustomization.yaml"
+    chosen.write_text(chosen.read_text(encoding="utf-8").replace("  # - ", "  - "), encoding="utf-8")
+    return tmp_path
+
+
 def pod(folder) -> dict:
     return built(folder)["Deployment"]["spec"]["template"]["spec"]
 
@@ -206,13 +230,30 @@ def environment(folder) -> dict[str, str | None]:
     return {each["name"]: each.get("value") for each in server["env"]}
 
 
-@pytest.mark.parametrize("folder", [KUBERNETES, KUBERNETES / "base"], ids=lambda folder: folder.name)
-def test_the_manifests_are_valid_for_kubernetes(folder):
-    manifests = built(folder)
+def test_the_manifests_need_nothing_that_a_plain_cluster_lacks():
+    manifests = built(KUBERNETES)
+    for manifest in manifests.values():
+        kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
+    assert set(manifests) == {"Deployment", "Service", "PersistentVolumeClaim"}
+
+
+def test_with_every_component_the_manifests_are_valid_too(whole):
+    manifests = built(whole)
     for manifest in manifests.values():
         if "." not in manifest["apiVersion"].partition("/")[0]:  # the others are custom resources
             kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
-    assert set(manifests) >= {"Deployment", "Service", "PersistentVolumeClaim"}
+    assert set(manifests) >= {"Deployment", "PodMonitor", "InferencePool", "HTTPRoute"}
+
+
+def test_the_pod_for_copying_writes_as_the_server_reads():
+    copying = yaml.safe_load((KUBERNETES / "copy-adapters.yaml").read_text(encoding="utf-8"))
+    kubernetes_validate.validate(copying, KUBERNETES_VERSION, strict=True)
+    spec, server = copying["spec"], pod(KUBERNETES)
+    [mine], [theirs] = spec["containers"], server["containers"]
+    assert spec["volumes"][0] in server["volumes"]
+    assert mine["volumeMounts"][0] | {"readOnly": True} in theirs["volumeMounts"]
+    assert spec["securityContext"].items() <= server["securityContext"].items()
+    assert mine["securityContext"] == theirs["securityContext"]
 
 
 def test_the_pod_is_unprivileged():
@@ -247,8 +288,8 @@ def test_running_answers_may_end_before_the_server_is_killed():
     assert int(services()["nr-serve"]["stop_grace_period"].removesuffix("s")) > answers
 
 
-def test_service_monitor_and_pool_select_the_pods():
-    kinds = built(KUBERNETES)
+def test_service_monitor_and_pool_select_the_pods(whole):
+    kinds = built(whole)
     labels = kinds["Deployment"]["spec"]["template"]["metadata"]["labels"]
     service, monitor, pool = (kinds[kind]["spec"] for kind in ("Service", "PodMonitor", "InferencePool"))
     for selected in (service["selector"], monitor["selector"]["matchLabels"], pool["selector"]["matchLabels"]):
@@ -261,19 +302,15 @@ def test_service_monitor_and_pool_select_the_pods():
     assert (backend["kind"], backend["name"]) == ("InferencePool", kinds["InferencePool"]["metadata"]["name"])
 
 
-def test_the_pods_environment_is_made_of_settings_and_gives_the_gateway_its_metrics():
-    assert_settings(environment(KUBERNETES))
-    assert environment(KUBERNETES)["NR_METRICS_COMPAT"] == "vllm"
-    assert "NR_METRICS_COMPAT" not in environment(KUBERNETES / "base")
+def test_the_pods_environment_is_made_of_settings_and_gives_the_gateway_its_metrics(whole):
+    assert_settings(environment(whole))
+    assert environment(whole)["NR_METRICS_COMPAT"] == "vllm"
+    assert "NR_METRICS_COMPAT" not in environment(KUBERNETES)
 
 
-def test_a_gpu_is_asked_for_by_its_component(tmp_path):
-    shutil.copytree(KUBERNETES, tmp_path, dirs_exist_ok=True)
-    chosen = tmp_path / "kustomization.yaml"
-    chosen.write_text(chosen.read_text(encoding="utf-8").replace("# - gpu #", "- gpu #"), encoding="utf-8")
-    deployment = built(tmp_path)["Deployment"]
-    kubernetes_validate.validate(deployment, KUBERNETES_VERSION, strict=True)
-    assert pod(tmp_path)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+def test_a_gpu_is_asked_for_by_its_component(whole):
+    limits = [pod(folder)["containers"][0]["resources"]["limits"] for folder in (whole, KUBERNETES)]
+    assert [limit.get("nvidia.com/gpu") for limit in limits] == ["1", None]
 
 
 # The page

@@ -12,7 +12,8 @@ from pydantic_settings import BaseSettings
 from nr_serve.api.schemas import CompletionBody
 from nr_serve.cli import parse
 from nr_serve.commands import COMMANDS
-from nr_serve.config import ServeConfig, settings_tables
+from nr_serve.config import _OTHERS, ServeConfig, settings_tables
+from nr_serve.default_model import GGUF_NAME
 from nr_serve.keys import read_key_file
 from nr_serve.train.corpus import recipe as corpus_recipe
 from nr_serve.train.recipe import Recipe, parse_changes, read_recipe
@@ -28,6 +29,11 @@ def test_the_settings_page_holds_the_settings():
     assert settings_tables() in SETTINGS, (
         "docs/settings.md is out of date: paste what nr_serve.config.settings_tables() returns"
     )
+
+
+def test_the_settings_page_holds_every_variable_that_is_no_setting():
+    named = re.findall(r"^\| `(NR_\w+)` \|", SETTINGS, re.M)
+    assert sorted(named) == sorted(_OTHERS)
 
 
 def test_the_settings_file_of_the_page_is_read(tmp_path, monkeypatch):
@@ -144,6 +150,15 @@ def test_the_first_request_of_the_guide_is_one_the_server_takes():
     assert "http://127.0.0.1:8000/v1/completions" in words
     body = CompletionBody.model_validate(json.loads(words[words.index("-d") + 1]))
     assert (body.model, body.gates) == ("smollm2-135m-instruct", True)
+
+
+def test_what_the_readme_says_of_base_and_adapters_is_so():
+    start = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Try it")[0]
+    assert "4-bit GGUF" in start
+    assert ".Q4_" in GGUF_NAME
+    assert re.search(r"half\s+a\s+million\s+tokens", start)
+    recipes = [read_recipe(path) for path in ROOT.glob("adapters/*/recipe.toml")]
+    assert {recipe.run.tokens for recipe in recipes} == {512_000}
 
 
 def test_the_flags_that_the_readme_gives_for_vllms_are_there():

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nr_serve.errors import BadAdapterFile, NrError, TooLarge
-from nr_serve.neutral.format import Adapter, AdapterInfo, Base, Block, read_adapter, write_adapter
+from nr_serve.neutral.format import Adapter, AdapterInfo, Base, Block, read_adapter, read_info, write_adapter
 
 D, LAYERS = 4, 3
 BASE = Base("tiny", "f00d", LAYERS, D)
@@ -356,11 +356,26 @@ def test_a_file_without_metadata_or_without_blocks_is_refused(path):
 
 
 def test_what_is_no_file_is_refused(tmp_path):
-    refused(tmp_path / "none.safetensors", "cannot read none.safetensors: No such file")
-    refused(tmp_path, "cannot read .*: Is a directory")
+    refused(tmp_path / "none.safetensors", "cannot be read: No such file")
+    refused(tmp_path, "cannot be read: Is a directory")
     empty = tmp_path / "empty.safetensors"
     empty.write_bytes(b"")
     refused(empty, "not a whole safetensors file")
+
+
+def test_the_header_alone_is_read_and_refused_as_the_whole_is(path, tmp_path):
+    assert read_info(path, max_bytes=path.stat().st_size) == INFO
+    with pytest.raises(TooLarge):
+        read_info(path, max_bytes=path.stat().st_size - 1)
+    pickled, cut = tmp_path / "pickle", tmp_path / "cut"
+    pickled.write_bytes(pickle.dumps({"a": 1}))
+    cut.write_bytes(path.read_bytes()[:-1])
+    for wrong in (pickled, cut, tmp_path, tmp_path / "none"):
+        with pytest.raises(BadAdapterFile) as whole:
+            read_adapter(wrong)
+        with pytest.raises(BadAdapterFile) as header:
+            read_info(wrong)
+        assert header.value.message.split(":")[0] == whole.value.message.split(":")[0]
 
 
 def test_a_file_over_the_limit_is_too_large_before_it_is_read(path):

@@ -305,8 +305,7 @@ def test_an_upload_stays_until_the_engine_has_read_it_though_its_request_is_ende
         server.handle_exit(signal.SIGTERM, None)
         assert upload.result(PATIENCE).status_code == answer.result(PATIENCE).status_code == 503
     assert engine.adapters["da"].version == b"good".hex()
-    (load,) = [command for command in engine.commands if isinstance(command, LoadAdapter)]
-    assert not load.path.parent.exists()
+    assert not engine.last_load().path.parent.exists()
 
 
 @contextmanager
@@ -336,6 +335,22 @@ def test_sigterm_ends_the_process_with_0_once_its_streams_have_ended():
         assert server.wait(PATIENCE) == 0
 
 
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_the_log_says_when_it_begins_to_end_and_when_it_has_ended(sig):
+    with process("--grace-period", "0.5") as (server, client):
+        with client.http.stream("POST", "/v1/completions", json=BODY, timeout=PATIENCE) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.send_signal(sig)
+            "".join(lines)
+        server.wait(PATIENCE)
+        said = [line for line in server.stderr.read().splitlines() if " nr_serve.serve: " in line]
+    assert said[-2:] == [
+        f"INFO nr_serve.serve: stopping on {sig.name}: running requests: 1, grace: 0.5 s",
+        "INFO nr_serve.serve: stopped",
+    ]
+
+
 def test_sigterm_ends_a_process_that_loads_its_base_at_once_with_0():
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
@@ -346,9 +361,66 @@ def test_sigterm_ends_a_process_that_loads_its_base_at_once_with_0():
             until(lambda: is_loading(client))
             server.send_signal(signal.SIGTERM)
             assert server.wait(PATIENCE) == 0
+            assert server.stderr.read().endswith(b"INFO nr_serve.serve: stopped\n")
         finally:
             client.http.close()
             server.kill()
+
+
+def test_in_json_all_that_a_server_says_is_objects():
+    with bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "tests.unit.halting", "--port", str(port), "--log-format", "json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        client = Served(None, f"http://127.0.0.1:{port}")
+        try:
+            until(lambda: is_ready(client))
+            server.send_signal(signal.SIGTERM)
+            out, err = server.communicate(timeout=PATIENCE)
+        finally:
+            client.http.close()
+            server.kill()
+    said = {entry["message"]: entry for entry in map(json.loads, err.splitlines())}
+    assert (out, server.returncode) == ("", 0)
+    about = {"model": "base", "address": client.url, "device": "cpu", "dtype": "float32", "adapters": ["hu"]}
+    assert said["ready"].items() >= about.items()
+    assert "stopped" in said
+
+
+def test_in_json_a_start_that_fails_is_an_object_too():
+    command = [sys.executable, "-m", "nr_serve.cli", "serve", "--port", "0", "--model", "/no/such"]
+    done = subprocess.run([*command, "--log-format", "json"], capture_output=True, text=True, check=False)
+    *_, last = map(json.loads, done.stderr.splitlines())
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert (last["level"], last["message"]) == ("error", "there is no model folder /no/such")
+
+
+def test_in_json_other_libraries_and_the_fetching_of_the_base_log_here_too():
+    code = """
+import logging, sys, warnings
+from pathlib import Path
+from nr_serve import assemble, default_model
+from nr_serve.config import ServeConfig
+from nr_serve.logs import configure_logging
+configure_logging("info", "json")
+import transformers
+for name in ("transformers.models", "huggingface_hub.utils"):
+    logging.getLogger(name).warning("hello")
+warnings.warn("old")
+default_model._fetch = lambda target, say: say("downloading")
+assemble.load_tokenizer = lambda model: sys.exit()
+assemble.assemble(ServeConfig(log_format="json"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said = [entry["logger"] for entry in map(json.loads, done.stderr.splitlines())]
+    assert said == ["transformers.models", "huggingface_hub.utils", "py.warnings", "nr_serve.assemble"]
+
+
+def is_ready(client) -> bool:
+    try:
+        return client.http.get("/ready").status_code == 200
+    except httpx.ConnectError:
+        return False
 
 
 def is_loading(client) -> bool:

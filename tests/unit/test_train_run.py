@@ -89,6 +89,14 @@ def test_training_lowers_the_target_loss_and_the_file_tells_its_story(tmp_path, 
     assert len([e for e in events if e["event"] == "step"]) == 40
 
 
+def test_tokens_that_no_whole_step_takes_are_told(tmp_path, base, corpus, capsys):
+    told = []
+    for tokens in (300, 256):
+        train(write_recipe(tmp_path, base, tokens=tokens), tmp_path / f"{tokens}", corpus)
+        told.append("train: run.tokens 300 is rounded down to 256, 2 steps of 128\n" in capsys.readouterr().err)
+    assert told == [True, False]
+
+
 def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, corpus, monkeypatch):
     out = tmp_path / "out"
     train(write_recipe(tmp_path, base, tokens=256), out, corpus)

@@ -17,7 +17,7 @@ FORMAT = 1
 
 
 class TokenCache:
-    """The folder; `$NR_CACHE/tokens` or `~/.cache/nr-serve/tokens` unless one is named."""
+    """The folder; `tokens` in the cache folder unless one is named."""
 
     def __init__(self, folder: Path | None = None, most_bytes: int = MOST_BYTES) -> None:
         self.folder = folder if folder is not None else cache_folder() / "tokens"
