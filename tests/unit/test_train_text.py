@@ -220,7 +220,7 @@ def test_a_batch_depends_on_the_step_alone():
 
 def test_a_share_of_background_text_that_is_not_there_is_refused():
     classes = Classes(numbered(0, 20), {"a": numbered(100, 3)}, {})
-    run = Run(tokens=8000, window=8, batch_tokens=32)
+    run = Run(tokens=8000, window=8, batch_tokens=32, background_share=0.1)
     with pytest.raises(BadRecipe, match=r"background_share is 0\.1, but data\.background names no text"):
         Mix(classes, run)
     assert Mix(classes, run.model_copy(update={"background_share": 0.0})).batch(0)[2] is None
