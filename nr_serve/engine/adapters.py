@@ -297,7 +297,7 @@ class Adapters:
             return False
         if any(change.patch is not None and change.version is version for change in self._changes):
             return True  # the last to ask must be the last to act
-        return self._canary.begin(version, threshold) is not None
+        return self._canary.must_measure(version, threshold)
 
     def _start_patch(
         self, version: Version, message: PatchAdapter, threshold: float, answer: Future[AdapterView]

@@ -48,10 +48,13 @@ class Canary:
         """The leak on each probe text; None until it was measured at the version's threshold."""
         return self._reports.get((version.digest, version.threshold))
 
+    def must_measure(self, version: Version, threshold: float) -> bool:
+        """Whether the leak at this threshold is not known yet."""
+        return bool(self._texts) and (version.digest, threshold) not in self._reports
+
     def begin(self, version: Version, threshold: float) -> Measurement | None:
         """A measurement of the version at this threshold; None if there is none to make."""
-        known = not self._texts or (version.digest, threshold) in self._reports
-        return None if known else Measurement(version, threshold)
+        return Measurement(version, threshold) if self.must_measure(version, threshold) else None
 
     def done(self, measurement: Measurement) -> bool:
         """Whether all texts were read."""

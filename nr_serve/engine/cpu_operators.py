@@ -72,9 +72,9 @@ def cpu_operators() -> CpuOperators | None:
 def _library() -> Path:
     """The compiled file, in the cache folder. Raises CalledProcessError, FileNotFoundError or another OSError."""
     compiler = os.environ.get("CXX", "c++")
-    sources = (path.read_text() for path in sorted(_SOURCES.iterdir()))
-    made_of = (*sources, compiler, *_FLAGS, torch.__version__, _processor())
-    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    sources = (path.read_bytes() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
+    machine = (compiler, *_FLAGS, torch.__version__, _processor())
+    key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, machine)])).hexdigest()[:16]
     library = cache_folder() / "operators" / f"{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)

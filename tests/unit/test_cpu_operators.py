@@ -1,5 +1,7 @@
 """The compiled operators against float64, one token and head at a time; and what happens where there are none."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,12 +157,34 @@ def test_what_was_compiled_is_used_again(operators, new_machine, monkeypatch):
     assert module._library() == made
 
 
-def test_another_processor_has_its_own(new_machine, monkeypatch):
+@pytest.fixture
+def compiles_nothing(monkeypatch):
     def compiled(compiler, folder):
         (folder / "made").touch()
         return folder / "made"
 
     monkeypatch.setattr(module, "_compiled", compiled)
+
+
+def test_changed_sources_have_their_own_and_what_else_lies_there_does_not_count(
+    new_machine, compiles_nothing, monkeypatch, tmp_path
+):
+    sources = tmp_path / "cpu"
+    shutil.copytree(module._SOURCES, sources)
+    monkeypatch.setattr(module, "_SOURCES", sources)
+    first = module._library()
+    (sources / "operators.o").write_bytes(b"\x80\xff")
+    (sources / "__pycache__").mkdir()
+    assert module._library() == first
+    for name in ("operators.cpp", "residues.h"):
+        with (sources / name).open("ab") as file:
+            file.write(b"// \xff")
+        changed = module._library()
+        assert changed != first
+        first = changed
+
+
+def test_another_processor_has_its_own(new_machine, compiles_nothing, monkeypatch):
     first = module._library()
     monkeypatch.setattr(module, "_processor", lambda: "another")
     assert module._library() != first
