@@ -259,13 +259,14 @@ def test_a_closed_server_says_so_and_leaves_no_thread(place):
         (UnsupportedBase, "/no/such/base", {"model": "/no/such/base"}),
         (NrError, "No such file", {"adapters": ["/no/such/file.safetensors"]}),
         (BadRequest, "adapter: two words=x", {"adapters": ["two words=x.safetensors"]}),
-        (BadRequest, "tiny", {"adapters": ["tiny=x.safetensors"]}),
+        (BadRequest, "`tiny` is the base's name", {"adapters": ["tiny=hu.safetensors"]}),
         (BadRequest, "slots: ", {"slots": 0}),
         (BadRequest, "port: ", {"port": 8000}),
         (BadRequest, "colour: ", {"colour": "blue"}),
     ],
 )
-def test_a_server_that_cannot_start_says_why_and_leaves_no_thread(place, error, message, wrong):
+def test_a_server_that_cannot_start_says_why_and_leaves_no_thread(place, error, message, wrong, monkeypatch):
+    monkeypatch.chdir(place)
     before = set(threading.enumerate())
     with pytest.raises(error, match=message):
         Server(**{"model": str(place / "tiny"), **SMALL, **wrong})
