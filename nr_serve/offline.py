@@ -114,7 +114,7 @@ class Server:
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **fields: Any) -> Answer:
         """Answer a conversation, or one message; `fields` are any of POST /v1/chat/completions but `stream`."""
         body = self._post("/v1/chat/completions", {"model": self.model, "messages": _messages(messages)} | fields)
-        return Answer(tuple(choice["message"]["content"] for choice in body["choices"]), body)
+        return Answer(tuple(choice["message"]["content"] or "" for choice in body["choices"]), body)
 
     def stream(self, prompt: str | Sequence[int], **fields: Any) -> Iterator[str]:
         """Continue a text; yield the answer in pieces, as it is written. `fields` are those of `complete`.

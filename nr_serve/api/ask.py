@@ -9,7 +9,7 @@ from typing import Any
 
 from nr_serve.api.context import Context
 from nr_serve.api.guides import guide_for
-from nr_serve.api.schemas import ChatBody, CompletionBody, GenerationBody
+from nr_serve.api.schemas import ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from nr_serve.api.selection import select, selection_name
 from nr_serve.api.tool_support import check_tools
 from nr_serve.api.tools import Toolbox, toolbox
@@ -175,14 +175,15 @@ def _prompts(context: Context, body: CompletionBody, given: list[str | list[int]
     return tuple(prompts)
 
 
-def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
+def chat_text(context: Context, body: ChatBody | TokenizeBody, tools: Toolbox) -> str:
+    """The messages of a body, and tools to call, as the template writes them. Raises BadRequest."""
     if body.add_generation_prompt and body.continue_final_message:
         raise BadRequest(
             "`add_generation_prompt` must be false when `continue_final_message` is true",
             param="continue_final_message",
         )
     text = context.tokenizer.chat_prompt(
-        [message.plain() for message in body.messages],
+        [message.plain() for message in body.messages or ()],
         tools=tools.plain(),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
@@ -190,6 +191,11 @@ def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
     check_size(context, text, "messages")
     if tools.tools:
         check_tools(context.tokenizer)
+    return text
+
+
+def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
+    text = chat_text(context, body, tools)
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template wrote its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")

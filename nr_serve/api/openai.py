@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from nr_serve.api import chat, completions
 from nr_serve.api.answers import Envelope, Usage, Writer, best, collect
-from nr_serve.api.ask import Ask, chat_ask, check_ids, check_size, completion_ask
+from nr_serve.api.ask import Ask, chat_ask, chat_text, check_ids, check_size, completion_ask
 from nr_serve.api.body_route import BodyRoute
 from nr_serve.api.chat import ChatWriter
 from nr_serve.api.completions import CompletionWriter
@@ -43,6 +43,9 @@ from nr_serve.engine.messages import Output
 from nr_serve.errors import BadRequest
 
 router = APIRouter(route_class=BodyRoute)
+
+FOR_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message")
+"""Fields of a body for /tokenize that say nothing of a `prompt`."""
 
 
 @router.post("/v1/completions", responses=answers(Completion, events=COMPLETION_EVENTS))
@@ -175,16 +178,11 @@ def _token_ids(context: Context, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest("give one of `prompt` and `messages`", param="prompt")
     if body.prompt is not None:
-        if body.tools:
-            raise BadRequest("`tools` are for `messages`", param="tools")
+        for name in FOR_MESSAGES:
+            if name in body.model_fields_set and getattr(body, name) not in (None, []):
+                raise BadRequest(f"`{name}` is for `messages`", param=name)
         check_size(context, body.prompt, "prompt")
         special = True if body.add_special_tokens is None else body.add_special_tokens
         return context.tokenizer.encode(body.prompt, special_tokens=special)
-    text = context.tokenizer.chat_prompt(
-        [message.plain() for message in body.messages or ()],
-        tools=toolbox(body.tools or (), None, None).plain(),
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-    )
-    check_size(context, text, "messages")
+    text = chat_text(context, body, toolbox(body.tools or (), None, None))
     return context.tokenizer.encode(text, special_tokens=bool(body.add_special_tokens))

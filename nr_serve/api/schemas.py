@@ -200,8 +200,8 @@ class TokenizeBody(Body):
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="as for a chat with these messages")
     add_special_tokens: bool | None = Field(None, description="default: true for a prompt, false for messages")
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: bool = Field(True, description="as for a chat")
+    continue_final_message: bool = Field(False, description="as for a chat")
     return_token_strs: bool | None = False
 
 

@@ -4,6 +4,9 @@ import pytest
 
 from tests.fakes import BOS, ByteTokenizer, serving, view
 
+HI = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "clock"}}
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -97,6 +100,17 @@ def test_text_is_made_and_read_off_the_event_loop(monkeypatch):
     assert threads == {"nr-text_0"}
 
 
+def test_tokenize_refuses_tools_that_a_chat_refuses(server, monkeypatch):
+    def template(self, messages, tools=None, **more):
+        return f"{tools}"  # it names them, and says nothing of how they are called
+
+    monkeypatch.setattr(ByteTokenizer, "apply_chat_template", template)
+    body = {"messages": HI, "tools": [TOOL]}
+    tokenized, chat = server.http.post("/tokenize", json=body).json(), server.chat(**body).json()
+    assert tokenized["error"]["param"] == "tools"
+    assert tokenized == chat
+
+
 def test_tokenize_takes_messages_too(server):
     body = server.http.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()
     assert bytes(body["tokens"]) == b"[user]x[assistant]"
@@ -108,6 +122,11 @@ def test_tokenize_takes_messages_too(server):
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
         ("/tokenize", {"prompt": "x", "model": "nope"}, "model"),
+        ("/tokenize", {"prompt": "x", "tools": [TOOL]}, "tools"),
+        ("/tokenize", {"prompt": "x", "add_generation_prompt": True}, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "x", "continue_final_message": False}, "continue_final_message"),
+        ("/tokenize", {"messages": HI, "continue_final_message": True}, "continue_final_message"),
+        ("/tokenize", {"messages": HI, "tools": [TOOL]}, "tools"),
         ("/detokenize", {"tokens": [258]}, "tokens"),
         ("/detokenize", {"tokens": "x"}, "tokens"),
     ],

@@ -71,6 +71,23 @@ def test_an_answer_is_its_text(server):
     assert len(answer.texts) == 2
 
 
+def test_an_answer_that_only_calls_tools_is_printed_as_no_text(tmp_path):
+    base = tiny.save(tiny.model(), tmp_path / "calling")
+    tokenizer = tiny.tokenizer().hf
+    tokenizer.chat_template = '{% if tools %}<tool_call>{"name": {{ tools }}, {% endif %}{{ messages[0].content }}'
+    tokenizer.save_pretrained(base)
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    with Server(model=str(base), **SMALL) as server:
+        spaces = {str(i): -100 for i in tokenizer(" \n\t", add_special_tokens=False)["input_ids"]}
+        answer = server.chat(
+            "hi", tools=tools, tool_choice="required", parallel_tool_calls=False, logit_bias=spaces, max_tokens=200
+        )
+    message = answer.body["choices"][0]["message"]
+    assert [made["function"]["name"] for made in message["tool_calls"]] == ["now"]
+    assert message["content"] is None
+    assert (answer.texts, f"{answer}") == (("",), "")
+
+
 def test_a_stream_comes_in_pieces_that_make_the_answer(server):
     ask = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
     pieces = list(server.stream("A fájl", **ask))
@@ -259,13 +276,14 @@ def test_a_closed_server_says_so_and_leaves_no_thread(place):
         (UnsupportedBase, "/no/such/base", {"model": "/no/such/base"}),
         (NrError, "No such file", {"adapters": ["/no/such/file.safetensors"]}),
         (BadRequest, "adapter: two words=x", {"adapters": ["two words=x.safetensors"]}),
-        (BadRequest, "tiny", {"adapters": ["tiny=x.safetensors"]}),
+        (BadRequest, "`tiny` is the base's name", {"adapters": ["tiny=hu.safetensors"]}),
         (BadRequest, "slots: ", {"slots": 0}),
         (BadRequest, "port: ", {"port": 8000}),
         (BadRequest, "colour: ", {"colour": "blue"}),
     ],
 )
-def test_a_server_that_cannot_start_says_why_and_leaves_no_thread(place, error, message, wrong):
+def test_a_server_that_cannot_start_says_why_and_leaves_no_thread(place, error, message, wrong, monkeypatch):
+    monkeypatch.chdir(place)
     before = set(threading.enumerate())
     with pytest.raises(error, match=message):
         Server(**{"model": str(place / "tiny"), **SMALL, **wrong})
