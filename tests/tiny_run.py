@@ -21,6 +21,7 @@ h = 16
 [gate]
 percentile = 90
 fit_tokens = 512
+threshold = 0.0
 {gate}
 [run]
 tokens = {tokens}

@@ -51,6 +51,14 @@ def test_a_wrong_recipe_is_refused_by_the_key(sections, said):
     assert said in error.value.message
 
 
+def test_a_fitted_gates_threshold_is_half_its_steepness_unless_given():
+    assert recipe().threshold == 1.5
+    assert recipe(gate={"steepness": 2}).threshold == 1.0
+    assert recipe(gate={"threshold": 0.2}).threshold == 0.2
+    assert recipe(gate={"kind": "relu"}).threshold == 0
+    assert recipe(method="adapter").threshold == 0
+
+
 def test_all_faults_are_told_at_once():
     with pytest.raises(BadRecipe) as error:
         parse_recipe({"domain": "hu", "x": 1})
