@@ -65,6 +65,8 @@ class Adapters:
         # What acts and is still to be measured, each with its attachment: by another it is not meant any more.
         self._behind: deque[tuple[int, Measurement]] = deque()
         self._on_trial: Measurement | None = None
+        # What a version that acts unmeasured replaced: it comes back if that version is found out.
+        self._replaced: dict[Version, Version] = {}
         self._gates = GateCounts(bank, self.registry)
 
     # Requests
@@ -139,7 +141,9 @@ class Adapters:
     def unload(self, name: str) -> AdapterView:
         """Forget a name; running requests keep the version they hold. Raises NotFound."""
         self._gates.read()
-        view = self.view(self.registry.get(name))
+        version = self.registry.get(name)
+        view = self.view(version)
+        self._replaced.pop(version, None)
         self._detach(self.registry.remove(name))
         self._gates.forget(name)
         return view
@@ -207,6 +211,7 @@ class Adapters:
         else:
             if acts and self._canary.done(measurement):
                 self._behind.popleft()
+                self._replaced.pop(measurement.version, None)
 
     def abandon(self, error: NrError) -> None:
         """Answer every load and patch under way with `error`: the engine is at its end."""
@@ -392,6 +397,7 @@ class Adapters:
         if version.slot is not None:
             self.registry.attach(version)
         self._gates.read()
+        self._keep_replaced(version)
         self._detach(self.registry.publish(version))
         self._fill_free_slots()
         version.load_seconds = time.perf_counter() - change.started
@@ -418,11 +424,27 @@ class Adapters:
         if measurement is not None and not self._canary.done(measurement):
             self._behind.append((self.attachments[version.slot], measurement))
 
+    def _keep_replaced(self, version: Version) -> None:
+        """Note what `version` is about to replace: the last that was measured, if there was one."""
+        if version.name not in self.registry:
+            return
+        before = self.registry.get(version.name)
+        measured = self._replaced.pop(before, before)
+        if self._canary.must_measure(version, version.threshold):
+            self._replaced[version] = measured
+
     def _found_out(self, version: Version, error: NrError) -> None:
-        """An adapter that acts already could not be measured."""
+        """An adapter that acts already could not be measured: what it replaced is put back."""
         log.error("adapter %s, version %s: %s", version.name, version.digest, error.message)
-        if isinstance(error, BadAdapterFile):
-            self.unload(version.name)
+        if not isinstance(error, BadAdapterFile):
+            return
+        before = self._replaced.get(version)
+        self.unload(version.name)
+        if before is not None:
+            log.warning("adapter %s: version %s is put back", before.name, before.digest)
+            back = Version(before.name, before.digest, before.payload, before.threshold, pinned=before.pinned)
+            self._detach(self.registry.publish(back))
+            self._fill_free_slots()
 
     def _shut(self, slot: int) -> None:
         self._bank.detach(slot)

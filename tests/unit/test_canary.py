@@ -249,6 +249,54 @@ def test_an_adapter_that_is_found_wild_while_it_acts_is_unloaded(caplog):
     assert server.adapters.registry.slots_used == 0
 
 
+def replace_until_it_acts(server, seed):
+    """Replace adapter a by another that begins well; its measurement goes on."""
+    answer = server.load("a", server.made(seed), replace=True, finish=False)
+    while not answer.done():
+        server.step()
+    assert server.view("a").measuring
+
+
+def find_out(server):
+    """The next piece of probe text turns to NaN."""
+    run = server.runner.run
+    server.runner.run = lambda pieces, labels: [
+        *run(pieces, labels)[:-1], Result(None, error=BadAdapterFile("not finite"))
+    ]  # fmt: skip
+    server.step()
+    server.runner.run = run
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_what_an_adapter_found_wild_had_replaced_is_put_back(slots):
+    server = Probed(slots=slots)
+    server.load("a", server.made(1), threshold=0.2, pinned=slots == 2)
+    known = server.view("a")
+    server.ask("beside", (), tokens=200)
+    for seed in (2, 3):  # the second takes the place of one that is not measured yet
+        replace_until_it_acts(server, seed)
+    find_out(server)
+    back = server.view("a")
+    assert (back.version, back.threshold, back.pinned) == (known.version, known.threshold, known.pinned)
+    assert (back.neutrality, back.measuring) == (known.neutrality, False), "its leak is known"
+    while server.adapters.busy:
+        server.step()
+    assert server.state("a") == "attached"
+    server.ask("r", ("a",))
+    server.finish()
+    assert server.tokens["r"] == server.expected(server.made(1, threshold=0.2))
+
+
+def test_what_was_replaced_by_an_adapter_that_was_measured_does_not_come_back():
+    server = Probed(slots=2)
+    server.load("a", server.made(1))
+    server.load("a", server.made(2), replace=True)
+    server.ask("beside", (), tokens=200)
+    replace_until_it_acts(server, 3)
+    find_out(server)
+    assert server.view("a").version == "v2"
+
+
 def test_probing_is_not_counted():
     server = Probed(slots=3)
     server.load("b", server.made(2))
