@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nr_serve.client import Client
 from nr_serve.default_model import fetch_model
-from nr_serve.local import local_server
+from nr_serve.server_process import local_server
 
 ADAPTER = Path(__file__).parent.parent / "adapters" / "hu" / "hu.safetensors"
 ENGLISH = [

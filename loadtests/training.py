@@ -27,11 +27,11 @@ from nr_serve.evaluate.tables import markdown
 from nr_serve.train.base import load_base
 from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.learner import Batch, Learner
-from nr_serve.train.loop import Batches, make_optimizer
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import BadRecipe, Recipe, read_recipe
 from nr_serve.train.text import read_classes
 from nr_serve.train.text.mix import Classes
+from nr_serve.train.trainer import Batches, make_optimizer
 
 METHODS = ("neutral", "adapter", "lora", "finetune")
 
@@ -85,10 +85,6 @@ class Runner:
         self.optimizer.zero_grad()
         number, over = fired.tolist()
         return number / over if over else 0.0
-
-
-def _tokens(part: Batch) -> int:
-    return sum(windows[0].numel() for role, windows in part.items() if role != "whole")
 
 
 def make_runner(recipe: Recipe, classes: Classes, fit_tokens: int) -> Runner:

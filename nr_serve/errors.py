@@ -2,7 +2,8 @@
 
     NrError                        500
     ├── BadRequest                 400  the request itself is wrong
-    │   └── BadAdapterFile         400  a file that must not be attached
+    │   ├── BadAdapterFile         400  a file that must not be attached
+    │   └── BadRecipe              400  (train.recipe) a recipe that cannot be followed
     ├── Unauthorized               401
     ├── Forbidden                  403  a path outside the allowed folders
     ├── NotFound                   404  no such model, adapter or route
@@ -15,7 +16,11 @@
     ├── Unavailable                503  not ready, draining, or the engine stopped
     ├── TimedOut                   504  the request's time was over before its answer was
     ├── UnsupportedBase            500  a base model that cannot be served or trained
-    └── DownloadFailed             500  a model or corpus that could not be fetched
+    ├── DownloadFailed             500  a model or corpus that could not be fetched
+    ├── CannotWrite                500  (disk) a file that could not be written
+    ├── BadCheckpoint              500  (train.checkpoint) a checkpoint that cannot be gone on from
+    ├── TrainingDiverged           500  (train.trainer) the loss is no number any more
+    └── TrainingStopped            500  (train.trainer) a signal ended the run
 
 The command line prints the message alone; a stack trace means a bug in nr-serve.
 """

@@ -21,10 +21,10 @@ from anyio.from_thread import start_blocking_portal
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from nr_serve.asgi_transport import LocalTransport
 from nr_serve.client import refusal, told
 from nr_serve.config import FLAGS, GROUPS, Adapters, Engine, Model, ServeConfig
 from nr_serve.errors import BadRequest, NrError, Unavailable, faults
-from nr_serve.local_transport import LocalTransport
 
 C = TypeVar("C", bound=BaseSettings)
 T = TypeVar("T")

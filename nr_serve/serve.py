@@ -13,14 +13,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from nr_serve.api.bridge import AsyncEngine
-from nr_serve.api.work import SEND_SECONDS, Work
+from nr_serve.api.deadlines import SEND_SECONDS, Work
+from nr_serve.api.http11 import Http11Protocol
 from nr_serve.assemble import assemble
 from nr_serve.client import is_loopback
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Status
 from nr_serve.errors import NrError
 from nr_serve.logs import configure_logging, quiet_progress_bars
-from nr_serve.protocol import Http11Protocol
 
 log = logging.getLogger(__name__)
 _CLOSING_SECONDS = 2

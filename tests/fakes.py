@@ -15,6 +15,7 @@ import uvicorn
 
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine
+from nr_serve.api.http11 import Http11Protocol
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import (
     AdapterGates,
@@ -35,7 +36,6 @@ from nr_serve.engine.messages import (
 )
 from nr_serve.errors import BadAdapterFile, Conflict, NotFound, NrError, Unavailable
 from nr_serve.metrics import Metrics
-from nr_serve.protocol import Http11Protocol
 from nr_serve.serve import bind
 from nr_serve.tokenizer import Detokenizer, Tokenizer
 

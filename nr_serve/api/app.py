@@ -10,15 +10,15 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from nr_serve import __version__
-from nr_serve.api import access, adapters, openai, system, work
-from nr_serve.api.access import AccessLog
+from nr_serve.api import access_log, adapters, deadlines, openai, system
+from nr_serve.api.access_log import AccessLog
 from nr_serve.api.auth import KeyCheck
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.context import Context
+from nr_serve.api.deadlines import Deadlines
 from nr_serve.api.errors import add_error_handlers
 from nr_serve.api.hosts import HostCheck, checks_hosts
 from nr_serve.api.limits import BodyLimit, KeyLimits
-from nr_serve.api.work import Deadlines
 from nr_serve.config import ServeConfig
 from nr_serve.keys import Keys
 from nr_serve.tokenizer import Tokenizer
@@ -62,8 +62,8 @@ def _add_middleware(app: FastAPI, context: Context) -> None:
             CORSMiddleware,
             allow_origins=config.cors_origin,
             allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", work.HEADER, access.HEADER],
-            expose_headers=[access.HEADER],
+            allow_headers=["Authorization", "Content-Type", deadlines.HEADER, access_log.HEADER],
+            expose_headers=[access_log.HEADER],
         )
     if checks_hosts(config):
         app.add_middleware(HostCheck, config=config)

@@ -89,7 +89,7 @@ def train(command: Train) -> int:
     """Train; print the adapter's file, or the baseline's folder."""
     from nr_serve.train import processes
     from nr_serve.train.recipe import parse_changes, read_recipe
-    from nr_serve.train.trainer import train as run
+    from nr_serve.train.run import train as run
 
     recipe = read_recipe(command.recipe, parse_changes(command.set))
     made = run(recipe, command.out, command.corpus, resume=command.resume, tensorboard=command.tensorboard)

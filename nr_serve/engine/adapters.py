@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nr_serve.engine.canary import Canary, Measurement
-from nr_serve.engine.gates import GateCounts
+from nr_serve.engine.gate_counts import GateCounts
 from nr_serve.engine.messages import AdapterGates, AdapterView, LoadAdapter, PatchAdapter
 from nr_serve.engine.neutrality import Attachments
 from nr_serve.engine.request import Request
@@ -360,6 +360,7 @@ class Adapters:
         """The canary said no: leave everything as it was."""
         if change.answer is None:
             # It was registered before it could be measured, so it is served.
+            log.error("adapter %s, version %s: %s", change.version.name, change.version.digest, error.message)
             self._finish(change)
             return
         if change.patch is not None:

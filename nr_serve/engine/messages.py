@@ -1,4 +1,4 @@
-"""What goes in and out of the engine: plain values, no tensors, so a process boundary could stand here later.
+"""What goes in and out of the engine: plain values and a guide, no tensors.
 
 In: `Submit` and `Abort`, and commands, each answered through a future. Out: one `StepEvents` a step.
 Torch-free.

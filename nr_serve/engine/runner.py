@@ -24,10 +24,10 @@ from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.neutrality import Opened
 from nr_serve.engine.opened import opened_by_page
 from nr_serve.engine.packed_linear import can_pack, pack_linears
-from nr_serve.engine.probe import Probe
 from nr_serve.engine.request import TopLogprobs
 from nr_serve.engine.sampler import allow, likeliest, log_probabilities, sample, takes_likeliest
 from nr_serve.engine.scheduler import Piece, Result
+from nr_serve.engine.startup_check import Probe
 from nr_serve.errors import BadAdapterFile, BadRequest, NrError
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank

@@ -34,11 +34,6 @@ class SourceReport:
     fired_by_layer: Mapping[str, Sequence[float | None]]
     """Share of tokens that fired in each layer, by adapter's name; None where it has no block."""
 
-    @property
-    def change(self) -> float:
-        """Change of the loss as a share of the base's."""
-        return self.after / self.before - 1
-
 
 @dataclass(frozen=True)
 class Report:

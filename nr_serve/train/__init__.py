@@ -1,1 +1,1 @@
-"""Training: recipes, text, closed-form gates, the loop that makes an adapter."""
+"""Training: recipes, text, fitted gates, the loop that makes an adapter."""

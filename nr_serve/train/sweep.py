@@ -87,7 +87,7 @@ def _check_text(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> None:
 
 
 def _run(name: str, recipe: Recipe, folder: Path, corpus: Path) -> Path:
-    from nr_serve.train.trainer import train
+    from nr_serve.train.run import train
 
     done = finished(folder, recipe)
     if done is not None:
@@ -99,7 +99,7 @@ def _run(name: str, recipe: Recipe, folder: Path, corpus: Path) -> Path:
 def _raised_by_all(error: Exception) -> bool:
     """Whether the other processes of the sweep, if there are any, are past the failed run too."""
     from nr_serve.train import processes
-    from nr_serve.train.loop import TrainingStopped
+    from nr_serve.train.trainer import TrainingStopped
 
     return not processes.several() or (isinstance(error, NrError) and not isinstance(error, TrainingStopped))
 

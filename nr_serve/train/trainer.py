@@ -1,206 +1,266 @@
-"""Training: a recipe and a corpus in, an adapter file out. The loop itself is `transformers.Trainer`.
-
-A run is a function of its recipe, corpus and base: a batch depends on the step alone, so a resumed run takes
-exactly the steps that an uninterrupted one takes. Of several processes the first one fits, measures, writes and
-tells; the others take their parts of the steps.
-"""
+"""The gradient steps of a run: `transformers.Trainer` on batches that depend on the step alone."""
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from nr_serve.errors import Conflict
+from nr_serve.disk import is_write_fault
+from nr_serve.errors import NrError
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import processes
-from nr_serve.train.attach import AdapterModule
-from nr_serve.train.base import load_base
-from nr_serve.train.export import load_weights, write_result
-from nr_serve.train.gate_cache import GateCache
-from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
-from nr_serve.train.log import Log
-from nr_serve.train.loop import Loop, TrainingStopped, training_arguments
-from nr_serve.train.measure import measure
-from nr_serve.train.methods import make_learner
-from nr_serve.train.recipe import Recipe, parse_recipe
-from nr_serve.train.run_text import read_run_text
-from nr_serve.train.text.pack import Windows, digest
+from nr_serve.train.attach import is_out
+from nr_serve.train.base import best_device
+from nr_serve.train.export import load_weights
+from nr_serve.train.learner import Batch, Learner, Sums, Whole
+from nr_serve.train.recipe import BadRecipe, Run
+from nr_serve.train.text.mix import Classes, Mix
+from nr_serve.train.text.pack import Windows
 
 
-def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tensorboard: bool = False) -> Path:
-    """Train as `recipe` says, on the text in `corpus`; returns what came of it.
-
-    That is a file, `out`/<domain>.safetensors, for a method with blocks, else a folder, `out`/<method>. `out` also
-    receives checkpoints and `log.jsonl`, and with `tensorboard` its event files. Processes started by
-    `accelerate launch` share each step. Raises BadRecipe; Conflict if `out` holds another run or another process
-    trains there; TrainingDiverged if the loss stops being finite; TrainingStopped or CannotWrite if the
-    disk is full.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        arguments = training_arguments(recipe.run, out, tensorboard=tensorboard)  # joins the processes
-        with ExitStack() as stack:
-            processes.from_first(lambda: stack.enter_context(checkpoints.alone(out)))
-            found = checkpoints.latest(out)
-            if found is not None and not resume:
-                raise Conflict(f"{out} holds checkpoints of an earlier run; resume it or name another folder")
-            saved = None if found is None else checkpoints.load(found)
-            return TrainingRun(recipe, arguments, out, corpus, saved).train()
-    except OSError as error:
-        raise TrainingStopped(f"training in {out}: {error}") from error
+class TrainingDiverged(NrError):
+    """The loss is no longer a number; the last checkpoint is from before."""
 
 
-class TrainingRun:
-    """One run: its text, its learner, and what it has measured."""
+class TrainingStopped(NrError):
+    """Training could not go on, and the last good checkpoint is kept."""
+
+
+def learning_rate(run: Run, step: int) -> float:
+    """Learning rate of step 0, 1, ...: linear warm-up, then the recipe's schedule."""
+    tokens = (step + 1) * run.batch_tokens
+    if tokens < run.warmup_tokens:
+        return run.lr * tokens / run.warmup_tokens
+    if tokens <= run.decay_start:
+        return run.lr
+    left = (run.tokens - tokens) / max(1, run.tokens - run.decay_start)
+    left = min(1.0, max(0.0, left))
+    return run.lr * (0.5 - 0.5 * math.cos(math.pi * left) if run.schedule == "cosine" else left)
+
+
+def make_optimizer(trained: Mapping[str, nn.Parameter], run: Run) -> tuple[AdamW, LambdaLR]:
+    """The optimizer of what is trained, in which the blocks' W_out has its own learning rate, and its schedule."""
+    out = [p for name, p in trained.items() if is_out(name)]
+    rest = [p for name, p in trained.items() if not is_out(name)]
+    groups = [{"params": rest, "lr": run.lr}, {"params": out, "lr": run.lr * run.out_lr_ratio}]
+    groups = [group for group in groups if group["params"]]
+    optimizer = AdamW(groups, lr=run.lr, weight_decay=run.weight_decay, foreach=True)
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate(run, step) / run.lr)
+
+
+class Batches(Dataset[Batch]):
+    """The parts of all steps, in order: each step is cut in as many parts as processes and accumulation need."""
+
+    def __init__(self, classes: Classes, run: Run, processes: int) -> None:
+        parts = processes * run.accumulate
+        if run.windows_a_step % parts:
+            raise BadRecipe(f"{run.windows_a_step} windows per step do not divide into {parts} parts")
+        self.parts, self.length = parts, run.steps * parts
+        self.mix = Mix(classes, run)
+        if self.mix.fewest_targets < parts:
+            raise BadRecipe(
+                f"a step may have {self.mix.fewest_targets} target windows, too few for its {parts} parts"
+            )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> Batch:
+        step, part = divmod(i, self.parts)
+        roles = zip(("target", "original", "background"), self.mix.batch(step), strict=True)
+        windows: dict[str, Windows] = {role: each for role, each in roles if each is not None}
+        own = {role: each.take(slice(part, None, self.parts)) for role, each in windows.items()}
+        read = {role: (each.ids_NT, each.offset_NT) for role, each in own.items() if len(each)}
+        return {"whole": Whole.of(windows, self.parts), **read}
+
+
+def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArguments:
+    """The recipe's steps in the words of `transformers.Trainer`."""
+    stops = run.patience is not None
+    save, validate = run.every(run.checkpoint_every), run.every(run.validate_every)
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=run.steps,
+        per_device_train_batch_size=1,  # a part of a step: see Batches
+        gradient_accumulation_steps=run.accumulate,
+        max_grad_norm=run.clip,
+        bf16=run.dtype == "bfloat16",
+        use_cpu=best_device().type == "cpu",  # not said, bf16 asks for a GPU
+        torch_compile=run.compile,
+        ddp_find_unused_parameters=True,  # a block whose gate stayed shut takes no part in a step
+        logging_steps=run.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=validate if stops else save,  # the best checkpoint is one that was measured
+        save_total_limit=None,  # checkpoints go when a newer one is complete: see RunTrainer
+        eval_strategy="steps",
+        eval_steps=validate,
+        load_best_model_at_end=stops,
+        restore_callback_states_from_checkpoint=stops,  # how often the loss has not fallen
+        metric_for_best_model="loss" if stops else None,
+        greater_is_better=False if stops else None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=["tensorboard"] if tensorboard else [],
+        seed=run.seed,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs: one process each, never DataParallel
+    return arguments
+
+
+class RunTrainer(transformers.Trainer):
+    """The gradient steps of a run."""
 
     def __init__(
         self,
-        recipe: Recipe,
+        learner: Learner,
+        batches: Batches,
+        plan: Run,
         arguments: TrainingArguments,
-        out: Path,
-        corpus: Path,
-        saved: checkpoints.Checkpoint | None,
+        *,
+        validate: Callable[[int], float],
+        describe: Callable[[Path, int], checkpoints.Checkpoint],
+        log: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self.recipe, self.arguments, self.out, self.saved = recipe, arguments, out, saved
-        if saved is not None:
-            earlier = parse_recipe(saved.recipe)
-            _same("recipe", recipe.continues(earlier, saved.step * recipe.run.batch_tokens))
-        run = recipe.run
-        if run.tokens != run.steps * run.batch_tokens:
-            whole = f"{run.steps:,} steps of {run.batch_tokens:,}"
-            _say(f"run.tokens {run.tokens:,} is rounded down to {run.steps * run.batch_tokens:,}, {whole}")
-        _say("reading and packing the text")
-        with arguments.main_process_first():  # the others find what it leaves in the caches
-            self.text = read_run_text(recipe, corpus)
-        self.digest = self.text.classes.digest()
-        _same("corpus", saved is None or saved.text_digest == self.digest)
-        self.base = load_base(recipe.base, recipe.base_dtype, arguments.device)
-        _same("base", saved is None or saved.base_fingerprint == self.base.fingerprint)
-        self.learner = make_learner(recipe, self.base).to(self.base.device)
-        self.results: dict[str, Any] = saved.results if saved else {}
-        self.log = Log(out / "log.jsonl") if processes.is_first() else None
-        self._measured: int | None = None
+        """`validate` measures after so many steps, `describe` says what a checkpoint then in a folder is.
 
-    def train(self) -> Path:
-        """Take the steps that are left; returns the adapter file or the folder of the trained model."""
-        if self.saved is None:
-            if self.recipe.method == "neutral" and self.recipe.gate.fitted:
-                self.fit_gates()
-            self.validate(0)
-        else:
-            load_weights(self.learner, self.saved.weights())
-            _say(f"resuming after step {self.saved.step}")
-        steps = self.recipe.run.steps
-        if self.saved is None or not self.saved.stopped:
-            steps = self._take_steps()
-        return processes.from_first(lambda: self._write(steps))
-
-    def _take_steps(self) -> int:
-        """Take the steps that are left; returns how many the run has."""
-        loop = Loop(
-            self.learner,
-            self.text.batches,
-            self.recipe.run,
-            self.arguments,
-            validate=self.validate,
-            describe=self._describe,
-            log=self._log,
+        `log` takes a line of the run's log, in every process.
+        """
+        self.learner, self.plan, self.validate, self.describe, self.write = learner, plan, validate, describe, log
+        self.out = Path(str(arguments.output_dir))
+        self.batches = batches
+        callbacks: list[TrainerCallback] = [EarlyStoppingCallback(plan.patience)] if plan.patience else []
+        super().__init__(
+            model=self.learner,
+            args=arguments,
+            train_dataset=self.batches,
+            eval_dataset=[],  # measured by the run, in its own way
+            data_collator=lambda parts: parts[0],
+            optimizers=make_optimizer(learner.trained(), plan),
+            callbacks=callbacks,
         )
-        loop.train(resume_from_checkpoint=None if self.saved is None else str(self.saved.folder))
-        return int(loop.state.global_step)
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)  # it and the plain bar print every log line on stdout
+        self.pop_callback(ProgressCallback)
+        self.add_callback(Bar())
+        self._sums: Sums = {}
+        self._loss = torch.zeros((), device=arguments.device)
+        self._since, self._logged_step = time.monotonic(), 0
 
-    def _write(self, steps: int) -> Path:
-        """Write what came of the run: the weights after its `steps`, or the best if it has patience."""
-        best = checkpoints.kept(self.out) if self.recipe.run.patience is not None else None
-        if best is not None and best.best_step is not None:
-            load_weights(self.learner, best.weights())
-            steps, self.results = best.step, best.results
-        elif self._measured != steps:
-            self._measure(steps)
-        tokens = steps * self.recipe.run.batch_tokens
-        self._log({"event": "end", "step": steps, "tokens": tokens})
-        results = {"tokens": tokens, "heldout": self.results}
-        return write_result(self.out, self.recipe, self.base, self.learner, results)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.batches)
 
-    def fit_gates(self) -> None:
-        """Fit the gates on the stream as it is, or take those fitted to the same text before; tell how well."""
-        adapter = self.learner.adapter
-        assert adapter is not None
-        fitted = processes.from_first(lambda: self._fitted(adapter))
-        adapter.set_gates(fitted.gates)
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The learner's loss on one part of a step."""
+        if not self._sums:  # the first since the last line of the log: measuring takes no part in the rate
+            self._since, self._logged_step = time.monotonic(), self.state.global_step
+        output = model(**inputs)
+        for name, pair in output["sums"].items():
+            self._sums[name] = self._sums.get(name, 0.0) + pair
+        self._loss = self._loss + output["loss"].detach()
+        return (output["loss"], output) if return_outputs else output["loss"]
 
-    def _fitted(self, adapter: AdapterModule) -> FittedGates:
-        gate = self.recipe.gate
-        classes = gate_classes(self.text.classes, gate.fit_tokens)
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Scale the gradients; raises TrainingDiverged, in all processes, if they or the loss are not finite."""
+        norm: Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        self._check(self._over_processes(self._loss) / self.batches.parts, "loss")
+        self._loss = torch.zeros_like(self._loss)
+        self._check(norm, "gradient norm")
+        return norm
 
-        def fit() -> FittedGates:
-            _say("fitting the gates")
-            original = self.text.classes.original
-            return fit_gates(self.base.model, self.learner.attached, classes, gate, original=original)
+    def _over_processes(self, value: Tensor) -> Tensor:
+        """The sum of that of each process."""
+        summed: Tensor = self.accelerator.reduce(value, "sum")
+        return summed
 
-        fitted = GateCache().fitted(self._gates_depend_on(adapter, classes), fit)
-        self._log({"event": "gates", "layers": {i: asdict(each) for i, each in fitted.report.items()}})
-        _say(fitted.summary())
-        return fitted
+    def _check(self, value: Tensor, what: str) -> None:
+        number, step = float(value.detach()), self.state.global_step
+        if not math.isfinite(number):
+            self.write({"event": "diverged", "step": step, what: number})
+            raise TrainingDiverged(
+                f"step {step}: the {what} is {number}; the last good checkpoint is {checkpoints.latest(self.out)}"
+            )
 
-    def _gates_depend_on(self, adapter: AdapterModule, classes: Mapping[str, Windows]) -> dict[str, Any]:
-        """All that decides the fitted gates: a key of the cache."""
-        return {
-            "gate": self.recipe.gate.model_dump(exclude={"threshold"}),
-            "carry": adapter.carry,
-            "layers": sorted(adapter.layers),
-            "classes": {name: list(windows.ids_NT.shape) for name, windows in classes.items()},
-            "text": digest(tensor for w in classes.values() for tensor in (w.ids_NT, w.offset_NT)),
-            "original": sorted(self.text.classes.original),
-            "base": self.base.fingerprint,
-            "dtype": self.recipe.run.dtype,
-        }
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the means since the last time over all that was read, with the rate; no mean of what was not read."""
+        if self._sums and "loss" in logs:
+            step = self.state.global_step
+            totals = self._over_processes(torch.stack(list(self._sums.values()))).tolist()
+            means = zip(self._sums, totals, strict=True)
+            logs |= {name: total / over for name, (total, over) in means if over}
+            tokens = (step - self._logged_step) * self.plan.batch_tokens
+            logs["tokens_a_second"] = tokens / (time.monotonic() - self._since)
+            self._sums = {}
+            self.write({"event": "step", "step": step, "tokens": step * self.plan.batch_tokens} | _plain(logs))
+        super().log(logs, start_time)
 
-    def validate(self, step: int) -> float:
-        """Measure the held-out sources as they are now and log them; returns the mean loss on the target's."""
-        return processes.from_first(lambda: self._measure(step))
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the held-out sources."""
+        metrics = {"eval_loss": self.validate(self.state.global_step)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
-    def _measure(self, step: int) -> float:
-        self._measured = step
-        for name, source in measure(self.base.model, self.learner.attached, self.text.heldout).items():
-            before = self.results.get(name, {}).get("before", source.loss)
-            self.results[name] = {"before": before, "after": source.loss}
-            if source.fired:
-                self.results[name]["fired"] = source.fired[0]
-        self._log({"event": "heldout", "step": step, "sources": self.results})
-        for name, r in self.results.items():
-            fired = f"  fired {r['fired']:.2%}" if "fired" in r else ""
-            _say(f"  {name:16} loss {r['before']:.3f} -> {r['after']:.3f}{fired}")
-        own = [r["after"] for name, r in self.results.items() if self.recipe.owns(name)]
-        return sum(own) / len(own) if own else math.nan
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        assert output_dir is not None
+        if self.args.should_save:  # one process of all
+            checkpoints.save_weights(Path(output_dir), self.learner.trained_state())
 
-    def _describe(self, folder: Path, step: int) -> checkpoints.Checkpoint:
-        return checkpoints.Checkpoint(
-            folder=folder,
-            step=step,
-            recipe=self.recipe.dump(),
-            base_fingerprint=self.base.fingerprint,
-            text_digest=self.digest,
-            results=self.results,
-        )
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if not is_write_fault(error):
+                raise
+            kept = checkpoints.latest(self.out)
+            where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+            raise TrainingStopped(f"cannot write a checkpoint in {self.out}: {error}; {where}") from error
+        self.accelerator.wait_for_everyone()  # each process has written its random state
+        if self.args.should_save:
+            step, best = self.state.global_step, self.state.best_global_step
+            stopped = bool(self.control.should_training_stop) and step < self.plan.steps
+            described = self.describe(checkpoints.at_step(self.out, step), step)
+            checkpoints.complete(replace(described, best_step=best, stopped=stopped))
+            checkpoints.rotate(self.out, keep=best)
 
-    def _log(self, entry: Mapping[str, Any]) -> None:
-        if self.log is not None:
-            self.log.write(entry)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.learner, checkpoints.load(Path(resume_from_checkpoint)).weights())
 
-
-def _same(what: str, same: bool) -> None:
-    if not same:
-        raise Conflict(f"the {what} differs from that of the run to resume")
+    def _load_best_model(self) -> None:
+        """Left to the run, which also knows what it keeps where no step was left to take."""
 
 
-def _say(message: str) -> None:
-    if processes.is_first():
-        print(f"train: {message}", file=sys.stderr, flush=True)
+class Bar(ProgressCallback):
+    """A progress bar on stderr with the latest losses."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the losses and how much fired."""
+        bar: Any = self.training_bar  # None in the other processes
+        if bar is not None and "lm" in logs:
+            fired = [f"{logs['target_fired']:.0%} of target"] if "target_fired" in logs else []
+            fired += [f"{logs['other_fired']:.2%} of others"] if "other_fired" in logs else []
+            said = [f"lm {logs['lm']:.3f}"] + ([f"fired {', '.join(fired)}"] if fired else [])
+            bar.set_postfix_str(", ".join([*said, f"{logs['tokens_a_second']:.0f} tokens/s"]))
+
+
+def _plain(logs: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in logs.items()}

@@ -8,8 +8,8 @@ import torch
 
 from nr_serve.client import Client
 from nr_serve.default_model import fetch_model
-from nr_serve.local import local_server
 from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
+from nr_serve.server_process import local_server
 
 ADAPTER = Path(__file__).parents[2] / "adapters" / "hu" / "hu.safetensors"
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 import yaml
 
-from nr_serve.local import local_server
 from nr_serve.neutral.format import write_adapter
+from nr_serve.server_process import local_server
 from tests import tiny
 from tests.collector import collecting
 from tests.deploy import DEPLOY, alerts, dashboard_queries

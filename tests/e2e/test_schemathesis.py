@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from nr_serve.default_model import fetch_model
-from nr_serve.local import local_server
+from nr_serve.server_process import local_server
 
 load_all_checks()
 EXAMPLES = 20  # of each kind, an operation

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train.loop import Loop
 from nr_serve.train.recipe import read_recipe
-from nr_serve.train.trainer import train
+from nr_serve.train.run import train
+from nr_serve.train.trainer import Loop
 
 
 def die_at(owner: Any, name: str, when: Callable[[int, tuple[Any, ...]], bool]) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from nr_serve.engine.gates import GateCounts
+from nr_serve.engine.gate_counts import GateCounts
 from nr_serve.engine.messages import LoadAdapter, PatchAdapter, Sampling, Submit
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, Unavailable
 from nr_serve.neutral import math

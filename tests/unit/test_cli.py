@@ -219,7 +219,7 @@ def test_fetch_model_prints_the_folder_last(tmp_path, monkeypatch, capsys):
 
 def test_train_hands_its_flags_and_the_changed_recipe_to_the_trainer(tmp_path, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("nr_serve.train.trainer.train", lambda *args, **more: calls.append((*args, more)) or "file")
+    monkeypatch.setattr("nr_serve.train.run.train", lambda *args, **more: calls.append((*args, more)) or "file")
     path = tmp_path / "r.toml"
     path.write_text(RECIPE.format(base="b", tokens=256, lr=0.1, gate=""))
     flags = [

@@ -5,8 +5,8 @@ import pytest
 
 from nr_serve import errors
 from nr_serve.client import Client
-from nr_serve.local import local_server
 from nr_serve.serve import bind
+from nr_serve.server_process import local_server
 from tests.fakes import serving
 
 

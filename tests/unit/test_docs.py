@@ -19,6 +19,7 @@ from nr_serve.train.corpus import recipe as corpus_recipe
 from nr_serve.train.recipe import Recipe, parse_changes, read_recipe
 from nr_serve.train.recipe_table import recipe_tables
 from tests.guide import COMMAND_LINES, GUIDE, blocks
+from tests.structure import modules_tables
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -78,6 +79,15 @@ def test_the_commands_of_the_security_page_are_understood(tmp_path):
     assert parse(COMMANDS["make-key"][0], "make-key", [name]).name == name
     config = parse(ServeConfig, "serve", shlex.split(serve)[1:])
     assert (config.host, config.key_file) == ("0.0.0.0", Path(file))
+
+
+def test_the_structure_page_holds_every_module():
+    page = (DOCS / "structure.md").read_text(encoding="utf-8")
+    assert modules_tables() in page, (
+        "docs/structure.md is out of date: paste what `python -m tests.structure` prints"
+    )
+    files = [name for name in re.findall(r"`([\w/]+\.py)`", page.split("## The files")[0])]
+    assert files and all((ROOT / "nr_serve" / name.removeprefix("nr_serve/")).is_file() for name in files)
 
 
 def test_the_recipe_page_holds_the_keys():

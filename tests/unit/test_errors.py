@@ -1,7 +1,10 @@
 """The errors: the tree in the docstring is the classes, and a status tells a client which one it was."""
 
+import importlib
+import pkgutil
 import re
 
+import nr_serve
 from nr_serve import errors
 from nr_serve.errors import BY_STATUS, NrError
 
@@ -19,15 +22,17 @@ def drawn() -> dict[str, tuple[str | None, int]]:
 
 
 def written(kind: type[NrError], parent: str | None = None) -> dict[str, tuple[str | None, int]]:
-    """The same of the classes, those of this module."""
+    """The same of the classes of the whole project."""
     tree = {kind.__name__: (parent, kind.status)}
     for each in kind.__subclasses__():
-        if each.__module__ == errors.__name__:
+        if each.__module__.startswith("nr_serve."):
             tree |= written(each, kind.__name__)
     return tree
 
 
 def test_the_tree_in_the_docstring_is_the_classes():
+    for module in pkgutil.walk_packages(nr_serve.__path__, "nr_serve."):
+        importlib.import_module(module.name)
     assert drawn() == written(NrError)
 
 

@@ -22,8 +22,8 @@ from nr_serve.evaluate.run_log import training_seconds
 from nr_serve.evaluate.tasks import read_tasks
 from nr_serve.neutral.format import Adapter, Block, read_adapter
 from nr_serve.train.measure import measure
+from nr_serve.train.run import train
 from nr_serve.train.text import read_heldout
-from nr_serve.train.trainer import train
 from tests import tiny
 from tests.tiny_run import write_recipe
 

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from nr_serve.api import work
+from nr_serve.api import deadlines
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine
-from nr_serve.api.work import Deadlines, Work
+from nr_serve.api.deadlines import Deadlines, Work
 from nr_serve.config import ServeConfig
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.loop import EngineLoop
@@ -159,8 +159,8 @@ async def _streaming(scope, receive, send) -> None:
 
 @pytest.mark.parametrize(("deadline", "blocked_s"), [(0.01, PATIENCE), (None, 0.01)])
 def test_a_client_that_does_not_read_keeps_its_request_no_longer_than_its_time(deadline, blocked_s, monkeypatch):
-    monkeypatch.setattr(work, "SEND_SECONDS", blocked_s)
-    monkeypatch.setattr(work, "_LAST_SECONDS", 0.01)
+    monkeypatch.setattr(deadlines, "SEND_SECONDS", blocked_s)
+    monkeypatch.setattr(deadlines, "_LAST_SECONDS", 0.01)
 
     async def main() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}

@@ -18,9 +18,9 @@ from nr_serve.train.base import load_base
 from nr_serve.train.gates import fit_gates
 from nr_serve.train.measure import measure
 from nr_serve.train.recipe import BadRecipe, Gate
+from nr_serve.train.run import train
 from nr_serve.train.text import read_classes
 from nr_serve.train.text.pack import Windows
-from nr_serve.train.trainer import train
 from tests import tiny
 from tests.fakes import serving
 from tests.tiny_run import write_recipe

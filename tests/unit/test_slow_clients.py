@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nr_serve.api import work
+from nr_serve.api import deadlines
 from nr_serve.serve import Server
 from tests import tiny
 from tests.fakes import events
@@ -53,7 +53,7 @@ def stream(served) -> list[int]:
 
 
 def test_a_client_that_never_reads_loses_its_request_and_no_other_stream_notices(real, monkeypatch):
-    monkeypatch.setattr(work, "SEND_SECONDS", 0.2)
+    monkeypatch.setattr(deadlines, "SEND_SECONDS", 0.2)
     alone = stream(real)
     assert len(alone) == BODY["max_tokens"]
     submits, aborted = [], threading.Event()

@@ -15,7 +15,7 @@ from nr_serve.neutral.format import read_adapter
 from nr_serve.train import text
 from nr_serve.train.base import load_base
 from nr_serve.train.calibrate import calibrate
-from nr_serve.train.trainer import train
+from nr_serve.train.run import train
 from tests.tiny_run import write_recipe
 
 

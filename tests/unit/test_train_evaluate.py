@@ -16,8 +16,8 @@ from nr_serve.train.base import FrozenBase, best_device, load_base
 from nr_serve.train.calibrate import calibrate
 from nr_serve.train.export import export_run, load_run
 from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.run import train
 from nr_serve.train.text import read_heldout
-from nr_serve.train.trainer import train
 from tests import tiny
 from tests.tiny_run import write_recipe
 

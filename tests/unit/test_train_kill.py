@@ -9,7 +9,7 @@ import torch
 
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train.recipe import read_recipe
-from nr_serve.train.trainer import train
+from nr_serve.train.run import train
 from tests.tiny_run import weights, write_recipe
 from tests.unit.killing import MOMENTS, train_until
 

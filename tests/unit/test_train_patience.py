@@ -7,12 +7,12 @@ import torch
 
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import loop
-from nr_serve.train import trainer as training
+from nr_serve.train import run as training
+from nr_serve.train import trainer
 from nr_serve.train.export import export_run, load_run
 from nr_serve.train.recipe import BadRecipe, Recipe
+from nr_serve.train.run import train
 from nr_serve.train.sweep import finished, run_sweep
-from nr_serve.train.trainer import train
 from tests.tiny_run import RECIPE, write_recipe
 
 Seen = list[tuple[int, dict[str, torch.Tensor]]]
@@ -59,7 +59,7 @@ def test_exports_and_comparisons_take_the_best_checkpoint(tmp_path, base, corpus
 
 
 def test_how_long_the_loss_has_not_fallen_survives_a_kill(tmp_path, base, corpus, worsening, monkeypatch):
-    recipe, loss = patient(tmp_path, base, patience=3), loop.Loop.compute_loss
+    recipe, loss = patient(tmp_path, base, patience=3), trainer.RunTrainer.compute_loss
 
     def killed(self, *args, **kwargs):
         if self.state.global_step == 6:
@@ -67,7 +67,7 @@ def test_how_long_the_loss_has_not_fallen_survives_a_kill(tmp_path, base, corpus
         return loss(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "compute_loss", killed)
+        patch.setattr(trainer.RunTrainer, "compute_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "out", corpus)
     moved = (tmp_path / "out").rename(tmp_path / "moved")
@@ -82,7 +82,7 @@ def test_a_stopped_run_takes_no_further_step(tmp_path, base, corpus, worsening, 
     before = read_adapter(made)
     made.unlink()
     assert finished(out, recipe) is None
-    monkeypatch.setattr(loop.Loop, "compute_loss", lambda *_, **__: pytest.fail("a step"))
+    monkeypatch.setattr(trainer.RunTrainer, "compute_loss", lambda *_, **__: pytest.fail("a step"))
     again = read_adapter(train(recipe, out, corpus, resume=True))
     assert again.info == before.info
     assert all(torch.equal(a.w_out, b.w_out) for a, b in zip(again.blocks, before.blocks, strict=True))

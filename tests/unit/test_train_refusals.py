@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from nr_serve.errors import BadRequest
-from nr_serve.train import trainer
+from nr_serve.train import run
 from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.run import train
 from nr_serve.train.sweep import run_sweep
-from nr_serve.train.trainer import train
 from tests.tiny_run import write_recipe, write_sweep
 
 PROSE = "\n\n".join(" ".join(f"w{i}" for i in range(start, start + 50)) for start in range(0, 2500, 50)).encode()
@@ -55,7 +55,7 @@ def test_bad_text_and_a_recipe_that_does_not_suit_it_are_refused_before_the_base
     tmp_path, base, corpus, monkeypatch, fault
 ):
     changes, files, message = FAULTS[fault]
-    monkeypatch.setattr(trainer, "load_base", fails)
+    monkeypatch.setattr(run, "load_base", fails)
     with pytest.raises(BadRecipe, match=message):
         train(write_recipe(tmp_path, base, **changes), tmp_path / "out", spoiled(corpus, tmp_path / "text", files))
 
@@ -69,7 +69,7 @@ def test_text_that_is_missing_is_said_before_the_base_is_looked_for(tmp_path, co
 def test_a_sweep_checks_the_text_of_every_run_before_the_first_starts(tmp_path, base, corpus, monkeypatch):
     path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"data.background" = ["da.*.train.txt", "sv.*"]\n')
     text = spoiled(corpus, tmp_path / "text", {"sv.a.train.txt": b"\xe6"})
-    monkeypatch.setattr(trainer, "train", fails)
+    monkeypatch.setattr(run, "train", fails)
     with pytest.raises(BadRecipe, match=r"^run b: .*sv\.a\.train\.txt is not UTF-8"):
         run_sweep(path, tmp_path / "out", text)
     assert not (tmp_path / "out").exists()

@@ -10,11 +10,11 @@ from nr_serve.disk import CannotWrite
 from nr_serve.errors import Conflict
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import export, log, loop, losses
-from nr_serve.train import trainer as training
-from nr_serve.train.loop import TrainingDiverged, learning_rate
+from nr_serve.train import export, log, losses, trainer
+from nr_serve.train import run as training
 from nr_serve.train.recipe import Run
-from nr_serve.train.trainer import train
+from nr_serve.train.run import train
+from nr_serve.train.trainer import TrainingDiverged, learning_rate
 from tests.tiny_run import weights, write_recipe
 from tests.unit.room import no_room
 
@@ -24,14 +24,14 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path
     recipe = write_recipe(tmp_path, base, gate=gate)
     train(recipe, tmp_path / "whole", corpus)
 
-    loss = loop.Loop.compute_loss
+    loss = trainer.RunTrainer.compute_loss
 
     def killed(self, *args, **kwargs):
         if self.state.global_step == 5:
             raise KeyboardInterrupt
         return loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(loop.Loop, "compute_loss", killed)
+    monkeypatch.setattr(trainer.RunTrainer, "compute_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "cut", corpus)
     assert checkpoints.load(checkpoints.latest(tmp_path / "cut")).step == 4
@@ -187,7 +187,7 @@ def test_what_a_user_lays_beside_the_checkpoints_is_left_alone(tmp_path, base, c
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_is_compiled_if_its_recipe_says_so(tmp_path, base, compiled):
     recipe = write_recipe(tmp_path, base, run__compile=compiled)
-    assert loop.training_arguments(recipe.run, tmp_path, tensorboard=False).torch_compile == compiled
+    assert trainer.training_arguments(recipe.run, tmp_path, tensorboard=False).torch_compile == compiled
 
 
 def test_a_run_goes_on_behind_a_line_of_the_log_that_a_kill_cut(tmp_path, base, corpus):

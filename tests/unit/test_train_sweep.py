@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from nr_serve.cli import main
-from nr_serve.train import export, trainer
-from nr_serve.train.loop import TrainingDiverged
+from nr_serve.train import export, run
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.sweep import finished, read_sweep, run_sweep
+from nr_serve.train.trainer import TrainingDiverged
 from tests.tiny_run import write_sweep
 
 
@@ -55,14 +55,14 @@ def test_a_wrong_sweep_names_the_run_and_the_key(tmp_path, base, runs, message):
 def test_a_run_that_breaks_is_told_at_the_end_and_does_not_stop_the_others(
     tmp_path, base, corpus, monkeypatch, capsys
 ):
-    train = trainer.train
+    train = run.train
 
     def breaks(recipe, out, *args, **more):
         if out.name == "a":
             raise ZeroDivisionError("of our own making")
         return train(recipe, out, *args, **more)
 
-    monkeypatch.setattr(trainer, "train", breaks)
+    monkeypatch.setattr(run, "train", breaks)
     path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"run.seed" = 4\n')
     results = run_sweep(path, tmp_path / "out", corpus)
     assert isinstance(results["a"], ZeroDivisionError)
@@ -80,7 +80,7 @@ def test_a_sweep_can_be_stopped_by_hand(tmp_path, base, corpus, monkeypatch):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "train", stopped)
+    monkeypatch.setattr(run, "train", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(write_sweep(tmp_path, base, "[runs.a]\n[runs.b]\n"), tmp_path / "out", corpus)
 
@@ -103,7 +103,7 @@ def test_a_result_half_written_is_not_one(tmp_path, base, corpus, monkeypatch):
     assert {"adapter_model.safetensors", "tokenizer.json"} <= {file.name for file in made.iterdir()}
     assert not list(made.parent.glob(".lora*"))
     stale = shutil.copy(made / "tokenizer.json", made / "stale.json")
-    trainer.train(recipe, made.parent, corpus, resume=True)
+    run.train(recipe, made.parent, corpus, resume=True)
     assert not Path(stale).exists()
 
 

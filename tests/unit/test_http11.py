@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from nr_serve import protocol
+from nr_serve.api import http11
 from tests import fakes
 from tests.fakes import FakeEngine
 from tests.unit.test_lifecycle import running
@@ -79,7 +79,7 @@ def test_a_body_with_two_lengths_is_refused_and_nothing_after_it_is_read(server)
     "part", [GET, POST + b"Content-Length: 50\r\n\r\n{", PUT + b"Content-Length: 9\r\n\r\ngood"]
 )
 def test_a_request_that_stops_half_way_is_ended_with_408(server, part, monkeypatch):
-    monkeypatch.setattr(protocol, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(http11, "READ_SECONDS", 0.2)
     status, error, _ = sent(server, part[:9], part[9:])
     assert (status, error["type"]) == (408, "TimeoutError")
     assert server.complete().status_code == 200
@@ -87,13 +87,13 @@ def test_a_request_that_stops_half_way_is_ended_with_408(server, part, monkeypat
 
 
 def test_a_connection_that_asks_nothing_is_closed_without_a_word(server, monkeypatch):
-    monkeypatch.setattr(protocol, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(http11, "READ_SECONDS", 0.2)
     with closing(connect(server)) as client:
         assert client.recv(1) == b""
 
 
 def test_a_head_in_drops_has_no_more_time_than_another(server, monkeypatch):
-    monkeypatch.setattr(protocol, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(http11, "READ_SECONDS", 0.2)
     with closing(connect(server)) as client:
         client.settimeout(0.02)
         answer = b""
@@ -110,7 +110,7 @@ def test_a_head_in_drops_has_no_more_time_than_another(server, monkeypatch):
 
 
 def test_an_answer_may_take_longer_than_the_request_may(server, monkeypatch):
-    monkeypatch.setattr(protocol, "READ_SECONDS", 0.1)
+    monkeypatch.setattr(http11, "READ_SECONDS", 0.1)
     assert server.complete(max_tokens=190, stream=True).text.endswith("data: [DONE]\n\n")
 
 

@@ -1,0 +1,206 @@
+"""Training: a recipe and a corpus in, an adapter file out. The loop itself is `transformers.Trainer`.
+
+A run is a function of its recipe, corpus and base: a batch depends on the step alone, so a resumed run takes
+exactly the steps that an uninterrupted one takes. Of several processes the first one fits, measures, writes and
+tells; the others take their parts of the steps.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from nr_serve.errors import Conflict
+from nr_serve.train import checkpoint as checkpoints
+from nr_serve.train import processes
+from nr_serve.train.attach import AdapterModule
+from nr_serve.train.base import load_base
+from nr_serve.train.export import load_weights, write_result
+from nr_serve.train.gate_cache import GateCache
+from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
+from nr_serve.train.log import Log
+from nr_serve.train.measure import measure
+from nr_serve.train.methods import make_learner
+from nr_serve.train.recipe import Recipe, parse_recipe
+from nr_serve.train.run_text import read_run_text
+from nr_serve.train.text.pack import Windows, digest
+from nr_serve.train.trainer import RunTrainer, TrainingStopped, training_arguments
+
+
+def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tensorboard: bool = False) -> Path:
+    """Train as `recipe` says, on the text in `corpus`; returns what came of it.
+
+    That is a file, `out`/<domain>.safetensors, for a method with blocks, else a folder, `out`/<method>. `out` also
+    receives checkpoints and `log.jsonl`, and with `tensorboard` its event files. Processes started by
+    `accelerate launch` share each step. Raises BadRecipe; Conflict if `out` holds another run or another process
+    trains there; TrainingDiverged if the loss stops being finite; TrainingStopped or CannotWrite if the
+    disk is full.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        arguments = training_arguments(recipe.run, out, tensorboard=tensorboard)  # joins the processes
+        with ExitStack() as stack:
+            processes.from_first(lambda: stack.enter_context(checkpoints.alone(out)))
+            found = checkpoints.latest(out)
+            if found is not None and not resume:
+                raise Conflict(f"{out} holds checkpoints of an earlier run; resume it or name another folder")
+            saved = None if found is None else checkpoints.load(found)
+            return TrainingRun(recipe, arguments, out, corpus, saved).train()
+    except OSError as error:
+        raise TrainingStopped(f"training in {out}: {error}") from error
+
+
+class TrainingRun:
+    """One run: its text, its learner, and what it has measured."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        arguments: TrainingArguments,
+        out: Path,
+        corpus: Path,
+        saved: checkpoints.Checkpoint | None,
+    ) -> None:
+        self.recipe, self.arguments, self.out, self.saved = recipe, arguments, out, saved
+        if saved is not None:
+            earlier = parse_recipe(saved.recipe)
+            _same("recipe", recipe.continues(earlier, saved.step * recipe.run.batch_tokens))
+        run = recipe.run
+        if run.tokens != run.steps * run.batch_tokens:
+            whole = f"{run.steps:,} steps of {run.batch_tokens:,}"
+            _say(f"run.tokens {run.tokens:,} is rounded down to {run.steps * run.batch_tokens:,}, {whole}")
+        _say("reading and packing the text")
+        with arguments.main_process_first():  # the others find what it leaves in the caches
+            self.text = read_run_text(recipe, corpus)
+        self.digest = self.text.classes.digest()
+        _same("corpus", saved is None or saved.text_digest == self.digest)
+        self.base = load_base(recipe.base, recipe.base_dtype, arguments.device)
+        _same("base", saved is None or saved.base_fingerprint == self.base.fingerprint)
+        self.learner = make_learner(recipe, self.base).to(self.base.device)
+        self.results: dict[str, Any] = saved.results if saved else {}
+        self.log = Log(out / "log.jsonl") if processes.is_first() else None
+        self._measured: int | None = None
+
+    def train(self) -> Path:
+        """Take the steps that are left; returns the adapter file or the folder of the trained model."""
+        if self.saved is None:
+            if self.recipe.method == "neutral" and self.recipe.gate.fitted:
+                self.fit_gates()
+            self.validate(0)
+        else:
+            load_weights(self.learner, self.saved.weights())
+            _say(f"resuming after step {self.saved.step}")
+        steps = self.recipe.run.steps
+        if self.saved is None or not self.saved.stopped:
+            steps = self._take_steps()
+        return processes.from_first(lambda: self._write(steps))
+
+    def _take_steps(self) -> int:
+        """Take the steps that are left; returns how many the run has."""
+        trainer = RunTrainer(
+            self.learner,
+            self.text.batches,
+            self.recipe.run,
+            self.arguments,
+            validate=self.validate,
+            describe=self._describe,
+            log=self._log,
+        )
+        trainer.train(resume_from_checkpoint=None if self.saved is None else str(self.saved.folder))
+        return int(trainer.state.global_step)
+
+    def _write(self, steps: int) -> Path:
+        """Write what came of the run: the weights after its `steps`, or the best if it has patience."""
+        best = checkpoints.kept(self.out) if self.recipe.run.patience is not None else None
+        if best is not None and best.best_step is not None:
+            load_weights(self.learner, best.weights())
+            steps, self.results = best.step, best.results
+        elif self._measured != steps:
+            self._measure(steps)
+        tokens = steps * self.recipe.run.batch_tokens
+        self._log({"event": "end", "step": steps, "tokens": tokens})
+        results = {"tokens": tokens, "heldout": self.results}
+        return write_result(self.out, self.recipe, self.base, self.learner, results)
+
+    def fit_gates(self) -> None:
+        """Fit the gates on the stream as it is, or take those fitted to the same text before; tell how well."""
+        adapter = self.learner.adapter
+        assert adapter is not None
+        fitted = processes.from_first(lambda: self._fitted(adapter))
+        adapter.set_gates(fitted.gates)
+
+    def _fitted(self, adapter: AdapterModule) -> FittedGates:
+        gate = self.recipe.gate
+        classes = gate_classes(self.text.classes, gate.fit_tokens)
+
+        def fit() -> FittedGates:
+            _say("fitting the gates")
+            original = self.text.classes.original
+            return fit_gates(self.base.model, self.learner.attached, classes, gate, original=original)
+
+        fitted = GateCache().fitted(self._gates_depend_on(adapter, classes), fit)
+        self._log({"event": "gates", "layers": {i: asdict(each) for i, each in fitted.report.items()}})
+        _say(fitted.summary())
+        return fitted
+
+    def _gates_depend_on(self, adapter: AdapterModule, classes: Mapping[str, Windows]) -> dict[str, Any]:
+        """All that decides the fitted gates: a key of the cache."""
+        return {
+            "gate": self.recipe.gate.model_dump(exclude={"threshold"}),
+            "carry": adapter.carry,
+            "layers": sorted(adapter.layers),
+            "classes": {name: list(windows.ids_NT.shape) for name, windows in classes.items()},
+            "text": digest(tensor for w in classes.values() for tensor in (w.ids_NT, w.offset_NT)),
+            "original": sorted(self.text.classes.original),
+            "base": self.base.fingerprint,
+            "dtype": self.recipe.run.dtype,
+        }
+
+    def validate(self, step: int) -> float:
+        """Measure the held-out sources as they are now and log them; returns the mean loss on the target's."""
+        return processes.from_first(lambda: self._measure(step))
+
+    def _measure(self, step: int) -> float:
+        self._measured = step
+        for name, source in measure(self.base.model, self.learner.attached, self.text.heldout).items():
+            before = self.results.get(name, {}).get("before", source.loss)
+            self.results[name] = {"before": before, "after": source.loss}
+            if source.fired:
+                self.results[name]["fired"] = source.fired[0]
+        self._log({"event": "heldout", "step": step, "sources": self.results})
+        for name, r in self.results.items():
+            fired = f"  fired {r['fired']:.2%}" if "fired" in r else ""
+            _say(f"  {name:16} loss {r['before']:.3f} -> {r['after']:.3f}{fired}")
+        own = [r["after"] for name, r in self.results.items() if self.recipe.owns(name)]
+        return sum(own) / len(own) if own else math.nan
+
+    def _describe(self, folder: Path, step: int) -> checkpoints.Checkpoint:
+        return checkpoints.Checkpoint(
+            folder=folder,
+            step=step,
+            recipe=self.recipe.dump(),
+            base_fingerprint=self.base.fingerprint,
+            text_digest=self.digest,
+            results=self.results,
+        )
+
+    def _log(self, entry: Mapping[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(entry)
+
+
+def _same(what: str, same: bool) -> None:
+    if not same:
+        raise Conflict(f"the {what} differs from that of the run to resume")
+
+
+def _say(message: str) -> None:
+    if processes.is_first():
+        print(f"train: {message}", file=sys.stderr, flush=True)
