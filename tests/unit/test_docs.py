@@ -86,8 +86,9 @@ def test_the_structure_page_holds_every_module():
     assert modules_tables() in page, (
         "docs/structure.md is out of date: paste what `python -m tests.structure` prints"
     )
-    files = [name for name in re.findall(r"`([\w/]+\.py)`", page.split("## The files")[0])]
-    assert files and all((ROOT / "nr_serve" / name.removeprefix("nr_serve/")).is_file() for name in files)
+    files = re.findall(r"`([\w/]+\.py)`", page.split("## The files")[0])
+    assert files
+    assert all((ROOT / "nr_serve" / name.removeprefix("nr_serve/")).is_file() for name in files)
 
 
 def test_the_recipe_page_holds_the_keys():
