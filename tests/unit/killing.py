@@ -12,7 +12,7 @@ import torch
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.recipe import read_recipe
 from nr_serve.train.run import train
-from nr_serve.train.trainer import Loop
+from nr_serve.train.trainer import RunTrainer
 
 
 def die_at(owner: Any, name: str, when: Callable[[int, tuple[Any, ...]], bool]) -> None:
@@ -29,8 +29,8 @@ def die_at(owner: Any, name: str, when: Callable[[int, tuple[Any, ...]], bool]) 
 
 
 MOMENTS = {
-    "in the first step": lambda: die_at(Loop, "compute_loss", lambda number, _: number == 1),
-    "in a step": lambda: die_at(Loop, "compute_loss", lambda number, _: number == 6),
+    "in the first step": lambda: die_at(RunTrainer, "compute_loss", lambda number, _: number == 1),
+    "in a step": lambda: die_at(RunTrainer, "compute_loss", lambda number, _: number == 6),
     "amid a checkpoint": lambda: die_at(torch, "save", lambda number, _: number == 5),
     "before a checkpoint counts": lambda: die_at(checkpoints, "complete", lambda number, _: number == 3),
     "as an old checkpoint goes": lambda: die_at(
