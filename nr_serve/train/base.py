@@ -88,8 +88,8 @@ def load_base(base: str, dtype: str = "float32", device: torch.device | str = "c
     return FrozenBase(Path(source).name, model.to(device), tokenizer, fingerprint)
 
 
-def load_tokenizer(base: str) -> Any:
-    """A base's tokenizer, without the model. Raises UnsupportedBase with the reason."""
+def load_hf_tokenizer(base: str) -> Any:
+    """A base's tokenizer as transformers has it, without the model. Raises UnsupportedBase with the reason."""
     from transformers import AutoTokenizer
 
     with _loading(base) as source:

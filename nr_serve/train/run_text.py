@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nr_serve.train import processes, text
-from nr_serve.train.base import load_tokenizer
+from nr_serve.train.base import load_hf_tokenizer
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.pack import Windows
@@ -33,7 +33,7 @@ def read_run_text(recipe: Recipe, corpus: Path) -> RunText:
     """
     data, run = recipe.data, recipe.run
     find_roles(corpus, data)  # what is missing is said before a base is fetched for its tokenizer
-    tokenizer = load_tokenizer(recipe.base)
+    tokenizer = load_hf_tokenizer(recipe.base)
     classes = text.read_classes(corpus, data, tokenizer, run)
     batches = Batches(classes, run, processes.count())
     heldout = text.read_heldout(
