@@ -397,12 +397,16 @@ class Adapters:
             return
         if version.slot is not None:
             self.registry.attach(version)
-        self._gates.read()
         self._keep_replaced(version)
-        self._detach(self.registry.publish(version))
-        self._fill_free_slots()
+        self._take_name(version)
         version.load_seconds = time.perf_counter() - change.started
         change.answer.set_result(self.view(version))
+
+    def _take_name(self, version: Version) -> None:
+        """From now on the version is what its name means."""
+        self._gates.read()
+        self._detach(self.registry.publish(version))
+        self._fill_free_slots()
 
     def _release(self, selection: Selection) -> None:
         if any(version.retired for version in selection):
@@ -439,13 +443,12 @@ class Adapters:
         log.error("adapter %s, version %s: %s", version.name, version.digest, error.message)
         if not isinstance(error, BadAdapterFile):
             return
-        before = self._replaced.get(version)
-        self.unload(version.name)
-        if before is not None:
-            log.warning("adapter %s: version %s is put back", before.name, before.digest)
-            back = Version(before.name, before.digest, before.payload, before.threshold, pinned=before.pinned)
-            self._detach(self.registry.publish(back))
-            self._fill_free_slots()
+        before = self._replaced.pop(version, None)
+        if before is None:
+            self.unload(version.name)
+            return
+        log.warning("adapter %s: version %s is put back", before.name, before.digest)
+        self._take_name(Version(before.name, before.digest, before.payload, before.threshold, pinned=before.pinned))
 
     def _shut(self, slot: int) -> None:
         self._bank.detach(slot)

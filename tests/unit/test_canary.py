@@ -287,6 +287,19 @@ def test_what_an_adapter_found_wild_had_replaced_is_put_back(slots):
     assert server.tokens["r"] == server.expected(server.made(1, threshold=0.2))
 
 
+def test_what_is_put_back_goes_before_others_that_wait_for_a_slot():
+    server = Probed(slots=1)
+    for name, seed in (("a", 1), ("b", 2)):
+        server.load(name, server.made(seed))
+    server.ask("beside", (), tokens=200)
+    replace_until_it_acts(server, 3)
+    assert server.state("b") == "registered"
+    find_out(server)
+    while server.adapters.busy:
+        server.step()
+    assert (server.view("a").version, server.state("a"), server.state("b")) == ("v1", "attached", "registered")
+
+
 def test_what_was_replaced_by_an_adapter_that_was_measured_does_not_come_back():
     server = Probed(slots=2)
     server.load("a", server.made(1))
