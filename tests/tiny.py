@@ -115,7 +115,7 @@ class Naive:
             if block is None:
                 continue
             z = math.gate_logit(x[0], block.gate, block.bias)
-            m = math.carry(z, each.info.carry, torch.tensor(torch.nan))
+            m = math.carry(z, each.info.carry)
             g = math.block_gate(m, each.info.threshold, each.info.ceiling)
             y = y + math.residue(x[0], g, block.w_in, block.w_gate, block.w_out)[None]
         return y

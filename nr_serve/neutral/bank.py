@@ -89,7 +89,7 @@ class _Step:
     """Carried logits, filled layer by layer."""
     m_L: tuple[Tensor, ...]
     before_L: tuple[Tensor, ...]
-    """[P, n]: the state each piece continues from; NaN where nothing came before."""
+    """[P, n]: the state each piece continues from; 0 where nothing came before."""
     carries: StepCarries | None
     """None: the step's tokens are few, and one operator does it all."""
     layers_done: int = 0
@@ -130,9 +130,8 @@ class Bank:
         self.w_out_SLhd = zeros(slots, layers, width, d, dtype=dtype)  # transposed, as rows of h are filled
         self.width_LS = zeros(layers, slots, dtype=torch.int32)  # 0: no block
         self.attached: set[int] = set()
-        # NaN: nothing carried yet. A row belongs to one running request.
-        self.state_LRS = torch.full((layers, rows, slots), torch.nan, device=device)
-        self.page_state_LNS = torch.full((layers, pages, slots), torch.nan, device=device)
+        self.state_LRS = zeros(layers, rows, slots)  # a row belongs to one running request
+        self.page_state_LNS = zeros(layers, pages, slots)
 
         self._fired_LS = zeros(layers, slots, dtype=torch.int64)
         self._seen_LS = zeros(layers, slots, dtype=torch.int64)
@@ -184,8 +183,8 @@ class Bank:
             yield
         self.carry_S[slot] = self._carries[slot] = adapter.info.carry
         self.ceiling_S[slot] = adapter.info.ceiling
-        self.state_LRS[:, :, slot] = torch.nan
-        self.page_state_LNS[:, :, slot] = torch.nan
+        self.state_LRS[:, :, slot] = 0
+        self.page_state_LNS[:, :, slot] = 0
         self.threshold_S[slot] = threshold
         self.attached.add(slot)
         self._look_at_attached()
@@ -202,7 +201,7 @@ class Bank:
 
     def forget_row(self, row: int) -> None:
         """Clear a row's carried state: its next token starts a sequence."""
-        self.state_LRS[:, row] = torch.nan
+        self.state_LRS[:, row] = 0
 
     def recall_row(self, row: int, page: int) -> None:
         """Set a row's carried state to that at a page's end, for all slots: its next token follows that page."""

@@ -42,7 +42,7 @@ def passes(a_A: Tensor, largest: float, offset_T: Tensor, longest: int) -> list[
 
 
 def carry_on(m_TA: Tensor, doublings: Sequence[Pass]) -> Tensor:
-    """Carried logits, in place, from each row's own term: (1 - a) z, and the whole m in a piece's first row."""
+    """Carried logits, in place, from each row's own term, (1 - a) z; a piece's first has what came before added."""
     for each in doublings:
         added = each.power_A * m_TA[: -each.shift]
         if each.beyond_T1 is not None:
@@ -57,11 +57,9 @@ class StepCarries:
     """The carry of a step through many layers: what they share is made once. L: a tuple of one tensor per layer."""
 
     carried_L: tuple[Tensor, ...]
-    """[P, A]: a times the state the piece continues from; 0 where nothing came before."""
-    share_L: tuple[Tensor, ...]
-    """[P, A]: weight of the first token's own logit, 1 - a; 1 where nothing came before."""
+    """[P, A]: a times the state the piece continues from."""
     share_A: Tensor
-    """The same for the other tokens."""
+    """Weight of a token's own logit, 1 - a."""
     first_P: Tensor | None
     """Index of each piece's first token; None in a step of single tokens: all are."""
     doublings: list[Pass]
@@ -70,15 +68,12 @@ class StepCarries:
     def of(
         cls, a_A: Tensor, largest: float, before_LPA: Tensor, offset_T: Tensor, last_P: Tensor, longest: int
     ) -> StepCarries:
-        """For pieces that end at `last_P` and continue from the states `before_LPA`, NaN where nothing came before.
+        """For pieces that end at `last_P` and continue from the states `before_LPA`, 0 where nothing came before.
 
         The rest is as in `passes`.
         """
-        nothing_LPA = before_LPA.isnan()
-        a_LPA = torch.where(nothing_LPA, 0.0, a_A)
         return cls(
-            carried_L=(a_LPA * before_LPA.masked_fill(nothing_LPA, 0.0)).unbind(),
-            share_L=(1 - a_LPA).unbind(),
+            carried_L=(a_A * before_LPA).unbind(),
             share_A=1 - a_A,
             first_P=None if longest == 1 else F.pad(last_P[:-1] + 1, (1, 0)),
             doublings=passes(a_A, largest, offset_T, longest),
@@ -87,29 +82,18 @@ class StepCarries:
     def carry(self, layer: int, z_TA: Tensor, m_TA: Tensor) -> None:
         """Carried logits of a layer, from its logits z, into m."""
         if self.first_P is None:
-            torch.addcmul(self.carried_L[layer], z_TA, self.share_L[layer], out=m_TA)
+            torch.addcmul(self.carried_L[layer], z_TA, self.share_A, out=m_TA)
             return
         torch.mul(z_TA, self.share_A, out=m_TA)
-        first_PA = torch.addcmul(self.carried_L[layer], z_TA[self.first_P], self.share_L[layer])
-        carry_on(m_TA.index_copy_(0, self.first_P, first_PA), self.doublings)
+        carry_on(m_TA.index_add_(0, self.first_P, self.carried_L[layer]), self.doublings)
 
 
-def segmented_carry(z_TA: Tensor, a_A: Tensor, offset_T: Tensor, state_TA: Tensor | None = None) -> Tensor:
-    """Carried logits m, [T, A], float32 and differentiable in z.
+def segmented_carry(z_TA: Tensor, a_A: Tensor, offset_T: Tensor) -> Tensor:
+    """Carried logits m of whole sequences, [T, A], float32 and differentiable in z.
 
-    `a_A` is the carry of each gate. `offset_T` counts a token's place in its sequence's piece (0 starts one);
-    `state_TA` holds, in the rows where the offset is 0, the m the piece continues from, NaN where nothing came
-    before (None: nowhere). Same recurrence as `math.carry`.
+    `a_A` is the carry of each gate. `offset_T` counts a token's place in its sequence (0 starts one). Same
+    recurrence as `math.carry`.
     """
     if not len(offset_T):
         return z_TA
-    first_T1 = (offset_T == 0)[:, None]
-    m_TA = torch.where(first_T1, _first(z_TA, a_A, state_TA), (1 - a_A) * z_TA)
-    return carry_on(m_TA, passes(a_A, float(a_A.max()), offset_T, int(offset_T.max()) + 1))
-
-
-def _first(z_TA: Tensor, a_A: Tensor, state_TA: Tensor | None) -> Tensor:
-    """m of a piece's first token, computed in every row (the caller keeps the rows it needs)."""
-    if state_TA is None:
-        return z_TA
-    return torch.where(state_TA.isnan(), z_TA, a_A * state_TA.nan_to_num() + (1 - a_A) * z_TA)
+    return carry_on((1 - a_A) * z_TA, passes(a_A, float(a_A.max()), offset_T, int(offset_T.max()) + 1))

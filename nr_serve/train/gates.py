@@ -1,8 +1,9 @@
 """Fitted gates: each layer's gate tells the target's tokens from every other class, by a convex problem.
 
-The carry is linear, so the carried logit of a token is w · u + b with u the causal mean of its inputs
-(u_t = a u_(t-1) + (1 - a) x_t, u_0 = x_0): a gate can be fitted on u as if it were not carried. Layers are fitted
-in one forward pass, first to last: each sees the stream as the gates below it, already fitted, leave it.
+The carry is linear, so the carried logit of a token is m_t = e_t (w · u_t + b), with u the causal mean of its
+inputs and e_t = 1 - a^(t+1) the weight of the evidence so far (the bias correction of Adam, arXiv 1412.6980,
+section 3): a gate can be fitted on u as if it were not carried. Layers are fitted in one forward pass, first to
+last: each sees the stream as the gates below it, already fitted, leave it.
 
 Shape suffixes: N windows, T tokens (of all windows laid end to end), d width of the stream.
 """
@@ -129,15 +130,22 @@ SOLVERS = {"closed-form": solve_ridge, "logistic": solve_logistic}
 """How a gate's direction is found, by the recipe's name."""
 
 
+def evidence(offset_NT: Tensor, a: float) -> Tensor:
+    """e_t = 1 - a^(t+1), [N, T]: the weight of the tokens read so far in the carried logit, from 1 - a up to 1."""
+    return 1 - a ** (offset_NT + 1.0)
+
+
 def causal_mean(x_NTd: Tensor, offset_NT: Tensor, a: float) -> Tensor:
-    """u_t = a u_(t-1) + (1 - a) x_t along each window, anew where the offset is 0; [N, T, d]."""
+    """u_t = sum over i <= t of (1 - a) a^(t-i) x_i / e_t along each window, anew where the offset is 0; [N, T, d].
+
+    In one pass: u_t = u_(t-1) + (1 - a) / e_t (x_t - u_(t-1)).
+    """
     if a == 0:
         return x_NTd
-    u_NTd = torch.empty_like(x_NTd)
-    u_NTd[:, 0] = x_NTd[:, 0]
+    u_NTd = x_NTd.clone()
+    step_NT1 = ((1 - a) / evidence(offset_NT, a))[..., None]  # 1 where the offset is 0
     for t in range(1, x_NTd.shape[1]):
-        moved_Nd = torch.lerp(x_NTd[:, t], u_NTd[:, t - 1], a)
-        u_NTd[:, t] = torch.where(offset_NT[:, t, None] == 0, x_NTd[:, t], moved_Nd)
+        u_NTd[:, t] = torch.lerp(u_NTd[:, t - 1], x_NTd[:, t], step_NT1[:, t])
     return u_NTd
 
 
@@ -145,6 +153,8 @@ class Fitter:
     """Fits the gates of one adapter while a forward pass over all classes runs.
 
     Even windows of a class fit, odd ones calibrate: a threshold set on the text of the fit would be too low.
+    Neither heeds a text's first tokens, with less than half of the evidence, unless a class has no others: what
+    their few inputs say is noise, and in serving their carried logit is still near 0.
     """
 
     def __init__(
@@ -163,7 +173,8 @@ class Fitter:
         per_window = torch.cat([torch.full((len(c),), i, device=device) for i, c in enumerate(classes.values())])
         fits = torch.cat([torch.arange(len(c), device=device) % 2 == 0 for c in classes.values()])
         self.class_T = per_window.repeat_interleave(length)
-        self.fits_T = fits.repeat_interleave(length)
+        self.fits_T = self._heeded(fits.repeat_interleave(length))
+        self.checks_T = self._heeded(~fits.repeat_interleave(length))
         self.report: dict[int, LayerFit] = {}
 
     def fit(self, layer: int, x_Td: Tensor) -> None:
@@ -171,7 +182,7 @@ class Fitter:
         module = self.adapter.layer(layer)
         if module is None:
             return
-        u_Td = self._carried(x_Td)
+        u_Td = self._causal_mean(x_Td)
         target_T = self.class_T == self.names.index(self.target)
         weight_T = self._weights(target_T)[self.fits_T]
         solve = SOLVERS[self.gate.init]
@@ -181,10 +192,15 @@ class Fitter:
         if self.report[layer].found < self.gate.min_found:
             self.adapter.drop(layer)
 
-    def _carried(self, x_Td: Tensor) -> Tensor:
-        return causal_mean(
-            x_Td.float().view(*self.offset_NT.shape, -1), self.offset_NT, self.adapter.carry
-        ).flatten(0, 1)
+    def _heeded(self, part_T: Tensor) -> Tensor:
+        """The tokens of a part of the windows that have half of the evidence; of a class without any, all."""
+        told_T = part_T & (evidence(self.offset_NT, self.adapter.carry).flatten() >= 0.5)
+        told = torch.bincount(self.class_T[told_T], minlength=len(self.names))
+        return told_T | (part_T & (told == 0)[self.class_T])
+
+    def _causal_mean(self, x_Td: Tensor) -> Tensor:
+        x_NTd = x_Td.float().view(*self.offset_NT.shape, -1)
+        return causal_mean(x_NTd, self.offset_NT, self.adapter.carry).flatten(0, 1)
 
     def _weights(self, target_T: Tensor) -> Tensor:
         """The target's share of the weight, and the rest in equal parts to the other classes."""
@@ -197,9 +213,8 @@ class Fitter:
         return self.gate.percentile if name in self.original else self.gate.background_percentile
 
     def _calibrate(self, layer: int, module: BlockModule, u_Td: Tensor) -> None:
-        checks_T = ~self.fits_T
-        m_T = (u_Td @ module.gate.detach() + module.bias.detach())[checks_T].double()
-        by_class = {name: m_T[self.class_T[checks_T] == i] for i, name in enumerate(self.names)}
+        m_T = (u_Td[self.checks_T] @ module.gate.detach() + module.bias.detach()).double()
+        by_class = {name: m_T[self.class_T[self.checks_T] == i] for i, name in enumerate(self.names)}
         target_m = by_class.pop(self.target)
         threshold = max(float(m.quantile(self._percentile(name) / 100)) for name, m in by_class.items())
         open_m = target_m[target_m > threshold] - threshold

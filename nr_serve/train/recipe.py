@@ -151,8 +151,8 @@ class Gate(_Section):
     steepness: float | None = Field(
         default=None,
         gt=0,
-        description="Fitted gates are scaled until m averages this over the tokens of the target that open them "
-        "(default: 3 for relu1, so that most of those are fully open, else 1).",
+        description="Fitted gates are scaled until m, away from a text's start, averages this over the tokens of "
+        "the target that open them (default: 3 for relu1, so that most of those are fully open, else 1).",
     )
     fit_tokens: Positive = Field(default=6144, description="Tokens of each class that fit and calibrate the gates.")
     ridge: float = Field(
@@ -207,7 +207,7 @@ class Loss(_Section):
         default=False, description="Whether the original windows of a batch carry the LM loss too."
     )
     open: float = Field(
-        default=0.1,
+        default=0.0,
         ge=0,
         description="Weight of the hinge relu(1 - m) on the target's carried logits m, beside the LM loss: at high "
         "learning rates the blocks move the stream, and would shut the gates of the layers above.",
@@ -236,17 +236,17 @@ class Run(_Section):
         description="Parts a step is taken in, to save memory; each process takes so many.",
     )
     original_share: Share = Field(
-        default=0.0,
-        description="Share of the windows that is original text; 0.1 in the paper. Gates that are fitted and not "
-        "trained are shut there, so that it would teach nothing.",
+        default=0.1,
+        description="Share of the windows that is original text, as in the paper: where a gate opens on it, the "
+        "block learns to do little there.",
     )
-    background_share: Share = Field(default=0.0, description="Share of the windows that is background text.")
+    background_share: Share = Field(default=0.1, description="Share of the windows that is background text.")
     lr: float = Field(default=4e-3, gt=0, description="Peak learning rate of AdamW.")
     out_lr_ratio: float = Field(
-        default=10.0,
+        default=1.0,
         gt=0,
         description="The blocks' W_out learns so many times faster than the rest of them; it starts at 0, as "
-        "LoRA's B does (arXiv 2402.12354).",
+        "LoRA's B does (arXiv 2402.12354). 10 learns more in a short run, and leaks more in a long one.",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     clip: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")

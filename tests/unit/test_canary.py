@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 
 from nr_serve.config import PROBE_TOKENS
 from nr_serve.engine import core as core_module
@@ -72,7 +71,7 @@ def leak(ids, adapter, *, threshold=None, residues=True) -> Leak:
         block = adapter.blocks[layer]
         if block is not None:
             z = math.gate_logit(x[0], block.gate, block.bias)
-            m = math.carry(z, adapter.info.carry, torch.tensor(torch.nan))
+            m = math.carry(z, adapter.info.carry)
             fired += int((math.block_gate(m, threshold) > 0).sum())
         return add(layer, x, y) if residues else y
 

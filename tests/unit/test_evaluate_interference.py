@@ -73,9 +73,7 @@ class Counting(tiny.Naive):
         for each in self._adapters:
             block = each.blocks[layer]
             if block is not None:
-                m = math.carry(
-                    math.gate_logit(x[0], block.gate, block.bias), each.info.carry, torch.tensor(torch.nan)
-                )
+                m = math.carry(math.gate_logit(x[0], block.gate, block.bias), each.info.carry)
                 self.fired[id(each)][layer] += int((m > each.info.threshold).sum())
         return super()._add(layer, x, y)
 

@@ -45,7 +45,7 @@ class Counting(tiny.Naive):
             block = each.blocks[layer]
             if block is not None:
                 z = math.gate_logit(x[0], block.gate, block.bias)
-                self.fired_T += math.carry(z, each.info.carry, torch.tensor(torch.nan)) > each.info.threshold
+                self.fired_T += math.carry(z, each.info.carry) > each.info.threshold
         return super()._add(layer, x, y)
 
     def read(self, ids, adapters):

@@ -66,7 +66,7 @@ def make(seed, *, pieces, d, widths, bias=0.0, dtype=torch.float32, rows=6, page
         return w_Sud
 
     state_RS = rand(rows, S)
-    state_RS[torch.rand(rows, S, generator=g).to(DEVICE) < 0.3] = NAN
+    state_RS[torch.rand(rows, S, generator=g).to(DEVICE) < 0.3] = 0.0
     gate = kernels.Gate(
         w_Sd=rand(S, d) / d**0.5,
         b_S=torch.full((S,), bias, device=DEVICE) + 0.1 * rand(S),
@@ -195,7 +195,7 @@ def test_the_states_at_the_ends_of_pages_are_kept_and_no_others(poison):
 
 def test_where_every_gate_is_shut_no_weight_is_read_and_y_keeps_its_bits(poison):
     case = make(4, pieces=[(0, 5, [0, 1, 3]), (1, 1, [])], d=20, widths=[6] * 4, bias=-50.0)
-    case.gate.state_RS.fill_(NAN)
+    case.gate.state_RS.zero_()
     for weights in (case.w_up_Sud, case.w_out_SHd):
         weights.fill_(NAN)
     case.y_Td[2] = -0.0
@@ -206,7 +206,7 @@ def test_where_every_gate_is_shut_no_weight_is_read_and_y_keeps_its_bits(poison)
 
 def test_a_slot_that_fired_leaves_the_weights_of_the_others_unread(poison):
     case = make(5, pieces=[(0, 3, [0]), (1, 2, [1])], d=20, widths=[6, 6, 6, 6], bias=50.0)
-    case.gate.state_RS.fill_(NAN)
+    case.gate.state_RS.zero_()
     for weights in (case.w_up_Sud, case.w_out_SHd):
         weights[2:] = NAN
     _, _, y_want_Td = expected(case)

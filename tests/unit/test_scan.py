@@ -1,13 +1,12 @@
 """The carry over pieces laid end to end is the definition's, however the pieces lie and wherever they are cut."""
 
-import math as plain
 import random
 
 import pytest
 import torch
 
 from nr_serve.neutral import math
-from nr_serve.neutral.scan import segmented_carry
+from nr_serve.neutral.scan import StepCarries, segmented_carry
 
 CARRIES = [0.0, 0.5, 0.9, 0.0, 0.99, 0.123]
 A = len(CARRIES)
@@ -18,11 +17,22 @@ def offsets(lengths):
     return torch.cat([torch.arange(n) for n in lengths])
 
 
+def carried(z_TA, lengths, states_PA):
+    """By the operator of a step, with the states as one layer's."""
+    last_P = torch.tensor(lengths).cumsum(0) - 1
+    step = StepCarries.of(
+        torch.tensor(CARRIES), max(CARRIES), states_PA[None], offsets(lengths), last_P, max(lengths)
+    )
+    m_TA = torch.full_like(z_TA, NAN)
+    step.carry(0, z_TA, m_TA)
+    return m_TA
+
+
 def by_hand(z, a, state):
     """One gate over one piece, in Python's floats."""
     carried, m = [], state
     for logit in z:
-        m = logit if plain.isnan(m) else a * m + (1 - a) * logit
+        m = a * m + (1 - a) * logit
         carried.append(m)
     return carried
 
@@ -40,9 +50,10 @@ def test_the_definition_is_the_recurrence():
     g = torch.Generator().manual_seed(0)
     z = torch.randn(40, generator=g, dtype=torch.float64)
     for a in CARRIES:
-        for state in (NAN, 0.0, -3.5):
+        for state in (0.0, -3.5):
             got = math.carry(z, a, torch.tensor(state, dtype=torch.float64))
             assert got.tolist() == pytest.approx(by_hand(z.tolist(), a, state), abs=1e-12)
+        assert torch.equal(math.carry(z, a), math.carry(z, a, 0.0))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -50,37 +61,32 @@ def test_ragged_pieces_equal_the_recurrence(seed):
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     lengths = [rng.choice([1, 1, 2, 3, 7, 31, 32, 33, 64, 65, 200]) for _ in range(rng.randint(1, 9))]
     z_TA = 3 * torch.randn(sum(lengths), A, generator=g)
-    states = [[rng.choice([NAN, 0.0, rng.gauss(0, 5)]) for _ in range(A)] for _ in lengths]
-    # Rows other than a piece's first must not be looked at, whatever they hold.
-    state_TA = torch.full_like(z_TA, 1e9)
-    state_TA[1::2] = NAN
-    state_TA[offsets(lengths) == 0] = torch.tensor(states)
-    got = segmented_carry(z_TA, torch.tensor(CARRIES), offsets(lengths), state_TA)
+    states = [[rng.choice([0.0, rng.gauss(0, 5)]) for _ in range(A)] for _ in lengths]
+    got = carried(z_TA, lengths, torch.tensor(states))
     torch.testing.assert_close(got.double(), reference(z_TA.double(), lengths, states), atol=2e-5, rtol=1e-5)
 
 
-def test_without_states_every_piece_starts_afresh():
+def test_whole_sequences_start_at_nothing():
     z_TA = torch.randn(30, A, generator=torch.Generator().manual_seed(1))
     lengths = [1, 9, 20]
     got = segmented_carry(z_TA, torch.tensor(CARRIES), offsets(lengths))
-    want = reference(z_TA.double(), lengths, [[NAN] * A] * 3)
+    want = reference(z_TA.double(), lengths, [[0.0] * A] * 3)
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_sequence_cut_anywhere_carries_the_same():
     length = 70
     z_TA = torch.randn(length, A, generator=torch.Generator().manual_seed(2))
-    a_A = torch.tensor(CARRIES)
-    whole = segmented_carry(z_TA, a_A, torch.arange(length))
+    whole = segmented_carry(z_TA, torch.tensor(CARRIES), torch.arange(length))
     cuts = [[i] for i in range(1, length)] + [
         sorted(random.Random(i).sample(range(1, length), 9)) for i in range(9)
     ]
     cuts.append(list(range(1, length)))
     for cut in cuts:
-        state_A, pieces = torch.full((A,), NAN), []
+        state_1A, pieces = torch.zeros(1, A), []
         for z_nA in z_TA.tensor_split(cut):
-            pieces.append(segmented_carry(z_nA, a_A, torch.arange(len(z_nA)), state_A.expand_as(z_nA)))
-            state_A = pieces[-1][-1]
+            pieces.append(carried(z_nA, [len(z_nA)], state_1A))
+            state_1A = pieces[-1][-1:]
         torch.testing.assert_close(torch.cat(pieces), whole, atol=1e-6, rtol=1e-6)
 
 
@@ -88,11 +94,10 @@ def test_a_sequence_cut_anywhere_carries_the_same():
 def test_a_piece_gone_wild_does_not_reach_the_others(poison):
     lengths = [5, 6, 40]
     z_TA = torch.randn(51, A, generator=torch.Generator().manual_seed(3))
-    state_TA = torch.randn(51, A, generator=torch.Generator().manual_seed(4))
-    clean = segmented_carry(z_TA, torch.tensor(CARRIES), offsets(lengths), state_TA)
-    z_TA[5:11] = poison
-    state_TA[5:11] = poison
-    wild = segmented_carry(z_TA, torch.tensor(CARRIES), offsets(lengths), state_TA)
+    states_PA = torch.randn(3, A, generator=torch.Generator().manual_seed(4))
+    clean = carried(z_TA, lengths, states_PA)
+    z_TA[5:11], states_PA[1] = poison, poison
+    wild = carried(z_TA, lengths, states_PA)
     assert torch.equal(wild[:5], clean[:5])
     assert torch.equal(wild[11:], clean[11:])
 
@@ -102,17 +107,13 @@ def test_the_gradient_is_that_of_the_recurrence():
     g = torch.Generator().manual_seed(5)
     z_TA = torch.randn(sum(lengths), A, generator=g)
     cotangent_TA = torch.randn(sum(lengths), A, generator=g)
-    states = torch.randn(len(lengths), A, generator=g)
-    states[1] = NAN
-    state_TA = torch.zeros_like(z_TA)
-    state_TA[offsets(lengths) == 0] = states
 
     fast = z_TA.clone().requires_grad_()
-    segmented_carry(fast, torch.tensor(CARRIES), offsets(lengths), state_TA).backward(cotangent_TA)
+    segmented_carry(fast, torch.tensor(CARRIES), offsets(lengths)).backward(cotangent_TA)
     slow = z_TA.double().requires_grad_()
     pieces = []
-    for z_nA, state_A in zip(slow.split(lengths), states.double(), strict=True):
-        columns = [math.carry(z_nA[:, i], CARRIES[i], state_A[i]) for i in range(A)]
+    for z_nA in slow.split(lengths):
+        columns = [math.carry(z_nA[:, i], CARRIES[i]) for i in range(A)]
         pieces.append(torch.stack(columns, dim=1))
     torch.cat(pieces).backward(cotangent_TA.double())
     assert slow.grad is not None
@@ -122,4 +123,4 @@ def test_the_gradient_is_that_of_the_recurrence():
 
 def test_no_tokens_give_no_logits():
     empty = torch.zeros(0, A)
-    assert segmented_carry(empty, torch.tensor(CARRIES), torch.zeros(0, dtype=torch.long), empty).shape == (0, A)
+    assert segmented_carry(empty, torch.tensor(CARRIES), torch.zeros(0, dtype=torch.long)).shape == (0, A)

@@ -43,7 +43,7 @@ def naive_loss(adapter: AdapterModule) -> torch.Tensor:
 
     def add(layer, x, y):
         block = adapter.layer(layer)
-        m = math.carry(math.gate_logit(x[0], block.gate, block.bias), adapter.carry, torch.tensor(torch.nan))
+        m = math.carry(math.gate_logit(x[0], block.gate, block.bias), adapter.carry)
         return y + math.residue(x[0], math.block_gate(m), block.w_in, block.w_gate, block.w_out)[None]
 
     host_blocks(model, add)

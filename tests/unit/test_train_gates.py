@@ -13,6 +13,7 @@ from nr_serve.train.gates import (
     FittedGates,
     Fitter,
     causal_mean,
+    evidence,
     fit_gates,
     solve_logistic,
     solve_ridge,
@@ -83,14 +84,15 @@ def test_original_and_background_text_have_percentiles_of_their_own(init):
         assert max(fit.misfired["en"] / 0.01, fit.misfired["da"] / 0.3) > 0.9
 
 
-def test_a_gate_fitted_on_carried_inputs_is_the_carried_gate():
+def test_a_gate_fitted_on_causal_means_is_the_carried_gate_but_for_the_weight_of_the_evidence():
     g = torch.Generator().manual_seed(0)
     x, w, b = torch.randn(2, 9, 5, generator=g), torch.randn(5, generator=g), torch.tensor(0.3)
-    u = causal_mean(x, torch.arange(9).expand(2, 9) % 6, 0.7)
+    offset = torch.arange(9).expand(2, 9) % 6
+    u, e = causal_mean(x, offset, 0.7), evidence(offset, 0.7)
     for row in range(2):
         for document in (slice(0, 6), slice(6, 9)):
-            m = math.carry(math.gate_logit(x[row, document], w, b), 0.7, torch.tensor(torch.nan))
-            assert torch.allclose(u[row, document] @ w + b, m, atol=1e-6)
+            m = math.carry(math.gate_logit(x[row, document], w, b), 0.7)
+            assert torch.allclose(e[row, document] * (u[row, document] @ w + b), m, atol=1e-6)
 
 
 @pytest.mark.parametrize("trained_blocks", [False, True])
@@ -122,7 +124,7 @@ def test_fitted_gates_hold_the_percentile_and_open_to_one_on_average(trained_blo
     [(Gate(), 3.0), (Gate(kind="relu"), 1.0), (Gate(kind="relu", steepness=2.5), 2.5)],
     ids=["relu1", "relu", "steepness"],
 )
-def test_the_carried_logit_averages_the_steepness_where_it_opens_on_the_target(gate, mean):
+def test_with_all_evidence_the_carried_logit_averages_the_steepness_where_it_opens_on_the_target(gate, mean):
     model, named = tiny.model(), classes()
     adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
     seen = {}
@@ -131,7 +133,8 @@ def test_the_carried_logit_averages_the_steepness_where_it_opens_on_the_target(g
     odd = named["target"].take(slice(1, None, 2))
 
     def look(layer, x):
-        seen[layer] = torch.relu(adapter.layer(layer).carried(x, odd.offset_NT.flatten(), 0.5).detach())
+        m_T = adapter.layer(layer).carried(x, odd.offset_NT.flatten(), 0.5).detach()
+        seen[layer] = torch.relu(m_T / evidence(odd.offset_NT, 0.5).flatten())
 
     attached.before = look
     attached.begin(odd.offset_NT)

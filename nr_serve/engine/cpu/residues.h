@@ -49,8 +49,7 @@ struct Fired {
 };
 
 // The gates of a layer: weights [n, d], biases, carries and ceilings [n]; the logits carried from before each piece
-// [P, n], NaN where there are none, and each token's place in its piece [T]; thresholds and who is selected [T, n];
-// block widths.
+// [P, n] and each token's place in its piece [T]; thresholds and who is selected [T, n]; block widths.
 struct Gates {
   const Tensor &weight, &bias, &carry, &ceiling, &before, &offset, &threshold, &selected, &width;
 
@@ -72,7 +71,7 @@ struct Gates {
           products = at::vec::fmadd(load(x.data() + t * d + i, size), load(w + s * d + i, size), products);
         });
         const float z = sum(products) + b[s], last = place[t] ? m[(t - 1) * n + s] : past[piece * n + s];
-        m[t * n + s] = !place[t] && std::isnan(last) ? z : a[s] * last + (1.f - a[s]) * z;
+        m[t * n + s] = a[s] * last + (1.f - a[s]) * z;
         const float over = m[t * n + s] - limit[t * threshold.stride(0) + s * threshold.stride(1)];
         if (!(over > 0)) continue;
         opened = true;
