@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EISDIR
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -51,6 +52,20 @@ def writing(path: Path) -> Iterator[None]:
         if not is_write_fault(error):
             raise
         raise CannotWrite(f"cannot write {path}: {error}") from error
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to inside: what is there at the end takes the place of `path`, else it goes.
+
+    So a reader sees the old file or the new one, whoever else writes it too.
+    """
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nr_serve.disk import cache_folder
+from nr_serve.disk import cache_folder, whole
 from nr_serve.engine.packed_linear import PackedLinear, can_pack
 
 log = logging.getLogger(__name__)
@@ -74,12 +73,9 @@ def _read(path: Path) -> torch.dtype | None:
 
 
 def _write(path: Path, chosen: torch.dtype) -> None:
-    """Whole or not at all, whoever else does the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        made.write_text(json.dumps({"dtype": _name(chosen)}) + "\n", encoding="utf-8")
-        os.replace(made, path)
+    with whole(path) as part:
+        part.write_text(json.dumps({"dtype": _name(chosen)}) + "\n", encoding="utf-8")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -20,7 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nr_serve.disk import held
+from nr_serve.disk import held, whole
 from nr_serve.errors import NrError
 
 PREFIX = "checkpoint-"
@@ -87,10 +87,9 @@ def complete(checkpoint: Checkpoint) -> None:
         "stopped": checkpoint.stopped,
         "files": {path.name: path.stat().st_size for path in files},
     }
-    part = folder / f".{STATE}.part"
-    part.write_text(json.dumps(state, indent=1), encoding="utf-8")
-    _sync(part)
-    os.replace(part, folder / STATE)
+    with whole(folder / STATE) as part:
+        part.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        _sync(part)
     _sync(folder)
 
 

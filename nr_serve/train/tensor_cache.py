@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +19,8 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from nr_serve.disk import whole
 
 MOST_BYTES = 8 * 2**30
 TORN_AFTER_S = 24 * 3600
@@ -70,15 +71,9 @@ class TensorCache:
 
     def _write(self, path: Path, parts: Tensors) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".part", dir=self.folder)
-        os.close(handle)
-        part = Path(name)
-        try:
+        with whole(path) as part:
             safetensors.torch.save_file(parts, part, {"digest": _digest(parts)})
-            part.chmod(0o644)  # a temporary file is for the owner alone; a cache may be shared
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+            part.chmod(0o644)  # the library leaves it readable by its owner alone; a cache may be shared
         self._make_room(path)
 
     def _make_room(self, newest: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nr_serve.disk import whole
 from nr_serve.errors import BadRequest
 from nr_serve.train.corpus.split import Document
 
@@ -49,6 +49,5 @@ def write_manifest(out: Path, manifest: Manifest) -> None:
 
 
 def _replace(path: Path, content: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(content, encoding="utf-8")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(content, encoding="utf-8")
