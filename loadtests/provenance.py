@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nr_serve import __version__
+from nr_serve.engine.processor import cpuinfo
 
 ROOT = Path(__file__).parents[1]
 MATRIX_EXTENSIONS = frozenset(
@@ -34,22 +35,14 @@ def provenance(script: str, argv: Sequence[str]) -> dict[str, Any]:
 
 def _machine() -> dict[str, Any]:
     """The processor and, of the extensions that decide how fast bfloat16 and int8 products are, those it has."""
-    said = _cpuinfo()
-    extensions = sorted(MATRIX_EXTENSIONS & set(said.get("flags", said.get("Features", "")).split()))
+    extensions = sorted(MATRIX_EXTENSIONS & set(" ".join(cpuinfo("flags", "Features")).split()))
+    model = "".join(cpuinfo("model name")).partition(":")[2].strip()
     return {
-        "processor": said.get("model name") or platform.machine(),
+        "processor": model or platform.machine(),
         "extensions": extensions,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpuinfo() -> dict[str, str]:
-    """What Linux tells of the first processor; nothing elsewhere."""
-    listed = Path("/proc/cpuinfo")
-    first = listed.read_text(encoding="utf-8").split("\n\n")[0] if listed.exists() else ""
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _commit() -> str | None:

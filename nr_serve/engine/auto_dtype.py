@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nr_serve.disk import cache_folder, whole
 from nr_serve.engine.packed_linear import PackedLinear, can_pack
+from nr_serve.engine.processor import cpuinfo
 
 log = logging.getLogger(__name__)
 _SIZE = 2048  # a weight no core holds in its own cache
@@ -29,7 +30,6 @@ _ROUNDS = 30
 _MARGIN = 1.2  # so that machines of one kind do not choose one this, one that
 _FORMAT = 1
 """Raised when the measurement changes: what was measured otherwise is not read again."""
-_PROCESSOR = Path("/proc/cpuinfo")
 _TELLING = ("model name", "flags", "CPU part", "Features")  # the last two on ARM
 
 
@@ -52,14 +52,8 @@ def fastest_dtype() -> torch.dtype:
 
 
 def _kept_at() -> Path:
-    depends_on = [_FORMAT, platform.machine(), _processor(), os.cpu_count(), torch.__version__]
+    depends_on = [_FORMAT, platform.machine(), cpuinfo(*_TELLING), os.cpu_count(), torch.__version__]
     return cache_folder() / "dtype" / f"{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]}.json"
-
-
-def _processor() -> list[str]:
-    """Model and abilities of the first core."""
-    told = _PROCESSOR.read_text().partition("\n\n")[0].splitlines() if _PROCESSOR.exists() else []
-    return [line for line in told if line.startswith(_TELLING)]
 
 
 def _read(path: Path) -> torch.dtype | None:

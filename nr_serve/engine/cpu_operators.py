@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from nr_serve.disk import cache_folder
+from nr_serve.engine.processor import cpuinfo
 
 log = logging.getLogger(__name__)
 _SOURCES = Path(__file__).with_name("cpu")
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
-_PROCESSOR = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ def _library() -> Path:
     """The compiled file, in the cache folder. Raises CalledProcessError, FileNotFoundError or another OSError."""
     compiler = os.environ.get("CXX", "c++")
     sources = (path.read_bytes() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
-    machine = (compiler, *_FLAGS, torch.__version__, _processor())
+    # A cache folder may be shared by several machines.
+    machine = (compiler, *_FLAGS, torch.__version__, " ".join([platform.machine(), *cpuinfo("flags", "Features")]))
     key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, machine)])).hexdigest()[:16]
     library = cache_folder() / "operators" / f"{key}.so"
     if not library.exists():
@@ -99,10 +100,3 @@ def _compiled(compiler: str, folder: Path) -> Path:
 
 def _run(*command: str | Path) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-def _processor() -> str:
-    """What the compiled file depends on: a cache folder may be shared by several machines."""
-    told = _PROCESSOR.read_text().splitlines() if _PROCESSOR.exists() else []
-    flags = [line for line in told if line.startswith(("flags", "Features"))]
-    return " ".join([platform.machine(), *flags[:1]])

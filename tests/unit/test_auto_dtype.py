@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine import auto_dtype, base
+from nr_serve.engine import auto_dtype, base, processor
 from tests import tiny
 
 
@@ -95,7 +95,7 @@ def test_another_processor_core_count_or_torch_is_measured_anew(change, speeds, 
     if change == "processor":
         other = tmp_path / "cpuinfo"
         other.write_text("processor\t: 0\nmodel name\t: Another\n\nprocessor\t: 1\n")
-        monkeypatch.setattr(auto_dtype, "_PROCESSOR", other)
+        monkeypatch.setattr(processor, "_CPUINFO", other)
     elif change == "cores":
         monkeypatch.setattr(auto_dtype.os, "cpu_count", lambda: 1000)
     else:

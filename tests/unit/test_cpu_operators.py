@@ -186,5 +186,5 @@ def test_changed_sources_have_their_own_and_what_else_lies_there_does_not_count(
 
 def test_another_processor_has_its_own(new_machine, compiles_nothing, monkeypatch):
     first = module._library()
-    monkeypatch.setattr(module, "_processor", lambda: "another")
+    monkeypatch.setattr(module, "cpuinfo", lambda *_: ["another"])
     assert module._library() != first
