@@ -30,6 +30,7 @@ from nr_serve.engine.request import AnswerText, Request
 from nr_serve.engine.runner import Runner
 from nr_serve.engine.scheduler import Piece
 from nr_serve.evaluate.tables import markdown
+from nr_serve.logs import say
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block
 from nr_serve.neutral.registry import Version
 from nr_serve.tokenizer import Detokenizer, Tokenizer
@@ -169,7 +170,7 @@ def measure(bench: Bench, pairs: int) -> Times:
             # A prompt's step is long enough to be measured by fewer. Quartiles need two.
             count = max(2, pairs if workload.count == 1 else pairs // 4)
             times[workload, contender] = bench.pairs(contender, workload, count)
-            print(f"bank: {contender.name}, {workload.name}", file=sys.stderr, flush=True)
+            say("bank", f"{contender.name}, {workload.name}")
     return times
 
 

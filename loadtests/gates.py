@@ -27,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from nr_serve.evaluate.plots import panels
 from nr_serve.evaluate.tables import Rows, markdown
+from nr_serve.logs import say
 from nr_serve.train.attach import AdapterModule, Attached, window_inputs
 from nr_serve.train.base import load_base
 from nr_serve.train.gates import SOLVERS, Fitter
@@ -44,6 +46,7 @@ from nr_serve.train.recipe import Blocks, Gate
 from nr_serve.train.text import read_heldout
 from nr_serve.train.text.pack import Windows, join
 
+_say = partial(say, "gates")
 BATCH_WINDOWS = 16
 TARGET_TIMES = 4
 """The target has so many times the text of another class, as in training."""
@@ -404,10 +407,6 @@ def _positive(written: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{written} is less than 1")
     return number
-
-
-def _say(message: str) -> None:
-    print(f"gates: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

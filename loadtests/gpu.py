@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,10 +27,12 @@ from provenance import provenance
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nr_serve.logs import say
 from nr_serve.neutral import block_width
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block
 from nr_serve.train.attach import AdapterModule, Attached
 
+_say = partial(say, "gpu")
 PAGE = 16
 CAPACITY = 0.05
 TRAINED_CAPACITY = 0.2
@@ -394,10 +397,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         tiny = {"shape": ["tiny"], "train_shape": ["tiny"], "batch": [1, 2], "context": 20, "prompt": 24}
         vars(args).update(tiny | {"window": 16, "windows": 2, "rounds": 1})
     return args
-
-
-def _say(message: str) -> None:
-    print(f"gpu: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

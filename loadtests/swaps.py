@@ -30,6 +30,7 @@ from steps import Engine
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import AdapterView, EngineInfo, ListAdapters, LoadAdapter, Sampling, Submit
 from nr_serve.evaluate.tables import markdown
+from nr_serve.logs import say
 from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
 
 KINDS = ("new", "known")
@@ -132,7 +133,7 @@ def measure(swaps: Swaps, args: argparse.Namespace) -> list[dict[str, Any]]:
                 row[name] = {f"p{p}": percentile(read[on].gaps, p) for p in (50, 99)}
             row["ratios"] = {p: row["with"][p] / row["without"][p] for p in ("p50", "p99")}
             rows.append(row)
-            print(f"swaps: round {number}, {kind}", file=sys.stderr, flush=True)
+            say("swaps", f"round {number}, {kind}")
     return rows
 
 

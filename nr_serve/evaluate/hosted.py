@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -41,8 +40,3 @@ def load(files: Sequence[Path], base: str) -> Hosted:
     """
     frozen = load_base(base, device=best_device())
     return Hosted(frozen, read_adapters(files, frozen))
-
-
-def say(message: str) -> None:
-    """Progress, on stderr."""
-    print(f"evaluate: {message}", file=sys.stderr, flush=True)

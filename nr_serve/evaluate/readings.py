@@ -15,7 +15,8 @@ import transformers
 
 from nr_serve import __version__
 from nr_serve.disk import cache_folder
-from nr_serve.evaluate.hosted import Hosted, say
+from nr_serve.evaluate.hosted import Hosted
+from nr_serve.logs import say
 from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase
 from nr_serve.train.measure import SourceResult, measure
@@ -60,7 +61,7 @@ def once(
     def measured() -> Tensors:
         nonlocal fresh
         fresh = True
-        say(place)
+        say("evaluate", place)
         return make()
 
     packages = [torch.__version__, transformers.__version__, __version__]
@@ -68,7 +69,7 @@ def once(
     key = [FORMAT, base.fingerprint, list(versions), list(what), arithmetic]
     tensors = TensorCache(cache_folder() / "measured").get(key, measured)
     if not fresh:
-        say(f"{place} (measured before)")
+        say("evaluate", f"{place} (measured before)")
     return tensors
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.difference import Difference, difference
-from nr_serve.evaluate.hosted import Hosted, say
+from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.roles import assign_roles
+from nr_serve.logs import say
 from nr_serve.train.measure import evaluating, read_parts
 from nr_serve.train.text.pack import Windows
 
@@ -135,7 +136,7 @@ def switches(hosted: Hosted, texts: Mapping[str, SwitchText]) -> SwitchReport:
     """Measure each adapter, attached alone, on its switching windows."""
     measured = {}
     for i, (name, text) in enumerate(texts.items(), start=1):
-        say(f"language switches, {i} of {len(texts)}: {name}")
+        say("evaluate", f"language switches, {i} of {len(texts)}: {name}")
         measured[name] = _measure(hosted, name, text)
     return SwitchReport(next(iter(texts.values())).ids_NT.shape[1] // 3, measured)
 

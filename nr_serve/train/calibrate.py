@@ -5,14 +5,15 @@ Forward passes only; the blocks stay as they are.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nr_serve.disk import writing
 from nr_serve.errors import BadRequest
+from nr_serve.logs import say
 from nr_serve.neutral.format import Adapter, Block, write_adapter
 from nr_serve.train import text
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule
@@ -21,6 +22,8 @@ from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
 from nr_serve.train.recipe import Gate, Recipe, parse_recipe
 from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.sources import Source, find_sources
+
+_say = partial(say, "calibrate")
 
 
 def calibrate(
@@ -119,7 +122,3 @@ def _recipe(name: str, adapter: Adapter) -> Recipe:
     if "data" not in adapter.info.recipe:
         raise BadRequest(f"{name} carries no recipe, so its text is unknown", param="files")
     return parse_recipe(dict(adapter.info.recipe), name)
-
-
-def _say(message: str) -> None:
-    print(f"calibrate: {message}", file=sys.stderr, flush=True)

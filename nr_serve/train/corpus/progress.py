@@ -1,19 +1,13 @@
-"""What `fetch-corpus` says on stderr while it works."""
+"""The bar that counts documents while `fetch-corpus` works."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
 
 Item = TypeVar("Item")
-
-
-def say(message: str) -> None:
-    """A line."""
-    print(f"corpus: {message}", file=sys.stderr, flush=True)
 
 
 def counted(items: Iterable[Item], what: str) -> Iterator[Item]:
