@@ -1,0 +1,147 @@
+"""What `nr-serve evaluate` measures of adapters, as asked: on text, where its language switches, and on tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nr_serve.disk import write_text
+from nr_serve.evaluate.card import card
+from nr_serve.evaluate.heldout import Report, attach_all, each_alone
+from nr_serve.evaluate.hosted import Hosted, load
+from nr_serve.evaluate.interference import Interference, interference
+from nr_serve.evaluate.roles import assign_roles
+from nr_serve.evaluate.switches import SUPPLY, SwitchReport, switch_texts, switches
+from nr_serve.evaluate.tables import (
+    Rows,
+    heldout_rows,
+    interference_page,
+    interference_rows,
+    links,
+    summary_rows,
+    switch_rows,
+    task_rows,
+)
+from nr_serve.evaluate.tasks import Example, TaskScores, score_tasks
+from nr_serve.evaluate.variants import variant_rows
+from nr_serve.train.text import read_heldout
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Files of plots, by caption."""
+
+    gates: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
+    """By adapter."""
+    matrix: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured; None or empty where it was not asked for."""
+
+    hosted: Hosted
+    report: Report | None
+    together: Interference | None
+    alone: Mapping[str, Report]
+    switched: SwitchReport | None
+    tasks: Mapping[str, TaskScores]
+
+    def document(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        text = self.together or self.report
+        document: dict[str, Any] = {"adapters": self.hosted.versions} if text is None else text.document()
+        if self.alone:
+            document |= {"alone": {name: report.document() for name, report in self.alone.items()}}
+        if self.switched is not None:
+            document |= {"switches": self.switched.document()}
+        if self.tasks:
+            document |= {"tasks": {name: asdict(scores) for name, scores in self.tasks.items()}}
+        return document
+
+    def tables(self) -> list[Rows]:
+        """All of it as tables."""
+        tables = []
+        if self.together is not None:
+            tables += [interference_rows(self.together), summary_rows(self.together.summary())]
+        elif self.report is not None:
+            tables += [heldout_rows(self.report)]
+        if self.alone:
+            tables += [variant_rows(self.alone, self.hosted.adapters)]
+        if self.switched is not None:
+            tables += [switch_rows(self.switched)]
+        if self.tasks:
+            tables += [task_rows(self.tasks)]
+        return tables
+
+    def plot(self, folder: Path, suffix: str) -> Plots:
+        """Write who fires on what, in which layer, and when."""
+        reports = dict(self.alone)
+        if self.report is not None:
+            reports = dict.fromkeys(self.hosted.names, self.report)
+        if not reports:
+            return Plots()
+        from nr_serve.evaluate.report_plots import plot_gates, plot_matrix, plot_switches  # matplotlib: an extra
+
+        sources = next(iter(reports.values())).sources  # every report is of the same text
+        roles = assign_roles(sources, self.hosted.adapters, {})
+        gates = {name: plot_gates(folder, report, roles, name, suffix) for name, report in reports.items()}
+        if self.switched is not None:
+            plot_switches(folder, self.switched, suffix)
+        return Plots(gates, {} if self.together is None else plot_matrix(folder, self.together, suffix))
+
+    def write_card(self, path: Path, plots: Plots) -> None:
+        """Write the first adapter's card, with links to its plots, if text was measured with all attached."""
+        if self.report is not None:
+            first = self.hosted.names[0]
+            shown = links(plots.gates.get(first, {}), path)
+            write_text(path, card(first, self.hosted.adapters[first], self.report, tasks=self.tasks, links=shown))
+
+    def write_page(self, path: Path, plots: Plots) -> None:
+        """Write the interference report, with links to the plots, if interference was measured."""
+        if self.together is not None:
+            shown = dict(plots.matrix)
+            for own in plots.gates.values():
+                shown |= own
+            write_text(path, interference_page(self.together, links(shown, path)))
+
+
+def evaluate(
+    files: Sequence[Path],
+    model: str,
+    corpus: Path | None,
+    sources: Sequence[str],
+    tasks: Mapping[str, Sequence[Example]],
+    *,
+    window: int,
+    windows: int,
+    alone: bool = False,
+    together: bool = False,
+    near: Mapping[str, Sequence[str]],
+    stretch: int | None = None,
+) -> Evaluation:
+    """Measure the adapters in `files` on the base `model`; what is missing is said before anything is measured.
+
+    The text is up to `windows` windows of `window` tokens from each file of `corpus` that one of `sources`, globs,
+    names. It is read with all attached, with each `alone`, or to see who disturbs whom `together`, the relatives
+    `near` each language apart. `stretch` is how many tokens lie between switches of language, if they are measured.
+    """
+    hosted = load(files, model)
+    report, disturbed, each, switching = None, None, {}, {}
+    if corpus is not None:
+        read = partial(read_heldout, corpus, sources, hosted.base.tokenizer)
+        if stretch is not None:
+            switching = switch_texts(hosted, read(stretch, SUPPLY * windows), windows)
+        texts = read(window, windows)
+        if alone:
+            each = each_alone(hosted, texts)
+        elif together:
+            disturbed = interference(hosted, texts, near)
+            report = disturbed.report
+        else:
+            report = attach_all(hosted, texts)
+    switched = switches(hosted, switching) if switching else None
+    return Evaluation(hosted, report, disturbed, each, switched, score_tasks(hosted, tasks))
