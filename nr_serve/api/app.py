@@ -10,15 +10,16 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from nr_serve import __version__
-from nr_serve.api import access_log, adapters, deadlines, openai, system
-from nr_serve.api.access_log import AccessLog
-from nr_serve.api.auth import KeyCheck
+from nr_serve.api import adapters, openai, system
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.context import Context
-from nr_serve.api.deadlines import Deadlines
 from nr_serve.api.errors import add_error_handlers
-from nr_serve.api.hosts import HostCheck, checks_hosts
-from nr_serve.api.limits import BodyLimit, KeyLimits
+from nr_serve.api.middleware import access_log, deadlines
+from nr_serve.api.middleware.access_log import AccessLog
+from nr_serve.api.middleware.auth import KeyCheck
+from nr_serve.api.middleware.deadlines import Deadlines
+from nr_serve.api.middleware.hosts import HostCheck, checks_hosts
+from nr_serve.api.middleware.limits import BodyLimit, KeyLimits
 from nr_serve.config import ServeConfig
 from nr_serve.keys import Keys
 from nr_serve.tokenizer import Tokenizer

@@ -13,9 +13,9 @@ from typing import Annotated, TypeVar, cast
 
 from fastapi import Depends, Request
 
-from nr_serve.api.auth import CALLER
 from nr_serve.api.bridge import AsyncEngine
-from nr_serve.api.deadlines import Work
+from nr_serve.api.middleware.auth import CALLER
+from nr_serve.api.middleware.deadlines import Work
 from nr_serve.config import ServeConfig
 from nr_serve.errors import QueueFull
 from nr_serve.tokenizer import Tokenizer

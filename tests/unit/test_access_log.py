@@ -21,7 +21,9 @@ def served():
 def lines(caplog):
     """The fields of the access log's lines so far."""
     caplog.set_level(logging.DEBUG)
-    return lambda: [r.fields for r in caplog.records if r.name == "nr_serve.api.access_log" and r.msg == "request"]
+    return lambda: [
+        r.fields for r in caplog.records if r.name == "nr_serve.api.middleware.access_log" and r.msg == "request"
+    ]
 
 
 @pytest.mark.parametrize("given", ["a-1", "x" * 128, "ABC.d_e:9"])
@@ -117,7 +119,9 @@ def test_a_bug_is_logged_with_its_trace_under_the_requests_id(served, caplog):
     )
     assert (response.status_code, response.json()["error"]["type"]) == (500, "InternalServerError")
     assert "secret" not in response.text
-    (record,) = [each for each in caplog.records if each.exc_info and each.name == "nr_serve.api.access_log"]
+    (record,) = [
+        each for each in caplog.records if each.exc_info and each.name == "nr_serve.api.middleware.access_log"
+    ]
     assert "secret detail" in str(record.exc_info[1])
 
 

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from nr_serve.api import deadlines
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine
-from nr_serve.api.deadlines import Deadlines, Work
+from nr_serve.api.middleware import deadlines
+from nr_serve.api.middleware.deadlines import Deadlines, Work
 from nr_serve.config import ServeConfig
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.loop import EngineLoop

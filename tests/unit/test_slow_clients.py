@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nr_serve.api import deadlines
+from nr_serve.api.middleware import deadlines
 from nr_serve.serve import Server
 from tests import tiny
 from tests.fakes import events
