@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from provenance import provenance
+from random_blocks import random_blocks
 
 from nr_serve.assemble import load_tokenizer, model_folder
 from nr_serve.config import ServeConfig
@@ -31,7 +32,7 @@ from nr_serve.engine.runner import Runner
 from nr_serve.engine.scheduler import Piece
 from nr_serve.evaluate.tables import markdown
 from nr_serve.logs import say
-from nr_serve.neutral.format import Adapter, AdapterInfo, Block
+from nr_serve.neutral.format import Adapter, AdapterInfo
 from nr_serve.neutral.registry import Version
 from nr_serve.tokenizer import Detokenizer, Tokenizer
 
@@ -147,15 +148,10 @@ class Bench:
 
     def _adapter(self, bias: float) -> Adapter:
         """Gates that look at nothing but their bias."""
-        bank, g = self.runner.bank, self.generator
-
-        def block() -> Block:
-            w_in, w_gate = torch.randn(2, WIDTH, bank.d, generator=g) / bank.d**0.5
-            w_out = 0.1 * torch.randn(bank.d, WIDTH, generator=g) / WIDTH**0.5
-            return Block(torch.zeros(bank.d), torch.tensor(bias), w_in, w_gate, w_out)
-
+        bank = self.runner.bank
         info = AdapterInfo("", "", bank.layers, bank.d, carry=CARRY)
-        return Adapter(info, tuple(block() for _ in range(bank.layers)), version="", nbytes=0)
+        blocks = random_blocks(bank.layers, bank.d, WIDTH, bias, self.generator)
+        return Adapter(info, blocks, version="", nbytes=0)
 
 
 Times = dict[tuple[Workload, Contender], list[Pair]]

@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 from provenance import provenance
+from random_blocks import random_blocks
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nr_serve.logs import say
 from nr_serve.neutral import block_width
-from nr_serve.neutral.format import Adapter, AdapterInfo, Block
+from nr_serve.neutral.format import Adapter, AdapterInfo
 from nr_serve.train.attach import AdapterModule, Attached
 
 _say = partial(say, "gpu")
@@ -124,16 +125,11 @@ class Engine:
 
     def attach(self, slot: int, *, fires: bool, seed: int = 0) -> None:
         """A random adapter whose every gate is 1, or far below 0."""
+        bank, bias = self.bank, 1.0 if fires else -1e4
         generator = torch.Generator(self.device).manual_seed(seed)
-        d, dtype = self.bank.d, self.bank.dtype
-
-        def rand(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=self.device).to(dtype) * d**-0.5
-
-        gate, bias = torch.zeros(d, device=self.device), torch.tensor(1.0 if fires else -1e4)
-        block = Block(gate, bias, rand(self.width, d), rand(self.width, d), rand(d, self.width) * 0.01)
-        info = AdapterInfo("random", "", self.bank.layers, d, carry=0.5)
-        for _ in self.bank.attach(slot, Adapter(info, (block,) * self.bank.layers, f"v{seed}", nbytes=0), 0.0):
+        block = random_blocks(1, bank.d, self.width, bias, generator, bank.dtype)
+        info = AdapterInfo("random", "", bank.layers, bank.d, carry=0.5)
+        for _ in bank.attach(slot, Adapter(info, block * bank.layers, f"v{seed}", nbytes=0), 0.0):
             pass
 
     def detach_all(self) -> None:

@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from load import percentile
 from provenance import provenance
+from random_blocks import random_blocks
 from steps import Engine
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import AdapterView, EngineInfo, ListAdapters, LoadAdapter, Sampling, Submit
 from nr_serve.evaluate.tables import markdown
 from nr_serve.logs import say
-from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
+from nr_serve.neutral.format import AdapterInfo, write_adapter
 
 KINDS = ("new", "known")
 
@@ -56,16 +57,11 @@ class Swaps:
     def file(self) -> Path:
         """A new adapter's file."""
         self.written += 1
-        g = torch.Generator().manual_seed(self.written)
+        generator = torch.Generator().manual_seed(self.written)
         d, layers = self.info.d, self.info.layers
-
-        def block() -> Block:
-            matrices = (torch.randn(3, self.width, d, generator=g) / d**0.5).to(torch.bfloat16)
-            return Block(torch.zeros(d), torch.tensor(-100.0), matrices[0], matrices[1], matrices[2].T)
-
         path = self.folder / f"{self.written}.safetensors"
         info = AdapterInfo(self.info.model, self.info.fingerprint, layers, d, carry=0.5)
-        write_adapter(path, info, tuple(block() for _ in range(layers)))
+        write_adapter(path, info, random_blocks(layers, d, self.width, -100.0, generator, torch.bfloat16))
         return path
 
     def load(self, path: Path) -> float:
