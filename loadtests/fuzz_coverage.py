@@ -24,7 +24,7 @@ import atheris
 from pydantic import ValidationError
 
 with atheris.instrument_imports(include=["nr_serve"]):
-    from loadtests.fuzz import GOOD, mutated_json
+    from loadtests.fuzz_inputs import GOOD, mutated_json
     from nr_serve.api.body_route import parse_json
     from nr_serve.api.errors import error_body, invalid_request
     from nr_serve.api.schemas import (
