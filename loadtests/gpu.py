@@ -182,12 +182,12 @@ def _trained(shape: str, args: argparse.Namespace, method: str) -> tuple[float, 
 
 def _lora(model: Any, wanted: int) -> list[nn.Parameter]:
     """LoRA on every linear layer but the head, of the rank that has nearest to `wanted` parameters."""
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model  # transformers' own way asks for a peft of its choice
 
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     rank = max(1, round(wanted / sum(m.in_features + m.out_features for m in linear)))
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"), model)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
