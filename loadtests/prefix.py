@@ -25,7 +25,6 @@ from nr_serve.config import ServeConfig
 from nr_serve.engine.adapters import Adapters
 from nr_serve.engine.core import Core
 from nr_serve.engine.messages import AdapterView, LoadAdapter, Sampling, Submit
-from nr_serve.engine.pages import PagePool
 from nr_serve.engine.runner import Runner
 from nr_serve.neutral.format import Base, read_adapter
 from nr_serve.tokenizer import Tokenizer
@@ -118,18 +117,7 @@ def main(argv: Sequence[str]) -> None:
     asked = requests(system_prompt(args.text, tokenizer, args.system_tokens), tokenizer, names, args.rounds)
     results = {}
     for kind, salt in SALTS.items():
-        pool = PagePool(runner.pages, config.page_size)
-        core = Core(
-            runner,
-            adapters,
-            tokenizer,
-            pool,
-            max_model_len=runner.info.max_model_len,
-            max_running=config.max_running,
-            max_waiting=config.max_waiting,
-            max_batch_tokens=config.max_batch_tokens,
-        )
-        results[kind] = run(core, asked, salt)
+        results[kind] = run(Core(runner, adapters, tokenizer, config), asked, salt)
         print(f"{kind:16} {results[kind]['computed']:7} prefill tokens computed, {results[kind]['seconds']:.1f} s")
     answers = [result.pop("answers") for result in results.values()]
     document = {

@@ -11,8 +11,18 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from nr_serve.config import ServeConfig
 from nr_serve.engine.adapters import Adapters
-from nr_serve.engine.messages import FinishReason, GateStatistics, Output, StepEvents, StepReport, Submit, Token
+from nr_serve.engine.messages import (
+    EngineInfo,
+    FinishReason,
+    GateStatistics,
+    Output,
+    StepEvents,
+    StepReport,
+    Submit,
+    Token,
+)
 from nr_serve.engine.pages import PagePool
 from nr_serve.engine.request import AnswerText, Gates, Request, TopLogprobs
 from nr_serve.engine.reuse import Reuse
@@ -28,6 +38,8 @@ TRIAL_TOKENS = 64  # of a piece on trial while nothing else runs: who comes mean
 class Runs(Protocol):
     """What the core needs of a runner."""
 
+    info: EngineInfo
+    pages: int
     eos_ids: frozenset[int]
     recalls_pages: bool
     """Whether it keeps what a request needs to begin with pages that another one computed."""
@@ -42,30 +54,20 @@ class Runs(Protocol):
 class Core:
     """Owns the requests. Not thread-safe: `EngineLoop` calls it from one thread."""
 
-    def __init__(
-        self,
-        runner: Runs,
-        adapters: Adapters,
-        tokenizer: Tokenizer,
-        pool: PagePool,
-        *,
-        max_model_len: int,
-        max_running: int,
-        max_waiting: int,
-        max_batch_tokens: int,
-    ) -> None:
+    def __init__(self, runner: Runs, adapters: Adapters, tokenizer: Tokenizer, config: ServeConfig) -> None:
+        pool = PagePool(runner.pages, config.page_size)
         self.scheduler = Scheduler(
             pool,
-            max_running=max_running,
-            max_batch_tokens=max_batch_tokens,
+            max_running=config.max_running,
+            max_batch_tokens=config.max_batch_tokens,
             admit=adapters.admit,
             reuse=Reuse(pool, adapters.attachments) if runner.recalls_pages else None,
         )
         self._runner = runner
         self._adapters = adapters
         self._tokenizer = tokenizer
-        self._max_model_len = max_model_len
-        self._max_waiting = max_waiting
+        self._max_model_len = runner.info.max_model_len
+        self._max_waiting = config.max_waiting
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
         self._steps = 0

@@ -196,7 +196,6 @@ class EngineLoop:
         from nr_serve.engine.adapters import Adapters
         from nr_serve.engine.canary import Canary
         from nr_serve.engine.core import Core
-        from nr_serve.engine.pages import PagePool
         from nr_serve.engine.probe_text import probe_requests, read_probe_texts
         from nr_serve.engine.runner import Runner
 
@@ -213,16 +212,7 @@ class EngineLoop:
             pages=runner.probe_pages,
         )
         adapters = Adapters(runner.bank, Canary(requests, config.max_leak))
-        core = Core(
-            runner,
-            adapters,
-            self._tokenizer,
-            PagePool(runner.pages, config.page_size),
-            max_model_len=runner.info.max_model_len,
-            max_running=config.max_running,
-            max_waiting=config.max_waiting,
-            max_batch_tokens=config.max_batch_tokens,
-        )
+        core = Core(runner, adapters, self._tokenizer, config)
         for entry in config.adapter:
             self._attach_at_start(entry, core, adapters)
         return core, adapters

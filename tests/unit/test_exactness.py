@@ -9,7 +9,6 @@ from nr_serve.config import ServeConfig
 from nr_serve.engine.adapters import Adapters
 from nr_serve.engine.core import Core
 from nr_serve.engine.messages import LoadAdapter, Sampling, Submit
-from nr_serve.engine.pages import PagePool
 from nr_serve.engine.runner import Runner
 from tests import tiny
 
@@ -20,22 +19,19 @@ def engine(
     base, *, pages: int, budget: int, running: int, page_size: int = 4, slots: int = 4, kind=Adapters, **settings
 ) -> tuple[Core, Adapters]:
     config = ServeConfig(
-        pages=pages, page_size=page_size, slots=slots, slot_width=16, max_running=running, **settings
+        pages=pages,
+        page_size=page_size,
+        slots=slots,
+        slot_width=16,
+        max_running=running,
+        max_waiting=1000,
+        max_batch_tokens=budget,
+        **settings,
     )
     tokenizer = tiny.tokenizer()
     runner = Runner(base, tokenizer, config, "tiny")
     adapters = kind(runner.bank)
-    core = Core(
-        runner,
-        adapters,
-        tokenizer,
-        PagePool(pages, page_size),
-        max_model_len=runner.info.max_model_len,
-        max_running=running,
-        max_waiting=1000,
-        max_batch_tokens=budget,
-    )
-    return core, adapters
+    return Core(runner, adapters, tokenizer, config), adapters
 
 
 def load(adapters: Adapters, name: str, adapter, *, state: str = "attached") -> None:
