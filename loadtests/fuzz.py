@@ -34,13 +34,11 @@ import psutil
 
 from loadtests.fuzz_inputs import mutated_file, mutated_request, plain_request
 from loadtests.provenance import provenance
-from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine
+from nr_serve.assemble import assemble
 from nr_serve.config import ServeConfig
-from nr_serve.engine.loop import EngineLoop
 from nr_serve.engine.messages import ReadGates
 from nr_serve.errors import NrError
-from nr_serve.metrics import Metrics
 from nr_serve.neutral.format import Base, read_adapter, write_adapter
 from tests import tiny
 
@@ -191,12 +189,9 @@ async def running(folder: Path) -> Any:
         "dtype": "float32",  # in bfloat16, what shares a step changes the rounding
         "threads": 1,
     }
-    config = ServeConfig(**settings)
-    tokenizer = tiny.tokenizer()
-    engine = AsyncEngine(lambda deliver: EngineLoop(config, model, tokenizer, deliver), Metrics())
+    engine, app = assemble(ServeConfig(**settings))
     settled = asyncio.Event()
     engine.on_status = lambda status: settled.set()
-    app = create_app(engine, tokenizer, config)
     async with app.router.lifespan_context(app):
         await settled.wait()
         yield app, engine
