@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.disk import cache_folder
+from nr_serve.neutral.bank import StepResidues
 
 log = logging.getLogger(__name__)
 _SOURCES = Path(__file__).with_name("cpu")
@@ -36,7 +37,7 @@ class CpuOperators:
     silu_mul: Callable[[Tensor], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
-    add_residues: Callable[..., bool]
+    residues: Callable[..., StepResidues]
     multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
     """None where oneDNN's products are the faster ones."""
 
@@ -64,7 +65,7 @@ def cpu_operators() -> CpuOperators | None:
         ops.silu_mul.default,
         ops.rotate.default,
         ops.attend.default,
-        ops.add_residues.default,
+        torch.classes.nr_serve.Residues,
         ops.multiply.default if hasattr(ops, "multiply") else None,
     )
 

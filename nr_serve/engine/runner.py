@@ -250,7 +250,7 @@ class Runner:
             pages=self.probe_pages.stop,
             device=self.device,
             dtype=self.dtype,
-            few=None if self.operators is None else self.operators.add_residues,
+            few=None if self.operators is None else self.operators.residues,
         )
 
     def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from nr_serve.engine import cpu_operators as module
 from nr_serve.engine.cpu_operators import CpuOperators, cpu_operators
+from tests.compiled import operators_or_skip
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 SIZES = (1, 7, 16, 48, 576, 1000)
@@ -16,10 +17,7 @@ FAR = 2**62
 
 @pytest.fixture(scope="module")
 def operators() -> CpuOperators:
-    made = cpu_operators()
-    if made is None:
-        pytest.skip("no C++ compiler here")
-    return made
+    return operators_or_skip()
 
 
 def close(got, want, dtype):

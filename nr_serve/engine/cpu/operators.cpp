@@ -19,9 +19,10 @@ TORCH_LIBRARY(nr_serve, library) {
   library.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
       " -> Tensor");
-  library.def(
-      "add_residues(Tensor x, Tensor(a!) y, Tensor gate, Tensor bias, Tensor carry, Tensor ceiling, Tensor before,"
-      " Tensor offset, Tensor threshold, Tensor selected, Tensor(b!) m, Tensor up, Tensor out, Tensor width) -> bool");
+  using at::Tensor;
+  library.class_<nr_serve::Residues>("Residues")
+      .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>())
+      .def("add", &nr_serve::Residues::add);
 #ifdef NR_SERVE_PRODUCTS
   library.def("multiply(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
 #endif
@@ -32,7 +33,6 @@ TORCH_LIBRARY_IMPL(nr_serve, CPU, library) {
   library.impl("silu_mul", nr_serve::silu_mul);
   library.impl("rotate", nr_serve::rotate);
   library.impl("attend", nr_serve::attend);
-  library.impl("add_residues", nr_serve::add_residues);
 #ifdef NR_SERVE_PRODUCTS
   library.impl("multiply", nr_serve::multiply);
 #endif

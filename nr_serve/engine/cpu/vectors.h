@@ -124,10 +124,10 @@ void up_to(int64_t n, F&& f) {
   f(std::integral_constant<int, MOST>());
 }
 
-// f(N, first) for items first to first + N, at most ROWS_AT_ONCE; N is a constant.
-template <typename F>
+// f(N, first) for items first to first + N, at most MOST; N is a constant.
+template <int MOST = ROWS_AT_ONCE, typename F>
 void by_rows(int64_t items, F&& f) {
-  for (int64_t i = 0; i < items; i += ROWS_AT_ONCE) up_to<ROWS_AT_ONCE>(items - i, [&](auto some) { f(some, i); });
+  for (int64_t i = 0; i < items; i += MOST) up_to<MOST>(items - i, [&](auto some) { f(some, i); });
 }
 
 // f(size, column) for the columns of a row in runs of VECTORS_AT_ONCE; the size of a whole run is a constant.
