@@ -38,7 +38,7 @@ class CpuOperators:
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
     residues: Callable[..., StepResidues]
-    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
+    multiply: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor] | None
     """None where oneDNN's products are the faster ones."""
 
 

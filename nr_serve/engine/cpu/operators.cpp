@@ -24,7 +24,7 @@ TORCH_LIBRARY(nr_serve, library) {
       .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>())
       .def("add", &nr_serve::Residues::add);
 #ifdef NR_SERVE_PRODUCTS
-  library.def("multiply(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
+  library.def("multiply(Tensor x, Tensor packed, Tensor? bias, ScalarType type) -> Tensor");
 #endif
 }
 
