@@ -40,6 +40,8 @@ class CpuOperators:
     residues: Callable[..., StepResidues]
     multiply: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor] | None
     """None where oneDNN's products are the faster ones."""
+    attend_prompts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None
+    """By such products; None where there are none."""
 
 
 @cache
@@ -67,6 +69,7 @@ def cpu_operators() -> CpuOperators | None:
         ops.attend.default,
         torch.classes.nr_serve.Residues,
         ops.multiply.default if hasattr(ops, "multiply") else None,
+        ops.attend_prompts.default if hasattr(ops, "attend_prompts") else None,
     )
 
 

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "layer.h"
 #include "products.h"
+#include "prompts.h"
 #include "residues.h"
 
 TORCH_LIBRARY(nr_serve, library) {
@@ -24,6 +25,9 @@ TORCH_LIBRARY(nr_serve, library) {
       .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>())
       .def("add", &nr_serve::Residues::add);
 #ifdef NR_SERVE_PRODUCTS
+  library.def(
+      "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
+      " -> Tensor");
   library.def("multiply(Tensor x, Tensor packed, Tensor? bias, ScalarType type) -> Tensor");
 #endif
 }
@@ -34,6 +38,7 @@ TORCH_LIBRARY_IMPL(nr_serve, CPU, library) {
   library.impl("rotate", nr_serve::rotate);
   library.impl("attend", nr_serve::attend);
 #ifdef NR_SERVE_PRODUCTS
+  library.impl("attend_prompts", nr_serve::attend_prompts);
   library.impl("multiply", nr_serve::multiply);
 #endif
 }

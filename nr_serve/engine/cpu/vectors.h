@@ -43,11 +43,21 @@ inline Vec load(const BFloat16* from, int64_t count = W) {
 inline void store(float* to, Vec v, int64_t count = W) { v.store(to, count); }
 
 inline void store(BFloat16* to, Vec v, int64_t count = W) {
+#ifdef __AVX512BF16__
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1U << count) - 1), (__m256i)_mm512_cvtneps_pbh(v));
+#else
   at::vec::convert_float_bfloat16(v, v).store(to, count);
+#endif
 }
 
 inline Vec add(Vec a, Vec b) { return a + b; }
-inline Vec most(Vec a, Vec b) { return at::vec::maximum(a, b); }
+inline Vec most(Vec a, Vec b) {
+#ifdef CPU_CAPABILITY_AVX512
+  return _mm512_max_ps(a, b);  // it need not pass a NaN on, as torch's does: what it is taken from is NaN as well
+#else
+  return at::vec::maximum(a, b);
+#endif
+}
 inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }
