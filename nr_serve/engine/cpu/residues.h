@@ -11,30 +11,34 @@
 
 namespace nr_serve {
 
-// W_in and W_gate of one hidden value, [d] each, times F tokens' x, [F, d].
+// W_in and W_gate of one hidden value, [d] each, times F tokens' x, [d] each.
 template <int F, typename T>
-void multiply_up(const T* in, const T* gate, const float* x, int64_t d, float* ins, float* gates) {
+void multiply_up(const T* in, const T* gate, const T* const* x, int64_t d, float* ins, float* gates) {
   Vec in_sums[F], gate_sums[F];
   for (int f = 0; f < F; ++f) in_sums[f] = gate_sums[f] = Vec(0.f);
-  each(d, [&](int64_t i, int64_t size) {
-    const Vec u = load(in + i, size), v = load(gate + i, size);
+  each<PRODUCTS<T>>(d, [&](int64_t i, int64_t size) {
     for (int f = 0; f < F; ++f) {
-      const Vec some = load(x + f * d + i, size);
-      in_sums[f] = at::vec::fmadd(some, u, in_sums[f]);
-      gate_sums[f] = at::vec::fmadd(some, v, gate_sums[f]);
+      in_sums[f] = multiply_add(x[f] + i, in + i, size, in_sums[f]);
+      gate_sums[f] = multiply_add(x[f] + i, gate + i, size, gate_sums[f]);
     }
   });
   for (int f = 0; f < F; ++f) ins[f] = sum(in_sums[f]), gates[f] = sum(gate_sums[f]);
 }
 
+// So many vectors of columns of F tokens' sums stay in registers: the more, the longer what is read of a row of W_out.
+template <int F>
+constexpr int64_t VECTORS_OF = F == 1   ? 16
+                               : F == 2 ? 8
+                                        : 4;
+
 // Columns of W_out, [h, d], times F tokens' hidden values, [F, h], added to the same columns of their y.
 template <int F, typename T, typename Size>
 void add_out(const T* out, int64_t d, int64_t h, const float* hidden, Size size, T* const* y) {
-  Vec sums[F][VECTORS_AT_ONCE];
+  Vec sums[F][VECTORS_OF<F>];
   for (auto& row : sums)
     for (Vec& s : row) s = Vec(0.f);
   for (int64_t j = 0; j < h; ++j) {
-    __builtin_prefetch(out + (j + 8) * d);
+    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + (j + 8) * d + i);
     each(size, [&](int64_t i, int64_t some) {
       const Vec w = load(out + j * d + i, some);
       for (int f = 0; f < F; ++f) sums[f][i / W] = at::vec::fmadd(Vec(hidden[f * h + j]), w, sums[f][i / W]);
@@ -48,20 +52,22 @@ void add_out(const T* out, int64_t d, int64_t h, const float* hidden, Size size,
 struct Fired {
   int64_t slot;
   std::vector<int64_t> tokens;
-  std::vector<float> g, x, hidden;
+  std::vector<float> g, hidden;
 };
 
-// The hidden values of a block of width h, scaled by g: W_in and W_gate are [2h, d].
+// The hidden values of a block of width h, scaled by g: W_in and W_gate are [2h, d]; x [T, d].
 template <typename T>
-void fill_hidden(Fired& block, const T* up, int64_t h, int64_t d) {
+void fill_hidden(Fired& block, const T* x, const T* up, int64_t h, int64_t d) {
   const int64_t tokens = block.tokens.size();
   block.hidden.resize(tokens * h);
   if (tokens == 0) return;
   at::parallel_for(0, h, grain(2 * d), [&](int64_t from, int64_t to) {
     for (int64_t j = from; j < to; ++j)
       by_rows(tokens, [&](auto some, int64_t f) {
+        const T* rows[some()];
+        for (int k = 0; k < some(); ++k) rows[k] = x + block.tokens[f + k] * d;
         float in[some()], gate[some()];
-        multiply_up<some()>(up + j * d, up + (h + j) * d, block.x.data() + f * d, d, in, gate);
+        multiply_up<some()>(up + j * d, up + (h + j) * d, rows, d, in, gate);
         for (int k = 0; k < some(); ++k)
           block.hidden[(f + k) * h + j] = gate[k] / (1.f + std::exp(-gate[k])) * in[k] * block.g[f + k];
       });
@@ -117,7 +123,7 @@ class Residues : public torch::CustomClassHolder {
            [&](int64_t i, int64_t size) { store(xs_.data() + i, load(x.const_data_ptr<T>() + i, size), size); });
       fired_.clear();
       opened = open(layer);
-      if (!fired_.empty()) add_blocks<T>(layer, y.mutable_data_ptr<T>());
+      if (!fired_.empty()) add_blocks(layer, x.const_data_ptr<T>(), y.mutable_data_ptr<T>());
     });
     return opened;
   }
@@ -164,22 +170,21 @@ class Residues : public torch::CustomClassHolder {
     if (at == fired_.end()) at = fired_.insert(at, Fired{s});
     at->tokens.push_back(t);
     at->g.push_back(std::min(over, ceiling_.const_data_ptr<float>()[s]));
-    at->x.insert(at->x.end(), xs_.begin() + t * d_, xs_.begin() + (t + 1) * d_);
   }
 
   template <typename T>
-  void add_blocks(int64_t layer, T* y) {
+  void add_blocks(int64_t layer, const T* x, T* y) {
     // In the order of the slots, so that a token's sum does not depend on what shares its step.
     std::sort(fired_.begin(), fired_.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
     const auto block = [&](const Tensor& weights, int64_t slot) {
       return weights.const_data_ptr<T>() + slot * weights.stride(0) + layer * weights.stride(1);
     };
-    for (Fired& one : fired_) fill_hidden(one, block(up_, one.slot), width(layer, one.slot), d_);
+    for (Fired& one : fired_) fill_hidden(one, x, block(up_, one.slot), width(layer, one.slot), d_);
     constexpr int64_t run = VECTORS_AT_ONCE * W;
     at::parallel_for(0, (d_ + run - 1) / run, 1, [&](int64_t from, int64_t to) {
       for (const Fired& one : fired_)
-        by_columns(from * run, std::min(d_, to * run), [&](auto size, int64_t i) {
-          by_rows(one.tokens.size(), [&](auto some, int64_t f) {
+        by_rows(one.tokens.size(), [&](auto some, int64_t f) {
+          by_columns<VECTORS_OF<some()>>(from * run, std::min(d_, to * run), [&](auto size, int64_t i) {
             const int64_t h = width(layer, one.slot);
             T* rows[some()];
             for (int k = 0; k < some(); ++k) rows[k] = y + one.tokens[f + k] * d_ + i;

@@ -140,12 +140,16 @@ void by_rows(int64_t items, F&& f) {
   for (int64_t i = 0; i < items; i += MOST) up_to<MOST>(items - i, [&](auto some) { f(some, i); });
 }
 
-// f(size, column) for the columns of a row in runs of VECTORS_AT_ONCE; the size of a whole run is a constant.
-template <typename F>
+// f(size, column) for the columns of a row in runs of MOST vectors, then of half as many, and so on; the size of a run
+// is a constant, but for the last one's of less than a vector. MOST is a power of 2.
+template <int64_t MOST = VECTORS_AT_ONCE, typename F>
 void by_columns(int64_t from, int64_t to, F&& f) {
-  for (; from + VECTORS_AT_ONCE * W <= to; from += VECTORS_AT_ONCE * W)
-    f(std::integral_constant<int64_t, VECTORS_AT_ONCE * W>(), from);
-  if (from < to) f(to - from, from);
+  for (; from + MOST * W <= to; from += MOST * W) f(std::integral_constant<int64_t, MOST * W>(), from);
+  if constexpr (MOST > 1) {
+    by_columns<MOST / 2>(from, to, f);
+  } else if (from < to) {
+    f(to - from, from);
+  }
 }
 
 }  // namespace nr_serve
