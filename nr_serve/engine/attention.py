@@ -7,7 +7,7 @@ Z = B * K, Q = n * G.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -118,10 +118,16 @@ def attend(
     outputs = []
     for i, group in enumerate(batch.groups):
         query_BnHD = query_THD[group.first : group.first + group.pieces * group.count]
-        if operators is not None and group.count == 1:
-            cells_BN, positions_B1 = group.cells_BN, group.positions_Bn
-            out = operators.attend(
-                query_BnHD.contiguous(), keys_CKD, values_CKD, cells_BN, positions_B1, scale, window or _NO_WINDOW
+        own = _own_attention(operators, group, query_BnHD)
+        if own is not None:
+            out = own(
+                query_BnHD.contiguous(),
+                keys_CKD,
+                values_CKD,
+                group.cells_BN,
+                group.positions_Bn,
+                scale,
+                window or _NO_WINDOW,
             )
         else:
             rows_X = batch.rows(i, heads)
@@ -129,6 +135,18 @@ def attend(
             out = _attend(query_BnHD, keys_CKD, values_CKD, group, rows_X, bias_ZQN, scale)
         outputs.append(out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _own_attention(
+    operators: CpuOperators | None, group: Group, query_BnHD: Tensor
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None:
+    """The operator for a group, if there is one."""
+    if operators is None:
+        return None
+    if group.count == 1:
+        return operators.attend
+    takes = query_BnHD.dtype is torch.bfloat16 and query_BnHD.shape[-1] % 16 == 0
+    return operators.attend_prompts if takes else None
 
 
 def _attend(

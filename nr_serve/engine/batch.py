@@ -14,7 +14,6 @@ from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.bank import StepTokens, Trial
 
 _FEW_TOKENS = 8  # a group more for a piece of so few costs more than reading its context for each of them
-_SHORT = 64 * 64  # and for so many tokens times context
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ def build_batch(
     spare_cell: int,
     slots: int,
     recalls_pages: bool = False,
-    apart: bool = False,
+    apart: int | None = None,
     device: torch.device,
 ) -> Batch:
     """Lay the pieces end to end. They must be ordered by length, but one on trial comes last.
@@ -95,8 +94,8 @@ def build_batch(
     `labels` has one entry per piece.
 
     `spare_cell` is a KV cell that is never written and holds zeros. With `recalls_pages` the bank is told where
-    pages end, to keep the carried state there. With `apart` short pieces attend as so many single tokens: it pays
-    where single tokens attend by an operator of their own.
+    pages end, to keep the carried state there. Pieces of up to 8 tokens, and of up to `apart` tokens times context,
+    attend as so many single tokens (None: none do): it pays where these attend by an operator of their own.
     """
     counts = np.array([p.count for p in pieces])
     ends = np.cumsum(counts)
@@ -156,7 +155,7 @@ def _cells(piece: Piece, page_size: int) -> np.ndarray:
 
 
 def _groups(
-    pieces: Sequence[Piece], cells: list[np.ndarray], apart: bool, spare_cell: int, device: torch.device
+    pieces: Sequence[Piece], cells: list[np.ndarray], apart: int | None, spare_cell: int, device: torch.device
 ) -> list[Group]:
     """Groups of single tokens, and one for each longer piece: prompts' chunks differ too much in context."""
     groups: list[Group] = []
@@ -170,11 +169,11 @@ def _groups(
     return groups
 
 
-def _kind(i: int, piece: Piece, apart: bool) -> str | int:
+def _kind(i: int, piece: Piece, apart: int | None) -> str | int:
     """What a piece is grouped with; its index: with none. Short ones not with few: they would be padded far."""
-    if piece.count == 1 or (apart and piece.count <= _FEW_TOKENS):
+    if piece.count == 1 or (apart is not None and piece.count <= _FEW_TOKENS):
         return "few"
-    return "short" if apart and piece.count * (piece.start + piece.count) <= _SHORT else i
+    return "short" if apart is not None and piece.count * (piece.start + piece.count) <= apart else i
 
 
 def _tokens(piece: Piece, context: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:

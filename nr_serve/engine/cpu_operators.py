@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nr_serve.disk import cache_folder
 from nr_serve.engine.processor import cpuinfo
+from nr_serve.neutral.bank import StepResidues
 
 log = logging.getLogger(__name__)
 _SOURCES = Path(__file__).with_name("cpu")
@@ -36,9 +37,11 @@ class CpuOperators:
     silu_mul: Callable[[Tensor], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
-    add_residues: Callable[..., bool]
-    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
+    residues: Callable[..., StepResidues]
+    multiply: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor] | None
     """None where oneDNN's products are the faster ones."""
+    attend_prompts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None
+    """By such products; None where there are none."""
 
 
 @cache
@@ -64,8 +67,9 @@ def cpu_operators() -> CpuOperators | None:
         ops.silu_mul.default,
         ops.rotate.default,
         ops.attend.default,
-        ops.add_residues.default,
+        torch.classes.nr_serve.Residues,
         ops.multiply.default if hasattr(ops, "multiply") else None,
+        ops.attend_prompts.default if hasattr(ops, "attend_prompts") else None,
     )
 
 

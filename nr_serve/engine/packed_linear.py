@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Multiply = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 """`multiply` of `cpu_operators`."""
 
 _PACKED_FOR = 8
@@ -45,17 +45,19 @@ class PackedLinear(nn.Module):
 class PairedLinear(nn.Module):
     """What an `nn.Linear` of this bfloat16 weight and bias computes, up to rounding, by our own product."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, multiply: Multiply) -> None:
-        """Pack the weight [out, in]. See `can_pair`."""
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, multiply: Multiply, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        """Pack the weight [out, in]; what comes out is of `dtype`, float32 or bfloat16. See `can_pair`."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self._packed = _pairs(weight)
-        self._multiply = multiply
+        self._multiply, self._dtype = multiply, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        return self._multiply(x.contiguous(), self._packed, self.bias)
+        return self._multiply(x.contiguous(), self._packed, self.bias, self._dtype)
 
 
 def can_pair(weight: Tensor) -> bool:
@@ -84,7 +86,8 @@ def pack_linears(model: nn.Module, multiply: Multiply | None = None) -> None:
     """Pack every plain `nn.Linear` of a frozen model on a CPU, in place; leave all as it is if that cannot be done.
 
     With `multiply` for our own product where it takes them, else for oneDNN. Single tokens in bfloat16 are faster
-    packed too, so nothing is kept. A weight that the embedding shares is there anyway.
+    packed too, so nothing is kept. A weight that the embedding shares is there anyway. Our own product leaves
+    logits in float32: rounded to bfloat16 the likeliest tokens are often equal.
     """
     weight = next(model.parameters())
     if weight.device.type != "cpu" or not can_pack(weight.dtype):
@@ -95,7 +98,8 @@ def pack_linears(model: nn.Module, multiply: Multiply | None = None) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear and multiply is not None and can_pair(child.weight):
-                setattr(module, name, PairedLinear(child.weight, child.bias, multiply))
+                dtype = torch.float32 if name == "lm_head" else torch.bfloat16
+                setattr(module, name, PairedLinear(child.weight, child.bias, multiply, dtype))
             elif type(child) is nn.Linear:
                 shared = exact and id(child.weight) in embedded
                 setattr(module, name, PackedLinear(child.weight, child.bias, keep=keep or shared))

@@ -190,9 +190,16 @@ class Runner:
             spare_cell=self.cache.spare_cell,
             slots=self.bank.slots,
             recalls_pages=self.recalls_pages,
-            apart=self.operators is not None,
+            apart=self._apart(),
             device=self.device,
         )
+
+    def _apart(self) -> int | None:
+        """Of how many tokens times context a piece attends as single tokens: measured, see docs/performance.md."""
+        if self.operators is None:
+            return None
+        own = self.dtype is torch.bfloat16 and self.operators.attend_prompts is not None
+        return 0 if own else 64 * 64
 
     @torch.inference_mode()
     def _all_logits(self, piece: Piece) -> Tensor:
@@ -250,7 +257,7 @@ class Runner:
             pages=self.probe_pages.stop,
             device=self.device,
             dtype=self.dtype,
-            few=None if self.operators is None else self.operators.add_residues,
+            few=None if self.operators is None else self.operators.residues,
         )
 
     def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +76,16 @@ class Totals:
     cross_KS: list[list[int]]
 
 
+class StepResidues(Protocol):
+    """The residues of a step of few tokens, a layer in one operator: `Residues` of `engine/cpu`."""
+
+    def add(self, layer: int, x: Tensor, y: Tensor) -> bool:
+        """Add a layer's residues to y, in place; x and y [..., d], contiguous. Whether any gate is open."""
+
+
 @dataclass(slots=True)
 class _Step:
-    """What the layers of one step share. L: a tuple of one tensor per layer; n: slots whose gates are evaluated."""
+    """What the layers of one step share. n: slots whose gates are evaluated."""
 
     tokens: StepTokens
     row_P: Tensor
@@ -87,11 +95,9 @@ class _Step:
     """[n], or [T, n] with a trial."""
     m_LTn: Tensor
     """Carried logits, filled layer by layer."""
-    m_L: tuple[Tensor, ...]
-    before_L: tuple[Tensor, ...]
-    """[P, n]: the state each piece continues from; 0 where nothing came before."""
+    few: StepResidues | None
     carries: StepCarries | None
-    """None: the step's tokens are few, and one operator does it all."""
+    """One of these two, and the other is None."""
     layers_done: int = 0
     opened: bool = False
 
@@ -110,9 +116,9 @@ class Bank:
         device: torch.device,
         dtype: torch.dtype,
         pages: int = 0,
-        few: Callable[..., bool] | None = None,
+        few: Callable[..., StepResidues] | None = None,
     ) -> None:
-        """`few` adds the residues of a layer to few tokens: `add_residues` of `cpu_operators`; None: torch does."""
+        """`few` begins a step of few tokens: `residues` of `cpu_operators`; None: torch does those too."""
         self.layers, self.d, self.slots, self.width, self.rows = layers, d, slots, width, rows
         self.device, self.dtype = device, dtype
         self.labels, self.pages = slots + MOST_JOINED + 3, pages  # three: the base, the bare base and `OTHER`
@@ -135,6 +141,7 @@ class Bank:
 
         self._fired_LS = zeros(layers, slots, dtype=torch.int64)
         self._seen_LS = zeros(layers, slots, dtype=torch.int64)
+        self._has_block_LS = zeros(layers, slots, dtype=torch.int64)  # 1 where the slot's adapter has a block
         self._mass_S = zeros(slots, dtype=torch.float64)
         self._cross_KS = zeros(self.labels, slots, dtype=torch.int64)
         self._blocks: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(slots)]  # views, by slot and layer
@@ -143,8 +150,6 @@ class Bank:
         self._none_open = zeros(1, 1, dtype=torch.int32)
         self._look_at_attached()
         self._few = few
-        self._up_L, self._out_L = self.w_up_SLud.unbind(1), self.w_out_SLhd.unbind(1)
-        self._width_L = self.width_LS.unbind()
         self._step: _Step | None = None
 
     # Slots
@@ -185,6 +190,7 @@ class Bank:
         self.ceiling_S[slot] = adapter.info.ceiling
         self.state_LRS[:, :, slot] = 0
         self.page_state_LNS[:, :, slot] = 0
+        self._has_block_LS[:, slot] = self.width_LS[:, slot] > 0
         self.threshold_S[slot] = threshold
         self.attached.add(slot)
         self._look_at_attached()
@@ -222,9 +228,13 @@ class Bank:
         step = self._step
         if step is None:
             return y
+        if step.few is not None:
+            y = y.contiguous()
+            step.opened |= step.few.add(layer, x.contiguous(), y)
+            step.layers_done = layer + 1
+            return y
+        assert step.carries is not None
         x_Td = x.reshape(-1, self.d)
-        if step.carries is None:
-            return self._add_few(layer, x_Td.contiguous(), y.reshape(-1, self.d).contiguous(), step).view_as(y)
         over_Tn = self._gates(layer, x_Td, step, step.carries)
         # The one value read of a layer. NaN, too, goes on to where every gate is looked at.
         if float(over_Tn.max()) <= 0:
@@ -232,29 +242,6 @@ class Bank:
         step.opened = True
         g_Tn = self._gate_values(over_Tn, step)
         return self._add_blocks(layer, x_Td, y.reshape(-1, self.d), g_Tn).view_as(y)
-
-    def _add_few(self, layer: int, x_Td: Tensor, y_Td: Tensor, step: _Step) -> Tensor:
-        """All of `add_residues` in one operator."""
-        assert self._few is not None
-        opened = self._few(
-            x_Td,
-            y_Td,
-            self._gate_L[layer],
-            self._bias_L[layer],
-            self.carry_S[: self._columns],
-            self.ceiling_S[: self._columns],
-            step.before_L[layer],
-            step.tokens.offset_T,
-            step.threshold,
-            step.selected_Tn,
-            step.m_L[layer],
-            self._up_L[layer],
-            self._out_L[layer],
-            self._width_L[layer],
-        )
-        step.opened |= opened
-        step.layers_done = layer + 1
-        return y_Td
 
     def end(self) -> Tensor | None:
         """Finish the step. Layers whose gate was open by token and slot, int32 [T, S]; None: nothing is attached.
@@ -268,7 +255,7 @@ class Bank:
         if step.layers_done < self.layers:
             return self._none_open.expand_as(step.tokens.selected_TS)
         self._keep_states(step)
-        self._seen_LS += (self.width_LS > 0) * step.tokens.selected_TS[: step.tokens.counted].sum(0)
+        self._seen_LS.addcmul_(self._has_block_LS, step.tokens.selected_TS[: step.tokens.counted].sum(0))
         if not step.opened:
             return self._none_open.expand_as(step.tokens.selected_TS)
         return self._count_open(step)
@@ -284,33 +271,39 @@ class Bank:
     def _prepared(self, tokens: StepTokens) -> _Step:
         """What the layers of a step share, made once."""
         n, T = self._columns, len(tokens.row_T)
-        row_P = tokens.row_T[tokens.last_P]
-        before_LPn = self.state_LRS[:, row_P, :n].contiguous()
-        threshold = _threshold(self.threshold_S[:n], tokens)
-        few = self._few is not None and T <= _FEW_TOKENS
+        row_P = tokens.row_T if tokens.longest == 1 else tokens.row_T[tokens.last_P]
+        before_LPn = self._state_LRn.index_select(1, row_P)
+        threshold, selected_Tn = _threshold(self._threshold_n, tokens), tokens.selected_TS[:, :n]
         if self.layers * T * n > len(self._room):
             self._room = torch.empty(self.layers * T * n, device=self.device)
         m_LTn = self._room[: self.layers * T * n].view(self.layers, T, n)
-        return _Step(
-            tokens=tokens,
-            row_P=row_P,
-            selected_Tn=tokens.selected_TS[:, :n],
-            threshold=threshold.expand(T, n) if few else threshold,
-            m_LTn=m_LTn,
-            m_L=m_LTn.unbind(),
-            before_L=before_LPn.unbind(),
-            carries=None if few else self._carries_of(tokens, before_LPn),
-        )
-
-    def _carries_of(self, tokens: StepTokens, before_LPn: Tensor) -> StepCarries:
-        n = self._columns
-        largest = max(self._carries[:n])
-        return StepCarries.of(self.carry_S[:n], largest, before_LPn, tokens.offset_T, tokens.last_P, tokens.longest)
+        few = carries = None
+        if self._few is not None and T <= _FEW_TOKENS:
+            few = self._few(
+                self.gate_LSd,
+                self.bias_LS,
+                self.carry_S,
+                self.ceiling_S,
+                self.w_up_SLud,
+                self.w_out_SLhd,
+                self.width_LS,
+                before_LPn,
+                tokens.offset_T,
+                threshold.expand(T, n),
+                selected_Tn,
+                m_LTn,
+            )
+        else:
+            largest = max(self._carries[:n])
+            carries = StepCarries.of(
+                self.carry_S[:n], largest, before_LPn, tokens.offset_T, tokens.last_P, tokens.longest
+            )
+        return _Step(tokens, row_P, selected_Tn, threshold, m_LTn, few, carries)
 
     def _gates(self, layer: int, x_Td: Tensor, step: _Step, carries: StepCarries) -> Tensor:
         """Carried logit minus threshold of every token and evaluated slot, [T, n], selected or not."""
         z_Tn = F.linear(x_Td.float(), self._gate_L[layer], self._bias_L[layer])
-        m_Tn = step.m_L[layer]
+        m_Tn = step.m_LTn[layer]
         carries.carry(layer, z_Tn, m_Tn)
         step.layers_done = layer + 1
         return m_Tn - step.threshold
@@ -343,10 +336,11 @@ class Bank:
 
     def _keep_states(self, step: _Step) -> None:
         """The carried logits of each piece's last token, and of those that end pages."""
-        tokens, n = step.tokens, self._columns
-        self.state_LRS[:, step.row_P, :n] = step.m_LTn if tokens.longest == 1 else step.m_LTn[:, tokens.last_P]
-        if tokens.end_E is not None:
-            self.page_state_LNS[:, tokens.page_E, :n] = step.m_LTn[:, tokens.end_E]
+        tokens, m_LTn = step.tokens, step.m_LTn
+        last_LPn = m_LTn if tokens.longest == 1 else m_LTn.index_select(1, tokens.last_P)
+        self._state_LRn.index_copy_(1, step.row_P, last_LPn)
+        if tokens.end_E is not None and tokens.page_E is not None:
+            self._page_state_LNn.index_copy_(1, tokens.page_E, m_LTn.index_select(1, tokens.end_E))
 
     def _count_open(self, step: _Step) -> Tensor:
         """Layers open by token and slot, [T, S]; adds them, and what acted, to the statistics."""
@@ -371,6 +365,9 @@ class Bank:
         self._columns = min(self.slots, (highest + 8) // 8 * 8)
         self._gate_L = self.gate_LSd[:, : self._columns].unbind()
         self._bias_L = self.bias_LS[:, : self._columns].unbind()
+        self._threshold_n = self.threshold_S[: self._columns]
+        self._state_LRn = self.state_LRS[:, :, : self._columns]
+        self._page_state_LNn = self.page_state_LNS[:, :, : self._columns]
 
 
 def _threshold(threshold_n: Tensor, tokens: StepTokens) -> Tensor:

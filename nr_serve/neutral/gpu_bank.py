@@ -47,7 +47,7 @@ class GpuBank(Bank):
         self._label_T = tokens.label_T
         self._open_TS = torch.zeros_like(selected_TS, dtype=torch.int32)
         if self._counts:
-            self._seen_LS += (self.width_LS > 0) * selected_TS.sum(0)
+            self._seen_LS.addcmul_(self._has_block_LS, selected_TS.sum(0))
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """As `Bank.add_residues`; y is reused."""

@@ -162,7 +162,7 @@ class Gate(_Section):
         default=None,
         ge=0,
         description="What m must pass for a gate to open, in training and in the file: it trades some learning for "
-        "less leak (default: half the steepness for fitted relu1 gates, else 0).",
+        "less leak (default: a fifth of the steepness for fitted relu1 gates, else 0).",
     )
     min_found: Share = Field(
         default=0.0, description="Layers whose gate finds less than this share of the target get no block."
@@ -178,7 +178,7 @@ class Gate(_Section):
         """`threshold`, or its default."""
         if self.threshold is not None:
             return self.threshold
-        return self.open_mean / 2 if self.kind == "relu1" and self.fitted else 0.0
+        return self.open_mean / 5 if self.kind == "relu1" and self.fitted else 0.0
 
     @property
     def fitted(self) -> bool:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from nr_serve.engine.cpu_operators import cpu_operators
 from nr_serve.errors import BadAdapterFile
 from nr_serve.neutral import math
 from nr_serve.neutral.bank import Bank, StepTokens, Trial
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block
+from tests.compiled import operators_or_skip
 
 D, LAYERS, SLOTS, WIDTH, ROWS, PAGES = 8, 3, 4, 6, 5, 3
 LABELS = SLOTS + 64
@@ -23,10 +23,8 @@ few = None
 @pytest.fixture(autouse=True, params=["torch's operators", "one operator"])
 def by(request, monkeypatch):
     """Every test here is for both."""
-    operators = cpu_operators() if request.param == "one operator" else None
-    if request.param == "one operator" and operators is None:
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(f"{__name__}.few", operators and operators.add_residues)
+    made = operators_or_skip().residues if request.param == "one operator" else None
+    monkeypatch.setattr(f"{__name__}.few", made)
 
 
 def bank(dtype=torch.float32) -> Bank:
@@ -453,3 +451,36 @@ def test_an_adapter_wider_than_a_slot_is_refused_by_name_of_the_flag():
     with pytest.raises(BadAdapterFile):
         next(on.attach(0, wide, 0.0))
     assert on.attached == set()
+
+
+def test_slots_beyond_a_group_of_the_operators_are_as_the_first():
+    count, d, tokens_ = 19, 40, 9
+    g = torch.Generator().manual_seed(12)
+    on = Bank(
+        layers=1, d=d, slots=count, width=3, rows=tokens_, device=torch.device("cpu"), dtype=torch.float32, few=few
+    )
+    adapters = []
+    for slot in range(count):
+        w, b = torch.randn(d, generator=g), torch.randn((), generator=g)
+        w_in, w_gate, w_out = torch.randn(3, 3, d, generator=g)
+        block = Block(w, b, w_in, w_gate, w_out.T.contiguous())
+        adapters.append(Adapter(AdapterInfo("", "", 1, d, carry=0.3), (block,), version="", nbytes=0))
+        attach(on, slot, adapters[-1], 0.2)
+    x_Td, y_Td = torch.randn(2, tokens_, d, generator=g)
+    on.begin(
+        StepTokens(
+            offset_T=torch.zeros(tokens_, dtype=torch.long),
+            row_T=torch.arange(tokens_),
+            last_P=torch.arange(tokens_),
+            selected_TS=torch.ones(tokens_, count, dtype=torch.bool),
+            label_T=torch.zeros(tokens_, dtype=torch.long),
+            longest=1,
+        )
+    )
+    got_Td = on.add_residues(0, x_Td, y_Td.clone())
+    want_Td, x_Td = y_Td.double(), x_Td.double()
+    for adapter_ in adapters:
+        block = adapter_.blocks[0]
+        g_T = math.block_gate(0.7 * (x_Td @ block.gate.double() + block.bias.double()), 0.2)
+        want_Td = want_Td + math.residue(x_Td, g_T, *(w.double() for w in (block.w_in, block.w_gate, block.w_out)))
+    torch.testing.assert_close(got_Td.double(), want_Td, atol=1e-3, rtol=1e-4)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from nr_serve.engine import cpu_operators as module
 from nr_serve.engine.cpu_operators import CpuOperators, cpu_operators
+from tests.compiled import operators_or_skip
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 SIZES = (1, 7, 16, 48, 576, 1000)
@@ -16,10 +17,7 @@ FAR = 2**62
 
 @pytest.fixture(scope="module")
 def operators() -> CpuOperators:
-    made = cpu_operators()
-    if made is None:
-        pytest.skip("no C++ compiler here")
-    return made
+    return operators_or_skip()
 
 
 def close(got, want, dtype):
@@ -114,6 +112,45 @@ def test_attend_is_softmax_attention_over_each_own_context(
     close(got, want, dtype)
     alone = operators.attend(query[3:4], keys, values, cells[3:4], positions[3:4], 0.3, window)
     assert torch.equal(alone[0], got[3]), "what shares the step must not matter"
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "size"), [(4, 2, 16), (9, 3, 64), (7, 1, 48), (32, 4, 128), (49, 1, 16)]
+)
+@pytest.mark.parametrize("window", [FAR, 60])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("lengths", "count"), [([150], 150), ([131], 31), ([20, 9, 16], 3), ([2], 2)])
+def test_attend_prompts_is_causal_attention_over_each_own_context(
+    operators, heads, key_heads, size, window, threads, lengths, count
+):
+    if operators.attend_prompts is None:
+        pytest.skip("no product of our own here")
+    torch.manual_seed(size)
+    keys, values = (torch.full((300, key_heads, size), torch.nan).bfloat16() for _ in range(2))
+    cells = torch.full((len(lengths), max(lengths)), 299)  # a cell that holds NaN
+    order = torch.randperm(299)
+    for row, length in enumerate(lengths):
+        cells[row, :length] = order[row * 40 : row * 40 + length]
+        for store in (keys, values):
+            store[cells[row, :length]] = torch.randn(length, key_heads, size).bfloat16()
+    query = torch.randn(len(lengths) * count, heads, size).bfloat16()
+    positions = torch.tensor(lengths)[:, None] - count + torch.arange(count)
+    want = torch.empty(query.shape, dtype=torch.float64)
+    for token, position in enumerate(positions.flatten().tolist()):
+        seen = cells[token // count, max(0, position + 1 - window) : position + 1]
+        for head in range(heads):
+            of = head // (heads // key_heads)
+            weights = (0.3 * keys[seen, of].double() @ query[token, head].double()).softmax(0)
+            want[token, head] = weights @ values[seen, of].double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = operators.attend_prompts(query, keys, values, cells, positions, 0.3, window)
+    finally:
+        torch.set_num_threads(before)
+    close(got, want, torch.bfloat16)
+    alone = operators.attend_prompts(query[-count:], keys, values, cells[-1:], positions[-1:], 0.3, window)
+    assert torch.equal(alone, got[-count:]), "what shares the step must not matter"
 
 
 def test_a_wrong_shape_or_type_is_an_error_not_a_crash(operators):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine.cpu_operators import cpu_operators
 from nr_serve.engine.fuse import FusedFFN, FusedLayer, fuse
 from nr_serve.engine.packed_linear import can_pack
 from nr_serve.engine.runner import Runner
 from tests import tiny
+from tests.compiled import operators_or_skip
 
 FUSED = ["llama", "mistral", "qwen2", "qwen3"]
 """That they compute what the model did is seen in test_bases.py, token by token."""
@@ -18,10 +18,7 @@ FUSED = ["llama", "mistral", "qwen2", "qwen3"]
 
 @pytest.fixture(scope="module")
 def operators():
-    made = cpu_operators()
-    if made is None:
-        pytest.skip("no C++ compiler here")
-    return made
+    return operators_or_skip()
 
 
 @pytest.mark.parametrize("kind", FUSED)

@@ -57,18 +57,21 @@ def multiply() -> Multiply:
 @pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (16, 2), (32, 50), (112, 30)])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_our_own_product_is_the_product(multiply, outputs, inputs, has_bias, threads):
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_our_own_product_is_the_product(multiply, outputs, inputs, has_bias, threads, dtype):
     torch.manual_seed(outputs)
     weight = torch.randn(outputs, inputs).bfloat16()
     bias = torch.randn(outputs).bfloat16() if has_bias else None
-    layer, before = PairedLinear(weight, bias, multiply), torch.get_num_threads()
+    layer, before = PairedLinear(weight, bias, multiply, dtype), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for shape in ((1, 0), (1, 1), (1,), (2, 3), (8,), (1, 9), (1, 17), (100,)):
             x = torch.randn(*shape, inputs).bfloat16()
             want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
             got = layer(x)
-            torch.testing.assert_close(got.double(), want, rtol=4e-3, atol=1e-4 * inputs**0.5)
+            assert got.dtype == dtype
+            rtol, atol = (4e-3, 1e-4) if dtype == torch.bfloat16 else (1e-6, 2e-6)
+            torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol * inputs**0.5)
             if x.numel():
                 alone = layer(x[..., -1:, :])
                 assert torch.equal(alone, got[..., -1:, :]), "what shares the step must not matter"
@@ -84,7 +87,22 @@ def test_our_own_product_refuses_what_does_not_fit(multiply):
         (x.bfloat16(), torch.zeros(15).bfloat16()),
     ):
         with pytest.raises(RuntimeError):
-            multiply(wrong, packed, bias)
+            multiply(wrong, packed, bias, torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        multiply(torch.zeros(2, 0).bfloat16(), packed, None, torch.bfloat16)
+
+
+def test_our_own_product_does_not_round_logits(multiply):
+    need(torch.bfloat16)
+    model = nn.ModuleDict({"lm_head": nn.Linear(576, 64), "other": nn.Linear(576, 64)}).bfloat16()
+    weight, bias, x = (
+        model["lm_head"].weight.double(),
+        model["lm_head"].bias.double(),
+        torch.randn(3, 576).bfloat16(),
+    )
+    pack_linears(model, multiply)
+    torch.testing.assert_close(model["lm_head"](x).double(), x.double() @ weight.T + bias, rtol=1e-5, atol=1e-5)
+    assert model["other"](x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ def recipe(**sections) -> Recipe:
         ({"blocks": {"capacity": 0.1}}, "exactly one of h and capacity"),
         ({"blocks": {"carry": 1.0}}, "blocks.carry"),
         ({"gate": {"init": "paper"}}, "must be trained"),
-        ({"gate": {"trained": True}}, "need run.original_share above 0"),
-        ({"gate": {"kind": "none"}}, "need run.original_share above 0"),
+        ({"gate": {"trained": True}, "run": {"original_share": 0}}, "need run.original_share above 0"),
+        ({"gate": {"kind": "none"}, "run": {"original_share": 0}}, "need run.original_share above 0"),
         ({"loss": {"kind": "l2"}}, "loss.kind"),
         ({"data": {"target": []}}, "data.target"),
     ],
@@ -51,9 +51,9 @@ def test_a_wrong_recipe_is_refused_by_the_key(sections, said):
     assert said in error.value.message
 
 
-def test_a_fitted_gates_threshold_is_half_its_steepness_unless_given():
-    assert recipe().threshold == 1.5
-    assert recipe(gate={"steepness": 2}).threshold == 1.0
+def test_a_fitted_gates_threshold_is_a_fifth_of_its_steepness_unless_given():
+    assert recipe().threshold == pytest.approx(0.6)
+    assert recipe(gate={"steepness": 2}).threshold == pytest.approx(0.4)
     assert recipe(gate={"threshold": 0.2}).threshold == 0.2
     assert recipe(gate={"kind": "relu"}).threshold == 0
     assert recipe(method="adapter").threshold == 0

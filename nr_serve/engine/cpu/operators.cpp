@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "layer.h"
 #include "products.h"
+#include "prompts.h"
 #include "residues.h"
 
 TORCH_LIBRARY(nr_serve, library) {
@@ -19,11 +20,15 @@ TORCH_LIBRARY(nr_serve, library) {
   library.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
       " -> Tensor");
-  library.def(
-      "add_residues(Tensor x, Tensor(a!) y, Tensor gate, Tensor bias, Tensor carry, Tensor ceiling, Tensor before,"
-      " Tensor offset, Tensor threshold, Tensor selected, Tensor(b!) m, Tensor up, Tensor out, Tensor width) -> bool");
+  using at::Tensor;
+  library.class_<nr_serve::Residues>("Residues")
+      .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>())
+      .def("add", &nr_serve::Residues::add);
 #ifdef NR_SERVE_PRODUCTS
-  library.def("multiply(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
+  library.def(
+      "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
+      " -> Tensor");
+  library.def("multiply(Tensor x, Tensor packed, Tensor? bias, ScalarType type) -> Tensor");
 #endif
 }
 
@@ -32,8 +37,8 @@ TORCH_LIBRARY_IMPL(nr_serve, CPU, library) {
   library.impl("silu_mul", nr_serve::silu_mul);
   library.impl("rotate", nr_serve::rotate);
   library.impl("attend", nr_serve::attend);
-  library.impl("add_residues", nr_serve::add_residues);
 #ifdef NR_SERVE_PRODUCTS
+  library.impl("attend_prompts", nr_serve::attend_prompts);
   library.impl("multiply", nr_serve::multiply);
 #endif
 }

@@ -1,4 +1,4 @@
-// Products of a linear layer in bfloat16, two weights at a time; float32 sums, rounded once.
+// Products of a linear layer in bfloat16, two weights at a time; float32 sums, rounded once or left as they are.
 
 #pragma once
 
@@ -23,9 +23,9 @@ inline __m512bh pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
 // Outputs of T tokens, y [T, n] from their x [T, pairs]: R vectors of them, with their weights [pairs, R * W].
 // Meanwhile `more` vectors per pair are fetched from `next`.
-template <int T, int R>
+template <int T, int R, typename Y>
 void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias, const int32_t* next,
-                   int64_t more, BFloat16* y, int64_t n) {
+                   int64_t more, Y* y, int64_t n) {
   __m512 sums[T][R];
   for (int r = 0; r < R; ++r) {
     const __m512 first = bias ? __m512(load(bias + r * W)) : _mm512_setzero_ps();
@@ -46,9 +46,9 @@ void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const
 
 // The same for any number of tokens. Weights come from memory once: for the first tile they are fetched a little ahead,
 // with more tiles the block after them is fetched bit by bit beside all of these.
-template <int R>
-void multiply_block(const int32_t* x, int64_t tokens, int64_t size, const int32_t* weights, const BFloat16* bias,
-                    BFloat16* y, int64_t n) {
+template <int R, typename Y>
+void multiply_block(const int32_t* x, int64_t tokens, int64_t size, const int32_t* weights, const BFloat16* bias, Y* y,
+                    int64_t n) {
   const int64_t tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t t = i * TILE_TOKENS, done = R * i / tiles, more = R * (i + 1) / tiles - done;
@@ -60,24 +60,29 @@ void multiply_block(const int32_t* x, int64_t tokens, int64_t size, const int32_
 }
 
 // x W^T + bias of x [..., k] and a bias [n]. The weights are packed: blocks of TILE_OUTPUTS outputs, the last of what
-// is left, each block [k / 2, outputs, 2]. k is even, n a multiple of W.
-Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias) {
-  const int64_t k = x.size(-1), n = packed.numel() / k, size = k / 2, tokens = x.numel() / k;
-  TORCH_CHECK(x.is_contiguous() && packed.is_contiguous() && k % 2 == 0 && n % W == 0 && packed.numel() == n * k);
+// is left, each block [k / 2, outputs, 2]. k is even and not 0, n a multiple of W. `type`
+// of the result: bfloat16 or float32.
+Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, at::ScalarType type) {
+  const int64_t k = x.size(-1);
+  TORCH_CHECK(x.is_contiguous() && packed.is_contiguous() && k > 0 && k % 2 == 0);
+  const int64_t n = packed.numel() / k, size = k / 2, tokens = x.numel() / k;
+  TORCH_CHECK(n % W == 0 && packed.numel() == n * k);
   for (const Tensor* t : {&x, &packed}) TORCH_CHECK(t->scalar_type() == at::kBFloat16);
   TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == n && bias->scalar_type() == at::kBFloat16));
   auto sizes = x.sizes().vec();
   sizes.back() = n;
-  Tensor y = at::empty(sizes, x.options());
+  Tensor y = at::empty(sizes, x.options().dtype(type));
   const auto* in = static_cast<const int32_t*>(x.const_data_ptr());
   const auto* w = static_cast<const int32_t*>(packed.const_data_ptr());
   const BFloat16* b = bias ? bias->const_data_ptr<BFloat16>() : nullptr;
-  BFloat16* out = y.mutable_data_ptr<BFloat16>();
-  at::parallel_for(0, (n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * k), [&](int64_t from, int64_t to) {
-    for (int64_t first = from * TILE_OUTPUTS; first < std::min(n, to * TILE_OUTPUTS); first += TILE_OUTPUTS)
-      up_to<TILE_VECTORS>((n - first) / W, [&](auto vectors) {
-        multiply_block<vectors()>(in, tokens, size, w + first * size, b ? b + first : nullptr, out + first, n);
-      });
+  by_type(y, [&](auto value) {
+    auto* out = y.mutable_data_ptr<decltype(value)>();
+    at::parallel_for(0, (n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * k), [&](int64_t from, int64_t to) {
+      for (int64_t first = from * TILE_OUTPUTS; first < std::min(n, to * TILE_OUTPUTS); first += TILE_OUTPUTS)
+        up_to<TILE_VECTORS>((n - first) / W, [&](auto vectors) {
+          multiply_block<vectors()>(in, tokens, size, w + first * size, b ? b + first : nullptr, out + first, n);
+        });
+    });
   });
   return y;
 }

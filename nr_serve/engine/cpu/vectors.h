@@ -43,11 +43,21 @@ inline Vec load(const BFloat16* from, int64_t count = W) {
 inline void store(float* to, Vec v, int64_t count = W) { v.store(to, count); }
 
 inline void store(BFloat16* to, Vec v, int64_t count = W) {
+#ifdef __AVX512BF16__
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1U << count) - 1), (__m256i)_mm512_cvtneps_pbh(v));
+#else
   at::vec::convert_float_bfloat16(v, v).store(to, count);
+#endif
 }
 
 inline Vec add(Vec a, Vec b) { return a + b; }
-inline Vec most(Vec a, Vec b) { return at::vec::maximum(a, b); }
+inline Vec most(Vec a, Vec b) {
+#ifdef CPU_CAPABILITY_AVX512
+  return _mm512_max_ps(a, b);  // it need not pass a NaN on, as torch's does: what it is taken from is NaN as well
+#else
+  return at::vec::maximum(a, b);
+#endif
+}
 inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }
@@ -124,18 +134,22 @@ void up_to(int64_t n, F&& f) {
   f(std::integral_constant<int, MOST>());
 }
 
-// f(N, first) for items first to first + N, at most ROWS_AT_ONCE; N is a constant.
-template <typename F>
+// f(N, first) for items first to first + N, at most MOST; N is a constant.
+template <int MOST = ROWS_AT_ONCE, typename F>
 void by_rows(int64_t items, F&& f) {
-  for (int64_t i = 0; i < items; i += ROWS_AT_ONCE) up_to<ROWS_AT_ONCE>(items - i, [&](auto some) { f(some, i); });
+  for (int64_t i = 0; i < items; i += MOST) up_to<MOST>(items - i, [&](auto some) { f(some, i); });
 }
 
-// f(size, column) for the columns of a row in runs of VECTORS_AT_ONCE; the size of a whole run is a constant.
-template <typename F>
+// f(size, column) for the columns of a row in runs of MOST vectors, then of half as many, and so on; the size of a run
+// is a constant, but for the last one's of less than a vector. MOST is a power of 2.
+template <int64_t MOST = VECTORS_AT_ONCE, typename F>
 void by_columns(int64_t from, int64_t to, F&& f) {
-  for (; from + VECTORS_AT_ONCE * W <= to; from += VECTORS_AT_ONCE * W)
-    f(std::integral_constant<int64_t, VECTORS_AT_ONCE * W>(), from);
-  if (from < to) f(to - from, from);
+  for (; from + MOST * W <= to; from += MOST * W) f(std::integral_constant<int64_t, MOST * W>(), from);
+  if constexpr (MOST > 1) {
+    by_columns<MOST / 2>(from, to, f);
+  } else if (from < to) {
+    f(to - from, from);
+  }
 }
 
 }  // namespace nr_serve
