@@ -503,6 +503,18 @@ def test_weights_gone_wild_are_refused_not_taken_for_neutral():
     assert server.adapters.registry.slots_used == 0
 
 
+@pytest.mark.parametrize("max_leak", [None, 1.0])
+@pytest.mark.parametrize("layer", range(tiny.LAYERS))
+def test_one_block_gone_wild_is_refused_whatever_its_layer(layer, max_leak):
+    server = Probed(max_leak=max_leak)
+    made = server.made(1)
+    blocks = list(made.blocks)
+    blocks[layer] = dataclasses.replace(blocks[layer], w_out=blocks[layer].w_out * 1e38)
+    error = error_of(server.load("wild", dataclasses.replace(made, blocks=tuple(blocks))))
+    assert isinstance(error, BadAdapterFile)
+    assert server.adapters.views() == ()
+
+
 def test_a_probe_that_fails_is_a_load_refused_and_no_more():
     server = Probed()
     made = server.made(1)
