@@ -133,11 +133,12 @@ class Runner:
     def _is_wild(self, trial: Piece, logits_NV: Tensor) -> bool:
         """Behind a residue gone wild every gate is NaN, which does not fire: that must not pass for neutral.
 
-        Behind the last layer's there is no gate, but the logits of the piece's tokens, [N, V].
+        Behind the last layer's there is no gate, but the logits of the piece's tokens, [N, V]. And a stream whose
+        squares are infinite is normalised to 0: then no gate opens either, and all logits are equal.
         """
         slots = [version.slot for version in trial.request.selection or ()]
-        gone = self.bank.state_LRS[:, trial.request.row][:, slots].isnan().any()
-        return bool(gone) or bool(logits_NV.isnan().any())
+        nan = self.bank.state_LRS[:, trial.request.row][:, slots].isnan().any()
+        return bool(nan) or not bool((logits_NV.amax(-1) > logits_NV.amin(-1)).all())
 
     def _step(
         self, pieces: Sequence[Piece], labels: Sequence[int], positions: list[int]

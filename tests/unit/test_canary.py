@@ -576,6 +576,15 @@ def test_one_block_gone_wild_is_refused_whatever_its_layer(layer, max_leak):
     assert server.adapters.views() == ()
 
 
+@pytest.mark.parametrize("max_leak", [None, 1.0])
+def test_a_stream_too_large_to_be_normalised_is_refused_not_taken_for_neutral(max_leak):
+    server = Probed(max_leak=max_leak)
+    made = server.made(1, scale=1e24)  # finite, but not its square
+    assert server.naive.logits(TEXTS["one"], [made]).isfinite().all()
+    assert isinstance(error_of(server.load("wild", made)), BadAdapterFile)
+    assert server.adapters.views() == ()
+
+
 def test_a_probe_that_fails_is_a_load_refused_and_no_more():
     server = Probed()
     made = server.made(1)
