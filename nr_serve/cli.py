@@ -81,7 +81,7 @@ def parse(settings: type[BaseSettings], name: str, args: list[str]) -> BaseSetti
     )
     source.root_parser.error = partial(_wrong_usage, source.root_parser)
     rest, changes = _changes(args)
-    given = {"set": changes} if changes and "set" in settings.model_fields else {}
+    given: dict[str, Any] = {"set": changes} if changes and "set" in settings.model_fields else {}
     return CliApp.run(settings, cli_args=rest if given else args, cli_settings_source=source, **given)
 
 
