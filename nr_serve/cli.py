@@ -80,7 +80,25 @@ def parse(settings: type[BaseSettings], name: str, args: list[str]) -> BaseSetti
         add_argument_method=_add_grouped if settings is ServeConfig else ArgumentParser.add_argument,
     )
     source.root_parser.error = partial(_wrong_usage, source.root_parser)
-    return CliApp.run(settings, cli_args=args, cli_settings_source=source)
+    rest, changes = _changes(args)
+    given: dict[str, Any] = {"set": changes} if changes and "set" in settings.model_fields else {}
+    return CliApp.run(settings, cli_args=rest if given else args, cli_settings_source=source, **given)
+
+
+def _changes(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--set`, and its values: pydantic-settings would cut `blocks.h=[16,0]` at the comma."""
+    rest: list[str] = []
+    changes: list[str] = []
+    left = list(args)
+    while left:
+        arg = left.pop(0)
+        if arg == "--set" and left and not left[0].startswith("--"):
+            changes.append(left.pop(0))
+        elif arg.startswith("--set="):
+            changes.append(arg.removeprefix("--set="))
+        else:
+            rest.append(arg)
+    return rest, changes
 
 
 def _wrong_usage(parser: ArgumentParser, message: str) -> NoReturn:

@@ -104,7 +104,7 @@ class AsyncEngine:
         self._engine = build(self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._live: dict[str, _Live] = {}
-        self._commands: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._reading: asyncio.Task[None] | None = None
         self._statistics: GateStatistics | None = None
         self.metrics = metrics
@@ -173,10 +173,7 @@ class AsyncEngine:
         self._check_ready()
         # A task of its own, shielded: a client that goes away does not undo what the engine is at work on,
         # and what it did must still be noted.
-        task = asyncio.create_task(self._carry_out(command))
-        self._commands.add(task)
-        task.add_done_callback(self._commands.discard)
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._keep(asyncio.create_task(self._carry_out(command))))
 
     async def scrape(self) -> bytes:
         """The metrics as text. An engine that is long at one step is shown as it was last read."""
@@ -193,6 +190,19 @@ class AsyncEngine:
             raise Unavailable("the engine failed; the server's log says why")
         if self.status != "ready":
             raise Unavailable(f"the server is not ready: {self.status}")
+
+    def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
+        """Hold a task until it ends: nobody else may."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _list(self) -> None:
+        """Note which adapters there are; asked for as a command, so that what was noted before is older."""
+        try:
+            await self.call(ListAdapters())
+        except NrError as error:
+            log.debug("the adapters cannot be listed: %s", error)
 
     async def _read(self) -> None:
         try:
@@ -220,7 +230,9 @@ class AsyncEngine:
             self.adapters.pop(command.name, None)
             self.metrics.unloaded(command.name)
         elif isinstance(command, ListAdapters):
-            self.adapters = {view.name: view for view in answer}
+            before, self.adapters = self.adapters, {view.name: view for view in answer}
+            for name in before.keys() - self.adapters.keys():  # found out by the engine
+                self.metrics.unloaded(name)
 
     def _track(self, request: Submit, inbox: asyncio.Queue[Output]) -> _Live:
         trace = None if self.tracing is None else self.tracing.begin()
@@ -245,6 +257,8 @@ class AsyncEngine:
     def _deal(self, events: StepEvents) -> None:
         if events.report is not None:
             self.metrics.step(events.report)
+        if events.adapters_changed:
+            self._keep(asyncio.create_task(self._list()))
         for output in events.outputs:
             live = self._live.get(output.request_id)
             if live is None:  # aborted while the step ran

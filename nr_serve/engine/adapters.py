@@ -45,7 +45,7 @@ class _Change:
     started: float
     answer: Future[AdapterView] | None = None
     """Set for a load and for a patch: it is answered when it acts. A load is published then."""
-    replace: bool = False
+    load: LoadAdapter | None = None
     copied: bool = False
     patch: PatchAdapter | None = None
     evicted: Version | None = None
@@ -65,8 +65,9 @@ class Adapters:
         # What acts and is still to be measured, each with its attachment: by another it is not meant any more.
         self._behind: deque[tuple[int, Measurement]] = deque()
         self._on_trial: Measurement | None = None
-        # What a version that acts unmeasured replaced: it comes back if that version is found out.
+        # What acted before a version, or a threshold of it, that acts unmeasured: it comes back if that is wild.
         self._replaced: dict[Version, Version] = {}
+        self._changed_itself = False
         self._gates = GateCounts(bank, self.registry)
 
     # Requests
@@ -129,14 +130,14 @@ class Adapters:
         except NrError as error:
             answer.set_exception(error)
             return
-        version = Version(message.name, adapter.version, adapter, threshold, pinned=self._pinned(message))
-        if self._start_copy(version, started, answer=answer, replace=message.replace):
+        version = Version(message.name, adapter.version, adapter, threshold)
+        if self._start_copy(version, started, answer=answer, load=message):
             return
         if self._canary.max_leak is not None:
             answer.set_exception(_unmeasured(version))
             return
         # Every slot is in use: it is registered, and attached when one comes free or somebody asks for it.
-        self._publish(_Change(version, iter(()), None, started, answer, message.replace))
+        self._publish(_Change(version, iter(()), None, started, answer, message))
 
     def unload(self, name: str) -> AdapterView:
         """Forget a name; running requests keep the version they hold. Raises NotFound."""
@@ -213,6 +214,11 @@ class Adapters:
                 self._behind.popleft()
                 self._replaced.pop(measurement.version, None)
 
+    def take_changed(self) -> bool:
+        """Whether names or versions changed, since the last time, without anybody asking for it."""
+        changed, self._changed_itself = self._changed_itself, False
+        return changed
+
     def abandon(self, error: NrError) -> None:
         """Answer every load and patch under way with `error`: the engine is at its end."""
         for change in self._changes:
@@ -265,7 +271,7 @@ class Adapters:
         *,
         beside: Selection = (),
         answer: Future[AdapterView] | None = None,
-        replace: bool = False,
+        load: LoadAdapter | None = None,
     ) -> bool:
         """Give the version a slot and start to fill it; False if none can be had."""
         slot = self.registry.find_slot(beside)
@@ -278,7 +284,7 @@ class Adapters:
         # Shut until it is finished: what is measured may be refused, and must not be observed meanwhile.
         copying = self._bank.attach(slot, version.payload, math.inf)
         measurement = self._canary.begin(version, version.threshold)
-        self._changes.append(_Change(version, copying, measurement, started, answer, replace, evicted=evicted))
+        self._changes.append(_Change(version, copying, measurement, started, answer, load, evicted=evicted))
         return True
 
     def _to_measure(self) -> Measurement | None:
@@ -315,7 +321,7 @@ class Adapters:
         self._changes.append(_Change(version, iter(()), measurement, started, answer, patch=message))
 
     def _pinned(self, message: LoadAdapter) -> bool:
-        """Whether the version to come is pinned: as asked, else as the one it replaces."""
+        """Whether the version is pinned that takes its name now: as asked, else as the one it replaces."""
         if message.pinned is not None:
             return message.pinned
         return message.name in self.registry and self.registry.get(message.name).pinned
@@ -381,20 +387,25 @@ class Adapters:
     def _turn(self, version: Version, patch: PatchAdapter) -> None:
         if patch.pinned is not None:
             version.pinned = patch.pinned
+            if version in self._replaced:  # the name was pinned, or set free, whoever bears it
+                self._replaced[version].pinned = patch.pinned
         if patch.threshold is not None:
+            self._keep_turned(version, patch.threshold)
             version.threshold = patch.threshold
             if version.attached and version.slot is not None:
                 self._open(version)
 
     def _publish(self, change: _Change) -> None:
         assert change.answer is not None
+        assert change.load is not None
         version = change.version
         try:
-            self.registry.check_name(version.name, replace=change.replace)
+            self.registry.check_name(version.name, replace=change.load.replace)
         except NrError as error:  # somebody else took the name while this was copied
             self._take_back(change)
             change.answer.set_exception(error)
             return
+        version.pinned = self._pinned(change.load)  # not before: that one's pin may have been turned meanwhile
         if version.slot is not None:
             self.registry.attach(version)
         self._keep_replaced(version)
@@ -438,21 +449,36 @@ class Adapters:
         if self._canary.must_measure(version, version.threshold):
             self._replaced[version] = measured
 
+    def _keep_turned(self, version: Version, threshold: float) -> None:
+        """Note the threshold that `version` is about to leave for another, if it was measured there."""
+        if not self._canary.must_measure(version, threshold):
+            self._replaced.pop(version, None)
+        elif not self._canary.must_measure(version, version.threshold):
+            self._replaced[version] = _again(version)
+
     def _found_out(self, version: Version, error: NrError) -> None:
-        """An adapter that acts already could not be measured: what it replaced is put back."""
+        """An adapter that acts already could not be measured: what acted before it is put back."""
         log.error("adapter %s, version %s: %s", version.name, version.digest, error.message)
         if not isinstance(error, BadAdapterFile):
             return
+        self._changed_itself = True
         before = self._replaced.pop(version, None)
         if before is None:
             self.unload(version.name)
             return
-        log.warning("adapter %s: version %s is put back", before.name, before.digest)
-        self._take_name(Version(before.name, before.digest, before.payload, before.threshold, pinned=before.pinned))
+        log.warning(
+            "adapter %s: version %s is put back, at threshold %g", before.name, before.digest, before.threshold
+        )
+        self._take_name(_again(before))
 
     def _shut(self, slot: int) -> None:
         self._bank.detach(slot)
         self.attachments.remove(slot)
+
+
+def _again(version: Version) -> Version:
+    """The same, not in a slot."""
+    return Version(version.name, version.digest, version.payload, version.threshold, pinned=version.pinned)
 
 
 def _unmeasured(version: Version) -> Unavailable:

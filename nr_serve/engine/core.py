@@ -127,7 +127,8 @@ class Core:
         outputs = self._apply(schedule, pieces, results)
         if trial is not None and tried is not None:
             self._adapters.tried(trial, tried)
-        return StepEvents(tuple(outputs), self._report(pieces, started, preempted) if pieces else None)
+        report = self._report(pieces, started, preempted) if pieces else None
+        return StepEvents(tuple(outputs), report, self._adapters.take_changed())
 
     def statistics(self) -> GateStatistics:
         """Gate totals and gauges, as they are between two steps."""

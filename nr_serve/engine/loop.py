@@ -242,7 +242,7 @@ class EngineLoop:
             adapters.copy_some()
             if not core.idle or adapters.busy:
                 events = core.step(measures=not self._reading)  # one of the two is enough for a step
-                if events.outputs or events.report is not None:
+                if events.outputs or events.report is not None or events.adapters_changed:
                     self._deliver(events)
 
     def _take_messages(self, core: Core, adapters: Adapters, *, wait: bool) -> bool:

@@ -149,6 +149,8 @@ class StepEvents:
 
     outputs: tuple[Output, ...]
     report: StepReport | None = None
+    adapters_changed: bool = False
+    """An adapter was found out, and unloaded or put back, with no command."""
 
 
 # Commands: each is answered through a future with the value named in its docstring, or with an NrError.

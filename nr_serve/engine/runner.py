@@ -125,15 +125,20 @@ class Runner:
             result = _guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS)
             results.append(replace(result, opened=opened_here) if opened_here else result)
             at = rows.stop
-        if pieces[-1].trial is not None and self._is_wild(pieces[-1]):
+        if pieces[-1].trial is not None and self._is_wild(pieces[-1], logits_NV[-pieces[-1].count :]):
             error = BadAdapterFile("its residues drive the base to values that are not finite")
             results[-1] = replace(results[-1], error=error)
         return results
 
-    def _is_wild(self, trial: Piece) -> bool:
-        """Behind a residue gone wild every gate is NaN, which does not fire: that must not pass for neutral."""
+    def _is_wild(self, trial: Piece, logits_NV: Tensor) -> bool:
+        """Behind a residue gone wild every gate is NaN, which does not fire: that must not pass for neutral.
+
+        Behind the last layer's there is no gate, but the logits of the piece's tokens, [N, V]. And a stream whose
+        squares are infinite is normalised to 0: then no gate opens either, and all logits are equal.
+        """
         slots = [version.slot for version in trial.request.selection or ()]
-        return bool(self.bank.state_LRS[:, trial.request.row][:, slots].isnan().any())
+        nan = self.bank.state_LRS[:, trial.request.row][:, slots].isnan().any()
+        return bool(nan) or not bool((logits_NV.amax(-1) > logits_NV.amin(-1)).all())
 
     def _step(
         self, pieces: Sequence[Piece], labels: Sequence[int], positions: list[int]
@@ -298,8 +303,13 @@ def _guarded_result(piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int],
 
 
 def _logit_positions(piece: Piece) -> list[int]:
-    """Places in the piece whose logits are needed: the last if it samples, and the prompt's if asked for."""
+    """Places in the piece whose logits are needed: the last if it samples, and the prompt's if asked for.
+
+    All of a piece on trial.
+    """
     sampling = piece.request.sampling
+    if piece.trial is not None:
+        return list(range(piece.count))
     if sampling.prompt_logprobs is None:
         return [piece.count - 1] if piece.samples and sampling.max_tokens > 0 else []
     last_of_prompt = piece.request.prompt_length - 1

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nr_serve.errors import BadRequest, faults
-from nr_serve.neutral import block_width
+from nr_serve.neutral import MAX_THRESHOLD, block_width
 from nr_serve.train.entries import DATASETS, names_source
 
 Positive = Annotated[int, Field(gt=0)]
@@ -191,6 +191,8 @@ class Gate(_Section):
             raise ValueError(f"random gates (init = '{self.init}') must be trained")
         if self.kind == "none" and self.trained:
             raise ValueError("a gate of kind 'none' has nothing to train")
+        if self.opens_at > MAX_THRESHOLD:
+            raise ValueError(f"threshold, or a fifth of the steepness, is above {MAX_THRESHOLD:g}: no file may say that")
         return self
 
 

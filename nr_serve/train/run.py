@@ -28,7 +28,7 @@ from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
 from nr_serve.train.log import Log
 from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
-from nr_serve.train.recipe import Recipe, parse_recipe
+from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe
 from nr_serve.train.run_text import read_run_text
 from nr_serve.train.text.pack import Windows, digest
 from nr_serve.train.trainer import RunTrainer, TrainingStopped, training_arguments
@@ -143,7 +143,10 @@ class TrainingRun:
         def fit() -> FittedGates:
             _say("fitting the gates")
             original = self.text.classes.original
-            return fit_gates(self.base.model, self.learner.attached, classes, gate, original=original)
+            made = fit_gates(self.base.model, self.learner.attached, classes, gate, original=original)
+            if not made.gates:
+                raise BadRecipe(f"no layer's gate finds gate.min_found, {gate.min_found:g}, of the target")
+            return made
 
         fitted = GateCache().fitted(self._gates_depend_on(adapter, classes), fit)
         self._log({"event": "gates", "layers": {i: asdict(each) for i, each in fitted.report.items()}})

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import pytest
 
 from nr_serve.engine.gate_counts import GateCounts
-from nr_serve.engine.messages import LoadAdapter, PatchAdapter, Sampling, Submit
+from nr_serve.engine.messages import LoadAdapter, PatchAdapter, Sampling, StepEvents, Submit
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, Unavailable
 from nr_serve.neutral import math
 from tests import tiny
@@ -61,15 +61,17 @@ class Server:
         submit = Submit(name, PROMPT, sampling, adapters, selected, gates=gates, cache_salt=name)
         assert self.core.add(submit) is None
 
-    def step(self, *, copy=True) -> None:
+    def step(self, *, copy=True) -> StepEvents:
         if copy:
             self.adapters.copy_some(seconds=0)
-        for output in self.core.step().outputs:
+        events = self.core.step()
+        for output in events.outputs:
             self.tokens.setdefault(output.request_id, []).extend(t.id for t in output.tokens)
             if output.prompt is not None:
                 self.prompts[output.request_id] = output.prompt
             if output.finish_reason is not None:
                 self.ended[output.request_id] = output.error or output.finish_reason
+        return events
 
     def finish(self) -> None:
         for _ in range(500):

@@ -3,8 +3,9 @@ import os
 import pytest
 
 from nr_serve.api import files
-from nr_serve.engine.messages import LoadAdapter
+from nr_serve.engine.messages import LoadAdapter, StepEvents
 from tests.fakes import serving, view
+from tests.unit.waiting import until
 
 
 @pytest.fixture
@@ -45,6 +46,15 @@ def test_a_replacement_stays_pinned_unless_told_otherwise(server):
     assert server.http.post("/v1/load_lora_adapter", json=again).status_code == 200
     assert server.http.get("/v1/adapters/da").json()["pinned"] is True
     assert server.http.post("/v1/adapters", json=load | {"pinned": False}).json()["pinned"] is False
+
+
+def test_an_adapter_that_the_engine_unloads_by_itself_is_gone_here_too(server):
+    del server.engine.adapters["hu"]
+    server.engine.deliver(StepEvents((), adapters_changed=True))
+    until(lambda: "hu" not in [card["id"] for card in server.http.get("/v1/models").json()["data"]])
+    assert server.complete(model="hu", max_tokens=1).status_code == 404
+    assert "nr_adapter_unloads_total 1.0" in server.http.get("/metrics").text
+    assert put(server, "hu").status_code == 201, "its name is free"
 
 
 @pytest.mark.parametrize("name", ["a b", "-a", ".a", "a" * 65, "base", "base@none", "é"])

@@ -238,8 +238,9 @@ def test_an_adapter_that_is_found_wild_while_it_acts_is_unloaded(caplog):
 
     server.runner.run = wild
     with caplog.at_level(logging.ERROR):
-        server.step()
+        assert server.step().adapters_changed
     server.runner.run = run
+    assert not server.step().adapters_changed
     assert "adapter a, version v1: not finite" in caplog.text
     assert server.state("a") is None
     assert isinstance(error_of(server.patch("a", threshold=0.1)), NotFound)
@@ -297,6 +298,66 @@ def test_what_is_put_back_goes_before_others_that_wait_for_a_slot():
     while server.adapters.busy:
         server.step()
     assert (server.view("a").version, server.state("a"), server.state("b")) == ("v1", "attached", "registered")
+
+
+def test_a_threshold_found_wild_goes_back_to_the_last_that_was_measured():
+    server = Probed(slots=2)
+    made = server.made(1, threshold=0.2)
+    server.load("a", made)
+    known = server.view("a")
+    server.patch("a", threshold=0.1)
+    server.patch("a", threshold=0.0, pinned=True)
+    find_out(server)
+    back = server.view("a")
+    assert (back.version, back.threshold, back.pinned) == (known.version, 0.2, True)
+    server.work()
+    assert (server.state("a"), server.neutrality("a")) == ("attached", known.neutrality)
+    server.ask("r", ("a",))
+    server.finish()
+    assert server.tokens["r"] == server.expected(made)
+    server.patch("a", threshold=0.0)
+    server.work()
+    server.patch("a", threshold=-0.1)
+    find_out(server)
+    assert server.view("a").threshold == 0.0
+
+
+def test_back_at_a_measured_threshold_what_was_replaced_does_not_come_back():
+    server = Probed(slots=2)
+    server.load("a", server.made(2))
+    server.load("a", server.made(1), replace=True)
+    server.ask("beside", (), tokens=200)
+    answer = server.load("a", server.made(2), threshold=0.3, replace=True, finish=False)
+    while not answer.done():
+        server.step()
+    server.patch("a", threshold=0.0)
+    server.patch("a", threshold=-0.1)
+    find_out(server)
+    assert (server.view("a").version, server.view("a").threshold) == ("v2", 0.0)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_pin_turned_while_a_version_is_on_trial_is_kept_when_another_is_put_back(pinned):
+    server = Probed(slots=2)
+    server.load("a", server.made(1), pinned=not pinned)
+    server.ask("beside", (), tokens=200)
+    replace_until_it_acts(server, 2)
+    server.patch("a", pinned=pinned)
+    find_out(server)
+    assert (server.view("a").version, server.view("a").pinned) == ("v1", pinned)
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_pin_turned_while_a_version_is_on_its_way_is_the_one_it_takes_over(pinned, asked):
+    server = Probed(slots=2, max_leak=1.0)
+    server.load("a", server.made(1), pinned=not pinned)
+    answer = server.load("a", server.made(2), replace=True, pinned=asked, finish=False)
+    server.step()
+    server.patch("a", pinned=pinned)
+    server.work()
+    view = answer.result(timeout=0)
+    assert (view.version, view.pinned) == ("v2", pinned if asked is None else asked)
 
 
 def test_what_was_replaced_by_an_adapter_that_was_measured_does_not_come_back():
@@ -501,6 +562,27 @@ def test_weights_gone_wild_are_refused_not_taken_for_neutral():
     assert isinstance(error_of(server.load("wild", server.made(1, scale=1e38))), BadAdapterFile)
     assert server.adapters.views() == ()
     assert server.adapters.registry.slots_used == 0
+
+
+@pytest.mark.parametrize("max_leak", [None, 1.0])
+@pytest.mark.parametrize("layer", range(tiny.LAYERS))
+def test_one_block_gone_wild_is_refused_whatever_its_layer(layer, max_leak):
+    server = Probed(max_leak=max_leak)
+    made = server.made(1)
+    blocks = list(made.blocks)
+    blocks[layer] = dataclasses.replace(blocks[layer], w_out=blocks[layer].w_out * 1e38)
+    error = error_of(server.load("wild", dataclasses.replace(made, blocks=tuple(blocks))))
+    assert isinstance(error, BadAdapterFile)
+    assert server.adapters.views() == ()
+
+
+@pytest.mark.parametrize("max_leak", [None, 1.0])
+def test_a_stream_too_large_to_be_normalised_is_refused_not_taken_for_neutral(max_leak):
+    server = Probed(max_leak=max_leak)
+    made = server.made(1, scale=1e24)  # finite, but not its square
+    assert server.naive.logits(TEXTS["one"], [made]).isfinite().all()
+    assert isinstance(error_of(server.load("wild", made)), BadAdapterFile)
+    assert server.adapters.views() == ()
 
 
 def test_a_probe_that_fails_is_a_load_refused_and_no_more():

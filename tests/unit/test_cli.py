@@ -243,6 +243,19 @@ def test_train_hands_its_flags_and_the_changed_recipe_to_the_trainer(tmp_path, m
     assert "run.steps: not a known key" in capsys.readouterr().err
 
 
+def test_what_is_set_is_not_cut_at_commas(capsys):
+    values = ["blocks.h=[0,16,0]", 'data.target=["a, b", "c"]', "domain=x,y"]
+    flags = [f"--set={values[0]}", "--set", values[1], "--set", values[2]]
+    train = parse(COMMANDS["train"][0], "train", ["r.toml", "--corpus", "c", *flags, "--out", "o", "--resume"])
+    assert (train.set, train.resume, train.out) == (values, True, Path("o"))
+    for wrong in (["--set"], ["--set", "--resume"], ["--set", "a=1", "--set"]):
+        with pytest.raises(SystemExit):
+            parse(COMMANDS["train"][0], "train", ["r.toml", "--corpus", "c", "--out", "o", *wrong])
+        assert "argument --set: expected one argument" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(ServeConfig, "serve", ["--set", "a=1"])
+
+
 def test_export_adapter_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("nr_serve.train.export.export_run", lambda *args, **more: calls.append((*args, more)) or 7)

@@ -1,5 +1,6 @@
 """What a run is refused for is said before its base is loaded; of a sweep, before its first run starts."""
 
+import random
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,11 @@ FAULTS = {
         {},
         {"hu.a.train.txt": PROSE, "hu.a.heldout.txt": PROSE},
         r"held-out text of hu\.a and the target share 100%",
+    ),
+    "held-out documents of one token": (
+        {},
+        {"hu.a.heldout.txt": b"\n\n".join([b"x", b"y"] * 40)},
+        "held-out text of hu.a has no two tokens of one document",
     ),
     "no background for its share": ({"data__background": []}, {}, "data.background names no text"),
     "parts that do not divide": ({"run__accumulate": 3}, {}, "do not divide into 3 parts"),
@@ -64,6 +70,17 @@ def test_text_that_is_missing_is_said_before_the_base_is_looked_for(tmp_path, co
     recipe = write_recipe(tmp_path, tmp_path / "no base", data__target=["xx.*"])
     with pytest.raises(BadRecipe, match="matches 'xx"):
         train(recipe, tmp_path / "out", corpus)
+
+
+def test_a_run_whose_gates_find_too_little_in_every_layer_is_refused(tmp_path, base, corpus):
+    rng = random.Random(9)
+    alike = "\n\n".join(
+        "".join(rng.choices("the ", k=40)) for _ in range(60)
+    ).encode()  # nothing tells it from English
+    text = spoiled(corpus, tmp_path / "text", {"hu.a.train.txt": alike})
+    recipe = write_recipe(tmp_path, base, gate__min_found=0.9999)
+    with pytest.raises(BadRecipe, match=r"no layer's gate finds gate\.min_found, 0\.9999, of the target"):
+        train(recipe, tmp_path / "out", text)
 
 
 def test_a_sweep_checks_the_text_of_every_run_before_the_first_starts(tmp_path, base, corpus, monkeypatch):

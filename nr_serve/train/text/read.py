@@ -81,14 +81,16 @@ def read_heldout(
 ) -> dict[str, Windows]:
     """Up to `windows` windows of each class of the sources `written` in a recipe's way, by the class's name.
 
-    Raises BadRecipe if a source is missing, empty or damaged, if a class fills no window, or if its text is also in
-    the training text `apart_from`: what is measured on learned text tells nothing, and a warning in the log of a
-    long run is not read.
+    Raises BadRecipe if a source is missing, empty or damaged, if a class fills no window or has documents of one
+    token only, or if its text is also in the training text `apart_from`: what is measured on learned text tells
+    nothing, and a warning in the log of a long run is not read.
     """
     packer = _Packer(tokenizer, window, 0, cache or TokenCache(), fewest=1)
     classes = _by_class((source.name, source) for source in find_sources(folder, written, text_field))
     packed = {name: packer.pack(name, sources, windows * window) for name, sources in classes.items()}
     for name, held in packed.items():
+        if not held.windows.labelled:
+            raise BadRecipe(f"the held-out text of {name} has no two tokens of one document: none can be predicted")
         for other, grams in {} if apart_from is None else apart_from.grams.items():
             _check_overlap(f"the held-out text of {name}", held.grams, _text_of(other), grams)
     return _windows(packed)
