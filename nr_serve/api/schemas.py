@@ -223,7 +223,7 @@ class LoadBody(Body):
     path: Text = Field(min_length=1, description="absolute, or relative to an allowed folder")
     replace: bool = False
     pinned: bool | None = Field(None, description="default: as the version it replaces")
-    threshold: float | None = Field(None, ge=-MAX_THRESHOLD, le=MAX_THRESHOLD, description="default: the file's")
+    threshold: float | None = Field(None, ge=0, le=MAX_THRESHOLD, description="default: the file's")
 
 
 class PutQuery(BaseModel):
@@ -233,7 +233,7 @@ class PutQuery(BaseModel):
 
     replace: bool = False
     pinned: bool | None = Field(None, description="default: as the version it replaces")
-    threshold: float | None = Field(None, ge=-MAX_THRESHOLD, le=MAX_THRESHOLD, description="default: the file's")
+    threshold: float | None = Field(None, ge=0, le=MAX_THRESHOLD, description="default: the file's")
 
 
 class PatchBody(Body):
@@ -242,7 +242,7 @@ class PatchBody(Body):
     model_config = ConfigDict(json_schema_extra={"example": {"pinned": True, "threshold": 0.5}})
 
     pinned: bool | None = None
-    threshold: float | None = Field(None, ge=-MAX_THRESHOLD, le=MAX_THRESHOLD)
+    threshold: float | None = Field(None, ge=0, le=MAX_THRESHOLD)
 
 
 class LoadLoraBody(Body):

@@ -488,5 +488,5 @@ def _unmeasured(version: Version) -> Unavailable:
 
 
 def _check_threshold(threshold: float) -> None:
-    if not abs(threshold) <= MAX_THRESHOLD:
-        raise BadRequest(f"threshold must be within {MAX_THRESHOLD:g}", param="threshold")
+    if not 0 <= threshold <= MAX_THRESHOLD:
+        raise BadRequest(f"threshold must be from 0 to {MAX_THRESHOLD:g}", param="threshold")

@@ -136,8 +136,9 @@ class Bank:
         self.w_out_SLhd = zeros(slots, layers, width, d, dtype=dtype)  # transposed, as rows of h are filled
         self.width_LS = zeros(layers, slots, dtype=torch.int32)  # 0: no block
         self.attached: set[int] = set()
-        self.state_LRS = zeros(layers, rows, slots)  # a row belongs to one running request
-        self.page_state_LNS = zeros(layers, pages, slots)
+        # NaN: nothing came before. A row belongs to one running request.
+        self.state_LRS = torch.full((layers, rows, slots), torch.nan, device=device)
+        self.page_state_LNS = torch.full((layers, pages, slots), torch.nan, device=device)
 
         self._fired_LS = zeros(layers, slots, dtype=torch.int64)
         self._seen_LS = zeros(layers, slots, dtype=torch.int64)
@@ -188,8 +189,8 @@ class Bank:
             yield
         self.carry_S[slot] = self._carries[slot] = adapter.info.carry
         self.ceiling_S[slot] = adapter.info.ceiling
-        self.state_LRS[:, :, slot] = 0
-        self.page_state_LNS[:, :, slot] = 0
+        self.state_LRS[:, :, slot] = torch.nan
+        self.page_state_LNS[:, :, slot] = torch.nan
         self._has_block_LS[:, slot] = self.width_LS[:, slot] > 0
         self.threshold_S[slot] = threshold
         self.attached.add(slot)
@@ -207,7 +208,7 @@ class Bank:
 
     def forget_row(self, row: int) -> None:
         """Clear a row's carried state: its next token starts a sequence."""
-        self.state_LRS[:, row] = 0
+        self.state_LRS[:, row] = torch.nan
 
     def recall_row(self, row: int, page: int) -> None:
         """Set a row's carried state to that at a page's end, for all slots: its next token follows that page."""

@@ -267,8 +267,8 @@ def _info(metadata: Mapping[str, str]) -> AdapterInfo:
         raise BadAdapterFile(f"gate {info.gate!r} cannot be served; known: {', '.join(CEILINGS)}")
     if not 0 <= info.carry < 1:
         raise BadAdapterFile(f"carry must be in [0, 1), not {info.carry}")
-    if abs(info.threshold) > MAX_THRESHOLD:
-        raise BadAdapterFile(f"threshold must be within {MAX_THRESHOLD:g}")
+    if not 0 <= info.threshold <= MAX_THRESHOLD:
+        raise BadAdapterFile(f"threshold must be from 0 to {MAX_THRESHOLD:g}")
     if not 0 < info.layers <= MAX_LAYERS:
         raise BadAdapterFile(f"layers must be in 1..{MAX_LAYERS}")
     return info

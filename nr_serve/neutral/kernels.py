@@ -69,7 +69,7 @@ class Gate:
     threshold_S: Tensor
     ceiling_S: Tensor
     state_RS: Tensor
-    """m of each row's last token; 0 where nothing came before."""
+    """m of each row's last token; NaN: nothing came before."""
     page_state_NS: Tensor
     """m at the end of each page."""
     open_TS: Tensor
@@ -235,6 +235,8 @@ def _carry(
     threshold_s = tl.load(threshold + s, mask=there, other=float("inf"))
     ceiling_s = tl.load(ceiling + s, mask=there, other=0.0)
     m_s = tl.load(state + own_row * state_stride + s, mask=there, other=0.0)
+    fresh_s = m_s != m_s  # NaN: nothing came before
+    m_s = tl.where(fresh_s, 0.0, m_s)
     fired_s = tl.zeros((BLOCK_S,), tl.int64)
     mass_s = tl.zeros((BLOCK_S,), tl.float64)
     for block in range(start, end, BLOCK_T):
@@ -245,7 +247,9 @@ def _carry(
         for part in tl.static_range(PARTS):
             z_ts += tl.load(z + part * T * S + at, mask=inside, other=0.0)
         keep_ts = tl.zeros((BLOCK_T, BLOCK_S), tl.float32) + a_s[None, :]
-        keep_ts, take_ts = tl.associative_scan((keep_ts, (1.0 - a_s)[None, :] * z_ts), 0, _then)
+        starts = (t == start)[:, None] & fresh_s[None, :]
+        take_ts = tl.where(starts, 0.0, (1.0 - a_s)[None, :] * z_ts)
+        keep_ts, take_ts = tl.associative_scan((keep_ts, take_ts), 0, _then)
         m_ts = keep_ts * m_s[None, :] + take_ts
         final = (t == tl.minimum(end, block + BLOCK_T) - 1)[:, None]
         m_s = tl.sum(tl.where(final, m_ts, 0.0), 0)

@@ -3,7 +3,7 @@
 For the token's normalised FFN input x, in one layer, for one adapter:
 
     logit      z_t = w · x_t + b
-    carried    m_t = a m_(t-1) + (1 - a) z_t,   m_(-1) = 0
+    carried    m_t = a m_(t-1) + (1 - a) z_t,   m_0 = 0
     block gate g_t = min(relu(m_t - threshold), ceiling)
     residue    r_t = g_t W_out(silu(W_gate x_t) * (W_in x_t))
 
@@ -11,8 +11,9 @@ and the layer's output is FFN(x) + the sum of r over the selected adapters. g is
 most the threshold, so leaving the block out there changes nothing.
 
 Source: "Neutral Residues", arXiv 2410.02744, section 3. The carry (a > 0) and the ceiling are this project's own:
-the paper's gate has a = 0 and no ceiling (infinity). The carry starts at 0, so that no single token opens a gate or
-holds it shut: a text's first logit tells of its place more than of its language.
+the paper's gate has a = 0 and no ceiling (infinity). A text's first token has no say and gets no block: what stands
+there tells of the place, not of the language, and all later tokens attend to it (an attention sink: Xiao et al.,
+arXiv 2309.17453).
 Shape suffixes: T tokens, d width of the residual stream, h width of the block.
 """
 
@@ -30,14 +31,15 @@ def gate_logit(x_Td: Tensor, w_d: Tensor, b: Tensor) -> Tensor:
     return x_Td.float() @ w_d.float() + b.float()
 
 
-def carry(z_T: Tensor, a: float, state: float | Tensor = 0.0) -> Tensor:
-    """Carried logits m of one sequence, [T], continuing from `state` (scalar; 0 where nothing came before).
+def carry(z_T: Tensor, a: float, state: float | Tensor = math.nan) -> Tensor:
+    """Carried logits m of one sequence, [T], continuing from `state` (scalar; NaN: nothing came before).
 
     The last value is the state to continue from, so any split of a sequence gives the same m.
     """
     m_T = torch.empty_like(z_T)
     for t, z in enumerate(z_T):
-        m_T[t] = state = a * state + (1 - a) * z
+        starts = t == 0 and math.isnan(state)
+        m_T[t] = state = torch.zeros_like(z) if starts else a * state + (1 - a) * z
     return m_T
 
 

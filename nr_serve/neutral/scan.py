@@ -42,7 +42,7 @@ def passes(a_A: Tensor, largest: float, offset_T: Tensor, longest: int) -> list[
 
 
 def carry_on(m_TA: Tensor, doublings: Sequence[Pass]) -> Tensor:
-    """Carried logits, in place, from each row's own term, (1 - a) z; a piece's first has what came before added."""
+    """Carried logits, in place, from each row's own term, (1 - a) z; a piece's first row is m already."""
     for each in doublings:
         added = each.power_A * m_TA[: -each.shift]
         if each.beyond_T1 is not None:
@@ -58,8 +58,10 @@ class StepCarries:
 
     carried_L: tuple[Tensor, ...]
     """[P, A]: a times the state the piece continues from."""
+    share_L: tuple[Tensor, ...]
+    """[P, A]: weight of the first token's own logit, 1 - a; 0 where nothing came before."""
     share_A: Tensor
-    """Weight of a token's own logit, 1 - a."""
+    """The same for the other tokens."""
     first_P: Tensor | None
     """Index of each piece's first token; None in a step of single tokens: all are."""
     doublings: list[Pass]
@@ -68,12 +70,14 @@ class StepCarries:
     def of(
         cls, a_A: Tensor, largest: float, before_LPA: Tensor, offset_T: Tensor, last_P: Tensor, longest: int
     ) -> StepCarries:
-        """For pieces that end at `last_P` and continue from the states `before_LPA`, 0 where nothing came before.
+        """For pieces that end at `last_P` and continue from the states `before_LPA`, NaN where nothing came before.
 
         The rest is as in `passes`.
         """
+        nothing_LPA = before_LPA.isnan()
         return cls(
-            carried_L=(a_A * before_LPA).unbind(),
+            carried_L=(a_A * before_LPA).masked_fill_(nothing_LPA, 0.0).unbind(),
+            share_L=(1 - a_A).expand_as(before_LPA).masked_fill(nothing_LPA, 0.0).unbind(),
             share_A=1 - a_A,
             first_P=None if longest == 1 else F.pad(last_P[:-1] + 1, (1, 0)),
             doublings=passes(a_A, largest, offset_T, longest),
@@ -82,10 +86,11 @@ class StepCarries:
     def carry(self, layer: int, z_TA: Tensor, m_TA: Tensor) -> None:
         """Carried logits of a layer, from its logits z, into m."""
         if self.first_P is None:
-            torch.addcmul(self.carried_L[layer], z_TA, self.share_A, out=m_TA)
+            torch.addcmul(self.carried_L[layer], z_TA, self.share_L[layer], out=m_TA)
             return
         torch.mul(z_TA, self.share_A, out=m_TA)
-        carry_on(m_TA.index_add_(0, self.first_P, self.carried_L[layer]), self.doublings)
+        first_PA = torch.addcmul(self.carried_L[layer], z_TA[self.first_P], self.share_L[layer])
+        carry_on(m_TA.index_copy_(0, self.first_P, first_PA), self.doublings)
 
 
 def segmented_carry(z_TA: Tensor, a_A: Tensor, offset_T: Tensor) -> Tensor:
@@ -96,4 +101,5 @@ def segmented_carry(z_TA: Tensor, a_A: Tensor, offset_T: Tensor) -> Tensor:
     """
     if not len(offset_T):
         return z_TA
-    return carry_on((1 - a_A) * z_TA, passes(a_A, float(a_A.max()), offset_T, int(offset_T.max()) + 1))
+    m_TA = ((1 - a_A) * z_TA).masked_fill((offset_T == 0)[:, None], 0.0)
+    return carry_on(m_TA, passes(a_A, float(a_A.max()), offset_T, int(offset_T.max()) + 1))

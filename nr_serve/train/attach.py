@@ -53,8 +53,7 @@ class BlockModule(nn.Module):
         """Carried logit of every token, [T], float32; the carry starts anew where the offset is 0."""
         with torch.autocast(x_Td.device.type, enabled=False):  # which would make the product bfloat16
             z_T1 = gate_logit(x_Td, self.gate, self.bias)[:, None]
-        m_T1 = z_T1 if carry == 0 else segmented_carry(z_T1, z_T1.new_tensor([carry]), offset_T)
-        return m_T1[:, 0]
+        return segmented_carry(z_T1, z_T1.new_tensor([carry]), offset_T)[:, 0]
 
     def residue(self, x_fd: Tensor, g_f: Tensor) -> Tensor:
         """What the block adds to the FFN's output, [f, d]."""

@@ -1,9 +1,9 @@
 """Fitted gates: each layer's gate tells the target's tokens from every other class, by a convex problem.
 
 The carry is linear, so the carried logit of a token is m_t = e_t (w · u_t + b), with u the causal mean of its
-inputs and e_t = 1 - a^(t+1) the weight of the evidence so far (the bias correction of Adam, arXiv 1412.6980,
-section 3): a gate can be fitted on u as if it were not carried. Layers are fitted in one forward pass, first to
-last: each sees the stream as the gates below it, already fitted, leave it.
+inputs but the first and e_t = 1 - a^t the weight of the evidence so far (the bias correction of Adam, arXiv
+1412.6980, section 3): a gate can be fitted on u as if it were not carried. Layers are fitted in one forward pass,
+first to last: each sees the stream as the gates below it, already fitted, leave it.
 
 Shape suffixes: N windows, T tokens (of all windows laid end to end), d width of the stream.
 """
@@ -31,12 +31,15 @@ NEWTON_STEPS = 20
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How well one layer's gate tells the classes apart, on the windows that calibrated it."""
+    """How well one layer's gate tells the classes apart at threshold 0, on the windows that calibrated it.
+
+    Of the tokens that the fit heeds.
+    """
 
     found: float
-    """Share of the target's tokens that fire."""
+    """Share of the target's tokens that would fire."""
     misfired: Mapping[str, float]
-    """Share of each other class's tokens that fire."""
+    """Share of each other class's tokens that would fire."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class FittedGates:
         """In a line, for people."""
         found = sum(fit.found for fit in self.report.values()) / len(self.report)
         worst = max(max(fit.misfired.values()) for fit in self.report.values())
-        return f"gates find {found:.1%} of the target, misfire on at most {worst:.2%} of a class in a layer"
+        finds = f"gates find {found:.1%} of the target, misfire on at most {worst:.2%} of a class in a layer"
+        return f"{finds}, at threshold 0"
 
 
 def solve_ridge(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -131,19 +135,19 @@ SOLVERS = {"closed-form": solve_ridge, "logistic": solve_logistic}
 
 
 def evidence(offset_NT: Tensor, a: float) -> Tensor:
-    """e_t = 1 - a^(t+1), [N, T]: the weight of the tokens read so far in the carried logit, from 1 - a up to 1."""
-    return 1 - a ** (offset_NT + 1.0)
+    """e_t = 1 - a^t, [N, T]: the weight of the tokens read so far in the carried logit, from 0 up to 1."""
+    return 1 - a ** offset_NT.float()
 
 
 def causal_mean(x_NTd: Tensor, offset_NT: Tensor, a: float) -> Tensor:
-    """u_t = sum over i <= t of (1 - a) a^(t-i) x_i / e_t along each window, anew where the offset is 0; [N, T, d].
+    """u_t = sum over 1 <= i <= t of (1 - a) a^(t-i) x_i / e_t along each window; u_0 = x_0; [N, T, d].
 
-    In one pass: u_t = u_(t-1) + (1 - a) / e_t (x_t - u_(t-1)).
+    A text begins where the offset is 0. In one pass: u_t = u_(t-1) + (1 - a) / e_t (x_t - u_(t-1)).
     """
     if a == 0:
         return x_NTd
     u_NTd = x_NTd.clone()
-    step_NT1 = ((1 - a) / evidence(offset_NT, a))[..., None]  # 1 where the offset is 0
+    step_NT1 = ((1 - a) / evidence(offset_NT, a)).clamp(max=1)[..., None]  # 1 where the offset is 0 or 1
     for t in range(1, x_NTd.shape[1]):
         u_NTd[:, t] = torch.lerp(u_NTd[:, t - 1], x_NTd[:, t], step_NT1[:, t])
     return u_NTd

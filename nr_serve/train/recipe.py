@@ -165,7 +165,8 @@ class Gate(_Section):
         "less leak (default: a fifth of the steepness for fitted relu1 gates, else 0).",
     )
     min_found: Share = Field(
-        default=0.0, description="Layers whose gate finds less than this share of the target get no block."
+        default=0.0,
+        description="Layers whose gate finds less than this share of the target, at threshold 0, get no block.",
     )
 
     @property
@@ -192,7 +193,9 @@ class Gate(_Section):
         if self.kind == "none" and self.trained:
             raise ValueError("a gate of kind 'none' has nothing to train")
         if self.opens_at > MAX_THRESHOLD:
-            raise ValueError(f"threshold, or a fifth of the steepness, is above {MAX_THRESHOLD:g}: no file may say that")
+            raise ValueError(
+                f"threshold, or a fifth of the steepness, is above {MAX_THRESHOLD:g}: no file may say that"
+            )
         return self
 
 

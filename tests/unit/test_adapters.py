@@ -297,7 +297,7 @@ def test_the_threshold_is_a_dial_that_acts_with_the_next_step():
     server.finish()
     assert server.tokens["shut"] == server.expected()
     assert isinstance(error_of(server.patch("c", threshold=0.0)), NotFound)
-    for threshold in (float("nan"), float("inf"), -1e39):
+    for threshold in (float("nan"), float("inf"), -0.1, 1e39):
         assert isinstance(error_of(server.patch("a", threshold=threshold)), BadRequest)
     assert server.adapters.view(server.adapters.registry.get("a")).threshold == 1e6
 
@@ -479,7 +479,7 @@ def gates_by_the_definition(ids, adapter):
     def counting(layer, x, y):
         block = adapter.blocks[layer]
         nonlocal mass
-        g = math.block_gate(math.gate_logit(x[0], block.gate, block.bias))
+        g = math.block_gate(math.carry(math.gate_logit(x[0], block.gate, block.bias), adapter.info.carry))
         fired[layer] = int((g > 0).sum())
         mass += float(g.double().sum())
         return add(layer, x, y)

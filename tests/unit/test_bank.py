@@ -143,7 +143,9 @@ class NaiveBank:
             for s, slot in self.slots.items():
                 for layer in range(LAYERS):
                     over_n, g_n = slot.gates(layer, row, x_LTd[layer, own])
-                    self.smallest_margin = min(self.smallest_margin, float(over_n.abs().min()))
+                    # 0 is a text's first token at threshold 0: exactly so, however it is computed.
+                    margins = over_n[over_n != 0].abs().tolist()
+                    self.smallest_margin = min([self.smallest_margin, *margins])
                     self.cross[label, s] += int((over_n > 0).sum())
                     open_TS[own, s] += (over_n > 0).int()
                     block = slot.adapter.blocks[layer]
@@ -176,7 +178,7 @@ def test_random_steps_and_changes_equal_the_naive_sum(seed):
         roll = rng.random()
         slot = rng.randrange(SLOTS)
         if roll < 0.10 and slot not in copying:
-            what, threshold = random_adapter(rng, 1000 * seed + i), rng.choice([0.0, 0.0, 0.4, -0.2])
+            what, threshold = random_adapter(rng, 1000 * seed + i), rng.choice([0.0, 0.0, 0.4, 0.2])
             fast.detach(slot)
             naive.slots.pop(slot, None)
             copying[slot] = (fast.attach(slot, what, threshold), NaiveSlot(what, threshold))
@@ -348,7 +350,7 @@ def test_a_forgotten_row_starts_a_sequence_and_the_others_go_on():
     again, _ = step(on, [(0, 1, (0,))], x_LTd[:, :1], y_LTd[:, :1])
     torch.testing.assert_close(again, first[:, :1])
     assert torch.equal(on.state_LRS[:, 1, 0], states_LS[:, 0])
-    assert states_LS[:, 0].all()
+    assert not states_LS[:, 0].isnan().any()
     carried, _ = step(on, [(1, 1, (0,))], x_LTd[:, :1], y_LTd[:, :1])
     assert not torch.allclose(carried, again), "the carry of this test is too small to show a mistake"
 
@@ -368,8 +370,8 @@ def test_a_row_that_recalls_a_page_goes_on_as_the_row_that_filled_it():
     # What an adapter left at a page's end is nothing to the next one in its slot.
     attach(on, 0, adapter(3, carry=0.9))
     on.recall_row(4, 1)
-    assert not on.state_LRS[:, 4, 0].any()
-    assert on.state_LRS[:, 4, 2].all()
+    assert on.state_LRS[:, 4, 0].isnan().all()
+    assert not on.state_LRS[:, 4, 2].isnan().any()
 
 
 @pytest.mark.parametrize("beside", [[], [(0, 1, (0,)), (1, 1, ())], [(0, 1, (0,)), (1, 5, (0,))]], ids=len)
@@ -396,7 +398,7 @@ def test_tokens_on_trial_have_a_threshold_of_their_own_and_touch_nothing_else(be
         alone, alone_open_TS = observed_step(calm, beside, x_LTd[:, :before], y_LTd[:, :before], labels[1:])
         torch.testing.assert_close(got[:, :before], alone)
         assert torch.equal(open_TS[:before], alone_open_TS)
-        torch.testing.assert_close(on.state_LRS[:, :4], calm.state_LRS[:, :4])
+        torch.testing.assert_close(on.state_LRS[:, :4], calm.state_LRS[:, :4], equal_nan=True)
     totals, calm_totals = on.read_totals(), calm.read_totals()
     assert counters(totals)[:2] == counters(calm_totals)[:2]
     assert (totals.mass_S, totals.cross_KS) == (pytest.approx(calm_totals.mass_S), calm_totals.cross_KS)
@@ -413,8 +415,8 @@ def test_a_step_that_is_cut_short_leaves_states_and_statistics_as_they_were():
     on.begin(tokens([(0, 4, (0,))], ends=[(2, 0)]))
     on.add_residues(0, x_LTd[0], y_LTd[0].clone())
     on.end()
-    torch.testing.assert_close(on.state_LRS, states_LRS, rtol=0, atol=0)
-    torch.testing.assert_close(on.page_state_LNS, pages_LNS, rtol=0, atol=0)
+    torch.testing.assert_close(on.state_LRS, states_LRS, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(on.page_state_LNS, pages_LNS, equal_nan=True, rtol=0, atol=0)
     assert not any(torch.tensor(counter).any() for counter in counters(on.read_totals()))
 
 
@@ -466,6 +468,7 @@ def test_slots_beyond_a_group_of_the_operators_are_as_the_first():
         block = Block(w, b, w_in, w_gate, w_out.T.contiguous())
         adapters.append(Adapter(AdapterInfo("", "", 1, d, carry=0.3), (block,), version="", nbytes=0))
         attach(on, slot, adapters[-1], 0.2)
+    on.state_LRS.zero_()  # no token is a text's first
     x_Td, y_Td = torch.randn(2, tokens_, d, generator=g)
     on.begin(
         StepTokens(

@@ -315,11 +315,11 @@ def test_a_threshold_found_wild_goes_back_to_the_last_that_was_measured():
     server.ask("r", ("a",))
     server.finish()
     assert server.tokens["r"] == server.expected(made)
-    server.patch("a", threshold=0.0)
+    server.patch("a", threshold=0.1)
     server.work()
-    server.patch("a", threshold=-0.1)
+    server.patch("a", threshold=0.0)
     find_out(server)
-    assert server.view("a").threshold == 0.0
+    assert server.view("a").threshold == 0.1
 
 
 def test_back_at_a_measured_threshold_what_was_replaced_does_not_come_back():
@@ -331,7 +331,7 @@ def test_back_at_a_measured_threshold_what_was_replaced_does_not_come_back():
     while not answer.done():
         server.step()
     server.patch("a", threshold=0.0)
-    server.patch("a", threshold=-0.1)
+    server.patch("a", threshold=0.1)
     find_out(server)
     assert (server.view("a").version, server.view("a").threshold) == ("v2", 0.0)
 
@@ -465,18 +465,18 @@ def test_without_a_slot_an_adapter_is_measured_when_it_gets_one_and_then_not_aga
 
 def test_with_a_limit_nothing_is_taken_that_cannot_be_measured():
     server = Probed(slots=1, max_leak=1.0)
-    server.load("a", server.made(1), pinned=True)
+    server.load("a", server.made(1, threshold=0.2), pinned=True)
     before = server.adapters.views()
     assert isinstance(error_of(server.load("b", server.made(2))), Unavailable)
     assert isinstance(error_of(server.load("a", server.made(2), replace=True)), Unavailable)
     assert server.adapters.views() == before
     server.patch("a", pinned=False)
     server.load("b", server.made(2), pinned=True).result(timeout=0)
-    assert isinstance(error_of(server.patch("a", threshold=-1.0)), Unavailable)
+    assert isinstance(error_of(server.patch("a", threshold=0.1)), Unavailable)
     server.patch("b", pinned=False)
-    answer = server.patch("a", threshold=-1.0)
+    answer = server.patch("a", threshold=0.1)
     server.work()
-    assert answer.result(timeout=0).neutrality == leaks(server.made(1), threshold=-1.0)
+    assert answer.result(timeout=0).neutrality == leaks(server.made(1), threshold=0.1)
     assert server.state("a") == "attached"
     server.finish()
 

@@ -66,7 +66,7 @@ def make(seed, *, pieces, d, widths, bias=0.0, dtype=torch.float32, rows=6, page
         return w_Sud
 
     state_RS = rand(rows, S)
-    state_RS[torch.rand(rows, S, generator=g).to(DEVICE) < 0.3] = 0.0
+    state_RS[torch.rand(rows, S, generator=g).to(DEVICE) < 0.3] = NAN
     gate = kernels.Gate(
         w_Sd=rand(S, d) / d**0.5,
         b_S=torch.full((S,), bias, device=DEVICE) + 0.1 * rand(S),
@@ -226,6 +226,7 @@ def test_a_stream_of_nan_is_shut_and_its_neighbours_are_as_they_were(poison):
 def test_a_gate_gone_to_infinity_is_counted_but_not_weighed(poison):
     case = make(7, pieces=[(0, 1, [0])], d=20, widths=[6], bias=0.0)
     case.gate.b_S.fill_(float("inf"))
+    case.gate.state_RS.zero_()
     run(case)
     assert (case.gate.fired_S.tolist(), case.gate.mass_S.tolist()) == ([101], [10.0])
 

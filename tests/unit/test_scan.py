@@ -1,5 +1,6 @@
 """The carry over pieces laid end to end is the definition's, however the pieces lie and wherever they are cut."""
 
+import math as plain
 import random
 
 import pytest
@@ -32,7 +33,7 @@ def by_hand(z, a, state):
     """One gate over one piece, in Python's floats."""
     carried, m = [], state
     for logit in z:
-        m = a * m + (1 - a) * logit
+        m = 0.0 if plain.isnan(m) else a * m + (1 - a) * logit
         carried.append(m)
     return carried
 
@@ -50,10 +51,10 @@ def test_the_definition_is_the_recurrence():
     g = torch.Generator().manual_seed(0)
     z = torch.randn(40, generator=g, dtype=torch.float64)
     for a in CARRIES:
-        for state in (0.0, -3.5):
+        for state in (NAN, 0.0, -3.5):
             got = math.carry(z, a, torch.tensor(state, dtype=torch.float64))
             assert got.tolist() == pytest.approx(by_hand(z.tolist(), a, state), abs=1e-12)
-        assert torch.equal(math.carry(z, a), math.carry(z, a, 0.0))
+        assert torch.equal(math.carry(z, a), math.carry(z, a, NAN))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -61,17 +62,18 @@ def test_ragged_pieces_equal_the_recurrence(seed):
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     lengths = [rng.choice([1, 1, 2, 3, 7, 31, 32, 33, 64, 65, 200]) for _ in range(rng.randint(1, 9))]
     z_TA = 3 * torch.randn(sum(lengths), A, generator=g)
-    states = [[rng.choice([0.0, rng.gauss(0, 5)]) for _ in range(A)] for _ in lengths]
+    states = [[rng.choice([NAN, 0.0, rng.gauss(0, 5)]) for _ in range(A)] for _ in lengths]
     got = carried(z_TA, lengths, torch.tensor(states))
     torch.testing.assert_close(got.double(), reference(z_TA.double(), lengths, states), atol=2e-5, rtol=1e-5)
 
 
-def test_whole_sequences_start_at_nothing():
+def test_the_first_token_of_a_sequence_has_no_say():
     z_TA = torch.randn(30, A, generator=torch.Generator().manual_seed(1))
     lengths = [1, 9, 20]
     got = segmented_carry(z_TA, torch.tensor(CARRIES), offsets(lengths))
-    want = reference(z_TA.double(), lengths, [[0.0] * A] * 3)
+    want = reference(z_TA.double(), lengths, [[NAN] * A] * 3)
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    assert not got[[0, 1, 10]].any()
 
 
 def test_a_sequence_cut_anywhere_carries_the_same():
@@ -83,7 +85,7 @@ def test_a_sequence_cut_anywhere_carries_the_same():
     ]
     cuts.append(list(range(1, length)))
     for cut in cuts:
-        state_1A, pieces = torch.zeros(1, A), []
+        state_1A, pieces = torch.full((1, A), NAN), []
         for z_nA in z_TA.tensor_split(cut):
             pieces.append(carried(z_nA, [len(z_nA)], state_1A))
             state_1A = pieces[-1][-1:]

@@ -56,7 +56,7 @@ def naive_loss(adapter: AdapterModule) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("carry", [0.0, 0.5])
-@pytest.mark.parametrize("bias", [-1.0, 0.0, 50.0], ids=["few fire", "half fire", "all fire"])
+@pytest.mark.parametrize("bias", [-0.5, 0.0, 50.0], ids=["few fire", "half fire", "all fire"])
 def test_loss_and_gradients_equal_a_dense_implementation_of_separate_documents(carry, bias):
     ours, theirs = module(carry=carry, bias=bias), module(carry=carry, bias=bias)
     loss, expected = attached_loss(ours), naive_loss(theirs)
@@ -114,11 +114,11 @@ def test_a_gate_with_a_ceiling_is_the_papers_up_to_it():
     assert GATES["relu"](m - 0.25).tolist() == [0.0, 0.0, 0.0, 0.25, 1.25, 39.75]
 
 
-def test_a_gate_of_kind_none_is_always_open_to_one():
+def test_a_gate_of_kind_none_is_open_to_one_but_on_a_texts_first_token():
     adapter = AdapterModule.fresh([16], 8, carry=0.0, seed=0, kind="none")
     x = torch.randn(5, 8)
     m = adapter.layer(0).carried(x, torch.arange(5), 0.0)
-    assert torch.equal(math.block_gate(m), torch.ones(5))
+    assert math.block_gate(m).tolist() == [0, 1, 1, 1, 1]
 
 
 def test_local_loss_on_a_stream_without_gradient_reaches_every_block():

@@ -79,7 +79,7 @@ def test_original_and_background_text_have_percentiles_of_their_own(init):
     gate = Gate(init=init, percentile=99.0, background_percentile=70.0)
     report = fit_gates(model, Attached(model, [adapter]), classes(), gate, original=("en",)).report
     for fit in report.values():
-        assert fit.misfired["en"] <= 0.011
+        assert fit.misfired["en"] <= 5 / 420  # a percentile lies between two of so many tokens
         assert fit.misfired["da"] <= 0.301
         assert max(fit.misfired["en"] / 0.01, fit.misfired["da"] / 0.3) > 0.9
 
@@ -112,7 +112,7 @@ def test_fitted_gates_hold_the_percentile_and_open_to_one_on_average(trained_blo
         with torch.no_grad():
             model.model(odd.ids_NT, use_cache=False, **window_inputs(odd.offset_NT))
         for layer in range(tiny.LAYERS):
-            share = record.fired[0][layer] / odd.ids_NT.numel()
+            share = record.fired[0][layer] / int((odd.offset_NT > 0).sum())  # not on a text's first token
             fit = report[layer]
             assert share == pytest.approx(fit.found if name == "target" else fit.misfired[name], abs=0.02)
             assert name == "target" or share <= 0.06

@@ -76,8 +76,8 @@ void fill_hidden(Fired& block, const T* x, const T* up, int64_t h, int64_t d) {
 
 // The residues of a step, layer by layer. As in bank.py, of the bank: gate [L, S, d], bias [L, S], carry and ceiling
 // [S], W_in and W_gate [S, L, 2H, d], W_out transposed [S, L, H, d] and the blocks' widths [L, S]; of the step: the
-// logits carried from before each piece [L, P, n] and each token's place in its piece [T], thresholds and who is
-// selected [T, n], and the carried logits m [L, T, n], which are written. n: slots whose gates are evaluated.
+// logits carried from before each piece [L, P, n], NaN where nothing came before, and each token's place in its piece
+// [T], thresholds and who is selected [T, n], and the carried logits m [L, T, n], which are written. n: slots whose gates are evaluated.
 class Residues : public torch::CustomClassHolder {
  public:
   Residues(Tensor gate, Tensor bias, Tensor carry, Tensor ceiling, Tensor up, Tensor out, Tensor width, Tensor before,
@@ -152,8 +152,10 @@ class Residues : public torch::CustomClassHolder {
           for (int k = 0; k < some(); ++k)
             products[k] = at::vec::fmadd(v, load(w + (s + k) * d_ + i, size), products[k]);
         });
-        for (int k = 0; k < some(); ++k)
-          m[s + k] = a[s + k] * last[s + k] + (1.f - a[s + k]) * (sum(products[k]) + b[s + k]);
+        for (int k = 0; k < some(); ++k) {
+          const bool starts = !place[t] && std::isnan(last[s + k]);
+          m[s + k] = starts ? 0.f : a[s + k] * last[s + k] + (1.f - a[s + k]) * (sum(products[k]) + b[s + k]);
+        }
       });
       for (int64_t s = 0; s < n_; ++s)
         if (const float over = m[s] - limit[t * by_token + s * by_slot]; over > 0)
