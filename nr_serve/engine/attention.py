@@ -41,7 +41,7 @@ class KVCache:
         operators: CpuOperators | None = None,
     ) -> None:
         self.operators = operators
-        """What single tokens attend by; None: torch's own operators."""
+        """What tokens attend by, where there is one for them; None: torch's own operators."""
         shape = (layers, cells + 1, heads, head_size)
         self.keys_LCKD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LCKD = torch.zeros(shape, device=device, dtype=dtype)

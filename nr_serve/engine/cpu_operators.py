@@ -26,7 +26,7 @@ from nr_serve.neutral.bank import StepResidues
 
 log = logging.getLogger(__name__)
 _SOURCES = Path(__file__).with_name("cpu")
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC")
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-strict-aliasing")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Decoder layers on a CPU in eleven operators: what lies between two products costs as much as they do.
 
 Only for layers of transformers that are known to compute just this; all others stay as they are. The start-up check
-(`probe.py`) holds the result against the model's own.
+(`startup_check.py`) holds the result against the model's own.
 """
 
 from __future__ import annotations

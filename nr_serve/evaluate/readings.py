@@ -23,7 +23,7 @@ from nr_serve.train.measure import SourceResult, measure
 from nr_serve.train.tensor_cache import TensorCache, Tensors
 from nr_serve.train.text.pack import Windows, digest
 
-FORMAT = 1
+FORMAT = 2
 """Raised when measuring changes: readings kept by another format are not taken."""
 
 

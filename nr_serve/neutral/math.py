@@ -34,7 +34,7 @@ def gate_logit(x_Td: Tensor, w_d: Tensor, b: Tensor) -> Tensor:
 def carry(z_T: Tensor, a: float, state: float | Tensor = math.nan) -> Tensor:
     """Carried logits m of one sequence, [T], continuing from `state` (scalar; NaN: nothing came before).
 
-    The last value is the state to continue from, so any split of a sequence gives the same m.
+    The last value is the state to continue from, so any split of a sequence gives the same m while it is finite.
     """
     m_T = torch.empty_like(z_T)
     for t, z in enumerate(z_T):

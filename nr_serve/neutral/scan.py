@@ -58,10 +58,10 @@ class StepCarries:
 
     carried_L: tuple[Tensor, ...]
     """[P, A]: a times the state the piece continues from."""
-    share_L: tuple[Tensor, ...]
-    """[P, A]: weight of the first token's own logit, 1 - a; 0 where nothing came before."""
+    nothing_L: tuple[Tensor, ...]
+    """[P, A]: whether nothing came before, so that the first token's m is 0, whatever its logit."""
     share_A: Tensor
-    """The same for the other tokens."""
+    """Weight of a token's own logit, 1 - a."""
     first_P: Tensor | None
     """Index of each piece's first token; None in a step of single tokens: all are."""
     doublings: list[Pass]
@@ -76,8 +76,8 @@ class StepCarries:
         """
         nothing_LPA = before_LPA.isnan()
         return cls(
-            carried_L=(a_A * before_LPA).masked_fill_(nothing_LPA, 0.0).unbind(),
-            share_L=(1 - a_A).expand_as(before_LPA).masked_fill(nothing_LPA, 0.0).unbind(),
+            carried_L=(a_A * before_LPA).unbind(),
+            nothing_L=nothing_LPA.unbind(),
             share_A=1 - a_A,
             first_P=None if longest == 1 else F.pad(last_P[:-1] + 1, (1, 0)),
             doublings=passes(a_A, largest, offset_T, longest),
@@ -86,10 +86,12 @@ class StepCarries:
     def carry(self, layer: int, z_TA: Tensor, m_TA: Tensor) -> None:
         """Carried logits of a layer, from its logits z, into m."""
         if self.first_P is None:
-            torch.addcmul(self.carried_L[layer], z_TA, self.share_L[layer], out=m_TA)
+            torch.addcmul(self.carried_L[layer], z_TA, self.share_A, out=m_TA).masked_fill_(
+                self.nothing_L[layer], 0.0
+            )
             return
         torch.mul(z_TA, self.share_A, out=m_TA)
-        first_PA = torch.addcmul(self.carried_L[layer], z_TA[self.first_P], self.share_L[layer])
+        first_PA = (self.carried_L[layer] + m_TA[self.first_P]).masked_fill_(self.nothing_L[layer], 0.0)
         carry_on(m_TA.index_copy_(0, self.first_P, first_PA), self.doublings)
 
 

@@ -105,7 +105,7 @@ class AdapterModule(nn.Module):
         """Blocks before training, of width h a layer (0: no block): W_out = 0, all else normal, mean 0.
 
         The variance of W_in and W_gate is `variance(d, layers)`, that of the gate's w `gate_variance(d, layers)`.
-        A `kind` of `none` has w = 0 and b = 1: a gate that is always 1.
+        A `kind` of `none` has w = 0, b = 1 and no carry: a gate that is 1 on all but a text's first token.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -118,7 +118,8 @@ class AdapterModule(nn.Module):
                 w, b = torch.zeros(d), torch.ones(())
             return Block(w, b, normal(variance, h, d), normal(variance, h, d), torch.zeros(d, h))
 
-        return cls([block(h) if h else None for h in widths], carry, kind="relu" if kind == "none" else kind)
+        blocks = [block(h) if h else None for h in widths]
+        return cls(blocks, 0.0) if kind == "none" else cls(blocks, carry, kind=kind)
 
     @classmethod
     def from_file(cls, adapter: Adapter) -> AdapterModule:

@@ -129,7 +129,7 @@ def write_blocks(
         base_fingerprint=base.fingerprint,
         layers=base.layers,
         d=base.d,
-        carry=recipe.blocks.carry,
+        carry=adapter.carry,
         threshold=recipe.threshold,
         gate=_gate(recipe),
         domain=recipe.domain,

@@ -14,7 +14,7 @@ from nr_serve.disk import cache_folder
 from nr_serve.train.gates import FittedGates, LayerFit
 from nr_serve.train.tensor_cache import TensorCache, Tensors
 
-GATE_FORMAT = 5
+GATE_FORMAT = 6
 """Raised when the fit or what is kept of it changes: files of another format are never read again."""
 
 

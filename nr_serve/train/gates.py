@@ -31,10 +31,7 @@ NEWTON_STEPS = 20
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How well one layer's gate tells the classes apart at threshold 0, on the windows that calibrated it.
-
-    Of the tokens that the fit heeds.
-    """
+    """How well one layer's gate tells the classes apart at threshold 0, on the windows that calibrated it."""
 
     found: float
     """Share of the target's tokens that would fire."""
@@ -156,9 +153,8 @@ def causal_mean(x_NTd: Tensor, offset_NT: Tensor, a: float) -> Tensor:
 class Fitter:
     """Fits the gates of one adapter while a forward pass over all classes runs.
 
-    Even windows of a class fit, odd ones calibrate: a threshold set on the text of the fit would be too low.
-    Neither heeds a text's first tokens, with less than half of the evidence, unless a class has no others: what
-    their few inputs say is noise, and in serving their carried logit is still near 0.
+    Even windows of a class fit, odd ones calibrate: a threshold set on the text of the fit would be too low. In the
+    fit a token weighs as much as it has evidence; calibrated are the carried logits as they are in serving.
     """
 
     def __init__(
@@ -177,8 +173,10 @@ class Fitter:
         per_window = torch.cat([torch.full((len(c),), i, device=device) for i, c in enumerate(classes.values())])
         fits = torch.cat([torch.arange(len(c), device=device) % 2 == 0 for c in classes.values()])
         self.class_T = per_window.repeat_interleave(length)
-        self.fits_T = self._heeded(fits.repeat_interleave(length))
-        self.checks_T = self._heeded(~fits.repeat_interleave(length))
+        self.evidence_T = evidence(self.offset_NT, adapter.carry).flatten()
+        told_T = self.evidence_T > 0
+        self.fits_T = told_T & fits.repeat_interleave(length)
+        self.checks_T = told_T & ~fits.repeat_interleave(length)
         self.report: dict[int, LayerFit] = {}
 
     def fit(self, layer: int, x_Td: Tensor) -> None:
@@ -196,35 +194,36 @@ class Fitter:
         if self.report[layer].found < self.gate.min_found:
             self.adapter.drop(layer)
 
-    def _heeded(self, part_T: Tensor) -> Tensor:
-        """The tokens of a part of the windows that have half of the evidence; of a class without any, all."""
-        told_T = part_T & (evidence(self.offset_NT, self.adapter.carry).flatten() >= 0.5)
-        told = torch.bincount(self.class_T[told_T], minlength=len(self.names))
-        return told_T | (part_T & (told == 0)[self.class_T])
-
     def _causal_mean(self, x_Td: Tensor) -> Tensor:
         x_NTd = x_Td.float().view(*self.offset_NT.shape, -1)
         return causal_mean(x_NTd, self.offset_NT, self.adapter.carry).flatten(0, 1)
 
     def _weights(self, target_T: Tensor) -> Tensor:
         """The target's share of the weight, and the rest in equal parts to the other classes."""
-        counts = torch.bincount(self.class_T[self.fits_T], minlength=len(self.names)).double()
+        told_T = self.evidence_T.double()
+        counts = torch.bincount(self.class_T[self.fits_T], told_T[self.fits_T], minlength=len(self.names))
         share = torch.full_like(counts, (1 - self.gate.target_weight) / (len(self.names) - 1))
         share[self.names.index(self.target)] = self.gate.target_weight
-        return (share / counts)[self.class_T]
+        return (share / counts)[self.class_T] * told_T
 
     def _percentile(self, name: str) -> float:
         return self.gate.percentile if name in self.original else self.gate.background_percentile
 
     def _calibrate(self, layer: int, module: BlockModule, u_Td: Tensor) -> None:
-        m_T = (u_Td[self.checks_T] @ module.gate.detach() + module.bias.detach()).double()
-        by_class = {name: m_T[self.class_T[self.checks_T] == i] for i, name in enumerate(self.names)}
+        class_T = self.class_T[self.checks_T]
+        logit_T = (u_Td[self.checks_T] @ module.gate.detach() + module.bias.detach()).double()
+        threshold = max(
+            float(logit_T[class_T == i].quantile(self._percentile(name) / 100))
+            for i, name in enumerate(self.names)
+            if name != self.target
+        )
+        m_T = self.evidence_T[self.checks_T] * (logit_T - threshold)
+        by_class = {name: m_T[class_T == i] for i, name in enumerate(self.names)}
         target_m = by_class.pop(self.target)
-        threshold = max(float(m.quantile(self._percentile(name) / 100)) for name, m in by_class.items())
-        open_m = target_m[target_m > threshold] - threshold
+        open_m = target_m[target_m > 0]
         scale = self.gate.open_mean / float(open_m.mean()) if len(open_m) else 1.0
         _set(module, module.gate.detach().double() * scale, (module.bias.detach().double() - threshold) * scale)
-        misfired = {name: float((m > threshold).double().mean()) for name, m in by_class.items()}
+        misfired = {name: float((m > 0).double().mean()) for name, m in by_class.items()}
         self.report[layer] = LayerFit(len(open_m) / len(target_m), misfired)
 
 

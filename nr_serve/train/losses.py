@@ -65,12 +65,12 @@ def cross_entropy(layer: LayerOutput) -> Tensor:
     return F.binary_cross_entropy_with_logits(layer.m_T, layer.target_T.float(), reduction="sum")
 
 
-def open_hinge(m_T: Tensor, target_T: Tensor) -> Tensor:
-    """Sum over tokens of the target of relu(1 - m): 0 where a gate with a ceiling of 1 is fully open.
+def open_hinge(over_T: Tensor, target_T: Tensor) -> Tensor:
+    """Sum over tokens of the target of relu(1 - over), of m less the threshold: 0 where a ceiling of 1 is reached.
 
     Unlike a local loss its gradient runs down the stream, to the blocks below that moved it.
     """
-    return torch.relu(1 - m_T[target_T]).sum()
+    return torch.relu(1 - over_T[target_T]).sum()
 
 
 LocalLoss = Callable[[LayerOutput], Tensor]

@@ -140,7 +140,7 @@ class Gate(_Section):
         default=99.5,
         gt=50,
         lt=100,
-        description="Fitted gates open above the highest of every other class's percentile of the logit.",
+        description="A fitted gate's logit is 0 at the highest of this percentile of each original class's.",
     )
     background_percentile: float = Field(
         default=99.0, gt=50, lt=100, description="The same for background classes."
@@ -151,8 +151,8 @@ class Gate(_Section):
     steepness: float | None = Field(
         default=None,
         gt=0,
-        description="Fitted gates are scaled until m, away from a text's start, averages this over the tokens of "
-        "the target that open them (default: 3 for relu1, so that most of those are fully open, else 1).",
+        description="Fitted gates are scaled until m averages this over the tokens of the target that open them "
+        "(default: 3 for relu1, so that most of those are fully open, else 1).",
     )
     fit_tokens: Positive = Field(default=6144, description="Tokens of each class that fit and calibrate the gates.")
     ridge: float = Field(
@@ -214,8 +214,8 @@ class Loss(_Section):
     open: float = Field(
         default=0.0,
         ge=0,
-        description="Weight of the hinge relu(1 - m) on the target's carried logits m, beside the LM loss: at high "
-        "learning rates the blocks move the stream, and would shut the gates of the layers above.",
+        description="Weight of the hinge relu(1 - (m - threshold)) on the target's tokens, beside the LM loss: at "
+        "high learning rates the blocks move the stream, and would shut the gates of the layers above.",
     )
 
 

@@ -161,6 +161,14 @@ def test_a_wrong_shape_or_type_is_an_error_not_a_crash(operators):
         operators.rms_norm(x.double(), torch.ones(8).double(), 1e-5)
     with pytest.raises(RuntimeError):
         operators.silu_mul(torch.randn(2, 7))
+    query, keys, cells = torch.randn(1, 2, 16), torch.randn(5, 1, 16), torch.tensor([[0, 1]])
+    for position, window in ((2, 9), (-1, 9), (1, 0)):
+        with pytest.raises(RuntimeError):
+            operators.attend(query, keys, keys, cells, torch.tensor([position]), 0.3, window)
+        if operators.attend_prompts is not None:
+            some = (each.bfloat16() for each in (query, keys, keys))
+            with pytest.raises(RuntimeError):
+                operators.attend_prompts(*some, cells, torch.tensor([[position]]), 0.3, window)
 
 
 @pytest.fixture

@@ -115,9 +115,9 @@ def test_a_gate_with_a_ceiling_is_the_papers_up_to_it():
 
 
 def test_a_gate_of_kind_none_is_open_to_one_but_on_a_texts_first_token():
-    adapter = AdapterModule.fresh([16], 8, carry=0.0, seed=0, kind="none")
+    adapter = AdapterModule.fresh([16], 8, carry=0.8, seed=0, kind="none")
     x = torch.randn(5, 8)
-    m = adapter.layer(0).carried(x, torch.arange(5), 0.0)
+    m = adapter.layer(0).carried(x, torch.arange(5), adapter.carry)
     assert math.block_gate(m).tolist() == [0, 1, 1, 1, 1]
 
 

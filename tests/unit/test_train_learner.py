@@ -41,7 +41,7 @@ def dense(made: AdapterModule, batch, local: Loss, *, lm_on_original: bool) -> t
         if now["is_target"] is not None:
             x, y = x.detach(), y.detach()
         z = x @ block.gate + block.bias
-        m = [z[:, 0]]
+        m = [torch.zeros_like(z[:, 0])]
         for t in range(1, T):
             m.append(made.carry * m[-1] + (1 - made.carry) * z[:, t])
         m = torch.stack(m, dim=1)

@@ -91,14 +91,23 @@ void attend_token(const T* q, const T* k, const T* v, int64_t stride, const int6
     });
 }
 
+// Refuses places that are not in a context of N tokens.
+inline void check_positions(const Tensor& positions, int64_t N) {
+  const auto* position = positions.const_data_ptr<int64_t>();
+  TORCH_CHECK(std::all_of(position, position + positions.numel(), [&](int64_t p) { return 0 <= p && p < N; }));
+}
+
 // Attention of single tokens over the pages of their requests: query [B, H, D], keys and values [C, K, D], cells
 // [B, N] of the contexts, positions [B] of the tokens in them. No further back than `window` positions; [B, H, D].
 Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cells,
               const Tensor& positions, double scale, int64_t window) {
-  const int64_t B = cells.size(0), N = cells.size(1), H = query.size(1), D = query.size(2), K = keys.size(1), G = H / K;
+  const int64_t B = cells.size(0), N = cells.size(1), H = query.size(1), D = query.size(2), K = keys.size(1);
+  TORCH_CHECK(K > 0 && D > 0 && window > 0);
+  const int64_t G = H / K;
   for (const Tensor* x : {&query, &keys, &values, &cells, &positions}) TORCH_CHECK(x->is_contiguous());
   for (const Tensor* x : {&keys, &values}) TORCH_CHECK(x->scalar_type() == query.scalar_type() && x->size(2) == D);
   TORCH_CHECK(query.size(0) == B && positions.numel() == B && H == G * K && keys.sizes() == values.sizes());
+  check_positions(positions, N);
   Tensor out = at::empty_like(query);
   by_type(query, [&](auto type) {
     using T = decltype(type);

@@ -27,6 +27,7 @@ inline Vec norm_scale(const T* x, int64_t d, float eps) {
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t d = weight.numel();
   TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && x.size(-1) == d && x.scalar_type() == weight.scalar_type());
+  TORCH_CHECK(d > 0);
   Tensor y = at::empty_like(x);
   by_type(x, [&](auto type) {
     using T = decltype(type);
@@ -47,7 +48,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 // silu(gate) * up, of [..., 2h]: gate and up in turn; [..., h].
 Tensor silu_mul(const Tensor& gate_up) {
   const int64_t h = gate_up.size(-1) / 2;
-  TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(-1) == 2 * h);
+  TORCH_CHECK(gate_up.is_contiguous() && h > 0 && gate_up.size(-1) == 2 * h);
   auto sizes = gate_up.sizes().vec();
   sizes.back() = h;
   Tensor y = at::empty(sizes, gate_up.options());
@@ -87,6 +88,7 @@ inline void rotate_head(const T* x, const T* cos, const T* sin, const T* norm, f
 Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
               const Tensor& cells, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps) {
   const int64_t tokens = cells.numel(), K = keys.size(1), D = keys.size(2);
+  TORCH_CHECK(tokens > 0 && D > 0);
   const int64_t heads = qkv.numel() / (tokens * D), H = heads - 2 * K;
   for (const Tensor* x : {&qkv, &cos, &sin, &keys, &values, &cells}) TORCH_CHECK(x->is_contiguous());
   for (const Tensor* x : {&cos, &sin, &keys, &values}) TORCH_CHECK(x->scalar_type() == qkv.scalar_type());

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "attention.h"
 #include "products.h"
 
 #ifdef NR_SERVE_PRODUCTS
@@ -126,11 +127,14 @@ struct PromptTile {
 Tensor attend_prompts(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cells,
                       const Tensor& positions, double scale, int64_t window) {
   const int64_t B = cells.size(0), N = cells.size(1), n = positions.size(1), H = query.size(1), D = query.size(2);
-  const int64_t K = keys.size(1), G = H / K, padded = (N + W - 1) / W * W, packed = padded * D / 2;
+  const int64_t K = keys.size(1);
+  TORCH_CHECK(K > 0 && D > 0 && B > 0 && n > 0 && window > 0);
+  const int64_t G = H / K, padded = (N + W - 1) / W * W, packed = padded * D / 2;
   for (const Tensor* x : {&query, &keys, &values, &cells, &positions}) TORCH_CHECK(x->is_contiguous());
   for (const Tensor* x : {&query, &keys, &values}) TORCH_CHECK(x->scalar_type() == at::kBFloat16 && x->size(2) == D);
   TORCH_CHECK(query.size(0) == B * n && positions.size(0) == B && keys.sizes() == values.sizes());
-  TORCH_CHECK(K > 0 && H == G * K && D > 0 && D % W == 0 && window > 0);
+  TORCH_CHECK(H == G * K && D % W == 0 && cells.scalar_type() == at::kLong && positions.scalar_type() == at::kLong);
+  check_positions(positions, N);
   Tensor out = at::empty_like(query);
   const BFloat16 *q = query.const_data_ptr<BFloat16>(), *k = keys.const_data_ptr<BFloat16>();
   const BFloat16* v = values.const_data_ptr<BFloat16>();

@@ -27,9 +27,7 @@ void multiply_up(const T* in, const T* gate, const T* const* x, int64_t d, float
 
 // So many vectors of columns of F tokens' sums stay in registers: the more, the longer what is read of a row of W_out.
 template <int F>
-constexpr int64_t VECTORS_OF = F == 1   ? 16
-                               : F == 2 ? 8
-                                        : 4;
+constexpr int64_t VECTORS_OF = (W == 16 ? 16 : 8) / (F == 1 ? 1 : F == 2 ? 2 : 4);
 
 // Columns of W_out, [h, d], times F tokens' hidden values, [F, h], added to the same columns of their y.
 template <int F, typename T, typename Size>
@@ -106,6 +104,10 @@ class Residues : public torch::CustomClassHolder {
     TORCH_CHECK(up.size(0) == slots && up.size(1) == layers_ && up.size(2) == 2 * out.size(2) && up.size(3) == d_);
     TORCH_CHECK(out.size(0) == slots && out.size(1) == layers_ && out.size(3) == d_);
     TORCH_CHECK(before.size(0) == layers_ && before.size(2) == n_ && m.size(0) == layers_ && m.size(1) == tokens_);
+    for (const Tensor* t : {&gate, &bias, &carry, &ceiling, &width, &before, &offset, &threshold, &selected, &m, &up})
+      TORCH_CHECK(t->is_cpu());
+    const auto* place = offset.const_data_ptr<int64_t>();
+    TORCH_CHECK(tokens_ > 0 && place[0] == 0 && std::count(place, place + tokens_, 0) == before.size(1));
     TORCH_CHECK(threshold.size(0) == tokens_ && threshold.size(1) == n_ && selected.sizes() == threshold.sizes());
   }
 
