@@ -153,7 +153,7 @@ def test_what_a_run_cost_is_told(made, runs, base):
         sum(128 / step["tokens_a_second"] for step in steps if step["event"] == "step")
     )
     assert set(neutral.fired) == set(made.base_losses)
-    assert set(made.runs["adapter"].fired.values()) == {1.0}
+    assert all(0.97 < share < 1 for share in made.runs["adapter"].fired.values()), "all but texts' first tokens"
 
 
 def test_steps_that_a_resumed_run_repeats_count_once(tmp_path):

@@ -250,7 +250,7 @@ def test_steps_with_adapters_and_with_none_take_turns(base_folder, monkeypatch, 
     none, each = (0, 0), tiny.LAYERS
     expected = []
     for tokens in (0, each):
-        on = [(3, tokens * count) for count in (2 * 4, 2, 8)]
+        on = [(3, tokens * count) for count in (2 * 3, 2, 7)]  # a text's first token does not fire
         expected += [none, on[0], on[1], none, *[none, on[1], on[1], none] * 2]
         expected += [on[2], none, none, on[2], on[2], none]
     assert steps == expected

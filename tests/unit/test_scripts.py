@@ -221,7 +221,7 @@ def test_training_speed_is_measured_in_rounds_of_equal_methods(base, corpus, tmp
     assert sizes["lora"] == pytest.approx(sizes["neutral"], rel=0.1)
     assert sizes["finetune"] == load_base(str(base)).parameters
     assert result["methods"]["lora"]["tokens_to_lora"] == 1
-    assert result["methods"]["adapter"]["target_fired"] == 1
+    assert 0.9 < result["methods"]["adapter"]["target_fired"] < 1, "all but texts' first tokens"
     assert 0 < result["methods"]["neutral"]["target_fired"] <= 1
     for method, m in result["methods"].items():
         # 16 windows per step: 12 of the target, 2 original, 2 of the background, which only neutral reads

@@ -111,22 +111,22 @@ def test_an_export_at_another_threshold_leaves_out_what_was_measured_at_the_old(
 def test_a_run_trains_with_its_threshold_and_its_file_has_it(base, corpus, tmp_path):
     made = [
         read_adapter(train(write_recipe(tmp_path, base, tokens=512, **gate), tmp_path / out, corpus))
-        for out, gate in (("plain", {"gate__threshold": 0.0}), ("dialled", {"gate__threshold": 0.25}))
+        for out, gate in (("plain", {"gate__threshold": 0.0}), ("dialled", {"gate__threshold": 2.5}))
     ]
     plain, dialled = made
-    assert [each.info.threshold for each in made] == [0, 0.25]
+    assert [each.info.threshold for each in made] == [0, 2.5]
     assert all(torch.equal(a.gate, b.gate) for a, b in zip(plain.blocks, dialled.blocks, strict=True))
     assert not any(torch.equal(a.w_out, b.w_out) for a, b in zip(plain.blocks, dialled.blocks, strict=True))
     fired = [each.info.results["heldout"]["hu.a"]["fired"] for each in made]
     assert fired[1] < fired[0], "measured in training as served"
-    assert load_run(tmp_path / "dialled")[2].adapter.threshold == 0.25
+    assert load_run(tmp_path / "dialled")[2].adapter.threshold == 2.5
 
 
 def test_blocks_without_gates_take_no_threshold(base, corpus, tmp_path):
-    recipe = write_recipe(tmp_path, base, tokens=512, method="adapter", gate__threshold=0.25)
+    recipe = write_recipe(tmp_path, base, tokens=512, method="adapter", gate__threshold=2.5)
     assert read_adapter(train(recipe, tmp_path / "run", corpus)).info.threshold == 0
     with pytest.raises(BadRequest, match="no threshold"):
-        export_run(tmp_path / "run", tmp_path / "x.safetensors", threshold=0.25)
+        export_run(tmp_path / "run", tmp_path / "x.safetensors", threshold=2.5)
 
 
 def test_attaching_leaves_the_base_as_it_is_where_nothing_fires(corpus):
