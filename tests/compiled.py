@@ -2,8 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+import torch
 
 from nr_serve.engine.cpu_operators import CpuOperators, cpu_operators
 
@@ -15,3 +18,14 @@ def operators_or_skip() -> CpuOperators:
     made = cpu_operators()
     assert made is not None, "the operators do not compile: the log says why"
     return made
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads compute meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -7,7 +7,7 @@ Z = B * K, Q = n * G.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -115,10 +115,13 @@ def attend(
     """
     heads, D = keys_CKD.shape[1:]
     repeats, scale = query_THD.shape[1] // heads, D**-0.5 if scaling is None else scaling
+    singles = prompts = None
+    if operators is not None:
+        singles, prompts = operators.attend, operators.prompts_by(query_THD.dtype, D)
     outputs = []
     for i, group in enumerate(batch.groups):
         query_BnHD = query_THD[group.first : group.first + group.pieces * group.count]
-        own = _own_attention(operators, group, query_BnHD)
+        own = singles if group.count == 1 else prompts
         if own is not None:
             out = own(
                 query_BnHD.contiguous(),
@@ -135,18 +138,6 @@ def attend(
             out = _attend(query_BnHD, keys_CKD, values_CKD, group, rows_X, bias_ZQN, scale)
         outputs.append(out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _own_attention(
-    operators: CpuOperators | None, group: Group, query_BnHD: Tensor
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None:
-    """The operator for a group, if there is one."""
-    if operators is None:
-        return None
-    if group.count == 1:
-        return operators.attend
-    takes = query_BnHD.dtype is torch.bfloat16 and query_BnHD.shape[-1] % 16 == 0
-    return operators.attend_prompts if takes else None
 
 
 def _attend(

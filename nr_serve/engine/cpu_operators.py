@@ -43,6 +43,12 @@ class CpuOperators:
     attend_prompts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None
     """By such products; None where there are none."""
 
+    def prompts_by(
+        self, dtype: torch.dtype, head_size: int
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None:
+        """The operator by which prompts attend with heads of that type and size; None: torch's own."""
+        return self.attend_prompts if dtype is torch.bfloat16 and head_size % 16 == 0 else None
+
 
 @cache
 def cpu_operators() -> CpuOperators | None:

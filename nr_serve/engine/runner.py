@@ -203,8 +203,8 @@ class Runner:
         """Of how many tokens times context a piece attends as single tokens: measured, see docs/performance.md."""
         if self.operators is None:
             return None
-        own = self.dtype is torch.bfloat16 and self.operators.attend_prompts is not None
-        return 0 if own else 64 * 64
+        own = self.operators.prompts_by(self.dtype, self.cache.keys_LCKD.shape[-1])
+        return 64 * 64 if own is None else 0
 
     @torch.inference_mode()
     def _all_logits(self, piece: Piece) -> Tensor:

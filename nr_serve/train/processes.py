@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import accelerate
 from accelerate.utils import broadcast_object_list
 
+from nr_serve import logs
 from nr_serve.errors import NrError
 
 T = TypeVar("T")
@@ -16,6 +17,12 @@ T = TypeVar("T")
 def is_first() -> bool:
     """Whether this is the process that measures, writes and tells."""
     return bool(accelerate.PartialState().is_main_process)
+
+
+def say(command: str, message: str) -> None:
+    """As `logs.say`, in the first process."""
+    if is_first():
+        logs.say(command, message)
 
 
 def count() -> int:

@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from nr_serve.errors import Conflict
-from nr_serve.logs import say
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import processes
 from nr_serve.train.attach import AdapterModule
@@ -32,6 +32,8 @@ from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe
 from nr_serve.train.run_text import read_run_text
 from nr_serve.train.text.pack import Windows, digest
 from nr_serve.train.trainer import RunTrainer, TrainingStopped, training_arguments
+
+_say = partial(processes.say, "train")
 
 
 def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tensorboard: bool = False) -> Path:
@@ -202,8 +204,3 @@ class TrainingRun:
 def _same(what: str, same: bool) -> None:
     if not same:
         raise Conflict(f"the {what} differs from that of the run to resume")
-
-
-def _say(message: str) -> None:
-    if processes.is_first():
-        say("train", message)

@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nr_serve.errors import NrError, faults
-from nr_serve.logs import say
 from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe, read_recipe, read_toml
 
 Changes = Mapping[str, str | int | float | bool | list[int] | list[str]]
@@ -120,5 +119,4 @@ def finished(run: Path, recipe: Recipe) -> Path | None:
 def _say(message: str) -> None:
     from nr_serve.train import processes
 
-    if processes.is_first():
-        say("sweep", message)
+    processes.say("sweep", message)

@@ -7,12 +7,12 @@ from torch import nn
 from nr_serve.engine import attention
 from nr_serve.engine.attention import KVCache, paged_attention
 from nr_serve.engine.batch import build_batch
-from nr_serve.engine.cpu_operators import cpu_operators
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.request import AnswerText, Request
 from nr_serve.engine.scheduler import Piece
 from nr_serve.tokenizer import Detokenizer
 from tests import tiny
+from tests.compiled import operators_or_skip
 
 PAGE, CELLS, SIZE = 4, 240, 16
 PIECES = [(0, 1), (9, 1), (30, 1), (0, 5), (7, 6), (0, 9), (2, 11)]
@@ -71,7 +71,7 @@ def test_every_token_attends_to_its_own_context_and_nothing_else(
         head_size=SIZE,
         device=torch.device("cpu"),
         dtype=dtype,
-        operators=cpu_operators() if compiled else None,
+        operators=operators_or_skip() if compiled else None,
     )
     step = pieces()
     # What nobody's context holds may be anything, NaN above all.

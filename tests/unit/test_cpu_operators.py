@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nr_serve.engine import cpu_operators as module
 from nr_serve.engine.cpu_operators import CpuOperators, cpu_operators
-from tests.compiled import operators_or_skip
+from tests.compiled import operators_or_skip, torch_threads
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 SIZES = (1, 7, 16, 48, 576, 1000)
@@ -18,6 +18,30 @@ FAR = 2**62
 @pytest.fixture(scope="module")
 def operators() -> CpuOperators:
     return operators_or_skip()
+
+
+def contexts(lengths, key_heads, size, dtype):
+    """Keys and values of contexts of those lengths, in cells anywhere among others that hold NaN; and the cells."""
+    keys, values = (torch.full((300, key_heads, size), torch.nan).to(dtype) for _ in range(2))
+    cells = torch.full((len(lengths), max(lengths)), 299)  # a cell that holds NaN
+    order = torch.randperm(299)
+    for row, length in enumerate(lengths):
+        cells[row, :length] = order[row * 40 : row * 40 + length]
+        for store in (keys, values):
+            store[cells[row, :length]] = torch.randn(length, key_heads, size).to(dtype)
+    return keys, values, cells
+
+
+def softmax_attention(query, keys, values, seen):
+    """In float64, a token and head at a time, over the cells that each token has seen; logits times 0.3."""
+    heads, key_heads = query.shape[1], keys.shape[1]
+    want = torch.empty(query.shape, dtype=torch.float64)
+    for token, cells in enumerate(seen):
+        for head in range(heads):
+            of = head // (heads // key_heads)
+            weights = (0.3 * keys[cells, of].double() @ query[token, head].double()).softmax(0)
+            want[token, head] = weights @ values[cells, of].double()
+    return want
 
 
 def close(got, want, dtype):
@@ -87,28 +111,13 @@ def test_attend_is_softmax_attention_over_each_own_context(
 ):
     torch.manual_seed(size)
     lengths = [1, 16, 17, 40, 3]
-    keys, values = (torch.full((300, key_heads, size), torch.nan).to(dtype) for _ in range(2))
-    cells = torch.full((len(lengths), max(lengths)), 299)  # a cell that holds NaN
-    order = torch.randperm(299)
-    for row, length in enumerate(lengths):
-        cells[row, :length] = order[row * 40 : row * 40 + length]
-        for store in (keys, values):
-            store[cells[row, :length]] = torch.randn(length, key_heads, size).to(dtype)
+    keys, values, cells = contexts(lengths, key_heads, size, dtype)
     query = torch.randn(len(lengths), heads, size).to(dtype)
     positions = torch.tensor(lengths) - 1
-    want = torch.empty(query.shape, dtype=torch.float64)
-    for row, length in enumerate(lengths):
-        seen = cells[row, max(0, length - window) : length]
-        for head in range(heads):
-            of = head // (heads // key_heads)
-            weights = (0.3 * keys[seen, of].double() @ query[row, head].double()).softmax(0)
-            want[row, head] = weights @ values[seen, of].double()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    seen = [cells[row, max(0, length - window) : length] for row, length in enumerate(lengths)]
+    want = softmax_attention(query, keys, values, seen)
+    with torch_threads(threads):
         got = operators.attend(query, keys, values, cells, positions, 0.3, window)
-    finally:
-        torch.set_num_threads(before)
     close(got, want, dtype)
     alone = operators.attend(query[3:4], keys, values, cells[3:4], positions[3:4], 0.3, window)
     assert torch.equal(alone[0], got[3]), "what shares the step must not matter"
@@ -126,28 +135,14 @@ def test_attend_prompts_is_causal_attention_over_each_own_context(
     if operators.attend_prompts is None:
         pytest.skip("no product of our own here")
     torch.manual_seed(size)
-    keys, values = (torch.full((300, key_heads, size), torch.nan).bfloat16() for _ in range(2))
-    cells = torch.full((len(lengths), max(lengths)), 299)  # a cell that holds NaN
-    order = torch.randperm(299)
-    for row, length in enumerate(lengths):
-        cells[row, :length] = order[row * 40 : row * 40 + length]
-        for store in (keys, values):
-            store[cells[row, :length]] = torch.randn(length, key_heads, size).bfloat16()
+    keys, values, cells = contexts(lengths, key_heads, size, torch.bfloat16)
     query = torch.randn(len(lengths) * count, heads, size).bfloat16()
     positions = torch.tensor(lengths)[:, None] - count + torch.arange(count)
-    want = torch.empty(query.shape, dtype=torch.float64)
-    for token, position in enumerate(positions.flatten().tolist()):
-        seen = cells[token // count, max(0, position + 1 - window) : position + 1]
-        for head in range(heads):
-            of = head // (heads // key_heads)
-            weights = (0.3 * keys[seen, of].double() @ query[token, head].double()).softmax(0)
-            want[token, head] = weights @ values[seen, of].double()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    places = enumerate(positions.flatten().tolist())
+    seen = [cells[token // count, max(0, place + 1 - window) : place + 1] for token, place in places]
+    want = softmax_attention(query, keys, values, seen)
+    with torch_threads(threads):
         got = operators.attend_prompts(query, keys, values, cells, positions, 0.3, window)
-    finally:
-        torch.set_num_threads(before)
     close(got, want, torch.bfloat16)
     alone = operators.attend_prompts(query[-count:], keys, values, cells[-1:], positions[-1:], 0.3, window)
     assert torch.equal(alone, got[-count:]), "what shares the step must not matter"

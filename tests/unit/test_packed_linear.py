@@ -8,10 +8,10 @@ from torch import nn
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine import packed_linear
-from nr_serve.engine.cpu_operators import cpu_operators
 from nr_serve.engine.packed_linear import Multiply, PackedLinear, PairedLinear, can_pack, can_pair, pack_linears
 from nr_serve.engine.runner import Runner
 from tests import tiny
+from tests.compiled import operators_or_skip, torch_threads
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -48,10 +48,10 @@ def test_a_packed_layer_takes_rows_that_do_not_lie_together():
 
 @pytest.fixture
 def multiply() -> Multiply:
-    operators = cpu_operators()
-    if operators is None or operators.multiply is None:
+    made = operators_or_skip().multiply
+    if made is None:
         pytest.skip("no product of our own here")
-    return operators.multiply
+    return made
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (16, 2), (32, 50), (112, 30)])
@@ -62,9 +62,8 @@ def test_our_own_product_is_the_product(multiply, outputs, inputs, has_bias, thr
     torch.manual_seed(outputs)
     weight = torch.randn(outputs, inputs).bfloat16()
     bias = torch.randn(outputs).bfloat16() if has_bias else None
-    layer, before = PairedLinear(weight, bias, multiply, dtype), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    layer = PairedLinear(weight, bias, multiply, dtype)
+    with torch_threads(threads):
         for shape in ((1, 0), (1, 1), (1,), (2, 3), (8,), (1, 9), (1, 17), (100,)):
             x = torch.randn(*shape, inputs).bfloat16()
             want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -75,8 +74,6 @@ def test_our_own_product_is_the_product(multiply, outputs, inputs, has_bias, thr
             if x.numel():
                 alone = layer(x[..., -1:, :])
                 assert torch.equal(alone, got[..., -1:, :]), "what shares the step must not matter"
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_our_own_product_refuses_what_does_not_fit(multiply):
@@ -121,7 +118,7 @@ def test_what_our_own_product_does_not_take_is_left_to_onednn(multiply, shape, d
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
 def test_a_packed_model_gives_its_own_logits(kind, ours, dtype):
     need(dtype)
-    operators = cpu_operators() if ours else None
+    operators = operators_or_skip() if ours else None
     model = tiny.model(kind).to(dtype).requires_grad_(False)
     packed = copy.deepcopy(model)
     pack_linears(packed, None if operators is None else operators.multiply)
