@@ -23,17 +23,9 @@ nr-serve fetch-corpus "$here/corpora.toml" --out "$corpus"
 files=()
 for domain in "${domains[@]}"; do
     trained=$out/$domain/$domain.safetensors
-    files+=("$out/$domain.safetensors")
+    files+=("$trained")
     [ -e "$trained" ] ||
         nr-serve train "$here/$domain/recipe.toml" --corpus "$corpus" --out "$out/$domain" --resume "${changes[@]}"
-    case $domain in
-        # Gates fitted to the base open too often behind trained blocks: fit them anew, to the stream as it is now.
-        hu | da)
-            [ -e "$out/$domain.safetensors" ] ||
-                nr-serve calibrate "$trained" --corpus "$corpus" --out "$out/$domain.safetensors"
-            ;;
-        *) cp "$trained" "$out/$domain.safetensors" ;;  # so fitted, Slovak gates find too little
-    esac
 done
 nr-serve evaluate "${files[@]}" --corpus "$corpus" --interference --near nb=da --near sv=da --near cs=sk \
     --markdown "$out/interference.md" --plots "$out"

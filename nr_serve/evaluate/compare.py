@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from nr_serve.train.export import load_run, read_run
 from nr_serve.train.measure import SourceResult, evaluating
 from nr_serve.train.recipe import Recipe
 from nr_serve.train.text import read_heldout
-from nr_serve.train.text.pack import Windows
+from nr_serve.train.text.pack import Windows, digest
 
 WINDOW = 256
 
@@ -154,5 +153,5 @@ def _measure_run(name: str, folder: Path, exam: Exam, base_answers: Mapping[str,
 
 def _versions(saved: checkpoints.Checkpoint) -> list[str]:
     """What tells a run's weights, and what they are put in, from all else."""
-    with (saved.folder / checkpoints.WEIGHTS).open("rb") as weights:
-        return [json.dumps(saved.recipe, sort_keys=True), hashlib.file_digest(weights, "sha256").hexdigest()]
+    content = digest(tensor for _, tensor in sorted((saved.weights() | saved.refitted()).items()))
+    return [json.dumps(saved.recipe, sort_keys=True), content]

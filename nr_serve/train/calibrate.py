@@ -18,9 +18,8 @@ from nr_serve.neutral.format import Adapter, Block, write_adapter
 from nr_serve.train import text
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule
 from nr_serve.train.base import best_device, load_base, read_adapters
-from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
-from nr_serve.train.recipe import Gate, Recipe, parse_recipe
-from nr_serve.train.text.mix import Classes
+from nr_serve.train.gates import refit_gates
+from nr_serve.train.recipe import Recipe, parse_recipe
 from nr_serve.train.text.sources import Source, find_sources
 
 _say = partial(say, "calibrate")
@@ -62,7 +61,7 @@ def calibrate(
     modules = [module, *map(AdapterModule.from_file, neighbours.values())]
     attached = Attached(frozen.model, [each.to(frozen.device) for each in modules])
     _say("fitting the gates")
-    fitted = _fit(frozen.model, attached, classes, recipe.gate)
+    fitted = refit_gates(frozen.model, attached, classes, recipe.gate)
     _say(fitted.summary())
     results = {k: v for k, v in adapter.info.results.items() if k != "heldout"}
     results["calibrated"] = {"beside": {name: neighbour.version for name, neighbour in neighbours.items()}}
@@ -77,12 +76,6 @@ def calibrate(
     with writing(out):
         write_adapter(out, info, blocks)
     return out
-
-
-def _fit(model: Any, attached: Attached, classes: Classes, gate: Gate) -> FittedGates:
-    """Fit the gates of the first attached adapter; none is dropped, as its block is trained already."""
-    gate = gate.model_copy(update={"min_found": 0.0})
-    return fit_gates(model, attached, gate_classes(classes, gate.fit_tokens), gate, original=classes.original)
 
 
 def _changed(recipe: Recipe, name: str, carry: float | None, changes: Mapping[str, Any]) -> Recipe:

@@ -27,6 +27,7 @@ PREFIX = "checkpoint-"
 KEPT = 2
 STATE = "state.json"
 WEIGHTS = "trained.safetensors"
+REFITTED = "refitted.safetensors"
 
 
 class BadCheckpoint(NrError):
@@ -53,8 +54,21 @@ class Checkpoint:
 
     def weights(self) -> dict[str, Tensor]:
         """The trained tensors, by the learner's names. Raises BadCheckpoint."""
+        return self._tensors(WEIGHTS)
+
+    def refitted(self) -> dict[str, Tensor]:
+        """Those of them that were fitted again after the run's last step; empty before. Raises BadCheckpoint."""
+        return self._tensors(REFITTED) if (self.folder / REFITTED).exists() else {}
+
+    def refit(self, gates: Mapping[str, Tensor]) -> None:
+        """Keep those beside the trained tensors, from which a longer run may still go on."""
+        with whole(self.folder / REFITTED) as part:
+            _save(part, gates)
+            _sync(part)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
         try:
-            return safetensors.torch.load_file(self.folder / WEIGHTS)
+            return safetensors.torch.load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
             raise BadCheckpoint(f"cannot read the checkpoint {self.folder}: {error}") from error
 
@@ -62,8 +76,7 @@ class Checkpoint:
 def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Write the trained tensors of a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    _save(folder / WEIGHTS, weights)
 
 
 def at_step(out: Path, step: int) -> Path:
@@ -158,6 +171,10 @@ def _own(out: Path) -> list[Path]:
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    safetensors.torch.save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
 
 
 def _sync(path: Path) -> None:

@@ -36,7 +36,7 @@ def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path
             raise BadRequest("blocks without gates have no threshold", param="threshold")
         recipe = recipe.with_gate(threshold=threshold)
     results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
-    if recipe.threshold == learner.adapter.threshold:  # else it was measured at another
+    if recipe.threshold == learner.adapter.threshold and not saved.refitted():  # else it was measured with others
         results["heldout"] = saved.results
     return write_blocks(path, recipe, base, learner.adapter, results)
 
@@ -53,7 +53,8 @@ def read_run(run: Path) -> tuple[Recipe, checkpoints.Checkpoint]:
 def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, Learner, checkpoints.Checkpoint]:
     """A run with the weights that it keeps so far, on a GPU if there is one.
 
-    Those are of its newest checkpoint, or of the best one if the run has patience. The base's weights are in
+    Those are of its newest checkpoint, or of the best one if the run has patience, with the gates that were fitted
+    again after the last step. The base's weights are in
     `dtype` (default: as it trained). Raises Conflict if there is no checkpoint, or if the base has changed.
     """
     recipe, saved = read_run(run)
@@ -61,7 +62,7 @@ def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, L
     if saved.base_fingerprint != base.fingerprint:
         raise Conflict(f"the base differs from that of the run in {run}")
     learner = make_learner(recipe, base).to(base.device)
-    load_weights(learner, saved.weights())
+    load_weights(learner, saved.weights() | saved.refitted())
     return recipe, base, learner, saved
 
 

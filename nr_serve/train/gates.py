@@ -241,6 +241,15 @@ def gate_classes(classes: Classes, tokens: int) -> dict[str, Windows]:
     return {"target": classes.target.take(slice(4 * count))} | fitted
 
 
+def refit_gates(model: Any, attached: Attached, classes: Classes, gate: Gate) -> FittedGates:
+    """Fit the gates of the first attached adapter, trained already, on the stream as its blocks leave it.
+
+    None is dropped, as its block is trained.
+    """
+    gate = gate.model_copy(update={"min_found": 0.0})
+    return fit_gates(model, attached, gate_classes(classes, gate.fit_tokens), gate, original=classes.original)
+
+
 def fit_gates(
     model: Any,
     attached: Attached,

@@ -154,6 +154,11 @@ class Gate(_Section):
         description="Fitted gates are scaled until m averages this over the tokens of the target that open them "
         "(default: 3 for relu1, so that most of those are fully open, else 1).",
     )
+    refit: bool = Field(
+        default=True,
+        description="Whether fitted gates that are not trained are fitted again after the last step, on the stream "
+        "as the trained blocks leave it: those fitted to the base's misfire behind blocks.",
+    )
     fit_tokens: Positive = Field(default=6144, description="Tokens of each class that fit and calibrate the gates.")
     ridge: float = Field(
         default=1e-4, gt=0, description="Ridge penalty, as a share of the mean variance of an input feature."
@@ -185,6 +190,11 @@ class Gate(_Section):
     def fitted(self) -> bool:
         """Whether the gates are fitted before training, rather than random or absent."""
         return self.kind != "none" and self.init in ("closed-form", "logistic")
+
+    @property
+    def refits(self) -> bool:
+        """Whether they are fitted again after training."""
+        return self.refit and self.fitted and not self.trained
 
     @model_validator(mode="after")
     def _learns(self) -> Gate:

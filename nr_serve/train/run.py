@@ -24,7 +24,7 @@ from nr_serve.train.attach import AdapterModule
 from nr_serve.train.base import load_base
 from nr_serve.train.export import load_weights, write_result
 from nr_serve.train.gate_cache import GateCache
-from nr_serve.train.gates import FittedGates, fit_gates, gate_classes
+from nr_serve.train.gates import FittedGates, fit_gates, gate_classes, refit_gates
 from nr_serve.train.log import Log
 from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
@@ -120,10 +120,15 @@ class TrainingRun:
 
     def _write(self, steps: int) -> Path:
         """Write what came of the run: the weights after its `steps`, or the best if it has patience."""
-        best = checkpoints.kept(self.out) if self.recipe.run.patience is not None else None
-        if best is not None and best.best_step is not None:
-            load_weights(self.learner, best.weights())
-            steps, self.results = best.step, best.results
+        kept = checkpoints.kept(self.out)
+        assert kept is not None  # the loop leaves one after its last step
+        if kept.step != steps:
+            load_weights(self.learner, kept.weights())
+            steps, self.results = kept.step, kept.results
+            self._measured = steps
+        if self.recipe.method == "neutral" and self.recipe.gate.refits:
+            self._refit(kept)
+            self._measure(steps)
         elif self._measured != steps:
             self._measure(steps)
         tokens = steps * self.recipe.run.batch_tokens
@@ -151,9 +156,22 @@ class TrainingRun:
             return made
 
         fitted = GateCache().fitted(self._gates_depend_on(adapter, classes), fit)
-        self._log({"event": "gates", "layers": {i: asdict(each) for i, each in fitted.report.items()}})
-        _say(fitted.summary())
+        self._tell(fitted, 0)
         return fitted
+
+    def _refit(self, kept: checkpoints.Checkpoint) -> None:
+        """Fit the gates again, on the stream as the trained blocks leave it, and keep them with the checkpoint."""
+        if not kept.refitted():
+            _say("fitting the gates again")
+            fitted = refit_gates(self.base.model, self.learner.attached, self.text.classes, self.recipe.gate)
+            self._tell(fitted, kept.step)
+            kept.refit({f"adapter.{name}": gate for name, gate in fitted.gates.items()})
+        load_weights(self.learner, kept.weights() | kept.refitted())
+
+    def _tell(self, fitted: FittedGates, step: int) -> None:
+        layers = {i: asdict(each) for i, each in fitted.report.items()}
+        self._log({"event": "gates", "step": step, "layers": layers})
+        _say(fitted.summary())
 
     def _gates_depend_on(self, adapter: AdapterModule, classes: Mapping[str, Windows]) -> dict[str, Any]:
         """All that decides the fitted gates: a key of the cache."""

@@ -110,7 +110,9 @@ def test_an_export_at_another_threshold_leaves_out_what_was_measured_at_the_old(
 
 def test_a_run_trains_with_its_threshold_and_its_file_has_it(base, corpus, tmp_path):
     made = [
-        read_adapter(train(write_recipe(tmp_path, base, tokens=512, **gate), tmp_path / out, corpus))
+        read_adapter(
+            train(write_recipe(tmp_path, base, tokens=512, gate__refit=False, **gate), tmp_path / out, corpus)
+        )
         for out, gate in (("plain", {"gate__threshold": 0.0}), ("dialled", {"gate__threshold": 2.5}))
     ]
     plain, dialled = made

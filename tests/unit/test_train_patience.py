@@ -33,8 +33,9 @@ def worsening(monkeypatch) -> Seen:
     return seen
 
 
-def patient(tmp_path, base, patience: int = 2) -> Recipe:
-    return write_recipe(tmp_path, base, tokens=12800, run__patience=patience, run__validate_every=256)
+def patient(tmp_path, base, patience: int = 2, refit: bool = False) -> Recipe:
+    changes = {"run__patience": patience, "run__validate_every": 256, "gate__refit": refit}
+    return write_recipe(tmp_path, base, tokens=12800, **changes)
 
 
 def test_training_stops_when_the_targets_loss_no_longer_falls_and_keeps_the_best(tmp_path, base, corpus, worsening):
@@ -45,6 +46,16 @@ def test_training_stops_when_the_targets_loss_no_longer_falls_and_keeps_the_best
     made = read_adapter(path)
     assert torch.equal(made.blocks[0].w_out, best.bfloat16())
     assert made.info.results == {"tokens": 2 * 128, "heldout": {"hu.a": {"before": 1.0, "after": 2.0}}}
+
+
+def test_the_best_weights_gates_are_fitted_again(tmp_path, base, corpus, worsening):
+    path = train(patient(tmp_path, base, refit=True), tmp_path / "out", corpus)
+    assert [step for step, _ in worsening] == [0, 2, 4, 6, 2]
+    best, made = worsening[1][1], read_adapter(path)
+    for i, block in enumerate(made.blocks):
+        assert torch.equal(block.w_out, best[f"adapter.layers.{i}.w_out"].bfloat16())
+        assert torch.equal(block.gate, best[f"adapter.layers.{i}.gate"]) == (i == 0)
+    assert made.info.results == {"tokens": 2 * 128, "heldout": {"hu.a": {"before": 1.0, "after": 5.0}}}
 
 
 def test_exports_and_comparisons_take_the_best_checkpoint(tmp_path, base, corpus, worsening):

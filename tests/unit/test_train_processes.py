@@ -65,7 +65,8 @@ def test_two_processes_make_the_adapter_that_one_makes(tmp_path, recipe, corpus)
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
     assert [out for _, out, _ in ended] == [f"{outs[1] / 'hu.safetensors'}\n", ""]
     said = ended[0][2] + ended[1][2]
-    assert said.count("reading and packing") == said.count("gates find") == 1
+    assert said.count("reading and packing") == said.count("fitting the gates again") == 1
+    assert said.count("gates find") == 2
     one, two = (log_of(out) for out in outs)
     assert [entry["event"] for entry in one] == [entry["event"] for entry in two]
     for a, b in zip(one, two, strict=True):

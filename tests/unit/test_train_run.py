@@ -12,8 +12,13 @@ from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import export, log, losses, trainer
 from nr_serve.train import run as training
+from nr_serve.train.base import load_base
+from nr_serve.train.export import export_run, load_run, load_weights
+from nr_serve.train.gates import fit_gates, gate_classes
+from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Run
 from nr_serve.train.run import train
+from nr_serve.train.run_text import read_run_text
 from nr_serve.train.trainer import TrainingDiverged, learning_rate
 from tests.tiny_run import weights, write_recipe
 from tests.unit.room import no_room
@@ -45,10 +50,61 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path
     assert files[0].info == files[1].info
 
 
+def test_gates_are_fitted_again_to_the_stream_as_the_trained_blocks_leave_it(tmp_path, base, corpus):
+    recipe = write_recipe(tmp_path, base, tokens=2560, lr=0.03)
+    made = read_adapter(train(recipe, tmp_path / "out", corpus))
+    kept = checkpoints.load(checkpoints.latest(tmp_path / "out")).weights()
+
+    frozen = load_base(str(base))
+    adapter = make_learner(recipe, frozen)  # hosts the blocks too
+    load_weights(adapter, kept)
+    classes = gate_classes(read_run_text(recipe, corpus).classes, recipe.gate.fit_tokens)
+    expected = fit_gates(frozen.model, adapter.attached, classes, recipe.gate, original=["en.a", "chat"]).gates
+    for i, block in enumerate(made.blocks):
+        assert torch.equal(block.gate, expected[f"layers.{i}.gate"])
+        assert torch.equal(block.bias, expected[f"layers.{i}.bias"])
+        assert torch.equal(block.w_out, kept[f"adapter.layers.{i}.w_out"].bfloat16())
+    later = [
+        i for i, block in enumerate(made.blocks) if not torch.equal(block.gate, kept[f"adapter.layers.{i}.gate"])
+    ]
+    assert later == [1, 2]  # below the first block there is nothing to move the stream
+
+
+def test_a_run_killed_while_gates_are_fitted_again_fits_them_when_resumed(tmp_path, base, corpus, monkeypatch):
+    recipe = write_recipe(tmp_path, base)
+    whole = read_adapter(train(recipe, tmp_path / "whole", corpus))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "refit_gates", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "cut", corpus)
+    cut = read_adapter(train(recipe, tmp_path / "cut", corpus, resume=True))
+    assert cut.info == whole.info
+    assert all(torch.equal(a.gate, b.gate) for a, b in zip(cut.blocks, whole.blocks, strict=True))
+    monkeypatch.setattr(training, "refit_gates", killed)
+    again = read_adapter(train(recipe, tmp_path / "cut", corpus, resume=True))  # they are there already
+    assert again.version == whole.version
+
+
+def test_what_others_read_of_a_run_has_the_gates_that_were_fitted_again(tmp_path, base, corpus):
+    for refit in (True, False):
+        out = tmp_path / f"{refit}"
+        made = read_adapter(train(write_recipe(tmp_path, base, lr=0.03, gate__refit=refit), out, corpus))
+        loaded = load_run(out)[2].adapter.gates()
+        exported = read_adapter(export_run(out, tmp_path / "x.safetensors"))
+        for i, block in enumerate(made.blocks):
+            assert torch.equal(block.gate, loaded[f"layers.{i}.gate"])
+            assert torch.equal(block.gate, exported.blocks[i].gate)
+        assert torch.equal(made.blocks[2].gate, weights(out)["adapter.layers.2.gate"]) != refit
+
+
 def said(capsys) -> str:
-    """The line on the gates."""
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "gates find" in line)
-    return line
+    """The line on the gates as they were fitted to the base."""
+    first, _ = (line for line in capsys.readouterr().err.splitlines() if "gates find" in line)
+    return first
 
 
 def test_gates_fitted_before_to_the_same_text_are_kept_and_told(tmp_path, base, corpus, monkeypatch, capsys):

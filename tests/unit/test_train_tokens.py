@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from nr_serve.train.recipe import Data, Run
 from nr_serve.train.tensor_cache import TORN_AFTER_S
@@ -26,6 +31,28 @@ def test_packing_restarts_the_offset_at_each_document_and_window():
         at = 0 if i % 4 == 0 or token != flat[i - 1] else at + 1
         expected.append(at)
     assert offset == expected
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte, words as GPT-2 splits them."""
+    alphabet = ByteLevel.alphabet()
+    bytes_alone = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    bytes_alone.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_alone)
+
+
+def test_a_cut_document_goes_on_at_its_next_word():
+    hf = word_tokenizer()
+    windows = pack(hf, ["ab cdefg hi, jk lm nop qrs"], 6, None, seed=0).windows
+    assert [hf.decode(row) for row in windows.ids_NT] == ["ab cde", " hi, j", " lm no"]
+    assert windows.offset_NT.tolist() == [[0, 1, 2, 3, 4, 5]] * 3
+
+
+def test_a_document_without_a_word_near_goes_on_where_it_was_cut():
+    hf = word_tokenizer()
+    windows = pack(hf, ["x" * 20 + "y" * 20], 4, None, seed=0).windows
+    assert hf.decode(windows.ids_NT.flatten()) == "x" * 20 + "y" * 20
 
 
 def test_packing_stops_at_the_limit_and_is_decided_by_the_seed():

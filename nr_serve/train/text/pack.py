@@ -19,6 +19,8 @@ from torch import Tensor
 from nr_serve.train.text import overlap
 
 BATCH_DOCUMENTS = 256
+NEAR = 32
+"""Tokens within which a document cut in the middle of a word has its next one."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +72,36 @@ def digest(tensors: Iterable[Tensor]) -> str:
 def pack(tokenizer: Any, documents: Sequence[str], window: int, limit: int | None, seed: int) -> Packed:
     """Documents in a shuffled order, laid end to end and cut into windows; at most about `limit` tokens.
 
-    A document cut by a window's end goes on in the next window as a piece of its own, from offset 0.
+    A document cut by a window's end goes on in the next window as a piece of its own, from offset 0, at its next
+    word: no text that is served starts in the middle of one.
     """
     order = list(documents)
     random.Random(seed).shuffle(order)
     ids, starts = array("i"), array("q")  # 4 bytes a token: a list of ints takes ten times that
     used = 0
     while used < len(order) and (limit is None or len(ids) < limit):
-        for tokens in tokenizer(order[used : used + BATCH_DOCUMENTS])["input_ids"]:
-            starts.append(len(ids))
-            ids.extend(tokens)
+        encoded = tokenizer(order[used : used + BATCH_DOCUMENTS])
+        for i, tokens in enumerate(encoded["input_ids"]):
+            words, at = encoded.word_ids(i), 0
+            while at < len(tokens):
+                starts.append(len(ids))
+                room = window - len(ids) % window
+                ids.extend(tokens[at : at + room])
+                at = _next_word(words, at + room)
         used += BATCH_DOCUMENTS
     count = (len(ids) if limit is None else min(limit, len(ids))) // window
     ids_NT = torch.from_numpy(np.array(ids[: count * window], np.int64)).view(count, window)
     return Packed(Windows(ids_NT, _offsets(starts, count, window)), overlap.grams(order[:used]))
 
 
+def _next_word(words: Sequence[int | None], at: int) -> int:
+    """The first token from `at` on that is not of the word of the one before; `at` if none is near."""
+    near = range(at, min(at + NEAR, len(words)))
+    return next((place for place in near if words[place] != words[place - 1]), at)
+
+
 def _offsets(starts: Sequence[int], count: int, window: int) -> Tensor:
-    """Distance of every token to the last start of a document in its window, or else to the window's own."""
+    """Distance of every token to the last start of a piece in its window, which is one."""
     is_start = torch.zeros(count * window, dtype=torch.bool)
     starts_S = torch.tensor(starts, dtype=torch.int64)
     is_start[starts_S[starts_S < count * window]] = True

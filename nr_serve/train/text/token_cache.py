@@ -12,7 +12,7 @@ from nr_serve.disk import cache_folder
 from nr_serve.train.tensor_cache import MOST_BYTES, TensorCache, Tensors
 from nr_serve.train.text.pack import Packed, Windows
 
-FORMAT = 1
+FORMAT = 2
 """Raised when packing changes: files of another format are never read again."""
 
 
