@@ -30,7 +30,8 @@ from nr_serve.train.base import load_base
 from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.learner import Batch, Learner
 from nr_serve.train.methods import make_learner
-from nr_serve.train.recipe import BadRecipe, Recipe, read_recipe
+from nr_serve.train.recipe import BadRecipe, Recipe
+from nr_serve.train.recipe_file import read_recipe
 from nr_serve.train.text import read_classes
 from nr_serve.train.text.mix import Classes
 from nr_serve.train.trainer import Batches, make_optimizer

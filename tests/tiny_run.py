@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train.recipe import Recipe, read_recipe
+from nr_serve.train.recipe import Recipe
+from nr_serve.train.recipe_file import read_recipe
 
 RECIPE = """
 base = "{base}"

@@ -88,7 +88,7 @@ class FetchCorpus(Command):
 def train(command: Train) -> int:
     """Train; print the adapter's file, or the baseline's folder."""
     from nr_serve.train import processes
-    from nr_serve.train.recipe import parse_changes, read_recipe
+    from nr_serve.train.recipe_file import parse_changes, read_recipe
     from nr_serve.train.run import train as run
 
     recipe = read_recipe(command.recipe, parse_changes(command.set))
@@ -102,7 +102,7 @@ def sweep(command: Sweep) -> int:
     """Train every run; compare those that ended, if all are of one domain; 1 if one failed."""
     from nr_serve.evaluate.compare import compare_runs, write_comparison
     from nr_serve.train import processes
-    from nr_serve.train.recipe import parse_changes
+    from nr_serve.train.recipe_file import parse_changes
     from nr_serve.train.sweep import read_sweep, run_sweep
 
     changes = parse_changes(command.set)
@@ -126,7 +126,7 @@ def calibrate(command: Calibrate) -> int:
     """Calibrate; print the file."""
     from nr_serve.disk import check_file
     from nr_serve.train.calibrate import calibrate as run
-    from nr_serve.train.recipe import parse_changes
+    from nr_serve.train.recipe_file import parse_changes
 
     changes = parse_changes(command.set)
     check_file(command.out)

@@ -13,7 +13,7 @@ from torch import Tensor
 from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.bank import StepTokens, Trial
 
-_FEW_TOKENS = 8  # a group more for a piece of so few costs more than reading its context for each of them
+_FEW_IN_PIECE = 8  # a group more for a piece of so few costs more than reading its context for each of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ def _groups(
 
 def _kind(i: int, piece: Piece, apart: int | None) -> str | int:
     """What a piece is grouped with; its index: with none. Short ones not with few: they would be padded far."""
-    if piece.count == 1 or (apart is not None and piece.count <= _FEW_TOKENS):
+    if piece.count == 1 or (apart is not None and piece.count <= _FEW_IN_PIECE):
         return "few"
     return "short" if apart is not None and piece.count * (piece.start + piece.count) <= apart else i
 

@@ -19,7 +19,8 @@ from nr_serve.train import text
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule
 from nr_serve.train.base import best_device, load_base, read_adapters
 from nr_serve.train.gates import refit_gates
-from nr_serve.train.recipe import Recipe, parse_recipe
+from nr_serve.train.recipe import Recipe
+from nr_serve.train.recipe_file import parse_recipe
 from nr_serve.train.text.sources import Source, find_sources
 
 _say = partial(say, "calibrate")

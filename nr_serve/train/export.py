@@ -19,7 +19,8 @@ from nr_serve.train.attach import AdapterModule
 from nr_serve.train.base import FrozenBase, best_device, load_base
 from nr_serve.train.learner import Learner
 from nr_serve.train.methods import make_learner, save_lora
-from nr_serve.train.recipe import Recipe, parse_recipe
+from nr_serve.train.recipe import Recipe
+from nr_serve.train.recipe_file import parse_recipe
 
 
 def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path:

@@ -1,19 +1,16 @@
-"""The recipe of one adapter: a TOML file, read into frozen models. Unknown keys are refused.
+"""The recipe of one adapter, as frozen models. Unknown keys are refused.
 
 Knows nothing of torch, so that a recipe can be checked without loading a model.
 """
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterable, Mapping
 from math import ceil
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from nr_serve.errors import BadRequest, faults
+from nr_serve.errors import BadRequest
 from nr_serve.neutral import MAX_THRESHOLD, block_width
 from nr_serve.train.entries import DATASETS, names_source
 
@@ -24,16 +21,6 @@ Globs = tuple[str, ...]
 
 class BadRecipe(BadRequest):
     """A recipe that cannot be followed as it stands."""
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The values in a TOML file. Raises BadRecipe if it cannot be read or is not TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadRecipe(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRecipe(f"{path.name} is not TOML: {error}") from error
 
 
 class _Section(BaseModel):
@@ -403,48 +390,3 @@ class Recipe(_Section):
             for name in free:
                 del recipe["run"][name]
         return mine == other
-
-
-def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Read and check a recipe, with the keys in `changes` (such as `run.tokens`) set anew.
-
-    Raises BadRecipe, naming the key at fault.
-    """
-    values = read_toml(path)
-    for key, value in (changes or {}).items():
-        _set(values, key, value)
-    return parse_recipe(values, path.name)
-
-
-def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["run.lr=1e-3", "method=lora"]` as keys and values; values as in TOML, or plain words. Raises BadRecipe."""
-    changes: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
-            raise BadRecipe(f"{pair!r} is not KEY=VALUE")
-        try:
-            changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            changes[key.strip()] = value.strip()
-    return changes
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise BadRecipe(f"{key}: {section} is not a section")
-    values[last] = value
-    other = {"h": "capacity", "capacity": "h"}.get(last)
-    if sections == ["blocks"] and other is not None:
-        values.pop(other, None)
-
-
-def parse_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:
-    """Check a recipe's values. Raises BadRecipe, naming every key at fault."""
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise BadRecipe(f"{name}: {faults(error)}") from error

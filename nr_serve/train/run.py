@@ -28,7 +28,8 @@ from nr_serve.train.gates import FittedGates, fit_gates, gate_classes, refit_gat
 from nr_serve.train.log import Log
 from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
-from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe
+from nr_serve.train.recipe import BadRecipe, Recipe
+from nr_serve.train.recipe_file import parse_recipe
 from nr_serve.train.run_text import read_run_text
 from nr_serve.train.text.pack import Windows, digest
 from nr_serve.train.trainer import RunTrainer, TrainingStopped, training_arguments

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nr_serve.errors import NrError, faults
-from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe, read_recipe, read_toml
+from nr_serve.train.recipe import BadRecipe, Recipe
+from nr_serve.train.recipe_file import parse_recipe, read_recipe, read_toml
 
 Changes = Mapping[str, str | int | float | bool | list[int] | list[str]]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train.recipe import read_recipe
+from nr_serve.train.recipe_file import read_recipe
 from nr_serve.train.run import train
 from nr_serve.train.trainer import RunTrainer
 

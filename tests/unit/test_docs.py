@@ -16,7 +16,8 @@ from nr_serve.config import _OTHERS, ServeConfig, settings_tables
 from nr_serve.default_model import GGUF_NAME
 from nr_serve.keys import read_key_file
 from nr_serve.train.corpus import recipe as corpus_recipe
-from nr_serve.train.recipe import Recipe, parse_changes, read_recipe
+from nr_serve.train.recipe import Recipe
+from nr_serve.train.recipe_file import parse_changes, read_recipe
 from nr_serve.train.recipe_table import recipe_tables
 from tests.guide import COMMAND_LINES, GUIDE, blocks
 from tests.structure import modules_tables

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nr_serve.neutral.format import read_adapter
-from nr_serve.train.recipe import read_recipe
+from nr_serve.train.recipe_file import read_recipe
 from nr_serve.train.run import train
 from tests.tiny_run import weights, write_recipe
 from tests.unit.killing import MOMENTS, train_until

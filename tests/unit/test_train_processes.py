@@ -12,7 +12,7 @@ import torch
 
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train.recipe import read_recipe
+from nr_serve.train.recipe_file import read_recipe
 from nr_serve.train.run import train
 from tests.tiny_run import RECIPE
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nr_serve.train.recipe import BadRecipe, Recipe, parse_recipe, read_recipe
+from nr_serve.train.recipe import BadRecipe, Recipe
+from nr_serve.train.recipe_file import parse_recipe, read_recipe
 from nr_serve.train.sweep import read_sweep
 
 SMALL = {

@@ -11,7 +11,8 @@ import pytest
 
 from nr_serve.errors import DownloadFailed
 from nr_serve.train.entries import names_language, names_source
-from nr_serve.train.recipe import BadRecipe, parse_recipe
+from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.recipe_file import parse_recipe
 from nr_serve.train.text.dataset import Dataset
 from nr_serve.train.text.documents import PIECE_CHARACTERS
 from nr_serve.train.text.sources import OPEN_SOURCES, find_sources, read_in_turn

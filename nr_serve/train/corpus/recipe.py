@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from nr_serve.errors import BadRequest, faults
-from nr_serve.train.recipe import read_toml
+from nr_serve.train.recipe_file import read_toml
 
 Kind = Literal["deb", "pypi", "ddtp", "folder"]
 Format = Literal["html", "mallard", "man", "mo", "text", "plain", "fortune", "jsonl", "csv", "ddtp"]

@@ -1,0 +1,68 @@
+"""Reading recipes: a TOML file, changes on the command line, or plain values, all checked alike."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from nr_serve.errors import faults
+from nr_serve.train.recipe import BadRecipe, Recipe
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file. Raises BadRecipe if it cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadRecipe(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRecipe(f"{path.name} is not TOML: {error}") from error
+
+
+def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe, with the keys in `changes` (such as `run.tokens`) set anew.
+
+    Raises BadRecipe, naming the key at fault.
+    """
+    values = read_toml(path)
+    for key, value in (changes or {}).items():
+        _set(values, key, value)
+    return parse_recipe(values, path.name)
+
+
+def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:
+    """`["run.lr=1e-3", "method=lora"]` as keys and values; values as in TOML, or plain words. Raises BadRecipe."""
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise BadRecipe(f"{pair!r} is not KEY=VALUE")
+        try:
+            changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            changes[key.strip()] = value.strip()
+    return changes
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise BadRecipe(f"{key}: {section} is not a section")
+    values[last] = value
+    other = {"h": "capacity", "capacity": "h"}.get(last)
+    if sections == ["blocks"] and other is not None:
+        values.pop(other, None)
+
+
+def parse_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:
+    """Check a recipe's values. Raises BadRecipe, naming every key at fault."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise BadRecipe(f"{name}: {faults(error)}") from error
