@@ -119,8 +119,8 @@ class Runner:
         results, at = [], 0
         for piece, own, (start, end), opened_here in zip(pieces, wanted, bounds, opened, strict=True):
             fired_nS = None
-            if open_TS is not None and piece.request.submit.gates:
-                fired_nS = open_TS[start:end] * selected_TS[start:end]
+            if piece.request.submit.gates:
+                fired_nS = selected_TS[start:end].int() * (0 if open_TS is None else open_TS[start:end])
             rows = slice(at, at + len(own))
             result = _guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS)
             results.append(replace(result, opened=opened_here) if opened_here else result)
@@ -154,7 +154,7 @@ class Runner:
         return decoded.logits_BV if every else decoded.logits_BV[positions], decoded.open_BS, decoded.selected_BS
 
     def forward(self, batch: Batch, positions: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Logits at the given tokens of the step, float32 [N, V], and the layers open by token and slot."""
+        """Logits at the given tokens of the step, float32 [N, V]; layers open by token and slot, None: none was."""
         self.bank.begin(batch.tokens)
         try:
             output = self.model(

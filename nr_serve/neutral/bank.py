@@ -76,18 +76,45 @@ class Totals:
     cross_KS: list[list[int]]
 
 
-class StepResidues(Protocol):
-    """The residues of a step of few tokens, a layer in one operator: `Residues` of `engine/cpu`."""
+class FewTokens(Protocol):
+    """The residues of steps of few tokens, a layer in one operator: `Residues` of `engine/cpu`."""
 
-    def add(self, layer: int, x: Tensor, y: Tensor) -> bool:
-        """Add a layer's residues to y, in place; x and y [..., d], contiguous. Whether any gate is open."""
+    def begin(
+        self,
+        row_T: Tensor,
+        offset_T: Tensor,
+        selected_TS: Tensor,
+        columns: int,
+        first: int,
+        slot: int,
+        threshold: float,
+    ) -> None:
+        """Start a step that evaluates the first `columns` slots; from token `first` on a slot is on trial."""
+
+    def add(self, layer: int, x: Tensor, y: Tensor) -> None:
+        """Add a layer's residues to y, in place; x and y [..., d], contiguous."""
+
+    def keep(self, counted: int, end_E: Tensor | None, page_E: Tensor | None) -> bool:
+        """End a step: states and what was selected are kept. Whether any gate was open."""
+
+    def logits(self) -> Tensor:
+        """Its carried logits, [L, T, columns], until the next one begins."""
 
 
 @dataclass(slots=True)
 class _Step:
-    """What the layers of one step share. n: slots whose gates are evaluated."""
+    """The step under way."""
 
     tokens: StepTokens
+    shared: _Shared | None
+    """None if it is one of few tokens."""
+    layers_done: int = 0
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What the layers of a step by torch share. n: slots whose gates are evaluated."""
+
     row_P: Tensor
     """State row of each piece's request."""
     selected_Tn: Tensor
@@ -95,10 +122,7 @@ class _Step:
     """[n], or [T, n] with a trial."""
     m_LTn: Tensor
     """Carried logits, filled layer by layer."""
-    few: StepResidues | None
-    carries: StepCarries | None
-    """One of these two, and the other is None."""
-    layers_done: int = 0
+    carries: StepCarries
     opened: bool = False
 
 
@@ -116,9 +140,9 @@ class Bank:
         device: torch.device,
         dtype: torch.dtype,
         pages: int = 0,
-        few: Callable[..., StepResidues] | None = None,
+        few: Callable[..., FewTokens] | None = None,
     ) -> None:
-        """`few` begins a step of few tokens: `residues` of `cpu_operators`; None: torch does those too."""
+        """`few` makes what does steps of few tokens: `residues` of `cpu_operators`; None: torch does those too."""
         self.layers, self.d, self.slots, self.width, self.rows = layers, d, slots, width, rows
         self.device, self.dtype = device, dtype
         self.labels, self.pages = slots + MOST_JOINED + 3, pages  # three: the base, the bare base and `OTHER`
@@ -148,9 +172,20 @@ class Bank:
         self._blocks: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(slots)]  # views, by slot and layer
         self._carries = [0.0] * slots
         self._room = zeros(0)  # for the carried logits of a step, grown to the largest so far
-        self._none_open = zeros(1, 1, dtype=torch.int32)
         self._look_at_attached()
-        self._few = few
+        self._few = few and few(
+            self.gate_LSd,
+            self.bias_LS,
+            self.carry_S,
+            self.ceiling_S,
+            self.threshold_S,
+            self.w_up_SLud,
+            self.w_out_SLhd,
+            self.width_LS,
+            self.state_LRS,
+            self.page_state_LNS,
+            self._seen_LS,
+        )
         self._step: _Step | None = None
 
     # Slots
@@ -218,8 +253,22 @@ class Bank:
 
     def begin(self, tokens: StepTokens) -> None:
         """Start a step; `add_residues` follows once for every layer, in order."""
-        if self.attached:
-            self._step = self._prepared(tokens)
+        if not self.attached:
+            return
+        if self._few is None or len(tokens.row_T) > _FEW_TOKENS:
+            self._step = _Step(tokens, self._prepared(tokens))
+            return
+        trial = tokens.trial or Trial(len(tokens.row_T), 0, 0.0)  # of none of them
+        self._few.begin(
+            tokens.row_T,
+            tokens.offset_T,
+            tokens.selected_TS,
+            self._columns,
+            trial.first,
+            trial.slot,
+            trial.threshold,
+        )
+        self._step = _Step(tokens, None)
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the residues of the selected adapters whose gate fired; x and y are [..., d], y may be reused.
@@ -229,23 +278,24 @@ class Bank:
         step = self._step
         if step is None:
             return y
-        if step.few is not None:
+        step.layers_done = layer + 1
+        shared = step.shared
+        if shared is None:
+            assert self._few is not None
             y = y.contiguous()
-            step.opened |= step.few.add(layer, x.contiguous(), y)
-            step.layers_done = layer + 1
+            self._few.add(layer, x.contiguous(), y)
             return y
-        assert step.carries is not None
         x_Td = x.reshape(-1, self.d)
-        over_Tn = self._gates(layer, x_Td, step, step.carries)
+        over_Tn = self._gates(layer, x_Td, shared)
         # The one value read of a layer. NaN, too, goes on to where every gate is looked at.
         if float(over_Tn.max()) <= 0:
             return y
-        step.opened = True
-        g_Tn = self._gate_values(over_Tn, step)
+        shared.opened = True
+        g_Tn = self._gate_values(over_Tn, shared.selected_Tn)
         return self._add_blocks(layer, x_Td, y.reshape(-1, self.d), g_Tn).view_as(y)
 
     def end(self) -> Tensor | None:
-        """Finish the step. Layers whose gate was open by token and slot, int32 [T, S]; None: nothing is attached.
+        """Finish the step. Layers whose gate was open by token and slot, int32 [T, S]; None: no gate was.
 
         Slots that were not selected are observed too: times `selected_TS` it is what acted. Not to be written to.
         After a step that was cut short all states and statistics are as before it.
@@ -253,13 +303,16 @@ class Bank:
         step, self._step = self._step, None
         if step is None:
             return None
-        if step.layers_done < self.layers:
-            return self._none_open.expand_as(step.tokens.selected_TS)
-        self._keep_states(step)
-        self._seen_LS.addcmul_(self._has_block_LS, step.tokens.selected_TS[: step.tokens.counted].sum(0))
-        if not step.opened:
-            return self._none_open.expand_as(step.tokens.selected_TS)
-        return self._count_open(step)
+        tokens, shared = step.tokens, step.shared
+        opened = False
+        if step.layers_done == self.layers:
+            opened = self._keep_few(tokens) if shared is None else self._keep(tokens, shared)
+        if not opened:
+            return None
+        if shared is not None:
+            return self._count_open(tokens, shared.m_LTn, shared.threshold)
+        assert self._few is not None
+        return self._count_open(tokens, self._few.logits(), self._threshold(tokens))
 
     def read_totals(self) -> Totals:
         """Read the statistics and set them to zero."""
@@ -269,50 +322,43 @@ class Bank:
             counter.zero_()
         return Totals(fired, seen, mass, cross)
 
-    def _prepared(self, tokens: StepTokens) -> _Step:
+    def _prepared(self, tokens: StepTokens) -> _Shared:
         """What the layers of a step share, made once."""
         n, T = self._columns, len(tokens.row_T)
         row_P = tokens.row_T if tokens.longest == 1 else tokens.row_T[tokens.last_P]
-        before_LPn = self._state_LRn.index_select(1, row_P)
-        threshold, selected_Tn = _threshold(self._threshold_n, tokens), tokens.selected_TS[:, :n]
         if self.layers * T * n > len(self._room):
             self._room = torch.empty(self.layers * T * n, device=self.device)
+        carries = StepCarries.of(
+            self.carry_S[:n],
+            max(self._carries[:n]),
+            self._state_LRn.index_select(1, row_P),
+            tokens.offset_T,
+            tokens.last_P,
+            tokens.longest,
+        )
         m_LTn = self._room[: self.layers * T * n].view(self.layers, T, n)
-        few = carries = None
-        if self._few is not None and T <= _FEW_TOKENS:
-            few = self._few(
-                self.gate_LSd,
-                self.bias_LS,
-                self.carry_S,
-                self.ceiling_S,
-                self.w_up_SLud,
-                self.w_out_SLhd,
-                self.width_LS,
-                before_LPn,
-                tokens.offset_T,
-                threshold.expand(T, n),
-                selected_Tn,
-                m_LTn,
-            )
-        else:
-            largest = max(self._carries[:n])
-            carries = StepCarries.of(
-                self.carry_S[:n], largest, before_LPn, tokens.offset_T, tokens.last_P, tokens.longest
-            )
-        return _Step(tokens, row_P, selected_Tn, threshold, m_LTn, few, carries)
+        return _Shared(row_P, tokens.selected_TS[:, :n], self._threshold(tokens), m_LTn, carries)
 
-    def _gates(self, layer: int, x_Td: Tensor, step: _Step, carries: StepCarries) -> Tensor:
+    def _threshold(self, tokens: StepTokens) -> Tensor:
+        """Thresholds of the evaluated slots, [n], or [T, n] with a trial."""
+        trial = tokens.trial
+        if trial is None:
+            return self._threshold_n
+        threshold_Tn = self._threshold_n.repeat(len(tokens.row_T), 1)
+        threshold_Tn[trial.first :, trial.slot] = trial.threshold
+        return threshold_Tn
+
+    def _gates(self, layer: int, x_Td: Tensor, shared: _Shared) -> Tensor:
         """Carried logit minus threshold of every token and evaluated slot, [T, n], selected or not."""
         z_Tn = F.linear(x_Td.float(), self._gate_L[layer], self._bias_L[layer])
-        m_Tn = step.m_LTn[layer]
-        carries.carry(layer, z_Tn, m_Tn)
-        step.layers_done = layer + 1
-        return m_Tn - step.threshold
+        m_Tn = shared.m_LTn[layer]
+        shared.carries.carry(layer, z_Tn, m_Tn)
+        return m_Tn - shared.threshold
 
-    def _gate_values(self, over: Tensor, step: _Step) -> Tensor:
+    def _gate_values(self, over: Tensor, selected_Tn: Tensor) -> Tensor:
         """Gates g of carried logits minus threshold, [..., T, n], which are reused; 0 where not selected."""
         # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
-        return torch.where(step.selected_Tn, torch.minimum(over.relu_(), self.ceiling_S[: self._columns]), 0.0)
+        return torch.where(selected_Tn, torch.minimum(over.relu_(), self.ceiling_S[: self._columns]), 0.0)
 
     def _add_blocks(self, layer: int, x_Td: Tensor, y_Td: Tensor, g_Tn: Tensor) -> Tensor:
         """y plus g times the blocks, for the tokens whose g is above 0 and no others; y is reused."""
@@ -335,25 +381,35 @@ class Bank:
         in_fh, gate_fh = F.linear(x_fd, up_ud).chunk(2, dim=1)
         return F.silu(gate_fh).mul_(in_fh).mul_(g_f[:, None].to(x_fd.dtype)), out_hd
 
-    def _keep_states(self, step: _Step) -> None:
-        """The carried logits of each piece's last token, and of those that end pages."""
-        tokens, m_LTn = step.tokens, step.m_LTn
+    def _keep_few(self, tokens: StepTokens) -> bool:
+        """As `_keep`, of a step of few tokens."""
+        assert self._few is not None
+        return self._few.keep(tokens.counted, tokens.end_E, tokens.page_E)
+
+    def _keep(self, tokens: StepTokens, shared: _Shared) -> bool:
+        """Keep the carried logits of each piece's last token, and of those that end pages, and who was selected.
+
+        Whether any gate was open.
+        """
+        m_LTn = shared.m_LTn
         last_LPn = m_LTn if tokens.longest == 1 else m_LTn.index_select(1, tokens.last_P)
-        self._state_LRn.index_copy_(1, step.row_P, last_LPn)
+        self._state_LRn.index_copy_(1, shared.row_P, last_LPn)
         if tokens.end_E is not None and tokens.page_E is not None:
             self._page_state_LNn.index_copy_(1, tokens.page_E, m_LTn.index_select(1, tokens.end_E))
+        self._seen_LS.addcmul_(self._has_block_LS, tokens.selected_TS[: tokens.counted].sum(0))
+        return shared.opened
 
-    def _count_open(self, step: _Step) -> Tensor:
+    def _count_open(self, tokens: StepTokens, m_LTn: Tensor, threshold: Tensor) -> Tensor:
         """Layers open by token and slot, [T, S]; adds them, and what acted, to the statistics."""
-        n, counted = self._columns, step.tokens.counted
-        over_LTn = step.m_LTn - step.threshold
+        n, counted = self._columns, tokens.counted
+        over_LTn = m_LTn - threshold
         # Adapters that were not selected are observed, for the live interference matrix, but add nothing.
         open_TS = F.pad((over_LTn > 0).sum(0, dtype=torch.int32), (0, self.slots - n))
-        g_LTn = self._gate_values(over_LTn, step)[:, :counted]
+        g_LTn = self._gate_values(over_LTn, tokens.selected_TS[:, :n])[:, :counted]
         self._fired_LS[:, :n] += (g_LTn > 0).sum(1)
         # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
         self._mass_S[:n] += g_LTn.nan_to_num_(posinf=0.0).sum((0, 1), dtype=torch.float64)
-        self._cross_KS.index_add_(0, step.tokens.label_T[:counted], open_TS[:counted].to(torch.int64))
+        self._cross_KS.index_add_(0, tokens.label_T[:counted], open_TS[:counted].to(torch.int64))
         return open_TS
 
     def _look_at_attached(self) -> None:
@@ -369,12 +425,3 @@ class Bank:
         self._threshold_n = self.threshold_S[: self._columns]
         self._state_LRn = self.state_LRS[:, :, : self._columns]
         self._page_state_LNn = self.page_state_LNS[:, :, : self._columns]
-
-
-def _threshold(threshold_n: Tensor, tokens: StepTokens) -> Tensor:
-    trial = tokens.trial
-    if trial is None:
-        return threshold_n
-    threshold_Tn = threshold_n.repeat(len(tokens.row_T), 1)
-    threshold_Tn[trial.first :, trial.slot] = trial.threshold
-    return threshold_Tn

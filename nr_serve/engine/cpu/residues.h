@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <ATen/ops/from_blob.h>
 #include <torch/custom_class.h>
 
 #include <cmath>
@@ -27,7 +28,9 @@ void multiply_up(const T* in, const T* gate, const T* const* x, int64_t d, float
 
 // So many vectors of columns of F tokens' sums stay in registers: the more, the longer what is read of a row of W_out.
 template <int F>
-constexpr int64_t VECTORS_OF = (W == 16 ? 16 : 8) / (F == 1 ? 1 : F == 2 ? 2 : 4);
+constexpr int64_t VECTORS_OF = (W == 16 ? 16 : 8) / (F == 1   ? 1
+                                                     : F == 2 ? 2
+                                                              : 4);
 
 // Columns of W_out, [h, d], times F tokens' hidden values, [F, h], added to the same columns of their y.
 template <int F, typename T, typename Size>
@@ -72,80 +75,116 @@ void fill_hidden(Fired& block, const T* x, const T* up, int64_t h, int64_t d) {
   });
 }
 
-// The residues of a step, layer by layer. As in bank.py, of the bank: gate [L, S, d], bias [L, S], carry and ceiling
-// [S], W_in and W_gate [S, L, 2H, d], W_out transposed [S, L, H, d] and the blocks' widths [L, S]; of the step: the
-// logits carried from before each piece [L, P, n], NaN where nothing came before, and each token's place in its piece
-// [T], thresholds and who is selected [T, n], and the carried logits m [L, T, n], which are written. n: slots whose gates are evaluated.
+// The residues of steps of few tokens, layer by layer. Of the bank, as in bank.py, and written in its place: gate
+// [L, S, d], bias [L, S], carry, ceiling and threshold [S], W_in and W_gate [S, L, 2H, d], W_out transposed
+// [S, L, H, d], the blocks' widths [L, S], the carried states by row [L, R, S] and by page [L, N, S], and how many
+// tokens each block was selected for [L, S]. n: slots whose gates are evaluated, the first ones.
 class Residues : public torch::CustomClassHolder {
  public:
-  Residues(Tensor gate, Tensor bias, Tensor carry, Tensor ceiling, Tensor up, Tensor out, Tensor width, Tensor before,
-           Tensor offset, Tensor threshold, Tensor selected, Tensor m)
+  Residues(Tensor gate, Tensor bias, Tensor carry, Tensor ceiling, Tensor threshold, Tensor up, Tensor out,
+           Tensor width, Tensor state, Tensor page_state, Tensor seen)
       : gate_(gate),
         bias_(bias),
         carry_(carry),
         ceiling_(ceiling),
+        threshold_(threshold),
         up_(up),
         out_(out),
         width_(width),
-        before_(before),
-        offset_(offset),
-        threshold_(threshold),
-        selected_(selected),
-        m_(m),
+        state_(state),
+        page_state_(page_state),
+        seen_(seen),
         layers_(gate.size(0)),
-        d_(gate.size(2)),
-        tokens_(offset.numel()),
-        n_(m.size(2)) {
-    const int64_t slots = gate.size(1);
-    for (const Tensor* t : {&gate, &bias, &carry, &ceiling, &up, &out, &width, &before, &offset, &m})
-      TORCH_CHECK(t->is_contiguous());
-    TORCH_CHECK(n_ <= slots && bias.numel() == layers_ * slots && width.sizes() == bias.sizes());
-    TORCH_CHECK(carry.numel() == slots && ceiling.numel() == slots && up.scalar_type() == out.scalar_type());
-    TORCH_CHECK(up.size(0) == slots && up.size(1) == layers_ && up.size(2) == 2 * out.size(2) && up.size(3) == d_);
-    TORCH_CHECK(out.size(0) == slots && out.size(1) == layers_ && out.size(3) == d_);
-    TORCH_CHECK(before.size(0) == layers_ && before.size(2) == n_ && m.size(0) == layers_ && m.size(1) == tokens_);
-    for (const Tensor* t : {&gate, &bias, &carry, &ceiling, &width, &before, &offset, &threshold, &selected, &m, &up})
-      TORCH_CHECK(t->is_cpu());
-    const auto* place = offset.const_data_ptr<int64_t>();
-    TORCH_CHECK(tokens_ > 0 && place[0] == 0 && std::count(place, place + tokens_, 0) == before.size(1));
-    TORCH_CHECK(threshold.size(0) == tokens_ && threshold.size(1) == n_ && selected.sizes() == threshold.sizes());
+        slots_(gate.size(1)),
+        d_(gate.size(2)) {
+    for (const Tensor* t : {&gate, &bias, &carry, &ceiling, &threshold, &up, &out, &width, &state, &page_state, &seen})
+      TORCH_CHECK(t->is_cpu() && t->is_contiguous());
+    for (const Tensor* t : {&bias, &width, &seen}) TORCH_CHECK(t->numel() == layers_ * slots_);
+    for (const Tensor* t : {&carry, &ceiling, &threshold}) TORCH_CHECK(t->numel() == slots_);
+    for (const Tensor* t : {&state, &page_state}) TORCH_CHECK(t->size(0) == layers_ && t->size(2) == slots_);
+    TORCH_CHECK(up.size(0) == slots_ && up.size(1) == layers_ && up.size(2) == 2 * out.size(2) && up.size(3) == d_);
+    TORCH_CHECK(out.size(0) == slots_ && out.size(1) == layers_ && out.size(3) == d_);
+    TORCH_CHECK(up.scalar_type() == out.scalar_type());
   }
 
-  // Adds a layer's residues to y [..., d], of the tokens whose gate fired in a slot that is selected; whether any gate
-  // is open, selected or not.
-  bool add(int64_t layer, const Tensor& x, const Tensor& y) {
+  // Starts a step: its tokens' rows and places in their pieces [T], who is selected [T, S]. From token `first` on a
+  // slot has another threshold; none, if that is T. `add` follows for every layer, in order.
+  void begin(const Tensor& row, const Tensor& offset, const Tensor& selected, int64_t n, int64_t first, int64_t slot,
+             double threshold) {
+    tokens_ = row.numel(), n_ = n, opened_ = false;
+    TORCH_CHECK(0 < n && n <= slots_ && tokens_ > 0 && offset.numel() == tokens_);
+    TORCH_CHECK(row.is_contiguous() && offset.is_contiguous() && selected.size(0) == tokens_ &&
+                selected.size(1) == slots_);
+    selected_ = selected;
+    const auto *rows = row.const_data_ptr<int64_t>(), *places = offset.const_data_ptr<int64_t>();
+    rows_.assign(rows, rows + tokens_);
+    places_.assign(places, places + tokens_);
+    TORCH_CHECK(places_[0] == 0);
+    for (const int64_t r : rows_) TORCH_CHECK(0 <= r && r < state_.size(1));
+    const auto* of_slots = threshold_.const_data_ptr<float>();
+    limits_.resize(tokens_ * n_);
+    for (int64_t t = 0; t < tokens_; ++t) {
+      std::copy_n(of_slots, n_, limits_.begin() + t * n_);
+      if (t >= first) limits_[t * n_ + slot] = threshold;
+    }
+    m_.resize(layers_ * tokens_ * n_);
+    xs_.resize(tokens_ * d_);
+  }
+
+  // Adds a layer's residues to y [..., d], of the tokens whose gate fired in a slot that is selected.
+  void add(int64_t layer, const Tensor& x, const Tensor& y) {
     TORCH_CHECK(0 <= layer && layer < layers_ && x.is_contiguous() && y.is_contiguous() && x.sizes() == y.sizes());
     TORCH_CHECK(x.numel() == tokens_ * d_ && x.scalar_type() == up_.scalar_type() &&
                 y.scalar_type() == x.scalar_type());
-    bool opened = false;
     by_type(x, [&](auto type) {
       using T = decltype(type);
-      xs_.resize(tokens_ * d_);
       each(tokens_ * d_,
            [&](int64_t i, int64_t size) { store(xs_.data() + i, load(x.const_data_ptr<T>() + i, size), size); });
       fired_.clear();
-      opened = open(layer);
+      open(layer);
       if (!fired_.empty()) add_blocks(layer, x.const_data_ptr<T>(), y.mutable_data_ptr<T>());
     });
-    return opened;
   }
 
+  // Ends a step: the states are kept, of each piece's last token by row and of the tokens `ends` by page [E], and the
+  // first `counted` tokens are counted. Whether any gate was open, selected or not.
+  bool keep(int64_t counted, const c10::optional<Tensor>& ends, const c10::optional<Tensor>& pages) {
+    TORCH_CHECK(0 <= counted && counted <= tokens_);
+    for (int64_t t = 0; t < tokens_; ++t)
+      if (t + 1 == tokens_ || places_[t + 1] == 0) keep_one(state_, rows_[t], t);
+    if (ends && pages) {
+      TORCH_CHECK(ends->is_contiguous() && pages->is_contiguous() && ends->numel() == pages->numel());
+      for (int64_t e = 0; e < ends->numel(); ++e)
+        keep_one(page_state_, pages->const_data_ptr<int64_t>()[e], ends->const_data_ptr<int64_t>()[e]);
+    }
+    for (int64_t s = 0; s < slots_; ++s) {
+      int64_t count = 0;
+      for (int64_t t = 0; t < counted; ++t) count += is_selected(t, s);
+      for (int64_t layer = 0; count && layer < layers_; ++layer)
+        if (width(layer, s)) seen_.mutable_data_ptr<int64_t>()[layer * slots_ + s] += count;
+    }
+    return opened_;
+  }
+
+  // The step's carried logits [L, T, n], until the next one begins.
+  Tensor logits() { return at::from_blob(m_.data(), {layers_, tokens_, n_}); }
+
  private:
-  // Fills the layer's m; whether any gate is open. Who fired in a selected slot is noted.
-  bool open(int64_t layer) {
-    const int64_t slots = gate_.size(1);
-    const float *w = gate_.const_data_ptr<float>() + layer * slots * d_,
-                *b = bias_.const_data_ptr<float>() + layer * slots;
-    const float *a = carry_.const_data_ptr<float>(),
-                *past = before_.const_data_ptr<float>() + layer * before_.stride(0);
-    const float* limit = threshold_.const_data_ptr<float>();
-    const int64_t* place = offset_.const_data_ptr<int64_t>();
-    const int64_t by_token = threshold_.stride(0), by_slot = threshold_.stride(1);
-    float* m = m_.mutable_data_ptr<float>() + layer * tokens_ * n_;
-    bool opened = false;
-    for (int64_t t = 0, piece = -1; t < tokens_; ++t, m += n_) {
-      piece += place[t] == 0;
-      const float *x = xs_.data() + t * d_, *last = place[t] ? m - n_ : past + piece * n_;
+  void keep_one(const Tensor& states, int64_t to, int64_t t) {
+    TORCH_CHECK(0 <= to && to < states.size(1) && 0 <= t && t < tokens_);
+    for (int64_t layer = 0; layer < layers_; ++layer)
+      std::copy_n(m_.data() + (layer * tokens_ + t) * n_, n_,
+                  states.mutable_data_ptr<float>() + (layer * states.size(1) + to) * slots_);
+  }
+
+  // Fills the layer's m, and notes who fired in a selected slot.
+  void open(int64_t layer) {
+    const float *w = gate_.const_data_ptr<float>() + layer * slots_ * d_,
+                *b = bias_.const_data_ptr<float>() + layer * slots_, *a = carry_.const_data_ptr<float>();
+    const float* past = state_.const_data_ptr<float>() + layer * state_.size(1) * slots_;
+    float* m = m_.data() + layer * tokens_ * n_;
+    for (int64_t t = 0; t < tokens_; ++t, m += n_) {
+      const float *x = xs_.data() + t * d_, *last = places_[t] ? m - n_ : past + rows_[t] * slots_;
       by_rows<8>(n_, [&](auto some, int64_t s) {
         Vec products[some()];
         for (Vec& product : products) product = Vec(0.f);
@@ -155,21 +194,22 @@ class Residues : public torch::CustomClassHolder {
             products[k] = at::vec::fmadd(v, load(w + (s + k) * d_ + i, size), products[k]);
         });
         for (int k = 0; k < some(); ++k) {
-          const bool starts = !place[t] && std::isnan(last[s + k]);
+          const bool starts = !places_[t] && std::isnan(last[s + k]);
           m[s + k] = starts ? 0.f : a[s + k] * last[s + k] + (1.f - a[s + k]) * (sum(products[k]) + b[s + k]);
         }
       });
       for (int64_t s = 0; s < n_; ++s)
-        if (const float over = m[s] - limit[t * by_token + s * by_slot]; over > 0)
-          opened = true, note(layer, t, s, over);
+        if (const float over = m[s] - limits_[t * n_ + s]; over > 0) opened_ = true, note(layer, t, s, over);
     }
-    return opened;
+  }
+
+  bool is_selected(int64_t t, int64_t s) const {
+    return selected_.const_data_ptr<bool>()[t * selected_.stride(0) + s * selected_.stride(1)];
   }
 
   // Notes a token whose carried logit is so far over the threshold, if the slot may act on it.
   void note(int64_t layer, int64_t t, int64_t s, float over) {
-    const bool selected = selected_.const_data_ptr<bool>()[t * selected_.stride(0) + s * selected_.stride(1)];
-    if (!selected || width(layer, s) == 0) return;
+    if (!is_selected(t, s) || width(layer, s) == 0) return;
     auto at = std::find_if(fired_.begin(), fired_.end(), [&](const Fired& each) { return each.slot == s; });
     if (at == fired_.end()) at = fired_.insert(at, Fired{s});
     at->tokens.push_back(t);
@@ -198,12 +238,16 @@ class Residues : public torch::CustomClassHolder {
     });
   }
 
-  int64_t width(int64_t layer, int64_t slot) const {
-    return width_.const_data_ptr<int32_t>()[layer * gate_.size(1) + slot];
-  }
+  int64_t width(int64_t layer, int64_t slot) const { return width_.const_data_ptr<int32_t>()[layer * slots_ + slot]; }
 
-  Tensor gate_, bias_, carry_, ceiling_, up_, out_, width_, before_, offset_, threshold_, selected_, m_;
-  int64_t layers_, d_, tokens_, n_;
+  Tensor gate_, bias_, carry_, ceiling_, threshold_, up_, out_, width_, state_, page_state_, seen_;
+  int64_t layers_, slots_, d_;
+  // Of the step.
+  int64_t tokens_ = 0, n_ = 0;
+  bool opened_ = false;
+  Tensor selected_;
+  std::vector<int64_t> rows_, places_;
+  std::vector<float> limits_, m_;
   std::vector<float> xs_;     // the layer's x, in float32
   std::vector<Fired> fired_;  // in the layer
 };
