@@ -155,6 +155,9 @@ class Fitter:
 
     Even windows of a class fit, odd ones calibrate: a threshold set on the text of the fit would be too low. In the
     fit a token weighs as much as it has evidence; calibrated are the carried logits as they are in serving.
+
+    Tokens of other classes on which a trained block of a lower layer acts take no further part: it has moved them
+    among the target's, and a gate that kept shut on them would have to shut on those.
     """
 
     def __init__(
@@ -177,6 +180,8 @@ class Fitter:
         told_T = self.evidence_T > 0
         self.fits_T = told_T & fits.repeat_interleave(length)
         self.checks_T = told_T & ~fits.repeat_interleave(length)
+        self.target_T = self.class_T == self.names.index(self.target)
+        self.moved_T = torch.zeros_like(self.target_T)
         self.report: dict[int, LayerFit] = {}
 
     def fit(self, layer: int, x_Td: Tensor) -> None:
@@ -185,23 +190,26 @@ class Fitter:
         if module is None:
             return
         u_Td = self._causal_mean(x_Td)
-        target_T = self.class_T == self.names.index(self.target)
-        weight_T = self._weights(target_T)[self.fits_T]
+        fits_T = self.fits_T & ~self.moved_T
+        weight_T = self._weights(fits_T)[fits_T]
         solve = SOLVERS[self.gate.init]
-        w_d, b = solve(u_Td[self.fits_T], target_T[self.fits_T].double(), weight_T, self.gate.ridge)
+        w_d, b = solve(u_Td[fits_T], self.target_T[fits_T].double(), weight_T, self.gate.ridge)
         _set(module, w_d, b)
         self._calibrate(layer, module, u_Td)
         if self.report[layer].found < self.gate.min_found:
             self.adapter.drop(layer)
+        elif bool(module.w_out.any()):
+            m_T = self.evidence_T * (u_Td @ module.gate.detach() + module.bias.detach())
+            self.moved_T |= (m_T > self.adapter.threshold) & ~self.target_T
 
     def _causal_mean(self, x_Td: Tensor) -> Tensor:
         x_NTd = x_Td.float().view(*self.offset_NT.shape, -1)
         return causal_mean(x_NTd, self.offset_NT, self.adapter.carry).flatten(0, 1)
 
-    def _weights(self, target_T: Tensor) -> Tensor:
+    def _weights(self, fits_T: Tensor) -> Tensor:
         """The target's share of the weight, and the rest in equal parts to the other classes."""
         told_T = self.evidence_T.double()
-        counts = torch.bincount(self.class_T[self.fits_T], told_T[self.fits_T], minlength=len(self.names))
+        counts = torch.bincount(self.class_T[fits_T], told_T[fits_T], minlength=len(self.names))
         share = torch.full_like(counts, (1 - self.gate.target_weight) / (len(self.names) - 1))
         share[self.names.index(self.target)] = self.gate.target_weight
         return (share / counts)[self.class_T] * told_T
@@ -210,10 +218,10 @@ class Fitter:
         return self.gate.percentile if name in self.original else self.gate.background_percentile
 
     def _calibrate(self, layer: int, module: BlockModule, u_Td: Tensor) -> None:
-        class_T = self.class_T[self.checks_T]
+        class_T, moved_T = self.class_T[self.checks_T], self.moved_T[self.checks_T]
         logit_T = (u_Td[self.checks_T] @ module.gate.detach() + module.bias.detach()).double()
         threshold = max(
-            float(logit_T[class_T == i].quantile(self._percentile(name) / 100))
+            float(logit_T[(class_T == i) & ~moved_T].quantile(self._percentile(name) / 100))
             for i, name in enumerate(self.names)
             if name != self.target
         )

@@ -95,13 +95,9 @@ def test_a_gate_fitted_on_causal_means_is_the_carried_gate_but_for_the_weight_of
             assert torch.allclose(e[row, document] * (u[row, document] @ w + b), m, atol=1e-6)
 
 
-@pytest.mark.parametrize("trained_blocks", [False, True])
-def test_fitted_gates_hold_the_percentile_and_open_to_one_on_average(trained_blocks):
+def test_fitted_gates_hold_the_percentile_and_find_the_target():
     model = tiny.model()
     adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
-    if trained_blocks:
-        for i in range(tiny.LAYERS):
-            adapter.layer(i).w_out.data.normal_(generator=torch.Generator().manual_seed(i))
     attached = Attached(model, [adapter])
     named = classes()
     gate = Gate(percentile=95.0, background_percentile=95.0)
@@ -117,6 +113,41 @@ def test_fitted_gates_hold_the_percentile_and_open_to_one_on_average(trained_blo
             assert share == pytest.approx(fit.found if name == "target" else fit.misfired[name], abs=0.02)
             assert name == "target" or share <= 0.06
     assert report[0].found > 0.5
+
+
+def test_above_a_trained_block_the_percentile_is_of_the_tokens_it_does_not_act_on():
+    model, named = tiny.model(), classes()
+    adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
+    adapter.threshold = 0.1
+    for i in range(tiny.LAYERS):
+        adapter.layer(i).w_out.data.normal_(generator=torch.Generator().manual_seed(i))
+    attached = Attached(model, [adapter])
+    gate = Gate(percentile=90.0, background_percentile=90.0)
+    report = fit_gates(model, attached, named, gate).report
+
+    moved, opened = {name: torch.zeros(0) for name in named}, {name: [] for name in named}
+    for name, windows in named.items():
+        odd = windows.take(slice(1, None, 2))
+        told = odd.offset_NT.flatten() > 0
+        moved[name] = torch.zeros_like(told)
+        record = attached.begin(odd.offset_NT)
+
+        def look(layer, x_Td, odd=odd, told=told, name=name):
+            m_T = adapter.layer(layer).carried(x_Td, odd.offset_NT.flatten(), 0.5).detach()
+            opened[name].append((m_T[told & ~moved[name]] > 0).float().mean())
+            assert (m_T[told] > 0).float().mean() == pytest.approx(
+                report[layer].found if name == "target" else report[layer].misfired[name], abs=0.02
+            )
+
+        attached.before = look
+        record.watch = lambda _, __, g_T, name=name: moved[name].logical_or_(g_T > 0)
+        with torch.no_grad():
+            model.model(odd.ids_NT, use_cache=False, **window_inputs(odd.offset_NT))
+        attached.before = None
+    for layer in range(tiny.LAYERS):
+        worst = max(opened[name][layer] for name in ("en", "da"))
+        assert worst == pytest.approx(0.1, abs=0.02)
+    assert moved["en"].any() or moved["da"].any()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +189,6 @@ def test_classes_weigh_the_same_however_much_text_they_have():
     named = classes()
     named["en"] = named["en"].take(slice(8))
     fitter = Fitter(AdapterModule.fresh([16], 4, 0.0, 0), named, "target", Gate(target_weight=0.5))
-    weight = fitter._weights(fitter.class_T == 0)[fitter.fits_T]
+    weight = fitter._weights(fitter.fits_T)[fitter.fits_T]
     of = fitter.class_T[fitter.fits_T]
     assert [float(weight[of == i].sum()) for i in range(3)] == pytest.approx([0.5, 0.25, 0.25])
