@@ -129,8 +129,8 @@ class TrainingRun:
             self._measured = steps
         if self.recipe.method == "neutral" and self.recipe.gate.refits:
             self._refit(kept)
-            self._measure(steps)
-        elif self._measured != steps:
+            self._measured = None
+        if self._measured != steps:
             self._measure(steps)
         tokens = steps * self.recipe.run.batch_tokens
         self._log({"event": "end", "step": steps, "tokens": tokens})
@@ -162,12 +162,14 @@ class TrainingRun:
 
     def _refit(self, kept: checkpoints.Checkpoint) -> None:
         """Fit the gates again, on the stream as the trained blocks leave it, and keep them with the checkpoint."""
-        if not kept.refitted():
-            _say("fitting the gates again")
-            fitted = refit_gates(self.base.model, self.learner.attached, self.text.classes, self.recipe.gate)
-            self._tell(fitted, kept.step)
-            kept.refit({f"adapter.{name}": gate for name, gate in fitted.gates.items()})
-        load_weights(self.learner, kept.weights() | kept.refitted())
+        refitted = kept.refitted()
+        if refitted:
+            load_weights(self.learner, kept.weights() | refitted)
+            return
+        _say("fitting the gates again")
+        fitted = refit_gates(self.base.model, self.learner.attached, self.text.classes, self.recipe.gate)
+        self._tell(fitted, kept.step)
+        kept.refit({f"adapter.{name}": gate for name, gate in fitted.gates.items()})
 
     def _tell(self, fitted: FittedGates, step: int) -> None:
         layers = {i: asdict(each) for i, each in fitted.report.items()}

@@ -112,3 +112,4 @@ def test_the_way_from_a_folder_of_text_to_a_calibrated_adapter(place, base, caps
     assert calibrated.version != trained.version
     step("calibrate runs/tr/tr.safetensors --corpus", *same_base)
     assert list(read_adapter(place / "tr.safetensors").info.results["calibrated"]["beside"]) == []
+    assert read_adapter(place / "tr.safetensors").info.recipe["gate"]["percentile"] == 99.9

@@ -28,9 +28,7 @@ void multiply_up(const T* in, const T* gate, const T* const* x, int64_t d, float
 
 // So many vectors of columns of F tokens' sums stay in registers: the more, the longer what is read of a row of W_out.
 template <int F>
-constexpr int64_t VECTORS_OF = (W == 16 ? 16 : 8) / (F == 1   ? 1
-                                                     : F == 2 ? 2
-                                                              : 4);
+constexpr int64_t VECTORS_OF = (W == 16 ? 16 : 8) / (F == 1 ? 1 : F == 2 ? 2 : 4);
 
 // Columns of W_out, [h, d], times F tokens' hidden values, [F, h], added to the same columns of their y.
 template <int F, typename T, typename Size>
