@@ -220,11 +220,11 @@ class Fitter:
     def _calibrate(self, layer: int, module: BlockModule, u_Td: Tensor) -> None:
         class_T, moved_T = self.class_T[self.checks_T], self.moved_T[self.checks_T]
         logit_T = (u_Td[self.checks_T] @ module.gate.detach() + module.bias.detach()).double()
-        threshold = max(
-            float(logit_T[(class_T == i) & ~moved_T].quantile(self._percentile(name) / 100))
-            for i, name in enumerate(self.names)
-            if name != self.target
-        )
+        left = {
+            name: logit_T[(class_T == i) & ~moved_T] for i, name in enumerate(self.names) if name != self.target
+        }
+        highest = (float(z.quantile(self._percentile(name) / 100)) for name, z in left.items() if len(z))
+        threshold = max(highest, default=0.0)
         m_T = self.evidence_T[self.checks_T] * (logit_T - threshold)
         by_class = {name: m_T[class_T == i] for i, name in enumerate(self.names)}
         target_m = by_class.pop(self.target)

@@ -150,6 +150,16 @@ def test_above_a_trained_block_the_percentile_is_of_the_tokens_it_does_not_act_o
     assert moved["en"].any() or moved["da"].any()
 
 
+def test_classes_that_lower_blocks_have_moved_as_a_whole_have_no_say():
+    named = classes()
+    adapter = AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0)
+    fitter = Fitter(adapter, named, "target", Gate(percentile=90.0, background_percentile=90.0))
+    fitter.moved_T = fitter.class_T == 2
+    fitter.fit(0, torch.randn(len(fitter.class_T), tiny.D, generator=torch.Generator().manual_seed(0)))
+    assert fitter.report[0].misfired["en"] == pytest.approx(0.1, abs=0.02)
+    assert 0 <= fitter.report[0].misfired["da"] <= 1
+
+
 @pytest.mark.parametrize(
     ("gate", "mean"),
     [(Gate(), 3.0), (Gate(kind="relu"), 1.0), (Gate(kind="relu", steepness=2.5), 2.5)],

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from nr_serve.train.recipe import Data, Run
 from nr_serve.train.tensor_cache import TORN_AFTER_S
@@ -53,6 +53,16 @@ def test_a_document_without_a_word_near_goes_on_where_it_was_cut():
     hf = word_tokenizer()
     windows = pack(hf, ["x" * 20 + "y" * 20], 4, None, seed=0).windows
     assert hf.decode(windows.ids_NT.flatten()) == "x" * 20 + "y" * 20
+
+
+def test_a_tokenizer_that_tells_no_words_cuts_anywhere():
+    hf = word_tokenizer()
+
+    def slow(documents):
+        return BatchEncoding({"input_ids": hf(documents)["input_ids"]})
+
+    windows = pack(slow, ["ab cdefg hi"], 5, None, seed=0).windows
+    assert [hf.decode(row) for row in windows.ids_NT] == ["ab cd", "efg h"]
 
 
 def test_packing_stops_at_the_limit_and_is_decided_by_the_seed():

@@ -82,7 +82,7 @@ def pack(tokenizer: Any, documents: Sequence[str], window: int, limit: int | Non
     while used < len(order) and (limit is None or len(ids) < limit):
         encoded = tokenizer(order[used : used + BATCH_DOCUMENTS])
         for i, tokens in enumerate(encoded["input_ids"]):
-            words, at = encoded.word_ids(i), 0
+            words, at = encoded.word_ids(i) if encoded.is_fast else [None] * len(tokens), 0
             while at < len(tokens):
                 starts.append(len(ids))
                 room = window - len(ids) % window
