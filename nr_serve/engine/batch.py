@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.engine.scheduler import Piece
-from nr_serve.neutral.bank import StepTokens, Trial
+from nr_serve.neutral.step import StepTokens, Trial
 
 _FEW_IN_PIECE = 8  # a group more for a piece of so few costs more than reading its context for each of them
 

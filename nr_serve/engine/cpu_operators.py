@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nr_serve.disk import cache_folder
 from nr_serve.engine.processor import cpuinfo
-from nr_serve.neutral.bank import FewTokens
+from nr_serve.neutral.cpu_bank import Residues
 
 log = logging.getLogger(__name__)
 _SOURCES = Path(__file__).with_name("cpu")
@@ -37,7 +37,7 @@ class CpuOperators:
     silu_mul: Callable[[Tensor], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
-    residues: Callable[..., FewTokens]
+    residues: Callable[..., Residues]
     multiply: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor] | None
     """None where oneDNN's products are the faster ones."""
     attend_prompts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None

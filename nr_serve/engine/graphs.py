@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.engine.scheduler import Piece
-from nr_serve.neutral.bank import StepTokens
+from nr_serve.neutral.step import StepTokens
 
 if TYPE_CHECKING:
     from nr_serve.engine.attention import KVCache

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from nr_serve.engine.startup_check import Probe
 from nr_serve.errors import BadAdapterFile, BadRequest, NrError
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
+from nr_serve.neutral.cpu_bank import CpuBank
 from nr_serve.neutral.host import decoder_layers, fingerprint, host_blocks
 from nr_serve.tokenizer import Tokenizer
 
@@ -248,11 +250,13 @@ class Runner:
     def _bank(self, config: ServeConfig, d: int) -> Bank:
         layers = len(decoder_layers(self.model))
         parameters = sum(p.numel() for p in self.model.parameters())
-        kind: type[Bank] = Bank
+        kind: Callable[..., Bank] = Bank
         if self.kernels:
             from nr_serve.neutral.gpu_bank import GpuBank
 
             kind = GpuBank
+        elif self.operators is not None:
+            kind = partial(CpuBank, self.operators.residues)
         return kind(
             layers=layers,
             d=d,
@@ -262,7 +266,6 @@ class Runner:
             pages=self.probe_pages.stop,
             device=self.device,
             dtype=self.dtype,
-            few=None if self.operators is None else self.operators.residues,
         )
 
     def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:

@@ -11,9 +11,8 @@ R rows, N pages, L layers, K labels, d width of the stream, h width of a slot.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,98 +22,16 @@ from nr_serve.errors import BadAdapterFile
 from nr_serve.names import MOST_JOINED
 from nr_serve.neutral.format import Adapter
 from nr_serve.neutral.scan import StepCarries
+from nr_serve.neutral.step import StepTokens, Totals
 
-_FEW_TOKENS = 64  # of a step: with more, products by oneDNN are faster than the operator made for few
 _SHUT = -1e30  # bias of a layer without a block: finite, so that the carry of it stays finite
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A step's last tokens, on which a slot has another threshold, and which are not counted."""
-
-    first: int
-    """Index of the first of them."""
-    slot: int
-    threshold: float
-
-
-@dataclass(frozen=True, slots=True)
-class StepTokens:
-    """What the bank must know of a step's tokens. Integer tensors on the bank's device."""
-
-    offset_T: Tensor
-    """Place of a token in its piece; 0 starts one."""
-    row_T: Tensor
-    """State row of the token's request."""
-    last_P: Tensor
-    """Index of each piece's last token."""
-    selected_TS: Tensor
-    """Bool: may this slot act on this token."""
-    label_T: Tensor
-    """Which selection the token counts under in the cross statistics, below the bank's `labels`."""
-    longest: int
-    """Tokens of the longest piece; 1 in a step of decodes alone."""
-    end_E: Tensor | None = None
-    """Index of each token that ends a page whose state is to be kept; None: there is none."""
-    page_E: Tensor | None = None
-    """The pages those tokens end, below the bank's `pages`."""
-    trial: Trial | None = None
-
-    @property
-    def counted(self) -> int:
-        """Tokens that are counted: the first so many."""
-        return len(self.row_T) if self.trial is None else self.trial.first
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Gate statistics since they were last read."""
-
-    fired_LS: list[list[int]]
-    seen_LS: list[list[int]]
-    mass_S: list[float]
-    cross_KS: list[list[int]]
-
-
-class FewTokens(Protocol):
-    """The residues of steps of few tokens, a layer in one operator: `Residues` of `engine/cpu`."""
-
-    def begin(
-        self,
-        row_T: Tensor,
-        offset_T: Tensor,
-        selected_TS: Tensor,
-        columns: int,
-        first: int,
-        slot: int,
-        threshold: float,
-    ) -> None:
-        """Start a step that evaluates the first `columns` slots; from token `first` on a slot is on trial."""
-
-    def add(self, layer: int, x: Tensor, y: Tensor) -> None:
-        """Add a layer's residues to y, in place; x and y [..., d], contiguous."""
-
-    def keep(self, counted: int, end_E: Tensor | None, page_E: Tensor | None) -> bool:
-        """End a step: states and what was selected are kept. Whether any gate was open."""
-
-    def logits(self) -> Tensor:
-        """Its carried logits, [L, T, columns], until the next one begins."""
 
 
 @dataclass(slots=True)
 class _Step:
-    """The step under way."""
+    """The step under way, and what its layers share. n: slots whose gates are evaluated."""
 
     tokens: StepTokens
-    shared: _Shared | None
-    """None if it is one of few tokens."""
-    layers_done: int = 0
-
-
-@dataclass(slots=True)
-class _Shared:
-    """What the layers of a step by torch share. n: slots whose gates are evaluated."""
-
     row_P: Tensor
     """State row of each piece's request."""
     selected_Tn: Tensor
@@ -124,6 +41,7 @@ class _Shared:
     """Carried logits, filled layer by layer."""
     carries: StepCarries
     opened: bool = False
+    layers_done: int = 0
 
 
 class Bank:
@@ -140,9 +58,7 @@ class Bank:
         device: torch.device,
         dtype: torch.dtype,
         pages: int = 0,
-        few: Callable[..., FewTokens] | None = None,
     ) -> None:
-        """`few` makes what does steps of few tokens: `residues` of `cpu_operators`; None: torch does those too."""
         self.layers, self.d, self.slots, self.width, self.rows = layers, d, slots, width, rows
         self.device, self.dtype = device, dtype
         self.labels, self.pages = slots + MOST_JOINED + 3, pages  # three: the base, the bare base and `OTHER`
@@ -173,19 +89,6 @@ class Bank:
         self._carries = [0.0] * slots
         self._room = zeros(0)  # for the carried logits of a step, grown to the largest so far
         self._look_at_attached()
-        self._few = few and few(
-            self.gate_LSd,
-            self.bias_LS,
-            self.carry_S,
-            self.ceiling_S,
-            self.threshold_S,
-            self.w_up_SLud,
-            self.w_out_SLhd,
-            self.width_LS,
-            self.state_LRS,
-            self.page_state_LNS,
-            self._seen_LS,
-        )
         self._step: _Step | None = None
 
     # Slots
@@ -255,20 +158,7 @@ class Bank:
         """Start a step; `add_residues` follows once for every layer, in order."""
         if not self.attached:
             return
-        if self._few is None or len(tokens.row_T) > _FEW_TOKENS:
-            self._step = _Step(tokens, self._prepared(tokens))
-            return
-        trial = tokens.trial or Trial(len(tokens.row_T), 0, 0.0)  # of none of them
-        self._few.begin(
-            tokens.row_T,
-            tokens.offset_T,
-            tokens.selected_TS,
-            self._columns,
-            trial.first,
-            trial.slot,
-            trial.threshold,
-        )
-        self._step = _Step(tokens, None)
+        self._step = self._prepared(tokens)
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the residues of the selected adapters whose gate fired; x and y are [..., d], y may be reused.
@@ -279,19 +169,13 @@ class Bank:
         if step is None:
             return y
         step.layers_done = layer + 1
-        shared = step.shared
-        if shared is None:
-            assert self._few is not None
-            y = y.contiguous()
-            self._few.add(layer, x.contiguous(), y)
-            return y
         x_Td = x.reshape(-1, self.d)
-        over_Tn = self._gates(layer, x_Td, shared)
+        over_Tn = self._gates(layer, x_Td, step)
         # The one value read of a layer. NaN, too, goes on to where every gate is looked at.
         if float(over_Tn.max()) <= 0:
             return y
-        shared.opened = True
-        g_Tn = self._gate_values(over_Tn, shared.selected_Tn)
+        step.opened = True
+        g_Tn = self._gate_values(over_Tn, step.selected_Tn)
         return self._add_blocks(layer, x_Td, y.reshape(-1, self.d), g_Tn).view_as(y)
 
     def end(self) -> Tensor | None:
@@ -301,18 +185,10 @@ class Bank:
         After a step that was cut short all states and statistics are as before it.
         """
         step, self._step = self._step, None
-        if step is None:
+        if step is None or step.layers_done < self.layers:
             return None
-        tokens, shared = step.tokens, step.shared
-        opened = False
-        if step.layers_done == self.layers:
-            opened = self._keep_few(tokens) if shared is None else self._keep(tokens, shared)
-        if not opened:
-            return None
-        if shared is not None:
-            return self._count_open(tokens, shared.m_LTn, shared.threshold)
-        assert self._few is not None
-        return self._count_open(tokens, self._few.logits(), self._threshold(tokens))
+        self._keep(step)
+        return self._count_open(step.tokens, step.m_LTn, step.threshold) if step.opened else None
 
     def read_totals(self) -> Totals:
         """Read the statistics and set them to zero."""
@@ -322,7 +198,7 @@ class Bank:
             counter.zero_()
         return Totals(fired, seen, mass, cross)
 
-    def _prepared(self, tokens: StepTokens) -> _Shared:
+    def _prepared(self, tokens: StepTokens) -> _Step:
         """What the layers of a step share, made once."""
         n, T = self._columns, len(tokens.row_T)
         row_P = tokens.row_T if tokens.longest == 1 else tokens.row_T[tokens.last_P]
@@ -337,7 +213,7 @@ class Bank:
             tokens.longest,
         )
         m_LTn = self._room[: self.layers * T * n].view(self.layers, T, n)
-        return _Shared(row_P, tokens.selected_TS[:, :n], self._threshold(tokens), m_LTn, carries)
+        return _Step(tokens, row_P, tokens.selected_TS[:, :n], self._threshold(tokens), m_LTn, carries)
 
     def _threshold(self, tokens: StepTokens) -> Tensor:
         """Thresholds of the evaluated slots, [n], or [T, n] with a trial."""
@@ -348,12 +224,12 @@ class Bank:
         threshold_Tn[trial.first :, trial.slot] = trial.threshold
         return threshold_Tn
 
-    def _gates(self, layer: int, x_Td: Tensor, shared: _Shared) -> Tensor:
+    def _gates(self, layer: int, x_Td: Tensor, step: _Step) -> Tensor:
         """Carried logit minus threshold of every token and evaluated slot, [T, n], selected or not."""
         z_Tn = F.linear(x_Td.float(), self._gate_L[layer], self._bias_L[layer])
-        m_Tn = shared.m_LTn[layer]
-        shared.carries.carry(layer, z_Tn, m_Tn)
-        return m_Tn - shared.threshold
+        m_Tn = step.m_LTn[layer]
+        step.carries.carry(layer, z_Tn, m_Tn)
+        return m_Tn - step.threshold
 
     def _gate_values(self, over: Tensor, selected_Tn: Tensor) -> Tensor:
         """Gates g of carried logits minus threshold, [..., T, n], which are reused; 0 where not selected."""
@@ -381,23 +257,14 @@ class Bank:
         in_fh, gate_fh = F.linear(x_fd, up_ud).chunk(2, dim=1)
         return F.silu(gate_fh).mul_(in_fh).mul_(g_f[:, None].to(x_fd.dtype)), out_hd
 
-    def _keep_few(self, tokens: StepTokens) -> bool:
-        """As `_keep`, of a step of few tokens."""
-        assert self._few is not None
-        return self._few.keep(tokens.counted, tokens.end_E, tokens.page_E)
-
-    def _keep(self, tokens: StepTokens, shared: _Shared) -> bool:
-        """Keep the carried logits of each piece's last token, and of those that end pages, and who was selected.
-
-        Whether any gate was open.
-        """
-        m_LTn = shared.m_LTn
+    def _keep(self, step: _Step) -> None:
+        """Keep the carried logits of each piece's last token, and of those that end pages, and who was selected."""
+        tokens, m_LTn = step.tokens, step.m_LTn
         last_LPn = m_LTn if tokens.longest == 1 else m_LTn.index_select(1, tokens.last_P)
-        self._state_LRn.index_copy_(1, shared.row_P, last_LPn)
+        self._state_LRn.index_copy_(1, step.row_P, last_LPn)
         if tokens.end_E is not None and tokens.page_E is not None:
             self._page_state_LNn.index_copy_(1, tokens.page_E, m_LTn.index_select(1, tokens.end_E))
         self._seen_LS.addcmul_(self._has_block_LS, tokens.selected_TS[: tokens.counted].sum(0))
-        return shared.opened
 
     def _count_open(self, tokens: StepTokens, m_LTn: Tensor, threshold: Tensor) -> Tensor:
         """Layers open by token and slot, [T, S]; adds them, and what acted, to the statistics."""

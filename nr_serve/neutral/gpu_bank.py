@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nr_serve.neutral import kernels
-from nr_serve.neutral.bank import Bank, StepTokens, Totals
+from nr_serve.neutral.bank import Bank
+from nr_serve.neutral.step import StepTokens, Totals
 
 
 class GpuBank(Bank):

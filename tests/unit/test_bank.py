@@ -2,36 +2,37 @@
 
 import random
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
 
 from nr_serve.errors import BadAdapterFile
 from nr_serve.neutral import math
-from nr_serve.neutral.bank import Bank, StepTokens, Trial
+from nr_serve.neutral.bank import Bank
+from nr_serve.neutral.cpu_bank import CpuBank
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block
-from tests.compiled import operators_or_skip
+from nr_serve.neutral.step import StepTokens, Trial
+from tests.compiled import operators_or_skip, torch_threads
 
 D, LAYERS, SLOTS, WIDTH, ROWS, PAGES = 8, 3, 4, 6, 5, 3
 LABELS = SLOTS + 64
 NAN = float("nan")
 
 
-few = None
+kind = Bank
 
 
 @pytest.fixture(autouse=True, params=["torch's operators", "one operator"])
 def by(request, monkeypatch):
     """Every test here is for both."""
-    made = operators_or_skip().residues if request.param == "one operator" else None
-    monkeypatch.setattr(f"{__name__}.few", made)
+    if request.param == "one operator":
+        monkeypatch.setattr(f"{__name__}.kind", partial(CpuBank, operators_or_skip().residues))
 
 
-def bank(dtype=torch.float32) -> Bank:
-    return Bank(
-        layers=LAYERS, d=D, slots=SLOTS, width=WIDTH, rows=ROWS, pages=PAGES,
-        device=torch.device("cpu"), dtype=dtype, few=few,
-    )  # fmt: skip
+def bank(dtype=torch.float32, **other) -> Bank:
+    shape = {"layers": LAYERS, "d": D, "slots": SLOTS, "width": WIDTH, "rows": ROWS, "pages": PAGES} | other
+    return kind(**shape, device=torch.device("cpu"), dtype=dtype)
 
 
 def adapter(seed: int, *, carry=0.0, widths=(WIDTH,) * LAYERS, bias=0.0) -> Adapter:
@@ -458,9 +459,7 @@ def test_an_adapter_wider_than_a_slot_is_refused_by_name_of_the_flag():
 def test_slots_beyond_a_group_of_the_operators_are_as_the_first():
     count, d, tokens_ = 19, 40, 9
     g = torch.Generator().manual_seed(12)
-    on = Bank(
-        layers=1, d=d, slots=count, width=3, rows=tokens_, device=torch.device("cpu"), dtype=torch.float32, few=few
-    )
+    on = bank(layers=1, d=d, slots=count, width=3, rows=tokens_)
     adapters = []
     for slot in range(count):
         w, b = torch.randn(d, generator=g), torch.randn((), generator=g)
@@ -487,3 +486,28 @@ def test_slots_beyond_a_group_of_the_operators_are_as_the_first():
         g_T = math.block_gate(0.7 * (x_Td @ block.gate.double() + block.bias.double()), 0.2)
         want_Td = want_Td + math.residue(x_Td, g_T, *(w.double() for w in (block.w_in, block.w_gate, block.w_out)))
     torch.testing.assert_close(got_Td.double(), want_Td, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_step_is_as_its_tokens_one_by_one(dtype, threads):
+    """Blocks of many tokens are computed in other products than those of few; here are both."""
+    on, naive = bank(dtype), NaiveBank()
+    for slot, bias in ((0, 0.5), (1, -2.0), (3, 3.0)):
+        what = adapter(slot, carry=0.3 * slot, bias=bias, widths=(WIDTH, 0, 2))
+        attach(on, slot, what)
+        naive.slots[slot] = NaiveSlot(what, 0.0)
+    g = torch.Generator().manual_seed(13)
+    for pieces in ([(0, 190, (0, 1, 3)), (2, 100, (0, 3)), (4, 1, (1,))], [(2, 300, (0, 1))]):
+        T = sum(length for _, length, _ in pieces)
+        x_LTd, y_LTd = torch.randn(2, LAYERS, T, D, generator=g).to(dtype)
+        with torch_threads(threads):
+            got, fired_TS = step(on, pieces, x_LTd, y_LTd)
+        want, want_open_TS = naive.step(pieces, x_LTd, y_LTd, [0] * len(pieces))
+        assert torch.equal(fired_TS, want_open_TS * tokens(pieces).selected_TS)
+        counts = (fired_TS > 0).sum(0)
+        assert counts[0] > 100
+        assert 0 < counts[1] < 60
+        rough = {} if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.05}
+        torch.testing.assert_close(got.double(), want, **(rough or {"atol": 1e-3, "rtol": 1e-4}))
+    assert_totals(on, naive, seen=False)

@@ -19,9 +19,10 @@ from nr_serve.engine.graphs import Graphs, Padding, size_of
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.runner import Runner
 from nr_serve.engine.scheduler import Piece
-from nr_serve.neutral.bank import Bank, Trial
+from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.gpu_bank import GpuBank
 from nr_serve.neutral.host import host_blocks
+from nr_serve.neutral.step import Trial
 from tests import tiny
 from tests.unit import test_exactness
 

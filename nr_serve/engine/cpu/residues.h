@@ -1,8 +1,10 @@
-// The residues of a step of few tokens. Shape suffixes as in bank.py; F tokens whose gate fired.
+// The residues of a step. Shape suffixes as in bank.py; F tokens whose gate fired.
 
 #pragma once
 
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/silu.h>
 #include <torch/custom_class.h>
 
 #include <cmath>
@@ -11,6 +13,26 @@
 #include "vectors.h"
 
 namespace nr_serve {
+
+// Logits of so many tokens for so many gates are computed together: what they add to fills a vector of sums.
+constexpr int64_t LOGIT_GATES = 8, LOGIT_TOKENS = W / LOGIT_GATES;
+
+// Products of their x and the gates' w, [d] each, in the order of the tokens.
+template <typename T>
+Vec multiply_gates(const T* const* x, const float* const* w, int64_t d) {
+  Vec products[W];
+  for (Vec& product : products) product = Vec(0.f);
+  each(d, [&](int64_t i, int64_t size) {
+    Vec v[LOGIT_TOKENS];
+    for (int64_t t = 0; t < LOGIT_TOKENS; ++t) v[t] = load(x[t] + i, size);
+    for (int64_t k = 0; k < LOGIT_GATES; ++k) {
+      const Vec gate = load(w[k] + i, size);
+      for (int64_t t = 0; t < LOGIT_TOKENS; ++t)
+        products[t * LOGIT_GATES + k] = at::vec::fmadd(v[t], gate, products[t * LOGIT_GATES + k]);
+    }
+  });
+  return sum_each(products);
+}
 
 // W_in and W_gate of one hidden value, [d] each, times F tokens' x, [d] each.
 template <int F, typename T>
@@ -73,7 +95,10 @@ void fill_hidden(Fired& block, const T* x, const T* up, int64_t h, int64_t d) {
   });
 }
 
-// The residues of steps of few tokens, layer by layer. Of the bank, as in bank.py, and written in its place: gate
+// With more tokens oneDNN's products are faster than those made for few.
+constexpr int64_t FEW = 24;
+
+// The residues of a step, layer by layer. Of the bank, as in bank.py, and written in its place: gate
 // [L, S, d], bias [L, S], carry, ceiling and threshold [S], W_in and W_gate [S, L, 2H, d], W_out transposed
 // [S, L, H, d], the blocks' widths [L, S], the carried states by row [L, R, S] and by page [L, N, S], and how many
 // tokens each block was selected for [L, S]. n: slots whose gates are evaluated, the first ones.
@@ -120,13 +145,11 @@ class Residues : public torch::CustomClassHolder {
     TORCH_CHECK(places_[0] == 0);
     for (const int64_t r : rows_) TORCH_CHECK(0 <= r && r < state_.size(1));
     const auto* of_slots = threshold_.const_data_ptr<float>();
-    limits_.resize(tokens_ * n_);
-    for (int64_t t = 0; t < tokens_; ++t) {
-      std::copy_n(of_slots, n_, limits_.begin() + t * n_);
-      if (t >= first) limits_[t * n_ + slot] = threshold;
-    }
+    limits_.assign(of_slots, of_slots + n_);
+    on_trial_ = limits_;
+    on_trial_[slot] = threshold;
+    first_ = first;
     m_.resize(layers_ * tokens_ * n_);
-    xs_.resize(tokens_ * d_);
   }
 
   // Adds a layer's residues to y [..., d], of the tokens whose gate fired in a slot that is selected.
@@ -136,10 +159,14 @@ class Residues : public torch::CustomClassHolder {
                 y.scalar_type() == x.scalar_type());
     by_type(x, [&](auto type) {
       using T = decltype(type);
-      each(tokens_ * d_,
-           [&](int64_t i, int64_t size) { store(xs_.data() + i, load(x.const_data_ptr<T>() + i, size), size); });
+      fill_logits(layer, x.const_data_ptr<T>());
       fired_.clear();
       open(layer);
+      // In the order of the slots, so that a token's sum does not depend on what shares its step.
+      std::sort(fired_.begin(), fired_.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
+      for (Fired& one : fired_)
+        if (one.tokens.size() > FEW) add_block_of_many(layer, one, x, y);
+      std::erase_if(fired_, [](const Fired& one) { return one.tokens.size() > FEW; });
       if (!fired_.empty()) add_blocks(layer, x.const_data_ptr<T>(), y.mutable_data_ptr<T>());
     });
   }
@@ -175,29 +202,51 @@ class Residues : public torch::CustomClassHolder {
                   states.mutable_data_ptr<float>() + (layer * states.size(1) + to) * slots_);
   }
 
-  // Fills the layer's m, and notes who fired in a selected slot.
-  void open(int64_t layer) {
+  // Fills the layer's m with logits, not yet carried.
+  template <typename T>
+  void fill_logits(int64_t layer, const T* x) {
     const float *w = gate_.const_data_ptr<float>() + layer * slots_ * d_,
-                *b = bias_.const_data_ptr<float>() + layer * slots_, *a = carry_.const_data_ptr<float>();
-    const float* past = state_.const_data_ptr<float>() + layer * state_.size(1) * slots_;
+                *b = bias_.const_data_ptr<float>() + layer * slots_;
+    float* m = m_.data() + layer * tokens_ * n_;
+    // A thread's tokens meet eight gates after eight, which stay in the fastest cache.
+    const int64_t tiles = (tokens_ + LOGIT_TOKENS - 1) / LOGIT_TOKENS;
+    at::parallel_for(0, tiles, 8 * grain(LOGIT_TOKENS * n_ * d_), [&](int64_t from, int64_t to) {
+      for (int64_t s = 0; s < n_; s += LOGIT_GATES) {
+        const float* gates[LOGIT_GATES];
+        for (int64_t k = 0; k < LOGIT_GATES; ++k) gates[k] = w + std::min(s + k, n_ - 1) * d_;
+        for (int64_t t = from * LOGIT_TOKENS; t < to * LOGIT_TOKENS; t += LOGIT_TOKENS) {
+          const T* rows[LOGIT_TOKENS];
+          for (int64_t k = 0; k < LOGIT_TOKENS; ++k) rows[k] = x + std::min(t + k, tokens_ - 1) * d_;
+          float z[W];
+          store(z, multiply_gates(rows, gates, d_));
+          for (int64_t i = t; i < std::min(t + LOGIT_TOKENS, tokens_); ++i)
+            for (int64_t k = s; k < std::min(s + LOGIT_GATES, n_); ++k)
+              m[i * n_ + k] = z[(i - t) * LOGIT_GATES + k - s] + b[k];
+        }
+      }
+    });
+  }
+
+  // Carries the layer's logits, and notes who fired in a selected slot.
+  void open(int64_t layer) {
+    const float *a = carry_.const_data_ptr<float>(),
+                *past = state_.const_data_ptr<float>() + layer * state_.size(1) * slots_;
     float* m = m_.data() + layer * tokens_ * n_;
     for (int64_t t = 0; t < tokens_; ++t, m += n_) {
-      const float *x = xs_.data() + t * d_, *last = places_[t] ? m - n_ : past + rows_[t] * slots_;
-      by_rows<8>(n_, [&](auto some, int64_t s) {
-        Vec products[some()];
-        for (Vec& product : products) product = Vec(0.f);
-        each(d_, [&](int64_t i, int64_t size) {
-          const Vec v = load(x + i, size);
-          for (int k = 0; k < some(); ++k)
-            products[k] = at::vec::fmadd(v, load(w + (s + k) * d_ + i, size), products[k]);
-        });
-        for (int k = 0; k < some(); ++k) {
-          const bool starts = !places_[t] && std::isnan(last[s + k]);
-          m[s + k] = starts ? 0.f : a[s + k] * last[s + k] + (1.f - a[s + k]) * (sum(products[k]) + b[s + k]);
-        }
-      });
+      const float *last = places_[t] ? m - n_ : past + rows_[t] * slots_,
+                  *limits = (t < first_ ? limits_ : on_trial_).data();
+      bool any = false;
+      for (int64_t s = 0; s < n_; ++s) {
+        m[s] = a[s] * last[s] + (1.f - a[s]) * m[s];
+        any |= m[s] > limits[s];
+      }
+      if (!places_[t])
+        for (int64_t s = 0; s < n_; ++s)
+          if (std::isnan(last[s])) m[s] = 0.f, any |= 0.f > limits[s];
+      if (!any) continue;
+      opened_ = true;
       for (int64_t s = 0; s < n_; ++s)
-        if (const float over = m[s] - limits_[t * n_ + s]; over > 0) opened_ = true, note(layer, t, s, over);
+        if (m[s] > limits[s]) note(layer, t, s, m[s] - limits[s]);
     }
   }
 
@@ -214,10 +263,20 @@ class Residues : public torch::CustomClassHolder {
     at->g.push_back(std::min(over, ceiling_.const_data_ptr<float>()[s]));
   }
 
+  // Adds a block's residues to y [..., d] of many tokens.
+  void add_block_of_many(int64_t layer, Fired& one, const Tensor& x, const Tensor& y) {
+    const int64_t h = width(layer, one.slot), count = one.tokens.size();
+    const Tensor up = up_[one.slot][layer].narrow(0, 0, 2 * h), out = out_[one.slot][layer].narrow(0, 0, h);
+    const Tensor tokens = at::from_blob(one.tokens.data(), {count}, at::kLong);
+    const Tensor in_gate = at::linear(x.view({-1, d_}).index_select(0, tokens), up);
+    const Tensor g = at::from_blob(one.g.data(), {count, 1}).to(x.scalar_type());
+    const Tensor hidden = at::silu(in_gate.narrow(1, h, h)).mul_(in_gate.narrow(1, 0, h)).mul_(g);
+    y.view({-1, d_}).index_add_(0, tokens, hidden.mm(out));
+  }
+
+  // Adds to y [T, d] what the blocks with few tokens make of x [T, d].
   template <typename T>
   void add_blocks(int64_t layer, const T* x, T* y) {
-    // In the order of the slots, so that a token's sum does not depend on what shares its step.
-    std::sort(fired_.begin(), fired_.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
     const auto block = [&](const Tensor& weights, int64_t slot) {
       return weights.const_data_ptr<T>() + slot * weights.stride(0) + layer * weights.stride(1);
     };
@@ -245,8 +304,8 @@ class Residues : public torch::CustomClassHolder {
   bool opened_ = false;
   Tensor selected_;
   std::vector<int64_t> rows_, places_;
-  std::vector<float> limits_, m_;
-  std::vector<float> xs_;     // the layer's x, in float32
+  int64_t first_ = 0;  // token on trial
+  std::vector<float> limits_, on_trial_, m_;
   std::vector<Fired> fired_;  // in the layer
 };
 

@@ -1,0 +1,93 @@
+"""The bank on a CPU: the same slots, with a step's layers in one compiled operator each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nr_serve.neutral.bank import Bank
+from nr_serve.neutral.step import StepTokens, Trial
+
+
+class Residues(Protocol):
+    """The operator, in `engine/cpu/residues.h`. It reads and writes the bank's tensors in their place."""
+
+    def begin(
+        self,
+        row_T: Tensor,
+        offset_T: Tensor,
+        selected_TS: Tensor,
+        columns: int,
+        first: int,
+        slot: int,
+        threshold: float,
+    ) -> None:
+        """Start a step that evaluates the first `columns` slots; from token `first` on a slot is on trial."""
+
+    def add(self, layer: int, x: Tensor, y: Tensor) -> None:
+        """Add a layer's residues to y, in place; x and y [..., d], contiguous."""
+
+    def keep(self, counted: int, end_E: Tensor | None, page_E: Tensor | None) -> bool:
+        """End a step: states and what was selected are kept. Whether any gate was open."""
+
+    def logits(self) -> Tensor:
+        """Its carried logits, [L, T, columns], until the next one begins."""
+
+
+class CpuBank(Bank):
+    """A bank whose gates, carry and blocks cost a call a layer."""
+
+    def __init__(self, residues: Callable[..., Residues], **shape: Any) -> None:
+        """`residues` is that of `cpu_operators`."""
+        super().__init__(**shape)
+        self._residues = residues(
+            self.gate_LSd,
+            self.bias_LS,
+            self.carry_S,
+            self.ceiling_S,
+            self.threshold_S,
+            self.w_up_SLud,
+            self.w_out_SLhd,
+            self.width_LS,
+            self.state_LRS,
+            self.page_state_LNS,
+            self._seen_LS,
+        )
+        self._tokens: StepTokens | None = None  # of the step under way
+        self._layers_done = 0
+
+    def begin(self, tokens: StepTokens) -> None:
+        """As `Bank.begin`."""
+        if not self.attached:
+            return
+        trial = tokens.trial or Trial(len(tokens.row_T), 0, 0.0)  # of none of them
+        self._residues.begin(
+            tokens.row_T,
+            tokens.offset_T,
+            tokens.selected_TS,
+            self._columns,
+            trial.first,
+            trial.slot,
+            trial.threshold,
+        )
+        self._tokens, self._layers_done = tokens, 0
+
+    def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        """As `Bank.add_residues`; y is reused."""
+        if self._tokens is None:
+            return y
+        y = y.contiguous()
+        self._residues.add(layer, x.contiguous(), y)
+        self._layers_done = layer + 1
+        return y
+
+    def end(self) -> Tensor | None:
+        """As `Bank.end`."""
+        tokens, self._tokens = self._tokens, None
+        if tokens is None or self._layers_done < self.layers:
+            return None
+        if not self._residues.keep(tokens.counted, tokens.end_E, tokens.page_E):
+            return None
+        return self._count_open(tokens, self._residues.logits(), self._threshold(tokens))
