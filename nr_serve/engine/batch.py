@@ -108,9 +108,9 @@ def build_batch(
 
     selected = np.zeros((len(pieces), slots), dtype=bool)
     for i, piece in enumerate(pieces):
-        for version in piece.request.selection or ():
-            assert version.slot is not None
-            selected[i, version.slot] = True
+        own = [version.slot for version in piece.request.selection or ()]
+        assert None not in own
+        selected[i, own] = True
     rows = np.array([p.request.row for p in pieces])
     page_ends = np.flatnonzero((positions + 1) % page_size == 0) if recalls_pages else positions[:0]
 
