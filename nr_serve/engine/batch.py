@@ -110,7 +110,7 @@ def build_batch(
     for i, piece in enumerate(pieces):
         own = [version.slot for version in piece.request.selection or ()]
         assert None not in own
-        selected[i, own] = True
+        selected[i, own] = True  # type: ignore[index]
     rows = np.array([p.request.row for p in pieces])
     page_ends = np.flatnonzero((positions + 1) % page_size == 0) if recalls_pages else positions[:0]
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nr_serve.engine.neutrality import Opened
@@ -20,35 +18,30 @@ def opened_by_page(
     """For each piece, what opened in each page that its tokens lie in; nothing if the whole step opened nothing.
 
     `open_TS` counts the layers whose gate was open, by token of the step and slot, whether selected or not. Shape
-    suffixes: T tokens, S slots, K kinds (acted, observed), G pages of all the pieces.
+    suffixes: T tokens, S slots, G pages of all the pieces.
     """
-    if not open_TS.any():
+    is_open_TS, selected = open_TS.cpu().numpy() > 0, selected_TS.cpu().numpy()
+    if not is_open_TS.any():
         return [()] * len(pieces)
-    firsts = list(accumulate((_pages(piece, page_size) for piece in pieces), initial=0))
-    open_TS = open_TS > 0
-    opened_TKS = torch.stack((open_TS & selected_TS, open_TS & ~selected_TS), dim=1)
-    places = torch.nonzero(_by_page(opened_TKS, pieces, firsts, page_size)).tolist()
-    slots: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for page, kind, slot in places:
-        slots[page, kind].add(slot)
-    found = [Opened(frozenset(slots[page, 0]), frozenset(slots[page, 1])) for page in range(firsts[-1])]
-    return [tuple(found[start:end]) for start, end in pairwise(firsts)]
-
-
-def _pages(piece: Piece, page_size: int) -> int:
-    """Pages that a piece's tokens lie in."""
-    return (piece.start + piece.count - 1) // page_size - piece.start // page_size + 1
-
-
-def _by_page(opened_TKS: Tensor, pieces: Sequence[Piece], firsts: Sequence[int], page_size: int) -> Tensor:
-    """Non-zero where a token of the page is; [G, K, S]."""
-    if firsts[-1] == len(opened_TKS):  # every token lies in a page of its own
-        return opened_TKS
-    page_T = np.concatenate(
-        [
-            np.arange(piece.start, piece.start + piece.count) // page_size - piece.start // page_size + first
-            for piece, first in zip(pieces, firsts, strict=False)
-        ]
+    firsts = list(accumulate((piece.count for piece in pieces), initial=0))
+    pages = [_page_starts(piece, first, page_size) for piece, first in zip(pieces, firsts, strict=False)]
+    start_G = [start for own in pages for start in own]
+    acted, observed = (
+        _slots(np.logical_or.reduceat(opened_TS, start_G, axis=0))
+        for opened_TS in (is_open_TS & selected, is_open_TS & ~selected)
     )
-    opened_GKS = opened_TKS.new_zeros((firsts[-1], *opened_TKS.shape[1:]), dtype=torch.int32)
-    return opened_GKS.index_add_(0, torch.from_numpy(page_T).to(opened_TKS.device), opened_TKS.int())
+    found = [Opened(*both) for both in zip(acted, observed, strict=True)]
+    return [tuple(found[start:end]) for start, end in pairwise(accumulate(map(len, pages), initial=0))]
+
+
+def _page_starts(piece: Piece, first: int, page_size: int) -> list[int]:
+    """Which tokens of the step are the piece's first in a page; its own first is the step's `first`."""
+    return [first, *range(first + page_size - piece.start % page_size, first + piece.count, page_size)]
+
+
+def _slots(opened_GS: np.ndarray) -> list[frozenset[int]]:
+    """The slots of each row that are set."""
+    found: list[list[int]] = [[] for _ in opened_GS]
+    for row, slot in np.argwhere(opened_GS).tolist():
+        found[row].append(slot)
+    return [frozenset(slots) for slots in found]

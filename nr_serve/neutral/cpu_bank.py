@@ -29,11 +29,8 @@ class Residues(Protocol):
     def add(self, layer: int, x: Tensor, y: Tensor) -> None:
         """Add a layer's residues to y, in place; x and y [..., d], contiguous."""
 
-    def keep(self, counted: int, end_E: Tensor | None, page_E: Tensor | None) -> bool:
-        """End a step: states and what was selected are kept. Whether any gate was open."""
-
-    def logits(self) -> Tensor:
-        """Its carried logits, [L, T, columns], until the next one begins."""
+    def end(self, label_T: Tensor, counted: int, end_E: Tensor | None, page_E: Tensor | None) -> Tensor | None:
+        """End a step: states are kept, the first tokens counted. As `Bank.end`."""
 
 
 class CpuBank(Bank):
@@ -54,6 +51,9 @@ class CpuBank(Bank):
             self.state_LRS,
             self.page_state_LNS,
             self._seen_LS,
+            self._fired_LS,
+            self._mass_S,
+            self._cross_KS,
         )
         self._tokens: StepTokens | None = None  # of the step under way
         self._layers_done = 0
@@ -88,6 +88,4 @@ class CpuBank(Bank):
         tokens, self._tokens = self._tokens, None
         if tokens is None or self._layers_done < self.layers:
             return None
-        if not self._residues.keep(tokens.counted, tokens.end_E, tokens.page_E):
-            return None
-        return self._count_open(tokens, self._residues.logits(), self._threshold(tokens))
+        return self._residues.end(tokens.label_T, tokens.counted, tokens.end_E, tokens.page_E)

@@ -22,11 +22,11 @@ TORCH_LIBRARY(nr_serve, library) {
       " -> Tensor");
   using at::Tensor;
   library.class_<nr_serve::Residues>("Residues")
-      .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>())
+      .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                       Tensor, Tensor>())
       .def("begin", &nr_serve::Residues::begin)
       .def("add", &nr_serve::Residues::add)
-      .def("keep", &nr_serve::Residues::keep)
-      .def("logits", &nr_serve::Residues::logits);
+      .def("end", &nr_serve::Residues::end);
 #ifdef NR_SERVE_PRODUCTS
   library.def(
       "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"

@@ -5,6 +5,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/zeros.h>
 #include <torch/custom_class.h>
 
 #include <cmath>
@@ -69,30 +70,25 @@ void add_out(const T* out, int64_t d, int64_t h, const float* hidden, Size size,
     each(size, [&](int64_t i, int64_t some) { store(y[f] + i, load(y[f] + i, some) + sums[f][i / W], some); });
 }
 
-// The tokens on which one slot fired, and what its block makes of them.
+// The tokens on which one slot fired, and what its block, of width h, makes of them.
 struct Fired {
-  int64_t slot;
+  int64_t slot, h;
   std::vector<int64_t> tokens;
   std::vector<float> g, hidden;
 };
 
-// The hidden values of a block of width h, scaled by g: W_in and W_gate are [2h, d]; x [T, d].
+// Some of the hidden values of a block, scaled by g: W_in and W_gate are [2h, d]; x [T, d].
 template <typename T>
-void fill_hidden(Fired& block, const T* x, const T* up, int64_t h, int64_t d) {
-  const int64_t tokens = block.tokens.size();
-  block.hidden.resize(tokens * h);
-  if (tokens == 0) return;
-  at::parallel_for(0, h, grain(2 * d), [&](int64_t from, int64_t to) {
-    for (int64_t j = from; j < to; ++j)
-      by_rows(tokens, [&](auto some, int64_t f) {
-        const T* rows[some()];
-        for (int k = 0; k < some(); ++k) rows[k] = x + block.tokens[f + k] * d;
-        float in[some()], gate[some()];
-        multiply_up<some()>(up + j * d, up + (h + j) * d, rows, d, in, gate);
-        for (int k = 0; k < some(); ++k)
-          block.hidden[(f + k) * h + j] = gate[k] / (1.f + std::exp(-gate[k])) * in[k] * block.g[f + k];
-      });
-  });
+void fill_hidden(Fired& block, const T* x, const T* up, int64_t d, int64_t from, int64_t to) {
+  for (int64_t j = from; j < to; ++j)
+    by_rows(block.tokens.size(), [&](auto some, int64_t f) {
+      const T* rows[some()];
+      for (int k = 0; k < some(); ++k) rows[k] = x + block.tokens[f + k] * d;
+      float in[some()], gate[some()];
+      multiply_up<some()>(up + j * d, up + (block.h + j) * d, rows, d, in, gate);
+      for (int k = 0; k < some(); ++k)
+        block.hidden[(f + k) * block.h + j] = gate[k] / (1.f + std::exp(-gate[k])) * in[k] * block.g[f + k];
+    });
 }
 
 // With more tokens oneDNN's products are faster than those made for few.
@@ -100,12 +96,13 @@ constexpr int64_t FEW = 24;
 
 // The residues of a step, layer by layer. Of the bank, as in bank.py, and written in its place: gate
 // [L, S, d], bias [L, S], carry, ceiling and threshold [S], W_in and W_gate [S, L, 2H, d], W_out transposed
-// [S, L, H, d], the blocks' widths [L, S], the carried states by row [L, R, S] and by page [L, N, S], and how many
-// tokens each block was selected for [L, S]. n: slots whose gates are evaluated, the first ones.
+// [S, L, H, d], the blocks' widths [L, S], the carried states by row [L, R, S] and by page [L, N, S], and the
+// statistics: tokens each block was selected for, and fired on [L, S], the sum of its g [S], and gates open by label
+// and slot [K, S]. n: slots whose gates are evaluated, the first ones.
 class Residues : public torch::CustomClassHolder {
  public:
   Residues(Tensor gate, Tensor bias, Tensor carry, Tensor ceiling, Tensor threshold, Tensor up, Tensor out,
-           Tensor width, Tensor state, Tensor page_state, Tensor seen)
+           Tensor width, Tensor state, Tensor page_state, Tensor seen, Tensor fired, Tensor mass, Tensor cross)
       : gate_(gate),
         bias_(bias),
         carry_(carry),
@@ -117,13 +114,18 @@ class Residues : public torch::CustomClassHolder {
         state_(state),
         page_state_(page_state),
         seen_(seen),
+        fired_count_(fired),
+        mass_(mass),
+        cross_(cross),
         layers_(gate.size(0)),
         slots_(gate.size(1)),
         d_(gate.size(2)) {
-    for (const Tensor* t : {&gate, &bias, &carry, &ceiling, &threshold, &up, &out, &width, &state, &page_state, &seen})
+    for (const Tensor* t : {&gate, &bias, &carry, &ceiling, &threshold, &up, &out, &width, &state, &page_state, &seen,
+                            &fired, &mass, &cross})
       TORCH_CHECK(t->is_cpu() && t->is_contiguous());
-    for (const Tensor* t : {&bias, &width, &seen}) TORCH_CHECK(t->numel() == layers_ * slots_);
-    for (const Tensor* t : {&carry, &ceiling, &threshold}) TORCH_CHECK(t->numel() == slots_);
+    for (const Tensor* t : {&bias, &width, &seen, &fired}) TORCH_CHECK(t->numel() == layers_ * slots_);
+    for (const Tensor* t : {&carry, &ceiling, &threshold, &mass}) TORCH_CHECK(t->numel() == slots_);
+    TORCH_CHECK(cross.dim() == 2 && cross.size(1) == slots_);
     for (const Tensor* t : {&state, &page_state}) TORCH_CHECK(t->size(0) == layers_ && t->size(2) == slots_);
     TORCH_CHECK(up.size(0) == slots_ && up.size(1) == layers_ && up.size(2) == 2 * out.size(2) && up.size(3) == d_);
     TORCH_CHECK(out.size(0) == slots_ && out.size(1) == layers_ && out.size(3) == d_);
@@ -172,15 +174,17 @@ class Residues : public torch::CustomClassHolder {
   }
 
   // Ends a step: the states are kept, of each piece's last token by row and of the tokens `ends` by page [E], and the
-  // first `counted` tokens are counted. Whether any gate was open, selected or not.
-  bool keep(int64_t counted, const c10::optional<Tensor>& ends, const c10::optional<Tensor>& pages) {
-    TORCH_CHECK(0 <= counted && counted <= tokens_);
+  // first `counted` tokens are counted, each under its label [T]. Layers whose gate was open by token and slot,
+  // selected or not, int32 [T, S]; nothing, if no gate was.
+  c10::optional<Tensor> end(const Tensor& label, int64_t counted, const c10::optional<Tensor>& ends,
+                            const c10::optional<Tensor>& pages) {
+    TORCH_CHECK(0 <= counted && counted <= tokens_ && label.is_contiguous() && label.numel() == tokens_);
     for (int64_t t = 0; t < tokens_; ++t)
-      if (t + 1 == tokens_ || places_[t + 1] == 0) keep_one(state_, rows_[t], t);
+      if (t + 1 == tokens_ || places_[t + 1] == 0) keep(state_, rows_[t], t);
     if (ends && pages) {
       TORCH_CHECK(ends->is_contiguous() && pages->is_contiguous() && ends->numel() == pages->numel());
       for (int64_t e = 0; e < ends->numel(); ++e)
-        keep_one(page_state_, pages->const_data_ptr<int64_t>()[e], ends->const_data_ptr<int64_t>()[e]);
+        keep(page_state_, pages->const_data_ptr<int64_t>()[e], ends->const_data_ptr<int64_t>()[e]);
     }
     for (int64_t s = 0; s < slots_; ++s) {
       int64_t count = 0;
@@ -188,18 +192,39 @@ class Residues : public torch::CustomClassHolder {
       for (int64_t layer = 0; count && layer < layers_; ++layer)
         if (width(layer, s)) seen_.mutable_data_ptr<int64_t>()[layer * slots_ + s] += count;
     }
-    return opened_;
+    if (!opened_) return c10::nullopt;
+    return count_open(label.const_data_ptr<int64_t>(), counted);
   }
 
-  // The step's carried logits [L, T, n], until the next one begins.
-  Tensor logits() { return at::from_blob(m_.data(), {layers_, tokens_, n_}); }
-
  private:
-  void keep_one(const Tensor& states, int64_t to, int64_t t) {
+  void keep(const Tensor& states, int64_t to, int64_t t) {
     TORCH_CHECK(0 <= to && to < states.size(1) && 0 <= t && t < tokens_);
     for (int64_t layer = 0; layer < layers_; ++layer)
       std::copy_n(m_.data() + (layer * tokens_ + t) * n_, n_,
                   states.mutable_data_ptr<float>() + (layer * states.size(1) + to) * slots_);
+  }
+
+  Tensor count_open(const int64_t* labels, int64_t counted) {
+    const Tensor open = at::zeros({tokens_, slots_}, at::kInt);
+    auto *fired = fired_count_.mutable_data_ptr<int64_t>(), *cross = cross_.mutable_data_ptr<int64_t>();
+    const float* m = m_.data();
+    for (int64_t layer = 0; layer < layers_; ++layer)
+      for (int64_t t = 0; t < tokens_; ++t, m += n_) {
+        TORCH_CHECK(0 <= labels[t] && labels[t] < cross_.size(0));
+        for (int64_t s = 0; s < n_; ++s) {
+          const float over = m[s] - limits(t)[s];
+          if (!(over > 0)) continue;
+          open.mutable_data_ptr<int32_t>()[t * slots_ + s] += 1;
+          if (t >= counted) continue;
+          cross[labels[t] * slots_ + s] += 1;
+          if (!is_selected(t, s)) continue;
+          fired[layer * slots_ + s] += 1;
+          // A stream or a gate gone wild must not leave infinity in the totals for ever.
+          const float g = std::min(over, ceiling_.const_data_ptr<float>()[s]);
+          if (std::isfinite(g)) mass_.mutable_data_ptr<double>()[s] += g;
+        }
+      }
+    return open;
   }
 
   // Fills the layer's m with logits, not yet carried.
@@ -233,22 +258,24 @@ class Residues : public torch::CustomClassHolder {
                 *past = state_.const_data_ptr<float>() + layer * state_.size(1) * slots_;
     float* m = m_.data() + layer * tokens_ * n_;
     for (int64_t t = 0; t < tokens_; ++t, m += n_) {
-      const float *last = places_[t] ? m - n_ : past + rows_[t] * slots_,
-                  *limits = (t < first_ ? limits_ : on_trial_).data();
+      const float *last = places_[t] ? m - n_ : past + rows_[t] * slots_, *limit = limits(t);
       bool any = false;
       for (int64_t s = 0; s < n_; ++s) {
         m[s] = a[s] * last[s] + (1.f - a[s]) * m[s];
-        any |= m[s] > limits[s];
+        any |= m[s] > limit[s];
       }
       if (!places_[t])
         for (int64_t s = 0; s < n_; ++s)
-          if (std::isnan(last[s])) m[s] = 0.f, any |= 0.f > limits[s];
+          if (std::isnan(last[s])) m[s] = 0.f, any |= 0.f > limit[s];
       if (!any) continue;
       opened_ = true;
       for (int64_t s = 0; s < n_; ++s)
-        if (m[s] > limits[s]) note(layer, t, s, m[s] - limits[s]);
+        if (m[s] > limit[s]) note(layer, t, s, m[s] - limit[s]);
     }
   }
+
+  // Thresholds of a token, [n].
+  const float* limits(int64_t t) const { return (t < first_ ? limits_ : on_trial_).data(); }
 
   bool is_selected(int64_t t, int64_t s) const {
     return selected_.const_data_ptr<bool>()[t * selected_.stride(0) + s * selected_.stride(1)];
@@ -258,14 +285,14 @@ class Residues : public torch::CustomClassHolder {
   void note(int64_t layer, int64_t t, int64_t s, float over) {
     if (!is_selected(t, s) || width(layer, s) == 0) return;
     auto at = std::find_if(fired_.begin(), fired_.end(), [&](const Fired& each) { return each.slot == s; });
-    if (at == fired_.end()) at = fired_.insert(at, Fired{s});
+    if (at == fired_.end()) at = fired_.insert(at, Fired{s, width(layer, s)});
     at->tokens.push_back(t);
     at->g.push_back(std::min(over, ceiling_.const_data_ptr<float>()[s]));
   }
 
   // Adds a block's residues to y [..., d] of many tokens.
   void add_block_of_many(int64_t layer, Fired& one, const Tensor& x, const Tensor& y) {
-    const int64_t h = width(layer, one.slot), count = one.tokens.size();
+    const int64_t h = one.h, count = one.tokens.size();
     const Tensor up = up_[one.slot][layer].narrow(0, 0, 2 * h), out = out_[one.slot][layer].narrow(0, 0, h);
     const Tensor tokens = at::from_blob(one.tokens.data(), {count}, at::kLong);
     const Tensor in_gate = at::linear(x.view({-1, d_}).index_select(0, tokens), up);
@@ -280,16 +307,22 @@ class Residues : public torch::CustomClassHolder {
     const auto block = [&](const Tensor& weights, int64_t slot) {
       return weights.const_data_ptr<T>() + slot * weights.stride(0) + layer * weights.stride(1);
     };
-    for (Fired& one : fired_) fill_hidden(one, x, block(up_, one.slot), width(layer, one.slot), d_);
+    int64_t rows = 0;
+    for (Fired& one : fired_) one.hidden.resize(one.tokens.size() * one.h), rows += one.h;
+    at::parallel_for(0, rows, grain(2 * d_), [&](int64_t from, int64_t to) {  // the blocks' rows end to end
+      for (Fired& one : fired_) {
+        fill_hidden(one, x, block(up_, one.slot), d_, std::max<int64_t>(from, 0), std::min(to, one.h));
+        from -= one.h, to -= one.h;
+      }
+    });
     constexpr int64_t run = VECTORS_AT_ONCE * W;
     at::parallel_for(0, (d_ + run - 1) / run, 1, [&](int64_t from, int64_t to) {
       for (const Fired& one : fired_)
         by_rows(one.tokens.size(), [&](auto some, int64_t f) {
           by_columns<VECTORS_OF<some()>>(from * run, std::min(d_, to * run), [&](auto size, int64_t i) {
-            const int64_t h = width(layer, one.slot);
             T* rows[some()];
             for (int k = 0; k < some(); ++k) rows[k] = y + one.tokens[f + k] * d_ + i;
-            add_out<some()>(block(out_, one.slot) + i, d_, h, one.hidden.data() + f * h, size, rows);
+            add_out<some()>(block(out_, one.slot) + i, d_, one.h, one.hidden.data() + f * one.h, size, rows);
           });
         });
     });
@@ -297,7 +330,7 @@ class Residues : public torch::CustomClassHolder {
 
   int64_t width(int64_t layer, int64_t slot) const { return width_.const_data_ptr<int32_t>()[layer * slots_ + slot]; }
 
-  Tensor gate_, bias_, carry_, ceiling_, threshold_, up_, out_, width_, state_, page_state_, seen_;
+  Tensor gate_, bias_, carry_, ceiling_, threshold_, up_, out_, width_, state_, page_state_, seen_, fired_count_, mass_, cross_;
   int64_t layers_, slots_, d_;
   // Of the step.
   int64_t tokens_ = 0, n_ = 0;
