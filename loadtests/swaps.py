@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,14 @@ class Swaps:
         self.written = 0
 
     def file(self) -> Path:
-        """A new adapter's file."""
+        """A new adapter's file.
+
+        Made on a thread that ends: while another one lives that torch computed on, steps take twice as long.
+        """
+        with ThreadPoolExecutor(1) as once:
+            return once.submit(self._write).result()
+
+    def _write(self) -> Path:
         self.written += 1
         generator = torch.Generator().manual_seed(self.written)
         d, layers = self.info.d, self.info.layers

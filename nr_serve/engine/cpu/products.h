@@ -44,16 +44,16 @@ void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const
     for (int r = 0; r < R; ++r) store(y + t * n + r * W, Vec(sums[t][r]));
 }
 
-// The same for any number of tokens. Weights come from memory once: for the first tile they are fetched a little ahead,
-// with more tiles the block after them is fetched bit by bit beside all of these.
+// The same for any number of tokens, in tiles that differ by a token at most. Weights come from memory once: of a
+// single tile they are fetched a little ahead, beside several the block after them is fetched, as much beside each.
 template <int R, typename Y>
 void multiply_block(const int32_t* x, int64_t tokens, int64_t size, const int32_t* weights, const BFloat16* bias, Y* y,
                     int64_t n) {
   const int64_t tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
   for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t t = i * TILE_TOKENS, done = R * i / tiles, more = R * (i + 1) / tiles - done;
+    const int64_t t = tokens * i / tiles, done = R * i / tiles, more = R * (i + 1) / tiles - done;
     const int32_t* next = weights + (tiles == 1 ? 16 * R : (R + done) * size) * W;
-    up_to<TILE_TOKENS>(tokens - t, [&](auto count) {
+    up_to<TILE_TOKENS>(tokens * (i + 1) / tiles - t, [&](auto count) {
       multiply_tile<count(), R>(x + t * size, size, weights, bias, next, more, y + t * n, n);
     });
   }
