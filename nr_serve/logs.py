@@ -56,6 +56,11 @@ def say(command: str, message: str) -> None:
     print(f"{command}: {message}", file=sys.stderr, flush=True)
 
 
+def bar_interval() -> float:
+    """Seconds between two looks of a progress bar; a log is not to be filled with it."""
+    return 0.1 if sys.stderr.isatty() else 10.0
+
+
 class TextFormatter(logging.Formatter):
     """`LEVEL logger: message key=value ...`."""
 

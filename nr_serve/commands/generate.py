@@ -17,7 +17,7 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from nr_serve.batch_file import BatchRequest, WrongLine, answer_line, error_line, read_request, take_up
 from nr_serve.errors import BadRequest, NrError, Unavailable
-from nr_serve.logs import configure_logging
+from nr_serve.logs import bar_interval, configure_logging
 from nr_serve.offline import OfflineConfig, local_http, post
 
 STANDARD = "-"
@@ -50,7 +50,7 @@ def generate(command: Generate) -> int:
         answers, answered = stack.enter_context(_answers(command))
         portal = stack.enter_context(start_blocking_portal(name="nr-generate"))
         http = stack.enter_context(portal.wrap_async_context_manager(local_http(config)))
-        bar = stack.enter_context(tqdm(total=_count(command.requests), unit="request", mininterval=_interval()))
+        bar = stack.enter_context(tqdm(total=_count(command.requests), unit="request", mininterval=bar_interval()))
         run = _Run(portal, http, answers, bar)
         # As many again as the engine runs at once: it finds the next ones tokenised.
         run.answer(lines, answered, at_once=2 * config.max_running)
@@ -192,8 +192,3 @@ def _count(name: str) -> int | None:
         return None
     with path.open("rb") as file:
         return sum(1 for _ in file)
-
-
-def _interval() -> float:
-    """Seconds between two looks of the progress bar; a log is not to be filled with it."""
-    return 0.1 if sys.stderr.isatty() else 10.0

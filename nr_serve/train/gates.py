@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from nr_serve.logs import bar_interval
 from nr_serve.train.attach import AdapterModule, Attached, BlockModule, window_inputs
 from nr_serve.train.measure import evaluating
 from nr_serve.train.recipe import Gate
@@ -274,7 +275,8 @@ def fit_gates(
     """
     fitter = Fitter(attached.adapters[0], classes, "target", gate, original)
     windows, depth = fitter.windows, attached.adapters[0].depth
-    with evaluating(model), tqdm(total=depth, desc="gates", unit=" layers", leave=False, disable=None) as bar:
+    bar = tqdm(total=depth, desc="gates", unit=" layers", leave=False, mininterval=bar_interval())
+    with evaluating(model), bar:
 
         def fit(layer: int, x_Td: Tensor) -> None:
             fitter.fit(layer, x_Td)

@@ -310,8 +310,11 @@ def test_a_process_ends_though_its_server_was_not_closed(place):
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
-def test_the_examples_of_the_page_run(place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
+def test_the_examples_of_the_page_run(place, tmp_path, monkeypatch, capsys):
+    named = tmp_path / "adapters" / "hu" / "hu.safetensors"
+    named.parent.mkdir(parents=True)
+    named.write_bytes((place / "hu.safetensors").read_bytes())
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NR_MODEL", str(place / "tiny"))
     monkeypatch.setenv("NR_PAGES", "256")
     names = {}
