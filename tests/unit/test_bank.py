@@ -493,7 +493,7 @@ def test_slots_beyond_a_group_of_the_operators_are_as_the_first():
 def test_a_long_step_is_as_its_tokens_one_by_one(dtype, threads):
     """Blocks of many tokens are computed in other products than those of few; here are both."""
     on, naive = bank(dtype), NaiveBank()
-    for slot, bias in ((0, 0.5), (1, -2.0), (3, 3.0)):
+    for slot, bias in ((0, 0.5), (1, -1.3), (3, 3.0)):
         what = adapter(slot, carry=0.3 * slot, bias=bias, widths=(WIDTH, 0, 2))
         attach(on, slot, what)
         naive.slots[slot] = NaiveSlot(what, 0.0)
@@ -503,11 +503,42 @@ def test_a_long_step_is_as_its_tokens_one_by_one(dtype, threads):
         x_LTd, y_LTd = torch.randn(2, LAYERS, T, D, generator=g).to(dtype)
         with torch_threads(threads):
             got, fired_TS = step(on, pieces, x_LTd, y_LTd)
+        before = naive.fired.clone()
         want, want_open_TS = naive.step(pieces, x_LTd, y_LTd, [0] * len(pieces))
         assert torch.equal(fired_TS, want_open_TS * tokens(pieces).selected_TS)
-        counts = (fired_TS > 0).sum(0)
-        assert counts[0] > 100
-        assert 0 < counts[1] < 60
+        many, few, *_ = (naive.fired - before).T
+        assert many[2] > 80
+        assert 0 < few[2] < 25
+        assert ((fired_TS[:, 0] > 0) & (fired_TS[:, 1] > 0)).any()
         rough = {} if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.05}
         torch.testing.assert_close(got.double(), want, **(rough or {"atol": 1e-3, "rtol": 1e-4}))
     assert_totals(on, naive, seen=False)
+
+
+def test_the_operator_refuses_rows_slots_and_tokens_that_are_not_there():
+    """Each would be read or written behind a tensor's end."""
+    if kind is Bank:
+        pytest.skip("torch checks its own indices")
+    on = bank()
+    attach(on, 0, adapter(1))
+    good = tokens([(1, 2, (0,))])
+    wrong = [
+        replace(good, row_T=torch.tensor([ROWS, ROWS])),
+        replace(good, offset_T=torch.tensor([1, 2])),  # goes on from a token that is not in the step
+        replace(good, selected_TS=good.selected_TS[:, 1:]),
+        *(replace(good, trial=Trial(*where, threshold=0.0)) for where in ((1, SLOTS), (1, -1), (-1, 0), (3, 0))),
+    ]
+    for each in wrong:
+        with pytest.raises(RuntimeError):
+            on.begin(each)
+    x = torch.ones(2, D)
+    on.begin(good)
+    for layer, other in ((LAYERS, x), (0, torch.ones(3, D)), (0, x.bfloat16())):
+        with pytest.raises(RuntimeError):
+            on.add_residues(layer, other, other.clone())
+    for at in (replace(good, label_T=good.label_T[:1]), replace(good, label_T=good.label_T + LABELS)):
+        on.begin(at)
+        for layer in range(LAYERS):
+            on.add_residues(layer, x, x.clone())
+        with pytest.raises(RuntimeError):
+            on.end()

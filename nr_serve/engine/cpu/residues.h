@@ -9,6 +9,7 @@
 #include <torch/custom_class.h>
 
 #include <cmath>
+#include <span>
 #include <vector>
 
 #include "vectors.h"
@@ -91,7 +92,7 @@ void fill_hidden(Fired& block, const T* x, const T* up, int64_t d, int64_t from,
     });
 }
 
-// With more tokens oneDNN's products are faster than those made for few.
+// With more tokens oneDNN's products are faster than those made for few. They round hidden values.
 constexpr int64_t FEW = 24;
 
 // The residues of a step, layer by layer. Of the bank, as in bank.py, and written in its place: gate
@@ -138,6 +139,7 @@ class Residues : public torch::CustomClassHolder {
              double threshold) {
     tokens_ = row.numel(), n_ = n, opened_ = false;
     TORCH_CHECK(0 < n && n <= slots_ && tokens_ > 0 && offset.numel() == tokens_);
+    TORCH_CHECK(0 <= first && first <= tokens_ && 0 <= slot && slot < n);
     TORCH_CHECK(row.is_contiguous() && offset.is_contiguous() && selected.size(0) == tokens_ &&
                 selected.size(1) == slots_);
     selected_ = selected;
@@ -164,12 +166,15 @@ class Residues : public torch::CustomClassHolder {
       fill_logits(layer, x.const_data_ptr<T>());
       fired_.clear();
       open(layer);
-      // In the order of the slots, so that a token's sum does not depend on what shares its step.
+      // In the order of the slots, so that the order of a token's sum does not depend on what shares its step.
       std::sort(fired_.begin(), fired_.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
-      for (Fired& one : fired_)
-        if (one.tokens.size() > FEW) add_block_of_many(layer, one, x, y);
-      std::erase_if(fired_, [](const Fired& one) { return one.tokens.size() > FEW; });
-      if (!fired_.empty()) add_blocks(layer, x.const_data_ptr<T>(), y.mutable_data_ptr<T>());
+      const auto many = [](const Fired& one) { return one.tokens.size() > FEW; };
+      for (auto at = fired_.begin(); at != fired_.end();) {
+        const auto end = std::find_if(at, fired_.end(), many);
+        if (at != end) add_blocks(layer, {at, end}, x.const_data_ptr<T>(), y.mutable_data_ptr<T>());
+        at = end;
+        if (at != fired_.end()) add_block_of_many(layer, *at++, x, y);
+      }
     });
   }
 
@@ -301,23 +306,23 @@ class Residues : public torch::CustomClassHolder {
     y.view({-1, d_}).index_add_(0, tokens, hidden.mm(out));
   }
 
-  // Adds to y [T, d] what the blocks with few tokens make of x [T, d].
+  // Adds to y [T, d] what blocks with few tokens make of x [T, d].
   template <typename T>
-  void add_blocks(int64_t layer, const T* x, T* y) {
+  void add_blocks(int64_t layer, std::span<Fired> blocks, const T* x, T* y) {
     const auto block = [&](const Tensor& weights, int64_t slot) {
       return weights.const_data_ptr<T>() + slot * weights.stride(0) + layer * weights.stride(1);
     };
     int64_t rows = 0;
-    for (Fired& one : fired_) one.hidden.resize(one.tokens.size() * one.h), rows += one.h;
+    for (Fired& one : blocks) one.hidden.resize(one.tokens.size() * one.h), rows += one.h;
     at::parallel_for(0, rows, grain(2 * d_), [&](int64_t from, int64_t to) {  // the blocks' rows end to end
-      for (Fired& one : fired_) {
+      for (Fired& one : blocks) {
         fill_hidden(one, x, block(up_, one.slot), d_, std::max<int64_t>(from, 0), std::min(to, one.h));
         from -= one.h, to -= one.h;
       }
     });
     constexpr int64_t run = VECTORS_AT_ONCE * W;
     at::parallel_for(0, (d_ + run - 1) / run, 1, [&](int64_t from, int64_t to) {
-      for (const Fired& one : fired_)
+      for (const Fired& one : blocks)
         by_rows(one.tokens.size(), [&](auto some, int64_t f) {
           by_columns<VECTORS_OF<some()>>(from * run, std::min(d_, to * run), [&](auto size, int64_t i) {
             T* rows[some()];
