@@ -520,7 +520,7 @@ def test_the_operator_refuses_rows_slots_and_tokens_that_are_not_there():
     if kind is Bank:
         pytest.skip("torch checks its own indices")
     on = bank()
-    attach(on, 0, adapter(1))
+    attach(on, 0, adapter(1, bias=9.0))  # open: labels are read then
     good = tokens([(1, 2, (0,))])
     wrong = [
         replace(good, row_T=torch.tensor([ROWS, ROWS])),
