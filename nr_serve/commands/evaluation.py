@@ -18,7 +18,9 @@ from nr_serve.errors import BadRequest
 class Evaluate(Command):
     """Measure adapters' loss and fired shares on text, and answers to tasks, beside the base's own."""
 
-    files: CliPositionalArg[list[Path]] = Field(description="adapter files, all attached at once")
+    files: CliPositionalArg[list[Path]] = Field(
+        description="adapter files; all are attached unless a flag says else"
+    )
     corpus: Path | None = Field(None, description="folder of text, as fetch-corpus leaves it")
     source: list[str] = Field(["*.heldout.txt"], description="which of its files to measure on; may be repeated")
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")

@@ -43,8 +43,6 @@ class Batch:
     """KV cell each token's key and value go to: page * page_size + place in the page."""
     groups: list[Group]
     tokens: StepTokens
-    bounds: list[tuple[int, int]]
-    """Each piece's tokens, as a range of the step."""
     _biases: dict[tuple[int, int | None, int, int], Tensor] = field(default_factory=dict)
     _rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -128,14 +126,12 @@ def build_batch(
         page_E=put(written[page_ends] // page_size) if len(page_ends) else None,
         trial=_trial(pieces[-1], int(ends[-1])),
     )
-    starts = ends - counts
     return Batch(
         input_ids_T=put(input_ids.astype(np.int64)),
         positions_T=put(positions),
         cells_T=put(written),
         groups=_groups(pieces, cells, apart, spare_cell, device),
         tokens=tokens,
-        bounds=[(int(s), int(e)) for s, e in zip(starts, ends, strict=True)],
     )
 
 
@@ -170,7 +166,10 @@ def _groups(
 
 
 def _kind(i: int, piece: Piece, apart: int | None) -> str | int:
-    """What a piece is grouped with; its index: with none. Short ones not with few: they would be padded far."""
+    """Which pieces attend as one group: single tokens and pieces of few; short prompts, which would pad those far.
+
+    A longer piece is a group by itself, for which its index stands.
+    """
     if piece.count == 1 or (apart is not None and piece.count <= _FEW_IN_PIECE):
         return "few"
     return "short" if apart is not None and piece.count * (piece.start + piece.count) <= apart else i

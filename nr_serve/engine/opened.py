@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from nr_serve.engine.neutrality import Opened
-from nr_serve.engine.scheduler import Piece
+from nr_serve.engine.scheduler import Piece, spans
 
 
 def opened_by_page(
@@ -23,8 +23,7 @@ def opened_by_page(
     is_open_TS, selected = open_TS.cpu().numpy() > 0, selected_TS.cpu().numpy()
     if not is_open_TS.any():
         return [()] * len(pieces)
-    firsts = list(accumulate((piece.count for piece in pieces), initial=0))
-    pages = [_page_starts(piece, first, page_size) for piece, first in zip(pieces, firsts, strict=False)]
+    pages = [_page_starts(piece, *span, page_size) for piece, span in zip(pieces, spans(pieces), strict=True)]
     start_G = [start for own in pages for start in own]
     acted, observed = (
         _slots(np.logical_or.reduceat(opened_TS, start_G, axis=0))
@@ -34,9 +33,9 @@ def opened_by_page(
     return [tuple(found[start:end]) for start, end in pairwise(accumulate(map(len, pages), initial=0))]
 
 
-def _page_starts(piece: Piece, first: int, page_size: int) -> list[int]:
-    """Which tokens of the step are the piece's first in a page; its own first is the step's `first`."""
-    return [first, *range(first + page_size - piece.start % page_size, first + piece.count, page_size)]
+def _page_starts(piece: Piece, first: int, end: int, page_size: int) -> list[int]:
+    """Which of the step's tokens [first, end), the piece's, are its first in a page."""
+    return [first, *range(first + page_size - piece.start % page_size, end, page_size)]
 
 
 def _slots(opened_GS: np.ndarray) -> list[frozenset[int]]:

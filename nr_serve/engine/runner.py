@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from nr_serve.engine.opened import opened_by_page
 from nr_serve.engine.packed_linear import can_pack, pack_linears
 from nr_serve.engine.request import TopLogprobs
 from nr_serve.engine.sampler import allow, likeliest, log_probabilities, sample, takes_likeliest
-from nr_serve.engine.scheduler import Piece, Result
+from nr_serve.engine.scheduler import Piece, Result, spans
 from nr_serve.engine.startup_check import Probe
 from nr_serve.errors import BadAdapterFile, BadRequest, NrError
 from nr_serve.neutral import block_width
@@ -113,13 +112,13 @@ class Runner:
             return self.run(pieces[:-1], labels[:-1]) + tried
         self._set_rows(pieces)
         wanted = [_logit_positions(piece) for piece in pieces]
-        bounds = list(pairwise(accumulate((piece.count for piece in pieces), initial=0)))
-        positions = [start + p for (start, _), own in zip(bounds, wanted, strict=True) for p in own]
+        tokens = spans(pieces)
+        positions = [start + p for (start, _), own in zip(tokens, wanted, strict=True) for p in own]
         logits_NV, open_TS, selected_TS = self._step(pieces, labels, positions)
         opened = self._opened(pieces, open_TS, selected_TS)
         likeliest_N = likeliest(logits_NV)
         results, at = [], 0
-        for piece, own, (start, end), opened_here in zip(pieces, wanted, bounds, opened, strict=True):
+        for piece, own, (start, end), opened_here in zip(pieces, wanted, tokens, opened, strict=True):
             fired_nS = None
             if piece.request.submit.gates:
                 fired_nS = selected_TS[start:end].int() * (0 if open_TS is None else open_TS[start:end])

@@ -13,6 +13,7 @@ import time
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 from nr_serve.engine.messages import PrefixTokens
@@ -48,6 +49,11 @@ class Piece:
     def samples(self) -> bool:
         """Whether the piece ends with the last known token, so that the next one can be chosen."""
         return self.start + self.count == len(self.request.tokens)
+
+
+def spans(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    """Tokens [first, end) of a step that are each piece's, laid end to end."""
+    return list(pairwise(accumulate((piece.count for piece in pieces), initial=0)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from nr_serve.train.entries import language_of, names_language, names_source
 from nr_serve.train.export import load_run, read_run
 from nr_serve.train.measure import SourceResult, evaluating
 from nr_serve.train.recipe import Recipe
+from nr_serve.train.tensor_cache import digest
 from nr_serve.train.text import read_heldout
-from nr_serve.train.text.pack import Windows, digest
+from nr_serve.train.text.pack import Windows
 
 WINDOW = 256
 
@@ -153,5 +154,5 @@ def _measure_run(name: str, folder: Path, exam: Exam, base_answers: Mapping[str,
 
 def _versions(saved: checkpoints.Checkpoint) -> list[str]:
     """What tells a run's weights, and what they are put in, from all else."""
-    content = digest(tensor for _, tensor in sorted((saved.weights() | saved.refitted()).items()))
+    content = digest(tensor for _, tensor in sorted(saved.final().items()))
     return [json.dumps(saved.recipe, sort_keys=True), content]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nr_serve.disk import write_text
+from nr_serve.errors import BadRequest
 from nr_serve.evaluate.card import card
 from nr_serve.evaluate.heldout import Report, attach_all, each_alone
 from nr_serve.evaluate.hosted import Hosted, load
@@ -129,6 +130,10 @@ def evaluate(
     names. It is read with all attached, with each `alone`, or to see who disturbs whom `together`, the relatives
     `near` each language apart. `stretch` is how many tokens lie between switches of language, if they are measured.
     """
+    if alone and together:
+        raise BadRequest("adapters are measured alone or together, not both at once", param="alone")
+    if near and not together:
+        raise BadRequest("relatives are summed up only of what is measured together", param="near")
     hosted = load(files, model)
     report, disturbed, each, switching = None, None, {}, {}
     if corpus is not None:

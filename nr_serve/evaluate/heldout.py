@@ -5,7 +5,6 @@ Measured through the same hosted blocks that train.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -50,10 +49,6 @@ class Report:
     def document(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
         return asdict(self)
-
-    def to_json(self) -> str:
-        """The report as one JSON document."""
-        return json.dumps(self.document(), indent=1, sort_keys=True)
 
 
 def each_alone(hosted: Hosted, texts: Mapping[str, Windows]) -> dict[str, Report]:

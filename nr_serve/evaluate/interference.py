@@ -5,7 +5,6 @@ Each source of text is read with none attached, with the adapters that learned i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -126,10 +125,6 @@ class Interference:
             row |= {"role": asdict(self.roles[source])}
             row |= {"alone": asdict(self.alone[source]) if source in self.alone else None}
         return document | {"summary": asdict(self.summary())}
-
-    def to_json(self) -> str:
-        """All of it as one JSON document."""
-        return json.dumps(self.document(), indent=1, sort_keys=True)
 
 
 def interference(

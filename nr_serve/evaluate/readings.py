@@ -20,8 +20,8 @@ from nr_serve.logs import say
 from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase
 from nr_serve.train.measure import SourceResult, measure
-from nr_serve.train.tensor_cache import TensorCache, Tensors
-from nr_serve.train.text.pack import Windows, digest
+from nr_serve.train.tensor_cache import TensorCache, Tensors, digest
+from nr_serve.train.text.pack import Windows
 
 FORMAT = 2
 """Raised when measuring changes: readings kept by another format are not taken."""

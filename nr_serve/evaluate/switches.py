@@ -114,8 +114,8 @@ def switch_texts(hosted: Hosted, stretches: Mapping[str, Windows], windows: int)
 
 
 def _splice(adapter: str, original: Mapping[str, Windows], own: Mapping[str, Windows]) -> SwitchText:
-    middle = _in_turn([iter(text.ids_NT) for text in own.values()])
-    around = _in_turn([_pairs(text) for text in original.values()])
+    middle = _round_robin([iter(text.ids_NT) for text in own.values()])
+    around = _round_robin([_pairs(text) for text in original.values()])
     rows = [torch.cat([a_S, m_S, b_S]) for (a_S, b_S), m_S in zip(around, middle, strict=False)]
     if not rows:
         raise BadRequest(f"too little text of the base's own language to put {adapter}'s in", param="source")
@@ -127,7 +127,7 @@ def _pairs(text: Windows) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(text.ids_NT[::2], text.ids_NT[1::2], strict=False)
 
 
-def _in_turn(sources: Iterable[Iterator[Piece]]) -> Iterator[Piece]:
+def _round_robin(sources: Iterable[Iterator[Piece]]) -> Iterator[Piece]:
     """One of each source in turn, until all have ended."""
     return (piece for turn in zip_longest(*sources) for piece in turn if piece is not None)
 

@@ -60,8 +60,12 @@ class Checkpoint:
         """Those of them that were fitted again after the run's last step; empty before. Raises BadCheckpoint."""
         return self._tensors(REFITTED) if (self.folder / REFITTED).exists() else {}
 
-    def refit(self, gates: Mapping[str, Tensor]) -> None:
-        """Keep those beside the trained tensors, from which a longer run may still go on."""
+    def final(self) -> dict[str, Tensor]:
+        """The tensors that the run's file is made of: the trained ones, with those fitted again in their place."""
+        return self.weights() | self.refitted()
+
+    def keep_refitted(self, gates: Mapping[str, Tensor]) -> None:
+        """Keep gates fitted again beside the trained tensors, from which a longer run may still go on."""
         with whole(self.folder / REFITTED) as part:
             _save(part, gates)
             _sync(part)

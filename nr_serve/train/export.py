@@ -63,7 +63,7 @@ def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, L
     if saved.base_fingerprint != base.fingerprint:
         raise Conflict(f"the base differs from that of the run in {run}")
     learner = make_learner(recipe, base).to(base.device)
-    load_weights(learner, saved.weights() | saved.refitted())
+    load_weights(learner, saved.final())
     return recipe, base, learner, saved
 
 

@@ -146,7 +146,12 @@ class Gate(_Section):
         description="Whether fitted gates that are not trained are fitted again after the last step, on the stream "
         "as the trained blocks leave it: those fitted to the base's misfire behind blocks.",
     )
-    fit_tokens: Positive = Field(default=6144, description="Tokens of each class that fit and calibrate the gates.")
+    fit_tokens: Positive = Field(
+        default=6144,
+        description=(
+            "Tokens of each class, four times as many of the target: half fit the gates, half set where they open."
+        ),
+    )
     ridge: float = Field(
         default=1e-4, gt=0, description="Ridge penalty, as a share of the mean variance of an input feature."
     )

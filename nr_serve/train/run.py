@@ -31,7 +31,8 @@ from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.recipe_file import parse_recipe
 from nr_serve.train.run_text import read_run_text
-from nr_serve.train.text.pack import Windows, digest
+from nr_serve.train.tensor_cache import digest
+from nr_serve.train.text.pack import Windows
 from nr_serve.train.trainer import RunTrainer, TrainingStopped, training_arguments
 
 _say = partial(processes.say, "train")
@@ -162,14 +163,13 @@ class TrainingRun:
 
     def _refit(self, kept: checkpoints.Checkpoint) -> None:
         """Fit the gates again, on the stream as the trained blocks leave it, and keep them with the checkpoint."""
-        refitted = kept.refitted()
-        if refitted:
-            load_weights(self.learner, kept.weights() | refitted)
+        if kept.refitted():
+            load_weights(self.learner, kept.final())
             return
         _say("fitting the gates again")
         fitted = refit_gates(self.base.model, self.learner.attached, self.text.classes, self.recipe.gate)
         self._tell(fitted, kept.step)
-        kept.refit({f"adapter.{name}": gate for name, gate in fitted.gates.items()})
+        kept.keep_refitted({f"adapter.{name}": gate for name, gate in fitted.gates.items()})
 
     def _tell(self, fitted: FittedGates, step: int) -> None:
         layers = {i: asdict(each) for i, each in fitted.report.items()}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -90,6 +90,14 @@ class TensorCache:
                 return
             total -= _size(path)
             path.unlink(missing_ok=True)
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Hash of the content of tensors on the CPU, one after another."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _digest(parts: Tensors) -> str:

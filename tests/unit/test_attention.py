@@ -9,7 +9,7 @@ from nr_serve.engine.attention import KVCache, paged_attention
 from nr_serve.engine.batch import build_batch
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.request import AnswerText, Request
-from nr_serve.engine.scheduler import Piece
+from nr_serve.engine.scheduler import Piece, spans
 from nr_serve.tokenizer import Detokenizer
 from tests import tiny
 from tests.compiled import operators_or_skip
@@ -99,6 +99,6 @@ def test_every_token_attends_to_its_own_context_and_nothing_else(
         got, _ = paged_attention(
             layer, query, key, value, None, sliding_window=window, nr_batch=batch, nr_cache=cache
         )
-    for piece, (first, end) in zip(step, batch.bounds, strict=True):
+    for piece, (first, end) in zip(step, spans(step), strict=True):
         want = wanted(query[0].transpose(0, 1), cache, piece, first, heads // key_heads, window)
         torch.testing.assert_close(got[0, first:end].double(), want, rtol=0, atol=ROUNDING[dtype])

@@ -286,7 +286,7 @@ def test_the_page_and_the_table_put_own_text_first():
 
 
 def test_the_report_is_one_json_document(measured):
-    read = json.loads(measured.to_json())
+    read = json.loads(json.dumps(measured.document()))
     row = read["sources"]["hu.a"]
     assert row["role"]["kind"] == "own"
     assert row["alone"]["difference"]["share"] == measured.alone["hu.a"].difference.share

@@ -1,6 +1,5 @@
 """Readings: made once, kept under all that decides them, and left out where they must equal another."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -134,6 +133,6 @@ def test_answers_to_tasks_are_kept_too(capsys, monkeypatch):
 
 def test_a_reading_of_nothing_attached_and_of_a_layer_without_a_block_survives(tmp_path):
     report = attach_all(hosted(hu=HU), TEXTS)
-    again = json.loads(attach_all(hosted(hu=HU), TEXTS).to_json())
-    assert again == json.loads(report.to_json())
+    again = attach_all(hosted(hu=HU), TEXTS).document()
+    assert again == report.document()
     assert again["sources"]["hu.a"]["fired_by_layer"]["hu"][1] is None

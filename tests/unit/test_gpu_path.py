@@ -18,7 +18,7 @@ from nr_serve.engine.batch import build_batch
 from nr_serve.engine.graphs import Graphs, Padding, size_of
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.runner import Runner
-from nr_serve.engine.scheduler import Piece
+from nr_serve.engine.scheduler import Piece, spans
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.gpu_bank import GpuBank
 from nr_serve.neutral.host import host_blocks
@@ -133,7 +133,7 @@ class Engine:
             input_ids=ids, position_ids=positions, use_cache=False, nr_batch=batch, nr_cache=self.cache
         ).logits[0]
         self.bank.end()
-        return [logits[end - 1] for _, end in batch.bounds]
+        return [logits[end - 1] for _, end in spans(pieces)]
 
     @torch.inference_mode()
     def decode(self, requests):

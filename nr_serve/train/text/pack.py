@@ -5,7 +5,6 @@ Shape suffixes: N windows, T tokens per window.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from array import array
 from collections.abc import Iterable, Sequence
@@ -59,14 +58,6 @@ def join(parts: Iterable[Windows]) -> Windows:
     """All windows of `parts`, in order."""
     listed = list(parts)
     return Windows(torch.cat([part.ids_NT for part in listed]), torch.cat([part.offset_NT for part in listed]))
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Hash of the content of tensors on the CPU, one after another."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(tensor.numpy().tobytes())
-    return found.hexdigest()
 
 
 def pack(tokenizer: Any, documents: Sequence[str], window: int, limit: int | None, seed: int) -> Packed:
