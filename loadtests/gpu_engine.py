@@ -71,6 +71,7 @@ class Engine:
             rows=rows,
             device=self.device,
             dtype=dtype,
+            labels=1,
             pages=self.pages,
         )
         heads, head_size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 LAYER_GROUPS = 4  # layers are counted in a few groups, to bound the number of time series
 
 
+def label_count(slots: int) -> int:
+    """Rows of the cross statistics: the base, the bare base, `OTHER`, an adapter a slot, some joined names."""
+    return 3 + slots + MOST_JOINED
+
+
 @dataclass(slots=True)
 class _Totals:
     fired_L: list[int]

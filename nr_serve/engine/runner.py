@@ -19,6 +19,7 @@ from nr_serve.engine.base import check_base, end_tokens, load_base, max_model_le
 from nr_serve.engine.batch import Batch, build_batch
 from nr_serve.engine.cpu_operators import cpu_operators
 from nr_serve.engine.fuse import fuse
+from nr_serve.engine.gate_counts import label_count
 from nr_serve.engine.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.neutrality import Opened
@@ -33,6 +34,7 @@ from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
 from nr_serve.neutral.host import decoder_layers, fingerprint, host_blocks
+from nr_serve.neutral.torch_bank import TorchBank
 from nr_serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -249,7 +251,7 @@ class Runner:
     def _bank(self, config: ServeConfig, d: int) -> Bank:
         layers = len(decoder_layers(self.model))
         parameters = sum(p.numel() for p in self.model.parameters())
-        kind: Callable[..., Bank] = Bank
+        kind: Callable[..., Bank] = TorchBank
         if self.kernels:
             from nr_serve.neutral.gpu_bank import GpuBank
 
@@ -262,6 +264,7 @@ class Runner:
             slots=config.slots,
             width=config.slot_width or block_width(DEFAULT_CAPACITY, parameters=parameters, d=d, layers=layers),
             rows=config.max_running + 2,  # one for probe texts, one for what fills up a graph
+            labels=label_count(config.slots),
             pages=self.probe_pages.stop,
             device=self.device,
             dtype=self.dtype,

@@ -19,10 +19,10 @@ from nr_serve.engine.graphs import Graphs, Padding, size_of
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.runner import Runner
 from nr_serve.engine.scheduler import Piece, spans
-from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.gpu_bank import GpuBank
 from nr_serve.neutral.host import host_blocks
 from nr_serve.neutral.step import Trial
+from nr_serve.neutral.torch_bank import TorchBank
 from tests import tiny
 from tests.unit import test_exactness
 
@@ -102,7 +102,7 @@ class Engine:
         self.model = base.to(DEVICE).requires_grad_(False)
         self.bank = GpuBank(
             layers=tiny.LAYERS, d=tiny.D, slots=SLOTS, width=16, rows=ROWS, device=DEVICE, dtype=torch.float32,
-            pages=PAGES,
+            labels=7, pages=PAGES,
         )  # fmt: skip
         self.cache = KVCache(
             layers=tiny.LAYERS, cells=PAGES * PAGE, heads=2, head_size=16, device=DEVICE, dtype=torch.float32
@@ -218,8 +218,8 @@ def test_padding_touches_nothing_of_the_requests_and_is_counted_nowhere():
 
 @pytest.mark.parametrize("trial", [None, Trial(first=0, slot=1, threshold=-0.3)], ids=["counted", "on trial"])
 def test_the_bank_counts_what_the_bank_on_the_cpu_counts(trial):
-    shape = {"layers": tiny.LAYERS, "d": tiny.D, "slots": SLOTS, "width": 16, "rows": ROWS, "pages": 6}
-    banks = [cls(**shape, device=DEVICE, dtype=torch.float32) for cls in (Bank, GpuBank)]
+    shape = {"layers": tiny.LAYERS, "d": tiny.D, "slots": SLOTS, "width": 16, "rows": ROWS, "pages": 6, "labels": 7}
+    banks = [cls(**shape, device=DEVICE, dtype=torch.float32) for cls in (TorchBank, GpuBank)]
     pieces = [Piece(request(0, range(6), [0]), 0, 6), Piece(request(1, range(9), [0, 1]), 2, 7)]
     got = []
     for bank in banks:
