@@ -42,14 +42,17 @@ def calibrate(
     recipe says, by logistic regression if they were random there, and every block keeps one, however little it
     finds. `changes` replaces keys of the recipe's [gate], `carry` its carry; the new file's recipe tells of both.
     The file keeps its threshold, if they do not name another.
-    Raises BadAdapterFile for a file that does not fit the base, BadRequest for an adapter without a recipe and for
-    two of the same name, BadRecipe if text is missing, CannotWrite.
+    Raises BadAdapterFile for a file that does not fit the base, BadRequest for an adapter without a recipe or
+    without gates and for two of the same name, BadRecipe if text is missing, CannotWrite.
     """
     frozen = load_base(base, device=best_device())
     neighbours = read_adapters([new, *beside], frozen)
     adapter = neighbours.pop(new.stem)
     gate = {"threshold": adapter.info.threshold, **(changes or {})}
-    recipe = _changed(_recipe(new.stem, adapter), new.name, carry, gate)
+    own = _recipe(new.stem, adapter)
+    if own.method != "neutral" or own.gate.kind == "none":
+        raise BadRequest(f"{new} was trained without gates: its blocks know no text but their own", param="file")
+    recipe = _changed(own, new.name, carry, gate)
     added = _target_text(recipe, neighbours, corpus)
     written = [source for source in added if source.reads_alike(recipe.data.text_field)]
     unwritten = [source for source in added if source not in written]  # a recipe has one field for all its text

@@ -20,7 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nr_serve.disk import held, whole
+from nr_serve.disk import held, whole, writing
 from nr_serve.errors import NrError
 
 PREFIX = "checkpoint-"
@@ -66,7 +66,8 @@ class Checkpoint:
 
     def keep_refitted(self, gates: Mapping[str, Tensor]) -> None:
         """Keep gates fitted again beside the trained tensors, from which a longer run may still go on."""
-        with whole(self.folder / REFITTED) as part:
+        path = self.folder / REFITTED
+        with writing(path), whole(path) as part:
             _save(part, gates)
             _sync(part)
 
@@ -74,7 +75,8 @@ class Checkpoint:
         try:
             return safetensors.torch.load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
-            raise BadCheckpoint(f"cannot read the checkpoint {self.folder}: {error}") from error
+            again = "; without this file the gates are fitted again" if name == REFITTED else ""
+            raise BadCheckpoint(f"cannot read {self.folder / name} of the checkpoint: {error}{again}") from error
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -160,6 +160,7 @@ class RunTrainer(transformers.Trainer):
         self.remove_callback(PrinterCallback)  # it and the plain bar print every log line on stdout
         self.pop_callback(ProgressCallback)
         self.add_callback(Bar())
+        self.add_callback(PlannedRate())
         self._sums: Sums = {}
         self._loss = torch.zeros((), device=arguments.device)
         self._since, self._logged_step = time.monotonic(), 0
@@ -247,6 +248,16 @@ class RunTrainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         """Left to the run, which also knows what it keeps where no step was left to take."""
+
+
+class PlannedRate(TrainerCallback):
+    """Begins with this plan's learning rate: a checkpoint holds one worked out for the budget that its run had."""
+
+    def on_train_begin(self, *_: Any, optimizer: Any = None, lr_scheduler: Any = None, **__: Any) -> None:
+        """Set the first step's rate, after a checkpoint was loaded."""
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate's or torch's
+        for group, rate, share in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = rate * share(schedule.last_epoch)
 
 
 class Bar(ProgressCallback):

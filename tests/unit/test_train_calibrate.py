@@ -71,6 +71,14 @@ def test_calibration_needs_the_adapters_recipe(tmp_path, base, corpus):
     assert not (tmp_path / "y.safetensors").exists()
 
 
+@pytest.mark.parametrize("changes", [{"method": "adapter"}, {"gate__kind": "none"}])
+def test_an_adapter_without_gates_is_not_calibrated(tmp_path, base, corpus, changes):
+    old = train(write_recipe(tmp_path, base, tokens=128, **changes), tmp_path / "hu", corpus)
+    with pytest.raises(BadRequest, match="was trained without gates"):
+        calibrate(old, [], corpus, tmp_path / "new.safetensors", base=str(base))
+    assert not (tmp_path / "new.safetensors").exists()
+
+
 def test_an_adapter_that_has_a_block_keeps_it(tmp_path, base, corpus):
     old = train(write_recipe(tmp_path, base, tokens=128), tmp_path / "hu", corpus)
     changes = {"min_found": 0.999, "percentile": 99.9}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -87,6 +88,29 @@ def test_a_run_killed_while_gates_are_fitted_again_fits_them_when_resumed(tmp_pa
     monkeypatch.setattr(training, "refit_gates", killed)
     again = read_adapter(train(recipe, tmp_path / "cut", corpus, resume=True))  # they are there already
     assert again.version == whole.version
+
+
+def test_gates_fitted_again_that_find_no_room_or_are_damaged_can_be_fitted_once_more(
+    tmp_path, base, corpus, monkeypatch
+):
+    recipe, out = write_recipe(tmp_path, base), tmp_path / "out"
+    keep = checkpoints.Checkpoint.keep_refitted
+
+    def full(*args):
+        with no_room():
+            keep(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoint, "keep_refitted", full)
+        with pytest.raises(CannotWrite, match=r"cannot write .*refitted\.safetensors"):
+            train(recipe, out, corpus)
+    made = read_adapter(train(recipe, out, corpus, resume=True))
+    kept = checkpoints.latest(out) / "refitted.safetensors"
+    kept.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(checkpoints.BadCheckpoint, match=r"refitted\.safetensors .*without this file the gates are"):
+        train(recipe, out, corpus, resume=True)
+    kept.unlink()
+    assert read_adapter(train(recipe, out, corpus, resume=True)).version == made.version
 
 
 def test_what_others_read_of_a_run_has_the_gates_that_were_fitted_again(tmp_path, base, corpus):
@@ -238,6 +262,28 @@ def test_what_a_user_lays_beside_the_checkpoints_is_left_alone(tmp_path, base, c
     assert all(path.exists() for path in mine)
     own = [path.name for path in out.glob("checkpoint-*") if path not in mine]
     assert sorted(own) == ["checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "constant-decay"])
+def test_a_run_goes_on_with_a_larger_budget_as_if_it_had_had_it(tmp_path, base, corpus, schedule, monkeypatch):
+    changes = {"run__schedule": schedule, "run__decay_share": 0.25, "run__checkpoint_every": 256, "lr": 0.03}
+    short, long = (write_recipe(tmp_path, base, tokens=tokens, **changes) for tokens in (1024, 2048))
+    end = (
+        short.run.decay_start
+    )  # the checkpoint there holds the rate of a step that the short run takes more slowly
+    loss = trainer.RunTrainer.compute_loss
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step * 128 == end:
+            raise KeyboardInterrupt
+        return loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(trainer.RunTrainer, "compute_loss", killed)
+        train(short, tmp_path / "cut", corpus)
+    assert checkpoints.load(checkpoints.latest(tmp_path / "cut")).step * 128 == end
+    resumed = train(long, tmp_path / "cut", corpus, resume=True)
+    assert read_adapter(resumed).version == read_adapter(train(long, tmp_path / "whole", corpus)).version
 
 
 @pytest.mark.parametrize("compiled", [False, True])

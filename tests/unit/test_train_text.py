@@ -166,6 +166,13 @@ def test_held_out_text_that_fills_no_window_is_refused(corpus):
         read_heldout(corpus, ["xx.*"], tiny.tokenizer().hf, 100_000, 5)
 
 
+def test_text_of_documents_of_one_token_is_refused(corpus):
+    add(corpus, "yy.a.train.txt", "\n\n".join("abcdefgh"[i % 8] for i in range(600)))
+    for role in ("target", "background"):
+        with pytest.raises(BadRecipe, match="documents of one token each"):
+            read_classes(corpus, DATA.model_copy(update={role: ("yy.a.train.txt",)}), tiny.tokenizer().hf, RUN)
+
+
 def numbered(start: int, count: int) -> Windows:
     ids = torch.arange(start, start + count)[:, None].expand(count, 8)
     return Windows(ids, torch.arange(8).expand(count, 8))

@@ -64,7 +64,8 @@ def pack(tokenizer: Any, documents: Sequence[str], window: int, limit: int | Non
     """Documents in a shuffled order, laid end to end and cut into windows; at most about `limit` tokens.
 
     A document cut by a window's end goes on in the next window as a piece of its own, from offset 0, at its next
-    word: no text that is served starts in the middle of one.
+    word, as no text that is served starts in the middle of one: if the tokenizer tells words and one begins within
+    `NEAR` tokens, which are left out.
     """
     order = list(documents)
     random.Random(seed).shuffle(order)

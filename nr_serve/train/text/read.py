@@ -156,6 +156,8 @@ class _Packer:
                 f"the text of {name} fills {len(packed.windows)} windows of {self.window} tokens; "
                 f"{self.fewest} must be filled"
             )
+        if not packed.windows.labelled:
+            raise BadRecipe(f"the text of {name} is of documents of one token each: none follows another")
         return packed
 
 
