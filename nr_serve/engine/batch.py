@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 
 import numpy as np
 import torch
@@ -95,42 +95,36 @@ def build_batch(
     pages end, to keep the carried state there. Pieces of up to 8 tokens, and of up to `apart` tokens times context,
     attend as so many single tokens (None: none do): it pays where these attend by an operator of their own.
     """
-    counts = np.array([p.count for p in pieces])
-    ends = np.cumsum(counts)
-    positions = np.concatenate([np.arange(p.start, p.start + p.count) for p in pieces])
-    offsets = np.concatenate([np.arange(n) for n in counts])
-    piece_of = np.repeat(np.arange(len(pieces)), counts)
-    input_ids = np.concatenate([p.request.tokens[p.start : p.start + p.count] for p in pieces])
-    cells = [_cells(p, page_size) for p in pieces]
-    written = np.concatenate([c[p.start :] for c, p in zip(cells, pieces, strict=True)])
-
+    layout = _Layout.of(pieces, page_size, spare_cell)
     selected = np.zeros((len(pieces), slots), dtype=bool)
     for i, piece in enumerate(pieces):
         own = [version.slot for version in piece.request.selection or ()]
         assert None not in own
         selected[i, own] = True  # type: ignore[index]
     rows = np.array([p.request.row for p in pieces])
-    page_ends = np.flatnonzero((positions + 1) % page_size == 0) if recalls_pages else positions[:0]
+    page_ends = np.flatnonzero((layout.position_T + 1) % page_size == 0) if recalls_pages else np.empty(0, np.int64)
+    cell_T = layout.cells(layout.piece_T, layout.position_T)
 
     def put(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return torch.from_numpy(array).to(device)
 
     tokens = StepTokens(
-        offset_T=put(offsets),
-        row_T=put(rows[piece_of]),
-        last_P=put(ends - 1),
-        selected_TS=put(selected[piece_of]),
-        label_T=put(np.array(labels)[piece_of]),
-        longest=int(counts.max()),
+        offset_T=put(layout.offset_T),
+        row_T=put(rows[layout.piece_T]),
+        last_P=put(layout.end_P - 1),
+        selected_TS=put(selected[layout.piece_T]),
+        label_T=put(np.array(labels)[layout.piece_T]),
+        longest=max(piece.count for piece in pieces),
         end_E=put(page_ends) if len(page_ends) else None,
-        page_E=put(written[page_ends] // page_size) if len(page_ends) else None,
-        trial=_trial(pieces[-1], int(ends[-1])),
+        page_E=put(cell_T[page_ends] // page_size) if len(page_ends) else None,
+        trial=_trial(pieces[-1], int(layout.end_P[-1])),
     )
+    ids = chain.from_iterable(p.request.tokens[p.start : p.start + p.count] for p in pieces)
     return Batch(
-        input_ids_T=put(input_ids.astype(np.int64)),
-        positions_T=put(positions),
-        cells_T=put(written),
-        groups=_groups(pieces, cells, apart, spare_cell, device),
+        input_ids_T=put(np.fromiter(ids, np.int64, len(layout.piece_T))),
+        positions_T=put(layout.position_T),
+        cells_T=put(cell_T),
+        groups=_groups(pieces, layout, apart, device),
         tokens=tokens,
     )
 
@@ -143,25 +137,59 @@ def _trial(piece: Piece, end: int) -> Trial | None:
     return Trial(first=end - piece.count, slot=version.slot, threshold=piece.trial)
 
 
-def _cells(piece: Piece, page_size: int) -> np.ndarray:
-    """KV cells of the piece's request, from its first token to the piece's last."""
-    pages = np.array(piece.request.pages)
-    cells = (pages[:, None] * page_size + np.arange(page_size)).reshape(-1)
-    return cells[: piece.start + piece.count]
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the tokens of the pieces stand. G: pages of a request."""
+
+    piece_T: np.ndarray
+    offset_T: np.ndarray
+    """Place in its piece."""
+    position_T: np.ndarray
+    """Place in its request."""
+    end_P: np.ndarray
+    page_PG: np.ndarray
+    """Pages of each piece's request, in order, filled up with 0."""
+    page_size: int
+    spare_cell: int
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], page_size: int, spare_cell: int) -> _Layout:
+        count_P, start_P = np.array([(piece.count, piece.start) for piece in pieces]).T
+        end_P = np.cumsum(count_P)
+        piece_T = np.repeat(np.arange(len(pieces)), count_P)
+        offset_T = np.arange(end_P[-1]) - (end_P - count_P)[piece_T]
+        page_PG = np.zeros((len(pieces), max(len(piece.request.pages) for piece in pieces)), np.int64)
+        for row_G, piece in zip(page_PG, pieces, strict=True):
+            row_G[: len(piece.request.pages)] = piece.request.pages
+        return cls(piece_T, offset_T, start_P[piece_T] + offset_T, end_P, page_PG, page_size, spare_cell)
+
+    def cells(self, piece: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """KV cells of those positions in the requests of those pieces."""
+        found: np.ndarray = self.page_PG[piece, position // self.page_size] * self.page_size
+        found += position % self.page_size
+        return found
+
+    def contexts(self, piece_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+        """KV cells of the first so many positions, [B, N]; behind a shorter context the spare cell."""
+        # Not a cell in use: what is masked out still meets a weight of 0, and 0 times another request's NaN is NaN.
+        position_N = np.arange(length_B.max())
+        inside_BN = position_N < length_B[:, None]
+        return np.where(inside_BN, self.cells(piece_B[:, None], position_N), self.spare_cell)
 
 
-def _groups(
-    pieces: Sequence[Piece], cells: list[np.ndarray], apart: int | None, spare_cell: int, device: torch.device
-) -> list[Group]:
+def _groups(pieces: Sequence[Piece], layout: _Layout, apart: int | None, device: torch.device) -> list[Group]:
     """Groups of single tokens, and one for each longer piece: prompts' chunks differ too much in context."""
     groups: list[Group] = []
     first = 0
     for kind, run in groupby(range(len(pieces)), key=lambda i: _kind(i, pieces[i], apart)):
-        own = [(pieces[i], cells[i]) for i in run]
-        if isinstance(kind, str):
-            own = [token for piece, context in own for token in _tokens(piece, context)]
-        groups.append(_group(own, first, spare_cell, device))
-        first += sum(piece.count for piece, _ in own)
+        end = first + sum(pieces[i].count for i in run)
+        piece_B, position_Bn = layout.piece_T[first:end], layout.position_T[first:end, None]
+        if not isinstance(kind, str):
+            piece_B, position_Bn = piece_B[:1], position_Bn.T
+        rows, count = position_Bn.shape
+        cells_BN = torch.from_numpy(layout.contexts(piece_B, position_Bn[:, -1] + 1)).to(device)
+        groups.append(Group(first, rows, count, cells_BN, torch.from_numpy(position_Bn).to(device)))
+        first = end
     return groups
 
 
@@ -173,26 +201,3 @@ def _kind(i: int, piece: Piece, apart: int | None) -> str | int:
     if piece.count == 1 or (apart is not None and piece.count <= _FEW_IN_PIECE):
         return "few"
     return "short" if apart is not None and piece.count * (piece.start + piece.count) <= apart else i
-
-
-def _tokens(piece: Piece, context: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
-    """A piece as so many single tokens."""
-    for end in range(piece.start + 1, piece.start + piece.count + 1):
-        yield Piece(piece.request, end - 1, 1), context[:end]
-
-
-def _group(own: Sequence[tuple[Piece, np.ndarray]], first: int, spare_cell: int, device: torch.device) -> Group:
-    pieces, cells = [piece for piece, _ in own], [context for _, context in own]
-    count = pieces[0].count
-    # Not a cell in use: what is masked out still meets a weight of 0, and 0 times another request's NaN is NaN.
-    padded = np.full((len(pieces), max(map(len, cells))), spare_cell, dtype=np.int64)
-    for row, context in zip(padded, cells, strict=True):
-        row[: len(context)] = context
-    positions = np.array([p.start for p in pieces])[:, None] + np.arange(count)
-    return Group(
-        first=first,
-        pieces=len(pieces),
-        count=count,
-        cells_BN=torch.from_numpy(padded).to(device),
-        positions_Bn=torch.from_numpy(positions).to(device),
-    )
