@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains and measures what docs/results.md shows: adapters, baselines, gates beside each other.
+# Trains and measures: adapters, baselines, gates beside each other, as docs/results.md shows them.
 #
 #     bash adapters/reproduce.sh OUT [KEY=VALUE ...]
 #
@@ -27,6 +27,13 @@ for domain in "${domains[@]}"; do
     [ -e "$trained" ] ||
         nr-serve train "$here/$domain/recipe.toml" --corpus "$corpus" --out "$out/$domain" --resume "${changes[@]}"
 done
+# Slovak's gates are fitted once more beside the others, whose blocks move what they read.
+beside=$out/beside/sk.safetensors
+mkdir -p "$out/beside"
+[ -e "$beside" ] ||
+    nr-serve calibrate "$out/sk/sk.safetensors" --corpus "$corpus" --out "$beside" --beside "$out/hu/hu.safetensors" \
+        --beside "$out/da/da.safetensors" --beside "$out/bio/bio.safetensors"
+files=("${files[@]/*\/sk.safetensors/$beside}")
 nr-serve evaluate "${files[@]}" --corpus "$corpus" --interference --near nb=da --near sv=da --near cs=sk \
     --markdown "$out/interference.md" --plots "$out"
 nr-serve sweep "$here/eight.toml" --corpus "$corpus" --out "$out/eight" "${changes[@]}"

@@ -2,11 +2,11 @@
 
     python loadtests/swaps.py --streams 8 --tokens 400 --rounds 3
 
-The engine in this process, without HTTP. In each round so many streams are read to their end twice, once in peace
-and once while an adapter is loaded every `--every` seconds, each in the place of the one before. The adapters are
-random, of 5% capacity, and never fire. *New* ones are measured on the probe texts once published, beside the
-streams; of *known* ones, loaded before, the measurement is kept. `idle` is a load while nothing runs. The last line
-is one JSON document.
+The engine in this process, without HTTP. In each round so many streams are read to their end twice, once in
+peace and once while an adapter is loaded every `--every` seconds, each in the place of the one before. The
+adapters are random, `--width` wide (by default 5% of the base's parameters), and never fire. *New* ones are
+measured on the probe texts once published, beside the streams; of *known* ones, loaded before, the measurement
+is kept. `idle` is a load while nothing runs. The last line is one JSON document.
 """
 
 from __future__ import annotations

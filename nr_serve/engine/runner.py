@@ -39,6 +39,8 @@ from nr_serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 DEFAULT_CAPACITY = 0.2  # the paper's extra capacity, as a share of the base's parameters
+_TRIAL_TOKENS_BESIDE = 3  # of a piece on trial in a running step: it may not be felt by those who read
+_TRIAL_TOKENS_APART = 64  # in a pass of its own: the GPU's kernels know one threshold a slot
 
 
 class Runner:
@@ -64,8 +66,7 @@ class Runner:
         self.probe_row = config.max_running
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.recalls_pages = config.prefix_cache
-        # The GPU's kernels know one threshold a slot, so there a piece on trial takes a pass of its own.
-        self.trial_tokens = 64 if self.kernels else 3
+        self.trial_tokens = _TRIAL_TOKENS_APART if self.kernels else _TRIAL_TOKENS_BESIDE
         self.bank = self._bank(config, int(shape.hidden_size))
         self.info = EngineInfo(
             model=name,

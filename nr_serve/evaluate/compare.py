@@ -70,10 +70,9 @@ def compare_runs(
 ) -> Comparison:
     """Measure runs of one domain and base, in their folders, on held-out text and on tasks.
 
-    `sources` are globs of files in `corpus` (none: what the runs' recipes hold out), `windows` the most windows of
-    each. Raises BadRequest if the runs are
-    of several domains or bases, or if there is no source of the target or none of the base's own language that no
-    run read; Conflict for a folder without a run.
+    `sources` are globs of files in `corpus` (none: what the runs' recipes hold out), `windows` the most windows
+    of each. Raises BadRequest if the runs are of several domains or bases, or if there is no source of the
+    target or none of the base's own language that no run read; Conflict for a folder without a run.
     """
     recipes = [read_run(folder)[0] for folder in runs.values()]
     if len({(recipe.base, recipe.domain) for recipe in recipes}) != 1:

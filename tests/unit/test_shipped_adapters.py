@@ -1,13 +1,17 @@
 """The adapters beside their recipes: each file is what its recipe makes, and its card is of that file."""
 
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 from nr_serve.neutral.format import read_adapter
+from nr_serve.train.recipe import Recipe
 from nr_serve.train.recipe_file import parse_recipe, read_recipe
 
-FOLDERS = sorted(path.parent for path in (Path(__file__).parents[2] / "adapters").glob("*/*.safetensors"))
+AT = Path(__file__).parents[2] / "adapters"
+FOLDERS = sorted(path.parent for path in AT.glob("*/*.safetensors"))
 
 
 def test_four_are_shipped():
@@ -19,9 +23,22 @@ def test_a_file_is_of_its_recipe_and_a_card_of_its_file(folder):
     file = folder / f"{folder.name}.safetensors"
     info = read_adapter(file).info
     recipe = read_recipe(folder / "recipe.toml")
-    made_by = parse_recipe(dict(info.recipe))
+    beside = info.results.get("calibrated", {}).get("beside", {})
+    made_by = without(parse_recipe(dict(info.recipe)), beside)
     assert made_by.continues(recipe.with_gate(threshold=info.threshold), info.results["tokens"])
     assert recipe.threshold == info.threshold
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"| version | `{read_adapter(file).version}` |" in card
     assert file.stat().st_size <= 14_000_000
+    assert beside == {name: read_adapter(AT / name / f"{name}.safetensors").version for name in beside}
+
+
+def without(recipe: Recipe, beside: Iterable[str]) -> Recipe:
+    """The recipe without the text of adapters that its gates were fitted beside."""
+    others = [read_recipe(AT / name / "recipe.toml") for name in beside]
+    own = [file for file in recipe.data.background if "*" in file or not any(owns(other, file) for other in others)]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"background": tuple(own)})})
+
+
+def owns(recipe: Recipe, file: str) -> bool:
+    return any(fnmatch(file, pattern) for pattern in recipe.data.target)

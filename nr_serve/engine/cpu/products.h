@@ -60,8 +60,8 @@ void multiply_block(const int32_t* x, int64_t tokens, int64_t size, const int32_
 }
 
 // x W^T + bias of x [..., k] and a bias [n]. The weights are packed: blocks of TILE_OUTPUTS outputs, the last of what
-// is left, each block [k / 2, outputs, 2]. k is even and not 0, n a multiple of W. `type`
-// of the result: bfloat16 or float32.
+// is left, each block [k / 2, outputs, 2]. k is even and not 0, n a multiple of W. `type` of the result: bfloat16 or
+// float32.
 Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, at::ScalarType type) {
   const int64_t k = x.size(-1);
   TORCH_CHECK(x.is_contiguous() && packed.is_contiguous() && k > 0 && k % 2 == 0);
