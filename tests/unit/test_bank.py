@@ -509,7 +509,7 @@ def test_a_long_step_is_as_its_tokens_one_by_one(dtype, threads):
         assert torch.equal(fired_TS, want_open_TS * tokens(pieces).selected_TS)
         many, few, *_ = (naive.fired - before).T
         assert many[2] > 80
-        assert 0 < few[2] < 25
+        assert 0 < few[2] <= 16
         assert ((fired_TS[:, 0] > 0) & (fired_TS[:, 1] > 0)).any()
         rough = {} if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.05}
         torch.testing.assert_close(got.double(), want, **(rough or {"atol": 1e-3, "rtol": 1e-4}))

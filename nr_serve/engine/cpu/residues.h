@@ -2,9 +2,8 @@
 
 #pragma once
 
-#include <ATen/ops/from_blob.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
 #include <torch/custom_class.h>
 
@@ -93,7 +92,7 @@ void fill_hidden(Fired& block, const T* x, const T* up, int64_t d, int64_t from,
 }
 
 // With more tokens oneDNN's products are faster than those made for few. They round hidden values.
-constexpr int64_t FEW = 24;
+constexpr int64_t FEW = 16;
 
 // The residues of a step, layer by layer. Of the bank, as in bank.py, and written in its place: gate
 // [L, S, d], bias [L, S], carry, ceiling and threshold [S], W_in and W_gate [S, L, 2H, d], W_out transposed
@@ -173,7 +172,7 @@ class Residues : public torch::CustomClassHolder {
         const auto end = std::find_if(at, fired_.end(), many);
         if (at != end) add_blocks(layer, {at, end}, x.const_data_ptr<T>(), y.mutable_data_ptr<T>());
         at = end;
-        if (at != fired_.end()) add_block_of_many(layer, *at++, x, y);
+        if (at != fired_.end()) add_block_of_many(layer, *at++, x, y.mutable_data_ptr<T>());
       }
     });
   }
@@ -296,15 +295,35 @@ class Residues : public torch::CustomClassHolder {
     at->g.push_back(std::min(over, ceiling_.const_data_ptr<float>()[s]));
   }
 
-  // Adds a block's residues to y [..., d] of many tokens.
-  void add_block_of_many(int64_t layer, Fired& one, const Tensor& x, const Tensor& y) {
-    const int64_t h = one.h, count = one.tokens.size();
-    const Tensor up = up_[one.slot][layer].narrow(0, 0, 2 * h), out = out_[one.slot][layer].narrow(0, 0, h);
-    const Tensor tokens = at::from_blob(one.tokens.data(), {count}, at::kLong);
-    const Tensor in_gate = at::linear(x.view({-1, d_}).index_select(0, tokens), up);
-    const Tensor g = at::from_blob(one.g.data(), {count, 1}).to(x.scalar_type());
-    const Tensor hidden = at::silu(in_gate.narrow(1, h, h)).mul_(in_gate.narrow(1, 0, h)).mul_(g);
-    y.view({-1, d_}).index_add_(0, tokens, hidden.mm(out));
+  // Adds a block's residues to y [T, d] of many tokens.
+  template <typename T>
+  void add_block_of_many(int64_t layer, const Fired& one, const Tensor& x, T* y) {
+    const int64_t h = one.h, count = one.tokens.size(), d = d_;
+    const auto each_token = [&](int64_t size, auto&& f) {
+      at::parallel_for(0, count, grain(size), [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) f(i, one.tokens[i]);
+      });
+    };
+    const Tensor some = at::empty({count, d}, x.options()), hidden = at::empty({count, h}, x.options());
+    each_token(d, [&](int64_t i, int64_t t) {
+      std::copy_n(x.const_data_ptr<T>() + t * d, d, some.mutable_data_ptr<T>() + i * d);
+    });
+    const Tensor in_gate = at::linear(some, up_[one.slot][layer].narrow(0, 0, 2 * h));
+    each_token(2 * h, [&](int64_t i, int64_t) {
+      const T* in = in_gate.const_data_ptr<T>() + i * 2 * h;
+      each(h, [&](int64_t j, int64_t size) {
+        const Vec gate = load(in + h + j, size), g(one.g[i]);
+        const Vec silu = gate / (Vec(1.f) + gate.neg().exp_u20());
+        store(hidden.mutable_data_ptr<T>() + i * h + j, silu * load(in + j, size) * g, size);
+      });
+    });
+    const Tensor residues = hidden.mm(out_[one.slot][layer].narrow(0, 0, h));
+    each_token(d, [&](int64_t i, int64_t t) {
+      const T* residue = residues.const_data_ptr<T>() + i * d;
+      each(d, [&](int64_t j, int64_t size) {
+        store(y + t * d + j, load(y + t * d + j, size) + load(residue + j, size), size);
+      });
+    });
   }
 
   // Adds to y [T, d] what blocks with few tokens make of x [T, d].
