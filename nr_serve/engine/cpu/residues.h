@@ -355,7 +355,8 @@ class Residues : public torch::CustomClassHolder {
 
   int64_t width(int64_t layer, int64_t slot) const { return width_.const_data_ptr<int32_t>()[layer * slots_ + slot]; }
 
-  Tensor gate_, bias_, carry_, ceiling_, threshold_, up_, out_, width_, state_, page_state_, seen_, fired_count_, mass_, cross_;
+  Tensor gate_, bias_, carry_, ceiling_, threshold_, up_, out_, width_, state_, page_state_;
+  Tensor seen_, fired_count_, mass_, cross_;
   int64_t layers_, slots_, d_;
   // Of the step.
   int64_t tokens_ = 0, n_ = 0;
