@@ -33,7 +33,7 @@ FAULTS = {
     "held-out documents of one token": (
         {},
         {"hu.a.heldout.txt": b"\n\n".join([b"x", b"y"] * 40)},
-        "held-out text of hu.a has no two tokens of one document",
+        "text of hu.a is of documents of one token each",
     ),
     "no background for its share": ({"data__background": []}, {}, "data.background names no text"),
     "parts that do not divide": ({"run__accumulate": 3}, {}, "do not divide into 3 parts"),

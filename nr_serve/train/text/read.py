@@ -89,8 +89,6 @@ def read_heldout(
     classes = _by_class((source.name, source) for source in find_sources(folder, written, text_field))
     packed = {name: packer.pack(name, sources, windows * window) for name, sources in classes.items()}
     for name, held in packed.items():
-        if not held.windows.labelled:
-            raise BadRecipe(f"the held-out text of {name} has no two tokens of one document: none can be predicted")
         for other, grams in {} if apart_from is None else apart_from.grams.items():
             _check_overlap(f"the held-out text of {name}", held.grams, _text_of(other), grams)
     return _windows(packed)
@@ -157,7 +155,7 @@ class _Packer:
                 f"{self.fewest} must be filled"
             )
         if not packed.windows.labelled:
-            raise BadRecipe(f"the text of {name} is of documents of one token each: none follows another")
+            raise BadRecipe(f"the text of {name} is of documents of one token each: none can be predicted")
         return packed
 
 
