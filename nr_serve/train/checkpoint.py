@@ -56,13 +56,17 @@ class Checkpoint:
         """The trained tensors, by the learner's names. Raises BadCheckpoint."""
         return self._tensors(WEIGHTS)
 
-    def refitted(self) -> dict[str, Tensor]:
-        """Those of them that were fitted again after the run's last step; empty before. Raises BadCheckpoint."""
-        return self._tensors(REFITTED) if (self.folder / REFITTED).exists() else {}
+    @property
+    def is_refitted(self) -> bool:
+        """Whether gates were fitted again after the run's last step."""
+        return (self.folder / REFITTED).exists()
 
     def final(self) -> dict[str, Tensor]:
-        """The tensors that the run's file is made of: the trained ones, with those fitted again in their place."""
-        return self.weights() | self.refitted()
+        """The tensors that the run's file is made of: the trained ones, with gates fitted again in their place.
+
+        Raises BadCheckpoint.
+        """
+        return self.weights() | (self._tensors(REFITTED) if self.is_refitted else {})
 
     def keep_refitted(self, gates: Mapping[str, Tensor]) -> None:
         """Keep gates fitted again beside the trained tensors, from which a longer run may still go on."""

@@ -37,7 +37,7 @@ def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path
             raise BadRequest("blocks without gates have no threshold", param="threshold")
         recipe = recipe.with_gate(threshold=threshold)
     results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
-    if recipe.threshold == learner.adapter.threshold and not saved.refitted():  # else it was measured with others
+    if recipe.threshold == learner.adapter.threshold and not saved.is_refitted:  # else it was measured with others
         results["heldout"] = saved.results
     return write_blocks(path, recipe, base, learner.adapter, results)
 

@@ -163,7 +163,7 @@ class TrainingRun:
 
     def _refit(self, kept: checkpoints.Checkpoint) -> None:
         """Fit the gates again, on the stream as the trained blocks leave it, and keep them with the checkpoint."""
-        if kept.refitted():
+        if kept.is_refitted:
             load_weights(self.learner, kept.final())
             return
         _say("fitting the gates again")

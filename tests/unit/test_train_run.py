@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -25,23 +26,29 @@ from tests.tiny_run import weights, write_recipe
 from tests.unit.room import no_room
 
 
+@contextmanager
+def killed_before(step: int, monkeypatch) -> Iterator[None]:
+    """A run inside ends with KeyboardInterrupt once it has taken so many steps."""
+    loss = trainer.RunTrainer.compute_loss
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.RunTrainer, "compute_loss", killed)
+        yield
+
+
 @pytest.mark.parametrize("gate", ["", "init = 'paper'\ntrained = true"], ids=["closed-form", "paper"])
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path, base, corpus, gate, monkeypatch):
     recipe = write_recipe(tmp_path, base, gate=gate)
     train(recipe, tmp_path / "whole", corpus)
 
-    loss = trainer.RunTrainer.compute_loss
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.RunTrainer, "compute_loss", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_before(5, monkeypatch), pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "cut", corpus)
     assert checkpoints.load(checkpoints.latest(tmp_path / "cut")).step == 4
-    monkeypatch.undo()
     train(recipe, tmp_path / "cut", corpus, resume=True)
 
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
@@ -271,15 +278,7 @@ def test_a_run_goes_on_with_a_larger_budget_as_if_it_had_had_it(tmp_path, base, 
     end = (
         short.run.decay_start
     )  # the checkpoint there holds the rate of a step that the short run takes more slowly
-    loss = trainer.RunTrainer.compute_loss
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step * 128 == end:
-            raise KeyboardInterrupt
-        return loss(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(trainer.RunTrainer, "compute_loss", killed)
+    with killed_before(end // 128, monkeypatch), suppress(KeyboardInterrupt):
         train(short, tmp_path / "cut", corpus)
     assert checkpoints.load(checkpoints.latest(tmp_path / "cut")).step * 128 == end
     resumed = train(long, tmp_path / "cut", corpus, resume=True)

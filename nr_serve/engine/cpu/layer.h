@@ -60,7 +60,7 @@ Tensor silu_mul(const Tensor& gate_up) {
       for (int64_t row = from; row < to; ++row)
         each(h, [&](int64_t i, int64_t count) {
           const Vec gate = load(in + 2 * row * h + i, count), up = load(in + (2 * row + 1) * h + i, count);
-          store(out + row * h + i, gate / (Vec(1.f) + gate.neg().exp_u20()) * up, count);
+          store(out + row * h + i, silu(gate) * up, count);
         });
     });
   });

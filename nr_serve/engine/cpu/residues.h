@@ -211,10 +211,10 @@ class Residues : public torch::CustomClassHolder {
   Tensor count_open(const int64_t* labels, int64_t counted) {
     const Tensor open = at::zeros({tokens_, slots_}, at::kInt);
     auto *fired = fired_count_.mutable_data_ptr<int64_t>(), *cross = cross_.mutable_data_ptr<int64_t>();
+    for (int64_t t = 0; t < tokens_; ++t) TORCH_CHECK(0 <= labels[t] && labels[t] < cross_.size(0));
     const float* m = m_.data();
     for (int64_t layer = 0; layer < layers_; ++layer)
-      for (int64_t t = 0; t < tokens_; ++t, m += n_) {
-        TORCH_CHECK(0 <= labels[t] && labels[t] < cross_.size(0));
+      for (int64_t t = 0; t < tokens_; ++t, m += n_)
         for (int64_t s = 0; s < n_; ++s) {
           const float over = m[s] - limits(t)[s];
           if (!(over > 0)) continue;
@@ -227,7 +227,6 @@ class Residues : public torch::CustomClassHolder {
           const float g = std::min(over, ceiling_.const_data_ptr<float>()[s]);
           if (std::isfinite(g)) mass_.mutable_data_ptr<double>()[s] += g;
         }
-      }
     return open;
   }
 
@@ -312,9 +311,8 @@ class Residues : public torch::CustomClassHolder {
     each_token(2 * h, [&](int64_t i, int64_t) {
       const T* in = in_gate.const_data_ptr<T>() + i * 2 * h;
       each(h, [&](int64_t j, int64_t size) {
-        const Vec gate = load(in + h + j, size), g(one.g[i]);
-        const Vec silu = gate / (Vec(1.f) + gate.neg().exp_u20());
-        store(hidden.mutable_data_ptr<T>() + i * h + j, silu * load(in + j, size) * g, size);
+        const Vec gated = silu(load(in + h + j, size)) * load(in + j, size);
+        store(hidden.mutable_data_ptr<T>() + i * h + j, gated * Vec(one.g[i]), size);
       });
     });
     const Tensor residues = hidden.mm(out_[one.slot][layer].narrow(0, 0, h));

@@ -58,6 +58,7 @@ inline Vec most(Vec a, Vec b) {
   return at::vec::maximum(a, b);
 #endif
 }
+inline Vec silu(Vec x) { return x / (Vec(1.f) + x.neg().exp_u20()); }
 inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }
