@@ -22,19 +22,20 @@ constexpr int64_t TILE_OUTPUTS = TILE_VECTORS * W;
 inline __m512bh pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
 // Outputs of T tokens, y [T, n] from their x [T, pairs]: R vectors of them, with their weights [pairs, R * W].
-// Meanwhile `more` vectors per pair are fetched from `next`.
+// Meanwhile a vector from `next` on is fetched for every so many of these; none, if that is 0.
 template <int T, int R, typename Y>
 void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias, const int32_t* next,
-                   int64_t more, Y* y, int64_t n) {
+                   int64_t every, Y* y, int64_t n) {
   __m512 sums[T][R];
   for (int r = 0; r < R; ++r) {
     const __m512 first = bias ? __m512(load(bias + r * W)) : _mm512_setzero_ps();
     for (int t = 0; t < T; ++t) sums[t][r] = first;
   }
-  for (int64_t k = 0; k < size; ++k) {
+  const int64_t gained = every ? R : 0;
+  for (int64_t k = 0, due = 0; k < size; ++k) {
     __m512bh w[R];
     for (int r = 0; r < R; ++r) w[r] = pairs(_mm512_loadu_si512(weights + (k * R + r) * W));
-    for (int64_t i = 0; i < more; ++i) __builtin_prefetch(next + (k * more + i) * W);
+    for (due += gained; due > 0; due -= every, next += W) __builtin_prefetch(next);
     for (int t = 0; t < T; ++t) {
       const __m512bh both = pairs(_mm512_set1_epi32(x[t * size + k]));
       for (int r = 0; r < R; ++r) sums[t][r] = _mm512_dpbf16_ps(sums[t][r], both, w[r]);
@@ -44,17 +45,18 @@ void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const
     for (int r = 0; r < R; ++r) store(y + t * n + r * W, Vec(sums[t][r]));
 }
 
-// The same for any number of tokens, in tiles that differ by a token at most. Weights come from memory once: of a
-// single tile they are fetched a little ahead, beside several the block after them is fetched, as much beside each.
+// The same for any number of tokens, in tiles that differ by a token at most. Weights come from memory once. Those of
+// a block that was not `fetched` come a little ahead of its first tile; the block after it, unless it is the `last` of
+// its thread, comes beside the tiles that are left, as much beside each.
 template <int R, typename Y>
 void multiply_block(const int32_t* x, int64_t tokens, int64_t size, const int32_t* weights, const BFloat16* bias, Y* y,
-                    int64_t n) {
-  const int64_t tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+                    int64_t n, bool fetched, bool last) {
+  const int64_t tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS, own = fetched ? 0 : 1, left = tiles - own;
   for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t t = tokens * i / tiles, done = R * i / tiles, more = R * (i + 1) / tiles - done;
-    const int32_t* next = weights + (tiles == 1 ? 16 * R : (R + done) * size) * W;
+    const int64_t t = tokens * i / tiles;
+    const int32_t* next = weights + (i < own ? 16 * R : R * size + R * size * (i - own) / left) * W;
     up_to<TILE_TOKENS>(tokens * (i + 1) / tiles - t, [&](auto count) {
-      multiply_tile<count(), R>(x + t * size, size, weights, bias, next, more, y + t * n, n);
+      multiply_tile<count(), R>(x + t * size, size, weights, bias, next, i < own ? 1 : last ? 0 : left, y + t * n, n);
     });
   }
 }
@@ -78,10 +80,13 @@ Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tenso
   by_type(y, [&](auto value) {
     auto* out = y.mutable_data_ptr<decltype(value)>();
     at::parallel_for(0, (n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * k), [&](int64_t from, int64_t to) {
-      for (int64_t first = from * TILE_OUTPUTS; first < std::min(n, to * TILE_OUTPUTS); first += TILE_OUTPUTS)
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t first = i * TILE_OUTPUTS;
         up_to<TILE_VECTORS>((n - first) / W, [&](auto vectors) {
-          multiply_block<vectors()>(in, tokens, size, w + first * size, b ? b + first : nullptr, out + first, n);
+          multiply_block<vectors()>(in, tokens, size, w + first * size, b ? b + first : nullptr, out + first, n,
+                                    tokens > TILE_TOKENS && i > from, i + 1 == to);
         });
+      }
     });
   });
   return y;
