@@ -12,37 +12,52 @@ namespace nr_serve {
 
 constexpr int64_t TOKENS_AT_ONCE = 16;  // of a context: their rows stay in a core's cache for all heads
 
+// Rows of tokens, and of those that come next: their page lies anywhere, so each is asked for beside its like.
+template <typename T>
+struct Rows {
+  const T *now[TOKENS_AT_ONCE], *next[TOKENS_AT_ONCE];
+
+  // The row of token i from d on, of which D values are read.
+  const T* at(int64_t i, int64_t d, int64_t D) const {
+    for (int64_t j = 0; j < D; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next[i] + d + j);
+    return now[i] + d;
+  }
+};
+
 // Products of G query heads, [G, D], with `count` keys of one head, at `d` of their rows; logits are [G, n] and are
 // written W at a time.
 template <int G, typename T>
-void multiply_keys(const T* const* rows, int64_t d, int64_t count, int64_t D, const T* query, float scale,
+void multiply_keys(const Rows<T>& rows, int64_t d, int64_t count, int64_t D, const T* query, float scale,
                    float* logits, int64_t n) {
   for (int64_t i = 0; i < count; i += W) {
     Vec sums[G][W];
     for (auto& each_of : sums)
       for (Vec& s : each_of) s = Vec(0.f);
-    for (int64_t j = 0; j < std::min(W, count - i); ++j)
+    for (int64_t j = 0; j < std::min(W, count - i); ++j) {
+      const T* key = rows.at(i + j, d, D);
       each<PRODUCTS<T>>(D, [&](int64_t at, int64_t size) {
-        for (int g = 0; g < G; ++g)
-          sums[g][j] = multiply_add(query + g * D + at, rows[i + j] + d + at, size, sums[g][j]);
+        for (int g = 0; g < G; ++g) sums[g][j] = multiply_add(query + g * D + at, key + at, size, sums[g][j]);
       });
+    }
     for (int g = 0; g < G; ++g) store(logits + g * n + i, sum_each(sums[g]) * Vec(scale));
   }
 }
 
 // Adds `count` values of one head, at `d` of their rows, times the weights [G, n] of G query heads, to `out`, [G, D].
 template <int G, typename T>
-void add_values(const T* const* rows, int64_t d, int64_t count, int64_t D, const float* weights, int64_t n,
+void add_values(const Rows<T>& rows, int64_t d, int64_t count, int64_t D, const float* weights, int64_t n,
                 float* out) {
   by_columns(0, D, [&](auto size, int64_t at) {
     Vec sums[G][VECTORS_AT_ONCE];
     for (int g = 0; g < G; ++g)
       each(size, [&](int64_t j, int64_t some) { sums[g][j / W] = load(out + g * D + at + j, some); });
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < count; ++i) {
+      const T* value = rows.at(i, d + at, size);
       each(size, [&](int64_t j, int64_t some) {
-        const Vec v = load(rows[i] + d + at + j, some);
+        const Vec v = load(value + j, some);
         for (int g = 0; g < G; ++g) sums[g][j / W] = at::vec::fmadd(Vec(weights[g * n + i]), v, sums[g][j / W]);
       });
+    }
     for (int g = 0; g < G; ++g)
       each(size, [&](int64_t j, int64_t some) { store(out + g * D + at + j, sums[g][j / W], some); });
   });
@@ -56,24 +71,22 @@ void attend_token(const T* q, const T* k, const T* v, int64_t stride, const int6
   const int64_t heads = keys * G, padded = (n + W - 1) / W * W;
   room.resize(heads * (D + padded + 1));
   float *sums = room.data(), *logits = sums + heads * D, *total = logits + heads * padded;
-  // A few tokens for all heads, as their rows lie end to end. The next ones are asked for meanwhile: their page lies
-  // anywhere.
+  // A few tokens for all heads, as their rows lie end to end.
   const auto by_tokens = [&](const T* from, auto&& f) {
-    const T* rows[TOKENS_AT_ONCE];
+    Rows<T> rows;
     for (int64_t i = 0; i < n; i += TOKENS_AT_ONCE) {
-      const int64_t count = std::min(TOKENS_AT_ONCE, n - i);
-      for (int64_t j = 0; j < count; ++j) rows[j] = from + cells[i + j] * stride;
-      for (int64_t key = 0; key < keys; ++key) {
-        const int64_t next = i + count, more = std::min(TOKENS_AT_ONCE, n - next);
-        for (int64_t j = more * key / keys; j < more * (key + 1) / keys; ++j)
-          for (int64_t d = 0; d < keys * D; d += 64 / static_cast<int64_t>(sizeof(T)))
-            __builtin_prefetch(from + cells[next + j] * stride + d);
-        by_rows(G, [&](auto some, int64_t g) { f(some, key * G + g, rows, key * D, i, count); });
+      for (int64_t j = 0; j < TOKENS_AT_ONCE; ++j) {
+        rows.now[j] = from + cells[std::min(i + j, n - 1)] * stride;
+        rows.next[j] = from + cells[std::min(i + j + TOKENS_AT_ONCE, n - 1)] * stride;
       }
+      for (int64_t key = 0; key < keys; ++key)
+        by_rows(G, [&](auto some, int64_t g) {
+          f(some, key * G + g, rows, key * D, i, std::min(TOKENS_AT_ONCE, n - i));
+        });
     }
   };
   each(heads * D, [&](int64_t i, int64_t size) { store(sums + i, Vec(0.f), size); });
-  by_tokens(k, [&](auto some, int64_t head, const T* const* rows, int64_t d, int64_t i, int64_t count) {
+  by_tokens(k, [&](auto some, int64_t head, const Rows<T>& rows, int64_t d, int64_t i, int64_t count) {
     multiply_keys<some()>(rows, d, count, D, q + head * D, scale, logits + head * padded + i, padded);
   });
   for (int64_t head = 0; head < heads; ++head) {
@@ -82,7 +95,7 @@ void attend_token(const T* q, const T* k, const T* v, int64_t stride, const int6
     at::vec::map<float>([&](Vec x) { return (x - highest).exp_u20(); }, row, row, n);
     total[head] = at::vec::reduce_all<float>(add, row, n);
   }
-  by_tokens(v, [&](auto some, int64_t head, const T* const* rows, int64_t d, int64_t i, int64_t count) {
+  by_tokens(v, [&](auto some, int64_t head, const Rows<T>& rows, int64_t d, int64_t i, int64_t count) {
     add_values<some()>(rows, d, count, D, logits + head * padded + i, padded, sums + head * D);
   });
   for (int64_t head = 0; head < heads; ++head)
