@@ -35,18 +35,22 @@ Vec multiply_gates(const T* const* x, const float* const* w, int64_t d) {
   return sum_each(products);
 }
 
-// W_in and W_gate of one hidden value, [d] each, times F tokens' x, [d] each.
+// So many tokens meet a row of W_in and one of W_gate together: their products fill a vector of sums.
+constexpr int UP_TOKENS = W / 2;
+
+// W_in and W_gate of one hidden value, [d] each, times F tokens' x, [d] each: F products with W_in and, UP_TOKENS places
+// on, those with W_gate.
 template <int F, typename T>
-void multiply_up(const T* in, const T* gate, const T* const* x, int64_t d, float* ins, float* gates) {
-  Vec in_sums[F], gate_sums[F];
-  for (int f = 0; f < F; ++f) in_sums[f] = gate_sums[f] = Vec(0.f);
+Vec multiply_up(const T* in, const T* gate, const T* const* x, int64_t d) {
+  Vec products[W];
+  for (Vec& product : products) product = Vec(0.f);
   each<PRODUCTS<T>>(d, [&](int64_t i, int64_t size) {
     for (int f = 0; f < F; ++f) {
-      in_sums[f] = multiply_add(x[f] + i, in + i, size, in_sums[f]);
-      gate_sums[f] = multiply_add(x[f] + i, gate + i, size, gate_sums[f]);
+      products[f] = multiply_add(x[f] + i, in + i, size, products[f]);
+      products[UP_TOKENS + f] = multiply_add(x[f] + i, gate + i, size, products[UP_TOKENS + f]);
     }
   });
-  for (int f = 0; f < F; ++f) ins[f] = sum(in_sums[f]), gates[f] = sum(gate_sums[f]);
+  return sum_each(products);
 }
 
 // So many vectors of columns of F tokens' sums stay in registers: the more, the longer what is read of a row of W_out.
@@ -81,18 +85,18 @@ struct Fired {
 template <typename T>
 void fill_hidden(Fired& block, const T* x, const T* up, int64_t d, int64_t from, int64_t to) {
   for (int64_t j = from; j < to; ++j)
-    by_rows(block.tokens.size(), [&](auto some, int64_t f) {
+    by_rows<UP_TOKENS>(block.tokens.size(), [&](auto some, int64_t f) {
       const T* rows[some()];
       for (int k = 0; k < some(); ++k) rows[k] = x + block.tokens[f + k] * d;
-      float in[some()], gate[some()];
-      multiply_up<some()>(up + j * d, up + (block.h + j) * d, rows, d, in, gate);
-      for (int k = 0; k < some(); ++k)
-        block.hidden[(f + k) * block.h + j] = gate[k] / (1.f + std::exp(-gate[k])) * in[k] * block.g[f + k];
+      float products[W], hidden[W];
+      store(products, multiply_up<some()>(up + j * d, up + (block.h + j) * d, rows, d));
+      store(hidden, load(products, UP_TOKENS) * silu(load(products + UP_TOKENS, UP_TOKENS)), UP_TOKENS);
+      for (int k = 0; k < some(); ++k) block.hidden[(f + k) * block.h + j] = hidden[k] * block.g[f + k];
     });
 }
 
 // With more tokens oneDNN's products are faster than those made for few. They round hidden values.
-constexpr int64_t FEW = 16;
+constexpr int64_t FEW = 40;
 
 // The residues of a step, layer by layer. Of the bank, as in bank.py, and written in its place: gate
 // [L, S, d], bias [L, S], carry, ceiling and threshold [S], W_in and W_gate [S, L, 2H, d], W_out transposed
