@@ -60,7 +60,7 @@ def calibrate(
     _say("reading and packing the text")
     classes = text.read_classes(corpus, recipe.data, frozen.tokenizer, recipe.run, background=unwritten)
     module = AdapterModule.from_file(adapter)
-    module.threshold = recipe.gate.opens_at  # as in training
+    module.threshold = recipe.gate.resolved.threshold  # as in training
     module.carry = recipe.blocks.carry if carry is not None else module.carry
     modules = [module, *map(AdapterModule.from_file, neighbours.values())]
     attached = Attached(frozen.model, [each.to(frozen.device) for each in modules])
@@ -72,7 +72,7 @@ def calibrate(
     info = replace(
         adapter.info,
         carry=module.carry,
-        threshold=recipe.gate.opens_at,
+        threshold=recipe.gate.resolved.threshold,
         recipe=recipe.dump(),
         results=results,
     )

@@ -230,7 +230,7 @@ class Fitter:
         by_class = {name: m_T[class_T == i] for i, name in enumerate(self.names)}
         target_m = by_class.pop(self.target)
         open_m = target_m[target_m > 0]
-        scale = self.gate.open_mean / float(open_m.mean()) if len(open_m) else 1.0
+        scale = self.gate.resolved.steepness / float(open_m.mean()) if len(open_m) else 1.0
         _set(module, module.gate.detach().double() * scale, (module.bias.detach().double() - threshold) * scale)
         misfired = {name: float((m > 0).double().mean()) for name, m in by_class.items()}
         self.report[layer] = LayerFit(len(open_m) / len(target_m), misfired)

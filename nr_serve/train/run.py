@@ -128,7 +128,7 @@ class TrainingRun:
             load_weights(self.learner, kept.weights())
             steps, self.results = kept.step, kept.results
             self._measured = steps
-        if self.recipe.method == "neutral" and self.recipe.gate.refits:
+        if self.recipe.method == "neutral" and self.recipe.gate.resolved.refit:
             self._refit(kept)
             self._measured = None
         if self._measured != steps:
