@@ -28,9 +28,9 @@ from nr_serve.errors import NrError
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import is_out
 from nr_serve.train.base import best_device
-from nr_serve.train.export import load_weights
 from nr_serve.train.learner import Batch, Learner, Sums, Whole
 from nr_serve.train.recipe import BadRecipe, Run
+from nr_serve.train.restore import load_weights
 from nr_serve.train.text.mix import Classes, Mix
 from nr_serve.train.text.pack import Windows
 
