@@ -16,8 +16,9 @@ from nr_serve.errors import BadRequest
 from nr_serve.logs import say
 from nr_serve.neutral.format import Adapter, Block, write_adapter
 from nr_serve.train import text
-from nr_serve.train.attach import AdapterModule, Attached, BlockModule
+from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase, best_device, load_base, read_adapters
+from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.gates import refit_gates
 from nr_serve.train.recipe import Gate, Recipe
 from nr_serve.train.recipe_file import parse_recipe

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nr_serve.disk import held, whole, writing
 from nr_serve.errors import NrError
-from nr_serve.train.attach import is_gate
+from nr_serve.train.blocks import is_gate
 
 PREFIX = "checkpoint-"
 KEPT = 2

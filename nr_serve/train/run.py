@@ -114,7 +114,10 @@ class TrainingRun:
             describe=self._describe,
             log=self._log,
         )
-        trainer.train(resume_from_checkpoint=None if self.saved is None else str(self.saved.folder))
+        try:
+            trainer.train(resume_from_checkpoint=None if self.saved is None else str(self.saved.folder))
+        finally:
+            trainer.bar.close()
 
     def _finish(self) -> Path:
         """Write what came of the run: the weights after its last step, or the best if it has patience."""
