@@ -16,6 +16,9 @@ from nr_serve.train.activations import GATES
 from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.losses import LayerOutput, LocalLoss, open_hinge
 
+Watch = Callable[[int, int, Tensor], None]
+"""Called with (adapter, layer, gates [T]) where the adapter has a block."""
+
 
 @dataclass
 class Pass:
@@ -37,8 +40,7 @@ class Pass:
     """Sum of the local terms, over tokens and layers."""
     hinges: list[Tensor] | None = None
     """Gathers each layer's hinge on the target's gates, if it is a list."""
-    watch: Callable[[int, int, Tensor], None] | None = None
-    """Called with (adapter, layer, gates [T]) where the adapter has a block."""
+    watch: Watch | None = None
 
     def on_target(self, adapter: int) -> tuple[int, int]:
         """Token-layers of the target that fired, and all of them, where the adapter has a block."""
@@ -49,6 +51,24 @@ class Pass:
         """The same of all other text."""
         fired, seen = self.on_target(adapter)
         return sum(self.fired[adapter]) - fired, self.blocks[adapter] * self.offset_T.numel() - seen
+
+    def add_gates(self, adapter: int, layer: int, over_T: Tensor, g_T: Tensor, index_f: Tensor) -> None:
+        """Take a layer's gates, those of `index_f` open; `over_T` is m less the threshold."""
+        self.fired[adapter][layer] = index_f.numel()
+        if self.target_T is not None:
+            self.fired_target[adapter][layer] = int(self.target_T[index_f].sum())
+            if self.hinges is not None:
+                self.hinges.append(open_hinge(over_T, self.target_T))
+        if self.watch is not None:
+            self.watch(adapter, layer, g_T.detach())
+
+    def add_local(self, local: LocalLoss, m_T: Tensor, r_fd: Tensor, ffn_Td: Tensor, index_f: Tensor) -> None:
+        """Take a layer's local loss, of its residues on the tokens of `index_f`."""
+        target_T = torch.zeros_like(m_T, dtype=torch.bool) if self.target_T is None else self.target_T
+        other_f = ~target_T[index_f]
+        term = local(LayerOutput(m_T, target_T, r_fd[other_f], ffn_Td.detach()[index_f[other_f]]))
+        if term.requires_grad:
+            self.local_sum = term if self.local_sum is None else self.local_sum + term
 
 
 class Attached:
@@ -93,33 +113,19 @@ class Attached:
         # Where the stream carries no gradient, a local loss still needs one through this layer's block alone.
         with torch.set_grad_enabled(streams_grad or now.local is not None):
             m_T = module.carried(x_Td, now.offset_T, adapter.carry)
-            g_T = GATES[adapter.kind](m_T - adapter.threshold)
-            if now.hinges is not None and now.target_T is not None:
-                now.hinges.append(open_hinge(m_T - adapter.threshold, now.target_T))
-            if now.watch is not None:
-                now.watch(which, layer, g_T.detach())
+            over_T = m_T - adapter.threshold
+            g_T = GATES[adapter.kind](over_T)
             index_f = g_T.detach().nonzero()[:, 0]
-            now.fired[which][layer] = index_f.numel()
-            if now.target_T is not None:
-                now.fired_target[which][layer] = int(now.target_T[index_f].sum())
+            now.add_gates(which, layer, over_T, g_T, index_f)
             every = index_f.numel() == g_T.numel()
             x_fd, g_f = (x_Td, g_T) if every else (x_Td[index_f], g_T[index_f])
             r_fd = module.residue(x_fd, g_f) if index_f.numel() else x_fd
             if now.local is not None:
-                self._gather_local(now.local, m_T, r_fd, y_Td, index_f)
+                now.add_local(now.local, m_T, r_fd, y_Td, index_f)
         if index_f.numel() == 0:
             return out_Td
         r_fd = (r_fd if streams_grad else r_fd.detach()).to(out_Td.dtype)
         return out_Td + r_fd if every else out_Td.index_add(0, index_f, r_fd)
-
-    def _gather_local(self, local: LocalLoss, m_T: Tensor, r_fd: Tensor, y_Td: Tensor, index_f: Tensor) -> None:
-        now = self.now
-        target_T = torch.zeros_like(m_T, dtype=torch.bool) if now.target_T is None else now.target_T
-        other_f = ~target_T[index_f]
-        r_fd, index_f = r_fd[other_f], index_f[other_f]
-        term = local(LayerOutput(m_T, target_T, r_fd, y_Td.detach()[index_f]))
-        if term.requires_grad:
-            now.local_sum = term if now.local_sum is None else now.local_sum + term
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # a branch on the data

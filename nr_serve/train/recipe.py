@@ -17,7 +17,7 @@ from nr_serve.train.entries import DATASETS, names_source
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Globs = tuple[str, ...]
+Entries = tuple[str, ...]
 
 
 class BadRecipe(BadRequest):
@@ -38,16 +38,16 @@ class Data(_Section):
     and an empty line between documents; both may be compressed, `.gz` or `.xz`.
     """
 
-    target: Globs = Field(min_length=1, description="Text of the domain to learn.")
-    original: Globs = Field(
+    target: Entries = Field(min_length=1, description="Text of the domain to learn.")
+    original: Entries = Field(
         min_length=1,
         description="Text of the base's own domain: each source is a class the gates must stay shut on.",
     )
-    background: Globs = Field(
+    background: Entries = Field(
         default=(),
         description="Text of other domains: each language and data set is a class the gates must stay shut on.",
     )
-    heldout: Globs = Field(default=(), description="Text measured during training and never trained on.")
+    heldout: Entries = Field(default=(), description="Text measured during training and never trained on.")
     text_field: str = Field(
         default="text", min_length=1, description="The field of JSONL lines and data sets that holds a document."
     )
