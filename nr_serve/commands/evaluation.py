@@ -89,8 +89,7 @@ def evaluate(command: Evaluate) -> int:
         read_tasks(command.tasks, command.limit),
         window=command.window,
         windows=command.windows,
-        alone=command.alone,
-        together=command.interference,
+        attach="alone" if command.alone else "both" if command.interference else "all",
         near=near,
         stretch=command.stretch if command.switches else None,
     )

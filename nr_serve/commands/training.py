@@ -92,7 +92,8 @@ def train(command: Train) -> int:
     from nr_serve.train.run import train as run
 
     recipe = read_recipe(command.recipe, parse_changes(command.set))
-    made = run(recipe, command.out, command.corpus, resume=command.resume, tensorboard=command.tensorboard)
+    with _told_if_stopped(command.out), _ended_by_sigterm():
+        made = run(recipe, command.out, command.corpus, resume=command.resume, tensorboard=command.tensorboard)
     if processes.is_first():
         print(made)
     return 0
@@ -172,6 +173,20 @@ def fetch_corpus(command: FetchCorpus) -> int:
     for line in table([("SOURCE", "TRAIN CHARS", "HELD-OUT CHARS"), *rows]):
         print(line)
     return 0
+
+
+@contextmanager
+def _told_if_stopped(out: Path) -> Iterator[None]:
+    """Say where the run in `out` can go on, if Ctrl-C or SIGTERM ends the program inside."""
+    from nr_serve.train import checkpoint, processes
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        newest = checkpoint.latest(out)
+        left = f"--resume goes on from {newest}" if newest else "there is no checkpoint yet to go on from"
+        processes.say("train", f"stopped; {left}")
+        raise
 
 
 @contextmanager

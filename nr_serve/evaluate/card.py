@@ -58,14 +58,7 @@ def _tasks(tasks: Mapping[str, TaskScores]) -> list[str]:
     if not tasks:
         return []
     about = "Multiple choice, by lm-evaluation-harness: `acc` counts likelihood, `acc_norm` likelihood a character."
-    return [
-        "",
-        "## Tasks",
-        "",
-        about,
-        "",
-        *markdown(task_rows(tasks)),
-    ]
+    return ["", "## Tasks", "", about, "", *markdown(task_rows(tasks))]
 
 
 def _gate(info: AdapterInfo) -> str:

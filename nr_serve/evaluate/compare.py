@@ -17,9 +17,9 @@ from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase, best_device, load_base
 from nr_serve.train.entries import language_of, names_language, names_source
-from nr_serve.train.export import load_run, read_run
 from nr_serve.train.measure import SourceResult, evaluating
 from nr_serve.train.recipe import Recipe
+from nr_serve.train.restore import load_run, read_run
 from nr_serve.train.tensor_cache import digest
 from nr_serve.train.text import read_heldout
 from nr_serve.train.text.pack import Windows

@@ -108,11 +108,11 @@ def _share(before: float, after: float, finetuned: float) -> float | None:
 
 def tables(comparison: Comparison) -> list[Rows]:
     """The runs, the sources, and the tasks if there are any."""
-    found = [rows(comparison), source_rows(comparison)]
-    return [*found, task_rows(comparison)] if _tasks(comparison) else found
+    found = [run_rows(comparison), source_rows(comparison)]
+    return [*found, run_task_rows(comparison)] if _tasks(comparison) else found
 
 
-def rows(comparison: Comparison) -> Rows:
+def run_rows(comparison: Comparison) -> Rows:
     """A row for the base, and one a run."""
     header = ["RUN", "METHOD", "LR", "TOKENS", "TRAINED PARAMETERS", "MINUTES", "TARGET", comparison.unread.upper()]
     losses = [f"{comparison.base_target:.4f}", f"{comparison.base_original:.4f}"]
@@ -154,7 +154,7 @@ def source_rows(comparison: Comparison) -> Rows:
     return [["SOURCE", "PART OF", "WINDOWS", "BACKBONE", *(name.upper() for name in comparison.runs)], *body]
 
 
-def task_rows(comparison: Comparison) -> Rows:
+def run_task_rows(comparison: Comparison) -> Rows:
     """Two rows per task: accuracy, and accuracy by the choices' length; in brackets the change from the base."""
     body = [
         [task, f"{scores.examples:,}", which, str(getattr(scores.base, which))]

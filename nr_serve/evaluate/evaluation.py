@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nr_serve.disk import write_text
 from nr_serve.errors import BadRequest
@@ -30,6 +30,9 @@ from nr_serve.evaluate.tasks import Example, TaskScores, score_tasks
 from nr_serve.evaluate.variants import variant_rows
 from nr_serve.train.text import read_heldout
 
+Attach = Literal["all", "alone", "both"]
+"""How adapters are attached to read text: all at once, each alone or, to see who disturbs whom, both."""
+
 
 @dataclass(frozen=True)
 class Plots:
@@ -46,14 +49,17 @@ class Evaluation:
 
     hosted: Hosted
     report: Report | None
-    together: Interference | None
+    """With all adapters attached."""
+    interference: Interference | None
+    """What they do to each other, `report` among it."""
     alone: Mapping[str, Report]
+    """With each alone, by its name."""
     switched: SwitchReport | None
     tasks: Mapping[str, TaskScores]
 
     def document(self) -> dict[str, Any]:
         """All of it as plain values, for JSON."""
-        text = self.together or self.report
+        text = self.interference or self.report
         document: dict[str, Any] = {"adapters": self.hosted.versions} if text is None else text.document()
         if self.alone:
             document |= {"alone": {name: report.document() for name, report in self.alone.items()}}
@@ -66,8 +72,8 @@ class Evaluation:
     def tables(self) -> list[Rows]:
         """All of it as tables."""
         tables = []
-        if self.together is not None:
-            tables += [interference_rows(self.together), summary_rows(self.together.summary())]
+        if self.interference is not None:
+            tables += [interference_rows(self.interference), summary_rows(self.interference.summary())]
         elif self.report is not None:
             tables += [heldout_rows(self.report)]
         if self.alone:
@@ -92,7 +98,7 @@ class Evaluation:
         gates = {name: plot_gates(folder, report, roles, name, suffix) for name, report in reports.items()}
         if self.switched is not None:
             plot_switches(folder, self.switched, suffix)
-        return Plots(gates, {} if self.together is None else plot_matrix(folder, self.together, suffix))
+        return Plots(gates, {} if self.interference is None else plot_matrix(folder, self.interference, suffix))
 
     def write_card(self, path: Path, plots: Plots) -> None:
         """Write the first adapter's card, with links to its plots, if text was measured with all attached."""
@@ -103,11 +109,11 @@ class Evaluation:
 
     def write_page(self, path: Path, plots: Plots) -> None:
         """Write the interference report, with links to the plots, if interference was measured."""
-        if self.together is not None:
+        if self.interference is not None:
             shown = dict(plots.matrix)
             for own in plots.gates.values():
                 shown |= own
-            write_text(path, interference_page(self.together, links(shown, path)))
+            write_text(path, interference_page(self.interference, links(shown, path)))
 
 
 def evaluate(
@@ -119,34 +125,33 @@ def evaluate(
     *,
     window: int,
     windows: int,
-    alone: bool = False,
-    together: bool = False,
+    attach: Attach = "all",
     near: Mapping[str, Sequence[str]],
     stretch: int | None = None,
 ) -> Evaluation:
     """Measure the adapters in `files` on the base `model`; what is missing is said before anything is measured.
 
     The text is up to `windows` windows of `window` tokens from each file of `corpus` that one of `sources`, globs,
-    names. It is read with all attached, with each `alone`, or to see who disturbs whom `together`, the relatives
-    `near` each language apart. `stretch` is how many tokens lie between switches of language, if they are measured.
+    names. With `attach` "both", `near` names the close relatives of a language, to be summed up apart. `stretch` is
+    how many tokens lie between switches of language, if they are measured.
     """
-    if alone and together:
-        raise BadRequest("adapters are measured alone or together, not both at once", param="alone")
-    if near and not together:
-        raise BadRequest("relatives are summed up only of what is measured together", param="near")
+    if near and attach != "both":
+        raise BadRequest(
+            "relatives are summed up only where adapters are attached both at once and alone", param="near"
+        )
     hosted = load(files, model)
-    report, disturbed, each, switching = None, None, {}, {}
+    report, disturbed, alone, switching = None, None, {}, {}
     if corpus is not None:
         read = partial(read_heldout, corpus, sources, hosted.base.tokenizer)
         if stretch is not None:
             switching = switch_texts(hosted, read(stretch, SUPPLY * windows), windows)
         texts = read(window, windows)
-        if alone:
-            each = each_alone(hosted, texts)
-        elif together:
+        if attach == "alone":
+            alone = each_alone(hosted, texts)
+        elif attach == "all":
+            report = attach_all(hosted, texts)
+        else:
             disturbed = interference(hosted, texts, near)
             report = disturbed.report
-        else:
-            report = attach_all(hosted, texts)
     switched = switches(hosted, switching) if switching else None
-    return Evaluation(hosted, report, disturbed, each, switched, score_tasks(hosted, tasks))
+    return Evaluation(hosted, report, disturbed, alone, switched, score_tasks(hosted, tasks))

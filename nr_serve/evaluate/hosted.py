@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from nr_serve.neutral.format import Adapter
-from nr_serve.train.attach import AdapterModule, Attached
+from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase, best_device, load_base, read_adapters
+from nr_serve.train.blocks import AdapterModule
 
 
 class Hosted:

@@ -17,11 +17,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.pareto import Point, unbeaten
 
-Curve = Sequence[tuple[int, float]]
-"""(tokens, loss) pairs."""
-
 Line = Sequence[tuple[float, float]]
-"""(x, share) pairs."""
+"""(x, y) pairs."""
 
 METADATA: Mapping[str, dict[str, str | None]] = {".svg": {"Date": None}, ".png": {"Software": None}}
 """What keeps time and version out of a file, by its suffix."""
@@ -77,8 +74,8 @@ def heat_map(
     _save(figure, path)
 
 
-def loss_curves(path: Path, curves: Mapping[str, Curve], *, title: str) -> None:
-    """Loss over the tokens trained on, a line per name."""
+def loss_curves(path: Path, curves: Mapping[str, Line], *, title: str) -> None:
+    """Loss over the tokens trained on, a curve per name."""
     figure, axes = _axes(7.2, 4.2, title)
     for i, (name, curve) in enumerate(curves.items()):
         tokens, losses = [t for t, _ in curve], [loss for _, loss in curve]

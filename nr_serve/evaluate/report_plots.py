@@ -14,7 +14,7 @@ from nr_serve.train.entries import language_of
 
 
 def plot_gates(
-    folder: Path, report: Report, roles: Mapping[str, Role], adapter: str, suffix: str = ".svg"
+    folder: Path, report: Report, roles: Mapping[str, Role], adapter: str, suffix: str
 ) -> dict[str, Path]:
     """Write an adapter's gate rate by layer and language; returns the caption and the file."""
     rates = gate_rates(report, roles, adapter)
@@ -25,7 +25,7 @@ def plot_gates(
     return {caption: path}
 
 
-def plot_matrix(folder: Path, measured: Interference, suffix: str = ".svg") -> dict[str, Path]:
+def plot_matrix(folder: Path, measured: Interference, suffix: str) -> dict[str, Path]:
     """Write the interference matrix; returns the caption and the file."""
     sources, names, shares = measured.matrix()
     caption = "Who fires on what: share of token-layers, all attached"
@@ -34,7 +34,7 @@ def plot_matrix(folder: Path, measured: Interference, suffix: str = ".svg") -> d
     return {caption: path}
 
 
-def plot_switches(folder: Path, report: SwitchReport, suffix: str = ".svg") -> dict[str, Path]:
+def plot_switches(folder: Path, report: SwitchReport, suffix: str) -> dict[str, Path]:
     """Write the gate rate at language switches, a line per adapter; returns the caption and the file."""
     span = report.stretch
     around = {

@@ -32,8 +32,8 @@ class Role:
 
 
 @dataclass(frozen=True)
-class Globs:
-    """The text that an adapter's recipe names: globs of files, and data sets."""
+class RecipeText:
+    """The entries that an adapter's recipe names its text by."""
 
     target: tuple[str, ...]
     original: tuple[str, ...] = ()
@@ -44,18 +44,18 @@ class Globs:
         return self.target, self.original, self.background
 
 
-def recipe_globs(info: AdapterInfo) -> Globs:
+def _recipe_text(info: AdapterInfo) -> RecipeText:
     """The text an adapter's recipe names; for a file without a recipe, the language its domain names.
 
     Raises BadAdapterFile for a recipe whose data are not lists of sources.
     """
     if "data" not in info.recipe:
-        return Globs((f"{info.domain}.*",))
+        return RecipeText((f"{info.domain}.*",))
     data = info.recipe["data"]
     parts = ("target", "original", "background")
     if not isinstance(data, Mapping) or not all(_is_sources(data.get(part, [])) for part in parts):
         raise BadAdapterFile(f"the recipe of {info.domain!r}: its data are not lists of sources")
-    return Globs(*(tuple(data.get(part, [])) for part in parts))
+    return RecipeText(*(tuple(data.get(part, [])) for part in parts))
 
 
 def assign_roles(
@@ -66,37 +66,39 @@ def assign_roles(
     Raises BadRequest for a relative that no adapter learned, or whose language has no text here.
     """
     listed = list(sources)
-    globs = {name: recipe_globs(adapter.info) for name, adapter in adapters.items()}
-    relatives = {language: _relatives(language, of, globs) for language, of in near.items()}
+    texts = {name: _recipe_text(adapter.info) for name, adapter in adapters.items()}
+    relatives = {language: _relatives(language, of, texts) for language, of in near.items()}
     absent = sorted(set(near) - {language_of(source) for source in listed})
     if absent:
         raise BadRequest(f"no source measured is of the language {', '.join(absent)}", param="near")
-    original = [g.original for g in globs.values() if g.original] or [ORIGINAL]
-    return {source: _role(source, globs, relatives, original) for source in listed}
+    original = [text.original for text in texts.values() if text.original] or [ORIGINAL]
+    return {source: _role(source, texts, relatives, original) for source in listed}
 
 
 def _role(
     source: str,
-    globs: Mapping[str, Globs],
+    texts: Mapping[str, RecipeText],
     relatives: Mapping[str, tuple[str, ...]],
     original: Sequence[Sequence[str]],
 ) -> Role:
     language = language_of(source)
-    own = tuple(name for name, g in globs.items() if names_source(g.target, source))
+    own = tuple(name for name, text in texts.items() if names_source(text.target, source))
     near = relatives.get(language, ())
     is_original = any(names_language(entries, language) for entries in original)
-    seen = any(names_language(part, language) for g in globs.values() for part in g.parts())
+    seen = any(names_language(part, language) for text in texts.values() for part in text.parts())
     kinds: dict[Kind, bool] = {"own": bool(own), "near": bool(near), "original": is_original, "seen": seen}
     kind: Kind = next((kind for kind, applies in kinds.items() if applies), "unseen")
     return Role(kind, own, near, is_original)
 
 
-def _relatives(language: str, of: Sequence[str], globs: Mapping[str, Globs]) -> tuple[str, ...]:
-    learned = {relative: [n for n, g in globs.items() if names_language(g.target, relative)] for relative in of}
+def _relatives(language: str, of: Sequence[str], texts: Mapping[str, RecipeText]) -> tuple[str, ...]:
+    learned = {
+        relative: [name for name, text in texts.items() if names_language(text.target, relative)] for relative in of
+    }
     for relative, names in learned.items():
         if not names:
             raise BadRequest(f"{language} is near {relative}, but no adapter here learned {relative}", param="near")
-    return tuple(name for name in globs if any(name in names for names in learned.values()))
+    return tuple(name for name in texts if any(name in names for names in learned.values()))
 
 
 def _is_sources(value: Any) -> bool:

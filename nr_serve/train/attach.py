@@ -1,164 +1,23 @@
-"""An adapter's blocks as modules, attached to a base for training and measuring.
+"""Adapters attached to a base for training and measuring: what their blocks add in a pass, and what fired.
 
-Shape suffixes: B windows, T tokens (of all windows laid end to end), d width of the stream, h of a block,
-f fired tokens.
+Shape suffixes: B windows, T tokens (of all windows laid end to end), d width of the stream, f fired tokens.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from nr_serve.neutral import host
-from nr_serve.neutral.format import Adapter, Block
-from nr_serve.neutral.math import gate_logit, residue
-from nr_serve.neutral.scan import segmented_carry
 from nr_serve.train.activations import GATES
+from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.losses import LayerOutput, LocalLoss, open_hinge
 
-Variance = Callable[[int, int], float]
-"""(width d, layers L) -> variance of a weight at its start."""
-
-
-def paper_variance(d: int, layers: int) -> float:
-    """1 / (d L), the start of arXiv 2410.02744, section 3."""
-    return 1 / (d * layers)
-
-
-def he_variance(d: int, layers: int) -> float:
-    """2 / d, for layers followed by a ReLU (He et al., arXiv 1502.01852); `layers` is not read."""
-    return 2 / d
-
-
-VARIANCE: dict[str, Variance] = {"paper": paper_variance, "he": he_variance}
-"""The starts by the recipe's name."""
-
-
-class BlockModule(nn.Module):
-    """One layer's block and its gate, as parameters."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.gate = nn.Parameter(block.gate.clone())
-        self.bias = nn.Parameter(block.bias.clone())
-        self.w_in = nn.Parameter(block.w_in.clone())
-        self.w_gate = nn.Parameter(block.w_gate.clone())
-        self.w_out = nn.Parameter(block.w_out.clone())
-
-    def carried(self, x_Td: Tensor, offset_T: Tensor, carry: float) -> Tensor:
-        """Carried logit of every token, [T], float32; the carry starts anew where the offset is 0."""
-        with torch.autocast(x_Td.device.type, enabled=False):  # which would make the product bfloat16
-            z_T1 = gate_logit(x_Td, self.gate, self.bias)[:, None]
-        return segmented_carry(z_T1, z_T1.new_tensor([carry]), offset_T)[:, 0]
-
-    def residue(self, x_fd: Tensor, g_f: Tensor) -> Tensor:
-        """What the block adds to the FFN's output, [f, d]."""
-        return residue(x_fd, g_f, *(w.to(x_fd.dtype) for w in (self.w_in, self.w_gate, self.w_out)))
-
-    def export(self, dtype: torch.dtype) -> Block:
-        """The block as an adapter file holds it: weights in `dtype`, gate in float32.
-
-        The gate's threshold lies close to the logits it must tell apart; bfloat16 would move it.
-        """
-        weights = (w.detach().to(dtype).clone() for w in (self.w_in, self.w_gate, self.w_out))
-        return Block(self.gate.detach().float().clone(), self.bias.detach().float().clone(), *weights)
-
-
-def is_gate(name: str) -> bool:
-    """Whether a parameter of an adapter is a gate's, by its name."""
-    return name.rsplit(".", 1)[-1] in ("gate", "bias")
-
-
-def is_out(name: str) -> bool:
-    """Whether a parameter of an adapter is a block's W_out, by its name."""
-    return name.rsplit(".", 1)[-1] == "w_out"
-
-
-class AdapterModule(nn.Module):
-    """One adapter: a block per layer, None where a layer has none."""
-
-    def __init__(
-        self, blocks: Sequence[Block | None], carry: float, threshold: float = 0.0, kind: str = "relu"
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleDict({str(i): BlockModule(b) for i, b in enumerate(blocks) if b is not None})
-        self.depth = len(blocks)
-        self.carry = carry
-        self.threshold = threshold
-        self.kind = kind
-
-    @classmethod
-    def fresh(
-        cls,
-        widths: Sequence[int],
-        d: int,
-        carry: float,
-        seed: int,
-        variance: Variance = paper_variance,
-        gate_variance: Variance = paper_variance,
-        kind: str = "relu",
-    ) -> AdapterModule:
-        """Blocks before training, of width h a layer (0: no block): W_out = 0, all else normal, mean 0.
-
-        The variance of W_in and W_gate is `variance(d, layers)`, that of the gate's w `gate_variance(d, layers)`.
-        A `kind` of `none` has w = 0, b = 1 and no carry: a gate that is 1 on all but a text's first token.
-        """
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(variance: Variance, *shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator) * math.sqrt(variance(d, len(widths)))
-
-        def block(h: int) -> Block:
-            w, b = normal(gate_variance, d), torch.zeros(())
-            if kind == "none":
-                w, b = torch.zeros(d), torch.ones(())
-            return Block(w, b, normal(variance, h, d), normal(variance, h, d), torch.zeros(d, h))
-
-        blocks = [block(h) if h else None for h in widths]
-        return cls(blocks, 0.0) if kind == "none" else cls(blocks, carry, kind=kind)
-
-    @classmethod
-    def from_file(cls, adapter: Adapter) -> AdapterModule:
-        """The blocks of an adapter file, in float32."""
-        blocks = [
-            b and Block(b.gate.float(), b.bias.float(), b.w_in.float(), b.w_gate.float(), b.w_out.float())
-            for b in adapter.blocks
-        ]
-        return cls(blocks, adapter.info.carry, adapter.info.threshold, adapter.info.gate)
-
-    def layer(self, i: int) -> BlockModule | None:
-        """Layer i's block, if it has one."""
-        module = dict(self.layers.items()).get(str(i))
-        assert module is None or isinstance(module, BlockModule)
-        return module
-
-    def gates(self) -> dict[str, Tensor]:
-        """Every gate's w and b, by name."""
-        return {name: p.detach().cpu() for name, p in self.named_parameters() if is_gate(name)}
-
-    def set_gates(self, gates: Mapping[str, Tensor]) -> None:
-        """Put those in the gates' place; a layer without one among them loses its block."""
-        self.keep(gates)
-        self.load_state_dict(dict(gates), strict=False)
-
-    def keep(self, names: Collection[str]) -> None:
-        """Leave without a block every layer whose gate is not among `names` (of parameters)."""
-        for layer in list(self.layers):
-            if f"layers.{layer}.gate" not in names:
-                self.drop(int(layer))
-
-    def drop(self, i: int) -> None:
-        """Leave layer i without a block."""
-        del self.layers[str(i)]
-
-    def export(self, dtype: torch.dtype) -> tuple[Block | None, ...]:
-        """The blocks as an adapter file holds them."""
-        modules = [self.layer(i) for i in range(self.depth)]
-        return tuple(None if module is None else module.export(dtype) for module in modules)
+Watch = Callable[[int, int, Tensor], None]
+"""Called with (adapter, layer, gates [T]) where the adapter has a block."""
 
 
 @dataclass
@@ -181,8 +40,7 @@ class Pass:
     """Sum of the local terms, over tokens and layers."""
     hinges: list[Tensor] | None = None
     """Gathers each layer's hinge on the target's gates, if it is a list."""
-    watch: Callable[[int, int, Tensor], None] | None = None
-    """Called with (adapter, layer, gates [T]) where the adapter has a block."""
+    watch: Watch | None = None
 
     def on_target(self, adapter: int) -> tuple[int, int]:
         """Token-layers of the target that fired, and all of them, where the adapter has a block."""
@@ -193,6 +51,24 @@ class Pass:
         """The same of all other text."""
         fired, seen = self.on_target(adapter)
         return sum(self.fired[adapter]) - fired, self.blocks[adapter] * self.offset_T.numel() - seen
+
+    def add_gates(self, adapter: int, layer: int, over_T: Tensor, g_T: Tensor, index_f: Tensor) -> None:
+        """Take a layer's gates, those of `index_f` open; `over_T` is m less the threshold."""
+        self.fired[adapter][layer] = index_f.numel()
+        if self.target_T is not None:
+            self.fired_target[adapter][layer] = int(self.target_T[index_f].sum())
+            if self.hinges is not None:
+                self.hinges.append(open_hinge(over_T, self.target_T))
+        if self.watch is not None:
+            self.watch(adapter, layer, g_T.detach())
+
+    def add_local(self, local: LocalLoss, m_T: Tensor, r_fd: Tensor, ffn_Td: Tensor, index_f: Tensor) -> None:
+        """Take a layer's local loss, of its residues on the tokens of `index_f`."""
+        target_T = torch.zeros_like(m_T, dtype=torch.bool) if self.target_T is None else self.target_T
+        other_f = ~target_T[index_f]
+        term = local(LayerOutput(m_T, target_T, r_fd[other_f], ffn_Td.detach()[index_f[other_f]]))
+        if term.requires_grad:
+            self.local_sum = term if self.local_sum is None else self.local_sum + term
 
 
 class Attached:
@@ -237,33 +113,19 @@ class Attached:
         # Where the stream carries no gradient, a local loss still needs one through this layer's block alone.
         with torch.set_grad_enabled(streams_grad or now.local is not None):
             m_T = module.carried(x_Td, now.offset_T, adapter.carry)
-            g_T = GATES[adapter.kind](m_T - adapter.threshold)
-            if now.hinges is not None and now.target_T is not None:
-                now.hinges.append(open_hinge(m_T - adapter.threshold, now.target_T))
-            if now.watch is not None:
-                now.watch(which, layer, g_T.detach())
+            over_T = m_T - adapter.threshold
+            g_T = GATES[adapter.kind](over_T)
             index_f = g_T.detach().nonzero()[:, 0]
-            now.fired[which][layer] = index_f.numel()
-            if now.target_T is not None:
-                now.fired_target[which][layer] = int(now.target_T[index_f].sum())
+            now.add_gates(which, layer, over_T, g_T, index_f)
             every = index_f.numel() == g_T.numel()
             x_fd, g_f = (x_Td, g_T) if every else (x_Td[index_f], g_T[index_f])
             r_fd = module.residue(x_fd, g_f) if index_f.numel() else x_fd
             if now.local is not None:
-                self._gather_local(now.local, m_T, r_fd, y_Td, index_f)
+                now.add_local(now.local, m_T, r_fd, y_Td, index_f)
         if index_f.numel() == 0:
             return out_Td
         r_fd = (r_fd if streams_grad else r_fd.detach()).to(out_Td.dtype)
         return out_Td + r_fd if every else out_Td.index_add(0, index_f, r_fd)
-
-    def _gather_local(self, local: LocalLoss, m_T: Tensor, r_fd: Tensor, y_Td: Tensor, index_f: Tensor) -> None:
-        now = self.now
-        target_T = torch.zeros_like(m_T, dtype=torch.bool) if now.target_T is None else now.target_T
-        other_f = ~target_T[index_f]
-        r_fd, index_f = r_fd[other_f], index_f[other_f]
-        term = local(LayerOutput(m_T, target_T, r_fd, y_Td.detach()[index_f]))
-        if term.requires_grad:
-            now.local_sum = term if now.local_sum is None else now.local_sum + term
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # a branch on the data

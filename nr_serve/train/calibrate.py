@@ -16,11 +16,13 @@ from nr_serve.errors import BadRequest
 from nr_serve.logs import say
 from nr_serve.neutral.format import Adapter, Block, write_adapter
 from nr_serve.train import text
-from nr_serve.train.attach import AdapterModule, Attached, BlockModule
-from nr_serve.train.base import best_device, load_base, read_adapters
+from nr_serve.train.attach import Attached
+from nr_serve.train.base import FrozenBase, best_device, load_base, read_adapters
+from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.gates import refit_gates
-from nr_serve.train.recipe import Recipe
+from nr_serve.train.recipe import Gate, Recipe
 from nr_serve.train.recipe_file import parse_recipe
+from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.sources import Source, find_sources
 
 _say = partial(say, "calibrate")
@@ -48,11 +50,7 @@ def calibrate(
     frozen = load_base(base, device=best_device())
     neighbours = read_adapters([new, *beside], frozen)
     adapter = neighbours.pop(new.stem)
-    gate = {"threshold": adapter.info.threshold, **(changes or {})}
-    own = _recipe(new.stem, adapter)
-    if own.method != "neutral" or own.gate.kind == "none":
-        raise BadRequest(f"{new} was trained without gates: its blocks know no text but their own", param="file")
-    recipe = _changed(own, new.name, carry, gate)
+    recipe = _new_recipe(new, adapter, carry, changes or {})
     added = _target_text(recipe, neighbours, corpus)
     written = [source for source in added if source.reads_alike(recipe.data.text_field)]
     unwritten = [source for source in added if source not in written]  # a recipe has one field for all its text
@@ -60,21 +58,15 @@ def calibrate(
     _say("reading and packing the text")
     classes = text.read_classes(corpus, recipe.data, frozen.tokenizer, recipe.run, background=unwritten)
     module = AdapterModule.from_file(adapter)
-    module.threshold = recipe.gate.opens_at  # as in training
-    module.carry = recipe.blocks.carry if carry is not None else module.carry
-    modules = [module, *map(AdapterModule.from_file, neighbours.values())]
-    attached = Attached(frozen.model, [each.to(frozen.device) for each in modules])
-    _say("fitting the gates")
-    fitted = refit_gates(frozen.model, attached, classes, recipe.gate)
-    _say(fitted.summary())
-    results = {k: v for k, v in adapter.info.results.items() if k != "heldout"}
-    results["calibrated"] = {"beside": {name: neighbour.version for name, neighbour in neighbours.items()}}
+    module.threshold = recipe.gate.resolved.threshold  # as in training
+    module.carry = module.carry if carry is None else carry
+    _refit(frozen, module, neighbours, classes, recipe.gate)
     info = replace(
         adapter.info,
         carry=module.carry,
-        threshold=recipe.gate.opens_at,
+        threshold=module.threshold,
         recipe=recipe.dump(),
-        results=results,
+        results=_results(adapter, neighbours),
     )
     blocks = tuple(_with_gate(block, module.layer(i)) for i, block in enumerate(adapter.blocks))
     with writing(out):
@@ -82,10 +74,31 @@ def calibrate(
     return out
 
 
-def _changed(recipe: Recipe, name: str, carry: float | None, changes: Mapping[str, Any]) -> Recipe:
-    gate = recipe.gate.model_dump() | ({} if recipe.gate.fitted else {"init": "logistic"}) | dict(changes)
+def _refit(
+    base: FrozenBase, module: AdapterModule, neighbours: Mapping[str, Adapter], classes: Classes, gate: Gate
+) -> None:
+    """Fit the gates of `module` anew, in place, with the neighbours attached."""
+    modules = [module, *map(AdapterModule.from_file, neighbours.values())]
+    attached = Attached(base.model, [each.to(base.device) for each in modules])
+    _say("fitting the gates")
+    _say(refit_gates(base.model, attached, classes, gate).summary())
+
+
+def _results(adapter: Adapter, neighbours: Mapping[str, Adapter]) -> dict[str, Any]:
+    """What the old file tells that is true of the new one too, and what the new gates were fitted beside."""
+    kept = {name: value for name, value in adapter.info.results.items() if name != "heldout"}
+    return kept | {"calibrated": {"beside": {name: each.version for name, each in neighbours.items()}}}
+
+
+def _new_recipe(file: Path, adapter: Adapter, carry: float | None, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe of the new gates: the file's threshold unless `changes` name one, and gates that are fitted."""
+    recipe = _recipe(file.stem, adapter)
+    if recipe.method != "neutral" or recipe.gate.kind == "none":
+        raise BadRequest(f"{file} was trained without gates: its blocks know no text but their own", param="file")
+    init = {} if recipe.gate.fitted else {"init": "logistic"}
+    gate = recipe.gate.model_dump() | init | {"threshold": adapter.info.threshold} | dict(changes)
     blocks = recipe.blocks.model_dump() | ({} if carry is None else {"carry": carry})
-    return parse_recipe(recipe.dump() | {"gate": gate, "blocks": blocks}, name)
+    return parse_recipe(recipe.dump() | {"gate": gate, "blocks": blocks}, file.name)
 
 
 def _with_background(recipe: Recipe, entries: Sequence[str]) -> Recipe:

@@ -22,12 +22,14 @@ from torch import Tensor
 
 from nr_serve.disk import held, whole, writing
 from nr_serve.errors import NrError
+from nr_serve.train.blocks import is_gate
 
 PREFIX = "checkpoint-"
 KEPT = 2
 STATE = "state.json"
 WEIGHTS = "trained.safetensors"
 REFITTED = "refitted.safetensors"
+REMEDY = "without this file the gates are fitted again when the run is resumed"
 
 
 class BadCheckpoint(NrError):
@@ -64,9 +66,17 @@ class Checkpoint:
     def final(self) -> dict[str, Tensor]:
         """The tensors that the run's file is made of: the trained ones, with gates fitted again in their place.
 
-        Raises BadCheckpoint.
+        Raises BadCheckpoint, also if those are not of the very layers that were trained.
         """
-        return self.weights() | (self._tensors(REFITTED) if self.is_refitted else {})
+        weights = self.weights()
+        if not self.is_refitted:
+            return weights
+        gates = self._tensors(REFITTED)
+        odd = sorted(gates.keys() ^ {name for name in weights if is_gate(name)})
+        if odd:
+            fault = f"holds {odd[0]}, which is no gate" if odd[0] in gates else f"lacks {odd[0]}, a gate"
+            raise BadCheckpoint(f"{self.folder / REFITTED} {fault} of the blocks trained; {REMEDY}")
+        return weights | gates
 
     def keep_refitted(self, gates: Mapping[str, Tensor]) -> None:
         """Keep gates fitted again beside the trained tensors, from which a longer run may still go on."""
@@ -79,8 +89,8 @@ class Checkpoint:
         try:
             return safetensors.torch.load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
-            again = "; without this file the gates are fitted again" if name == REFITTED else ""
-            raise BadCheckpoint(f"cannot read {self.folder / name} of the checkpoint: {error}{again}") from error
+            remedy = f"; {REMEDY}" if name == REFITTED else ""
+            raise BadCheckpoint(f"cannot read {self.folder / name} of the checkpoint: {error}{remedy}") from error
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -100,16 +110,8 @@ def complete(checkpoint: Checkpoint) -> None:
     files = [path for path in folder.iterdir() if path.is_file() and path.name != STATE]
     for path in files:
         _sync(path)
-    state = {
-        "step": checkpoint.step,
-        "recipe": checkpoint.recipe,
-        "base_fingerprint": checkpoint.base_fingerprint,
-        "text_digest": checkpoint.text_digest,
-        "results": checkpoint.results,
-        "best_step": checkpoint.best_step,
-        "stopped": checkpoint.stopped,
-        "files": {path.name: path.stat().st_size for path in files},
-    }
+    state = {name: value for name, value in vars(checkpoint).items() if name != "folder"}
+    state["files"] = {path.name: path.stat().st_size for path in files}
     with whole(folder / STATE) as part:
         part.write_text(json.dumps(state, indent=1), encoding="utf-8")
         _sync(part)

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nr_serve.disk import writing
-from nr_serve.errors import BadRequest, Conflict
+from nr_serve.errors import BadRequest
 from nr_serve.neutral import host
 from nr_serve.neutral.format import CEILINGS, AdapterInfo, write_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train.attach import AdapterModule
-from nr_serve.train.base import FrozenBase, best_device, load_base
+from nr_serve.train.base import FrozenBase
+from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.learner import Learner
-from nr_serve.train.methods import make_learner, save_lora
+from nr_serve.train.methods import save_lora
 from nr_serve.train.recipe import Recipe
-from nr_serve.train.recipe_file import parse_recipe
+from nr_serve.train.restore import load_run
 
 
 def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path:
@@ -39,47 +38,7 @@ def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path
     results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
     if recipe.threshold == learner.adapter.threshold and not saved.is_refitted:  # else it was measured with others
         results["heldout"] = saved.results
-    return write_blocks(path, recipe, base, learner.adapter, results)
-
-
-def read_run(run: Path) -> tuple[Recipe, checkpoints.Checkpoint]:
-    """A run's recipe, and the checkpoint whose weights it keeps so far. Raises Conflict if there is none."""
-    saved = checkpoints.kept(run)
-    if saved is None:
-        raise Conflict(f"{run} holds no checkpoint")
-    recipe = parse_recipe(saved.recipe, f"the recipe in {saved.folder}")
-    return recipe, saved
-
-
-def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, Learner, checkpoints.Checkpoint]:
-    """A run with the weights that it keeps so far, on a GPU if there is one.
-
-    Those are of its newest checkpoint, or of the best one if the run has patience, with the gates that were fitted
-    again after the last step. The base's weights are in
-    `dtype` (default: as it trained). Raises Conflict if there is no checkpoint, or if the base has changed.
-    """
-    recipe, saved = read_run(run)
-    base = load_base(recipe.base, dtype or recipe.base_dtype, best_device())
-    if saved.base_fingerprint != base.fingerprint:
-        raise Conflict(f"the base differs from that of the run in {run}")
-    learner = make_learner(recipe, base).to(base.device)
-    load_weights(learner, saved.final())
-    return recipe, base, learner, saved
-
-
-def load_weights(learner: Learner, weights: Mapping[str, Tensor]) -> None:
-    """Put the tensors of a checkpoint in a fresh learner; layers it has no block for lose theirs.
-
-    Raises BadCheckpoint if they are not the learner's.
-    """
-    adapter = learner.adapter
-    if adapter is not None:
-        adapter.keep({name.removeprefix("adapter.") for name in weights})
-    expected = learner.trained_state().keys()
-    if weights.keys() != expected:
-        odd = sorted(weights.keys() ^ expected)[0]
-        raise checkpoints.BadCheckpoint(f"the checkpoint is not of this method and base: {odd}")
-    learner.load_state_dict(dict(weights), strict=False)
+    return _write_blocks(path, recipe, base, learner.adapter, results)
 
 
 def write_result(out: Path, recipe: Recipe, base: FrozenBase, learner: Learner, results: Mapping[str, Any]) -> Path:
@@ -89,7 +48,7 @@ def write_result(out: Path, recipe: Recipe, base: FrozenBase, learner: Learner, 
     """
     path = result_path(out, recipe)
     if learner.adapter is not None and _served(recipe):
-        return write_blocks(path, recipe, base, learner.adapter, results)
+        return _write_blocks(path, recipe, base, learner.adapter, results)
     with writing(path):
         _write_folder(path, recipe, base, learner)
     return path
@@ -118,11 +77,10 @@ def _clear(folder: Path) -> None:
 
 def result_path(out: Path, recipe: Recipe) -> Path:
     """Where a run in `out` leaves what it made."""
-    has_blocks = recipe.method in ("neutral", "adapter")
-    return out / (f"{recipe.domain}.safetensors" if has_blocks and _served(recipe) else recipe.method)
+    return out / (f"{recipe.domain}.safetensors" if _served(recipe) else recipe.method)
 
 
-def write_blocks(
+def _write_blocks(
     path: Path, recipe: Recipe, base: FrozenBase, adapter: AdapterModule, results: Mapping[str, Any]
 ) -> Path:
     """Write the adapter file, weights in bfloat16. Raises CannotWrite."""
@@ -149,6 +107,7 @@ def _gate(recipe: Recipe) -> str:
 
 
 def _served(recipe: Recipe) -> bool:
+    """Whether an adapter file can hold what the recipe makes."""
     return recipe.method in ("neutral", "adapter") and _gate(recipe) in CEILINGS
 
 

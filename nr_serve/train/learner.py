@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nr_serve.train import losses
-from nr_serve.train.attach import AdapterModule, Attached, window_inputs
+from nr_serve.train.attach import Attached, window_inputs
+from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.measure import evaluating
 from nr_serve.train.recipe import Loss
 from nr_serve.train.text.pack import Windows, join

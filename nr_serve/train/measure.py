@@ -5,7 +5,7 @@ Shape suffixes: N windows, T tokens per window, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nr_serve.train.attach import Attached, Pass, window_inputs
+from nr_serve.train.attach import Attached, Pass, Watch, window_inputs
 from nr_serve.train.losses import next_token_labels
 from nr_serve.train.text.pack import Windows
 
@@ -55,9 +55,6 @@ def measure(model: Any, attached: Attached, sources: Mapping[str, Windows]) -> d
     """Loss and fired shares of every source as the attached adapters are now; the text may be on any device."""
     with evaluating(model):
         return {name: _measure_one(model, attached, windows) for name, windows in sources.items()}
-
-
-Watch = Callable[[int, int, Tensor], None]
 
 
 def read_parts(

@@ -5,6 +5,7 @@ Knows nothing of torch, so that a recipe can be checked without loading a model.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from nr_serve.train.entries import DATASETS, names_source
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Globs = tuple[str, ...]
+Entries = tuple[str, ...]
 
 
 class BadRecipe(BadRequest):
@@ -37,16 +38,16 @@ class Data(_Section):
     and an empty line between documents; both may be compressed, `.gz` or `.xz`.
     """
 
-    target: Globs = Field(min_length=1, description="Text of the domain to learn.")
-    original: Globs = Field(
+    target: Entries = Field(min_length=1, description="Text of the domain to learn.")
+    original: Entries = Field(
         min_length=1,
         description="Text of the base's own domain: each source is a class the gates must stay shut on.",
     )
-    background: Globs = Field(
+    background: Entries = Field(
         default=(),
         description="Text of other domains: each language and data set is a class the gates must stay shut on.",
     )
-    heldout: Globs = Field(default=(), description="Text measured during training and never trained on.")
+    heldout: Entries = Field(default=(), description="Text measured during training and never trained on.")
     text_field: str = Field(
         default="text", min_length=1, description="The field of JSONL lines and data sets that holds a document."
     )
@@ -109,6 +110,15 @@ class Blocks(_Section):
         return (self.h,) * layers
 
 
+@dataclass(frozen=True)
+class ResolvedGate:
+    """What a `Gate` comes to in the keys that other keys bear on; their texts are there."""
+
+    steepness: float
+    threshold: float
+    refit: bool
+
+
 class Gate(_Section):
     """How the gates look and start, and whether they train. Only a neutral run reads it."""
 
@@ -167,26 +177,20 @@ class Gate(_Section):
     )
 
     @property
-    def open_mean(self) -> float:
-        """`steepness`, or its default."""
-        return self.steepness or (3.0 if self.kind == "relu1" else 1.0)
-
-    @property
-    def opens_at(self) -> float:
-        """`threshold`, or its default."""
-        if self.threshold is not None:
-            return self.threshold
-        return self.open_mean / 5 if self.kind == "relu1" and self.fitted else 0.0
-
-    @property
     def fitted(self) -> bool:
         """Whether the gates are fitted before training, rather than random or absent."""
         return self.kind != "none" and self.init in ("closed-form", "logistic")
 
     @property
-    def refits(self) -> bool:
-        """Whether they are fitted again after training."""
-        return self.refit and self.fitted and not self.trained
+    def resolved(self) -> ResolvedGate:
+        """The keys whose defaults, or whose effect, other keys decide."""
+        steepness = self.steepness or (3.0 if self.kind == "relu1" else 1.0)
+        threshold = steepness / 5 if self.kind == "relu1" and self.fitted else 0.0
+        return ResolvedGate(
+            steepness=steepness,
+            threshold=threshold if self.threshold is None else self.threshold,
+            refit=self.refit and self.fitted and not self.trained,
+        )
 
     @model_validator(mode="after")
     def _learns(self) -> Gate:
@@ -194,7 +198,7 @@ class Gate(_Section):
             raise ValueError(f"random gates (init = '{self.init}') must be trained")
         if self.kind == "none" and self.trained:
             raise ValueError("a gate of kind 'none' has nothing to train")
-        if self.opens_at > MAX_THRESHOLD:
+        if self.resolved.threshold > MAX_THRESHOLD:
             raise ValueError(
                 f"threshold, or a fifth of the steepness, is above {MAX_THRESHOLD:g}: no file may say that"
             )
@@ -368,7 +372,7 @@ class Recipe(_Section):
     @property
     def threshold(self) -> float:
         """The threshold in training and of the adapter file."""
-        return self.gate.opens_at if self.method == "neutral" else 0.0
+        return self.gate.resolved.threshold if self.method == "neutral" else 0.0
 
     def with_gate(self, **changes: Any) -> Recipe:
         """The recipe with some keys of [gate] replaced, by values that were checked."""

@@ -20,19 +20,17 @@ from transformers import TrainingArguments
 from nr_serve.errors import Conflict
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import processes
-from nr_serve.train.attach import AdapterModule
 from nr_serve.train.base import load_base
-from nr_serve.train.export import load_weights, write_result
-from nr_serve.train.gate_cache import GateCache
-from nr_serve.train.gates import FittedGates, fit_gates, gate_classes, refit_gates
+from nr_serve.train.export import write_result
+from nr_serve.train.gate_cache import fit_once
+from nr_serve.train.gates import FittedGates, refit_gates
 from nr_serve.train.log import Log
 from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
-from nr_serve.train.recipe import BadRecipe, Recipe
+from nr_serve.train.recipe import Recipe
 from nr_serve.train.recipe_file import parse_recipe
+from nr_serve.train.restore import load_weights
 from nr_serve.train.run_text import read_run_text
-from nr_serve.train.tensor_cache import digest
-from nr_serve.train.text.pack import Windows
 from nr_serve.train.trainer import RunTrainer, TrainingStopped, training_arguments
 
 _say = partial(processes.say, "train")
@@ -91,78 +89,72 @@ class TrainingRun:
         self.results: dict[str, Any] = saved.results if saved else {}
         self.log = Log(out / "log.jsonl") if processes.is_first() else None
         self._measured: int | None = None
+        """The step at which the weights as they are now were measured, if they were."""
 
     def train(self) -> Path:
         """Take the steps that are left; returns the adapter file or the folder of the trained model."""
         if self.saved is None:
             if self.recipe.method == "neutral" and self.recipe.gate.fitted:
-                self.fit_gates()
-            self.validate(0)
+                self._fit_gates()
+            self._validate(0)
         else:
             load_weights(self.learner, self.saved.weights())
             _say(f"resuming after step {self.saved.step}")
-        steps = self.recipe.run.steps
         if self.saved is None or not self.saved.stopped:
-            steps = self._take_steps()
-        return processes.from_first(lambda: self._write(steps))
+            self._take_steps()
+        return processes.from_first(self._finish)
 
-    def _take_steps(self) -> int:
-        """Take the steps that are left; returns how many the run has."""
+    def _take_steps(self) -> None:
         trainer = RunTrainer(
             self.learner,
             self.text.batches,
             self.recipe.run,
             self.arguments,
-            validate=self.validate,
+            validate=self._validate,
             describe=self._describe,
             log=self._log,
         )
-        trainer.train(resume_from_checkpoint=None if self.saved is None else str(self.saved.folder))
-        return int(trainer.state.global_step)
+        try:
+            trainer.train(resume_from_checkpoint=None if self.saved is None else str(self.saved.folder))
+        finally:
+            trainer.bar.close()
 
-    def _write(self, steps: int) -> Path:
-        """Write what came of the run: the weights after its `steps`, or the best if it has patience."""
-        kept = checkpoints.kept(self.out)
-        assert kept is not None  # the loop leaves one after its last step
-        if kept.step != steps:
-            load_weights(self.learner, kept.weights())
-            steps, self.results = kept.step, kept.results
-            self._measured = steps
-        if self.recipe.method == "neutral" and self.recipe.gate.refits:
-            self._refit(kept)
-            self._measured = None
-        if self._measured != steps:
-            self._measure(steps)
-        tokens = steps * self.recipe.run.batch_tokens
-        self._log({"event": "end", "step": steps, "tokens": tokens})
+    def _finish(self) -> Path:
+        """Write what came of the run: the weights after its last step, or the best if it has patience."""
+        kept = self._take_kept()
+        if self.recipe.method == "neutral" and self.recipe.gate.resolved.refit:
+            self._refit_gates(kept)
+        if self._measured != kept.step:
+            self._measure(kept.step)
+        tokens = kept.step * self.recipe.run.batch_tokens
+        self._log({"event": "end", "step": kept.step, "tokens": tokens})
         results = {"tokens": tokens, "heldout": self.results}
         return write_result(self.out, self.recipe, self.base, self.learner, results)
 
-    def fit_gates(self) -> None:
+    def _take_kept(self) -> checkpoints.Checkpoint:
+        """Take the weights that the run keeps, with what was measured of them; the learner has the newest."""
+        kept = checkpoints.kept(self.out)
+        assert kept is not None  # the loop leaves one after its last step
+        if kept.folder != checkpoints.latest(self.out):
+            load_weights(self.learner, kept.weights())
+            self.results, self._measured = kept.results, kept.step
+        return kept
+
+    def _fit_gates(self) -> None:
         """Fit the gates on the stream as it is, or take those fitted to the same text before; tell how well."""
         adapter = self.learner.adapter
         assert adapter is not None
-        fitted = processes.from_first(lambda: self._fitted(adapter))
-        adapter.set_gates(fitted.gates)
 
-    def _fitted(self, adapter: AdapterModule) -> FittedGates:
-        gate = self.recipe.gate
-        classes = gate_classes(self.text.classes, gate.fit_tokens)
-
-        def fit() -> FittedGates:
-            _say("fitting the gates")
-            original = self.text.classes.original
-            made = fit_gates(self.base.model, self.learner.attached, classes, gate, original=original)
-            if not made.gates:
-                raise BadRecipe(f"no layer's gate finds gate.min_found, {gate.min_found:g}, of the target")
+        def fitted() -> FittedGates:
+            made = fit_once(self.base, self.learner.attached, self.text.classes, self.recipe)
+            self._tell(made, 0)
             return made
 
-        fitted = GateCache().fitted(self._gates_depend_on(adapter, classes), fit)
-        self._tell(fitted, 0)
-        return fitted
+        adapter.set_gates(processes.from_first(fitted).gates)
 
-    def _refit(self, kept: checkpoints.Checkpoint) -> None:
+    def _refit_gates(self, kept: checkpoints.Checkpoint) -> None:
         """Fit the gates again, on the stream as the trained blocks leave it, and keep them with the checkpoint."""
+        self._measured = None  # with these gates
         if kept.is_refitted:
             load_weights(self.learner, kept.final())
             return
@@ -176,20 +168,7 @@ class TrainingRun:
         self._log({"event": "gates", "step": step, "layers": layers})
         _say(fitted.summary())
 
-    def _gates_depend_on(self, adapter: AdapterModule, classes: Mapping[str, Windows]) -> dict[str, Any]:
-        """All that decides the fitted gates: a key of the cache."""
-        return {
-            "gate": self.recipe.gate.model_dump(exclude={"threshold"}),
-            "carry": adapter.carry,
-            "layers": sorted(adapter.layers),
-            "classes": {name: list(windows.ids_NT.shape) for name, windows in classes.items()},
-            "text": digest(tensor for w in classes.values() for tensor in (w.ids_NT, w.offset_NT)),
-            "original": sorted(self.text.classes.original),
-            "base": self.base.fingerprint,
-            "dtype": self.recipe.run.dtype,
-        }
-
-    def validate(self, step: int) -> float:
+    def _validate(self, step: int) -> float:
         """Measure the held-out sources as they are now and log them; returns the mean loss on the target's."""
         return processes.from_first(lambda: self._measure(step))
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from nr_serve.train import processes, text
 from nr_serve.train.base import load_hf_tokenizer
+from nr_serve.train.batches import Batches
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.pack import Windows
 from nr_serve.train.text.read import find_roles
-from nr_serve.train.trainer import Batches
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ class TensorCache:
     def _read(self, path: Path) -> Tensors | None:
         try:
             with safe_open(path, framework="pt") as file:
-                digest = (file.metadata() or {}).get("digest")
+                checksum = (file.metadata() or {}).get("digest")
                 parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            if digest != _digest(parts):
+            if checksum != _checksum(parts):
                 raise ValueError("its content is not what was written")
         except FileNotFoundError:
             return None
@@ -74,7 +74,7 @@ class TensorCache:
     def _write(self, path: Path, parts: Tensors) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole(path) as part:
-            safetensors.torch.save_file(parts, part, {"digest": _digest(parts)})
+            safetensors.torch.save_file(parts, part, {"digest": _checksum(parts)})
             part.chmod(0o644)  # the library leaves it readable by its owner alone; a cache may be shared
         self._make_room(path)
 
@@ -93,20 +93,24 @@ class TensorCache:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """Hash of the content of tensors on the CPU, one after another."""
+    """Hash of the content of tensors on the CPU, one after another; a key that depends on shapes names them too."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.numpy().tobytes())
+        found.update(_content(tensor))
     return found.hexdigest()
 
 
-def _digest(parts: Tensors) -> str:
-    """Hash of shapes and content: a crash of the machine can leave a file of the right size, full of zeros."""
-    digest = hashlib.sha256()
+def _checksum(parts: Tensors) -> str:
+    """What tells a damaged file: a crash of the machine can leave one of the right size, full of zeros."""
+    found = hashlib.sha256()
     for name in sorted(parts):
-        digest.update(f"{name} {list(parts[name].shape)} ".encode())
-        digest.update(parts[name].reshape(-1).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name} {list(parts[name].shape)} ".encode())
+        found.update(_content(parts[name]))
+    return found.hexdigest()
+
+
+def _content(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).numpy().data
 
 
 def _used(path: Path) -> float:

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -26,13 +26,12 @@ from transformers import (
 from nr_serve.disk import is_write_fault
 from nr_serve.errors import NrError
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train.attach import is_out
 from nr_serve.train.base import best_device
-from nr_serve.train.export import load_weights
-from nr_serve.train.learner import Batch, Learner, Sums, Whole
-from nr_serve.train.recipe import BadRecipe, Run
-from nr_serve.train.text.mix import Classes, Mix
-from nr_serve.train.text.pack import Windows
+from nr_serve.train.batches import Batches
+from nr_serve.train.blocks import is_out
+from nr_serve.train.learner import Learner, Sums
+from nr_serve.train.recipe import Run
+from nr_serve.train.restore import load_weights
 
 
 class TrainingDiverged(NrError):
@@ -63,32 +62,6 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], run: Run) -> tuple[AdamW
     groups = [group for group in groups if group["params"]]
     optimizer = AdamW(groups, lr=run.lr, weight_decay=run.weight_decay, foreach=True)
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate(run, step) / run.lr)
-
-
-class Batches(Dataset[Batch]):
-    """The parts of all steps, in order: each step is cut in as many parts as processes and accumulation need."""
-
-    def __init__(self, classes: Classes, run: Run, processes: int) -> None:
-        parts = processes * run.accumulate
-        if run.windows_a_step % parts:
-            raise BadRecipe(f"{run.windows_a_step} windows per step do not divide into {parts} parts")
-        self.parts, self.length = parts, run.steps * parts
-        self.mix = Mix(classes, run)
-        if self.mix.fewest_targets < parts:
-            raise BadRecipe(
-                f"a step may have {self.mix.fewest_targets} target windows, too few for its {parts} parts"
-            )
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, i: int) -> Batch:
-        step, part = divmod(i, self.parts)
-        roles = zip(("target", "original", "background"), self.mix.batch(step), strict=True)
-        windows: dict[str, Windows] = {role: each for role, each in roles if each is not None}
-        own = {role: each.take(slice(part, None, self.parts)) for role, each in windows.items()}
-        read = {role: (each.ids_NT, each.offset_NT) for role, each in own.items() if len(each)}
-        return {"whole": Whole.of(windows, self.parts), **read}
 
 
 def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArguments:
@@ -159,7 +132,8 @@ class RunTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # it and the plain bar print every log line on stdout
         self.pop_callback(ProgressCallback)
-        self.add_callback(Bar())
+        self.bar = Bar()
+        self.add_callback(self.bar)
         self.add_callback(PlannedRate())
         self._sums: Sums = {}
         self._loss = torch.zeros((), device=arguments.device)
@@ -262,6 +236,12 @@ class PlannedRate(TrainerCallback):
 
 class Bar(ProgressCallback):
     """A progress bar on stderr with the latest losses."""
+
+    def close(self) -> None:
+        """Draw it for the last time, if that was not done: else it comes behind what is said of an early end."""
+        bar: Any = self.training_bar
+        if bar is not None:
+            bar.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Show the losses and how much fired."""

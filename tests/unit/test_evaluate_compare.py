@@ -15,7 +15,7 @@ from nr_serve.errors import BadRequest, Conflict
 from nr_serve.evaluate import readings
 from nr_serve.evaluate.card import card
 from nr_serve.evaluate.compare import compare_runs, write_comparison
-from nr_serve.evaluate.comparison_report import Comparison, page, rows, source_rows
+from nr_serve.evaluate.comparison_report import Comparison, page, run_rows, source_rows
 from nr_serve.evaluate.heldout import Report
 from nr_serve.evaluate.pareto import Point
 from nr_serve.evaluate.run_log import training_seconds
@@ -110,7 +110,7 @@ def test_losses_and_shares_equal_those_reckoned_from_the_runs_files(made, runs, 
 
 def test_the_unread_text_of_the_bases_language_is_told_by_the_recipes(made, runs, corpus):
     assert (made.target_sources, made.original_sources) == (("hu.a",), ("en.b",))
-    assert rows(made)[0][6:8] == ["TARGET", "EN UNREAD"]
+    assert run_rows(made)[0][6:8] == ["TARGET", "EN UNREAD"]
     assert [row[:2] for row in source_rows(made)[1:]] == [
         ["hu.a", "target"],
         ["en.b", "en unread"],
@@ -193,7 +193,7 @@ def test_without_finetuning_there_are_no_shares_and_none_for_the_base(made):
     few = replace(made, runs={"neutral": made.runs["neutral"]})
     assert few.learned("neutral") is None
     assert few.forgotten("neutral") is None
-    assert [row[-2:] for row in rows(few)[1:]] == [["-", "-"], ["-", "-"]]
+    assert [row[-2:] for row in run_rows(few)[1:]] == [["-", "-"], ["-", "-"]]
     neutral, shares = made.runs["neutral"], "the base's loss"
     point = Point("neutral", neutral.original / made.base_original - 1, 1 - neutral.target / made.base_target)
     assert few.points() == ([point], shares)

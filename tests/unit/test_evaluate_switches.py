@@ -144,7 +144,7 @@ def test_the_report_becomes_json_a_table_and_a_plot(tmp_path):
     header, row = switch_rows(never)
     assert dict(zip(header, row, strict=True))["TOKENS TO OPEN"] == "never"
     assert dict(zip(header, row, strict=True))["TOKENS TO SHUT"] == "4"
-    (one,) = plot_switches(tmp_path, report).values()
+    (one,) = plot_switches(tmp_path, report, ".svg").values()
     drawn = one.read_bytes()
-    plot_switches(tmp_path, never)
+    plot_switches(tmp_path, never, ".svg")
     assert drawn != one.read_bytes()

@@ -8,7 +8,8 @@ from nr_serve.neutral.format import Block
 from nr_serve.neutral.host import host_blocks
 from nr_serve.train import losses
 from nr_serve.train.activations import GATES
-from nr_serve.train.attach import VARIANCE, AdapterModule, Attached, window_inputs
+from nr_serve.train.attach import Attached, window_inputs
+from nr_serve.train.blocks import VARIANCE, AdapterModule
 from tests import tiny
 
 T = 12

@@ -14,8 +14,9 @@ from nr_serve.evaluate.hosted import Hosted, load
 from nr_serve.neutral.format import read_adapter, write_adapter
 from nr_serve.train.base import FrozenBase, best_device, load_base
 from nr_serve.train.calibrate import calibrate
-from nr_serve.train.export import export_run, load_run
+from nr_serve.train.export import export_run
 from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.restore import load_run
 from nr_serve.train.run import train
 from nr_serve.train.text import read_heldout
 from tests import tiny

@@ -6,19 +6,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from nr_serve.neutral import math
-from nr_serve.train.attach import AdapterModule, Attached, window_inputs
+from nr_serve.train.attach import Attached, window_inputs
+from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.gate_cache import GateCache
-from nr_serve.train.gates import (
-    SOLVERS,
-    FittedGates,
-    Fitter,
-    causal_mean,
-    evidence,
-    fit_gates,
-    solve_logistic,
-    solve_ridge,
-)
+from nr_serve.train.gates import FittedGates, Fitter, causal_mean, evidence, fit_gates
 from nr_serve.train.recipe import Gate
+from nr_serve.train.solvers import SOLVERS, solve_logistic, solve_ridge
 from nr_serve.train.tensor_cache import TensorCache
 from nr_serve.train.text.pack import Windows
 from tests import tiny

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nr_serve.neutral.host import host_blocks, unhost_blocks
 from nr_serve.train.activations import GATES
-from nr_serve.train.attach import AdapterModule
+from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.learner import Learner
 from nr_serve.train.methods import checkpoint_layers
 from nr_serve.train.recipe import Loss

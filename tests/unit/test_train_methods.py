@@ -14,13 +14,14 @@ from nr_serve.evaluate.compare import compare_runs, page, write_comparison
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.base import load_base
-from nr_serve.train.export import export_run, load_run
+from nr_serve.train.batches import Batches
+from nr_serve.train.export import export_run
 from nr_serve.train.methods import block_parameters, lora_rank, make_learner
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.recipe_file import parse_changes
+from nr_serve.train.restore import load_run
 from nr_serve.train.run import TrainingStopped, train
 from nr_serve.train.text import read_classes
-from nr_serve.train.trainer import Batches
 from tests.tiny_run import weights, write_recipe
 
 METHODS = ("neutral", "adapter", "lora", "finetune")

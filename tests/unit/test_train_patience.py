@@ -9,8 +9,9 @@ from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import run as training
 from nr_serve.train import trainer
-from nr_serve.train.export import export_run, load_run
+from nr_serve.train.export import export_run
 from nr_serve.train.recipe import BadRecipe, Recipe
+from nr_serve.train.restore import load_run
 from nr_serve.train.run import train
 from nr_serve.train.sweep import finished, run_sweep
 from tests.tiny_run import RECIPE, write_recipe

@@ -7,18 +7,20 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nr_serve.disk import CannotWrite
 from nr_serve.errors import Conflict
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train import export, log, losses, trainer
+from nr_serve.train import export, gate_cache, log, losses, trainer
 from nr_serve.train import run as training
 from nr_serve.train.base import load_base
-from nr_serve.train.export import export_run, load_run, load_weights
+from nr_serve.train.export import export_run
 from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Run
+from nr_serve.train.restore import load_run, load_weights
 from nr_serve.train.run import train
 from nr_serve.train.run_text import read_run_text
 from nr_serve.train.trainer import TrainingDiverged, learning_rate
@@ -120,6 +122,30 @@ def test_gates_fitted_again_that_find_no_room_or_are_damaged_can_be_fitted_once_
     assert read_adapter(train(recipe, out, corpus, resume=True)).version == made.version
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda gates: gates.pop("adapter.layers.1.gate"), r"lacks adapter\.layers\.1\.gate, a gate of the blocks"),
+        (lambda gates: gates.update({"adapter.layers.9.bias": torch.ones(())}), r"holds adapter\.layers\.9\.bias"),
+    ],
+    ids=["lacking", "foreign"],
+)
+def test_gates_fitted_again_that_are_not_of_the_trained_blocks_are_refused(tmp_path, base, corpus, change, said):
+    recipe, out = write_recipe(tmp_path, base, tokens=256), tmp_path / "out"
+    made = read_adapter(train(recipe, out, corpus))
+    kept = checkpoints.latest(out) / "refitted.safetensors"
+    gates = load_file(kept)
+    change(gates)
+    save_file(gates, kept)
+    exported = tmp_path / "x.safetensors"
+    for read in (lambda: train(recipe, out, corpus, resume=True), lambda: export_run(out, exported)):
+        with pytest.raises(checkpoints.BadCheckpoint, match=rf"refitted\.safetensors {said}.*fitted again when"):
+            read()
+    assert not exported.exists()
+    kept.unlink()
+    assert read_adapter(train(recipe, out, corpus, resume=True)).version == made.version
+
+
 def test_what_others_read_of_a_run_has_the_gates_that_were_fitted_again(tmp_path, base, corpus):
     for refit in (True, False):
         out = tmp_path / f"{refit}"
@@ -140,8 +166,8 @@ def said(capsys) -> str:
 
 def test_gates_fitted_before_to_the_same_text_are_kept_and_told(tmp_path, base, corpus, monkeypatch, capsys):
     monkeypatch.setenv("NR_CACHE", str(tmp_path / "cache"))
-    fits, fit = [], training.fit_gates
-    monkeypatch.setattr(training, "fit_gates", lambda *args, **more: fits.append(1) or fit(*args, **more))
+    fits, fit = [], gate_cache.fit_gates
+    monkeypatch.setattr(gate_cache, "fit_gates", lambda *args, **more: fits.append(1) or fit(*args, **more))
     made, told = [], []
     for out, changes in (
         ("a", {}),

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from nr_serve.train.base import load_base
+from nr_serve.train.batches import Batches
 from nr_serve.train.learner import Learner, Whole
 from nr_serve.train.losses import next_token_labels
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Recipe
 from nr_serve.train.run import train
 from nr_serve.train.text import read_classes
-from nr_serve.train.trainer import Batches
 from tests.tiny_run import weights, write_recipe
 
 TRAINED_GATES = {"gate__init": "he", "gate__trained": True}

@@ -18,25 +18,7 @@ ENGLISH = frozenset(
     ("the", "and", "you", "this", "with", "that", "which", "your", "from", "when", "used", "using", "these")
 )
 SHARED = ENGLISH.union(
-    (
-        "an",
-        "of",
-        "to",
-        "for",
-        "are",
-        "or",
-        "can",
-        "if",
-        "in",
-        "on",
-        "by",
-        "it",
-        "not",
-        "will",
-        "has",
-        "have",
-        "use",
-    ),
+    ("an", "of", "to", "for", "are", "or", "can", "if", "in", "on", "by", "it", "not", "will", "has", "have", "use")
 )
 ENGLISH_SHARE, SHARED_SHARE = 0.1, 0.2
 

@@ -22,7 +22,7 @@ from nr_serve.train.corpus.split import Document
 HTML_BLOCKS = ("p", "li", "dt", "dd", "td", "th", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "figcaption")
 HTML_DROPPED = ("script", "style", "pre", "nav", "header", "footer", "aside", "head", "form", "button")
 XML_BLOCKS = ("p", "title", "desc", "cite", "td", "para", "simpara", "term", "subtitle")
-XML_DROPPED: tuple[str, ...] = (
+XML_DROPPED = (
     "credit",
     "license",
     "revision",
@@ -31,8 +31,6 @@ XML_DROPPED: tuple[str, ...] = (
     "screen",
     "programlisting",
     "comment",
-)
-XML_DROPPED += (
     "years",
     "legalnotice",
     "copyright",

@@ -1,0 +1,56 @@
+"""A run read back from its folder: its recipe, its base, and a learner with the weights that it keeps so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from nr_serve.errors import Conflict
+from nr_serve.train import checkpoint as checkpoints
+from nr_serve.train.base import FrozenBase, best_device, load_base
+from nr_serve.train.learner import Learner
+from nr_serve.train.methods import make_learner
+from nr_serve.train.recipe import Recipe
+from nr_serve.train.recipe_file import parse_recipe
+
+
+def read_run(run: Path) -> tuple[Recipe, checkpoints.Checkpoint]:
+    """A run's recipe, and the checkpoint whose weights it keeps so far. Raises Conflict if there is none."""
+    saved = checkpoints.kept(run)
+    if saved is None:
+        raise Conflict(f"{run} holds no checkpoint")
+    recipe = parse_recipe(saved.recipe, f"the recipe in {saved.folder}")
+    return recipe, saved
+
+
+def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, Learner, checkpoints.Checkpoint]:
+    """A run with the weights that it keeps so far, on a GPU if there is one.
+
+    Those are of its newest checkpoint, or of the best one if the run has patience, with the gates that were fitted
+    again after the last step. The base's weights are in `dtype` (default: as it trained). Raises Conflict if there
+    is no checkpoint, or if the base has changed; BadCheckpoint.
+    """
+    recipe, saved = read_run(run)
+    base = load_base(recipe.base, dtype or recipe.base_dtype, best_device())
+    if saved.base_fingerprint != base.fingerprint:
+        raise Conflict(f"the base differs from that of the run in {run}")
+    learner = make_learner(recipe, base).to(base.device)
+    load_weights(learner, saved.final())
+    return recipe, base, learner, saved
+
+
+def load_weights(learner: Learner, weights: Mapping[str, Tensor]) -> None:
+    """Put the tensors of a checkpoint in a fresh learner; layers it has no block for lose theirs.
+
+    Raises BadCheckpoint if they are not the learner's.
+    """
+    adapter = learner.adapter
+    if adapter is not None:
+        adapter.keep({name.removeprefix("adapter.") for name in weights})
+    expected = learner.trained_state().keys()
+    if weights.keys() != expected:
+        odd = sorted(weights.keys() ^ expected)[0]
+        raise checkpoints.BadCheckpoint(f"the checkpoint is not of this method and base: {odd}")
+    learner.load_state_dict(dict(weights), strict=False)

@@ -1,0 +1,88 @@
+"""How a gate's direction is found: convex problems on the inputs of tokens of two kinds, with their solutions.
+
+Shape suffixes: T tokens, d width of the stream, e = d + 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_TOKENS = 8192
+NEWTON_STEPS = 20
+
+
+def solve_ridge(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """w [d] and b [] that minimise sum_t weight_t (w · u_t + b - y_t)^2 + ridge v |w|^2, in float64.
+
+    v is the mean weighted variance of a feature (weights sum to 1). The bias is not penalised. With two values
+    of y this is Fisher's linear discriminant with shrinkage.
+    """
+    d = u_Td.shape[1]
+    total = weight_T.double().sum()
+    moment_dd = u_Td.new_zeros(d, d, dtype=torch.float64)
+    cross_d, mean_d = moment_dd.new_zeros(d), moment_dd.new_zeros(d)
+    for u, y, weight in zip(*(torch.split(t, CHUNK_TOKENS) for t in (u_Td, y_T, weight_T)), strict=True):
+        u, weight = u.double(), weight.double() / total
+        weighted = u * weight[:, None]
+        moment_dd += weighted.T @ u
+        cross_d += weighted.T @ y.double()
+        mean_d += weighted.sum(0)
+    mean_y = (y_T.double() * weight_T.double()).sum() / total
+    covariance_dd = moment_dd - torch.outer(mean_d, mean_d)
+    penalty = ridge * covariance_dd.diagonal().mean()
+    w_d = torch.linalg.solve(covariance_dd + penalty * torch.eye(d, device=u_Td.device), cross_d - mean_d * mean_y)
+    return w_d, mean_y - w_d @ mean_d
+
+
+def solve_logistic(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """w [d] and b [] that minimise sum_t weight_t CE(sigmoid(w · u_t + b), y_t) + ridge v |w|^2 / 2.
+
+    v is the mean weighted variance of a feature (weights sum to 1); y is 0 or 1. Newton's method with step halving
+    (iteratively reweighted least squares: Hastie, Tibshirani, Friedman, "The Elements of Statistical Learning",
+    section 4.4.1); the problem is convex. Unlike least squares it spends nothing on tokens that are already far on
+    their side: the direction is decided by those that are easily confused.
+    """
+    p_T = (weight_T / weight_T.sum()).float()
+    y_T = y_T.float()
+    mean_d = (p_T[:, None] * u_Td.float()).sum(0)
+    centred_Td = u_Td.float() - mean_d
+    scale = (p_T[:, None] * centred_Td.square()).sum(0).mean().sqrt()
+    x_Te = torch.cat([centred_Td / scale, torch.ones_like(centred_Td[:, :1])], dim=1)
+    v_e = torch.zeros_like(x_Te[0])
+    for every in (8, 1):  # most steps on a part of the tokens, the last few on all
+        v_e = _newton(x_Te[::every], y_T[::every], p_T[::every] / p_T[::every].sum(), ridge, v_e)
+    w_d = v_e[:-1].double() / scale
+    return w_d, v_e[-1].double() - w_d @ mean_d.double()
+
+
+def _newton(x_Te: Tensor, y_T: Tensor, p_T: Tensor, ridge: float, v_e: Tensor) -> Tensor:
+    """From v_e, the minimum of sum_t p_t CE(sigmoid(x_t · v), y_t) + ridge |v|^2 / 2, the last of v unpenalised."""
+    penalty_e = torch.full_like(v_e, ridge)
+    penalty_e[-1] = 0.0
+    floor_ee = 1e-12 * torch.eye(len(v_e), dtype=torch.float64, device=v_e.device)
+
+    def loss(z_T: Tensor, v_e: Tensor) -> float:
+        return float((p_T * (F.softplus(z_T) - y_T * z_T)).sum() + 0.5 * (penalty_e * v_e * v_e).sum())
+
+    z_T = x_Te @ v_e
+    now = loss(z_T, v_e)
+    for _ in range(NEWTON_STEPS):
+        chance_T = torch.sigmoid(z_T)
+        slope_e = (p_T * (chance_T - y_T)) @ x_Te + penalty_e * v_e
+        curve_ee = (x_Te * (p_T * chance_T * (1 - chance_T))[:, None]).T @ x_Te + penalty_e.diag()
+        step_e = torch.linalg.solve(curve_ee.double() + floor_ee, slope_e.double()).float()
+        moved_T, size = x_Te @ step_e, 1.0
+        while (then := loss(z_T - size * moved_T, v_e - size * step_e)) > now and size > 1e-3:
+            size /= 2
+        if then >= now:
+            break
+        v_e, z_T, gain, now = v_e - size * step_e, z_T - size * moved_T, now - then, then
+        if gain < 1e-6 * now:
+            break
+    return v_e
+
+
+SOLVERS = {"closed-form": solve_ridge, "logistic": solve_logistic}
+"""By the recipe's name."""
