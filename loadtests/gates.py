@@ -39,10 +39,12 @@ from torch import Tensor
 from nr_serve.evaluate.plots import panels
 from nr_serve.evaluate.tables import Rows, markdown
 from nr_serve.logs import say
-from nr_serve.train.attach import AdapterModule, Attached, window_inputs
+from nr_serve.train.attach import Attached, window_inputs
 from nr_serve.train.base import load_base
-from nr_serve.train.gates import SOLVERS, Fitter
+from nr_serve.train.blocks import AdapterModule
+from nr_serve.train.gates import Fitter
 from nr_serve.train.recipe import Blocks, Gate
+from nr_serve.train.solvers import SOLVERS
 from nr_serve.train.text.pack import Windows
 
 _say = partial(say, "gates")

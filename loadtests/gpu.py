@@ -28,7 +28,8 @@ from torch import nn
 
 from nr_serve.logs import say
 from nr_serve.neutral import block_width
-from nr_serve.train.attach import AdapterModule, Attached
+from nr_serve.train.attach import Attached
+from nr_serve.train.blocks import AdapterModule
 
 _say = partial(say, "gpu")
 TRAINED_CAPACITY = 0.2

@@ -27,6 +27,7 @@ from provenance import provenance
 from nr_serve.evaluate.tables import markdown
 from nr_serve.logs import say
 from nr_serve.train.base import load_base
+from nr_serve.train.batches import Batches
 from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.learner import Batch, Learner
 from nr_serve.train.methods import make_learner
@@ -34,7 +35,7 @@ from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.recipe_file import read_recipe
 from nr_serve.train.text import read_classes
 from nr_serve.train.text.mix import Classes
-from nr_serve.train.trainer import Batches, make_optimizer
+from nr_serve.train.trainer import make_optimizer
 
 _say = partial(say, "training")
 METHODS = ("neutral", "adapter", "lora", "finetune")

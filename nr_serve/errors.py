@@ -20,7 +20,7 @@
     ├── CannotWrite                500  (disk) a file that could not be written
     ├── BadCheckpoint              500  (train.checkpoint) a checkpoint that cannot be gone on from
     ├── TrainingDiverged           500  (train.trainer) the loss is no number any more
-    └── TrainingStopped            500  (train.trainer) a signal ended the run
+    └── TrainingStopped            500  (train.trainer) it could not go on; the last good checkpoint is kept
 
 The command line prints the message alone; a stack trace means a bug in nr-serve.
 """
