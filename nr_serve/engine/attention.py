@@ -22,7 +22,7 @@ from nr_serve.errors import UnsupportedBase
 NAME = "nr_paged"
 _TOKENS_AT_ONCE = 128  # their logits stay in a core's cache
 _WORTH_PRODUCTS = 512  # tokens times context: below, calling several operators costs more than it saves
-_NO_WINDOW = 2**62
+NO_WINDOW = 2**62
 _KNOWN = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 
 
@@ -130,7 +130,7 @@ def attend(
                 group.cells_BN,
                 group.positions_Bn,
                 scale,
-                window or _NO_WINDOW,
+                window or NO_WINDOW,
             )
         else:
             rows_X = batch.rows(i, heads)

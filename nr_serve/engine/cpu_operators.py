@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class CpuOperators:
     """None where oneDNN's products are the faster ones."""
     attend_prompts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None
     """By such products; None where there are none."""
+    layer: Callable[..., Any] | None
+    """A decoder layer by such products, in one call; None where there are none."""
 
     def prompts_by(
         self, dtype: torch.dtype, head_size: int
@@ -76,6 +79,7 @@ def cpu_operators() -> CpuOperators | None:
         torch.classes.nr_serve.Residues,
         ops.multiply.default if hasattr(ops, "multiply") else None,
         ops.attend_prompts.default if hasattr(ops, "attend_prompts") else None,
+        torch.classes.nr_serve.Layer if hasattr(ops, "multiply") else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Decoder layers on a CPU in eleven operators: what lies between two products costs as much as they do.
+"""Decoder layers on a CPU in eleven operators, or in one: what lies between two products costs as much as they do.
 
 Only for layers of transformers that are known to compute just this; all others stay as they are. The start-up check
 (`startup_check.py`) holds the result against the model's own.
@@ -6,15 +6,18 @@ Only for layers of transformers that are known to compute just this; all others 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nr_serve.engine.attention import KVCache, attend, refuse_unknown
+from nr_serve.engine.attention import NO_WINDOW, KVCache, attend, refuse_unknown
 from nr_serve.engine.batch import Batch
 from nr_serve.engine.cpu_operators import CpuOperators
-from nr_serve.neutral.host import decoder_layers
+from nr_serve.engine.packed_linear import PairedLinear
+from nr_serve.neutral.cpu_bank import CpuBank
+from nr_serve.neutral.host import HostFFN, decoder_layers
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _SILUS = {"SiLU", "SiLUActivation"}
@@ -51,6 +54,7 @@ class FusedLayer(nn.Module):
         q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         self.q_norm, self.k_norm = getattr(q_norm, "weight", None), getattr(k_norm, "weight", None)
         self.layer_idx: int = attention.layer_idx
+        self.head_size: int = attention.head_dim
         self.scaling: float = attention.scaling
         self.window = _window(attention)
         self._operators = operators
@@ -92,6 +96,71 @@ def fuse(model: nn.Module, operators: CpuOperators) -> None:
     for i, layer in enumerate(decoder_layers(model)):
         if _is_known(layer):
             layers[i] = FusedLayer(layer, operators)
+
+
+class CompiledLayer(nn.Module):
+    """A fused layer, its FFN's residues included, in one call: by products of our own."""
+
+    def __init__(self, layer: FusedLayer, make: Callable[..., Any], bank: CpuBank) -> None:
+        """Take the layer over. `make`: `CpuOperators.layer`."""
+        super().__init__()
+        weights = [weight for product in _products(layer) for weight in (product.packed, product.bias)]
+        self._layer = make(
+            layer.layer_idx,
+            layer.attention_norm,
+            layer.ffn_norm,
+            layer.eps,
+            layer.q_norm,
+            layer.k_norm,
+            layer.scaling,
+            layer.window or NO_WINDOW,
+            *weights,
+        )
+        self._bank = bank
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        nr_batch: Batch,
+        nr_cache: KVCache,
+        **unknown: Any,
+    ) -> Tensor:
+        """[1, T, d] to the same, called as the model calls its own layers."""
+        refuse_unknown(attention_mask, 0.0, unknown)
+        y: Tensor = self._layer.forward(
+            hidden_states,
+            *position_embeddings,
+            nr_cache.keys_LCKD,
+            nr_cache.values_LCKD,
+            nr_batch.cells_T,
+            [group.cells_BN for group in nr_batch.groups],
+            [group.positions_Bn for group in nr_batch.groups],
+            self._bank.under_way,
+        )
+        return y
+
+
+def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> None:
+    """Replace, in place, the fused layers whose products are all our own; residues come from `bank`.
+
+    Call it after `pack_linears`.
+    """
+    layers: Any = model.get_submodule("model.layers")
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, FusedLayer) or operators.layer is None:
+            continue
+        prompts = operators.prompts_by(layer.attention_norm.dtype, layer.head_size)
+        if prompts is not None and all(isinstance(product, PairedLinear) for product in _products(layer)):
+            layers[i] = CompiledLayer(layer, operators.layer, bank)
+
+
+def _products(layer: FusedLayer) -> list[Any]:
+    """A layer's linear layers, in the order that `CpuOperators.layer` takes them."""
+    ffn: Any = layer.mlp.ffn if isinstance(layer.mlp, HostFFN) else layer.mlp
+    return [layer.qkv, layer.out, ffn.gate_up, ffn.down]
 
 
 def _is_known(layer: Any) -> bool:

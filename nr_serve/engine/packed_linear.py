@@ -52,12 +52,12 @@ class PairedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        self._packed = _pairs(weight)
+        self.packed = _pairs(weight)
         self._multiply, self._dtype = multiply, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        return self._multiply(x.contiguous(), self._packed, self.bias, self._dtype)
+        return self._multiply(x.contiguous(), self.packed, self.bias, self._dtype)
 
 
 def can_pair(weight: Tensor) -> bool:

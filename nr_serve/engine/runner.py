@@ -18,7 +18,7 @@ from nr_serve.engine.attention import KVCache
 from nr_serve.engine.base import check_base, end_tokens, load_base, max_model_len
 from nr_serve.engine.batch import Batch, build_batch
 from nr_serve.engine.cpu_operators import cpu_operators
-from nr_serve.engine.fuse import fuse
+from nr_serve.engine.fuse import compile_layers, fuse
 from nr_serve.engine.gate_counts import label_count
 from nr_serve.engine.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.messages import EngineInfo
@@ -86,6 +86,8 @@ class Runner:
             fuse(model, self.operators)
         host_blocks(model, self.bank.add_residues)
         pack_linears(model, None if self.operators is None else self.operators.multiply)
+        if self.operators is not None and isinstance(self.bank, CpuBank):
+            compile_layers(model, self.operators, self.bank)
         probe.check(self._all_logits, page_size=self.page_size, pages=self.pages)
         self.graphs = self._graphs() if self.kernels else None
 

@@ -30,7 +30,7 @@ class Residues(Protocol):
         """Add a layer's residues to y, in place; x and y [..., d], contiguous."""
 
     def end(self, label_T: Tensor, counted: int, end_E: Tensor | None, page_E: Tensor | None) -> Tensor | None:
-        """End a step: states are kept, the first tokens counted. As `Bank.end`."""
+        """End a step: states are kept, the first tokens counted, but of a step cut short nothing. As `Bank.end`."""
 
 
 class CpuBank(Bank):
@@ -56,7 +56,6 @@ class CpuBank(Bank):
             self._cross_KS,
         )
         self._tokens: StepTokens | None = None  # of the step under way
-        self._layers_done = 0
 
     def begin(self, tokens: StepTokens) -> None:
         """As `Bank.begin`."""
@@ -72,7 +71,12 @@ class CpuBank(Bank):
             trial.slot,
             trial.threshold,
         )
-        self._tokens, self._layers_done = tokens, 0
+        self._tokens = tokens
+
+    @property
+    def under_way(self) -> Residues | None:
+        """The operator, in a step in which adapters may act: who calls its `add` need not call `add_residues`."""
+        return None if self._tokens is None else self._residues
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """As `Bank.add_residues`; y is reused."""
@@ -80,12 +84,11 @@ class CpuBank(Bank):
             return y
         y = y.contiguous()
         self._residues.add(layer, x.contiguous(), y)
-        self._layers_done = layer + 1
         return y
 
     def end(self) -> Tensor | None:
         """As `Bank.end`."""
         tokens, self._tokens = self._tokens, None
-        if tokens is None or self._layers_done < self.layers:
+        if tokens is None:
             return None
         return self._residues.end(tokens.label_T, tokens.counted, tokens.end_E, tokens.page_E)

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine.fuse import FusedFFN, FusedLayer, fuse
+from nr_serve.engine import runner as runner_module
+from nr_serve.engine.fuse import CompiledLayer, FusedFFN, FusedLayer, fuse
+from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.packed_linear import can_pack
 from nr_serve.engine.runner import Runner
 from tests import tiny
 from tests.compiled import operators_or_skip
+from tests.unit.test_exactness import engine, load
 
 FUSED = ["llama", "mistral", "qwen2", "qwen3"]
 """That they compute what the model did is seen in test_bases.py, token by token."""
@@ -67,3 +70,41 @@ def test_the_setting_says_whether_steps_use_them(operators, compiled):
         pytest.skip("this torch has no packed products")
     runner = Runner(tiny.model(), tiny.tokenizer(), ServeConfig(pages=40, compile=compiled), "tiny")
     assert any(isinstance(module, FusedLayer) for module in runner.model.modules()) is compiled
+
+
+def answers(kind, layer_class, **changed):
+    """Answers in bfloat16, with log probabilities and gates, to prompts of all lengths beside two adapters."""
+    base = tiny.model(kind, **changed).bfloat16()
+    core, adapters = engine(base, pages=60, budget=24, running=4)
+    assert all(type(layer) is layer_class for layer in base.model.layers)
+    for seed in (0, 1):
+        load(adapters, f"a{seed}", tiny.adapter(tiny.model(kind), seed=seed, carry=0.5))
+    for i, length in enumerate((40, 1, 9, 3, 25)):
+        sampling = Sampling(max_tokens=12, temperature=0, logprobs=3, ignore_eos=True)
+        prompt = tuple((7 * i + 3 * place) % 290 for place in range(length))
+        assert core.add(Submit(str(i), prompt, sampling, [None, (), ("a1",)][i % 3], gates=True)) is None
+    given = {}
+    while not core.idle:
+        for output in core.step().outputs:
+            assert output.error is None
+            given.setdefault(output.request_id, []).extend(output.tokens)
+    return given, core.statistics().adapters
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"), [("llama", {}), ("mistral", {"sliding_window": 6}), ("qwen2", {}), ("qwen3", {})]
+)
+def test_a_layer_in_one_call_computes_what_its_operators_do_to_the_bit(operators, kind, changed, monkeypatch):
+    if operators.layer is None:
+        pytest.skip("no products of our own here")
+    got = answers(kind, CompiledLayer, **changed)
+    monkeypatch.setattr(runner_module, "compile_layers", lambda *_: None)
+    assert got == answers(kind, FusedLayer, **changed)
+    assert all(sum(gates.fired) for gates in got[1].values()), "or residues were not looked at"
+
+
+@pytest.mark.parametrize(("kind", "changed"), [("llama", {"head_dim": 24}), ("llama", {"intermediate_size": 90})])
+def test_layers_whose_products_or_prompts_are_not_ours_stay_fused(operators, kind, changed):
+    core_base = tiny.model(kind, **changed).bfloat16()
+    Runner(core_base, tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+    assert all(type(layer) is FusedLayer for layer in core_base.model.layers)

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "decoder.h"
 #include "layer.h"
 #include "products.h"
 #include "prompts.h"
@@ -32,6 +33,11 @@ TORCH_LIBRARY(nr_serve, library) {
       "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
       " -> Tensor");
   library.def("multiply(Tensor x, Tensor packed, Tensor? bias, ScalarType type) -> Tensor");
+  using Maybe = std::optional<Tensor>;
+  library.class_<nr_serve::Layer>("Layer")
+      .def(torch::init<int64_t, Tensor, Tensor, double, Maybe, Maybe, double, int64_t, Tensor, Maybe, Tensor, Maybe,
+                       Tensor, Maybe, Tensor, Maybe>())
+      .def("forward", &nr_serve::Layer::forward);
 #endif
 }
 

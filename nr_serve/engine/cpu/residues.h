@@ -140,7 +140,7 @@ class Residues : public torch::CustomClassHolder {
   // slot has another threshold; none, if that is T. `add` follows for every layer, in order.
   void begin(const Tensor& row, const Tensor& offset, const Tensor& selected, int64_t n, int64_t first, int64_t slot,
              double threshold) {
-    tokens_ = row.numel(), n_ = n, opened_ = false;
+    tokens_ = row.numel(), n_ = n, done_ = 0, opened_ = false;
     TORCH_CHECK(0 < n && n <= slots_ && tokens_ > 0 && offset.numel() == tokens_);
     TORCH_CHECK(0 <= first && first <= tokens_ && 0 <= slot && slot < n);
     TORCH_CHECK(row.is_contiguous() && offset.is_contiguous() && selected.size(0) == tokens_ &&
@@ -179,14 +179,16 @@ class Residues : public torch::CustomClassHolder {
         if (at != fired_.end()) add_block_of_many(layer, *at++, x, y.mutable_data_ptr<T>());
       }
     });
+    done_ = layer + 1;
   }
 
   // Ends a step: the states are kept, of each piece's last token by row and of the tokens `ends` by page [E], and the
   // first `counted` tokens are counted, each under its label [T]. Layers whose gate was open by token and slot,
-  // selected or not, int32 [T, S]; nothing, if no gate was.
+  // selected or not, int32 [T, S]; nothing, if no gate was. Of a step that was cut short nothing is kept.
   c10::optional<Tensor> end(const Tensor& label, int64_t counted, const c10::optional<Tensor>& ends,
                             const c10::optional<Tensor>& pages) {
     TORCH_CHECK(0 <= counted && counted <= tokens_ && label.is_contiguous() && label.numel() == tokens_);
+    if (done_ < layers_) return c10::nullopt;
     for (int64_t t = 0; t < tokens_; ++t)
       if (t + 1 == tokens_ || places_[t + 1] == 0) keep(state_, rows_[t], t);
     if (ends && pages) {
@@ -361,7 +363,7 @@ class Residues : public torch::CustomClassHolder {
   Tensor seen_, fired_count_, mass_, cross_;
   int64_t layers_, slots_, d_;
   // Of the step.
-  int64_t tokens_ = 0, n_ = 0;
+  int64_t tokens_ = 0, n_ = 0, done_ = 0;  // layers
   bool opened_ = false;
   Tensor selected_;
   std::vector<int64_t> rows_, places_;
