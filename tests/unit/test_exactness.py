@@ -1,44 +1,14 @@
 """Greedy answers equal a naive loop, whatever is batched, chunked, preempted or selected beside them."""
 
 import random
-from concurrent.futures import Future
 
 import pytest
 
-from nr_serve.config import ServeConfig
-from nr_serve.engine.adapters import Adapters
-from nr_serve.engine.core import Core
-from nr_serve.engine.messages import LoadAdapter, Sampling, Submit
-from nr_serve.engine.runner import Runner
+from nr_serve.engine.messages import Sampling, Submit
 from tests import tiny
+from tests.unit.stepped import engine, load
 
 REQUESTS = 300
-
-
-def engine(
-    base, *, pages: int, budget: int, running: int, page_size: int = 4, slots: int = 4, kind=Adapters, **settings
-) -> tuple[Core, Adapters]:
-    config = ServeConfig(
-        pages=pages,
-        page_size=page_size,
-        slots=slots,
-        slot_width=16,
-        max_running=running,
-        max_waiting=1000,
-        max_batch_tokens=budget,
-        **settings,
-    )
-    tokenizer = tiny.tokenizer()
-    runner = Runner(base, tokenizer, config, "tiny")
-    adapters = kind(runner.bank)
-    return Core(runner, adapters, tokenizer, config), adapters
-
-
-def load(adapters: Adapters, name: str, adapter, *, state: str = "attached") -> None:
-    answer: Future = Future()
-    adapters.load(LoadAdapter(name, path=None), adapter, answer, 0.0)
-    adapters.copy_some(seconds=60)
-    assert answer.result(timeout=0).state == state
 
 
 @pytest.mark.parametrize("budget", [8, 13, 64])

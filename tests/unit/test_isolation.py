@@ -9,7 +9,7 @@ from nr_serve.engine import runner as runner_module
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.messages import Sampling, Submit
 from tests import tiny
-from tests.unit.test_exactness import engine, load
+from tests.unit.stepped import engine, load
 
 
 def ask(request_id: str, prompt, adapters=(), **sampling) -> Submit:
