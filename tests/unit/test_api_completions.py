@@ -1,6 +1,6 @@
 import pytest
 
-from tests.fakes import BOS, MAX_MODEL_LEN, ByteTokenizer, events, letters, serving, usage
+from tests.fakes import BOS, MAX_MODEL_LEN, ByteTokenizer, events, serving, usage
 
 MOST_BYTES = 2 * MAX_MODEL_LEN  # the fake's vocabulary spells some bytes with two
 LONG = "x" * (MOST_BYTES + 1)
@@ -112,12 +112,9 @@ def test_prompt_logprobs_and_token_ids_are_vllms(server):
     assert choice["token_ids"] == [97]
 
 
-def test_gates_are_reported_per_token_beside_whole_characters(server):
-    server.engine.answer = lambda submit: list("ő".encode()) * 9
-    try:
-        choice = server.complete(prompt="é", gates=True, max_tokens=2).json()["choices"][0]
-    finally:
-        server.engine.answer = letters
+def test_gates_are_reported_per_token_beside_whole_characters(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "answer", lambda submit: list("ő".encode()) * 9)
+    choice = server.complete(prompt="é", gates=True, max_tokens=2).json()["choices"][0]
     assert choice["gates"] == {
         "prompt": [{"hu": 0.5}] * 3,
         "prompt_text": ["", "", "é"],
@@ -241,10 +238,10 @@ def test_the_tier_that_served_is_named_if_one_was_asked_for(server):
     assert "service_tier" not in server.complete().json()
 
 
-def test_best_of_returns_the_answers_likeliest_per_token_best_first(server):
-    # The fake's answers all have the same log probability a token: ties go to the first.
+def test_best_of_returns_the_answers_likeliest_per_token_best_first(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "logprob", lambda token_id: token_id - 200.0)  # the last letters
     body = server.complete(prompt=["x", "yy"], n=2, best_of=4, seed=7, max_tokens=2).json()
-    assert [choice["text"] for choice in body["choices"]] == ["hi", "ij", "hi", "ij"]
+    assert [choice["text"] for choice in body["choices"]] == ["kl", "jk", "kl", "jk"]
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert [choice["logprobs"] for choice in body["choices"]] == [None] * 4, "they were not asked for"
     assert body["usage"] == usage(5, 16)
