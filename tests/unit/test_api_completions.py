@@ -108,6 +108,11 @@ def test_prompt_logprobs_and_token_ids_are_vllms(server):
             "105": {"logprob": -1.5, "rank": None, "decoded_token": "i"},
         },
     ]
+    more = {"prompt": [104, 105], "echo": True, "max_tokens": 1}
+    longer = server.complete(**more, prompt_logprobs=1, logprobs=3).json()["choices"][0]
+    assert longer["prompt_logprobs"] == choice["prompt_logprobs"], "each is as long as it was asked for"
+    longer = server.complete(**more, prompt_logprobs=3, logprobs=1).json()["choices"][0]
+    assert longer["logprobs"]["top_logprobs"] == [None, {"a": -0.25, "i": -1.5}, {"a": -0.25}]
     assert choice["prompt_token_ids"] == [104, 105]
     assert choice["token_ids"] == [97]
 
@@ -136,6 +141,14 @@ def test_a_stream_says_what_the_whole_answer_says(server):
             assert [x for part in parts for x in part["logprobs"][name]] == choice["logprobs"][name]
         assert parts[0]["gates"]["prompt"] == choice["gates"]["prompt"]
         assert [x for part in parts for x in part["gates"]["tokens"]] == choice["gates"]["tokens"]
+
+
+def test_a_stream_shows_whole_characters_and_every_token_only_if_asked_of_tokens(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "answer", lambda submit: list("ő".encode()) * 9)
+    streamed = events(server.complete(max_tokens=4, stream=True))
+    assert [event["choices"][0]["text"] for event in streamed] == ["ő", "ő"]
+    for asked in ({"logprobs": 0}, {"gates": True}, {"return_token_ids": True}):
+        assert len(events(server.complete(max_tokens=4, stream=True, **asked))) == 4, asked
 
 
 def test_a_stream_reports_usage_at_its_end_if_asked(server):
