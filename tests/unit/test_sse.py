@@ -56,6 +56,28 @@ def test_a_connection_that_breaks_ends_the_stream_quietly():
     assert bodies.closed
 
 
+def test_a_client_that_goes_before_the_first_event_ends_what_the_events_would_come_from():
+    ended = []
+
+    async def outputs():
+        try:
+            while True:
+                yield 1
+        finally:
+            ended.append(True)
+
+    async def send(message):
+        raise BrokenPipeError
+
+    async def main() -> None:
+        source = outputs()
+        await anext(source)
+        await EventStream(Bodies().events(), source)({}, silent, send)
+        assert ended
+
+    asyncio.run(main())
+
+
 def test_an_os_error_while_an_event_is_written_is_not_taken_for_the_client():
     async def send(message):
         pass
