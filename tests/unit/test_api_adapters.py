@@ -6,7 +6,15 @@ import pytest
 
 from nr_serve.api import files
 from nr_serve.api.bridge import AsyncEngine
-from nr_serve.engine.messages import LoadAdapter, ReadGates, Sampling, StepEvents, Submit, UnloadAdapter
+from nr_serve.engine.messages import (
+    ListAdapters,
+    LoadAdapter,
+    ReadGates,
+    Sampling,
+    StepEvents,
+    Submit,
+    UnloadAdapter,
+)
 from nr_serve.metrics import Metrics
 from tests.fakes import FakeEngine, letters, serving, view
 from tests.waiting import PATIENCE, until
@@ -37,6 +45,7 @@ def test_an_uploaded_file_is_loaded_and_gone_from_disk(server):
 def test_a_name_that_is_taken_needs_replace(server):
     error = put(server, "hu").json()["error"]
     assert (error["code"], error["type"]) == (409, "ConflictError")
+    assert server.engine.commands == [ListAdapters()], "it is said before the upload, by the names that are known"
     assert put(server, "hu", replace=True).status_code == 200
 
 

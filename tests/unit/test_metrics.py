@@ -24,6 +24,7 @@ from nr_serve.metrics import Metrics, RequestClock, VllmCollector, VllmNames, me
 from nr_serve.metrics import clock as clock_module
 from nr_serve.metrics.definitions import DEFINITIONS
 from tests.fakes import FakeEngine, serving, view
+from tests.waiting import PATIENCE
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -229,7 +230,7 @@ class Reader:
 
 
 def test_a_scrape_does_not_wait_for_a_long_step(monkeypatch):
-    monkeypatch.setattr(bridge, "_READ_SECONDS", 0.05)
+    monkeypatch.setattr(bridge, "_READ_SECONDS", PATIENCE)
     reader = Reader()
 
     async def scrapes() -> list[bytes]:
@@ -237,6 +238,7 @@ def test_a_scrape_does_not_wait_for_a_long_step(monkeypatch):
             await reader.ready()
             reader.fake.load = (3, 4, 5, 100)
             texts = [await reader.engine.scrape()]
+            monkeypatch.setattr(bridge, "_READ_SECONDS", 0.01)
             reader.fake.steps_may_run.clear()
             answer = asyncio.create_task(anext(reader.engine.generate([submit()])))
             while reader.engine.metrics.in_flight.collect()[0].samples[0].value == 0:
