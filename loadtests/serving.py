@@ -4,7 +4,8 @@
         --contender 'vllm=vllm serve "$BASE" --port {port}' --save loadtests/results/serving.json
 
 A contender is a URL or a command; ratios are the first one's to each other's. All are ready before the first is
-measured, and all but the one that is measured are paused. A round measures every contender under every load, on the
+measured, and all but the one that is measured are paused (SIGSTOP). They go on when this ends, unless SIGKILL ends
+it: what was paused then stays so until `kill -CONT PID`. A round measures every contender under every load, on the
 same prompts, beginning with another contender each time; no prompt comes twice. What slows the machine down for a
 while then shows in the spread of the ratios. The last line is one JSON document.
 """
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     """Start, measure in rounds, print."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that paused servers are let go
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that paused servers are let go
+        signal.signal(number, lambda *_: sys.exit("terminated"))
     texts = _texts(args)
     models = dict(entry.split("=", 1) for entry in args.model)
     with contextlib.ExitStack() as stack:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine
@@ -38,6 +39,7 @@ from nr_serve.errors import BadAdapterFile, Conflict, NotFound, NrError, Unavail
 from nr_serve.metrics import Metrics
 from nr_serve.serve import bind
 from nr_serve.tokenizer import Detokenizer, Tokenizer
+from tests.waiting import PATIENCE, until
 
 BOS, EOS, VOCAB = 256, 257, 258
 MAX_MODEL_LEN = 200
@@ -101,6 +103,8 @@ class FakeEngine:
         """Requests running and waiting, pages used and there, as ReadGates answers."""
         self.cached_tokens: Callable[[Submit], int] = lambda submit: 0
         """Tokens of a request's prompt that the prefix cache had."""
+        self.logprob: Callable[[int], float] = lambda token_id: -1.5
+        """Of an answer's token, if log probabilities are asked for."""
         self.error: dict[int, Exception] = {}
         """Error to end one request with, by how many tokens it has by then."""
         self.may_load, self.steps_may_run = threading.Event(), threading.Event()
@@ -200,7 +204,7 @@ class FakeEngine:
             reason, stop, shown = "stop", token_id if token_id in asked.stop_token_ids else shown, ""
         elif len(written) == asked.max_tokens:
             reason = "length"
-        tokens = (_token(token_id, submit),)
+        tokens = (_token(token_id, submit, self.logprob(token_id)),)
         return Output(name, tokens, shown, prompt, reason, stop, cached_tokens=cached)
 
 
@@ -219,14 +223,16 @@ def letters(submit: Submit) -> list[int]:
     return [97 + (start + i) % 26 for i in range(MAX_MODEL_LEN)]
 
 
-def _token(token_id: int, submit: Submit, *, first: bool = False, prompt: bool = False) -> Token:
+def _token(
+    token_id: int, submit: Submit, logprob: float = -1.5, *, first: bool = False, prompt: bool = False
+) -> Token:
     k = submit.sampling.prompt_logprobs if prompt else submit.sampling.logprobs
     gates = {"hu": 0.5} if submit.gates else None
     text = tokenizer().token_text(token_id)
     if k is None or first:
         return Token(token_id, text, gates=gates)
     top = tuple((j, tokenizer().token_text(j), -0.25 * (j - 96)) for j in range(97, 97 + k))
-    return Token(token_id, text, -1.5, top, gates)
+    return Token(token_id, text, logprob, top, gates)
 
 
 def _carry_out(engine: FakeEngine, command: Any, future: Future) -> None:
@@ -280,12 +286,24 @@ class Served:
 
     def until(self, path: str, status: int) -> httpx.Response:
         """Ask until the answer has this status."""
-        for _ in range(500):
-            response = self.http.get(path)
-            if response.status_code == status:
-                return response
-            time.sleep(0.01)
-        raise AssertionError(f"{path} answers {response.status_code} {response.text}")
+        until(lambda: self.http.get(path).status_code == status)
+        return self.http.get(path)
+
+
+@contextmanager
+def listening(app: FastAPI):
+    """Serve the app in a thread until the block ends; its address."""
+    config = uvicorn.Config(app, http=Http11Protocol, ws="none", log_config=None, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield "http://{}:{}".format(*listener.getsockname())
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
 
 
 @contextmanager
@@ -301,22 +319,14 @@ def serving(failure: str | None = None, *, loading: bool = False, **config: Any)
         return engines[0]
 
     app = create_app(AsyncEngine(build, Metrics()), tokenizer(), ServeConfig(**config))
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(app, http=Http11Protocol, ws="none", log_config=None, timeout_graceful_shutdown=2)
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    served = Served(engines[0], "http://{}:{}".format(*listener.getsockname()))
-    try:
-        if not loading:
-            served.until("/health", 503) if failure else served.until("/ready", 200)
-        yield served
-    finally:
-        served.http.close()
-        server.should_exit = True
-        thread.join(10)
-        listener.close()
+    with listening(app) as url:
+        served = Served(engines[0], url)
+        try:
+            if not loading:
+                served.until("/health", 503) if failure else served.until("/ready", 200)
+            yield served
+        finally:
+            served.http.close()
 
 
 def events(response: httpx.Response) -> list[Any]:

@@ -6,13 +6,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.e2e.conftest import ADAPTER
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
@@ -39,8 +39,7 @@ def answered(file):
 def test_a_killed_run_goes_on_and_its_answers_are_those_of_a_server(place, url, client):
     answers = place / "answers.jsonl"
     with start(place, shlex.split(TO_FILE)) as process:
-        while not (answers.exists() and answers.read_bytes().endswith(b"\n")) and process.poll() is None:
-            time.sleep(0.01)
+        until(lambda: (answers.exists() and answers.read_bytes().endswith(b"\n")) or process.poll() is not None)
         process.send_signal(signal.SIGKILL)
     before = answered(answers)
     assert before

@@ -10,7 +10,7 @@ import torch
 
 from nr_serve.engine.messages import Sampling, Submit
 from tests import tiny
-from tests.unit.test_exactness import engine, load
+from tests.unit.stepped import engine, load
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,11 +1,15 @@
-"""What the tests of training share: a tiny base on disk, and a corpus of three made-up languages."""
+"""What tests share: small banks, a tiny base on disk, and a corpus of three made-up languages."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import tiny
+from nr_serve.neutral.bank import Bank
+from nr_serve.neutral.torch_bank import TorchBank
+from tests import banks, tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,6 +18,12 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(params=[TorchBank, banks.cpu_bank], ids=["torch's operators", "one operator"])
+def bank(request) -> Callable[..., Bank]:
+    """Makes small banks, of torch's operators or of the compiled one."""
+    return partial(banks.small, request.param)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import threading
 
 from nr_serve import assemble, cli
 from tests.fakes import FakeEngine, tokenizer
-from tests.unit.waiting import PATIENCE
+from tests.waiting import PATIENCE
 
 
 class Halting(FakeEngine):

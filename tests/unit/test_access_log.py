@@ -5,10 +5,9 @@ import logging
 
 import pytest
 
-from nr_serve.logs import JsonFormatter, TextFormatter, configure_logging, fields_of, quiet_progress_bars
-from nr_serve.train.base import load_base
+from nr_serve.logs import JsonFormatter, TextFormatter
 from tests.fakes import serving
-from tests.unit.waiting import until
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -109,76 +108,17 @@ def test_no_text_of_a_prompt_is_logged_whatever_becomes_of_the_request(served, c
     assert not [line for line in formatted if "hush" in line]
 
 
-def test_a_bug_is_logged_with_its_trace_under_the_requests_id(served, caplog):
+def test_a_bug_is_logged_with_its_trace_under_the_requests_id(served, caplog, monkeypatch):
     def bug(submit):
         raise RuntimeError("secret detail")
 
+    monkeypatch.setattr(caplog.handler, "formatter", JsonFormatter())
     served.engine.submit = bug
     response = served.http.post(
         "/v1/completions", json={"model": "base", "prompt": "x"}, headers={"X-Request-Id": "mine"}
     )
     assert (response.status_code, response.json()["error"]["type"]) == (500, "InternalServerError")
     assert "secret" not in response.text
-    (record,) = [
-        each for each in caplog.records if each.exc_info and each.name == "nr_serve.api.middleware.access_log"
-    ]
-    assert "secret detail" in str(record.exc_info[1])
-
-
-def record(message: str, **fields) -> logging.LogRecord:
-    made = logging.LogRecord("nr_serve.x", logging.INFO, __file__, 1, message, None, None)
-    made.fields = fields
-    return made
-
-
-def test_text_and_json_say_the_same_in_one_line():
-    made = record("request", path="/v1/x", status=200, prompts=["a\nb"])
-    assert TextFormatter().format(made) == ('INFO nr_serve.x: request path="/v1/x" status=200 prompts=["a\\nb"]')
-    entry = json.loads(JsonFormatter().format(made))
-    assert entry.pop("time").endswith("+00:00")
-    assert entry == {
-        "level": "info",
-        "logger": "nr_serve.x",
-        "message": "request",
-        "path": "/v1/x",
-        "status": 200,
-        "prompts": ["a\nb"],
-    }
-
-
-def test_json_keeps_a_trace_in_its_line():
-    made = record("a bug")
-    try:
-        raise RuntimeError("why")
-    except RuntimeError as error:
-        made.exc_info = (type(error), error, error.__traceback__)
-    (line,) = JsonFormatter().format(made).splitlines()
-    assert "RuntimeError: why" in json.loads(line)["trace"]
-    assert fields_of(made) == {}
-
-
-def test_the_hub_does_not_tell_of_each_try(base):
-    hub = logging.getLogger("huggingface_hub.utils._http")
-    for quiet in (lambda: configure_logging("info", "text"), lambda: load_base(str(base))):
-        hub.setLevel("NOTSET")
-        quiet()
-        assert not hub.isEnabledFor(logging.WARNING)
-
-
-@pytest.mark.parametrize(
-    ("level", "form", "watched", "bars"),
-    [
-        ("info", "text", True, True),
-        ("warning", "text", True, False),
-        ("info", "json", True, False),
-        ("info", "text", False, False),
-    ],
-)
-def test_progress_bars_are_for_people_who_watch(level, form, watched, bars, monkeypatch):
-    from transformers.utils import logging as transformers_logging
-
-    monkeypatch.setattr("sys.stderr.isatty", lambda: watched)
-    transformers_logging.enable_progress_bar()
-    quiet_progress_bars(level, form)
-    assert transformers_logging.is_progress_bar_enabled() is bars
-    transformers_logging.enable_progress_bar()
+    (entry,) = [each for each in map(json.loads, caplog.text.splitlines()) if "trace" in each]
+    assert (entry["logger"], entry["request_id"]) == ("nr_serve.api.middleware.access_log", "mine")
+    assert "RuntimeError: secret detail" in entry["trace"]

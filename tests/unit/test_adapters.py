@@ -3,98 +3,14 @@
 import dataclasses
 import random
 from collections import Counter
-from concurrent.futures import Future
 
 import pytest
 
 from nr_serve.engine.gate_counts import GateCounts
-from nr_serve.engine.messages import LoadAdapter, PatchAdapter, Sampling, StepEvents, Submit
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, Unavailable
 from nr_serve.neutral import math
 from tests import tiny
-from tests.unit.test_exactness import engine
-
-PROMPT = tuple(range(30, 50))
-ANSWER = 12
-
-
-class Server:
-    """A tiny engine, stepped by hand; answers are checked against the naive loop."""
-
-    def __init__(self, *, slots=2, budget=32) -> None:
-        self.base = tiny.model()
-        self.naive = tiny.Naive(self.base)
-        self.core, self.adapters = engine(self.base, pages=200, budget=budget, running=8, slots=slots)
-        self.tokens: dict[str, list[int]] = {}
-        self.ended: dict[str, object] = {}
-        self.prompts: dict[str, tuple] = {}
-        self.copies: list[str] = []
-        self._record_copies()
-
-    def _record_copies(self) -> None:
-        bank = self.adapters._bank
-        attach = bank.attach
-
-        def recording(slot, adapter, threshold):
-            self.copies.append(adapter.version)
-            return attach(slot, adapter, threshold)
-
-        bank.attach = recording
-
-    def load(self, name, adapter, *, finish=True, **options) -> Future:
-        answer: Future = Future()
-        self.adapters.load(LoadAdapter(name, path=None, **options), adapter, answer, 0.0)
-        if finish:
-            self.adapters.copy_some(seconds=60)
-        return answer
-
-    def patch(self, name, **dials) -> Future:
-        answer: Future = Future()
-        self.adapters.patch(PatchAdapter(name, **dials), answer)
-        return answer
-
-    def made(self, seed, **options):
-        return tiny.adapter(self.base, seed, **options)
-
-    def ask(self, name, adapters=None, *, selected="", gates=False, tokens=ANSWER) -> None:
-        sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)
-        submit = Submit(name, PROMPT, sampling, adapters, selected, gates=gates, cache_salt=name)
-        assert self.core.add(submit) is None
-
-    def step(self, *, copy=True) -> StepEvents:
-        if copy:
-            self.adapters.copy_some(seconds=0)
-        events = self.core.step()
-        for output in events.outputs:
-            self.tokens.setdefault(output.request_id, []).extend(t.id for t in output.tokens)
-            if output.prompt is not None:
-                self.prompts[output.request_id] = output.prompt
-            if output.finish_reason is not None:
-                self.ended[output.request_id] = output.error or output.finish_reason
-        return events
-
-    def finish(self) -> None:
-        for _ in range(500):
-            if self.core.idle and not self.adapters.busy:
-                self.core.check()
-                return
-            self.step()
-        raise AssertionError("somebody waits for ever")
-
-    def expected(self, *adapters) -> list[int]:
-        return self.naive.greedy(PROMPT, ANSWER, adapters)[0]
-
-    def state(self, name):
-        return next((v.state for v in self.adapters.views() if v.name == name), None)
-
-    def slot(self, name):
-        return self.adapters.registry.get(name).slot
-
-
-def error_of(answer: Future) -> Exception:
-    error = answer.exception(timeout=0)
-    assert error is not None
-    return error
+from tests.unit.stepped import ANSWER, PROMPT, Server, error_of
 
 
 def test_a_load_is_published_only_when_all_of_it_is_copied():
@@ -109,9 +25,7 @@ def test_a_load_is_published_only_when_all_of_it_is_copied():
     view = answer.result(timeout=0)
     assert (view.name, view.state, view.version, view.h, view.nbytes) == ("a", "attached", "v1", a.h, a.nbytes)
     assert (view.domain, view.carry, view.threshold, view.pinned, view.requests) == ("test-1", 0.0, 0.0, False, 0)
-    server.ask("r")
-    server.finish()
-    assert server.tokens["r"] == server.expected(a) != server.expected()
+    assert server.answer("r") == server.expected(a) != server.expected()
     assert server.adapters._bank.attached == {server.slot("a")}
     server.load("a", server.made(2), replace=True)
     assert server.adapters._bank.attached == {server.slot("a")}, "the one before it is shut"
@@ -129,7 +43,7 @@ def test_requests_keep_the_version_they_were_admitted_with_when_it_is_replaced()
         server.step()
     server.ask("after", ("a",))
     assert server.adapters.registry.slots_used == 2
-    assert server.adapters.view(server.adapters.registry.get("a")).requests == 1, "the old version's request counts"
+    assert server.view("a").requests == 1, "the old version's request counts"
     server.finish()
     assert server.tokens["before"] == server.expected(old)
     assert server.tokens["after"] == server.expected(new)
@@ -158,9 +72,7 @@ def test_a_request_keeps_an_adapter_that_is_unloaded_and_the_waiting_are_refused
     assert isinstance(server.ended["waiting"], NotFound)
     assert server.adapters.registry.slots_used == 0
     assert server.adapters._bank.attached == set(), "a slot nobody sits in is evaluated for nothing"
-    server.ask("later")
-    server.finish()
-    assert server.tokens["later"] == server.expected()
+    assert server.answer("later") == server.expected()
 
 
 def test_more_adapters_than_slots_are_attached_on_demand_for_exact_answers():
@@ -268,9 +180,7 @@ def test_a_load_that_fails_changes_nothing(case):
         assert server.adapters.views() == before
         expected = server.expected(a)
     assert not server.adapters.busy or case == "name taken meanwhile"
-    server.ask("r", ("a",))
-    server.finish()
-    assert server.tokens["r"] == expected
+    assert server.answer("r", ("a",)) == expected
     assert server.adapters.registry.slots_used == 1
 
 
@@ -289,17 +199,13 @@ def test_the_threshold_is_a_dial_that_acts_with_the_next_step():
     assert [v.threshold for v in server.adapters.views()] == [0.2, 0.7]
     view = server.patch("a", threshold=0.5).result(timeout=0)
     assert (view.threshold, view.pinned) == (0.5, False)
-    server.ask("half", ("a",))
-    server.finish()
-    assert server.tokens["half"] == server.expected(server.made(1, threshold=0.5))
+    assert server.answer("half", ("a",)) == server.expected(server.made(1, threshold=0.5))
     server.patch("a", threshold=1e6)
-    server.ask("shut", ("a",))
-    server.finish()
-    assert server.tokens["shut"] == server.expected()
+    assert server.answer("shut", ("a",)) == server.expected()
     assert isinstance(error_of(server.patch("c", threshold=0.0)), NotFound)
     for threshold in (float("nan"), float("inf"), -0.1, 1e39):
         assert isinstance(error_of(server.patch("a", threshold=threshold)), BadRequest)
-    assert server.adapters.view(server.adapters.registry.get("a")).threshold == 1e6
+    assert server.view("a").threshold == 1e6
 
 
 def test_a_dial_turned_while_the_weights_are_copied_is_not_lost():
@@ -327,9 +233,7 @@ def test_pinned_adapters_stay_and_a_selection_without_room_is_refused_at_once():
     assert isinstance(server.ended["c"], Unavailable)
     assert server.tokens["behind"] == server.expected(made["a"]), "a request nobody can serve held up the others"
     server.patch("a", pinned=False)
-    server.ask("c again", ("c",))
-    server.finish()
-    assert server.tokens["c again"] == server.expected(made["c"])
+    assert server.answer("c again", ("c",)) == server.expected(made["c"])
     assert [server.state(name) for name in "abc"] == ["registered", "attached", "attached"]
     with pytest.raises(BadRequest, match="at most 2"):
         server.adapters.check_selection(("a", "b", "c"))
@@ -393,7 +297,7 @@ def record_admissions(server) -> dict[str, list]:
 def test_an_adapter_that_saw_nothing_yet_has_its_groups_of_layers():
     server = Server(slots=2)
     server.load("a", server.made(1))
-    gates = server.adapters.view(server.adapters.registry.get("a")).gates
+    gates = server.view("a").gates
     assert gates.layer_groups == ("0-0", "1-1", "2-2")
     assert gates.fired == gates.seen == (0,) * tiny.LAYERS
 

@@ -1,11 +1,23 @@
+import asyncio
 import os
+import threading
 
 import pytest
 
 from nr_serve.api import files
-from nr_serve.engine.messages import LoadAdapter, StepEvents
-from tests.fakes import serving, view
-from tests.unit.waiting import until
+from nr_serve.api.bridge import AsyncEngine
+from nr_serve.engine.messages import (
+    ListAdapters,
+    LoadAdapter,
+    ReadGates,
+    Sampling,
+    StepEvents,
+    Submit,
+    UnloadAdapter,
+)
+from nr_serve.metrics import Metrics
+from tests.fakes import FakeEngine, letters, serving, view
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -33,6 +45,7 @@ def test_an_uploaded_file_is_loaded_and_gone_from_disk(server):
 def test_a_name_that_is_taken_needs_replace(server):
     error = put(server, "hu").json()["error"]
     assert (error["code"], error["type"]) == (409, "ConflictError")
+    assert server.engine.commands == [ListAdapters()], "it is said before the upload, by the names that are known"
     assert put(server, "hu", replace=True).status_code == 200
 
 
@@ -225,6 +238,41 @@ def test_an_adapter_shows_its_leak_on_every_probe_text_and_null_until_it_was_mea
     server.engine.adapters["hu"] = view("hu", neutrality=None)
     assert server.http.patch("/v1/adapters/hu", json={"pinned": True}).json()["neutrality"] is None
     assert server.http.get("/v1/adapters").json()["data"][0]["neutrality"] is None
+
+
+def test_what_the_engine_does_for_a_client_that_goes_away_is_noted():
+    standing, go_on = threading.Event(), threading.Event()
+
+    def held(submit):
+        standing.set()
+        assert go_on.wait(PATIENCE)
+        return letters(submit)
+
+    class Held(FakeEngine):
+        def __init__(self, deliver) -> None:
+            super().__init__(deliver)
+            self.answer = held
+
+    async def unload() -> None:
+        engine = AsyncEngine(Held, Metrics())
+        async with engine.running():
+            while engine.status != "ready":
+                await asyncio.sleep(0.01)
+            answer = asyncio.create_task(anext(engine.generate([Submit("r", (1,), Sampling(), selected="base")])))
+            await asyncio.to_thread(standing.wait, PATIENCE)
+            call = asyncio.create_task(engine.call(UnloadAdapter("hu")))
+            await asyncio.sleep(0)  # it begins, and so does the task that it waits for
+            await asyncio.sleep(0)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert "hu" in engine.adapters
+            go_on.set()
+            await answer
+            await engine.call(ReadGates())
+            assert engine.adapters == {}
+
+    asyncio.run(unload())
 
 
 def test_vllms_routes_answer_as_vllm_does(server):

@@ -53,6 +53,14 @@ def test_a_stream_begins_with_the_role_and_ends_with_a_reason(server):
         assert [d["finish_reason"] for d in mine] == [None, "length"]
 
 
+def test_a_stream_shows_whole_characters_and_every_token_only_if_asked_of_tokens(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "answer", lambda submit: list("ő".encode()) * 9)
+    streamed = events(server.chat(max_tokens=4, stream=True))
+    assert [event["choices"][0]["delta"]["content"] for event in streamed] == ["", "ő", "ő"]
+    for asked in ({"logprobs": True}, {"gates": True}, {"return_token_ids": True}):
+        assert len(events(server.chat(max_tokens=4, stream=True, **asked))) == 1 + 4, asked
+
+
 def test_logprobs_have_bytes_and_the_likeliest(server):
     content = server.chat(max_tokens=1, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
     top = [{"token": "a", "logprob": -0.25, "bytes": [97]}, {"token": "b", "logprob": -0.5, "bytes": [98]}]

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.fakes import BOS, MAX_MODEL_LEN, ByteTokenizer, events, letters, serving, usage
+from tests.fakes import BOS, MAX_MODEL_LEN, ByteTokenizer, events, serving, usage
 
 MOST_BYTES = 2 * MAX_MODEL_LEN  # the fake's vocabulary spells some bytes with two
 LONG = "x" * (MOST_BYTES + 1)
@@ -108,16 +108,18 @@ def test_prompt_logprobs_and_token_ids_are_vllms(server):
             "105": {"logprob": -1.5, "rank": None, "decoded_token": "i"},
         },
     ]
+    more = {"prompt": [104, 105], "echo": True, "max_tokens": 1}
+    longer = server.complete(**more, prompt_logprobs=1, logprobs=3).json()["choices"][0]
+    assert longer["prompt_logprobs"] == choice["prompt_logprobs"], "each is as long as it was asked for"
+    longer = server.complete(**more, prompt_logprobs=3, logprobs=1).json()["choices"][0]
+    assert longer["logprobs"]["top_logprobs"] == [None, {"a": -0.25, "i": -1.5}, {"a": -0.25}]
     assert choice["prompt_token_ids"] == [104, 105]
     assert choice["token_ids"] == [97]
 
 
-def test_gates_are_reported_per_token_beside_whole_characters(server):
-    server.engine.answer = lambda submit: list("ő".encode()) * 9
-    try:
-        choice = server.complete(prompt="é", gates=True, max_tokens=2).json()["choices"][0]
-    finally:
-        server.engine.answer = letters
+def test_gates_are_reported_per_token_beside_whole_characters(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "answer", lambda submit: list("ő".encode()) * 9)
+    choice = server.complete(prompt="é", gates=True, max_tokens=2).json()["choices"][0]
     assert choice["gates"] == {
         "prompt": [{"hu": 0.5}] * 3,
         "prompt_text": ["", "", "é"],
@@ -139,6 +141,14 @@ def test_a_stream_says_what_the_whole_answer_says(server):
             assert [x for part in parts for x in part["logprobs"][name]] == choice["logprobs"][name]
         assert parts[0]["gates"]["prompt"] == choice["gates"]["prompt"]
         assert [x for part in parts for x in part["gates"]["tokens"]] == choice["gates"]["tokens"]
+
+
+def test_a_stream_shows_whole_characters_and_every_token_only_if_asked_of_tokens(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "answer", lambda submit: list("ő".encode()) * 9)
+    streamed = events(server.complete(max_tokens=4, stream=True))
+    assert [event["choices"][0]["text"] for event in streamed] == ["ő", "ő"]
+    for asked in ({"logprobs": 0}, {"gates": True}, {"return_token_ids": True}):
+        assert len(events(server.complete(max_tokens=4, stream=True, **asked))) == 4, asked
 
 
 def test_a_stream_reports_usage_at_its_end_if_asked(server):
@@ -241,10 +251,10 @@ def test_the_tier_that_served_is_named_if_one_was_asked_for(server):
     assert "service_tier" not in server.complete().json()
 
 
-def test_best_of_returns_the_answers_likeliest_per_token_best_first(server):
-    # The fake's answers all have the same log probability a token: ties go to the first.
+def test_best_of_returns_the_answers_likeliest_per_token_best_first(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "logprob", lambda token_id: token_id - 200.0)  # the last letters
     body = server.complete(prompt=["x", "yy"], n=2, best_of=4, seed=7, max_tokens=2).json()
-    assert [choice["text"] for choice in body["choices"]] == ["hi", "ij", "hi", "ij"]
+    assert [choice["text"] for choice in body["choices"]] == ["kl", "jk", "kl", "jk"]
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert [choice["logprobs"] for choice in body["choices"]] == [None] * 4, "they were not asked for"
     assert body["usage"] == usage(5, 16)

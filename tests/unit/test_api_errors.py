@@ -10,7 +10,7 @@ from nr_serve.api import body_route
 from nr_serve.api.body_route import LARGE_BYTES
 from nr_serve.errors import BadRequest, QueueFull
 from tests.fakes import events, serving
-from tests.unit.waiting import until
+from tests.waiting import until
 
 ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/x"),

@@ -5,14 +5,12 @@ import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Literal
 
 import httpx
 import jsonschema
 import openai
 import pytest
-import uvicorn
 from pydantic import BaseModel, Field
 
 from nr_serve.api import guides
@@ -25,9 +23,8 @@ from nr_serve.engine.guide import MAX_GRAMMAR_BYTES
 from nr_serve.engine.loop import EngineLoop
 from nr_serve.errors import QueueFull
 from nr_serve.metrics import Metrics
-from nr_serve.serve import bind
 from tests import fakes, tiny
-from tests.fakes import events
+from tests.fakes import events, listening
 
 TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}
 {% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}
@@ -62,20 +59,6 @@ TOOLS = [
 CHECKS = {"ab": SCHEMA, "city": City.model_json_schema(), "now": {"maxProperties": 0}}
 
 
-@contextmanager
-def running(app):
-    listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        yield "http://{}:{}".format(*listener.getsockname())
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
-
-
 @pytest.fixture(scope="module")
 def http(tmp_path_factory):
     base = tiny.save(tiny.model(max_position_embeddings=1024), tmp_path_factory.mktemp("long"))
@@ -85,7 +68,7 @@ def http(tmp_path_factory):
     engine = AsyncEngine(lambda deliver: EngineLoop(config, base, tokenizer, deliver), Metrics())
     ready = threading.Event()
     engine.on_status = lambda status: ready.set()
-    with running(create_app(engine, tokenizer, config)) as url, httpx.Client(base_url=url, timeout=300) as http:
+    with listening(create_app(engine, tokenizer, config)) as url, httpx.Client(base_url=url, timeout=300) as http:
         assert ready.wait(60)
         made = tokenizer.for_grammars
         tokenizer.for_grammars = lambda *args: (
@@ -145,10 +128,7 @@ def test_a_schema_is_kept_to_by_whatever_name_it_is_given(http, ask, asked):
     "asked", [{"response_format": {"type": "json_object"}}, {"structured_outputs": {"json_object": True}}]
 )
 def test_json_mode_gives_objects(http, asked):
-    answer = chat(http, n=8, seed=1, **asked).json()
-    texts = [c["message"]["content"] for c in answer["choices"] if c["finish_reason"] == "stop"]
-    assert len(texts) > 1
-    assert all(isinstance(json.loads(text), dict) for text in texts)
+    assert all(isinstance(json.loads(text), dict) for text in finished(chat(http, n=8, seed=1, **asked)))
 
 
 @pytest.mark.parametrize(
@@ -396,18 +376,15 @@ def test_parse_gives_an_object_of_the_clients_type(client):
     assert isinstance(answer.choices[0].message.parsed, City)
 
 
+CITY = [openai.pydantic_function_tool(City, name="city")]
+ONE_CALL = {
+    "model": "tiny", "tools": CITY, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 120,
+    "seed": 1, **SHORT,
+}  # fmt: skip
+
+
 def test_parse_gives_the_arguments_of_calls_too(client):
-    tools = [openai.pydantic_function_tool(City, name="city")]
-    answer = client.chat.completions.parse(
-        model="tiny",
-        messages=HI,
-        tools=tools,
-        tool_choice="required",
-        parallel_tool_calls=False,
-        max_tokens=120,
-        **SHORT,
-        seed=1,
-    )
+    answer = client.chat.completions.parse(messages=HI, **ONE_CALL)
     assert isinstance(answer.choices[0].message.tool_calls[0].function.parsed_arguments, City)
     assert answer.choices[0].finish_reason == "tool_calls"
 
@@ -423,17 +400,7 @@ def test_stream_gives_the_same_object(client):
 
 
 def test_stream_gives_the_arguments_of_calls_too(client):
-    tools = [openai.pydantic_function_tool(City, name="city")]
-    asked = {
-        "model": "tiny",
-        "messages": HI,
-        "tools": tools,
-        "tool_choice": "required",
-        "seed": 1,
-        "max_tokens": 120,
-        **SHORT,
-    }
-    with client.chat.completions.stream(**asked, parallel_tool_calls=False) as stream:
+    with client.chat.completions.stream(messages=HI, **ONE_CALL) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion()
     assert "tool_calls.function.arguments.done" in kinds
@@ -441,11 +408,9 @@ def test_stream_gives_the_arguments_of_calls_too(client):
 
 
 def test_a_conversation_goes_on_after_a_call(client):
-    tools = [openai.pydantic_function_tool(City, name="city")]
-    asked = {"model": "tiny", "tools": tools, "tool_choice": "required", "seed": 1, "max_tokens": 120, **SHORT}
-    first = client.chat.completions.create(messages=HI, parallel_tool_calls=False, **asked).choices[0].message
+    first = client.chat.completions.create(messages=HI, **ONE_CALL).choices[0].message
     answer = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "done"}
     again = client.chat.completions.create(
-        model="tiny", messages=[*HI, first, answer], tools=tools, tool_choice="none", max_tokens=3
+        model="tiny", messages=[*HI, first, answer], tools=CITY, tool_choice="none", max_tokens=3
     )
     assert again.choices[0].message.tool_calls is None

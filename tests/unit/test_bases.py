@@ -10,7 +10,7 @@ from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.runner import Runner
 from nr_serve.errors import UnsupportedBase
 from tests import tiny
-from tests.unit.test_exactness import engine
+from tests.unit.stepped import engine
 
 WINDOW = {"sliding_window": 6}
 BASES = {

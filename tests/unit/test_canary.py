@@ -1,62 +1,15 @@
 """Adapters are run past the probe texts, and what is reported is what the definition gives."""
 
 import dataclasses
-import logging
-from pathlib import Path
 
 import pytest
 
-from nr_serve.config import PROBE_TOKENS
 from nr_serve.engine import core as core_module
-from nr_serve.engine.canary import Canary
 from nr_serve.engine.messages import Leak
-from nr_serve.engine.probe_text import BUILT_IN, probe_requests, read_probe_texts
-from nr_serve.engine.scheduler import Result
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, NrError, Unavailable
 from nr_serve.neutral import math
 from tests import tiny
-from tests.unit.test_adapters import ANSWER, PROMPT, Server, error_of
-
-TEXTS = {"one": list(range(10, 110)), "two": [7, 200, 31, 5] * 9, "three": list(range(290, 220, -1))}
-
-
-class Probed(Server):
-    """A tiny engine with a canary; every piece of probe text that it runs is noted."""
-
-    def __init__(self, *, max_leak=None, **options) -> None:
-        super().__init__(**options)
-        self.pieces: list[tuple[str, int]] = []
-        self.runner = self.core._runner
-        self.run, self.runner.run = self.runner.run, self.watched
-        requests = probe_requests(
-            TEXTS, tiny.tokenizer(), longest=512, row=self.runner.probe_row, pages=self.runner.probe_pages
-        )
-        self.adapters._canary = Canary(requests, max_leak)
-
-    def watched(self, pieces, labels):
-        for piece in pieces:
-            if piece.trial is not None:
-                assert piece is pieces[-1]
-                assert piece.count <= (core_module.TRIAL_TOKENS if len(pieces) == 1 else self.runner.trial_tokens)
-                self.pieces.append((piece.request.selection[0].name, piece.count))
-        return self.run(pieces, labels)
-
-    def view(self, name):
-        return self.adapters.view(self.adapters.registry.get(name))
-
-    def neutrality(self, name):
-        return self.view(name).neutrality
-
-    def load(self, name, adapter, *, finish=True, **options):
-        answer = super().load(name, adapter, finish=False, **options)
-        if finish:
-            self.work()
-        return answer
-
-    def work(self) -> None:
-        """Copy and measure all there is."""
-        while self.adapters.busy:
-            self.step()
+from tests.unit.stepped import ANSWER, PROMPT, TEXTS, Probed, error_of
 
 
 def leak(ids, adapter, *, threshold=None, residues=True) -> Leak:
@@ -166,17 +119,13 @@ def test_without_a_limit_an_adapter_acts_at_once_and_is_measured_meanwhile():
     server = Probed(slots=2)
     server.ask("beside", (), tokens=200)
     a, b = server.made(1), server.made(2)
-    answer = server.load("a", a, finish=False)
-    while not answer.done():
-        server.step()
+    view = server.begin("a", a)
     # It acts from the second on: the first began without NaN.
     assert server.pieces == 2 * [("a", server.runner.trial_tokens)]
-    assert (answer.result().neutrality, answer.result().measuring, server.state("a")) == (None, True, "attached")
+    assert (view.neutrality, view.measuring, view.state) == (None, True, "attached")
     for _ in range(5):
         server.step()
-    answer = server.load("b", b, finish=False)
-    while not answer.done():
-        server.step()
+    server.begin("b", b)
     assert (server.view("a").measuring, server.neutrality("a")) == (True, None), "what waits to act goes first"
     server.ask("r", ("a", "b"))
     server.work()
@@ -192,9 +141,7 @@ def test_what_acts_no_more_is_measured_no_further(how):
     server = Probed(slots=1 if how == "evicted" else 2)
     a, b = server.made(1), server.made(2)
     server.ask("beside", (), tokens=200)
-    answer = server.load("a", a, finish=False)
-    while not answer.done():
-        server.step()
+    server.begin("a", a)
     if how == "unloaded":
         server.adapters.unload("a")
     elif how == "turned":
@@ -223,130 +170,6 @@ def test_what_acts_no_more_is_measured_no_further(how):
         assert server.neutrality("a") == leaks(a), "in its turn"
 
 
-def test_an_adapter_that_is_found_wild_while_it_acts_is_unloaded(caplog):
-    server = Probed(slots=2)
-    server.ask("beside", (), tokens=100)
-    answer = server.load("a", server.made(1), finish=False)
-    while not answer.done():
-        server.step()
-    server.ask("r", ("a",))
-    server.step()
-    run = server.runner.run
-
-    def wild(pieces, labels):
-        return [*run(pieces, labels)[:-1], Result(None, error=BadAdapterFile("not finite"))]
-
-    server.runner.run = wild
-    with caplog.at_level(logging.ERROR):
-        assert server.step().adapters_changed
-    server.runner.run = run
-    assert not server.step().adapters_changed
-    assert "adapter a, version v1: not finite" in caplog.text
-    assert server.state("a") is None
-    assert isinstance(error_of(server.patch("a", threshold=0.1)), NotFound)
-    server.finish()
-    assert server.tokens["r"] == server.expected(server.made(1)), "who holds it keeps it"
-    assert server.adapters.registry.slots_used == 0
-
-
-def replace_until_it_acts(server, seed):
-    """Replace adapter a by another that begins well; its measurement goes on."""
-    answer = server.load("a", server.made(seed), replace=True, finish=False)
-    while not answer.done():
-        server.step()
-    assert server.view("a").measuring
-
-
-def find_out(server):
-    """The next piece of probe text turns to NaN."""
-    run = server.runner.run
-    server.runner.run = lambda pieces, labels: [
-        *run(pieces, labels)[:-1], Result(None, error=BadAdapterFile("not finite"))
-    ]  # fmt: skip
-    server.step()
-    server.runner.run = run
-
-
-@pytest.mark.parametrize("slots", [1, 2])
-def test_what_an_adapter_found_wild_had_replaced_is_put_back(slots):
-    server = Probed(slots=slots)
-    server.load("a", server.made(1), threshold=0.2, pinned=slots == 2)
-    known = server.view("a")
-    server.ask("beside", (), tokens=200)
-    for seed in (2, 3):  # the second takes the place of one that is not measured yet
-        replace_until_it_acts(server, seed)
-    find_out(server)
-    back = server.view("a")
-    assert (back.version, back.threshold, back.pinned) == (known.version, known.threshold, known.pinned)
-    assert (back.neutrality, back.measuring) == (known.neutrality, False), "its leak is known"
-    while server.adapters.busy:
-        server.step()
-    assert server.state("a") == "attached"
-    server.ask("r", ("a",))
-    server.finish()
-    assert server.tokens["r"] == server.expected(server.made(1, threshold=0.2))
-
-
-def test_what_is_put_back_goes_before_others_that_wait_for_a_slot():
-    server = Probed(slots=1)
-    for name, seed in (("a", 1), ("b", 2)):
-        server.load(name, server.made(seed))
-    server.ask("beside", (), tokens=200)
-    replace_until_it_acts(server, 3)
-    assert server.state("b") == "registered"
-    find_out(server)
-    while server.adapters.busy:
-        server.step()
-    assert (server.view("a").version, server.state("a"), server.state("b")) == ("v1", "attached", "registered")
-
-
-def test_a_threshold_found_wild_goes_back_to_the_last_that_was_measured():
-    server = Probed(slots=2)
-    made = server.made(1, threshold=0.2)
-    server.load("a", made)
-    known = server.view("a")
-    server.patch("a", threshold=0.1)
-    server.patch("a", threshold=0.0, pinned=True)
-    find_out(server)
-    back = server.view("a")
-    assert (back.version, back.threshold, back.pinned) == (known.version, 0.2, True)
-    server.work()
-    assert (server.state("a"), server.neutrality("a")) == ("attached", known.neutrality)
-    server.ask("r", ("a",))
-    server.finish()
-    assert server.tokens["r"] == server.expected(made)
-    server.patch("a", threshold=0.1)
-    server.work()
-    server.patch("a", threshold=0.0)
-    find_out(server)
-    assert server.view("a").threshold == 0.1
-
-
-def test_back_at_a_measured_threshold_what_was_replaced_does_not_come_back():
-    server = Probed(slots=2)
-    server.load("a", server.made(2))
-    server.load("a", server.made(1), replace=True)
-    server.ask("beside", (), tokens=200)
-    answer = server.load("a", server.made(2), threshold=0.3, replace=True, finish=False)
-    while not answer.done():
-        server.step()
-    server.patch("a", threshold=0.0)
-    server.patch("a", threshold=0.1)
-    find_out(server)
-    assert (server.view("a").version, server.view("a").threshold) == ("v2", 0.0)
-
-
-@pytest.mark.parametrize("pinned", [True, False])
-def test_a_pin_turned_while_a_version_is_on_trial_is_kept_when_another_is_put_back(pinned):
-    server = Probed(slots=2)
-    server.load("a", server.made(1), pinned=not pinned)
-    server.ask("beside", (), tokens=200)
-    replace_until_it_acts(server, 2)
-    server.patch("a", pinned=pinned)
-    find_out(server)
-    assert (server.view("a").version, server.view("a").pinned) == ("v1", pinned)
-
-
 @pytest.mark.parametrize("asked", [None, True, False])
 @pytest.mark.parametrize("pinned", [True, False])
 def test_a_pin_turned_while_a_version_is_on_its_way_is_the_one_it_takes_over(pinned, asked):
@@ -358,16 +181,6 @@ def test_a_pin_turned_while_a_version_is_on_its_way_is_the_one_it_takes_over(pin
     server.work()
     view = answer.result(timeout=0)
     assert (view.version, view.pinned) == ("v2", pinned if asked is None else asked)
-
-
-def test_what_was_replaced_by_an_adapter_that_was_measured_does_not_come_back():
-    server = Probed(slots=2)
-    server.load("a", server.made(1))
-    server.load("a", server.made(2), replace=True)
-    server.ask("beside", (), tokens=200)
-    replace_until_it_acts(server, 3)
-    find_out(server)
-    assert server.view("a").version == "v2"
 
 
 def test_probing_is_not_counted():
@@ -424,9 +237,7 @@ def test_above_the_limit_a_load_is_refused_and_the_old_version_goes_on_serving(s
     assert server.load("mild", bad, threshold=1e6).result(timeout=0).name == "mild"
     server.adapters.unload("mild")
     server.work()
-    server.ask("r", ("a",))
-    server.finish()
-    assert server.tokens["r"] == server.expected(good)
+    assert server.answer("r", ("a",)) == server.expected(good)
     assert server.adapters.registry.slots_used == 1
 
 
@@ -500,9 +311,7 @@ def test_with_a_limit_a_new_threshold_is_measured_before_it_acts():
     view = answer.result(timeout=0)
     assert (view.threshold, view.requests) == (0.4, 0)
     assert view.neutrality == leaks(made, threshold=0.4) != leaks(made)
-    server.ask("after", ("a",))
-    server.finish()
-    assert server.tokens["after"] == server.expected(server.made(1, carry=0.5, threshold=0.4))
+    assert server.answer("after", ("a",)) == server.expected(server.made(1, carry=0.5, threshold=0.4))
 
 
 def test_a_threshold_above_the_limit_is_refused_and_nothing_turns():
@@ -516,9 +325,7 @@ def test_a_threshold_above_the_limit_is_refused_and_nothing_turns():
     assert isinstance(error, BadRequest)
     assert (error.param, "--max-leak" in error.message) == ("threshold", True)
     assert server.adapters.views() == before
-    server.ask("r", ("a",))
-    server.finish()
-    assert server.tokens["r"] == server.expected(server.made(1, threshold=0.5))
+    assert server.answer("r", ("a",)) == server.expected(server.made(1, threshold=0.5))
 
 
 def test_the_last_threshold_asked_for_is_the_last_to_act():
@@ -529,7 +336,7 @@ def test_the_last_threshold_asked_for_is_the_last_to_act():
     server.work()
     assert [answer.result(timeout=0).threshold for answer in answers] == [0.5, 0.2, 0.0]
     assert server.neutrality("a") == leaks(made)
-    assert server.adapters.view(server.adapters.registry.get("a")).threshold == 0.0
+    assert server.view("a").threshold == 0.0
     server.finish()
 
 
@@ -605,35 +412,3 @@ def test_a_probe_that_fails_is_a_load_refused_and_no_more():
     assert "out of memory" not in error.message
     server.finish()
     assert server.tokens["r"] == server.expected(made)
-
-
-def test_the_probe_texts_are_plain_english_of_several_kinds():
-    texts = read_probe_texts([], tiny.tokenizer())
-    assert set(texts) == {"prose", "questions", "documentation", "code", "chat"}
-    for path in BUILT_IN:
-        assert 200 < len(path.read_text(encoding="ascii")) < 2000
-    assert tiny.tokenizer().decode(texts["chat"]).startswith("<user>Hi!"), "the base's own template"
-    bare = tiny.tokenizer()
-    bare.hf.chat_template = None
-    assert bare.decode(read_probe_texts([], bare)["chat"]).startswith("Hi!")
-
-
-def test_files_replace_the_texts_and_long_ones_are_cut(tmp_path):
-    (tmp_path / "law.txt").write_text("The court. " * 20_000)
-    (tmp_path / "chat.txt").write_text("Hello.")
-    texts = read_probe_texts([tmp_path / "law.txt", tmp_path / "chat.txt"], tiny.tokenizer())
-    assert tiny.tokenizer().decode(texts["chat"]) == "Hello.", "a file is taken as it is"
-    made = probe_requests(texts, tiny.tokenizer(), longest=10_000, row=0, pages=range(4))
-    assert {name: request.prompt_length for name, request in made.items()} == {"law": PROBE_TOKENS, "chat": 6}
-    made = probe_requests(texts, tiny.tokenizer(), longest=5, row=0, pages=range(4))
-    assert {request.prompt_length for request in made.values()} == {5}
-
-
-@pytest.mark.parametrize("case", ["missing", "empty", "no text", "two of a name"])
-def test_a_wrong_probe_text_is_said(tmp_path, case):
-    path = tmp_path / "law.txt"
-    if case != "missing":
-        path.write_bytes({"empty": b" \n", "no text": b"\xff\xfe"}.get(case, b"The court."))
-    files = [path, Path(path)] if case == "two of a name" else [path]
-    with pytest.raises(BadRequest, match="law"):
-        read_probe_texts(files, tiny.tokenizer())

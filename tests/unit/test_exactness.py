@@ -1,44 +1,14 @@
 """Greedy answers equal a naive loop, whatever is batched, chunked, preempted or selected beside them."""
 
 import random
-from concurrent.futures import Future
 
 import pytest
 
-from nr_serve.config import ServeConfig
-from nr_serve.engine.adapters import Adapters
-from nr_serve.engine.core import Core
-from nr_serve.engine.messages import LoadAdapter, Sampling, Submit
-from nr_serve.engine.runner import Runner
+from nr_serve.engine.messages import Sampling, Submit
 from tests import tiny
+from tests.unit.stepped import engine, load
 
 REQUESTS = 300
-
-
-def engine(
-    base, *, pages: int, budget: int, running: int, page_size: int = 4, slots: int = 4, kind=Adapters, **settings
-) -> tuple[Core, Adapters]:
-    config = ServeConfig(
-        pages=pages,
-        page_size=page_size,
-        slots=slots,
-        slot_width=16,
-        max_running=running,
-        max_waiting=1000,
-        max_batch_tokens=budget,
-        **settings,
-    )
-    tokenizer = tiny.tokenizer()
-    runner = Runner(base, tokenizer, config, "tiny")
-    adapters = kind(runner.bank)
-    return Core(runner, adapters, tokenizer, config), adapters
-
-
-def load(adapters: Adapters, name: str, adapter, *, state: str = "attached") -> None:
-    answer: Future = Future()
-    adapters.load(LoadAdapter(name, path=None), adapter, answer, 0.0)
-    adapters.copy_some(seconds=60)
-    assert answer.result(timeout=0).state == state
 
 
 @pytest.mark.parametrize("budget", [8, 13, 64])
@@ -62,16 +32,18 @@ def test_random_traffic_equals_the_naive_loop(budget):
         prompt = tuple(rng.randrange(290) for _ in range(rng.randint(1, 40)))
         sampling = Sampling(max_tokens=rng.randint(1, 20), temperature=0, logprobs=3, ignore_eos=True)
         requests[str(i)] = Submit(str(i), prompt, sampling, rng.choice(choices))
-    queue = list(requests.values())
+    queue, preempted = list(requests.values()), 0
     while queue or not core.idle:
         for _ in range(rng.choice([0, 0, 1, 3])):
             if queue:
                 assert core.add(queue.pop(0)) is None
-        for output in core.step().outputs:
+        step = core.step()
+        preempted += 0 if step.report is None else step.report.preemptions
+        for output in step.outputs:
             assert output.error is None
             answers.setdefault(output.request_id, []).extend(output.tokens)
     core.check()
-    assert core.scheduler.preemptions > 5
+    assert preempted == core.scheduler.preemptions > 5
 
     changed = 0
     for key, request in requests.items():

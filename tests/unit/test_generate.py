@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from nr_serve.errors import BadRequest, NrError, Unavailable
 from nr_serve.metrics import Metrics
 from nr_serve.neutral.format import write_adapter
 from tests import fakes, tiny
+from tests.waiting import until
 
 MODEL = "tiny"
 
@@ -200,14 +200,6 @@ def test_a_killed_run_loses_no_answer_that_was_written(tmp_path, flags):
     assert code == 0
     assert by_id(answers).keys() == {ask["custom_id"] for ask in asks}
     assert {name: by_id(answers)[name] for name in written} == written
-
-
-def until(there):
-    for _ in range(12_000):
-        if there():
-            return
-        time.sleep(0.01)
-    raise AssertionError("what was waited for did not come")
 
 
 def test_standard_input_and_output(flags, monkeypatch):

@@ -13,7 +13,7 @@ from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.sampler import allowed
 from nr_serve.errors import BadRequest
 from tests import tiny
-from tests.unit.test_exactness import engine
+from tests.unit.stepped import engine
 
 EOS = 299
 TOKENIZER = tiny.tokenizer()

@@ -9,8 +9,8 @@ import pytest
 from nr_serve.api import http11
 from tests import fakes
 from tests.fakes import FakeEngine
-from tests.unit.test_lifecycle import running
-from tests.unit.waiting import PATIENCE
+from tests.unit.servers import running
+from tests.waiting import PATIENCE
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -8,8 +8,9 @@ import torch
 from nr_serve.engine import runner as runner_module
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.errors import BadRequest
 from tests import tiny
-from tests.unit.test_exactness import engine, load
+from tests.unit.stepped import engine, load
 
 
 def ask(request_id: str, prompt, adapters=(), **sampling) -> Submit:
@@ -77,25 +78,41 @@ def test_steps_that_always_fail_end_the_engine(monkeypatch):
     def lost(*_):
         raise RuntimeError("the device is gone")
 
+    def fail(times: int) -> None:
+        for _ in range(times):
+            core.add(ask("r", range(5)))
+            (output,) = core.step().outputs
+            assert output.error is not None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core._runner, "run", lost)
+        fail(MAX_FAILED_STEPS - 1)
+    core.add(ask("r", range(5)))
+    assert len(answers(core)["r"]) == 8, "one that works, and they are counted anew"
     monkeypatch.setattr(core._runner, "run", lost)
-    for i in range(MAX_FAILED_STEPS - 1):
-        core.add(ask(str(i), range(5)))
-        (output,) = core.step().outputs
-        assert output.error is not None
+    fail(MAX_FAILED_STEPS - 1)
     core.add(ask("last", range(5)))
     with pytest.raises(RuntimeError, match="the device is gone"):
         core.step()
 
 
+def test_an_id_that_is_in_use_is_refused_and_its_request_goes_on():
+    core, _ = engine(tiny.model(), pages=40, budget=64, running=4)
+    assert core.add(ask("r", range(5))) is None
+    assert isinstance(core.add(ask("r", range(9))).error, BadRequest)
+    assert len(answers(core)["r"]) == 8
+    assert core.add(ask("r", range(9))) is None
+
+
 def test_the_gauges_are_right_after_an_abort():
     core, _ = engine(tiny.model(), pages=40, budget=64, running=1)
-    core.add(ask("running", range(30)))
-    core.add(ask("waiting", range(30)))
+    for name in ("running", "first in line", "second in line"):
+        core.add(ask(name, range(30)))
     core.step()
     now = core.statistics()
-    assert (now.running, now.waiting, now.pages_used > 0) == (1, 1, True)
-    core.abort("running")
-    core.abort("waiting")
+    assert (now.running, now.waiting, now.pages_used) == (1, 2, 8), "of 4 tokens each"
+    for name in ("running", "first in line", "second in line"):
+        core.abort(name)
     now = core.statistics()
     assert dataclasses.astuple(now)[-4:] == (0, 0, 0, now.pages_total)
 

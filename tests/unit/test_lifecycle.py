@@ -5,61 +5,31 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import httpx
 import pytest
 
-from nr_serve.api.app import create_app
-from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.middleware import deadlines
 from nr_serve.api.middleware.deadlines import Deadlines, Work
 from nr_serve.config import ServeConfig
 from nr_serve.engine.core import MAX_FAILED_STEPS
-from nr_serve.engine.loop import EngineLoop
 from nr_serve.engine.messages import LoadAdapter
 from nr_serve.errors import NrError
-from nr_serve.metrics import Metrics
-from nr_serve.serve import Server, bind, serve
+from nr_serve.serve import Server, serve
 from tests import fakes, tiny
-from tests.fakes import Served, events, serving
+from tests.fakes import events, serving
 from tests.unit.halting import Halting
-from tests.unit.waiting import PATIENCE, until
+from tests.unit.servers import Loop, process, running
+from tests.waiting import PATIENCE, until
 
-
-@contextmanager
-def running(build, tokenizer, **config):
-    """The server as `nr-serve serve` runs it, in a thread: what serves, and the server to send signals to."""
-    engines = []
-
-    def remember(deliver):
-        engines.append(build(deliver))
-        return engines[0]
-
-    settings = ServeConfig(**config)
-    app = create_app(AsyncEngine(remember, Metrics()), tokenizer, settings)
-    server = Server(app, app.state.context.work, settings.grace_period)
-    with bind("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        served = Served(engines[0], "http://{}:{}".format(*listener.getsockname()))
-        thread.start()
-        try:
-            until(lambda: served.http.get("/ready").status_code == 200)
-            yield served, server
-        finally:
-            server.should_exit = True
-            thread.join(PATIENCE)
-            served.http.close()
-            assert not thread.is_alive()
+BODY = {"model": "base", "prompt": "hi", "max_tokens": 5, "stream": True}
 
 
 def ask(served, *, stream=False, timeout: str | None = None) -> httpx.Response:
     headers = {} if timeout is None else {"X-Request-Timeout": timeout}
-    body = {"model": "base", "prompt": "hi", "max_tokens": 5, "stream": stream}
-    return served.http.post("/v1/completions", json=body, headers=headers, timeout=PATIENCE)
+    return served.http.post("/v1/completions", json=BODY | {"stream": stream}, headers=headers, timeout=PATIENCE)
 
 
 def last_error(response: httpx.Response) -> dict:
@@ -176,30 +146,6 @@ def test_a_timeout_that_is_none_is_refused_by_name(header):
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "X-Request-Timeout")
 
 
-class Loop(EngineLoop):
-    """The real engine; `core` is what it runs."""
-
-    def __init__(self, folder, deliver) -> None:
-        settings = {"pages": 64, "page_size": 4, "slots": 2, "slot_width": 16, "max_running": 2, "device": "cpu"}
-        super().__init__(ServeConfig(**settings), folder, tiny.tokenizer(), deliver)
-
-    def _serve(self, core, adapters):
-        self.core = core
-        super()._serve(core, adapters)
-
-    def hold(self, step: int, then=None) -> threading.Event:
-        """Stand before that step, counted from now, until the event is set; `then` may take the step's place."""
-        real, steps, go_on = self.core.step, [], threading.Event()
-
-        def held(**how):
-            steps.append(1)
-            assert len(steps) < step or go_on.wait(PATIENCE)
-            return real(**how) if len(steps) < step or then is None else then()
-
-        self.core.step = held
-        return go_on
-
-
 @pytest.fixture
 def real(tmp_path):
     """A server over the real engine with a tiny base."""
@@ -308,42 +254,15 @@ def test_an_upload_stays_until_the_engine_has_read_it_though_its_request_is_ende
     assert not engine.last_load().path.parent.exists()
 
 
-@contextmanager
-def process(*flags):
-    """`nr-serve serve` over a fake engine in a process of its own, and a client of it."""
-    with bind("127.0.0.1", 0) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "tests.unit.halting", "--port", str(port), *flags]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    client = Served(None, f"http://127.0.0.1:{port}")
-    try:
-        assert server.stdout.readline().startswith("ready: "), server.stderr.read()
-        yield server, client
-    finally:
-        client.http.close()
-        server.kill()
-        server.communicate()
-
-
-def test_sigterm_ends_the_process_with_0_once_its_streams_have_ended():
-    with process("--grace-period", "0.5") as (server, client):
-        with client.http.stream("POST", "/v1/completions", json=BODY, timeout=PATIENCE) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            server.send_signal(signal.SIGTERM)
-            assert "shutting down" in "".join(lines)
-        assert server.wait(PATIENCE) == 0
-
-
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_the_log_says_when_it_begins_to_end_and_when_it_has_ended(sig):
+@pytest.mark.parametrize(("sig", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_told_to_end_the_process_ends_once_its_streams_have_and_the_log_says_so(sig, code):
     with process("--grace-period", "0.5") as (server, client):
         with client.http.stream("POST", "/v1/completions", json=BODY, timeout=PATIENCE) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.send_signal(sig)
-            "".join(lines)
-        server.wait(PATIENCE)
+            assert "shutting down" in "".join(lines)
+        assert server.wait(PATIENCE) == code
         said = [line for line in server.stderr.read().splitlines() if " nr_serve.serve: " in line]
     assert said[-2:] == [
         f"INFO nr_serve.serve: stopping on {sig.name}: running requests: 1, grace: 0.5 s",
@@ -352,82 +271,10 @@ def test_the_log_says_when_it_begins_to_end_and_when_it_has_ended(sig):
 
 
 def test_sigterm_ends_a_process_that_loads_its_base_at_once_with_0():
-    with bind("127.0.0.1", 0) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "tests.unit.halting", "--port", str(port), "loading"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as server:
-        client = Served(None, f"http://127.0.0.1:{port}")
-        try:
-            until(lambda: is_loading(client))
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(PATIENCE) == 0
-            assert server.stderr.read().endswith(b"INFO nr_serve.serve: stopped\n")
-        finally:
-            client.http.close()
-            server.kill()
-
-
-def test_in_json_all_that_a_server_says_is_objects():
-    with bind("127.0.0.1", 0) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "tests.unit.halting", "--port", str(port), "--log-format", "json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        client = Served(None, f"http://127.0.0.1:{port}")
-        try:
-            until(lambda: is_ready(client))
-            server.send_signal(signal.SIGTERM)
-            out, err = server.communicate(timeout=PATIENCE)
-        finally:
-            client.http.close()
-            server.kill()
-    said = {entry["message"]: entry for entry in map(json.loads, err.splitlines())}
-    assert (out, server.returncode) == ("", 0)
-    about = {"model": "base", "address": client.url, "device": "cpu", "dtype": "float32", "adapters": ["hu"]}
-    assert said["ready"].items() >= about.items()
-    assert "stopped" in said
-
-
-def test_in_json_a_start_that_fails_is_an_object_too():
-    command = [sys.executable, "-m", "nr_serve.cli", "serve", "--port", "0", "--model", "/no/such"]
-    done = subprocess.run([*command, "--log-format", "json"], capture_output=True, text=True, check=False)
-    *_, last = map(json.loads, done.stderr.splitlines())
-    assert (done.stdout, done.returncode) == ("", 1)
-    assert (last["level"], last["message"]) == ("error", "there is no model folder /no/such")
-
-
-def test_in_json_other_libraries_and_the_fetching_of_the_base_log_here_too():
-    code = """
-import logging, sys, warnings
-from pathlib import Path
-from nr_serve import assemble, default_model
-from nr_serve.config import ServeConfig
-from nr_serve.logs import configure_logging
-configure_logging("info", "json")
-import transformers
-for name in ("transformers.models", "huggingface_hub.utils"):
-    logging.getLogger(name).warning("hello")
-warnings.warn("old")
-default_model._fetch = lambda target, say: say("downloading")
-assemble.load_tokenizer = lambda model: sys.exit()
-assemble.assemble(ServeConfig(log_format="json"))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    said = [entry["logger"] for entry in map(json.loads, done.stderr.splitlines())]
-    assert said == ["transformers.models", "huggingface_hub.utils", "py.warnings", "nr_serve.assemble"]
-
-
-def is_ready(client) -> bool:
-    try:
-        return client.http.get("/ready").status_code == 200
-    except httpx.ConnectError:
-        return False
-
-
-def is_loading(client) -> bool:
-    try:
-        return client.http.get("/health").json() == {"status": "loading"}
-    except httpx.ConnectError:
-        return False
+    with process("loading", until_it_is="loading") as (server, _):
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE) == 0
+        assert server.stderr.read().endswith("INFO nr_serve.serve: stopped\n")
 
 
 @pytest.mark.parametrize("failure", [None, "the device is lost"])
@@ -473,6 +320,3 @@ def test_a_second_server_on_the_port_fails_before_it_loads_anything():
         assert "Address already in use" in second.stderr
         assert "no model folder" not in second.stderr
         assert client.http.get("/ready").status_code == 200
-
-
-BODY = {"model": "base", "prompt": "hi", "max_tokens": 5, "stream": True}

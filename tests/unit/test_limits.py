@@ -17,7 +17,7 @@ from nr_serve.keys import Key
 from nr_serve.metrics import Metrics
 from tests import fakes
 from tests.fakes import serving
-from tests.unit.waiting import until
+from tests.waiting import until
 
 
 class Clock:

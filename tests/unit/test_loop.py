@@ -30,8 +30,8 @@ from nr_serve.errors import (
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.format import write_adapter
 from tests import tiny
+from tests.waiting import PATIENCE
 
-PATIENCE = 300  # seconds until a test gives up on an answer that should come at once
 PROMPT = tuple(range(40, 60))
 
 
@@ -108,10 +108,23 @@ class Loop(EngineLoop):
 
 
 @pytest.fixture
-def loop(folder):
-    loop = Loop(folder).begin()
-    yield loop
-    loop.stop()
+def make(folder):
+    """Makes loops, not begun, by their settings; they are stopped at the end."""
+    made = []
+
+    def make(base=folder, **config) -> Loop:
+        made.append(Loop(base, **config))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.hold.set()
+        each.stop()
+
+
+@pytest.fixture
+def loop(make):
+    return make().begin()
 
 
 def ask(name: str, adapters=(), *, tokens=6, prompt=PROMPT) -> Submit:
@@ -153,8 +166,8 @@ def test_every_step_is_one_hand_over_with_its_report(loop):
     assert loop.delivered.empty()
 
 
-def test_before_it_is_ready_and_after_it_stopped_requests_are_refused(folder):
-    loop = Loop(folder)
+def test_before_it_is_ready_and_after_it_stopped_requests_are_refused(make, folder):
+    loop = make()
     for refused in (lambda: loop.submit(ask("r")), lambda: loop.call(ListAdapters())):
         with pytest.raises(Unavailable, match="loading"):
             refused()
@@ -189,15 +202,15 @@ def test_an_aborted_request_gives_everything_back(loop):
     assert loop.core.scheduler.pool.used == 0
 
 
-def test_refusals_reach_the_client(folder):
-    loop = Loop(folder, max_waiting=1, max_model_len=64)
+def test_refusals_reach_the_client(make):
+    loop = make(max_waiting=1, max_model_len=64)
     loop.hold.clear()
     loop.begin()
     asked = {
-        "long": (ask("long", tokens=64), BadRequest),
+        "long": (ask("long", tokens=65 - len(PROMPT)), BadRequest),
         "empty": (ask("empty", prompt=()), BadRequest),
         "unknown": (ask("unknown", ("a",)), NotFound),
-        "fits": (ask("fits"), None),
+        "fits": (ask("fits", tokens=64 - len(PROMPT)), None),
         "full": (ask("full"), QueueFull),
     }
     for request, _ in asked.values():
@@ -209,7 +222,6 @@ def test_refusals_reach_the_client(folder):
         assert (last.finish_reason, type(last.error)) == (
             ("length", type(None)) if kind is None else ("error", kind)
         )
-    loop.stop()
 
 
 def test_adapters_are_loaded_changed_read_and_unloaded(loop, files):
@@ -229,9 +241,9 @@ def test_adapters_are_loaded_changed_read_and_unloaded(loop, files):
     assert result(loop.call(ListAdapters())) == ()
 
 
-def test_a_file_that_is_refused_changes_nothing(folder, files, tmp_path):
+def test_a_file_that_is_refused_changes_nothing(make, files, tmp_path):
     place, made = files
-    loop = Loop(folder, max_adapter_gib=1e-4).begin()  # about 100 kB
+    loop = make(max_adapter_gib=1e-4).begin()  # about 100 kB
     result(loop.call(LoadAdapter("a", place / "a.safetensors")))
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes((place / "b.safetensors").read_bytes()[:-1])
@@ -240,25 +252,23 @@ def test_a_file_that_is_refused_changes_nothing(folder, files, tmp_path):
     for path, kind in ((bad, BadAdapterFile), (big, TooLarge), (tmp_path / "none", BadAdapterFile)):
         assert isinstance(error_of(loop.call(LoadAdapter("a", path, replace=True))), kind)
     assert loop.answer(ask("r", ("a",))) == (expected(made["a"]), "length")
-    loop.stop()
 
 
-def test_adapters_of_the_settings_are_attached_before_it_is_ready(folder, files):
+def test_adapters_of_the_settings_are_attached_before_it_is_ready(make, files):
     place, made = files
     entries = [str(place / "a.safetensors"), f"hu={place / 'b.safetensors'}"]
-    loop = Loop(folder, adapter=entries).begin()
+    loop = make(adapter=entries).begin()
     views = result(loop.call(ListAdapters()))
     assert [(v.name, v.state) for v in views] == [("a", "attached"), ("hu", "attached")]
     assert all(view.neutrality for view in views), "measured, too"
     assert loop.answer(ask("r", None)) == (expected(made["a"], made["b"]), "length")
-    loop.stop()
 
 
-def test_an_adapter_is_measured_on_the_probe_texts_and_refused_above_the_limit(folder, files, tmp_path):
+def test_an_adapter_is_measured_on_the_probe_texts_and_refused_above_the_limit(make, files, tmp_path):
     place, _ = files
     (tmp_path / "law.txt").write_text("The court found for the plaintiff.")
     law = tuple(b"The court found for the plaintiff.")
-    loop = Loop(folder, max_leak=0.0, probe_text=[tmp_path / "law.txt"]).begin()
+    loop = make(max_leak=0.0, probe_text=[tmp_path / "law.txt"]).begin()
     view = result(loop.call(LoadAdapter("a", place / "a.safetensors", threshold=1e6)))
     assert {name: (leak.rate, leak.tokens) for name, leak in view.neutrality.items()} == {"law": (0, len(law))}
     loop.submit(ask("r", ("a",), tokens=100))
@@ -268,7 +278,6 @@ def test_an_adapter_is_measured_on_the_probe_texts_and_refused_above_the_limit(f
     assert isinstance(error_of(loop.call(PatchAdapter("a", threshold=0.0))), BadRequest)
     assert result(loop.call(ListAdapters()))[0].threshold == 1e6
     assert [t.id for o in loop.outputs("r")["r"] for t in o.tokens] == expected(tokens=100), "every gate is shut"
-    loop.stop()
 
 
 def test_a_built_in_text_is_no_longer_than_the_server_takes(loop, files):
@@ -289,18 +298,17 @@ def measured(loop):
             return view.neutrality
 
 
-def test_a_request_waits_for_its_adapter_to_be_copied(folder, files):
+def test_a_request_waits_for_its_adapter_to_be_copied(make, files):
     place, made = files
     entries = [str(place / "a.safetensors"), str(place / "b.safetensors")]
-    loop = Loop(folder, adapter=entries, slots=1).begin()
+    loop = make(adapter=entries, slots=1).begin()
     (waiting,) = [v.name for v in result(loop.call(ListAdapters())) if v.state == "registered"]
     assert loop.answer(ask("r", (waiting,))) == (expected(made[waiting]), "length")
     assert [v.name for v in result(loop.call(ListAdapters())) if v.state == "attached"] == [waiting]
-    loop.stop()
 
 
 @pytest.mark.parametrize("fault", ["no base", "no adapter", "name twice", "no probe text", "leak"])
-def test_a_start_that_fails_says_why_and_refuses(folder, files, tmp_path, fault):
+def test_a_start_that_fails_says_why_and_refuses(make, folder, files, tmp_path, fault):
     place, _ = files
     file = str(place / "a.safetensors")
     more = {
@@ -309,7 +317,7 @@ def test_a_start_that_fails_says_why_and_refuses(folder, files, tmp_path, fault)
         "no probe text": {"probe_text": [tmp_path / "law.txt"]},
         "leak": {"adapter": [file], "max_leak": 0.0},
     }.get(fault, {})
-    loop = Loop(tmp_path / "nowhere" if fault == "no base" else folder, **more)
+    loop = make(tmp_path / "nowhere" if fault == "no base" else folder, **more)
     loop.start()
     loop._thread.join(PATIENCE)
     assert loop.status == "failed"
@@ -318,12 +326,11 @@ def test_a_start_that_fails_says_why_and_refuses(folder, files, tmp_path, fault)
     with pytest.raises(Unavailable) as refusal:
         loop.submit(ask("r"))
     assert refusal.value.message == loop.failure
-    loop.stop()
 
 
-def test_a_step_that_raises_fails_its_requests_alone_and_the_next_one_works(folder, files):
+def test_a_step_that_raises_fails_its_requests_alone_and_the_next_one_works(make, files):
     place, made = files
-    loop = Loop(folder, max_running=2)
+    loop = make(max_running=2)
     loop.hold.clear()
     loop.begin()
     run, steps = loop.core._runner.run, []
@@ -351,10 +358,9 @@ def test_a_step_that_raises_fails_its_requests_alone_and_the_next_one_works(fold
     assert loop.status == "ready"
     assert result(loop.call(ListAdapters()))[0].requests == 0
     assert loop.core.scheduler.pool.used == 0
-    loop.stop()
 
 
-def test_stopping_answers_everybody(folder, files, monkeypatch):
+def test_stopping_answers_everybody(make, files, monkeypatch):
     """Running, waiting and refused requests, a load under way, and what was asked just before and after."""
     place, _ = files
     copying = threading.Event()
@@ -365,7 +371,7 @@ def test_stopping_answers_everybody(folder, files, monkeypatch):
             yield
 
     monkeypatch.setattr(Bank, "attach", endless)
-    loop = Loop(folder, max_running=1).begin()
+    loop = make(max_running=1).begin()
     load = loop.call(LoadAdapter("a", place / "a.safetensors"))
     assert copying.wait(PATIENCE)
     reached, go_on = loop.pause_after_a_step()
@@ -378,6 +384,7 @@ def test_stopping_answers_everybody(folder, files, monkeypatch):
 
     def join_after_more():
         """Called once the engine was told to stop; it goes on only when these are behind that in its queue."""
+        loop._thread.join = join
         late.append(loop.call(ListAdapters()))
         loop.submit(ask("late"))
         go_on.set()
@@ -397,8 +404,8 @@ def test_stopping_answers_everybody(folder, files, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["integrity", "command"])
-def test_an_engine_that_breaks_down_answers_everybody_and_refuses_from_then_on(folder, where):
-    loop = Loop(folder)
+def test_an_engine_that_breaks_down_answers_everybody_and_refuses_from_then_on(make, where):
+    loop = make()
     loop.hold.clear()
     loop.begin()
 
@@ -423,11 +430,10 @@ def test_an_engine_that_breaks_down_answers_everybody_and_refuses_from_then_on(f
     assert loop.status == "failed"
     with pytest.raises(Unavailable, match="RuntimeError"):
         loop.submit(ask("s"))
-    loop.stop()
 
 
-def test_whoever_waits_is_answered_before_the_status_turns(folder):
-    loop = Loop(folder)
+def test_whoever_waits_is_answered_before_the_status_turns(make):
+    loop = make()
     loop.hold.clear()
     loop.begin()
     deliver, seen = loop._deliver, []
@@ -444,4 +450,3 @@ def test_whoever_waits_is_answered_before_the_status_turns(folder):
     loop.hold.set()
     loop._thread.join(PATIENCE)
     assert (seen, loop.status) == (["ready"], "failed")
-    loop.stop()

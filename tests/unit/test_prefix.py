@@ -10,11 +10,10 @@ import pytest
 from nr_serve.engine.messages import PrefixTokens, Sampling, Submit
 from nr_serve.engine.neutrality import NONE, NOTHING, Attachments, Footprint, Opened
 from nr_serve.engine.pages import PagePool
-from nr_serve.engine.request import AnswerText, Request
+from nr_serve.engine.request import Request
 from nr_serve.engine.reuse import Reuse
 from nr_serve.engine.scheduler import Scheduler
 from nr_serve.neutral.registry import Version
-from nr_serve.tokenizer import Detokenizer
 
 PAGE = 4
 
@@ -23,18 +22,10 @@ def sets(*members: int) -> frozenset[int]:
     return frozenset(members)
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def decode(self, ids, *, special_tokens=False):
-        return bytes(i % 256 for i in ids).decode(errors="replace")
-
-
 def request(name, tokens, selection=(), *, answer=1, salt=None, **submit) -> Request:
     sampling = Sampling(max_tokens=answer, prompt_logprobs=submit.pop("prompt_logprobs", None))
-    text = AnswerText(Detokenizer(Bytes(), ()), ())
     asked = Submit(str(name), tuple(tokens), sampling, cache_salt=salt, **submit)
-    made = Request(submit=asked, eos_ids=frozenset(), seed=0, text=text, arrival=int(name))
+    made = Request(submit=asked, eos_ids=frozenset(), seed=0, text=None, arrival=int(name))
     made.selection = tuple(selection)
     return made
 

@@ -14,7 +14,7 @@ from nr_serve.engine.opened import opened_by_page
 from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.bank import Bank
 from tests import tiny
-from tests.unit.test_exactness import engine, load
+from tests.unit.stepped import engine, load
 
 PAGE = 4
 NAMES = ("a", "b", "c", "d", "e")

@@ -7,23 +7,14 @@ import pytest
 
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.pages import PagePool
-from nr_serve.engine.request import AnswerText, Request
+from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import MAX_OVERTAKEN, Scheduler
 from nr_serve.errors import NotFound, NrError
-from nr_serve.tokenizer import Detokenizer
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def decode(self, ids, *, special_tokens=False):
-        return bytes(ids).decode(errors="replace")
 
 
 def request(arrival: int, prompt: int, answer: int = 1, *, priority=0, adapters=()) -> Request:
     submit = Submit(str(arrival), (1,) * prompt, Sampling(max_tokens=answer), adapters, priority=priority)
-    text = AnswerText(Detokenizer(Bytes(), ()), ())
-    return Request(submit=submit, eos_ids=frozenset(), seed=0, text=text, arrival=arrival)
+    return Request(submit=submit, eos_ids=frozenset(), seed=0, text=None, arrival=arrival)
 
 
 def admit_all(request: Request, *, may_copy: bool = True) -> bool:

@@ -11,8 +11,8 @@ from nr_serve.api.middleware import deadlines
 from nr_serve.serve import Server
 from tests import tiny
 from tests.fakes import events
-from tests.unit.test_lifecycle import Loop, running
-from tests.unit.waiting import PATIENCE, until
+from tests.unit.servers import Loop, running
+from tests.waiting import PATIENCE, until
 
 BODY = {"model": "tiny", "prompt": "hello there", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
 BODY |= {"stream": True, "logprobs": 20, "return_token_ids": True}

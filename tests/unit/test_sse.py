@@ -33,7 +33,15 @@ async def silent():
 
 
 def stream(bodies: Bodies, send) -> None:
-    asyncio.run(EventStream(bodies.events(), nothing())({}, silent, send))
+    """Send the bodies as events; they are closed when it ends, before asyncio closes whatever is left open."""
+
+    async def main() -> None:
+        try:
+            await EventStream(bodies.events(), nothing())({}, silent, send)
+        finally:
+            assert bodies.closed
+
+    asyncio.run(main())
 
 
 def test_a_whole_stream_ends_with_done():
@@ -51,9 +59,29 @@ def test_a_connection_that_breaks_ends_the_stream_quietly():
         if message["type"] == "http.response.body":
             raise BrokenPipeError
 
-    bodies = Bodies()
-    stream(bodies, send)
-    assert bodies.closed
+    stream(Bodies(), send)
+
+
+def test_a_client_that_goes_before_the_first_event_ends_what_the_events_would_come_from():
+    ended = []
+
+    async def outputs():
+        try:
+            while True:
+                yield 1
+        finally:
+            ended.append(True)
+
+    async def send(message):
+        raise BrokenPipeError
+
+    async def main() -> None:
+        source = outputs()
+        await anext(source)
+        await EventStream(Bodies().events(), source)({}, silent, send)
+        assert ended
+
+    asyncio.run(main())
 
 
 def test_an_os_error_while_an_event_is_written_is_not_taken_for_the_client():

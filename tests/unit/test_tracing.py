@@ -21,6 +21,7 @@ from nr_serve.tracing import Tracing
 from tests.collector import collecting
 from tests.fakes import FakeEngine, tokenizer
 from tests.unit.test_imports import BLOCK
+from tests.waiting import until
 
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -44,8 +45,7 @@ def traced(exporter=None, tracing=None):
 
     engine = AsyncEngine(build, Metrics(), tracing or Tracing(exporter))
     with TestClient(create_app(engine, tokenizer(), ServeConfig()), "http://localhost") as client:
-        while client.get("/ready").status_code != 200:
-            time.sleep(0.01)
+        until(lambda: client.get("/ready").status_code == 200)
         yield client, engines[0], spans
     if isinstance(exporter, InMemorySpanExporter):
         spans += exporter.get_finished_spans()

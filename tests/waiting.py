@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-PATIENCE = 120  # seconds until a test gives up on what should come at once
+PATIENCE = 300  # seconds until a test gives up on what should come at once; a busy machine compiles for 100
 
 
 def until(done: Callable[[], bool]) -> None:

@@ -1,0 +1,212 @@
+"""Text is extracted, cleaned, deduplicated and split."""
+
+import gettext
+import gzip
+import io
+import json
+import struct
+
+import pytest
+
+from nr_serve.errors import BadRequest
+from nr_serve.train.corpus import clean, extract, man, split
+from nr_serve.train.corpus.recipe import Source
+
+
+def source(**fields):
+    values = {"name": "hu.x", "language": "hu", "kind": "deb", "licence": "MIT", "format": "text"} | fields
+    return Source(**values)
+
+
+def documents(reader, data, **fields):
+    return list(reader(data.encode() if isinstance(data, str) else data, source(**fields)))
+
+
+def catalogue(messages):
+    """A .mo file of (original, translation) pairs."""
+    pairs = [(a.encode(), b.encode()) for a, b in messages]
+    start = 28 + 16 * len(pairs)
+    tables, body = [b"", b""], b""
+    for which in (0, 1):
+        for pair in pairs:
+            tables[which] += struct.pack("<2I", len(pair[which]), start + len(body))
+            body += pair[which] + b"\0"
+    head = struct.pack("<7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, 0)
+    return head + tables[0] + tables[1] + body
+
+
+# Extraction
+
+
+def test_a_page_gives_its_innermost_blocks_without_navigation():
+    page = """<html><head><title>t</title></head><body><nav><p>menu</p></nav><script>x()</script>
+    <h1>Cím</h1><table><tr><td><p>egy <b>cella</b></p></td></tr></table><ul><li>pont</li></ul>
+    <div class="nav_table"><p>elsó</p></div><pre>code</pre></body></html>"""
+    assert documents(extract.html, page) == [["Cím", "egy cella", "pont"]]
+
+
+def test_a_help_page_gives_titles_and_paragraphs_without_credits():
+    page = """<page xmlns="http://projectmallard.org/1.0/"><info><desc>leírás</desc>
+    <mal:credit xmlns:mal="http://projectmallard.org/1.0/"><mal:name>N</mal:name><p>név</p></mal:credit></info>
+    <title>Cím</title><p>Egy <gui>Gomb</gui> van.</p><screen><p>ls</p></screen></page>"""
+    assert documents(extract.mallard, page) == [["leírás", "Cím", "Egy Gomb van."]]
+
+
+def test_a_manual_page_gives_running_text():
+    page = ".TH X 1\n.SH NÉV\nx \\- egy \\fBvastag\\fP szó\n.PP\nfolytatódik\n.I dőlt\n.nf\nkód\n.fi\nvége\n"
+    assert man.paragraphs(page) == ["x - egy vastag szó", "folytatódik dőlt", "vége"]
+
+
+def test_a_catalogue_gives_what_was_translated():
+    data = catalogue(
+        [("", "Content-Type: text/plain; charset=UTF-8\n"), ("OK", "OK"), ("_Open <b>it</b>", "Meg_nyitás")]
+    )
+    assert gettext.GNUTranslations(io.BytesIO(data)).gettext("_Open <b>it</b>") == "Meg_nyitás"
+    assert documents(extract.mo, data) == [["Megnyitás"]]
+
+
+def test_a_file_that_is_no_catalogue_is_refused():
+    with pytest.raises(ValueError, match="catalogue"):
+        documents(extract.mo, b"something else")
+
+
+def test_package_descriptions_give_heading_paragraphs_and_items():
+    listing = """Package: a
+Description-md5: 1
+Description-hu: rövid cím
+ Első sor
+ folytatása.
+ .
+ Lista:
+  * egy
+  * kettő
+
+Package: b
+Description-en: not this
+"""
+    [document] = documents(extract.ddtp, listing)
+    assert [clean.normalise(p) for p in document] == ["rövid cím", "Első sor folytatása.", "Lista:", "egy", "kettő"]
+
+
+def test_json_lines_give_a_document_each():
+    data = "\n".join(json.dumps({"passage": text, "q": "?"}) for text in ("a\nb", "c"))
+    assert documents(extract.jsonl, data, field="passage") == [["a", "b"], ["c"]]
+
+
+def test_rows_of_a_table_join_to_documents():
+    rows = "book,verse\n1,first\n1,second\n2,third\n"
+    assert documents(extract.table, rows, field="1", document=("0",)) == [["first second"], ["third"]]
+
+
+def test_plain_text_gives_what_matches():
+    obo = 'id: 1\ndef: "A thing." [x]\n\ndef: "Another." [y]\n'
+    assert documents(extract.text, obo, match='^def: "([^"]*)"') == [["A thing.", "Another."]]
+    assert documents(extract.text, "one\ntwo\n\nthree") == [["one\ntwo", "three"]]
+
+
+def test_plain_text_gives_a_paragraph_a_line():
+    assert documents(extract.plain, "one\r\ntwo\r\n\r\n \nthree\n") == [["one", "two"], ["three", ""]]
+
+
+@pytest.mark.parametrize("form", ["plain", "text", "fortune"])
+def test_the_users_text_in_another_encoding_is_refused_with_file_and_byte(tmp_path, form):
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"abc\n" + "ığ".encode("iso-8859-9"))
+    with pytest.raises(BadRequest, match=r"x\.txt is not UTF-8: byte 4 of the text \(0xfd\)"):
+        list(extract.extract(path, source(kind="folder", format=form)))
+
+
+def test_sayings_are_cut_at_percent_signs():
+    assert documents(extract.fortune, "a\n%\nb\n%\nc\n") == [["a\n", "b\n", "c\n"]]
+
+
+def test_compressed_files_are_read(tmp_path):
+    path = tmp_path / "x.txt.gz"
+    path.write_bytes(gzip.compress(b"egy"))
+    assert list(extract.extract(path, source())) == [["egy"]]
+
+
+# Cleaning
+
+
+def test_a_paragraph_is_normalised_to_one_composed_line():
+    assert clean.normalise(" A\u0301rv\u00adíz \n\t tűrő\u200b ") == "Árvíz tűrő"
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "prose"),
+    [
+        ("Ez egy rövid mondat.", True),
+        ("Igen, nem.", False),
+        ("a = 12345; b = {67890}; c[0] = d * 4", False),
+        ("これは日本語の文章です。", True),
+        ("", False),
+    ],
+)
+def test_prose_has_words_and_mostly_letters(paragraph, prose):
+    assert clean.is_prose(paragraph) is prose
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "english"),
+    [
+        ("Click the button to open this dialog.", True),
+        ("Positions an object, such as an image or frame, in an open document.", True),
+        ("Ha a képet is be kell állítani, a menü és a lap is jó.", False),
+        ("Kattintson a gombra a The Times megnyitásához ebben az ablakban most.", False),
+        ("Vælg om du vil bruge den anden mappe i stedet for denne.", False),
+        ("Het is in de map of op het bureaublad van de gebruiker.", False),
+    ],
+)
+def test_what_a_translation_left_in_english_is_told_apart(paragraph, english):
+    assert clean.looks_english(paragraph) is english
+
+
+def test_untranslated_originals_are_dropped():
+    originals = frozenset(["Foo bar baz quux corge"])
+    document = ["Foo  bar baz quux corge", "Ez egy magyar mondat."]
+    assert clean.clean_document(document, translated=True, originals=originals) == ["Ez egy magyar mondat."]
+
+
+# Deduplication and splitting
+
+
+def sentence(*numbers):
+    return " ".join("szó" + "abcdefghij"[n % 10] * (n // 10 + 1) for n in numbers)
+
+
+def test_exact_and_near_duplicates_go_and_the_first_stays():
+    long = sentence(*range(40))
+    near = long + " még"
+    assert split.deduplicate([[long, long], [near], [sentence(*range(50, 90))]]) == [
+        [long],
+        [sentence(*range(50, 90))],
+    ]
+
+
+def test_held_out_text_is_about_its_share_and_shares_nothing_with_the_rest():
+    made = [[sentence(*range(1000 + 60 * i, 1060 + 60 * i))] for i in range(300)]
+    made = [[f"{chr(97 + i % 26)}{chr(97 + i // 26)} ".join(d[0].split())] for i, d in enumerate(made)]
+    train, held = split.hold_out(made)
+    assert 0.06 < split.size(held) / split.size(made) < 0.1
+    assert not {id(d) for d in train} & {id(d) for d in held}
+    assert len(train) + len(held) == len(made)
+
+
+def test_held_out_paragraphs_that_leak_are_dropped():
+    same = sentence(*range(30))
+    made = [[f"{sentence(*range(40 + i, 70 + i))}"] for i in range(0, 4000, 40)] + [[same]]
+    train, held = split.hold_out([[same], *made])
+    assert [same] in train
+    assert [same] not in held
+
+
+def test_long_documents_are_cut_between_paragraphs():
+    parts = list(split.cut([["x" * 5000, "y" * 5000, "z"], ["w"]]))
+    assert parts == [["x" * 5000], ["y" * 5000, "z"], ["w"]]
+
+
+def test_thinning_takes_documents_evenly():
+    kept = split.thin([[str(i) * 10] for i in range(10)], 50)
+    assert [document[0][0] for document in kept] == ["1", "3", "5", "7", "9"]
+    assert split.thin([["a"], ["b"]], 99) == [["a"], ["b"]]
