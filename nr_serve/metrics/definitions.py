@@ -128,7 +128,12 @@ SLOTS_TOTAL = _gauge("nr_slots_total", "Slots for adapters")
 GATE_FIRED = _counter("nr_gate_fired_total", "Token-layers whose gate fired", "adapter", "layer_group")
 GATE_SEEN = _counter("nr_gate_seen_total", "Token-layers evaluated", "adapter", "layer_group")
 GATE_MASS = _counter("nr_gate_mass_total", "Sum of gate values", "adapter")
-CROSS_FIRED = _counter("nr_cross_fired_total", "Token-layers fired, by whose traffic it was", "adapter", "selected")
+CROSS_FIRED = _counter(
+    "nr_cross_fired_total",
+    "Token-layers whose gate was open, selected or not, by whose traffic it was",
+    "adapter",
+    "selected",
+)
 
 
 def metrics_table() -> str:
