@@ -349,12 +349,15 @@ def test_statistics_follow_an_adapter_from_slot_to_slot():
     assert [statistics.adapters[f"a{i}"].seen[0] for i in range(3)] == [3 * fed, fed, fed]
 
 
-def test_the_last_tokens_of_a_replaced_version_count_too():
+@pytest.mark.parametrize("ends", ["once it is replaced", "while the next one is copied"])
+def test_the_last_tokens_of_a_replaced_version_count_too(ends):
     server = Server(slots=2)
     server.load("a", server.made(1))
     server.ask("r", ("a",))
     server.step()
-    server.load("a", server.made(2), replace=True)
+    server.load("a", server.made(2), replace=True, finish=ends == "once it is replaced")
+    while "r" not in server.ended:
+        server.step(copy=False)
     server.finish()
     assert server.core.statistics().adapters["a"].seen == (len(PROMPT) + ANSWER - 1,) * tiny.LAYERS
 
