@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nr_serve.api.middleware.access_log import note_output, note_submits
@@ -32,6 +32,7 @@ from nr_serve.engine.messages import (
 )
 from nr_serve.errors import NrError, Unavailable
 from nr_serve.metrics import Metrics, RequestClock
+from nr_serve.names import OTHER
 
 if TYPE_CHECKING:
     from nr_serve.tracing import RequestTrace, Tracing
@@ -235,6 +236,9 @@ class AsyncEngine:
                 self.metrics.unloaded(name)
 
     def _track(self, request: Submit, inbox: asyncio.Queue[Output]) -> _Live:
+        if any(name not in self.adapters for name in request.adapters or ()):
+            # Unloaded since it was asked for: its name must not come back as a time series.
+            request = replace(request, selected=OTHER)
         trace = None if self.tracing is None else self.tracing.begin()
         return _Live(inbox, RequestClock(self.metrics, request), trace)
 

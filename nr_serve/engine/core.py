@@ -214,9 +214,7 @@ class Core:
         request = piece.request
         if result.error is not None:
             return self._fail(request, result.error)
-        # Every token gets its entry, also while nothing is attached and nothing can fire.
-        fired_n = result.fired or ((),) * (piece.count if request.submit.gates else 0)
-        gates = [self._adapters.shares(fired, request.selection or ()) for fired in fired_n]
+        gates = [self._adapters.shares(fired, request.selection or ()) for fired in result.fired]
         _add_prompt_report(piece, result, gates)
         if not piece.samples:
             return None

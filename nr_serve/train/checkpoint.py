@@ -14,14 +14,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from nr_serve.disk import held, whole, writing
-from nr_serve.errors import NrError
+from nr_serve.errors import NrError, faults
 from nr_serve.train.blocks import is_gate
 
 PREFIX = "checkpoint-"
@@ -41,7 +42,7 @@ class Checkpoint:
     """What a run was when it was saved."""
 
     folder: Path
-    step: int
+    step: Annotated[int, Field(ge=0)]
     """Gradient steps taken."""
     recipe: dict[str, Any]
     base_fingerprint: str
@@ -72,9 +73,10 @@ class Checkpoint:
         if not self.is_refitted:
             return weights
         gates = self._tensors(REFITTED)
-        odd = sorted(gates.keys() ^ {name for name in weights if is_gate(name)})
+        expected = shapes({name: t for name, t in weights.items() if is_gate(name)})
+        odd = sorted({name for name, _ in shapes(gates).items() ^ expected.items()})
         if odd:
-            fault = f"holds {odd[0]}, which is no gate" if odd[0] in gates else f"lacks {odd[0]}, a gate"
+            fault = f"lacks {odd[0]}, a gate" if odd[0] not in gates else f"holds {odd[0]}, which is no gate"
             raise BadCheckpoint(f"{self.folder / REFITTED} {fault} of the blocks trained; {REMEDY}")
         return weights | gates
 
@@ -91,6 +93,14 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             remedy = f"; {REMEDY}" if name == REFITTED else ""
             raise BadCheckpoint(f"cannot read {self.folder / name} of the checkpoint: {error}{remedy}") from error
+
+
+_CHECKPOINT = TypeAdapter(Checkpoint)
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -167,8 +177,10 @@ def load(folder: Path) -> Checkpoint:
         for name, size in files.items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} is not {size} bytes long")
-        return Checkpoint(folder=folder, **state)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return _CHECKPOINT.validate_python({"folder": folder, **state})
+    except ValidationError as error:
+        raise BadCheckpoint(f"cannot read the checkpoint {folder}: in {STATE} {faults(error)}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadCheckpoint(f"cannot read the checkpoint {folder}: {error}") from error
 
 

@@ -49,8 +49,8 @@ def load_weights(learner: Learner, weights: Mapping[str, Tensor]) -> None:
     adapter = learner.adapter
     if adapter is not None:
         adapter.keep({name.removeprefix("adapter.") for name in weights})
-    expected = learner.trained_state().keys()
-    if weights.keys() != expected:
-        odd = sorted(weights.keys() ^ expected)[0]
-        raise checkpoints.BadCheckpoint(f"the checkpoint is not of this method and base: {odd}")
+    expected, found = checkpoints.shapes(learner.trained_state()), checkpoints.shapes(weights)
+    if found != expected:
+        odd = sorted({name for name, _ in found.items() ^ expected.items()})[0]
+        raise checkpoints.BadCheckpoint(f"the checkpoint is not of this recipe and base: {odd}")
     learner.load_state_dict(dict(weights), strict=False)

@@ -229,6 +229,22 @@ class Reader:
             await asyncio.sleep(0.01)
 
 
+def test_a_request_for_what_was_unloaded_since_brings_no_name_back():
+    reader = Reader()
+
+    async def asked() -> str:
+        async with reader.engine.running():
+            await reader.ready()
+            gone = Submit("r", (1,), Sampling(), adapters=("hu", "gone"), selected="hu+gone")
+            async for _ in reader.engine.generate([gone]):
+                pass
+            return (await reader.engine.scrape()).decode()
+
+    text = asyncio.run(asked())
+    assert "gone" not in text
+    assert read(text)['nr_requests_total{finish_reason="length",selected="other"}'] == 1
+
+
 def test_a_scrape_does_not_wait_for_a_long_step(monkeypatch):
     monkeypatch.setattr(bridge, "_READ_SECONDS", PATIENCE)
     reader = Reader()

@@ -127,8 +127,9 @@ def test_gates_fitted_again_that_find_no_room_or_are_damaged_can_be_fitted_once_
     [
         (lambda gates: gates.pop("adapter.layers.1.gate"), r"lacks adapter\.layers\.1\.gate, a gate of the blocks"),
         (lambda gates: gates.update({"adapter.layers.9.bias": torch.ones(())}), r"holds adapter\.layers\.9\.bias"),
+        (lambda gates: gates.update({"adapter.layers.1.gate": torch.ones(3)}), r"holds adapter\.layers\.1\.gate"),
     ],
-    ids=["lacking", "foreign"],
+    ids=["lacking", "foreign", "short"],
 )
 def test_gates_fitted_again_that_are_not_of_the_trained_blocks_are_refused(tmp_path, base, corpus, change, said):
     recipe, out = write_recipe(tmp_path, base, tokens=256), tmp_path / "out"
@@ -352,6 +353,39 @@ def test_a_damaged_checkpoint_is_named(tmp_path, base, corpus):
     (checkpoints.latest(out) / checkpoints.WEIGHTS).write_bytes(b"torn")
     with pytest.raises(checkpoints.BadCheckpoint, match="checkpoint-2"):
         train(write_recipe(tmp_path, base, tokens=256), out, corpus, resume=True)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path, base, corpus):
+    out = tmp_path / "out"
+    train(write_recipe(tmp_path, base, tokens=256), out, corpus)
+    kept = checkpoints.latest(out) / checkpoints.WEIGHTS
+    weights = load_file(kept)
+    name = "adapter.layers.1.w_in"
+    weights[name] = weights[name].flatten().view(-1, 4)  # as many bytes
+    save_file(weights, kept)
+    for read in (
+        lambda: train(write_recipe(tmp_path, base, tokens=256), out, corpus, resume=True),
+        lambda: export_run(out, tmp_path / "x.safetensors"),
+    ):
+        with pytest.raises(checkpoints.BadCheckpoint, match=r"recipe and base: adapter\.layers\.1\.w_in"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [None, [], "[" * 100_000, {"step": None}, {"step": "x"}, {"step": -3}, {"results": None}, {"files": []}],
+    ids=str,
+)
+def test_a_state_that_is_none_is_named(tmp_path, base, corpus, state):
+    out = tmp_path / "out"
+    train(write_recipe(tmp_path, base, tokens=256), out, corpus)
+    path = checkpoints.latest(out) / checkpoints.STATE
+    text = state
+    if not isinstance(state, str):
+        text = json.dumps(json.loads(path.read_text()) | state if isinstance(state, dict) else state)
+    path.write_text(text)
+    with pytest.raises(checkpoints.BadCheckpoint, match=r"cannot read the checkpoint .*checkpoint-2"):
+        export_run(out, tmp_path / "x.safetensors")
 
 
 def test_learning_rate_follows_the_schedule():
