@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nr_serve.disk import cache_folder
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.torch_bank import TorchBank
 from tests import banks, tiny
@@ -14,9 +15,12 @@ from tests import banks, tiny
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Keep the tokenised text of tests out of the user's cache."""
+    """Keep the tokenised text of tests out of the user's cache. Compiled operators go by their content: shared."""
+    cache, operators = tmp_path_factory.mktemp("cache"), cache_folder() / "operators"
+    operators.mkdir(parents=True, exist_ok=True)
+    (cache / "operators").symlink_to(operators)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NR_CACHE", str(cache))
         yield
 
 
