@@ -231,7 +231,7 @@ class Adapters:
 
     def view(self, version: Version) -> AdapterView:
         """What people see of a version."""
-        adapter: Adapter = version.payload
+        adapter = version.payload
         copying = version.slot is not None and not version.attached
         return AdapterView(
             name=version.name,
@@ -316,7 +316,7 @@ class Adapters:
         started = time.perf_counter()
         if version.slot is None and not self._start_copy(version, started):
             raise _unmeasured(version)
-        self.registry.hold((version,))  # as a request does, so that it stays in its slot
+        self.registry.keep(version)
         measurement = self._canary.begin(version, threshold)
         self._changes.append(_Change(version, iter(()), measurement, started, answer, patch=message))
 
@@ -355,7 +355,7 @@ class Adapters:
     def _finish_patch(self, change: _Change, patch: PatchAdapter) -> None:
         assert change.answer is not None
         version = change.version
-        self._release((version,))
+        self._let_go(version)
         if version.retired:
             change.answer.set_exception(Conflict(f"adapter {version.name!r} was replaced or unloaded meanwhile"))
         else:
@@ -370,7 +370,7 @@ class Adapters:
             self._finish(change)
             return
         if change.patch is not None:
-            self._release((change.version,))
+            self._let_go(change.version)
         else:
             self._take_back(change)
         change.answer.set_exception(error)
@@ -423,6 +423,11 @@ class Adapters:
         if any(version.retired for version in selection):
             self._gates.read()
         self._detach(self.registry.release(selection))
+
+    def _let_go(self, version: Version) -> None:
+        if version.retired:
+            self._gates.read()
+        self._detach(self.registry.let_go(version))
 
     def _detach(self, slots: list[int]) -> None:
         for slot in slots:
