@@ -14,12 +14,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nr_serve.engine.canary import Canary, Measurement
+from nr_serve.engine.canary import Canary, Measurement, Probe
 from nr_serve.engine.gate_counts import GateCounts
 from nr_serve.engine.messages import AdapterGates, AdapterView, LoadAdapter, PatchAdapter
 from nr_serve.engine.neutrality import Attachments
 from nr_serve.engine.request import Request
-from nr_serve.engine.scheduler import Piece, Result
+from nr_serve.engine.scheduler import Result
+from nr_serve.engine.watch import Watch
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NrError, Unavailable
 from nr_serve.names import OTHER
 from nr_serve.neutral import MAX_THRESHOLD
@@ -62,11 +63,7 @@ class Adapters:
         self._bank = bank
         self._canary = canary or Canary({})
         self._changes: deque[_Change] = deque()
-        # What acts and is still to be measured, each with its attachment: by another it is not meant any more.
-        self._behind: deque[tuple[int, Measurement]] = deque()
-        self._on_trial: Measurement | None = None
-        # What acted before a version, or a threshold of it, that acts unmeasured: it comes back if that is wild.
-        self._replaced: dict[Version, Version] = {}
+        self._watch = Watch(self._canary, self.attachments)
         self._changed_itself = False
         self._gates = GateCounts(bank, self.registry)
 
@@ -144,7 +141,7 @@ class Adapters:
         self._gates.read()
         version = self.registry.get(name)
         view = self.view(version)
-        self._replaced.pop(version, None)
+        self._watch.unloaded(version)
         self._detach(self.registry.remove(name))
         self._gates.forget(name)
         return view
@@ -170,7 +167,7 @@ class Adapters:
     @property
     def busy(self) -> bool:
         """Whether weights are on their way into a slot, or an adapter is being measured."""
-        return bool(self._changes or self._behind)
+        return bool(self._changes or self._watch)
 
     def copy_some(self, seconds: float = COPY_SECONDS) -> None:
         """Copy weights for about so long, at least a layer; publish what is ready."""
@@ -186,33 +183,23 @@ class Adapters:
             self._changes.popleft()
             self._finish(change)
 
-    def trial(self, most: int) -> Piece | None:
-        """The piece of probe text to run with the next step, of at most so many tokens; `tried` takes its result.
+    def trial(self, most: int) -> Probe | None:
+        """What to run of the probe texts with the next step, at most so many tokens; `tried` takes its result.
 
         What waits to act goes before what acts already, and nothing is measured while weights are copied.
         """
-        self._on_trial = self._to_measure()
-        return None if self._on_trial is None else self._canary.piece(self._on_trial, most)
+        measurement = self._to_measure()
+        return None if measurement is None else self._canary.probe(measurement, most)
 
-    def tried(self, piece: Piece, result: Result) -> None:
-        """Take what running the piece gave; an adapter that is found out is refused, or unloaded."""
-        measurement = self._on_trial
-        assert measurement is not None
-        acts = not (self._changes and self._changes[0].measurement is measurement)
-        if acts and not self._is_meant(*self._behind[0]):
-            return  # it went with a request that ended
+    def tried(self, probe: Probe, result: Result) -> None:
+        """Take what running the probe gave; an adapter that is found out is refused, or unloaded."""
+        if probe.measurement.acts:
+            self._try_behind(probe, result)
+            return
         try:
-            self._canary.add(measurement, piece, result)
+            self._canary.add(probe, result)
         except NrError as error:
-            if acts:
-                self._behind.popleft()
-                self._found_out(measurement.version, error)
-            else:
-                self._refuse(self._changes.popleft(), error)
-        else:
-            if acts and self._canary.done(measurement):
-                self._behind.popleft()
-                self._replaced.pop(measurement.version, None)
+            self._refuse(self._changes.popleft(), error)
 
     def take_changed(self) -> bool:
         """Whether names or versions changed, since the last time, without anybody asking for it."""
@@ -225,7 +212,7 @@ class Adapters:
             if change.answer is not None:
                 change.answer.set_exception(error)
         self._changes.clear()
-        self._behind.clear()
+        self._watch.stop()
 
     # Reading
 
@@ -249,7 +236,7 @@ class Adapters:
             load_seconds=version.load_seconds,
             gates=self._gates.of(version.name),
             neutrality=self._canary.report(version),
-            measuring=any(each.version is version and self._is_meant(at, each) for at, each in self._behind),
+            measuring=self._watch.measuring(version),
         )
 
     def views(self) -> tuple[AdapterView, ...]:
@@ -291,13 +278,20 @@ class Adapters:
         if self._changes:
             change = self._changes[0]
             return change.measurement if change.copied else None
-        while self._behind and not self._is_meant(*self._behind[0]):
-            self._behind.popleft()
-        return self._behind[0][1] if self._behind else None
+        return self._watch.next()
 
-    def _is_meant(self, attachment: int, measurement: Measurement) -> bool:
-        """Whether what is measured still acts, for new requests, at this threshold."""
-        return attachment in self.attachments.all and not measurement.version.retired
+    def _try_behind(self, probe: Probe, result: Result) -> None:
+        measurement = probe.measurement
+        if not self._watch.wants(measurement):
+            return  # it went with a request that ended
+        try:
+            self._canary.add(probe, result)
+        except NrError as error:
+            self._watch.failed(measurement)
+            self._found_out(measurement.version, error)
+        else:
+            if self._canary.done(measurement):
+                self._watch.done(measurement)
 
     def _must_measure(self, version: Version, threshold: float) -> bool:
         """Whether a threshold must wait for its turn to be measured.
@@ -387,10 +381,9 @@ class Adapters:
     def _turn(self, version: Version, patch: PatchAdapter) -> None:
         if patch.pinned is not None:
             version.pinned = patch.pinned
-            if version in self._replaced:  # the name was pinned, or set free, whoever bears it
-                self._replaced[version].pinned = patch.pinned
+            self._watch.pins(version, patch.pinned)
         if patch.threshold is not None:
-            self._keep_turned(version, patch.threshold)
+            self._watch.turns(version, patch.threshold)
             version.threshold = patch.threshold
             if version.attached and version.slot is not None:
                 self._open(version)
@@ -408,7 +401,8 @@ class Adapters:
         version.pinned = self._pinned(change.load)  # not before: that one's pin may have been turned meanwhile
         if version.slot is not None:
             self.registry.attach(version)
-        self._keep_replaced(version)
+        if version.name in self.registry:
+            self._watch.replaces(version, self.registry.get(version.name))
         self._take_name(version)
         version.load_seconds = time.perf_counter() - change.started
         change.answer.set_result(self.view(version))
@@ -440,26 +434,7 @@ class Adapters:
         assert version.slot is not None
         self._bank.set_threshold(version.slot, version.threshold)
         self.attachments.put(version.slot)
-        if measurement is None or measurement.threshold != version.threshold:
-            measurement = self._canary.begin(version, version.threshold)
-        if measurement is not None and not self._canary.done(measurement):
-            self._behind.append((self.attachments[version.slot], measurement))
-
-    def _keep_replaced(self, version: Version) -> None:
-        """Note what `version` is about to replace: the last that was measured, if there was one."""
-        if version.name not in self.registry:
-            return
-        before = self.registry.get(version.name)
-        measured = self._replaced.pop(before, before)
-        if self._canary.must_measure(version, version.threshold):
-            self._replaced[version] = measured
-
-    def _keep_turned(self, version: Version, threshold: float) -> None:
-        """Note the threshold that `version` is about to leave for another, if it was measured there."""
-        if not self._canary.must_measure(version, threshold):
-            self._replaced.pop(version, None)
-        elif not self._canary.must_measure(version, version.threshold):
-            self._replaced[version] = _again(version)
+        self._watch.opened(version, version.slot, measurement)
 
     def _found_out(self, version: Version, error: NrError) -> None:
         """An adapter that acts already could not be measured: what acted before it is put back."""
@@ -467,23 +442,18 @@ class Adapters:
         if not isinstance(error, BadAdapterFile):
             return
         self._changed_itself = True
-        before = self._replaced.pop(version, None)
+        before = self._watch.put_back(version)
         if before is None:
             self.unload(version.name)
             return
         log.warning(
             "adapter %s: version %s is put back, at threshold %g", before.name, before.digest, before.threshold
         )
-        self._take_name(_again(before))
+        self._take_name(before)
 
     def _shut(self, slot: int) -> None:
         self._bank.detach(slot)
         self.attachments.remove(slot)
-
-
-def _again(version: Version) -> Version:
-    """The same, not in a slot."""
-    return Version(version.name, version.digest, version.payload, version.threshold, pinned=version.pinned)
 
 
 def _unmeasured(version: Version) -> Unavailable:

@@ -47,6 +47,10 @@ class Version:
         """Whether somebody needs it to stay in its slot."""
         return self.requests > 0 or self.kept > 0
 
+    def again(self) -> Version:
+        """The same, not in a slot."""
+        return Version(self.name, self.digest, self.payload, self.threshold, pinned=self.pinned)
+
 
 Selection = tuple[Version, ...]
 """The versions one request may use, in no particular order."""
