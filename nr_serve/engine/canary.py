@@ -8,6 +8,7 @@ same adapter moved.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from nr_serve.engine.messages import Leak, Neutrality
 from nr_serve.engine.request import Request
@@ -25,10 +26,25 @@ class Measurement:
         self.version, self.threshold = version, threshold
         self.begun = False
         """Whether some tokens were read, and nothing became NaN."""
+        self.attachment: int | None = None
+        """What is measured, once it acts: another attachment of the version is not meant."""
         self.leaks: dict[str, Leak] = {}
         """On the texts that were read to their end."""
         self.start = self.fired = 0
         """Tokens read of the next text, and token-layers on which a gate fired."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether the version acts already; else it waits for what comes of this."""
+        return self.attachment is not None
+
+
+class Probe(NamedTuple):
+    """A piece of probe text on its way through a step."""
+
+    measurement: Measurement
+    """What it is a part of."""
+    piece: Piece
 
 
 class Canary:
@@ -64,22 +80,23 @@ class Canary:
         """Whether what is measured may act: below a limit, or, without one, if it begins without NaN."""
         return measurement.begun if self.max_leak is None else self.done(measurement)
 
-    def piece(self, measurement: Measurement, most: int) -> Piece:
-        """The next piece to run, of at most so many tokens."""
+    def probe(self, measurement: Measurement, most: int) -> Probe:
+        """The measurement's next piece, of at most so many tokens."""
         if self._last is not measurement:  # its row and pages were another's meanwhile: the text begins again
             self._last, measurement.start, measurement.fired = measurement, 0, 0
         request = self._texts[self._text(measurement)]
         request.selection = (measurement.version,)
         count = min(most, request.prompt_length - measurement.start)
-        return Piece(request, measurement.start, count, trial=measurement.threshold)
+        return Probe(measurement, Piece(request, measurement.start, count, trial=measurement.threshold))
 
-    def add(self, measurement: Measurement, piece: Piece, result: Result) -> None:
-        """Take what running the measurement's last piece gave.
+    def add(self, probe: Probe, result: Result) -> None:
+        """Take what running the probe gave.
 
         Raises the result's error, and BadRequest if the adapter leaks more than is allowed; then nothing is noted.
         """
         if result.error is not None:
             raise result.error
+        measurement, piece = probe
         version, tokens = measurement.version, piece.request.prompt_length
         assert version.slot is not None
         measurement.begun = True

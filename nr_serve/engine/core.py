@@ -120,13 +120,13 @@ class Core:
         schedule = self.scheduler.schedule()
         # Single tokens first, then chunks by length: the batch wants pieces of one length together.
         pieces = sorted(schedule.pieces, key=lambda piece: piece.count)
-        trial = None
+        probe = None
         if measures or not pieces:
-            trial = self._adapters.trial(self._runner.trial_tokens if pieces else TRIAL_TOKENS)
-        results, tried = self._run(pieces, trial)
+            probe = self._adapters.trial(self._runner.trial_tokens if pieces else TRIAL_TOKENS)
+        results, tried = self._run(pieces, None if probe is None else probe.piece)
         outputs = self._apply(schedule, pieces, results)
-        if trial is not None and tried is not None:
-            self._adapters.tried(trial, tried)
+        if probe is not None and tried is not None:
+            self._adapters.tried(probe, tried)
         report = self._report(pieces, started, preempted) if pieces else None
         return StepEvents(tuple(outputs), report, self._adapters.take_changed())
 

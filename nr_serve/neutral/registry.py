@@ -2,8 +2,8 @@
 
 A version is *registered* (in host memory), then *attached* (in a slot and published). More versions can be
 registered than there are slots: a wanted one takes the slot of the least recently used that is neither pinned
-nor held by a request. A version that was replaced or unloaded is *retired*: new requests cannot select it, and
-its slot is freed when the last request that holds it ends.
+nor in use, held by a request or kept for a change of it. A version that was replaced or unloaded is *retired*:
+new requests cannot select it, and its slot is freed once it is in use no more.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nr_serve.errors import Conflict, NotFound
+
+if TYPE_CHECKING:
+    from nr_serve.neutral.format import Adapter
 
 
 @dataclass(eq=False, slots=True)
@@ -22,7 +25,7 @@ class Version:
 
     name: str
     digest: str
-    payload: Any
+    payload: Adapter
     """The weights in host memory; opaque here."""
     threshold: float
     pinned: bool = False
@@ -32,10 +35,21 @@ class Version:
     retired: bool = False
     requests: int = 0
     """Running requests that hold it."""
+    kept: int = 0
+    """Changes under way that need it in its slot. No request, so people do not see them."""
     used: int = 0
     """When it was last selected, as a count of selections."""
     loaded_at: float = field(default_factory=time.time)
     load_seconds: float = 0.0
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody needs it to stay in its slot."""
+        return self.requests > 0 or self.kept > 0
+
+    def again(self) -> Version:
+        """The same, not in a slot."""
+        return Version(self.name, self.digest, self.payload, self.threshold, pinned=self.pinned)
 
 
 Selection = tuple[Version, ...]
@@ -111,7 +125,7 @@ class Registry:
         free = next((slot for slot, version in enumerate(self._in_slot) if version is None), None)
         if free is not None:
             return free
-        idle = [v for v in self._in_slot if v and v.attached and not (v.pinned or v.requests or v in beside)]
+        idle = [v for v in self._in_slot if v and v.attached and not (v.pinned or v.in_use or v in beside)]
         return min(idle, key=lambda v: v.used).slot if idle else None
 
     def place(self, version: Version, slot: int) -> None:
@@ -144,12 +158,21 @@ class Registry:
             version.requests -= 1
         return [slot for version in selection for slot in self._free_if_done(version)]
 
+    def keep(self, version: Version) -> None:
+        """A change of this version begins: it stays in its slot meanwhile."""
+        version.kept += 1
+
+    def let_go(self, version: Version) -> list[int]:
+        """The change has ended. The slots that came free."""
+        version.kept -= 1
+        return self._free_if_done(version)
+
     def check(self) -> None:
         """Integrity while no request runs: nothing is held, no slot is lost. Raises RuntimeError."""
         for slot, version in enumerate(self._in_slot):
             if version is None:
                 continue
-            if version.requests or version.slot != slot or (version.attached and version.retired):
+            if version.in_use or version.slot != slot or (version.attached and version.retired):
                 raise RuntimeError(f"slot {slot} is lost to {version.name}@{version.digest}")
 
     def _retire(self, version: Version) -> list[int]:
@@ -158,7 +181,7 @@ class Registry:
 
     def _free_if_done(self, version: Version) -> list[int]:
         # One whose copy is under way keeps its slot until the copy ends: the slot is being written.
-        done = version.retired and version.attached and not version.requests
+        done = version.retired and version.attached and not version.in_use
         return [self._vacate(version)] if done else []
 
     def _vacate(self, version: Version) -> int:

@@ -1,6 +1,7 @@
 """The engine without its thread, over a tiny random base, stepped by hand."""
 
 from concurrent.futures import Future
+from functools import partial
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine import core as core_module
@@ -46,10 +47,11 @@ def load(adapters: Adapters, name: str, adapter, *, state: str = "attached") -> 
 class Server:
     """An engine with what its requests were answered, and what the naive loop would answer."""
 
-    def __init__(self, *, slots=2, budget=32) -> None:
+    def __init__(self, *, slots=2, budget=32, canary=None) -> None:
         self.base = tiny.model()
         self.naive = tiny.Naive(self.base)
-        self.core, self.adapters = engine(self.base, pages=200, budget=budget, running=8, slots=slots)
+        kind = partial(Adapters, canary=canary)
+        self.core, self.adapters = engine(self.base, pages=200, budget=budget, running=8, slots=slots, kind=kind)
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, object] = {}
         self.prompts: dict[str, tuple] = {}
@@ -135,14 +137,13 @@ class Probed(Server):
     """A stepped engine with a canary; every piece of probe text that it runs is noted."""
 
     def __init__(self, *, max_leak=None, **options) -> None:
-        super().__init__(**options)
+        texts: dict = {}  # filled once there is a runner that tells where they go
+        super().__init__(canary=Canary(texts, max_leak), **options)
         self.pieces: list[tuple[str, int]] = []
         self.runner = self.core._runner
         self.run, self.runner.run = self.runner.run, self.watched
-        requests = probe_requests(
-            TEXTS, tiny.tokenizer(), longest=512, row=self.runner.probe_row, pages=self.runner.probe_pages
-        )
-        self.adapters._canary = Canary(requests, max_leak)
+        row, pages = self.runner.probe_row, self.runner.probe_pages
+        texts |= probe_requests(TEXTS, tiny.tokenizer(), longest=512, row=row, pages=pages)
 
     def watched(self, pieces, labels):
         for piece in pieces:

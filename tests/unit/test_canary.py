@@ -314,6 +314,23 @@ def test_with_a_limit_a_new_threshold_is_measured_before_it_acts():
     assert server.answer("after", ("a",)) == server.expected(server.made(1, carry=0.5, threshold=0.4))
 
 
+def test_a_threshold_on_its_way_keeps_its_adapter_in_its_slot_and_is_no_request():
+    server = Probed(slots=1, max_leak=1.0)
+    server.load("a", server.made(1))
+    answer = server.patch("a", threshold=0.4)
+    server.step()
+    assert server.view("a").requests == 0
+    assert isinstance(error_of(server.load("b", server.made(2), finish=False)), Unavailable)
+    server.ask("r", ("a",))
+    server.step()
+    assert not answer.done()
+    assert [view.requests for view in server.adapters.views()] == [1]
+    server.work()
+    assert answer.result(timeout=0).threshold == 0.4
+    server.finish()
+    assert server.load("b", server.made(2)).result(timeout=0).state == "attached"
+
+
 def test_a_threshold_above_the_limit_is_refused_and_nothing_turns():
     made = tiny.adapter(tiny.model(), 1)
     server = Probed(max_leak=worst(made, threshold=0.5))

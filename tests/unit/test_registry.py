@@ -39,6 +39,7 @@ class Walk:
         self.copying: dict[Version, bool] = {}  # to publish when done?
         self.current: dict[str, Version] = {}
         self.held: list[tuple[Version, ...]] = []
+        self.kept: list[Version] = []  # for a change, once for each
         self.last_used: dict[Version, int] = {}
         self.clock = 0
         self.seen = {"evicted": 0, "drained": 0, "no slot": 0, "conflicts": 0}
@@ -46,10 +47,13 @@ class Walk:
     def holders(self, of: Version) -> int:
         return sum(of in selection for selection in self.held)
 
+    def in_use(self, of: Version) -> bool:
+        return of in self.kept or self.holders(of) > 0
+
     def place(self, new: Version, beside=()) -> None:
         attached = {slot: v for slot, v in self.slots.items() if v not in self.copying}
         takeable = {
-            slot: v for slot, v in attached.items() if not (v.pinned or self.holders(v) or v in beside or v.retired)
+            slot: v for slot, v in attached.items() if not (v.pinned or self.in_use(v) or v in beside or v.retired)
         }
         free = set(range(self.registry.slots)) - self.slots.keys()
         slot = place(self.registry, new, beside)
@@ -92,7 +96,7 @@ class Walk:
         self.registry.check_name(new.name, replace=True)
         if new.slot is not None:
             assert self.registry.attach(new) == []
-        gone = {old} if old and old in self.slots.values() and not self.holders(old) else set()
+        gone = {old} if old and old in self.slots.values() and not self.in_use(old) else set()
         self.freed(self.registry.publish(new), gone - self.copying.keys())
         self.current[new.name] = new
 
@@ -103,7 +107,7 @@ class Walk:
         if self.copying.pop(new):
             self.publish(new)
         else:
-            self.freed(self.registry.attach(new), {new} if new.retired else set())
+            self.freed(self.registry.attach(new), {new} if new.retired and not self.in_use(new) else set())
 
     def remove(self) -> None:
         name = self.rng.choice(NAMES)
@@ -112,7 +116,7 @@ class Walk:
                 self.registry.remove(name)
             return
         old = self.current.pop(name)
-        idle = old in self.slots.values() and old not in self.copying and not self.holders(old)
+        idle = old in self.slots.values() and old not in self.copying and not self.in_use(old)
         self.freed(self.registry.remove(name), {old} if idle else set())
 
     def request(self) -> None:
@@ -135,8 +139,21 @@ class Walk:
         if not self.held:
             return
         selection = self.held.pop(self.rng.randrange(len(self.held)))
-        done = {v for v in selection if v.retired and not self.holders(v)}
+        done = {v for v in selection if v.retired and not self.in_use(v)}
         self.freed(self.registry.release(selection), done)
+
+    def keep(self) -> None:
+        in_slots = [each for each in self.current.values() if each.slot is not None]
+        if in_slots:
+            self.kept.append(self.rng.choice(in_slots))
+            self.registry.keep(self.kept[-1])
+
+    def let_go(self) -> None:
+        if not self.kept:
+            return
+        each = self.kept.pop(self.rng.randrange(len(self.kept)))
+        done = each.retired and each not in self.copying and not self.in_use(each)
+        self.freed(self.registry.let_go(each), {each} if done else set())
 
     def pin(self) -> None:
         if self.current:
@@ -158,6 +175,8 @@ class Walk:
             assert each.attached == (each in self.slots.values() and each not in self.copying)
             if each.requests:
                 assert each.attached, "a running request lost its adapter"
+            if each in self.kept:
+                assert each.slot is not None, "a change lost its adapter"
             assert each.retired == (self.current.get(each.name) is not each and not self.copying.get(each, False))
         attached = [v for v in self.current.values() if v.attached]
         assert set(registry.resolve(None)) == set(attached)
@@ -172,6 +191,8 @@ def test_a_random_walk_keeps_every_promise(seed):
         walk.remove: 1,
         walk.request: 5,
         walk.end_request: 4,
+        walk.keep: 1,
+        walk.let_go: 1,
         walk.pin: 1,
     }
     for _ in range(1500):
@@ -181,6 +202,9 @@ def test_a_random_walk_keeps_every_promise(seed):
         walk.finish_copy()
     while walk.held:
         walk.end_request()
+        walk.check()
+    while walk.kept:
+        walk.let_go()
         walk.check()
     walk.registry.check()
     assert all(walk.seen.values()), walk.seen
@@ -250,8 +274,26 @@ def test_names_are_refused_by_what_is_wrong_with_them():
     assert "b" not in registry
 
 
-def test_a_slot_that_is_still_held_is_lost_when_nothing_runs():
+def test_a_version_kept_for_a_change_stays_and_counts_as_no_request():
     registry = Registry(1)
-    registry.hold((loaded(registry, "a"),))
+    a = loaded(registry, "a")
+    registry.keep(a)
+    assert registry.requests("a") == 0
+    assert registry.find_slot() is None
+    registry.hold((a,))
+    assert registry.requests("a") == 1
+    assert registry.remove("a") == []
+    assert registry.release((a,)) == []
+    assert registry.let_go(a) == [0]
+
+
+@pytest.mark.parametrize("how", ["held", "kept"])
+def test_a_slot_that_is_still_in_use_is_lost_when_nothing_runs(how):
+    registry = Registry(1)
+    a = loaded(registry, "a")
+    if how == "held":
+        registry.hold((a,))
+    else:
+        registry.keep(a)
     with pytest.raises(RuntimeError, match="slot 0 is lost to a"):
         registry.check()

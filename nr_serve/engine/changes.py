@@ -1,0 +1,272 @@
+"""Changes under way: versions into slots or to other thresholds, a little at a time between steps. Torch-free."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from nr_serve.engine.canary import Canary, Measurement
+from nr_serve.engine.messages import AdapterView, LoadAdapter, PatchAdapter
+from nr_serve.engine.slots import Slots
+from nr_serve.engine.watch import Watch
+from nr_serve.errors import Conflict, NrError
+from nr_serve.neutral.registry import Selection, Version
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A load as it was asked for."""
+
+    message: LoadAdapter
+    answer: Future[AdapterView]
+    """Gets the version's view once it is published, or the error."""
+    started: float
+    """In seconds, by `time.perf_counter`."""
+
+
+class Change(ABC):
+    """A version on its way: it is copied first, then measured as far as it must be, then it acts."""
+
+    def __init__(
+        self, changes: Changes, version: Version, copying: Iterator[None], measurement: Measurement | None
+    ) -> None:
+        self.version, self.copying, self.measurement = version, copying, measurement
+        self.copied = False
+        self._changes = changes
+
+    @abstractmethod
+    def act(self) -> None:
+        """From the next step on it acts."""
+
+    @abstractmethod
+    def refuse(self, error: NrError) -> None:
+        """It must not act: leave everything as it was."""
+
+    @abstractmethod
+    def abandon(self, error: NrError) -> None:
+        """The engine is at its end: answer whoever waits with `error`."""
+
+
+class Attach(Change):
+    """A registered version, into a slot. Nobody waits for an answer."""
+
+    def __init__(self, changes: Changes, version: Version, slot: int) -> None:
+        super().__init__(changes, version, *changes.place(version, slot))
+        self._slot = slot
+
+    def act(self) -> None:
+        """It goes at once if it was retired meanwhile."""
+        self._changes.open(self.version, self._slot, self.measurement)
+        self._changes.slots.attach(self.version)
+        self._changes.fill()
+
+    def refuse(self, error: NrError) -> None:
+        """It was registered before it could be measured, so it is served."""
+        log.error("adapter %s, version %s: %s", self.version.name, self.version.digest, error.message)
+        self.act()
+
+    def abandon(self, error: NrError) -> None:
+        """Nobody waits."""
+
+
+class Load(Change):
+    """A new version, into a slot; then it takes its name."""
+
+    def __init__(self, changes: Changes, version: Version, slot: int, order: Order) -> None:
+        self._evicted = changes.slots.registry.in_slot(slot)
+        super().__init__(changes, version, *changes.place(version, slot))
+        self._slot = slot
+        self._order = order
+
+    def act(self) -> None:
+        """Publish it, unless somebody else took the name meanwhile."""
+        try:
+            self._changes.slots.registry.check_name(self.version.name, replace=self._order.message.replace)
+        except NrError as error:
+            self.refuse(error)
+            return
+        self._changes.open(self.version, self._slot, self.measurement)
+        self._changes.publish(self.version, self._order)
+
+    def refuse(self, error: NrError) -> None:
+        """Empty the slot, for whoever was there before."""
+        self._changes.slots.displace(self.version)
+        before = self._evicted
+        if before is not None and before.slot is None and not before.retired:
+            self._changes.attach(before)
+        self._changes.fill()
+        self._order.answer.set_exception(error)
+
+    def abandon(self, error: NrError) -> None:
+        """It is not published."""
+        self._order.answer.set_exception(error)
+
+
+class Patch(Change):
+    """A version to another threshold, which is measured before it acts; the version stays in its slot meanwhile."""
+
+    def __init__(
+        self,
+        changes: Changes,
+        version: Version,
+        message: PatchAdapter,
+        threshold: float,
+        answer: Future[AdapterView],
+    ) -> None:
+        super().__init__(changes, version, iter(()), changes.canary.begin(version, threshold))
+        self._message = message
+        self._answer = answer
+        changes.slots.registry.keep(version)
+
+    def act(self) -> None:
+        """Turn the dials, unless the version is not meant any more."""
+        self._let_go()
+        if self.version.retired:
+            name = self.version.name
+            self._answer.set_exception(Conflict(f"adapter {name!r} was replaced or unloaded meanwhile"))
+            return
+        self._changes.turn(self.version, self._message)
+        self._answer.set_result(self._changes.view(self.version))
+
+    def refuse(self, error: NrError) -> None:
+        """Nothing turns."""
+        self._let_go()
+        self._answer.set_exception(error)
+
+    def abandon(self, error: NrError) -> None:
+        """Nothing turns."""
+        self._answer.set_exception(error)
+
+    def _let_go(self) -> None:
+        self._changes.slots.let_go(self.version)
+        self._changes.fill()
+
+
+class Changes:
+    """Owns what is under way, first come first served, and what becomes of it."""
+
+    def __init__(self, slots: Slots, canary: Canary, watch: Watch, view: Callable[[Version], AdapterView]) -> None:
+        """`view`: what people see of a version."""
+        self.slots, self.canary, self.view = slots, canary, view
+        self._watch = watch
+        self._queue: deque[Change] = deque()
+
+    def __bool__(self) -> bool:
+        """Whether something is under way."""
+        return bool(self._queue)
+
+    # Begun
+
+    def attach(self, version: Version, beside: Selection = ()) -> bool:
+        """Start to attach a registered version; False if there is no slot but those of `beside` and in use."""
+        slot = self.slots.registry.find_slot(beside)
+        if slot is not None:
+            self._queue.append(Attach(self, version, slot))
+        return slot is not None
+
+    def load(self, version: Version, order: Order) -> bool:
+        """Start to attach a new version; False if every slot is in use."""
+        slot = self.slots.registry.find_slot()
+        if slot is not None:
+            self._queue.append(Load(self, version, slot, order))
+        return slot is not None
+
+    def patch(self, version: Version, message: PatchAdapter, threshold: float, answer: Future[AdapterView]) -> bool:
+        """Start to measure a threshold, in a slot; False if the version is in none and every slot is in use."""
+        if version.slot is None and not self.attach(version):
+            return False
+        self._queue.append(Patch(self, version, message, threshold, answer))
+        return True
+
+    def patches(self, version: Version) -> bool:
+        """Whether the version is on its way to another threshold."""
+        return any(isinstance(change, Patch) and change.version is version for change in self._queue)
+
+    def fill(self) -> None:
+        """Attach registered versions that found no slot before, the newest first, if slots came free."""
+        while not self.slots.full:
+            waiting = [version for version in self.slots.registry if version.slot is None]
+            if not waiting:
+                return
+            self.attach(max(waiting, key=lambda version: version.loaded_at))
+
+    # Under way
+
+    def copy_some(self, seconds: float) -> None:
+        """Copy weights for about so long, at least a layer; what is ready acts."""
+        end = time.perf_counter() + seconds
+        while self._queue:
+            change = self._queue[0]
+            for _ in change.copying:
+                if time.perf_counter() >= end:
+                    return
+            change.copied = True
+            if change.measurement is not None and not self.canary.may_act(change.measurement):
+                return
+            self._queue.popleft()
+            change.act()
+
+    def to_measure(self) -> Measurement | None:
+        """What the first change waits for, once it is copied; there must be one."""
+        change = self._queue[0]
+        return change.measurement if change.copied else None
+
+    def refuse(self, error: NrError) -> None:
+        """The canary said no to the first."""
+        self._queue.popleft().refuse(error)
+
+    def abandon(self, error: NrError) -> None:
+        """The engine is at its end: answer whoever waits with `error`."""
+        for change in self._queue:
+            change.abandon(error)
+        self._queue.clear()
+
+    # What they come to
+
+    def place(self, version: Version, slot: int) -> tuple[Iterator[None], Measurement | None]:
+        """Give the version a slot: the weights to be copied, and what is to be measured then."""
+        return self.slots.place(version, slot), self.canary.begin(version, version.threshold)
+
+    def open(self, version: Version, slot: int, measurement: Measurement | None = None) -> None:
+        """What is in the version's slot acts from the next step on; its leak, if not known, is measured then."""
+        self.slots.open(version, slot)
+        self._watch.opened(version, slot, measurement)
+
+    def turn(self, version: Version, patch: PatchAdapter) -> None:
+        """Turn the dials; a new threshold acts from the next step on."""
+        if patch.pinned is not None:
+            version.pinned = patch.pinned
+            self._watch.pins(version, patch.pinned)
+        if patch.threshold is not None:
+            self._watch.turns(version, patch.threshold)
+            version.threshold = patch.threshold
+            if version.attached and version.slot is not None:
+                self.open(version, version.slot)
+
+    def publish(self, version: Version, order: Order) -> None:
+        """The version takes its name, and the pin of whoever had it, unless another was asked for."""
+        registry = self.slots.registry
+        before = registry.get(version.name) if version.name in registry else None
+        if order.message.pinned is not None:
+            version.pinned = order.message.pinned
+        elif before is not None:  # read now: it may have been turned while this was copied
+            version.pinned = before.pinned
+        if version.slot is not None:
+            self.slots.attach(version)
+        if before is not None:
+            self._watch.replaces(version, before)
+        self.take_name(version)
+        version.load_seconds = time.perf_counter() - order.started
+        order.answer.set_result(self.view(version))
+
+    def take_name(self, version: Version) -> None:
+        """From now on the version is what its name means."""
+        self.slots.publish(version)
+        self.fill()
