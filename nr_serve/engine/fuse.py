@@ -15,12 +15,27 @@ from torch import Tensor, nn
 from nr_serve.engine.attention import NO_WINDOW, KVCache, attend, refuse_unknown
 from nr_serve.engine.batch import Batch
 from nr_serve.engine.cpu_operators import CpuOperators
-from nr_serve.engine.packed_linear import PairedLinear
+from nr_serve.engine.packed_linear import PairedLinear, can_pack, pack_linears
+from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
-from nr_serve.neutral.host import HostFFN, decoder_layers
+from nr_serve.neutral.host import HostFFN, decoder_layers, host_blocks
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _SILUS = {"SiLU", "SiLUActivation"}
+
+
+def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None) -> None:
+    """Have a frozen model's layers add the bank's residues and, on a CPU, compute as fast as they can, in place.
+
+    The order counts: what is fused hosts no blocks yet, what is packed is fused, what is compiled is packed. Raises
+    UnsupportedBase as `host_blocks` does.
+    """
+    if operators is not None and can_pack(next(model.parameters()).dtype):
+        fuse(model, operators)
+    host_blocks(model, bank.add_residues)
+    pack_linears(model, None if operators is None else operators.multiply)
+    if operators is not None and isinstance(bank, CpuBank):
+        compile_layers(model, operators, bank)
 
 
 class FusedFFN(nn.Module):
@@ -91,7 +106,7 @@ class FusedLayer(nn.Module):
 
 
 def fuse(model: nn.Module, operators: CpuOperators) -> None:
-    """Replace, in place, the layers of a frozen model that are known. Call it before `host_blocks`."""
+    """Replace, in place, the layers of a frozen model that are known and host no blocks yet."""
     layers: Any = model.get_submodule("model.layers")
     for i, layer in enumerate(decoder_layers(model)):
         if _is_known(layer):
@@ -144,10 +159,7 @@ class CompiledLayer(nn.Module):
 
 
 def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> None:
-    """Replace, in place, the fused layers whose products are all our own; residues come from `bank`.
-
-    Call it after `pack_linears`.
-    """
+    """Replace, in place, the fused layers whose products are packed and all our own; residues come from `bank`."""
     layers: Any = model.get_submodule("model.layers")
     for i, layer in enumerate(layers):
         if not isinstance(layer, FusedLayer) or operators.layer is None:
@@ -168,10 +180,9 @@ def _is_known(layer: Any) -> bool:
     if kind.__name__ not in _LAYERS or not kind.__module__.startswith("transformers.models."):
         return False
     # Quantised or otherwise changed, a linear layer is of another class.
-    linears = [
-        each for part in (layer.self_attn, layer.mlp) for name, each in part.named_children() if "proj" in name
-    ]
-    return type(layer.mlp.act_fn).__name__ in _SILUS and all(type(each) is nn.Linear for each in linears)
+    children = (*layer.self_attn.named_children(), *layer.mlp.named_children())
+    linears = [child for name, child in children if "proj" in name]
+    return type(layer.mlp.act_fn).__name__ in _SILUS and all(type(linear) is nn.Linear for linear in linears)
 
 
 def _window(attention: Any) -> int | None:
