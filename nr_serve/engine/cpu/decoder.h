@@ -56,15 +56,15 @@ class Layer : public torch::CustomClassHolder {
     const Tensor own_keys = keys.select(0, index_), own_values = values.select(0, index_);
     const Tensor query = rotate(qkv_(rms_norm(stream, attention_norm_, eps_)), cos, sin, own_keys, own_values, cells,
                                 q_norm_, k_norm_, eps_);
-    std::vector<Tensor> seen;
+    std::vector<Tensor> outputs;
     int64_t first = 0;
     for (size_t i = 0; i < contexts.size(); ++i) {
       const auto by = positions[i].size(1) == 1 ? attend : attend_prompts;
-      const Tensor some = query.narrow(0, first, positions[i].numel());
-      seen.push_back(by(some, own_keys, own_values, contexts[i], positions[i], scale_, window_));
+      const Tensor own_query = query.narrow(0, first, positions[i].numel());
+      outputs.push_back(by(own_query, own_keys, own_values, contexts[i], positions[i], scale_, window_));
       first += positions[i].numel();
     }
-    const Tensor attended = at::cat(seen).view({1, query.size(0), -1});
+    const Tensor attended = at::cat(outputs).view({1, query.size(0), -1});
     const Tensor behind = at::add(stream, out_(attended)), x = rms_norm(behind, ffn_norm_, eps_);
     const Tensor y = down_(silu_mul(gate_up_(x)));
     if (residues) (*residues)->add(index_, x, y);

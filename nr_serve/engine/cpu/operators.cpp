@@ -1,4 +1,4 @@
-// Operators of a decoder layer on a CPU. Each replaces several of torch's, whose calls cost more than what they compute.
+// Operators of a decoder layer on a CPU. Each replaces several of torch's, whose calls cost more than they compute.
 //
 // They compute in float32 and round once, so they differ from torch's own by rounding. A token's result does not
 // depend on what shares its step; but for the rounding of a residue, where many of its tokens fire one adapter.
@@ -30,8 +30,8 @@ TORCH_LIBRARY(nr_serve, library) {
       .def("end", &nr_serve::Residues::end);
 #ifdef NR_SERVE_PRODUCTS
   library.def(
-      "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
-      " -> Tensor");
+      "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale,"
+      " int window) -> Tensor");
   library.def("multiply(Tensor x, Tensor packed, Tensor? bias, ScalarType type) -> Tensor");
   using Maybe = std::optional<Tensor>;
   library.class_<nr_serve::Layer>("Layer")

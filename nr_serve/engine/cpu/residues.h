@@ -23,11 +23,11 @@ template <typename T>
 Vec multiply_gates(const T* const* x, const float* const* w, int64_t d) {
   Vec products[W];
   for (Vec& product : products) product = Vec(0.f);
-  each(d, [&](int64_t i, int64_t size) {
+  for_vectors(d, [&](int64_t i, int64_t count) {
     Vec v[LOGIT_TOKENS];
-    for (int64_t t = 0; t < LOGIT_TOKENS; ++t) v[t] = load(x[t] + i, size);
+    for (int64_t t = 0; t < LOGIT_TOKENS; ++t) v[t] = load(x[t] + i, count);
     for (int64_t k = 0; k < LOGIT_GATES; ++k) {
-      const Vec gate = load(w[k] + i, size);
+      const Vec gate = load(w[k] + i, count);
       for (int64_t t = 0; t < LOGIT_TOKENS; ++t)
         products[t * LOGIT_GATES + k] = at::vec::fmadd(v[t], gate, products[t * LOGIT_GATES + k]);
     }
@@ -38,16 +38,16 @@ Vec multiply_gates(const T* const* x, const float* const* w, int64_t d) {
 // So many tokens meet a row of W_in and one of W_gate together: their products fill a vector of sums.
 constexpr int UP_TOKENS = W / 2;
 
-// W_in and W_gate of one hidden value, [d] each, times F tokens' x, [d] each: F products with W_in and, UP_TOKENS places
-// on, those with W_gate.
+// W_in and W_gate of one hidden value, [d] each, times F tokens' x, [d] each: F products with W_in and, UP_TOKENS
+// places on, those with W_gate.
 template <int F, typename T>
 Vec multiply_up(const T* in, const T* gate, const T* const* x, int64_t d) {
   Vec products[W];
   for (Vec& product : products) product = Vec(0.f);
-  each<PRODUCTS<T>>(d, [&](int64_t i, int64_t size) {
+  for_vectors<PRODUCTS<T>>(d, [&](int64_t i, int64_t count) {
     for (int f = 0; f < F; ++f) {
-      products[f] = multiply_add(x[f] + i, in + i, size, products[f]);
-      products[UP_TOKENS + f] = multiply_add(x[f] + i, gate + i, size, products[UP_TOKENS + f]);
+      products[f] = multiply_add(x[f] + i, in + i, count, products[f]);
+      products[UP_TOKENS + f] = multiply_add(x[f] + i, gate + i, count, products[UP_TOKENS + f]);
     }
   });
   return sum_each(products);
@@ -55,7 +55,9 @@ Vec multiply_up(const T* in, const T* gate, const T* const* x, int64_t d) {
 
 // So many vectors of columns of F tokens' sums stay in registers: the more, the longer what is read of a row of W_out.
 template <int F>
-constexpr int64_t VECTORS_OF = (W == 16 ? 16 : 8) / (F == 1 ? 1 : F == 2 ? 2 : 4);
+constexpr int64_t VECTORS_OF = (W == 16 ? 16 : 8) / (F == 1   ? 1
+                                                     : F == 2 ? 2
+                                                              : 4);
 
 // Columns of W_out, [h, d], times F tokens' hidden values, [F, h], added to the same columns of their y.
 template <int F, typename T, typename Size>
@@ -65,13 +67,14 @@ void add_out(const T* out, int64_t d, int64_t h, const float* hidden, Size size,
     for (Vec& s : row) s = Vec(0.f);
   for (int64_t j = 0; j < h; ++j) {
     for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + (j + 8) * d + i);
-    each(size, [&](int64_t i, int64_t some) {
-      const Vec w = load(out + j * d + i, some);
+    for_vectors(size, [&](int64_t i, int64_t count) {
+      const Vec w = load(out + j * d + i, count);
       for (int f = 0; f < F; ++f) sums[f][i / W] = at::vec::fmadd(Vec(hidden[f * h + j]), w, sums[f][i / W]);
     });
   }
   for (int f = 0; f < F; ++f)
-    each(size, [&](int64_t i, int64_t some) { store(y[f] + i, load(y[f] + i, some) + sums[f][i / W], some); });
+    for_vectors(size,
+                [&](int64_t i, int64_t count) { store(y[f] + i, load(y[f] + i, count) + sums[f][i / W], count); });
 }
 
 // The tokens on which one slot fired, and what its block, of width h, makes of them.
@@ -85,13 +88,13 @@ struct Fired {
 template <typename T>
 void fill_hidden(Fired& block, const T* x, const T* up, int64_t d, int64_t from, int64_t to) {
   for (int64_t j = from; j < to; ++j)
-    by_rows<UP_TOKENS>(block.tokens.size(), [&](auto some, int64_t f) {
-      const T* rows[some()];
-      for (int k = 0; k < some(); ++k) rows[k] = x + block.tokens[f + k] * d;
+    for_rows<UP_TOKENS>(block.tokens.size(), [&](auto tokens, int64_t f) {
+      const T* rows[tokens()];
+      for (int k = 0; k < tokens(); ++k) rows[k] = x + block.tokens[f + k] * d;
       float products[W], hidden[W];
-      store(products, multiply_up<some()>(up + j * d, up + (block.h + j) * d, rows, d));
+      store(products, multiply_up<tokens()>(up + j * d, up + (block.h + j) * d, rows, d));
       store(hidden, load(products, UP_TOKENS) * silu(load(products + UP_TOKENS, UP_TOKENS)), UP_TOKENS);
-      for (int k = 0; k < some(); ++k) block.hidden[(f + k) * block.h + j] = hidden[k] * block.g[f + k];
+      for (int k = 0; k < tokens(); ++k) block.hidden[(f + k) * block.h + j] = hidden[k] * block.g[f + k];
     });
 }
 
@@ -164,7 +167,7 @@ class Residues : public torch::CustomClassHolder {
     TORCH_CHECK(0 <= layer && layer < layers_ && x.is_contiguous() && y.is_contiguous() && x.sizes() == y.sizes());
     TORCH_CHECK(x.numel() == tokens_ * d_ && x.scalar_type() == up_.scalar_type() &&
                 y.scalar_type() == x.scalar_type());
-    by_type(x, [&](auto type) {
+    with_type(x, [&](auto type) {
       using T = decltype(type);
       fill_logits(layer, x.const_data_ptr<T>());
       fired_.clear();
@@ -172,11 +175,11 @@ class Residues : public torch::CustomClassHolder {
       // In the order of the slots, so that the order of a token's sum does not depend on what shares its step.
       std::sort(fired_.begin(), fired_.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
       const auto many = [](const Fired& one) { return one.tokens.size() > FEW; };
-      for (auto at = fired_.begin(); at != fired_.end();) {
-        const auto end = std::find_if(at, fired_.end(), many);
-        if (at != end) add_blocks(layer, {at, end}, x.const_data_ptr<T>(), y.mutable_data_ptr<T>());
-        at = end;
-        if (at != fired_.end()) add_block_of_many(layer, *at++, x, y.mutable_data_ptr<T>());
+      for (auto next = fired_.begin(); next != fired_.end();) {
+        const auto end = std::find_if(next, fired_.end(), many);
+        if (next != end) add_blocks(layer, {next, end}, x.const_data_ptr<T>(), y.mutable_data_ptr<T>());
+        next = end;
+        if (next != fired_.end()) add_block_of_many(layer, *next++, x, y.mutable_data_ptr<T>());
       }
     });
     done_ = layer + 1;
@@ -294,37 +297,37 @@ class Residues : public torch::CustomClassHolder {
   // Notes a token whose carried logit is so far over the threshold, if the slot may act on it.
   void note(int64_t layer, int64_t t, int64_t s, float over) {
     if (!is_selected(t, s) || width(layer, s) == 0) return;
-    auto at = std::find_if(fired_.begin(), fired_.end(), [&](const Fired& each) { return each.slot == s; });
-    if (at == fired_.end()) at = fired_.insert(at, Fired{s, width(layer, s)});
-    at->tokens.push_back(t);
-    at->g.push_back(std::min(over, ceiling_.const_data_ptr<float>()[s]));
+    auto block = std::find_if(fired_.begin(), fired_.end(), [&](const Fired& one) { return one.slot == s; });
+    if (block == fired_.end()) block = fired_.insert(block, Fired{s, width(layer, s)});
+    block->tokens.push_back(t);
+    block->g.push_back(std::min(over, ceiling_.const_data_ptr<float>()[s]));
   }
 
   // Adds a block's residues to y [T, d] of many tokens.
   template <typename T>
   void add_block_of_many(int64_t layer, const Fired& one, const Tensor& x, T* y) {
     const int64_t h = one.h, count = one.tokens.size(), d = d_;
-    const auto each_token = [&](int64_t size, auto&& f) {
+    const auto for_tokens = [&](int64_t size, auto&& f) {
       at::parallel_for(0, count, grain(size), [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) f(i, one.tokens[i]);
       });
     };
-    const Tensor some = at::empty({count, d}, x.options()), hidden = at::empty({count, h}, x.options());
-    each_token(d, [&](int64_t i, int64_t t) {
-      std::copy_n(x.const_data_ptr<T>() + t * d, d, some.mutable_data_ptr<T>() + i * d);
+    const Tensor fired_x = at::empty({count, d}, x.options()), hidden = at::empty({count, h}, x.options());
+    for_tokens(d, [&](int64_t i, int64_t t) {
+      std::copy_n(x.const_data_ptr<T>() + t * d, d, fired_x.mutable_data_ptr<T>() + i * d);
     });
-    const Tensor in_gate = at::linear(some, up_[one.slot][layer].narrow(0, 0, 2 * h));
-    each_token(2 * h, [&](int64_t i, int64_t) {
+    const Tensor in_gate = at::linear(fired_x, up_[one.slot][layer].narrow(0, 0, 2 * h));
+    for_tokens(2 * h, [&](int64_t i, int64_t) {
       const T* in = in_gate.const_data_ptr<T>() + i * 2 * h;
-      each(h, [&](int64_t j, int64_t size) {
+      for_vectors(h, [&](int64_t j, int64_t size) {
         const Vec gated = silu(load(in + h + j, size)) * load(in + j, size);
         store(hidden.mutable_data_ptr<T>() + i * h + j, gated * Vec(one.g[i]), size);
       });
     });
     const Tensor residues = hidden.mm(out_[one.slot][layer].narrow(0, 0, h));
-    each_token(d, [&](int64_t i, int64_t t) {
+    for_tokens(d, [&](int64_t i, int64_t t) {
       const T* residue = residues.const_data_ptr<T>() + i * d;
-      each(d, [&](int64_t j, int64_t size) {
+      for_vectors(d, [&](int64_t j, int64_t size) {
         store(y + t * d + j, load(y + t * d + j, size) + load(residue + j, size), size);
       });
     });
@@ -347,11 +350,11 @@ class Residues : public torch::CustomClassHolder {
     constexpr int64_t run = VECTORS_AT_ONCE * W;
     at::parallel_for(0, (d_ + run - 1) / run, 1, [&](int64_t from, int64_t to) {
       for (const Fired& one : blocks)
-        by_rows(one.tokens.size(), [&](auto some, int64_t f) {
-          by_columns<VECTORS_OF<some()>>(from * run, std::min(d_, to * run), [&](auto size, int64_t i) {
-            T* rows[some()];
-            for (int k = 0; k < some(); ++k) rows[k] = y + one.tokens[f + k] * d_ + i;
-            add_out<some()>(block(out_, one.slot) + i, d_, one.h, one.hidden.data() + f * one.h, size, rows);
+        for_rows(one.tokens.size(), [&](auto tokens, int64_t f) {
+          for_columns<VECTORS_OF<tokens()>>(from * run, std::min(d_, to * run), [&](auto size, int64_t i) {
+            T* rows[tokens()];
+            for (int k = 0; k < tokens(); ++k) rows[k] = y + one.tokens[f + k] * d_ + i;
+            add_out<tokens()>(block(out_, one.slot) + i, d_, one.h, one.hidden.data() + f * one.h, size, rows);
           });
         });
     });
