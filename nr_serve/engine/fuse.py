@@ -119,18 +119,10 @@ class CompiledLayer(nn.Module):
     def __init__(self, layer: FusedLayer, make: Callable[..., Any], bank: CpuBank) -> None:
         """Take the layer over. `make`: `CpuOperators.layer`."""
         super().__init__()
-        weights = [weight for product in _products(layer) for weight in (product.packed, product.bias)]
-        self._layer = make(
-            layer.layer_idx,
-            layer.attention_norm,
-            layer.ffn_norm,
-            layer.eps,
-            layer.q_norm,
-            layer.k_norm,
-            layer.scaling,
-            layer.window or NO_WINDOW,
-            *weights,
-        )
+        weights = {name: getattr(layer, name) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")}
+        for name, product in _products(layer).items():
+            weights |= {name: product.packed, f"{name}_bias": product.bias}
+        self._layer = make(layer.layer_idx, weights, layer.eps, layer.scaling, layer.window or NO_WINDOW)
         self._bank = bank
 
     def forward(
@@ -165,14 +157,14 @@ def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> 
         if not isinstance(layer, FusedLayer) or operators.layer is None:
             continue
         prompts = operators.prompts_by(layer.attention_norm.dtype, layer.head_size)
-        if prompts is not None and all(isinstance(product, PairedLinear) for product in _products(layer)):
+        if prompts is not None and all(isinstance(product, PairedLinear) for product in _products(layer).values()):
             layers[i] = CompiledLayer(layer, operators.layer, bank)
 
 
-def _products(layer: FusedLayer) -> list[Any]:
-    """A layer's linear layers, in the order that `CpuOperators.layer` takes them."""
+def _products(layer: FusedLayer) -> dict[str, Any]:
+    """A layer's linear layers, by the names they have in `CpuOperators.layer`."""
     ffn: Any = layer.mlp.ffn if isinstance(layer.mlp, HostFFN) else layer.mlp
-    return [layer.qkv, layer.out, ffn.gate_up, ffn.down]
+    return {"qkv": layer.qkv, "out": layer.out, "gate_up": ffn.gate_up, "down": ffn.down}
 
 
 def _is_known(layer: Any) -> bool:

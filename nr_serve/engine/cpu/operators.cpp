@@ -23,8 +23,7 @@ TORCH_LIBRARY(nr_serve, library) {
       " -> Tensor");
   using at::Tensor;
   library.class_<nr_serve::Residues>("Residues")
-      .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                       Tensor, Tensor>())
+      .def(torch::init<c10::Dict<std::string, Tensor>>())
       .def("begin", &nr_serve::Residues::begin)
       .def("add", &nr_serve::Residues::add)
       .def("end", &nr_serve::Residues::end);
@@ -33,10 +32,8 @@ TORCH_LIBRARY(nr_serve, library) {
       "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale,"
       " int window) -> Tensor");
   library.def("multiply(Tensor x, Tensor packed, Tensor? bias, ScalarType type) -> Tensor");
-  using Maybe = std::optional<Tensor>;
   library.class_<nr_serve::Layer>("Layer")
-      .def(torch::init<int64_t, Tensor, Tensor, double, Maybe, Maybe, double, int64_t, Tensor, Maybe, Tensor, Maybe,
-                       Tensor, Maybe, Tensor, Maybe>())
+      .def(torch::init<int64_t, nr_serve::Weights, double, double, int64_t>())
       .def("forward", &nr_serve::Layer::forward);
 #endif
 }
