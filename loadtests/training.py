@@ -62,7 +62,7 @@ class Runner:
 
     def read(self, part: Batch) -> Batch:
         """What the method reads of a part of a step."""
-        roles = {*self.learner.spoken, *(self.learner.quiet if self.learner.local is not None else ())}
+        roles = {*self.learner.lm_roles, *self.learner.local_roles}
         return {role: windows for role, windows in part.items() if role in roles or role == "whole"}
 
     def step(self, parts: Sequence[Batch]) -> None:

@@ -182,9 +182,9 @@ def _by_products(
     for first in range(0, n, _TOKENS_AT_ONCE):
         last = min(first + _TOKENS_AT_ONCE, n)
         seen = N - n + last
-        some = slice(first * Q // n, last * Q // n)
+        rows = slice(first * Q // n, last * Q // n)
         logits_ZqN = torch.baddbmm(
-            bias_ZQN[:, some, :seen], query_ZQD[:, some], keys_ZND[:, :seen].transpose(1, 2), alpha=scale
+            bias_ZQN[:, rows, :seen], query_ZQD[:, rows], keys_ZND[:, :seen].transpose(1, 2), alpha=scale
         )
         outputs.append(torch.bmm(logits_ZqN.softmax(-1), values_ZND[:, :seen]))
     return torch.cat(outputs, dim=1)

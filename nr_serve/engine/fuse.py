@@ -15,12 +15,27 @@ from torch import Tensor, nn
 from nr_serve.engine.attention import NO_WINDOW, KVCache, attend, refuse_unknown
 from nr_serve.engine.batch import Batch
 from nr_serve.engine.cpu_operators import CpuOperators
-from nr_serve.engine.packed_linear import PairedLinear
+from nr_serve.engine.packed_linear import PairedLinear, can_pack, pack_linears
+from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
-from nr_serve.neutral.host import HostFFN, decoder_layers
+from nr_serve.neutral.host import HostFFN, decoder_layers, host_blocks
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _SILUS = {"SiLU", "SiLUActivation"}
+
+
+def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None) -> None:
+    """Have a frozen model's layers add the bank's residues and, on a CPU, compute as fast as they can, in place.
+
+    The order counts: what is fused hosts no blocks yet, what is packed is fused, what is compiled is packed. Raises
+    UnsupportedBase as `host_blocks` does.
+    """
+    if operators is not None and can_pack(next(model.parameters()).dtype):
+        fuse(model, operators)
+    host_blocks(model, bank.add_residues)
+    pack_linears(model, None if operators is None else operators.multiply)
+    if operators is not None and isinstance(bank, CpuBank):
+        compile_layers(model, operators, bank)
 
 
 class FusedFFN(nn.Module):
@@ -91,7 +106,7 @@ class FusedLayer(nn.Module):
 
 
 def fuse(model: nn.Module, operators: CpuOperators) -> None:
-    """Replace, in place, the layers of a frozen model that are known. Call it before `host_blocks`."""
+    """Replace, in place, the layers of a frozen model that are known and host no blocks yet."""
     layers: Any = model.get_submodule("model.layers")
     for i, layer in enumerate(decoder_layers(model)):
         if _is_known(layer):
@@ -104,18 +119,10 @@ class CompiledLayer(nn.Module):
     def __init__(self, layer: FusedLayer, make: Callable[..., Any], bank: CpuBank) -> None:
         """Take the layer over. `make`: `CpuOperators.layer`."""
         super().__init__()
-        weights = [weight for product in _products(layer) for weight in (product.packed, product.bias)]
-        self._layer = make(
-            layer.layer_idx,
-            layer.attention_norm,
-            layer.ffn_norm,
-            layer.eps,
-            layer.q_norm,
-            layer.k_norm,
-            layer.scaling,
-            layer.window or NO_WINDOW,
-            *weights,
-        )
+        weights = {name: getattr(layer, name) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")}
+        for name, product in _products(layer).items():
+            weights |= {name: product.packed, f"{name}_bias": product.bias}
+        self._layer = make(layer.layer_idx, weights, layer.eps, layer.scaling, layer.window or NO_WINDOW)
         self._bank = bank
 
     def forward(
@@ -144,23 +151,20 @@ class CompiledLayer(nn.Module):
 
 
 def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> None:
-    """Replace, in place, the fused layers whose products are all our own; residues come from `bank`.
-
-    Call it after `pack_linears`.
-    """
+    """Replace, in place, the fused layers whose products are packed and all our own; residues come from `bank`."""
     layers: Any = model.get_submodule("model.layers")
     for i, layer in enumerate(layers):
         if not isinstance(layer, FusedLayer) or operators.layer is None:
             continue
         prompts = operators.prompts_by(layer.attention_norm.dtype, layer.head_size)
-        if prompts is not None and all(isinstance(product, PairedLinear) for product in _products(layer)):
+        if prompts is not None and all(isinstance(product, PairedLinear) for product in _products(layer).values()):
             layers[i] = CompiledLayer(layer, operators.layer, bank)
 
 
-def _products(layer: FusedLayer) -> list[Any]:
-    """A layer's linear layers, in the order that `CpuOperators.layer` takes them."""
+def _products(layer: FusedLayer) -> dict[str, Any]:
+    """A layer's linear layers, by the names they have in `CpuOperators.layer`."""
     ffn: Any = layer.mlp.ffn if isinstance(layer.mlp, HostFFN) else layer.mlp
-    return [layer.qkv, layer.out, ffn.gate_up, ffn.down]
+    return {"qkv": layer.qkv, "out": layer.out, "gate_up": ffn.gate_up, "down": ffn.down}
 
 
 def _is_known(layer: Any) -> bool:
@@ -168,10 +172,9 @@ def _is_known(layer: Any) -> bool:
     if kind.__name__ not in _LAYERS or not kind.__module__.startswith("transformers.models."):
         return False
     # Quantised or otherwise changed, a linear layer is of another class.
-    linears = [
-        each for part in (layer.self_attn, layer.mlp) for name, each in part.named_children() if "proj" in name
-    ]
-    return type(layer.mlp.act_fn).__name__ in _SILUS and all(type(each) is nn.Linear for each in linears)
+    children = (*layer.self_attn.named_children(), *layer.mlp.named_children())
+    linears = [child for name, child in children if "proj" in name]
+    return type(layer.mlp.act_fn).__name__ in _SILUS and all(type(linear) is nn.Linear for linear in linears)
 
 
 def _window(attention: Any) -> int | None:

@@ -1,4 +1,7 @@
-"""The runner: the one door to the device. Owns the model, the KV cache and the bank; turns pieces into results."""
+"""The runner: the one door to the device, where the pieces of a step become results.
+
+Owns the model, the KV cache and the bank.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,21 @@ from nr_serve.engine.attention import KVCache
 from nr_serve.engine.base import check_base, end_tokens, load_base, max_model_len
 from nr_serve.engine.batch import Batch, build_batch
 from nr_serve.engine.cpu_operators import cpu_operators
-from nr_serve.engine.fuse import compile_layers, fuse
+from nr_serve.engine.fuse import prepare_layers
 from nr_serve.engine.gate_counts import label_count
 from nr_serve.engine.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.neutrality import Opened
 from nr_serve.engine.opened import opened_by_page
-from nr_serve.engine.packed_linear import can_pack, pack_linears
-from nr_serve.engine.request import TopLogprobs
-from nr_serve.engine.sampler import allow, likeliest, log_probabilities, sample, takes_likeliest
+from nr_serve.engine.results import guarded_result, logit_positions
+from nr_serve.engine.sampler import likeliest
 from nr_serve.engine.scheduler import Piece, Result, spans
 from nr_serve.engine.startup_check import Probe
-from nr_serve.errors import BadAdapterFile, BadRequest, NrError
+from nr_serve.errors import BadAdapterFile, BadRequest
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
-from nr_serve.neutral.host import decoder_layers, fingerprint, host_blocks
+from nr_serve.neutral.host import decoder_layers, fingerprint
 from nr_serve.neutral.torch_bank import TorchBank
 from nr_serve.tokenizer import Tokenizer
 
@@ -82,12 +84,7 @@ class Runner:
             eos_ids=tuple(sorted(self.eos_ids)),
         )
         model.set_attn_implementation(self._attention())
-        if self.operators is not None and can_pack(self.dtype):
-            fuse(model, self.operators)
-        host_blocks(model, self.bank.add_residues)
-        pack_linears(model, None if self.operators is None else self.operators.multiply)
-        if self.operators is not None and isinstance(self.bank, CpuBank):
-            compile_layers(model, self.operators, self.bank)
+        prepare_layers(model, self.bank, self.operators)
         probe.check(self._all_logits, page_size=self.page_size, pages=self.pages)
         self.graphs = self._graphs() if self.kernels else None
 
@@ -116,21 +113,21 @@ class Runner:
             tried = self.run(pieces[-1:], labels[-1:])
             return self.run(pieces[:-1], labels[:-1]) + tried
         self._set_rows(pieces)
-        wanted = [_logit_positions(piece) for piece in pieces]
+        wanted = [logit_positions(piece) for piece in pieces]
         tokens = spans(pieces)
         positions = [start + p for (start, _), own in zip(tokens, wanted, strict=True) for p in own]
         logits_NV, open_TS, selected_TS = self._step(pieces, labels, positions)
         opened = self._opened(pieces, open_TS, selected_TS)
         likeliest_N = likeliest(logits_NV)
-        results, at = [], 0
+        results, first = [], 0
         for piece, own, (start, end), opened_here in zip(pieces, wanted, tokens, opened, strict=True):
             fired_nS = None
             if piece.request.submit.gates:
                 fired_nS = selected_TS[start:end].int() * (0 if open_TS is None else open_TS[start:end])
-            rows = slice(at, at + len(own))
-            result = _guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS)
+            rows = slice(first, first + len(own))
+            result = guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS)
             results.append(replace(result, opened=opened_here) if opened_here else result)
-            at = rows.stop
+            first = rows.stop
         if pieces[-1].trial is not None and self._is_wild(pieces[-1], logits_NV[-pieces[-1].count :]):
             error = BadAdapterFile("its residues drive the base to values that are not finite")
             results[-1] = replace(results[-1], error=error)
@@ -297,47 +294,3 @@ class Runner:
 
 def _probe_pages(page_size: int) -> int:
     return -(-PROBE_TOKENS // page_size)
-
-
-def _guarded_result(piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None) -> Result:
-    """`_result`; what goes wrong with one request must not touch the others of its step."""
-    try:
-        return _result(piece, logits_NV, likeliest_N, fired_nS)
-    except NrError as error:
-        return Result(None, error=error)
-    except Exception:
-        log.exception("request %s could not be sampled", piece.request.id)
-        return Result(None, error=NrError("this request could not be sampled; the server's log says why"))
-
-
-def _logit_positions(piece: Piece) -> list[int]:
-    """Places in the piece whose logits are needed: the last if it samples, and the prompt's if asked for.
-
-    All of a piece on trial.
-    """
-    sampling = piece.request.sampling
-    if piece.trial is not None:
-        return list(range(piece.count))
-    if sampling.prompt_logprobs is None:
-        return [piece.count - 1] if piece.samples and sampling.max_tokens > 0 else []
-    last_of_prompt = piece.request.prompt_length - 1
-    scored = [p for p in range(piece.count) if piece.start + p < last_of_prompt]
-    return [*scored, piece.count - 1] if piece.samples and sampling.max_tokens > 0 else scored
-
-
-def _result(piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None) -> Result:
-    request, sampling = piece.request, piece.request.sampling
-    samples = piece.samples and sampling.max_tokens > 0
-    token, logprob = None, None
-    if samples:
-        logits_V = allow(logits_NV[-1], request.progress)
-        token = likeliest_N[-1] if takes_likeliest(request) else sample(logits_V, request)
-        if sampling.logprobs is not None:
-            logprob = log_probabilities(logits_V[None], [token], sampling.logprobs)[0]
-    scored: list[TopLogprobs] = []
-    if sampling.prompt_logprobs is not None:
-        prompt_NV = logits_NV[:-1] if samples else logits_NV
-        following = request.tokens[piece.start + 1 : piece.start + 1 + len(prompt_NV)]
-        scored = log_probabilities(prompt_NV, following, sampling.prompt_logprobs) if following else []
-    fired = tuple(map(tuple, fired_nS.tolist())) if fired_nS is not None else ()
-    return Result(token, logprob, tuple(scored), fired)

@@ -39,22 +39,8 @@ class CpuBank(Bank):
     def __init__(self, residues: Callable[..., Residues], **shape: Any) -> None:
         """`residues` is that of `cpu_operators`."""
         super().__init__(**shape)
-        self._residues = residues(
-            self.gate_LSd,
-            self.bias_LS,
-            self.carry_S,
-            self.ceiling_S,
-            self.threshold_S,
-            self.w_up_SLud,
-            self.w_out_SLhd,
-            self.width_LS,
-            self.state_LRS,
-            self.page_state_LNS,
-            self._seen_LS,
-            self._fired_LS,
-            self._mass_S,
-            self._cross_KS,
-        )
+        # By name: some have one shape.
+        self._residues = residues({name: value for name, value in vars(self).items() if isinstance(value, Tensor)})
         self._tokens: StepTokens | None = None  # of the step under way
 
     def begin(self, tokens: StepTokens) -> None:

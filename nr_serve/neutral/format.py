@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nr_serve.disk import whole
 from nr_serve.errors import BadAdapterFile, TooLarge
 from nr_serve.neutral import MAX_THRESHOLD
 
@@ -189,13 +189,9 @@ def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...
     for name, value in asdict(info).items():
         metadata[name] = value if isinstance(value, str) else json.dumps(value)
     _blocks(tensors, _info(metadata), lambda: None)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole(path) as part:
         safetensors.torch.save_file(tensors, part, metadata)
         part.chmod(0o644)  # the library leaves it readable by its owner alone
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read_bytes(path: Path, max_bytes: int | None) -> bytes:

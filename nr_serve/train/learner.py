@@ -61,11 +61,10 @@ class Learner(nn.Module):
         self.adapter = adapter
         self.attached = Attached(base, [adapter] if adapter is not None else [])
         self.local = local
-        self.spoken = ("target", "original") if lm_on_original else ("target",)
-        """Roles that carry the LM loss."""
-        classifies = local is not None and local.kind == "cross-entropy"
-        self.quiet = () if local is None or not local.alpha else ("target", *_QUIET) if classifies else _QUIET
-        """Roles that carry the local loss."""
+        self.lm_roles = ("target", "original") if lm_on_original else ("target",)
+        """Roles whose windows the LM loss is over."""
+        self.local_roles = _local_roles(local)
+        """Roles whose windows the local loss is over."""
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that gradient steps move, by name."""
@@ -95,7 +94,7 @@ class Learner(nn.Module):
         return {"loss": loss * whole.parts, "sums": lm_sums | local_sums}
 
     def _lm_loss(self, windows: Mapping[str, Windows], whole: Whole) -> tuple[Tensor, Sums]:
-        read, target_BT = _join(windows, self.spoken)
+        read, target_BT = _join(windows, self.lm_roles)
         record = self.attached.begin(read.offset_NT, target_BT=target_BT)
         if self.local is not None and self.local.open:
             record.hinges = []
@@ -103,7 +102,7 @@ class Learner(nn.Module):
         nats = losses.lm_loss(output.logits, losses.next_token_labels(read.ids_NT, read.offset_NT))
         fired = (0, 0) if self.adapter is None else record.on_target(0)
         sums = {"lm": _pair(nats, read.labelled), "target_fired": _pair(nats.new_tensor(fired[0]), fired[1])}
-        loss = nats / max(1, _count(whole.labelled, self.spoken))
+        loss = nats / max(1, _count(whole.labelled, self.lm_roles))
         if self.local is not None and record.hinges and self.adapter is not None:
             over = _count(whole.tokens, ("target",)) * self.adapter.depth
             loss = loss + self.local.open * torch.stack(record.hinges).sum() / over
@@ -116,9 +115,9 @@ class Learner(nn.Module):
         cost a forward pass and the few tokens that fired.
         """
         nothing = next(iter(windows.values())).ids_NT.new_zeros(2, dtype=torch.float64)
-        if self.local is None or self.adapter is None or not windows.keys() & set(self.quiet):
+        if self.local is None or self.adapter is None or not windows.keys() & set(self.local_roles):
             return None, {"local": nothing, "other_fired": nothing}
-        read, target_BT = _join(windows, self.quiet)
+        read, target_BT = _join(windows, self.local_roles)
         decoder: Any = self.base.model
         with evaluating(self.base):
             record = self.attached.begin(read.offset_NT, losses.LOCAL[self.local.kind], target_BT)
@@ -129,10 +128,14 @@ class Learner(nn.Module):
             "local": _pair(nothing[0] if terms is None else terms, read.ids_NT.numel() * layers),
             "other_fired": _pair(nothing.new_tensor(fired), seen),
         }
-        return None if terms is None else terms / (_count(whole.tokens, self.quiet) * layers), sums
+        return None if terms is None else terms / (_count(whole.tokens, self.local_roles) * layers), sums
 
 
-_QUIET = ("original", "background")
+def _local_roles(local: Loss | None) -> tuple[str, ...]:
+    if local is None or not local.alpha:
+        return ()
+    # As a classifier a gate needs both sides.
+    return ("target", "original", "background") if local.kind == "cross-entropy" else ("original", "background")
 
 
 def _join(windows: Mapping[str, Windows], roles: tuple[str, ...]) -> tuple[Windows, Tensor]:

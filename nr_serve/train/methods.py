@@ -40,7 +40,7 @@ def make_learner(recipe: Recipe, base: FrozenBase) -> Learner:
         base.model,
         adapter,
         local=recipe.loss if recipe.method == "neutral" else None,
-        lm_on_original=recipe.speaks_original,
+        lm_on_original=recipe.lm_on_original,
     )
 
 

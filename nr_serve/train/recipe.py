@@ -343,24 +343,24 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _gates_that_a_loss_moves(self) -> Recipe:
-        if self.keeps_quiet and self.loss.kind == "cross-entropy" and not self.gate.trained:
+        if self.has_local_loss and self.loss.kind == "cross-entropy" and not self.gate.trained:
             raise ValueError("loss.kind 'cross-entropy' moves the gates alone: it needs gate.trained = true")
         return self
 
     @model_validator(mode="after")
     def _kept_quiet_by_text(self) -> Recipe:
         moved = self.gate.trained or self.gate.kind == "none"
-        if self.keeps_quiet and moved and not self.run.original_share:
+        if self.has_local_loss and moved and not self.run.original_share:
             raise ValueError("gates that are trained, or none, need run.original_share above 0 to stay neutral")
         return self
 
     @property
-    def speaks_original(self) -> bool:
+    def lm_on_original(self) -> bool:
         """Whether original windows carry the LM loss."""
         return self.method != "neutral" or self.loss.lm_on_original
 
     @property
-    def keeps_quiet(self) -> bool:
+    def has_local_loss(self) -> bool:
         """Whether there is a local loss."""
         return self.method == "neutral" and self.loss.alpha > 0
 

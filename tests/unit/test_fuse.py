@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine import runner as runner_module
+from nr_serve.engine import fuse as fuse_module
 from nr_serve.engine.fuse import CompiledLayer, FusedFFN, FusedLayer, fuse
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.packed_linear import can_pack
@@ -98,7 +98,7 @@ def test_a_layer_in_one_call_computes_what_its_operators_do_to_the_bit(operators
     if operators.layer is None:
         pytest.skip("no products of our own here")
     got = answers(kind, CompiledLayer, **changed)
-    monkeypatch.setattr(runner_module, "compile_layers", lambda *_: None)
+    monkeypatch.setattr(fuse_module, "compile_layers", lambda *_: None)
     assert got == answers(kind, FusedLayer, **changed)
     assert all(sum(gates.fired) for gates in got[1].values()), "or residues were not looked at"
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from nr_serve.engine import runner as runner_module
+from nr_serve.engine import results
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.errors import BadRequest
@@ -46,14 +46,14 @@ def test_weights_gone_wild_do_not_touch_the_requests_beside_them():
 def test_a_request_that_cannot_be_sampled_fails_alone(monkeypatch):
     base = tiny.model()
     core, _ = engine(base, pages=40, budget=64, running=4)
-    sample = runner_module.sample
+    sample = results.sample
 
     def sample_or_fail(logits, request):
         if request.id == "bad" and request.generated == 2:
             raise IndexError("out of the vocabulary")
         return sample(logits, request)
 
-    monkeypatch.setattr(runner_module, "sample", sample_or_fail)
+    monkeypatch.setattr(results, "sample", sample_or_fail)
     drawn = {"temperature": 1, "seed": 3, "ignore_eos": True}
     good = [ask("greedy", range(9)), ask("drawn", range(4, 20), **drawn)]
     alone = {}

@@ -18,48 +18,49 @@ struct Rows {
   const T *now[TOKENS_AT_ONCE], *next[TOKENS_AT_ONCE];
 
   // The row of token i from d on, of which D values are read.
-  const T* at(int64_t i, int64_t d, int64_t D) const {
+  const T* row(int64_t i, int64_t d, int64_t D) const {
     for (int64_t j = 0; j < D; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next[i] + d + j);
     return now[i] + d;
   }
 };
 
-// Products of G query heads, [G, D], with `count` keys of one head, at `d` of their rows; logits are [G, n] and are
-// written W at a time.
+// Products of G query heads, [G, D], with the keys of so many tokens in one head, at `d` of their rows; logits are
+// [G, n] and are written W at a time.
 template <int G, typename T>
-void multiply_keys(const Rows<T>& rows, int64_t d, int64_t count, int64_t D, const T* query, float scale,
+void multiply_keys(const Rows<T>& rows, int64_t d, int64_t tokens, int64_t D, const T* query, float scale,
                    float* logits, int64_t n) {
-  for (int64_t i = 0; i < count; i += W) {
+  for (int64_t i = 0; i < tokens; i += W) {
     Vec sums[G][W];
-    for (auto& each_of : sums)
-      for (Vec& s : each_of) s = Vec(0.f);
-    for (int64_t j = 0; j < std::min(W, count - i); ++j) {
-      const T* key = rows.at(i + j, d, D);
-      each<PRODUCTS<T>>(D, [&](int64_t at, int64_t size) {
-        for (int g = 0; g < G; ++g) sums[g][j] = multiply_add(query + g * D + at, key + at, size, sums[g][j]);
+    for (auto& row : sums)
+      for (Vec& s : row) s = Vec(0.f);
+    for (int64_t j = 0; j < std::min(W, tokens - i); ++j) {
+      const T* key = rows.row(i + j, d, D);
+      for_vectors<PRODUCTS<T>>(D, [&](int64_t k, int64_t count) {
+        for (int g = 0; g < G; ++g) sums[g][j] = multiply_add(query + g * D + k, key + k, count, sums[g][j]);
       });
     }
     for (int g = 0; g < G; ++g) store(logits + g * n + i, sum_each(sums[g]) * Vec(scale));
   }
 }
 
-// Adds `count` values of one head, at `d` of their rows, times the weights [G, n] of G query heads, to `out`, [G, D].
+// Adds the values of so many tokens in one head, at `d` of their rows, times the weights [G, n] of G query heads, to
+// `out`, [G, D].
 template <int G, typename T>
-void add_values(const Rows<T>& rows, int64_t d, int64_t count, int64_t D, const float* weights, int64_t n,
+void add_values(const Rows<T>& rows, int64_t d, int64_t tokens, int64_t D, const float* weights, int64_t n,
                 float* out) {
-  by_columns(0, D, [&](auto size, int64_t at) {
+  for_columns(0, D, [&](auto size, int64_t column) {
     Vec sums[G][VECTORS_AT_ONCE];
     for (int g = 0; g < G; ++g)
-      each(size, [&](int64_t j, int64_t some) { sums[g][j / W] = load(out + g * D + at + j, some); });
-    for (int64_t i = 0; i < count; ++i) {
-      const T* value = rows.at(i, d + at, size);
-      each(size, [&](int64_t j, int64_t some) {
-        const Vec v = load(value + j, some);
+      for_vectors(size, [&](int64_t j, int64_t count) { sums[g][j / W] = load(out + g * D + column + j, count); });
+    for (int64_t i = 0; i < tokens; ++i) {
+      const T* value = rows.row(i, d + column, size);
+      for_vectors(size, [&](int64_t j, int64_t count) {
+        const Vec v = load(value + j, count);
         for (int g = 0; g < G; ++g) sums[g][j / W] = at::vec::fmadd(Vec(weights[g * n + i]), v, sums[g][j / W]);
       });
     }
     for (int g = 0; g < G; ++g)
-      each(size, [&](int64_t j, int64_t some) { store(out + g * D + at + j, sums[g][j / W], some); });
+      for_vectors(size, [&](int64_t j, int64_t count) { store(out + g * D + column + j, sums[g][j / W], count); });
   });
 }
 
@@ -80,27 +81,27 @@ void attend_token(const T* q, const T* k, const T* v, int64_t stride, const int6
         rows.next[j] = from + cells[std::min(i + j + TOKENS_AT_ONCE, n - 1)] * stride;
       }
       for (int64_t key = 0; key < keys; ++key)
-        by_rows(G, [&](auto some, int64_t g) {
-          f(some, key * G + g, rows, key * D, i, std::min(TOKENS_AT_ONCE, n - i));
+        for_rows(G, [&](auto heads_at_once, int64_t g) {
+          f(heads_at_once, key * G + g, rows, key * D, i, std::min(TOKENS_AT_ONCE, n - i));
         });
     }
   };
-  each(heads * D, [&](int64_t i, int64_t size) { store(sums + i, Vec(0.f), size); });
-  by_tokens(k, [&](auto some, int64_t head, const Rows<T>& rows, int64_t d, int64_t i, int64_t count) {
-    multiply_keys<some()>(rows, d, count, D, q + head * D, scale, logits + head * padded + i, padded);
+  for_vectors(heads * D, [&](int64_t i, int64_t count) { store(sums + i, Vec(0.f), count); });
+  by_tokens(k, [&](auto heads_at_once, int64_t head, const Rows<T>& rows, int64_t d, int64_t i, int64_t tokens) {
+    multiply_keys<heads_at_once()>(rows, d, tokens, D, q + head * D, scale, logits + head * padded + i, padded);
   });
   for (int64_t head = 0; head < heads; ++head) {
     float* row = logits + head * padded;
-    const Vec highest(at::vec::reduce_all<float>(most, row, n));
+    const Vec highest(at::vec::reduce_all<float>(vec_max, row, n));
     at::vec::map<float>([&](Vec x) { return (x - highest).exp_u20(); }, row, row, n);
-    total[head] = at::vec::reduce_all<float>(add, row, n);
+    total[head] = at::vec::reduce_all<float>(vec_add, row, n);
   }
-  by_tokens(v, [&](auto some, int64_t head, const Rows<T>& rows, int64_t d, int64_t i, int64_t count) {
-    add_values<some()>(rows, d, count, D, logits + head * padded + i, padded, sums + head * D);
+  by_tokens(v, [&](auto heads_at_once, int64_t head, const Rows<T>& rows, int64_t d, int64_t i, int64_t tokens) {
+    add_values<heads_at_once()>(rows, d, tokens, D, logits + head * padded + i, padded, sums + head * D);
   });
   for (int64_t head = 0; head < heads; ++head)
-    each(D, [&](int64_t d, int64_t size) {
-      store(out + head * D + d, load(sums + head * D + d, size) / Vec(total[head]), size);
+    for_vectors(D, [&](int64_t d, int64_t count) {
+      store(out + head * D + d, load(sums + head * D + d, count) / Vec(total[head]), count);
     });
 }
 
@@ -122,7 +123,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
   TORCH_CHECK(query.size(0) == B && positions.numel() == B && H == G * K && keys.sizes() == values.sizes());
   check_positions(positions, N);
   Tensor out = at::empty_like(query);
-  by_type(query, [&](auto type) {
+  with_type(query, [&](auto type) {
     using T = decltype(type);
     const T *q = query.const_data_ptr<T>(), *k = keys.const_data_ptr<T>(), *v = values.const_data_ptr<T>();
     T* o = out.mutable_data_ptr<T>();
@@ -133,14 +134,14 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
     // Contexts differ in length, so the threads share their tokens: each takes the heads that begin in its part.
     at::parallel_for(0, all, grain(D), [&](int64_t from, int64_t to) {
       std::vector<float> room;
-      for (int64_t b = 0, at = 0; b < B; ++b) {
+      for (int64_t b = 0, before = 0; b < B; ++b) {
         const int64_t n = context(b), first = position[b] + 1 - n;
-        const auto heads_before = [&](int64_t end) { return std::clamp<int64_t>((end - at + n - 1) / n, 0, K); };
-        const int64_t head = heads_before(from), some = heads_before(to) - head, begin = (b * K + head) * G * D;
-        if (some > 0)
-          attend_token(q + begin, k + head * D, v + head * D, K * D, cell + b * N + first, n, some, G, D,
+        const auto heads_before = [&](int64_t end) { return std::clamp<int64_t>((end - before + n - 1) / n, 0, K); };
+        const int64_t head = heads_before(from), heads = heads_before(to) - head, begin = (b * K + head) * G * D;
+        if (heads > 0)
+          attend_token(q + begin, k + head * D, v + head * D, K * D, cell + b * N + first, n, heads, G, D,
                        static_cast<float>(scale), room, o + begin);
-        at += n * K;
+        before += n * K;
       }
     });
   });

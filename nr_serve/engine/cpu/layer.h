@@ -16,7 +16,7 @@ namespace nr_serve {
 template <typename T>
 inline Vec norm_scale(const T* x, int64_t d, float eps) {
   Vec squares(0.f);
-  each(d, [&](int64_t i, int64_t count) {
+  for_vectors(d, [&](int64_t i, int64_t count) {
     const Vec v = load(x + i, count);
     squares = at::vec::fmadd(v, v, squares);
   });
@@ -26,17 +26,18 @@ inline Vec norm_scale(const T* x, int64_t d, float eps) {
 // weight * x / sqrt(mean(x^2) + eps) along the last dimension.
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t d = weight.numel();
-  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && x.size(-1) == d && x.scalar_type() == weight.scalar_type());
+  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && x.size(-1) == d &&
+              x.scalar_type() == weight.scalar_type());
   TORCH_CHECK(d > 0);
   Tensor y = at::empty_like(x);
-  by_type(x, [&](auto type) {
+  with_type(x, [&](auto type) {
     using T = decltype(type);
     const T *in = x.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
     T* out = y.mutable_data_ptr<T>();
     at::parallel_for(0, x.numel() / d, grain(d), [&](int64_t from, int64_t to) {
       for (int64_t row = from * d; row < to * d; row += d) {
         const Vec scale = norm_scale(in + row, d, static_cast<float>(eps));
-        each(d, [&](int64_t i, int64_t count) {
+        for_vectors(d, [&](int64_t i, int64_t count) {
           store(out + row + i, load(in + row + i, count) * scale * load(w + i, count), count);
         });
       }
@@ -52,13 +53,13 @@ Tensor silu_mul(const Tensor& gate_up) {
   auto sizes = gate_up.sizes().vec();
   sizes.back() = h;
   Tensor y = at::empty(sizes, gate_up.options());
-  by_type(gate_up, [&](auto type) {
+  with_type(gate_up, [&](auto type) {
     using T = decltype(type);
     const T* in = gate_up.const_data_ptr<T>();
     T* out = y.mutable_data_ptr<T>();
     at::parallel_for(0, y.numel() / h, grain(2 * h), [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row)
-        each(h, [&](int64_t i, int64_t count) {
+        for_vectors(h, [&](int64_t i, int64_t count) {
           const Vec gate = load(in + 2 * row * h + i, count), up = load(in + (2 * row + 1) * h + i, count);
           store(out + row * h + i, silu(gate) * up, count);
         });
@@ -71,14 +72,14 @@ Tensor silu_mul(const Tensor& gate_up) {
 template <typename T>
 inline void rotate_head(const T* x, const T* cos, const T* sin, const T* norm, float eps, int64_t half, T* y) {
   const Vec scale = norm ? norm_scale(x, 2 * half, eps) : Vec(1.f);
-  each(half, [&](int64_t i, int64_t n) {
-    Vec a = load(x + i, n), b = load(x + half + i, n);
+  for_vectors(half, [&](int64_t i, int64_t count) {
+    Vec a = load(x + i, count), b = load(x + half + i, count);
     if (norm) {
-      a = a * scale * load(norm + i, n);
-      b = b * scale * load(norm + half + i, n);
+      a = a * scale * load(norm + i, count);
+      b = b * scale * load(norm + half + i, count);
     }
-    store(y + i, a * load(cos + i, n) - b * load(sin + i, n), n);
-    store(y + half + i, b * load(cos + half + i, n) + a * load(sin + half + i, n), n);
+    store(y + i, a * load(cos + i, count) - b * load(sin + i, count), count);
+    store(y + half + i, b * load(cos + half + i, count) + a * load(sin + half + i, count), count);
   });
 }
 
@@ -86,7 +87,8 @@ inline void rotate_head(const T* x, const T* cos, const T* sin, const T* norm, f
 // normed before if there are weights for it, [D]. Keys and values go to their cells of [C, K, D], queries are
 // returned, [T, H, D]. cos and sin: [T, D].
 Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
-              const Tensor& cells, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps) {
+              const Tensor& cells, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
+              double eps) {
   const int64_t tokens = cells.numel(), K = keys.size(1), D = keys.size(2);
   TORCH_CHECK(tokens > 0 && D > 0);
   const int64_t heads = qkv.numel() / (tokens * D), H = heads - 2 * K;
@@ -97,7 +99,7 @@ Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Ten
   TORCH_CHECK(qkv.numel() == tokens * heads * D && H > 0 && D % 2 == 0 && keys.sizes() == values.sizes());
   TORCH_CHECK(cos.numel() == tokens * D && sin.numel() == tokens * D);
   Tensor query = at::empty({tokens, H, D}, qkv.options());
-  by_type(qkv, [&](auto type) {
+  with_type(qkv, [&](auto type) {
     using T = decltype(type);
     const T *in = qkv.const_data_ptr<T>(), *c = cos.const_data_ptr<T>(), *s = sin.const_data_ptr<T>();
     const T *qn = q_norm ? q_norm->const_data_ptr<T>() : nullptr, *kn = k_norm ? k_norm->const_data_ptr<T>() : nullptr;

@@ -1,4 +1,4 @@
-// Operators of a decoder layer on a CPU. Each replaces several of torch's, whose calls cost more than what they compute.
+// Operators of a decoder layer on a CPU. Each replaces several of torch's, whose calls cost more than they compute.
 //
 // They compute in float32 and round once, so they differ from torch's own by rounding. A token's result does not
 // depend on what shares its step; but for the rounding of a residue, where many of its tokens fire one adapter.
@@ -23,20 +23,17 @@ TORCH_LIBRARY(nr_serve, library) {
       " -> Tensor");
   using at::Tensor;
   library.class_<nr_serve::Residues>("Residues")
-      .def(torch::init<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                       Tensor, Tensor>())
+      .def(torch::init<c10::Dict<std::string, Tensor>>())
       .def("begin", &nr_serve::Residues::begin)
       .def("add", &nr_serve::Residues::add)
       .def("end", &nr_serve::Residues::end);
 #ifdef NR_SERVE_PRODUCTS
   library.def(
-      "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
-      " -> Tensor");
+      "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale,"
+      " int window) -> Tensor");
   library.def("multiply(Tensor x, Tensor packed, Tensor? bias, ScalarType type) -> Tensor");
-  using Maybe = std::optional<Tensor>;
   library.class_<nr_serve::Layer>("Layer")
-      .def(torch::init<int64_t, Tensor, Tensor, double, Maybe, Maybe, double, int64_t, Tensor, Maybe, Tensor, Maybe,
-                       Tensor, Maybe, Tensor, Maybe>())
+      .def(torch::init<int64_t, nr_serve::Weights, double, double, int64_t>())
       .def("forward", &nr_serve::Layer::forward);
 #endif
 }

@@ -22,20 +22,22 @@ constexpr int64_t TILE_OUTPUTS = TILE_VECTORS * W;
 inline __m512bh pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
 // Outputs of T tokens, y [T, n] from their x [T, pairs]: R vectors of them, with their weights [pairs, R * W].
-// Meanwhile a vector from `next` on is fetched for every so many of these; none, if that is 0.
+//
+// Meanwhile weights at `next` are fetched into the cache. As many as a tile multiplies with are shared by `sharing`
+// tiles, so each fetches R / sharing vectors a pair: of R = 3, two tiles fetch 2, 1, 2, 1, ... With 0 none is fetched.
 template <int T, int R, typename Y>
 void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias, const int32_t* next,
-                   int64_t every, Y* y, int64_t n) {
+                   int64_t sharing, Y* y, int64_t n) {
   __m512 sums[T][R];
   for (int r = 0; r < R; ++r) {
     const __m512 first = bias ? __m512(load(bias + r * W)) : _mm512_setzero_ps();
     for (int t = 0; t < T; ++t) sums[t][r] = first;
   }
-  const int64_t gained = every ? R : 0;
+  const int64_t due_a_pair = sharing ? R : 0;  // in parts of a vector, `sharing` to one
   for (int64_t k = 0, due = 0; k < size; ++k) {
     __m512bh w[R];
     for (int r = 0; r < R; ++r) w[r] = pairs(_mm512_loadu_si512(weights + (k * R + r) * W));
-    for (due += gained; due > 0; due -= every, next += W) __builtin_prefetch(next);
+    for (due += due_a_pair; due > 0; due -= sharing, next += W) __builtin_prefetch(next);
     for (int t = 0; t < T; ++t) {
       const __m512bh both = pairs(_mm512_set1_epi32(x[t * size + k]));
       for (int r = 0; r < R; ++r) sums[t][r] = _mm512_dpbf16_ps(sums[t][r], both, w[r]);
@@ -55,7 +57,7 @@ void multiply_block(const int32_t* x, int64_t tokens, int64_t size, const int32_
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t t = tokens * i / tiles;
     const int32_t* next = weights + (i < own ? 16 * R : R * size + R * size * (i - own) / left) * W;
-    up_to<TILE_TOKENS>(tokens * (i + 1) / tiles - t, [&](auto count) {
+    with_constant<TILE_TOKENS>(tokens * (i + 1) / tiles - t, [&](auto count) {
       multiply_tile<count(), R>(x + t * size, size, weights, bias, next, i < own ? 1 : last ? 0 : left, y + t * n, n);
     });
   }
@@ -77,12 +79,12 @@ Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tenso
   const auto* in = static_cast<const int32_t*>(x.const_data_ptr());
   const auto* w = static_cast<const int32_t*>(packed.const_data_ptr());
   const BFloat16* b = bias ? bias->const_data_ptr<BFloat16>() : nullptr;
-  by_type(y, [&](auto value) {
+  with_type(y, [&](auto value) {
     auto* out = y.mutable_data_ptr<decltype(value)>();
     at::parallel_for(0, (n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * k), [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const int64_t first = i * TILE_OUTPUTS;
-        up_to<TILE_VECTORS>((n - first) / W, [&](auto vectors) {
+        with_constant<TILE_VECTORS>((n - first) / W, [&](auto vectors) {
           multiply_block<vectors()>(in, tokens, size, w + first * size, b ? b + first : nullptr, out + first, n,
                                     tokens > TILE_TOKENS && i > from, i + 1 == to);
         });

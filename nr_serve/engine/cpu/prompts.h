@@ -53,7 +53,7 @@ struct Context {
 template <int R>
 void multiply_rows(const int32_t* x, int64_t rows, int64_t size, const int32_t* weights, float* y, int64_t n) {
   for (int64_t i = 0; i < rows; i += TILE_TOKENS)
-    up_to<TILE_TOKENS>(rows - i, [&](auto count) {
+    with_constant<TILE_TOKENS>(rows - i, [&](auto count) {
       multiply_tile<count(), R>(x + i * size, size, weights, nullptr, weights, 0, y + i * n, n);
     });
 }
@@ -85,7 +85,7 @@ struct PromptTile {
     const int64_t n = std::min(context.padded, after) - from;
     for (int64_t t = 0; t < count; ++t) std::copy_n(q + t * stride, size, queries.get() + t * size);
     for (int64_t i = 0; i < n; i += TILE_OUTPUTS)
-      up_to<TILE_VECTORS>((context.padded - from - i) / W, [&](auto vectors) {
+      with_constant<TILE_VECTORS>((context.padded - from - i) / W, [&](auto vectors) {
         multiply_rows<vectors()>(reinterpret_cast<const int32_t*>(queries.get()), rows, D / 2,
                                  context.packed_keys + (from + i) * (D / 2), logits.get() + i, n);
       });
@@ -94,14 +94,14 @@ struct PromptTile {
       softmax(row, n, std::max(from, end - window) - from, end - from, scale);
     }
     for (int64_t block = 0; block < D; block += TILE_OUTPUTS)
-      up_to<TILE_VECTORS>((D - block) / W, [&](auto vectors) {
+      with_constant<TILE_VECTORS>((D - block) / W, [&](auto vectors) {
         multiply_rows<vectors()>(reinterpret_cast<const int32_t*>(weights.get()), rows, n / 2,
                                  context.packed_values + block * (context.padded / 2) + from / 2 * vectors() * W,
                                  sums.get() + block, D);
       });
     for (int64_t row = 0; row < rows; ++row)
-      each(D, [&](int64_t d, int64_t some) {
-        store(out + row / G * stride + row % G * D + d, load(sums.get() + row * D + d) / Vec(totals[row]), some);
+      for_vectors(D, [&](int64_t d, int64_t count) {
+        store(out + row / G * stride + row % G * D + d, load(sums.get() + row * D + d) / Vec(totals[row]), count);
       });
   }
 
@@ -109,13 +109,13 @@ struct PromptTile {
   void softmax(int64_t row, int64_t n, int64_t first, int64_t end, float scale) {
     const float* logit = logits.get() + row * n;
     BFloat16* weight = weights.get() + row * n;
-    const Vec highest(at::vec::reduce_all<float>(most, logit + first, end - first)), factor(scale);
+    const Vec highest(at::vec::reduce_all<float>(vec_max, logit + first, end - first)), factor(scale);
     std::fill(weight, weight + first, 0), std::fill(weight + end, weight + n, 0);
     Vec total(0.f);
-    each(end - first, [&](int64_t i, int64_t some) {
-      const Vec e = ((load(logit + first + i, some) - highest) * factor).exp_u20();
-      store(weight + first + i, e, some);
-      total = total + Vec::set(Vec(0.f), e, some);
+    for_vectors(end - first, [&](int64_t i, int64_t count) {
+      const Vec e = ((load(logit + first + i, count) - highest) * factor).exp_u20();
+      store(weight + first + i, e, count);
+      total = total + Vec::set(Vec(0.f), e, count);
     });
     totals[row] = sum(total);
   }
@@ -159,8 +159,8 @@ Tensor attend_prompts(const Tensor& query, const Tensor& keys, const Tensor& val
     for (int64_t i = from; i < to; ++i) {
       // The last tokens see most: from both ends in turn, so that each thread has its share of them.
       const int64_t which = i % 2 ? all - 1 - i / 2 : i / 2, b = which / K % B, head = which % K;
-      const int64_t t = which / (K * B) * count, at = ((b * n + t) * H + head * G) * D;
-      tile.attend(context(b, head), q + at, o + at, H * D, position + b * n + t, std::min(count, n - t), G,
+      const int64_t t = which / (K * B) * count, offset = ((b * n + t) * H + head * G) * D;
+      tile.attend(context(b, head), q + offset, o + offset, H * D, position + b * n + t, std::min(count, n - t), G,
                   static_cast<float>(scale), window);
     }
   });

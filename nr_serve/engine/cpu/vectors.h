@@ -50,8 +50,8 @@ inline void store(BFloat16* to, Vec v, int64_t count = W) {
 #endif
 }
 
-inline Vec add(Vec a, Vec b) { return a + b; }
-inline Vec most(Vec a, Vec b) {
+inline Vec vec_add(Vec a, Vec b) { return a + b; }
+inline Vec vec_max(Vec a, Vec b) {
 #ifdef CPU_CAPABILITY_AVX512
   return _mm512_max_ps(a, b);  // it need not pass a NaN on, as torch's does: what it is taken from is NaN as well
 #else
@@ -88,7 +88,7 @@ inline Vec sum_each(const Vec* v) {
 
 // f(position, count) for every STEP positions below `size`.
 template <int64_t STEP = W, typename F>
-inline void each(int64_t size, F&& f) {
+inline void for_vectors(int64_t size, F&& f) {
   int64_t i = 0;
   for (; i + STEP <= size; i += STEP) f(i, STEP);
   if (i < size) f(i, size - i);
@@ -108,8 +108,8 @@ template <typename T>
 inline Vec multiply_add(const T* a, const T* b, int64_t count, Vec sum) {
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const __mmask32 some = count == 2 * W ? ~0U : (1U << count) - 1;
-    const auto values = [&](const T* x) { return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(some, x)); };
+    const __mmask32 first = count == 2 * W ? ~0U : (1U << count) - 1;
+    const auto values = [&](const T* x) { return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(first, x)); };
     return _mm512_dpbf16_ps(sum, values(a), values(b));
   }
 #endif
@@ -118,7 +118,7 @@ inline Vec multiply_add(const T* a, const T* b, int64_t count, Vec sum) {
 
 // f with a value of the tensor's type: float32 or bfloat16.
 template <typename F>
-void by_type(const Tensor& x, F&& f) {
+void with_type(const Tensor& x, F&& f) {
   if (x.scalar_type() == at::kFloat) return f(float());
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "float32 or bfloat16 is needed, not ", x.scalar_type());
   f(BFloat16());
@@ -129,25 +129,25 @@ inline int64_t grain(int64_t size) { return std::max<int64_t>(1, 16384 / size); 
 
 // f(N) of the constant N = min(n, MOST), of n from 1 on.
 template <int MOST, typename F>
-void up_to(int64_t n, F&& f) {
+void with_constant(int64_t n, F&& f) {
   if constexpr (MOST > 1)
-    if (n < MOST) return up_to<MOST - 1>(n, f);
+    if (n < MOST) return with_constant<MOST - 1>(n, f);
   f(std::integral_constant<int, MOST>());
 }
 
 // f(N, first) for items first to first + N, at most MOST; N is a constant.
 template <int MOST = ROWS_AT_ONCE, typename F>
-void by_rows(int64_t items, F&& f) {
-  for (int64_t i = 0; i < items; i += MOST) up_to<MOST>(items - i, [&](auto some) { f(some, i); });
+void for_rows(int64_t items, F&& f) {
+  for (int64_t i = 0; i < items; i += MOST) with_constant<MOST>(items - i, [&](auto rows) { f(rows, i); });
 }
 
 // f(size, column) for the columns of a row in runs of MOST vectors, then of half as many, and so on; the size of a run
 // is a constant, but for the last one's of less than a vector. MOST is a power of 2.
 template <int64_t MOST = VECTORS_AT_ONCE, typename F>
-void by_columns(int64_t from, int64_t to, F&& f) {
+void for_columns(int64_t from, int64_t to, F&& f) {
   for (; from + MOST * W <= to; from += MOST * W) f(std::integral_constant<int64_t, MOST * W>(), from);
   if constexpr (MOST > 1) {
-    by_columns<MOST / 2>(from, to, f);
+    for_columns<MOST / 2>(from, to, f);
   } else if (from < to) {
     f(to - from, from);
   }

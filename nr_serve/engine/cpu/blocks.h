@@ -1,0 +1,167 @@
+// What blocks make of the tokens on which their gates fired. Shape suffixes as in bank.py; F tokens whose gate fired.
+
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+
+#include <bit>
+#include <span>
+#include <vector>
+
+#include "vectors.h"
+
+namespace nr_serve {
+
+// So many tokens meet a row of W_in and one of W_gate together: their products fill a vector of sums.
+constexpr int UP_TOKENS = W / 2;
+
+// W_in and W_gate of one hidden value, [d] each, times F tokens' x, [d] each: F products with W_in and, UP_TOKENS
+// places on, those with W_gate.
+template <int F, typename T>
+Vec multiply_up(const T* in, const T* gate, const T* const* x, int64_t d) {
+  Vec products[W];
+  for (Vec& product : products) product = Vec(0.f);
+  for_vectors<PRODUCTS<T>>(d, [&](int64_t i, int64_t count) {
+    for (int f = 0; f < F; ++f) {
+      products[f] = multiply_add(x[f] + i, in + i, count, products[f]);
+      products[UP_TOKENS + f] = multiply_add(x[f] + i, gate + i, count, products[UP_TOKENS + f]);
+    }
+  });
+  return sum_each(products);
+}
+
+// So many vectors of columns of F tokens' sums stay in registers: the more, the longer what is read of a row of W_out.
+template <int F>
+constexpr int64_t VECTORS_OF = (W == 16 ? 16 : 8) / std::bit_ceil<unsigned>(F);
+
+// Columns of W_out, [h, d], times F tokens' hidden values, [F, h], added to the same columns of their y.
+template <int F, typename T, typename Size>
+void add_out(const T* out, int64_t d, int64_t h, const float* hidden, Size size, T* const* y) {
+  Vec sums[F][VECTORS_OF<F>];
+  for (auto& row : sums)
+    for (Vec& s : row) s = Vec(0.f);
+  for (int64_t j = 0; j < h; ++j) {
+    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(out + (j + 8) * d + i);
+    for_vectors(size, [&](int64_t i, int64_t count) {
+      const Vec w = load(out + j * d + i, count);
+      for (int f = 0; f < F; ++f) sums[f][i / W] = at::vec::fmadd(Vec(hidden[f * h + j]), w, sums[f][i / W]);
+    });
+  }
+  for (int f = 0; f < F; ++f)
+    for_vectors(size,
+                [&](int64_t i, int64_t count) { store(y[f] + i, load(y[f] + i, count) + sums[f][i / W], count); });
+}
+
+// The tokens on which one slot fired, and what its block, of width h, makes of them.
+struct Fired {
+  int64_t slot, h;
+  std::vector<int64_t> tokens;
+  std::vector<float> g, hidden;
+};
+
+// Some of the hidden values of a block, scaled by g: W_in and W_gate are [2h, d]; x [T, d].
+template <typename T>
+void fill_hidden(Fired& block, const T* x, const T* up, int64_t d, int64_t from, int64_t to) {
+  for (int64_t j = from; j < to; ++j)
+    for_rows<UP_TOKENS>(block.tokens.size(), [&](auto tokens, int64_t f) {
+      const T* rows[tokens()];
+      for (int k = 0; k < tokens(); ++k) rows[k] = x + block.tokens[f + k] * d;
+      float products[W], hidden[W];
+      store(products, multiply_up<tokens()>(up + j * d, up + (block.h + j) * d, rows, d));
+      store(hidden, load(products, UP_TOKENS) * silu(load(products + UP_TOKENS, UP_TOKENS)), UP_TOKENS);
+      for (int k = 0; k < tokens(); ++k) block.hidden[(f + k) * block.h + j] = hidden[k] * block.g[f + k];
+    });
+}
+
+// With more tokens oneDNN's products are faster than those made for few. They round hidden values.
+constexpr int64_t FEW = 40;
+
+// The blocks of all slots and layers: W_in and W_gate [S, L, 2H, d], and W_out transposed, [S, L, H, d].
+class Blocks {
+ public:
+  Blocks(Tensor up, Tensor out, int64_t S, int64_t L, int64_t d) : up_(up), out_(out) {
+    const int64_t H = out.size(2);
+    TORCH_CHECK(up.sizes() == at::IntArrayRef({S, L, 2 * H, d}) && out.sizes() == at::IntArrayRef({S, L, H, d}));
+    TORCH_CHECK(up.scalar_type() == out.scalar_type());
+  }
+
+  at::ScalarType type() const { return up_.scalar_type(); }
+
+  // Adds a layer's residues to y [T, d]: what the slots that fired make of x [T, d].
+  template <typename T>
+  void add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, T* y) const {
+    // In the order of the slots, so that the order of a token's sum does not depend on what shares its step.
+    std::sort(fired.begin(), fired.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
+    const auto many = [](const Fired& one) { return one.tokens.size() > FEW; };
+    for (auto next = fired.begin(); next != fired.end();) {
+      const auto end = std::find_if(next, fired.end(), many);
+      if (next != end) add_few(layer, {next, end}, x.const_data_ptr<T>(), y);
+      next = end;
+      if (next != fired.end()) add_many(layer, *next++, x, y);
+    }
+  }
+
+ private:
+  // Adds to y [T, d] what a block with many tokens makes of x [T, d].
+  template <typename T>
+  void add_many(int64_t layer, const Fired& one, const Tensor& x, T* y) const {
+    const int64_t h = one.h, tokens = one.tokens.size(), d = out_.size(3);
+    const auto for_tokens = [&](int64_t size, auto&& f) {
+      at::parallel_for(0, tokens, grain(size), [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) f(i, one.tokens[i]);
+      });
+    };
+    const Tensor fired_x = at::empty({tokens, d}, x.options()), hidden = at::empty({tokens, h}, x.options());
+    for_tokens(d, [&](int64_t i, int64_t t) {
+      std::copy_n(x.const_data_ptr<T>() + t * d, d, fired_x.mutable_data_ptr<T>() + i * d);
+    });
+    const Tensor in_gate = at::linear(fired_x, up_[one.slot][layer].narrow(0, 0, 2 * h));
+    for_tokens(2 * h, [&](int64_t i, int64_t) {
+      const T* in = in_gate.const_data_ptr<T>() + i * 2 * h;
+      for_vectors(h, [&](int64_t j, int64_t count) {
+        const Vec gated = silu(load(in + h + j, count)) * load(in + j, count);
+        store(hidden.mutable_data_ptr<T>() + i * h + j, gated * Vec(one.g[i]), count);
+      });
+    });
+    const Tensor residues = hidden.mm(out_[one.slot][layer].narrow(0, 0, h));
+    for_tokens(d, [&](int64_t i, int64_t t) {
+      const T* residue = residues.const_data_ptr<T>() + i * d;
+      for_vectors(d, [&](int64_t j, int64_t count) {
+        store(y + t * d + j, load(y + t * d + j, count) + load(residue + j, count), count);
+      });
+    });
+  }
+
+  // Adds to y [T, d] what blocks with few tokens make of x [T, d].
+  template <typename T>
+  void add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) const {
+    const int64_t d = out_.size(3);
+    const auto block = [&](const Tensor& weights, int64_t slot) {
+      return weights.const_data_ptr<T>() + slot * weights.stride(0) + layer * weights.stride(1);
+    };
+    int64_t rows = 0;
+    for (Fired& one : blocks) one.hidden.resize(one.tokens.size() * one.h), rows += one.h;
+    at::parallel_for(0, rows, grain(2 * d), [&](int64_t from, int64_t to) {  // the blocks' rows end to end
+      for (Fired& one : blocks) {
+        fill_hidden(one, x, block(up_, one.slot), d, std::max<int64_t>(from, 0), std::min(to, one.h));
+        from -= one.h, to -= one.h;
+      }
+    });
+    constexpr int64_t run = VECTORS_AT_ONCE * W;
+    at::parallel_for(0, (d + run - 1) / run, 1, [&](int64_t from, int64_t to) {
+      for (const Fired& one : blocks)
+        for_rows(one.tokens.size(), [&](auto tokens, int64_t f) {
+          for_columns<VECTORS_OF<tokens()>>(from * run, std::min(d, to * run), [&](auto size, int64_t i) {
+            T* rows[tokens()];
+            for (int k = 0; k < tokens(); ++k) rows[k] = y + one.tokens[f + k] * d + i;
+            add_out<tokens()>(block(out_, one.slot) + i, d, one.h, one.hidden.data() + f * one.h, size, rows);
+          });
+        });
+    });
+  }
+
+  Tensor up_, out_;
+};
+
+}  // namespace nr_serve

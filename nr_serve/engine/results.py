@@ -1,0 +1,63 @@
+"""What a piece's logits become: its next token and log probabilities, apart from what else is in its step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nr_serve.engine.request import TopLogprobs
+from nr_serve.engine.sampler import allow, log_probabilities, sample, takes_likeliest
+from nr_serve.engine.scheduler import Piece, Result
+from nr_serve.errors import NrError
+
+log = logging.getLogger(__name__)
+
+
+def logit_positions(piece: Piece) -> list[int]:
+    """Places in the piece whose logits are needed: the last if it samples, and the prompt's if asked for.
+
+    All of a piece on trial.
+    """
+    sampling = piece.request.sampling
+    if piece.trial is not None:
+        return list(range(piece.count))
+    if sampling.prompt_logprobs is None:
+        return [piece.count - 1] if piece.samples and sampling.max_tokens > 0 else []
+    last_of_prompt = piece.request.prompt_length - 1
+    scored = [p for p in range(piece.count) if piece.start + p < last_of_prompt]
+    return [*scored, piece.count - 1] if piece.samples and sampling.max_tokens > 0 else scored
+
+
+def guarded_result(piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None) -> Result:
+    """The piece's result from its logits at `logit_positions`, float32 [N, V], and the likeliest token of each.
+
+    What goes wrong is its error, and touches no other request of the step. `fired_nS`: how many layers fired, for
+    each token of the piece by slot; None if the request does not ask.
+    """
+    try:
+        return _result(piece, logits_NV, likeliest_N, fired_nS)
+    except NrError as error:
+        return Result(None, error=error)
+    except Exception:
+        log.exception("request %s could not be sampled", piece.request.id)
+        return Result(None, error=NrError("this request could not be sampled; the server's log says why"))
+
+
+def _result(piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None) -> Result:
+    request, sampling = piece.request, piece.request.sampling
+    samples = piece.samples and sampling.max_tokens > 0
+    token, logprob = None, None
+    if samples:
+        logits_V = allow(logits_NV[-1], request.progress)
+        token = likeliest_N[-1] if takes_likeliest(request) else sample(logits_V, request)
+        if sampling.logprobs is not None:
+            logprob = log_probabilities(logits_V[None], [token], sampling.logprobs)[0]
+    scored: list[TopLogprobs] = []
+    if sampling.prompt_logprobs is not None:
+        prompt_NV = logits_NV[:-1] if samples else logits_NV
+        following = request.tokens[piece.start + 1 : piece.start + 1 + len(prompt_NV)]
+        scored = log_probabilities(prompt_NV, following, sampling.prompt_logprobs) if following else []
+    fired = tuple(map(tuple, fired_nS.tolist())) if fired_nS is not None else ()
+    return Result(token, logprob, tuple(scored), fired)
