@@ -41,7 +41,7 @@ from nr_serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 DEFAULT_CAPACITY = 0.2  # the paper's extra capacity, as a share of the base's parameters
-_TRIAL_TOKENS_BESIDE = 3  # of a piece on trial in a running step: it may not be felt by those who read
+_TRIAL_TOKENS_BESIDE = 2  # of a piece on trial in a running step: it may not be felt by those who read
 _TRIAL_TOKENS_APART = 64  # in a pass of its own: the GPU's kernels know one threshold a slot
 
 
