@@ -117,7 +117,7 @@ def test_what_was_measured_before_is_not_measured_again():
 
 def test_without_a_limit_an_adapter_acts_at_once_and_is_measured_meanwhile():
     server = Probed(slots=2)
-    server.ask("beside", (), tokens=200)
+    server.ask("beside", (), tokens=300)
     a, b = server.made(1), server.made(2)
     view = server.begin("a", a)
     # It acts from the second on: the first began without NaN.

@@ -24,7 +24,7 @@ from nr_serve.neutral.host import host_blocks
 from nr_serve.neutral.step import Trial
 from nr_serve.neutral.torch_bank import TorchBank
 from tests import tiny
-from tests.unit import test_exactness
+from tests.unit import stepped
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
@@ -251,7 +251,7 @@ def test_the_bank_counts_what_the_bank_on_the_cpu_counts(trial):
 @pytest.fixture
 def by_kernels(monkeypatch):
     """Engines made in this test run by the kernels, wherever they run."""
-    monkeypatch.setattr(test_exactness, "Runner", partial(Runner, kernels=True))
+    monkeypatch.setattr(stepped, "Runner", partial(Runner, kernels=True))
 
 
 def answers(core, prompts, selections, tokens):
@@ -274,9 +274,9 @@ def test_the_engine_by_kernels_equals_the_naive_loop_and_shares_pages_that_graph
     base = tiny.model()
     naive = tiny.Naive(base)
     made = {f"a{i}": tiny.adapter(base, seed=i, carry=0.4 + 0.4 * i) for i in range(2)}
-    core, adapters = test_exactness.engine(base.to(DEVICE), pages=24, budget=16, running=2, slots=2)
+    core, adapters = stepped.engine(base.to(DEVICE), pages=24, budget=16, running=2, slots=2)
     for name, adapter in made.items():
-        test_exactness.load(adapters, name, adapter)
+        stepped.load(adapters, name, adapter)
     prompts, selections = [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12, 13]], [("a1",), None]
     for already in (0, 2 * 8):  # the second time two pages each, of which decodes filled the second
         got, found = answers(core, prompts, selections, tokens=3)
@@ -299,7 +299,7 @@ def test_a_device_that_cannot_capture_is_served_without_graphs(by_kernels, monke
     monkeypatch.setattr(Graphs, "warm_up", refuse)
     base = tiny.model()
     answer, _ = tiny.Naive(base).greedy([1, 2, 3], 2)
-    core, _ = test_exactness.engine(base.to(DEVICE), pages=24, budget=16, running=2, slots=1)
+    core, _ = stepped.engine(base.to(DEVICE), pages=24, budget=16, running=2, slots=1)
     assert "no capture here" in caplog.text
     (got,), _ = answers(core, [[1, 2, 3]], [()], tokens=2)
     assert [token.id for token in got] == answer
