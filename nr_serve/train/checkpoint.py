@@ -73,10 +73,9 @@ class Checkpoint:
         if not self.is_refitted:
             return weights
         gates = self._tensors(REFITTED)
-        expected = shapes({name: t for name, t in weights.items() if is_gate(name)})
-        odd = sorted({name for name, _ in shapes(gates).items() ^ expected.items()})
-        if odd:
-            fault = f"lacks {odd[0]}, a gate" if odd[0] not in gates else f"holds {odd[0]}, which is no gate"
+        odd = odd_one(gates, {name: tensor for name, tensor in weights.items() if is_gate(name)})
+        if odd is not None:
+            fault = f"holds {odd}, which is no gate" if odd in gates else f"lacks {odd}, a gate"
             raise BadCheckpoint(f"{self.folder / REFITTED} {fault} of the blocks trained; {REMEDY}")
         return weights | gates
 
@@ -98,9 +97,10 @@ class Checkpoint:
 _CHECKPOINT = TypeAdapter(Checkpoint)
 
 
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors, by name."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def odd_one(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """The first name under which only one has a tensor, or each has another shape; None: there is none."""
+    shapes = [{(name, tensor.shape) for name, tensor in tensors.items()} for tensors in (found, expected)]
+    return min((name for name, _ in shapes[0] ^ shapes[1]), default=None)
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -49,8 +49,7 @@ def load_weights(learner: Learner, weights: Mapping[str, Tensor]) -> None:
     adapter = learner.adapter
     if adapter is not None:
         adapter.keep({name.removeprefix("adapter.") for name in weights})
-    expected, found = checkpoints.shapes(learner.trained_state()), checkpoints.shapes(weights)
-    if found != expected:
-        odd = sorted({name for name, _ in found.items() ^ expected.items()})[0]
+    odd = checkpoints.odd_one(weights, learner.trained_state())
+    if odd is not None:
         raise checkpoints.BadCheckpoint(f"the checkpoint is not of this recipe and base: {odd}")
     learner.load_state_dict(dict(weights), strict=False)
