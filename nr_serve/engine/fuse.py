@@ -6,6 +6,7 @@ Only for layers of transformers that are known to compute just this; all others 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,29 @@ class FusedFFN(nn.Module):
         return y
 
 
-class FusedLayer(nn.Module):
+class _Layer(nn.Module, ABC):
+    """What stands in for a layer of the model's own."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        nr_batch: Batch,
+        nr_cache: KVCache,
+        **unknown: Any,
+    ) -> Tensor:
+        """[1, T, d] to the same, called as the model calls its own layers."""
+        refuse_unknown(attention_mask, 0.0, unknown)
+        return self.run(hidden_states, *position_embeddings, nr_batch, nr_cache)
+
+    @abstractmethod
+    def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """The stream behind the layer, from that before it, [1, T, d]; cos and sin [1, T, D]."""
+
+
+class FusedLayer(_Layer):
     """A layer of attention and FFN, each behind an RMSNorm (Zhang and Sennrich, 2019) and added to the stream.
 
     Queries, keys and values are one product; Qwen 3's have norms of their own.
@@ -74,35 +97,18 @@ class FusedLayer(nn.Module):
         self.window = _window(attention)
         self._operators = operators
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        nr_batch: Batch,
-        nr_cache: KVCache,
-        **unknown: Any,
-    ) -> Tensor:
-        """[1, T, d] to the same, called as the model calls its own layers."""
-        refuse_unknown(attention_mask, 0.0, unknown)
+    def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """As `_Layer.run`."""
         ops = self._operators
-        keys_CKD, values_CKD = nr_cache.keys_LCKD[self.layer_idx], nr_cache.values_LCKD[self.layer_idx]
-        qkv = self.qkv(ops.rms_norm(hidden_states, self.attention_norm, self.eps))
+        keys_CKD, values_CKD = cache.keys_LCKD[self.layer_idx], cache.values_LCKD[self.layer_idx]
+        qkv = self.qkv(ops.rms_norm(stream, self.attention_norm, self.eps))
         query_THD = ops.rotate(
-            qkv,
-            *position_embeddings,
-            keys_CKD,
-            values_CKD,
-            nr_batch.cells_T,
-            self.q_norm,
-            self.k_norm,
-            self.eps,
+            qkv, cos, sin, keys_CKD, values_CKD, batch.cells_T, self.q_norm, self.k_norm, self.eps
         )
-        out_THD = attend(query_THD, keys_CKD, values_CKD, nr_batch, self.window, self.scaling, ops)
-        stream: Tensor = hidden_states + self.out(out_THD.flatten(1)[None])
-        y: Tensor = self.mlp(ops.rms_norm(stream, self.ffn_norm, self.eps))
-        return stream + y
+        out_THD = attend(query_THD, keys_CKD, values_CKD, batch, self.window, self.scaling, ops)
+        behind: Tensor = stream + self.out(out_THD.flatten(1)[None])
+        y: Tensor = self.mlp(ops.rms_norm(behind, self.ffn_norm, self.eps))
+        return behind + y
 
 
 def fuse(model: nn.Module, operators: CpuOperators) -> None:
@@ -113,7 +119,7 @@ def fuse(model: nn.Module, operators: CpuOperators) -> None:
             layers[i] = FusedLayer(layer, operators)
 
 
-class CompiledLayer(nn.Module):
+class CompiledLayer(_Layer):
     """A fused layer, its FFN's residues included, in one call: by products of our own."""
 
     def __init__(self, layer: FusedLayer, make: Callable[..., Any], bank: CpuBank) -> None:
@@ -125,26 +131,17 @@ class CompiledLayer(nn.Module):
         self._layer = make(layer.layer_idx, weights, layer.eps, layer.scaling, layer.window or NO_WINDOW)
         self._bank = bank
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        nr_batch: Batch,
-        nr_cache: KVCache,
-        **unknown: Any,
-    ) -> Tensor:
-        """[1, T, d] to the same, called as the model calls its own layers."""
-        refuse_unknown(attention_mask, 0.0, unknown)
+    def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """As `_Layer.run`."""
         y: Tensor = self._layer.forward(
-            hidden_states,
-            *position_embeddings,
-            nr_cache.keys_LCKD,
-            nr_cache.values_LCKD,
-            nr_batch.cells_T,
-            [group.cells_BN for group in nr_batch.groups],
-            [group.positions_Bn for group in nr_batch.groups],
+            stream,
+            cos,
+            sin,
+            cache.keys_LCKD,
+            cache.values_LCKD,
+            batch.cells_T,
+            [group.cells_BN for group in batch.groups],
+            [group.positions_Bn for group in batch.groups],
             self._bank.under_way,
         )
         return y
@@ -152,9 +149,11 @@ class CompiledLayer(nn.Module):
 
 def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> None:
     """Replace, in place, the fused layers whose products are packed and all our own; residues come from `bank`."""
+    if operators.layer is None:
+        return
     layers: Any = model.get_submodule("model.layers")
     for i, layer in enumerate(layers):
-        if not isinstance(layer, FusedLayer) or operators.layer is None:
+        if not isinstance(layer, FusedLayer):
             continue
         prompts = operators.prompts_by(layer.attention_norm.dtype, layer.head_size)
         if prompts is not None and all(isinstance(product, PairedLinear) for product in _products(layer).values()):

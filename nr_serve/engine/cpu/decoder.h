@@ -73,7 +73,7 @@ class Layer : public torch::CustomClassHolder {
       outputs.push_back(by(own_query, own_keys, own_values, contexts[i], positions[i], scale_, window_));
       first += positions[i].numel();
     }
-    const Tensor attended = at::cat(outputs).view({1, query.size(0), -1});
+    const Tensor attended = (outputs.size() == 1 ? outputs[0] : at::cat(outputs)).view({1, query.size(0), -1});
     const Tensor behind = at::add(stream, out_(attended)), x = rms_norm(behind, ffn_norm_, eps_);
     const Tensor y = down_(silu_mul(gate_up_(x)));
     if (residues) (*residues)->add(index_, x, y);
