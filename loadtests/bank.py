@@ -27,8 +27,8 @@ from random_blocks import random_blocks
 from nr_serve.assemble import load_tokenizer, model_folder
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.model.runner import Runner
 from nr_serve.engine.request import AnswerText, Request
-from nr_serve.engine.runner import Runner
 from nr_serve.engine.scheduler import Piece
 from nr_serve.evaluate.tables import markdown
 from nr_serve.logs import say

@@ -50,7 +50,7 @@ class Engine:
     def __init__(self, shape: str, args: argparse.Namespace, batches: Sequence[int], context: int) -> None:
         # Here, for they need triton, and --help does not.
         from nr_serve.engine import graphs, paged_attention
-        from nr_serve.engine.attention import KVCache
+        from nr_serve.engine.model.attention import KVCache
         from nr_serve.neutral.gpu_bank import GpuBank
         from nr_serve.neutral.host import host_blocks
 
@@ -137,7 +137,7 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, pieces: list[Any]) -> None:
-        from nr_serve.engine.batch import build_batch
+        from nr_serve.engine.model.batch import build_batch
 
         batch = build_batch(
             pieces, [0], page_size=PAGE, spare_cell=self.cache.spare_cell, slots=8, device=self.device

@@ -22,10 +22,10 @@ from provenance import ROOT, provenance
 
 from nr_serve.assemble import load_tokenizer, model_folder
 from nr_serve.config import ServeConfig
-from nr_serve.engine.adapters import Adapters
+from nr_serve.engine.adapters.adapters import Adapters
 from nr_serve.engine.core import Core
 from nr_serve.engine.messages import AdapterView, LoadAdapter, Sampling, Submit
-from nr_serve.engine.runner import Runner
+from nr_serve.engine.model.runner import Runner
 from nr_serve.neutral.format import Base, read_adapter
 from nr_serve.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from nr_serve.engine.cpu_operators import CpuOperators, cpu_operators
+from nr_serve.engine.model.cpu_operators import CpuOperators, cpu_operators
 
 
 def operators_or_skip() -> CpuOperators:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine.adapters import Adapters
+from nr_serve.engine.adapters.adapters import Adapters
+from nr_serve.engine.cache.pages import PagePool
+from nr_serve.engine.cache.reuse import Reuse
 from nr_serve.engine.messages import (
     EngineInfo,
     FinishReason,
@@ -23,9 +25,7 @@ from nr_serve.engine.messages import (
     Submit,
     Token,
 )
-from nr_serve.engine.pages import PagePool
 from nr_serve.engine.request import AnswerText, Gates, Request, TopLogprobs
-from nr_serve.engine.reuse import Reuse
 from nr_serve.engine.scheduler import Piece, Result, Schedule, Scheduler
 from nr_serve.errors import BadRequest, NrError, QueueFull
 from nr_serve.tokenizer import Detokenizer, Tokenizer

@@ -36,7 +36,7 @@ from nr_serve.names import adapter_entry
 from nr_serve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from nr_serve.engine.adapters import Adapters
+    from nr_serve.engine.adapters.adapters import Adapters
     from nr_serve.engine.core import Core
     from nr_serve.neutral.format import Adapter, Base
 
@@ -193,11 +193,11 @@ class EngineLoop:
                 self.status = end
 
     def _load(self) -> tuple[Core, Adapters]:
-        from nr_serve.engine.adapters import Adapters
-        from nr_serve.engine.canary import Canary
+        from nr_serve.engine.adapters.adapters import Adapters
+        from nr_serve.engine.adapters.canary import Canary
+        from nr_serve.engine.adapters.probe_text import probe_requests, read_probe_texts
         from nr_serve.engine.core import Core
-        from nr_serve.engine.probe_text import probe_requests, read_probe_texts
-        from nr_serve.engine.runner import Runner
+        from nr_serve.engine.model.runner import Runner
 
         config = self._config
         texts = read_probe_texts(config.probe_text, self._tokenizer)  # first: a wrong file is said at once

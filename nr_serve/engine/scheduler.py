@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Protocol
 
+from nr_serve.engine.cache.neutrality import Opened
+from nr_serve.engine.cache.pages import PagePool
+from nr_serve.engine.cache.reuse import Reuse
 from nr_serve.engine.messages import PrefixTokens
-from nr_serve.engine.neutrality import Opened
-from nr_serve.engine.pages import PagePool
 from nr_serve.engine.request import Request, TopLogprobs
-from nr_serve.engine.reuse import Reuse
 from nr_serve.errors import NrError
 
 MAX_OVERTAKEN = 64  # requests that may go before one that waits for a slot

@@ -12,7 +12,7 @@ from nr_serve.neutral.step import StepTokens, Trial
 
 
 class Residues(Protocol):
-    """The operator, in `engine/cpu/residues.h`. It reads and writes the bank's tensors in their place."""
+    """The operator, in `engine/model/cpu/residues.h`. It reads and writes the bank's tensors in their place."""
 
     def begin(
         self,

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nr_serve.engine import paged_attention
+from nr_serve.engine.model import paged_attention
 from nr_serve.neutral import kernels
 
 D, SLOTS, WIDTH, ROWS, PAGES = 4096, 8, 1024, 65, 100

@@ -5,12 +5,12 @@ from functools import partial
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine import core as core_module
-from nr_serve.engine.adapters import Adapters
-from nr_serve.engine.canary import Canary
+from nr_serve.engine.adapters.adapters import Adapters
+from nr_serve.engine.adapters.canary import Canary
+from nr_serve.engine.adapters.probe_text import probe_requests
 from nr_serve.engine.core import Core
 from nr_serve.engine.messages import AdapterView, LoadAdapter, PatchAdapter, Sampling, StepEvents, Submit
-from nr_serve.engine.probe_text import probe_requests
-from nr_serve.engine.runner import Runner
+from nr_serve.engine.model.runner import Runner
 from tests import tiny
 
 PROMPT = tuple(range(30, 50))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from nr_serve.engine.gate_counts import GateCounts
+from nr_serve.engine.adapters.gate_counts import GateCounts
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, Unavailable
 from nr_serve.neutral import math
 from tests import tiny

@@ -8,7 +8,7 @@ import pytest
 from nr_serve.api.structured import json_rule
 from nr_serve.api.tools import MOST_CLOSES, Call, FunctionName, Tool, ToolName, ToolReader, toolbox
 from nr_serve.engine.guide import Guide
-from nr_serve.engine.sampler import allowed
+from nr_serve.engine.model.sampler import allowed
 from tests import tiny
 from tests.fakes import ByteTokenizer, events, letters, serving
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from nr_serve.engine import attention
-from nr_serve.engine.attention import KVCache, paged_attention
-from nr_serve.engine.batch import build_batch
 from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.model import attention
+from nr_serve.engine.model.attention import KVCache, paged_attention
+from nr_serve.engine.model.batch import build_batch
 from nr_serve.engine.request import AnswerText, Request
 from nr_serve.engine.scheduler import Piece, spans
 from nr_serve.tokenizer import Detokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine import auto_dtype, base, processor
+from nr_serve.engine.model import auto_dtype, base, processor
 from tests import tiny
 
 

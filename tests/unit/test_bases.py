@@ -7,7 +7,7 @@ import torch
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.runner import Runner
+from nr_serve.engine.model.runner import Runner
 from nr_serve.errors import UnsupportedBase
 from tests import tiny
 from tests.unit.stepped import engine

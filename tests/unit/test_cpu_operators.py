@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nr_serve.engine import cpu_operators as module
-from nr_serve.engine.cpu_operators import CpuOperators, cpu_operators
+from nr_serve.engine.model import cpu_operators as module
+from nr_serve.engine.model.cpu_operators import CpuOperators, cpu_operators
 from tests.compiled import operators_or_skip, torch_threads
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine import fuse as fuse_module
-from nr_serve.engine.fuse import CompiledLayer, FusedFFN, FusedLayer, fuse
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.packed_linear import can_pack
-from nr_serve.engine.runner import Runner
+from nr_serve.engine.model import fuse as fuse_module
+from nr_serve.engine.model.fuse import CompiledLayer, FusedFFN, FusedLayer, fuse
+from nr_serve.engine.model.packed_linear import can_pack
+from nr_serve.engine.model.runner import Runner
 from tests import tiny
 from tests.compiled import operators_or_skip
 from tests.unit.test_exactness import engine, load

@@ -12,12 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from nr_serve.engine import graphs, paged_attention
-from nr_serve.engine.attention import KVCache
-from nr_serve.engine.batch import build_batch
-from nr_serve.engine.graphs import Graphs, Padding, size_of
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.runner import Runner
+from nr_serve.engine.model import graphs, paged_attention
+from nr_serve.engine.model.attention import KVCache
+from nr_serve.engine.model.batch import build_batch
+from nr_serve.engine.model.graphs import Graphs, Padding, size_of
+from nr_serve.engine.model.runner import Runner
 from nr_serve.engine.scheduler import Piece, spans
 from nr_serve.neutral.gpu_bank import GpuBank
 from nr_serve.neutral.host import host_blocks
@@ -310,7 +310,7 @@ def test_a_runner_on_a_cpu_needs_no_triton():
         import sys
         sys.modules["triton"] = None  # as if it were not installed
         from nr_serve.config import ServeConfig
-        from nr_serve.engine.runner import Runner
+        from nr_serve.engine.model.runner import Runner
         from tests import tiny
         runner = Runner(tiny.model(), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
         assert runner.graphs is None

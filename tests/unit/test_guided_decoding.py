@@ -10,7 +10,7 @@ import torch
 
 from nr_serve.engine.guide import MAX_GRAMMAR_BYTES, Guide
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.sampler import allowed
+from nr_serve.engine.model.sampler import allowed
 from nr_serve.errors import BadRequest
 from tests import tiny
 from tests.unit.stepped import engine
@@ -219,7 +219,7 @@ def test_an_answer_that_cannot_go_on_ends_alone(ending, monkeypatch):
     core.add(Submit("free", (1,), Sampling(max_tokens=4), ()))
     if ending == "logits gone wild":
         monkeypatch.setattr(
-            "nr_serve.engine.sampler.truncate", lambda logits, sampling: torch.full_like(logits, torch.nan)
+            "nr_serve.engine.model.sampler.truncate", lambda logits, sampling: torch.full_like(logits, torch.nan)
         )
     else:
         monkeypatch.setattr(

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from nr_serve.engine import results
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.model import results
 from nr_serve.errors import BadRequest
 from tests import tiny
 from tests.unit.stepped import engine, load

@@ -7,9 +7,16 @@ import torch
 from torch import nn
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine import packed_linear
-from nr_serve.engine.packed_linear import Multiply, PackedLinear, PairedLinear, can_pack, can_pair, pack_linears
-from nr_serve.engine.runner import Runner
+from nr_serve.engine.model import packed_linear
+from nr_serve.engine.model.packed_linear import (
+    Multiply,
+    PackedLinear,
+    PairedLinear,
+    can_pack,
+    can_pair,
+    pack_linears,
+)
+from nr_serve.engine.model.runner import Runner
 from tests import tiny
 from tests.compiled import operators_or_skip, torch_threads
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from nr_serve.engine.adapters import Adapters
+from nr_serve.engine.adapters.adapters import Adapters
+from nr_serve.engine.cache.neutrality import Attachments, Footprint, Opened
 from nr_serve.engine.messages import LoadAdapter, Output, PatchAdapter, PrefixTokens, Sampling, Submit
-from nr_serve.engine.neutrality import Attachments, Footprint, Opened
-from nr_serve.engine.opened import opened_by_page
+from nr_serve.engine.model.opened import opened_by_page
 from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.bank import Bank
 from tests import tiny

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nr_serve.config import PROBE_TOKENS
-from nr_serve.engine.probe_text import BUILT_IN, probe_requests, read_probe_texts
+from nr_serve.engine.adapters.probe_text import BUILT_IN, probe_requests, read_probe_texts
 from nr_serve.errors import BadRequest
 from tests import tiny
 

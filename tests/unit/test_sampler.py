@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.model.sampler import adjust, likeliest, log_probabilities, sample, takes_likeliest, truncate
 from nr_serve.engine.request import AnswerText, Request
-from nr_serve.engine.sampler import adjust, likeliest, log_probabilities, sample, takes_likeliest, truncate
 from nr_serve.tokenizer import Detokenizer
 from tests import tiny
 

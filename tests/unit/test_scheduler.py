@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from nr_serve.engine.cache.pages import PagePool
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.pages import PagePool
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import MAX_OVERTAKEN, Scheduler
 from nr_serve.errors import NotFound, NrError

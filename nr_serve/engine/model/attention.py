@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from nr_serve.engine.batch import Batch, Group
-from nr_serve.engine.cpu_operators import CpuOperators
+from nr_serve.engine.model.batch import Batch, Group
+from nr_serve.engine.model.cpu_operators import CpuOperators
 from nr_serve.errors import UnsupportedBase
 
 NAME = "nr_paged"

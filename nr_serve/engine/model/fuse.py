@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nr_serve.engine.attention import NO_WINDOW, KVCache, attend, refuse_unknown
-from nr_serve.engine.batch import Batch
-from nr_serve.engine.cpu_operators import CpuOperators
-from nr_serve.engine.packed_linear import PairedLinear, can_pack, pack_linears
+from nr_serve.engine.model.attention import NO_WINDOW, KVCache, attend, refuse_unknown
+from nr_serve.engine.model.batch import Batch
+from nr_serve.engine.model.cpu_operators import CpuOperators
+from nr_serve.engine.model.packed_linear import PairedLinear, can_pack, pack_linears
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
 from nr_serve.neutral.host import HostFFN, decoder_layers, host_blocks

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from nr_serve.engine.gate_counts import GateCounts
-from nr_serve.engine.neutrality import Attachments
+from nr_serve.engine.adapters.gate_counts import GateCounts
+from nr_serve.engine.cache.neutrality import Attachments
 from nr_serve.neutral.registry import Registry, Selection, Version
 
 if TYPE_CHECKING:

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from nr_serve.config import PROBE_TOKENS, ServeConfig
-from nr_serve.engine import attention
-from nr_serve.engine.attention import KVCache
-from nr_serve.engine.base import check_base, end_tokens, load_base, max_model_len
-from nr_serve.engine.batch import Batch, build_batch
-from nr_serve.engine.cpu_operators import cpu_operators
-from nr_serve.engine.fuse import prepare_layers
-from nr_serve.engine.gate_counts import label_count
-from nr_serve.engine.graphs import SIZES, Graphs, Padding, model_step
+from nr_serve.engine.adapters.gate_counts import label_count
+from nr_serve.engine.cache.neutrality import Opened
 from nr_serve.engine.messages import EngineInfo
-from nr_serve.engine.neutrality import Opened
-from nr_serve.engine.opened import opened_by_page
-from nr_serve.engine.results import guarded_result, logit_positions
-from nr_serve.engine.sampler import likeliest
+from nr_serve.engine.model import attention
+from nr_serve.engine.model.attention import KVCache
+from nr_serve.engine.model.base import check_base, end_tokens, load_base, max_model_len
+from nr_serve.engine.model.batch import Batch, build_batch
+from nr_serve.engine.model.cpu_operators import cpu_operators
+from nr_serve.engine.model.fuse import prepare_layers
+from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
+from nr_serve.engine.model.opened import opened_by_page
+from nr_serve.engine.model.results import guarded_result, logit_positions
+from nr_serve.engine.model.sampler import likeliest
+from nr_serve.engine.model.startup_check import Probe
 from nr_serve.engine.scheduler import Piece, Result, spans
-from nr_serve.engine.startup_check import Probe
 from nr_serve.errors import BadAdapterFile, BadRequest
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
@@ -221,7 +221,7 @@ class Runner:
         attention.register()
         if not self.kernels:
             return attention.NAME
-        from nr_serve.engine import paged_attention  # needs triton, which a CPU's torch does not bring
+        from nr_serve.engine.model import paged_attention  # needs triton, which a CPU's torch does not bring
 
         paged_attention.register()
         return paged_attention.NAME

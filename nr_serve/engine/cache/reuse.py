@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nr_serve.engine.cache.neutrality import NOTHING, Attachments, Opened
+from nr_serve.engine.cache.pages import PagePool
+from nr_serve.engine.cache.prefix import Chain, PrefixCache, Record
 from nr_serve.engine.messages import PrefixTokens
-from nr_serve.engine.neutrality import NOTHING, Attachments, Opened
-from nr_serve.engine.pages import PagePool
-from nr_serve.engine.prefix import Chain, PrefixCache, Record
 from nr_serve.engine.request import Request
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from nr_serve.engine.canary import Canary, Measurement
-from nr_serve.engine.neutrality import Attachments
+from nr_serve.engine.adapters.canary import Canary, Measurement
+from nr_serve.engine.cache.neutrality import Attachments
 from nr_serve.neutral.registry import Version
 
 

@@ -21,7 +21,7 @@ from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.step import StepTokens
 
 if TYPE_CHECKING:
-    from nr_serve.engine.attention import KVCache
+    from nr_serve.engine.model.attention import KVCache
     from nr_serve.neutral.gpu_bank import GpuBank  # needs triton
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

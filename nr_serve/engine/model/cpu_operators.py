@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.disk import cache_folder
-from nr_serve.engine.processor import cpuinfo
+from nr_serve.engine.model.processor import cpuinfo
 from nr_serve.neutral.cpu_bank import Residues
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 from torch import Tensor
 
-from nr_serve.engine.neutrality import Opened
+from nr_serve.engine.cache.neutrality import Opened
 from nr_serve.engine.scheduler import Piece, spans
 
 

@@ -10,8 +10,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from nr_serve.engine.neutrality import NONE, Footprint
-from nr_serve.engine.pages import PagePool
+from nr_serve.engine.cache.neutrality import NONE, Footprint
+from nr_serve.engine.cache.pages import PagePool
 
 Key = tuple[str | None, bytes]
 """A page's tokens and, for a sequence's first page, its salt. Python's hash of bytes cannot be foreseen."""

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine.auto_dtype import fastest_dtype
+from nr_serve.engine.model.auto_dtype import fastest_dtype
 from nr_serve.errors import UnsupportedBase
 from nr_serve.neutral.host import decoder_layers
 from nr_serve.tokenizer import Tokenizer

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from nr_serve.engine.canary import Canary, Measurement
+from nr_serve.engine.adapters.canary import Canary, Measurement
+from nr_serve.engine.adapters.slots import Slots
+from nr_serve.engine.adapters.watch import Watch
 from nr_serve.engine.messages import AdapterView, LoadAdapter, PatchAdapter
-from nr_serve.engine.slots import Slots
-from nr_serve.engine.watch import Watch
 from nr_serve.errors import Conflict, NrError
 from nr_serve.neutral.registry import Selection, Version
 

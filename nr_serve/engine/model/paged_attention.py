@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
-from nr_serve.engine.attention import KVCache, refuse_unknown
-from nr_serve.engine.batch import Batch, Group
-from nr_serve.engine.graphs import DecodeBatch
+from nr_serve.engine.model.attention import KVCache, refuse_unknown
+from nr_serve.engine.model.batch import Batch, Group
+from nr_serve.engine.model.graphs import DecodeBatch
 from nr_serve.neutral.kernels import dot, precision
 
 NAME = "nr_paged_gpu"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from nr_serve.engine.model.sampler import allow, log_probabilities, sample, takes_likeliest
 from nr_serve.engine.request import TopLogprobs
-from nr_serve.engine.sampler import allow, log_probabilities, sample, takes_likeliest
 from nr_serve.engine.scheduler import Piece, Result
 from nr_serve.errors import NrError
 

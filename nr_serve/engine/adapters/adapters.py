@@ -9,13 +9,13 @@ import logging
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from nr_serve.engine.canary import Canary, Probe
-from nr_serve.engine.changes import Changes, Order
+from nr_serve.engine.adapters.canary import Canary, Probe
+from nr_serve.engine.adapters.changes import Changes, Order
+from nr_serve.engine.adapters.slots import Slots
+from nr_serve.engine.adapters.watch import Watch
 from nr_serve.engine.messages import AdapterGates, AdapterView, LoadAdapter, PatchAdapter
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Result
-from nr_serve.engine.slots import Slots
-from nr_serve.engine.watch import Watch
 from nr_serve.errors import BadAdapterFile, BadRequest, NrError, Unavailable
 from nr_serve.names import OTHER
 from nr_serve.neutral import MAX_THRESHOLD

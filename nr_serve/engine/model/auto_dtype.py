@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nr_serve.disk import cache_folder, whole
-from nr_serve.engine.packed_linear import PackedLinear, can_pack
-from nr_serve.engine.processor import cpuinfo
+from nr_serve.engine.model.packed_linear import PackedLinear, can_pack
+from nr_serve.engine.model.processor import cpuinfo
 
 log = logging.getLogger(__name__)
 _SIZE = 2048  # a weight no core holds in its own cache

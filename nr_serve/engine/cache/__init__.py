@@ -1,0 +1,1 @@
+"""What a request's pages hold, and which of them others may use. No torch."""

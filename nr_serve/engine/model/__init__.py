@@ -1,0 +1,1 @@
+"""The base with its adapters on the device: what a step runs."""
