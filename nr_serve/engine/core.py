@@ -168,7 +168,7 @@ class Core:
 
     def _run(self, pieces: list[Piece], trial: Piece | None) -> tuple[list[Result] | NrError, Result | None]:
         """Results of the pieces, and of the one on trial."""
-        labels = [self._adapters.label(piece.request) for piece in pieces]
+        labels = self._adapters.labels([piece.request for piece in pieces])
         tried = None
         if trial is not None:
             try:

@@ -85,6 +85,11 @@ class Registry:
         return sum(v.requests for v in self._in_slot if v is not None and v.name == name)
 
     @property
+    def retired(self) -> set[Version]:
+        """Retired versions that are in their slots yet."""
+        return {v for v in self._in_slot if v is not None and v.retired}
+
+    @property
     def slots(self) -> int:
         """Slots there are."""
         return len(self._in_slot)

@@ -6,6 +6,7 @@ Everything here runs on the engine's thread, between steps.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -81,11 +82,13 @@ class Adapters:
             self._changes.fill()
             request.selection = None
 
-    def label(self, request: Request) -> int:
-        """Row of the cross statistics that the request's tokens count under."""
+    def labels(self, requests: Sequence[Request]) -> list[int]:
+        """Rows of the cross statistics that the requests' tokens count under."""
         # A name that was unloaded meanwhile must not come back as a time series.
-        late = any(version.retired for version in request.selection or ())
-        return self._slots.counts.row(OTHER if late else request.submit.selected)
+        retired = self.registry.retired
+        late = [bool(retired) and not retired.isdisjoint(request.selection or ()) for request in requests]
+        row = self._slots.counts.row
+        return [row(OTHER if is_late else r.submit.selected) for r, is_late in zip(requests, late, strict=True)]
 
     def shares(self, fired_S: tuple[int, ...], selection: Selection) -> dict[str, float]:
         """Share of an adapter's blocks that fired at a token, by adapter."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.engine.scheduler import Piece
+from nr_serve.neutral.registry import Selection
 from nr_serve.neutral.step import StepTokens, Trial
 
 _FEW_IN_PIECE = 8  # a group more for a piece of so few costs more than reading its context for each of them
@@ -96,11 +97,7 @@ def build_batch(
     attend as so many single tokens (None: none do): it pays where these attend by an operator of their own.
     """
     layout = _Layout.of(pieces, page_size, spare_cell)
-    selected = np.zeros((len(pieces), slots), dtype=bool)
-    for i, piece in enumerate(pieces):
-        own = [version.slot for version in piece.request.selection or ()]
-        assert None not in own
-        selected[i, own] = True  # type: ignore[index]
+    selected = _selected(pieces, slots)
     rows = np.array([p.request.row for p in pieces])
     page_ends = np.flatnonzero((layout.position_T + 1) % page_size == 0) if recalls_pages else np.empty(0, np.int64)
     cell_T = layout.cells(layout.piece_T, layout.position_T)
@@ -127,6 +124,21 @@ def build_batch(
         groups=_groups(pieces, layout, apart, device),
         tokens=tokens,
     )
+
+
+def _selected(pieces: Sequence[Piece], slots: int) -> np.ndarray:
+    """Which slots each piece may use, [P, S]. Most pieces of a step share a selection, which may be long."""
+    selections = [piece.request.selection or () for piece in pieces]
+    masks = {selection: _mask(selection, slots) for selection in set(selections)}
+    return np.stack([masks[selection] for selection in selections])
+
+
+def _mask(selection: Selection, slots: int) -> np.ndarray:
+    own = [version.slot for version in selection]
+    assert None not in own
+    mask = np.zeros(slots, dtype=bool)
+    mask[own] = True  # type: ignore[index]
+    return mask
 
 
 def _trial(piece: Piece, end: int) -> Trial | None:
