@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
+from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -31,44 +32,64 @@ from nr_serve.neutral import MAX_THRESHOLD
 
 FORMAT = "neutral-residues"
 FORMAT_VERSION = 1
-CEILINGS = {"relu": math.inf, "relu1": 1.0}
-"""What the gates that can be served are cut off at, by the metadata's name."""
+ServedGate = Literal["relu", "relu1"]
+"""The gates that can be served."""
+CEILINGS: Mapping[ServedGate, float] = {"relu": math.inf, "relu1": 1.0}
+"""What they are cut off at."""
 _LONGEST_TEXT = 200
-MAX_LAYERS = 9999
+_MAX_LAYERS = 9999
 """Far above any base's."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("not a line of printable characters")
+    return text
+
+
+_Line = Annotated[str, Field(max_length=_LONGEST_TEXT), AfterValidator(_printable)]
+_Table = Annotated[Mapping[str, Any], Field(strict=True)]
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter's file says about it besides its tensors."""
+    """What an adapter's file says about it besides its tensors.
 
-    base: str
+    In the file strings stand as they are, everything else as JSON. What the fields demand is checked when a file is
+    read.
+    """
+
+    base: _Line
     """Name of the base model it was trained beside."""
-    base_fingerprint: str
+    base_fingerprint: _Line
     """`host.fingerprint` of that base."""
-    layers: int
+    layers: Annotated[int, Field(strict=True, gt=0, le=_MAX_LAYERS)]
     """Decoder layers of the base."""
-    d: int
+    d: Annotated[int, Field(strict=True, gt=0)]
     """Width of the base's residual stream."""
-    carry: float = 0.0
+    carry: Annotated[FiniteFloat, Field(strict=True, ge=0, lt=1)] = 0.0
     """a in m_t = a m_(t-1) + (1 - a) z_t; 0 is the paper's gate."""
-    threshold: float = 0.0
+    threshold: Annotated[FiniteFloat, Field(strict=True, ge=0, le=MAX_THRESHOLD)] = 0.0
     """The gate is min(relu(m - threshold), ceiling)."""
-    gate: str = "relu"
-    """A name in `CEILINGS`."""
-    domain: str = ""
+    gate: ServedGate = "relu"
+    """relu, or relu1, which is at most 1."""
+    domain: _Line = ""
     """What it was trained for: a language tag such as `hu`, or a domain's name."""
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: _Table = field(default_factory=dict)
     """The training recipe."""
-    results: Mapping[str, Any] = field(default_factory=dict)
+    results: _Table = field(default_factory=dict)
     """Measured results."""
 
     @property
     def ceiling(self) -> float:
         """The largest value of a gate."""
         return CEILINGS[self.gate]
+
+
+_CHECKED = TypeAdapter(AdapterInfo)
+_TEXTS = ("base", "base_fingerprint", "gate", "domain")
 
 
 @dataclass(frozen=True)
@@ -246,28 +267,15 @@ def _info(metadata: Mapping[str, str]) -> AdapterInfo:
         raise BadAdapterFile(
             f"written in adapter format {_short(version)!r}; this nr-serve reads format {FORMAT_VERSION}"
         )
-    values: dict[str, Any] = {}
-    for spec in fields(AdapterInfo):
-        if spec.name not in metadata:
-            continue
-        text = metadata[spec.name]
-        if spec.type == "str" and not (len(text) <= _LONGEST_TEXT and text.isprintable()):
-            raise BadAdapterFile(f"metadata {spec.name} is not a line of at most {_LONGEST_TEXT} characters")
-        values[spec.name] = text if spec.type == "str" else _json(spec.name, text, str(spec.type))
+    known = {spec.name for spec in fields(AdapterInfo)}
+    values = {
+        name: text if name in _TEXTS else _json(name, text) for name, text in metadata.items() if name in known
+    }
     try:
-        info = AdapterInfo(**values)
-    except TypeError as error:
-        missing = [f for f in ("base", "base_fingerprint", "layers", "d") if f not in values]
-        raise BadAdapterFile(f"metadata lacks {', '.join(missing)}") from error
-    if info.gate not in CEILINGS:
-        raise BadAdapterFile(f"gate {info.gate!r} cannot be served; known: {', '.join(CEILINGS)}")
-    if not 0 <= info.carry < 1:
-        raise BadAdapterFile(f"carry must be in [0, 1), not {info.carry}")
-    if not 0 <= info.threshold <= MAX_THRESHOLD:
-        raise BadAdapterFile(f"threshold must be from 0 to {MAX_THRESHOLD:g}")
-    if not 0 < info.layers <= MAX_LAYERS:
-        raise BadAdapterFile(f"layers must be in 1..{MAX_LAYERS}")
-    return info
+        return _CHECKED.validate_python(values)
+    except ValidationError as error:
+        wrong = [(each["loc"][0], each["msg"].removeprefix("Value error, ")) for each in error.errors()]
+        raise BadAdapterFile("; ".join(f"metadata {name}: {message}" for name, message in wrong)) from error
 
 
 def _short(text: object) -> str:
@@ -275,22 +283,11 @@ def _short(text: object) -> str:
     return str(text)[:_LONGEST_TEXT]
 
 
-_JSON_TYPES: Mapping[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (int, float),
-    "Mapping[str, Any]": (dict,),
-}
-
-
-def _json(name: str, text: str, kind: str) -> Any:
+def _json(name: str, text: str) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadAdapterFile(f"metadata {name} is not JSON: {text[:40]!r}") from error
-    finite = not isinstance(value, float) or abs(value) < float("inf")
-    if not isinstance(value, _JSON_TYPES[kind]) or isinstance(value, bool) or not finite:
-        raise BadAdapterFile(f"metadata {name} has the wrong type: {text[:40]!r}")
-    return value
 
 
 def _check_base(info: AdapterInfo, base: Base) -> None:

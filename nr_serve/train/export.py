@@ -12,7 +12,7 @@ import torch
 from nr_serve.disk import writing
 from nr_serve.errors import BadRequest
 from nr_serve.neutral import host
-from nr_serve.neutral.format import CEILINGS, AdapterInfo, write_adapter
+from nr_serve.neutral.format import AdapterInfo, ServedGate, write_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.base import FrozenBase
 from nr_serve.train.blocks import AdapterModule
@@ -29,7 +29,8 @@ def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path
     run makes no adapter.
     """
     recipe, base, learner, saved = load_run(run)
-    if learner.adapter is None or not _served(recipe):
+    gate = _served_gate(recipe)
+    if learner.adapter is None or gate is None:
         raise BadRequest(f"the run in {run} makes no adapter file: {_why(recipe)}")
     if threshold is not None:
         if recipe.method != "neutral":
@@ -38,7 +39,7 @@ def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path
     results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
     if recipe.threshold == learner.adapter.threshold and not saved.is_refitted:  # else it was measured with others
         results["heldout"] = saved.results
-    return _write_blocks(path, recipe, base, learner.adapter, results)
+    return _write_blocks(path, recipe, gate, base, learner.adapter, results)
 
 
 def write_result(out: Path, recipe: Recipe, base: FrozenBase, learner: Learner, results: Mapping[str, Any]) -> Path:
@@ -46,9 +47,9 @@ def write_result(out: Path, recipe: Recipe, base: FrozenBase, learner: Learner, 
 
     It is there whole or not at all. Raises CannotWrite.
     """
-    path = result_path(out, recipe)
-    if learner.adapter is not None and _served(recipe):
-        return _write_blocks(path, recipe, base, learner.adapter, results)
+    path, gate = result_path(out, recipe), _served_gate(recipe)
+    if learner.adapter is not None and gate is not None:
+        return _write_blocks(path, recipe, gate, base, learner.adapter, results)
     with writing(path):
         _write_folder(path, recipe, base, learner)
     return path
@@ -77,11 +78,16 @@ def _clear(folder: Path) -> None:
 
 def result_path(out: Path, recipe: Recipe) -> Path:
     """Where a run in `out` leaves what it made."""
-    return out / (f"{recipe.domain}.safetensors" if _served(recipe) else recipe.method)
+    return out / (f"{recipe.domain}.safetensors" if _served_gate(recipe) else recipe.method)
 
 
 def _write_blocks(
-    path: Path, recipe: Recipe, base: FrozenBase, adapter: AdapterModule, results: Mapping[str, Any]
+    path: Path,
+    recipe: Recipe,
+    gate: ServedGate,
+    base: FrozenBase,
+    adapter: AdapterModule,
+    results: Mapping[str, Any],
 ) -> Path:
     """Write the adapter file, weights in bfloat16. Raises CannotWrite."""
     info = AdapterInfo(
@@ -91,7 +97,7 @@ def _write_blocks(
         d=base.d,
         carry=adapter.carry,
         threshold=recipe.threshold,
-        gate=_gate(recipe),
+        gate=gate,
         domain=recipe.domain,
         recipe=recipe.dump(),
         results=results,
@@ -101,14 +107,13 @@ def _write_blocks(
     return path
 
 
-def _gate(recipe: Recipe) -> str:
-    """The gate of the recipe's blocks as a file names it: without one it is 1 by its bias."""
-    return "relu" if recipe.method == "adapter" or recipe.gate.kind == "none" else recipe.gate.kind
-
-
-def _served(recipe: Recipe) -> bool:
-    """Whether an adapter file can hold what the recipe makes."""
-    return recipe.method in ("neutral", "adapter") and _gate(recipe) in CEILINGS
+def _served_gate(recipe: Recipe) -> ServedGate | None:
+    """The gate as an adapter file names it; None if no such file can hold what the recipe makes."""
+    if recipe.method not in ("neutral", "adapter"):
+        return None
+    if recipe.method == "adapter" or recipe.gate.kind == "none":
+        return "relu"  # a block without gate: it is 1 by its bias
+    return recipe.gate.kind if recipe.gate.kind in ("relu", "relu1") else None
 
 
 def _why(recipe: Recipe) -> str:
