@@ -60,7 +60,7 @@ Texts = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 Paths = Annotated[list[Path], NoDecode, BeforeValidator(_split)]
 
 
-class Model(BaseModel):
+class ModelSettings(BaseModel):
     """Model: what is served"""
 
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
@@ -74,7 +74,7 @@ class Model(BaseModel):
     )
 
 
-class Adapters(BaseModel):
+class AdapterSettings(BaseModel):
     """Adapters: which, from where, and how neutral"""
 
     adapter: Annotated[Texts, AfterValidator(_check_names)] = Field(
@@ -99,7 +99,7 @@ class Adapters(BaseModel):
     )
 
 
-class Engine(BaseModel):
+class EngineSettings(BaseModel):
     """Engine: how much runs at once"""
 
     max_batch_tokens: int = Field(512, ge=1, description="most tokens in one step; never less than --max-running")
@@ -111,7 +111,7 @@ class Engine(BaseModel):
     prefix_cache: bool = Field(True, description="reuse the KV cache of earlier requests that began alike")
 
 
-class Http(BaseModel):
+class HttpSettings(BaseModel):
     """HTTP: where it listens, and how long and how much it takes"""
 
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -128,7 +128,7 @@ class Http(BaseModel):
     grace_period: float = Field(30.0, ge=0, description="seconds running answers may go on after SIGTERM")
 
 
-class Security(BaseModel):
+class SecuritySettings(BaseModel):
     """Security: who may ask, from where, and how often"""
 
     api_key: SecretStr | None = Field(None, description="key that clients must send (default: none needed)")
@@ -153,7 +153,7 @@ class Security(BaseModel):
     )
 
 
-class Logging(BaseModel):
+class LoggingSettings(BaseModel):
     """Logging: what is written to stderr"""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what to log")
@@ -162,7 +162,7 @@ class Logging(BaseModel):
     log_prompts: bool = Field(False, description="log the prompts' text")
 
 
-class Observability(BaseModel):
+class ObservabilitySettings(BaseModel):
     """Observability: metrics and traces"""
 
     metrics_compat: Literal["none", "vllm"] = Field(
@@ -176,17 +176,36 @@ class Observability(BaseModel):
     )
 
 
-class Settings(BaseModel):
+class FileSettings(BaseModel):
     """Settings: a file of them"""
 
     config: Path | None = Field(None, description="TOML file of settings; flags and environment win over it")
 
 
-GROUPS: tuple[type[BaseModel], ...] = (Model, Adapters, Engine, Http, Security, Logging, Observability, Settings)
+GROUPS: tuple[type[BaseModel], ...] = (
+    ModelSettings,
+    AdapterSettings,
+    EngineSettings,
+    HttpSettings,
+    SecuritySettings,
+    LoggingSettings,
+    ObservabilitySettings,
+    FileSettings,
+)
 """The settings in the order of the help and of the documentation."""
 
 
-class ServeConfig(Settings, Observability, Logging, Security, Http, Engine, Adapters, Model, BaseSettings):
+class ServeConfig(
+    FileSettings,
+    ObservabilitySettings,
+    LoggingSettings,
+    SecuritySettings,
+    HttpSettings,
+    EngineSettings,
+    AdapterSettings,
+    ModelSettings,
+    BaseSettings,
+):
     """Serve a base model with adapters over OpenAI's HTTP API.
 
     Every flag is an environment variable too (--max-running is NR_MAX_RUNNING) and a key of the file that --config

@@ -23,14 +23,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from nr_serve.asgi_transport import LocalTransport
 from nr_serve.client import refusal, told
-from nr_serve.config import FLAGS, GROUPS, Adapters, Engine, Model, ServeConfig
+from nr_serve.config import FLAGS, GROUPS, AdapterSettings, EngineSettings, ModelSettings, ServeConfig
 from nr_serve.errors import BadRequest, NrError, Unavailable, faults
 
 C = TypeVar("C", bound=BaseSettings)
 T = TypeVar("T")
 
 
-class OfflineConfig(Engine, Adapters, Model, BaseSettings):
+class OfflineConfig(EngineSettings, AdapterSettings, ModelSettings, BaseSettings):
     """The settings of `serve` that mean something without HTTP."""
 
     model_config = FLAGS | SettingsConfigDict(env_prefix="NR_", frozen=True)

@@ -45,7 +45,7 @@ def _serve(config: ServeConfig) -> int:
     with bind(config.host, config.port) as listener:
         quiet_progress_bars(config.log_level, config.log_format)
         engine, app = assemble(config)
-        server = Server(app, app.state.context.work, config.grace_period)
+        server = HttpServer(app, app.state.context.work, config.grace_period)
         watch = _Watch(engine, server, _address(listener), config.log_format)
         engine.on_status = watch.turned
         try:
@@ -76,7 +76,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """Told to end, it refuses what is new and lets answers finish; told a second time, it ends at once."""
 
     def __init__(self, app: FastAPI, work: Work, grace_s: float) -> None:

@@ -12,7 +12,7 @@ from nr_serve.api.bridge import AsyncEngine
 from nr_serve.config import ServeConfig
 from nr_serve.engine.loop import EngineLoop
 from nr_serve.metrics import Metrics
-from nr_serve.serve import Server, bind
+from nr_serve.serve import HttpServer, bind
 from tests import tiny
 from tests.fakes import Served
 from tests.waiting import PATIENCE, until
@@ -29,7 +29,7 @@ def running(build, tokenizer, **config):
 
     settings = ServeConfig(**config)
     app = create_app(AsyncEngine(remember, Metrics()), tokenizer, settings)
-    server = Server(app, app.state.context.work, settings.grace_period)
+    server = HttpServer(app, app.state.context.work, settings.grace_period)
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         served = Served(engines[0], "http://{}:{}".format(*listener.getsockname()))

@@ -17,7 +17,7 @@ from nr_serve.config import ServeConfig
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.messages import LoadAdapter
 from nr_serve.errors import NrError
-from nr_serve.serve import Server, serve
+from nr_serve.serve import HttpServer, serve
 from tests import fakes, tiny
 from tests.fakes import events, serving
 from tests.unit.halting import Halting
@@ -290,7 +290,7 @@ def test_the_exit_code_says_whether_the_engine_had_failed(failure, monkeypatch, 
     engine.status = "ready"
     app = SimpleNamespace(state=SimpleNamespace(context=SimpleNamespace(work=Work(), engine=engine)))
     monkeypatch.setattr("nr_serve.serve.assemble", lambda config: (engine, app))
-    monkeypatch.setattr(Server, "run", run)
+    monkeypatch.setattr(HttpServer, "run", run)
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     assert_code = pytest.raises(SystemExit) if failure is None else pytest.raises(NrError, match=failure)
     with assert_code:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from nr_serve.api.middleware import deadlines
-from nr_serve.serve import Server
+from nr_serve.serve import HttpServer
 from tests import tiny
 from tests.fakes import events
 from tests.unit.servers import Loop, running
@@ -24,13 +24,13 @@ ENOUGH = 150  # tokens, each a chunk of 1 KiB or more: far more than the sockets
 def real(tmp_path, monkeypatch):
     """A server over the real engine, whose sockets hold little."""
     folder = tiny.save(tiny.model(), tmp_path / "tiny")
-    run = Server.run
+    run = HttpServer.run
 
     def run_with_small_buffers(self, sockets):
         sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)  # those it accepts inherit it
         run(self, sockets)
 
-    monkeypatch.setattr(Server, "run", run_with_small_buffers)
+    monkeypatch.setattr(HttpServer, "run", run_with_small_buffers)
     with running(lambda deliver: Loop(folder, deliver), tiny.tokenizer()) as (served, _):
         yield served
 
