@@ -163,7 +163,7 @@ def test_what_opened_no_gate_serves_every_selection_and_counts_as_neutral():
     ("opened", "serves"),
     [
         (Opened(acted=sets(0)), [(0,), (0, 1), (0, 2), (0, 1, 2)]),
-        (Opened(observed=sets(1)), [(), (0,), (2,), (0, 2)]),
+        (Opened(would_act=sets(1)), [(), (0,), (2,), (0, 2)]),
         (Opened(sets(0), sets(1)), [(0,), (0, 2)]),
     ],
 )

@@ -46,7 +46,7 @@ class Opened(NamedTuple):
 
     acted: frozenset[int] = NONE
     """Those selected: their residues were added."""
-    observed: frozenset[int] = NONE
+    would_act: frozenset[int] = NONE
     """The others: nothing was added."""
 
 

@@ -62,7 +62,7 @@ class Reuse:
     def _extend(self, chain: Chain, opened: Opened) -> None:
         of = self._attachments
         acted = frozenset(of[slot] for slot in opened.acted)
-        would_act = frozenset(of[slot] for slot in opened.observed)
+        would_act = frozenset(of[slot] for slot in opened.would_act)
         chain.footprint = chain.footprint.then(of.all, acted, would_act)
 
     def _add(self, request: Request, chain: Chain, page: int, end: int) -> None:

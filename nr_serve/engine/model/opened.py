@@ -28,10 +28,10 @@ def opened_by_page(
     page_N = np.searchsorted(starts, token_N, side="right") - 1
     acts_N = selected_TS.cpu().numpy()[token_N, slot_N]
     acted: list[set[int]] = [set() for _ in starts]
-    observed: list[set[int]] = [set() for _ in starts]
+    would_act: list[set[int]] = [set() for _ in starts]
     for page, slot, acts in zip(page_N.tolist(), slot_N.tolist(), acts_N.tolist(), strict=True):
-        (acted if acts else observed)[page].add(slot)
-    found = [Opened(frozenset(a), frozenset(o)) for a, o in zip(acted, observed, strict=True)]
+        (acted if acts else would_act)[page].add(slot)
+    found = [Opened(frozenset(a), frozenset(o)) for a, o in zip(acted, would_act, strict=True)]
     return [tuple(found[start:end]) for start, end in pairwise(accumulate(map(len, pages), initial=0))]
 
 
