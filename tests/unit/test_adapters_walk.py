@@ -1,6 +1,8 @@
 """The engine's adapters on a bank without tensors: random walks, held against names in a dict."""
 
+import gc
 import random
+import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -59,6 +61,7 @@ class Walk:
         self.read: set[tuple[FakeAdapter, float]] = set()  # past all texts
         self.attachments: dict[int, tuple[FakeAdapter, float]] = {}
         self.loads = 0
+        self.last: tuple | None = None
         self.told = dict.fromkeys(["loaded", "patched", "refused", "found wild", "answered"], 0)
 
     # Moves
@@ -97,9 +100,21 @@ class Walk:
 
     def ask(self) -> None:
         if self.waiting is None:
-            names = self.rng.choice([None, self.rng.sample(NAMES, self.rng.randint(0, min(2, self.slots)))])
-            self.waiting = request("r", None if names is None else tuple(names), selected="traffic")
+            picked = self.rng.sample(NAMES, self.rng.randint(0, self.slots + 1))
+            names = self.rng.choice([None, (*picked, *picked[:1])])  # whoever names one twice means it once
+            if not self.can_be_served(names):
+                return
+            self.waiting = request("r", names, selected="+".join(picked) if names else "base")
         self.admit(self.waiting)
+
+    def can_be_served(self, names: tuple[str, ...] | None) -> bool:
+        wanted = set(names or ())
+        if not wanted <= self.names.keys() or len(wanted) > self.slots:
+            with pytest.raises(BadRequest if wanted <= self.names.keys() else NotFound):
+                self.adapters.check_selection(names)
+            return False
+        self.adapters.check_selection(names)
+        return True
 
     def admit(self, asked: Request) -> None:
         names = asked.submit.adapters
@@ -110,7 +125,7 @@ class Walk:
             self.waiting = None
         except Unavailable:
             pinned = sum(name.pinned for each, name in self.names.items() if each not in names)
-            assert len(names) + pinned > self.slots
+            assert len(set(names)) + pinned > self.slots
             self.waiting = None
         else:
             if not admitted:
@@ -126,10 +141,10 @@ class Walk:
         if self.running:
             self.adapters.release(self.running.pop(self.rng.randrange(len(self.running)))[0])
 
-    def step(self) -> None:
-        """As the engine's thread takes one: some weights are copied first."""
+    def copy(self) -> None:
         self.adapters.copy_some(seconds=0)
-        self.hear()
+
+    def step(self) -> None:
         probe = self.adapters.trial(self.rng.randint(1, 5))
         for asked, _ in self.running:
             slots, tokens = [version.slot for version in asked.selection], self.rng.randint(1, 3)
@@ -141,7 +156,9 @@ class Walk:
             self.try_out(probe)
 
     def try_out(self, probe) -> None:
-        measured, result = probe.measurement, ran(probe, self.slots)
+        measured, result, piece = probe.measurement, ran(probe, self.slots), probe.piece
+        assert piece.start == 0 or self.last == (measured, piece.request, piece.start), "its row was another's"
+        self.last = (measured, piece.request, piece.start + piece.count)
         version = measured.version
         acts = measured.acts  # then names are as they were told
         self.adapters.tried(probe, result)
@@ -252,12 +269,17 @@ class Walk:
             assert (view.neutrality is None) <= ((adapter, threshold) not in self.read)
             assert view.gates.seen == tuple(n * self.seen.get(name, 0) for n in (2, 2, 1))
             assert view.gates.mass == self.seen.get(name, 0)
+        for name, selected in self.adapters.gates()[1]:
+            assert {name, *selected.split("+")} <= {*self.names, "base", "other"}, (
+                "a name came back as a time series"
+            )
 
 
 def finish(walk: Walk) -> None:
     walk.waiting = None
     while walk.running or walk.adapters.busy:
         walk.end_request()
+        walk.copy()
         walk.step()
         walk.hear()
         walk.check()
@@ -273,7 +295,8 @@ def test_a_random_walk_gives_everybody_what_they_were_told(seed, limit):
         walk.unload: 1,
         walk.ask: 8,
         walk.end_request: 4,
-        walk.step: 20,
+        walk.copy: 20,
+        walk.step: 15,
     }
     for _ in range(1500):
         walk.rng.choices(list(moves), list(moves.values()))[0]()
@@ -288,3 +311,59 @@ def test_a_random_walk_gives_everybody_what_they_were_told(seed, limit):
     assert all(view.neutrality is not None and not view.measuring for view in attached)
     kinds = ["loaded", "patched", "refused", "answered", *(["found wild"] if limit is None else [])]
     assert all(walk.told[kind] for kind in kinds), walk.told
+
+
+def acting(adapters: Adapters, name: str, adapter: FakeAdapter, **more) -> Future:
+    """Load, until it is answered."""
+    answer: Future = Future()
+    adapters.load(LoadAdapter(name, path=None, replace=True, **more), adapter, answer, 0.0)
+    while not answer.done():
+        adapters.copy_some(seconds=0)
+        if (probe := adapters.trial(3)) is not None:
+            adapters.tried(probe, ran(probe, 2))
+    return answer
+
+
+@pytest.mark.parametrize("change", ["patch", "unload"])
+def test_what_a_change_answers_tells_all_that_was_counted_until_then(change):
+    bank = FakeBank(2)
+    adapters = Adapters(bank)
+    acting(adapters, "a", FakeAdapter("x"))
+    bank.count([0], 0, tokens=3)
+    answer: Future = Future()
+    if change == "patch":
+        adapters.patch(PatchAdapter("a", pinned=True), answer)
+    else:
+        answer.set_result(adapters.unload("a"))
+    assert answer.result(timeout=0).gates.seen == (6, 6, 3)
+
+
+def test_with_a_name_goes_what_would_have_come_back():
+    bank = FakeBank(2)
+    adapters = Adapters(bank, Canary(texts()))
+    first = FakeAdapter("x")
+    gone = weakref.ref(first)
+    acting(adapters, "a", first)
+    acting(adapters, "a", FakeAdapter("y"))
+    del first
+    gc.collect()
+    assert gone() is not None, "it would come back"
+    adapters.unload("a")
+    assert adapters.trial(1) is None
+    bank.within.clear()  # of the fake alone: a bank has copies
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_refused_loads_slot_goes_back_to_nobody_who_was_unloaded_meanwhile():
+    adapters = Adapters(FakeBank(1), Canary(texts(), max_leak=1.0))
+    acting(adapters, "a", FakeAdapter("x"))
+    answer: Future = Future()
+    adapters.load(LoadAdapter("b", path=None), FakeAdapter("y", wild_from=0), answer, 0.0)
+    adapters.unload("a")
+    adapters.copy_some(seconds=60)
+    while not answer.done():
+        probe = adapters.trial(9)
+        adapters.tried(probe, ran(probe, 1))
+    assert isinstance(answer.exception(), BadAdapterFile)
+    assert (adapters.busy, adapters.registry.slots_used) == (False, 0)

@@ -16,10 +16,13 @@ class Bench:
         self.bank = FakeBank(slots)
         self.slots = Slots(self.bank)
 
-    def loaded(self, name: str, content: str = "x", threshold: float = 0.5) -> Version:
-        version = Version(name, content, FakeAdapter(content), threshold)
+    def loaded(self, name: str, content: str = "x", meanwhile: Version | None = None) -> Version:
+        """A version that acts; `meanwhile` another one runs for a token."""
+        version = Version(name, content, FakeAdapter(content), 0.5)
         for _ in self.slots.place(version, self.slots.registry.find_slot()):
             pass
+        if meanwhile is not None:
+            self.run(meanwhile, 1)
         self.slots.open(version)
         self.slots.attach(version)
         self.slots.publish(version)
@@ -108,10 +111,10 @@ def test_what_was_counted_in_a_slot_belongs_to_whoever_left_it(leaves):
     if leaves == "evicted":
         b = bench.loaded("b", "y")
     elif leaves == "replaced":
-        b = bench.loaded("a", "y")
+        b = bench.loaded("a", "y", meanwhile=a)
     else:
         bench.slots.remove("a")
         b = bench.loaded("b", "y")
     bench.run(b, 4)
-    assert (bench.seen("a"), bench.seen("b")) == {"evicted": (3, 4), "replaced": (7, 0), "unloaded": (0, 4)}[leaves]
+    assert (bench.seen("a"), bench.seen("b")) == {"evicted": (3, 4), "replaced": (8, 0), "unloaded": (0, 4)}[leaves]
     assert bench.slots.counts.cross() == {(name, "traffic"): n for name in "ab" if (n := bench.seen(name))}

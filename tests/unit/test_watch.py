@@ -2,6 +2,7 @@
 
 import pytest
 
+from nr_serve.engine.adapters import canary
 from nr_serve.engine.adapters.canary import Canary
 from nr_serve.engine.adapters.watch import Watch
 from nr_serve.engine.cache.neutrality import Attachments
@@ -78,6 +79,13 @@ def test_a_measurement_begun_before_it_acted_goes_on_unless_the_dial_was_turned(
     assert watched.measure() == [("x", 0.7)]
 
 
+def test_of_more_reports_than_are_kept_the_oldest_is_forgotten(watched, monkeypatch):
+    monkeypatch.setattr(canary, "MOST_REPORTS", 2)
+    versions = [watched.acts(content) for content in "xyz"]
+    watched.measure()
+    assert [watched.canary.report(version) is None for version in versions] == [True, False, False]
+
+
 @pytest.mark.parametrize("how", ["shut", "opened again", "retired"])
 def test_what_acts_no_more_is_not_wanted(watched, how):
     version = watched.acts("x")
@@ -113,9 +121,11 @@ def test_the_last_that_was_measured_comes_back_once(watched):
 def test_nothing_comes_back_for_what_was_measured_or_unloaded_or_replaced_nothing(watched):
     measured = watched.replace(watched.acts("x"), "y")
     watched.measure()
+    assert watched.comes_back(measured) is None
     unloaded = watched.replace(measured, "z")
     watched.watch.unloaded(unloaded)
-    assert [watched.comes_back(each) for each in (measured, unloaded, watched.acts("w"))] == [None] * 3
+    assert watched.comes_back(unloaded) is None
+    assert watched.comes_back(watched.acts("w")) is None
 
 
 def test_one_that_became_known_under_another_name_comes_back_itself(watched):
@@ -148,9 +158,3 @@ def test_a_pin_is_of_the_name_whoever_bears_it(watched, pinned):
     version = watched.replace(before, "y")
     watched.watch.pins(version, pinned)
     assert watched.watch.put_back(version).pinned == pinned
-
-
-def test_a_watch_that_is_stopped_wants_nothing(watched):
-    watched.acts("x")
-    watched.watch.stop()
-    assert (bool(watched.watch), watched.watch.next()) == (False, None)

@@ -206,15 +206,15 @@ class Changes:
                 if time.perf_counter() >= end:
                     return
             change.copied = True
-            if change.measurement is not None and not self.canary.may_act(change.measurement):
+            if not self._may_act(change):
                 return
             self._queue.popleft()
             change.act()
 
     def to_measure(self) -> Measurement | None:
-        """What the first change waits for, once it is copied; there must be one."""
+        """What the first change waits for, if it is copied; there must be a change."""
         change = self._queue[0]
-        return change.measurement if change.copied else None
+        return change.measurement if change.copied and not self._may_act(change) else None
 
     def refuse(self, error: NrError) -> None:
         """The canary said no to the first."""
@@ -225,6 +225,9 @@ class Changes:
         for change in self._queue:
             change.abandon(error)
         self._queue.clear()
+
+    def _may_act(self, change: Change) -> bool:
+        return change.measurement is None or self.canary.may_act(change.measurement)
 
     # What they come to
 

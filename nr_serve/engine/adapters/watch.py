@@ -87,7 +87,3 @@ class Watch:
         """The version is wild: what is to act in its place, not in a slot yet."""
         before = self._before.pop(version, None)
         return None if before is None else before.again()
-
-    def stop(self) -> None:
-        """Nothing is measured any more."""
-        self._queue.clear()
