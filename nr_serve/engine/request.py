@@ -146,8 +146,7 @@ class AnswerText:
             found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
             if found:
                 at, stop = min(found)
-                shown, self._held = self._held[:at], ""
-                return shown, stop
+                return self._held[:at], stop
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]

@@ -108,7 +108,7 @@ class Registry:
         """Make `version` what its name means; the one before it is retired. The slots that came free."""
         old = self._by_name.get(version.name)
         self._by_name[version.name] = version
-        return self._retire(old) if old is not None and old is not version else []
+        return self._retire(old) if old is not None else []
 
     def remove(self, name: str) -> list[int]:
         """Unload a name. The slots that came free. Raises NotFound."""

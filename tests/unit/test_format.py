@@ -105,6 +105,24 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path, dtype):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_the_same_bytes_as_another_type_of_number_are_another_version(path):
+    versions = []
+    for dtype, name in ((torch.float16, "F16"), (torch.bfloat16, "BF16")):
+        write_adapter(path, INFO, blocks(torch.float16))
+        with editing(path) as (header, _):
+            for tensor, entry in header.items():
+                if tensor != "__metadata__":
+                    entry["dtype"] = name
+        adapter = read_adapter(path, BASE)
+        assert adapter.blocks[0].w_in.dtype == dtype
+        versions.append(adapter.version)
+    assert versions[0] != versions[1]
+
+
+def test_whoever_serves_it_may_read_what_another_user_wrote(path):
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
 def test_the_file_has_the_documented_names_shapes_and_values(path):
     header, body = parts(path.read_bytes())
     metadata = header.pop("__metadata__")

@@ -114,6 +114,13 @@ def test_the_same_page_computed_side_by_side_is_kept_once():
     assert engine.pool.kept == 5
 
 
+def test_a_preempted_request_finds_its_own_pages_and_tells_what_it_found_at_first():
+    engine = Engine(pages=6)
+    first, second = request(1, range(8), answer=8), request(2, range(50, 58), answer=8)
+    assert engine.answer(first, second) == [0, 0]
+    assert (engine.scheduler.preemptions, first.reused, second.reused) == (1, 0, 8)
+
+
 def test_requests_that_share_a_prompt_fit_into_fewer_pages():
     engine = Engine(pages=8)
     prompt = list(range(24))
@@ -174,6 +181,16 @@ def test_where_gates_opened_only_selections_that_give_the_same_residues_are_serv
         engine.answer(request(1, range(20), v[:1]), opened=opened)
         found = engine.answer(request(2, range(20), [v[i] for i in asked]))
         assert found == [16 if asked in serves else 0], asked
+
+
+def test_of_pages_that_serve_alike_those_are_gone_on_from_that_serve_more_selections():
+    engine = Engine(slots=1)
+    tokens = list(range(12))
+    engine.answer(request(1, tokens[:5]))
+    engine.attachments.put(1)
+    assert engine.answer(request(2, tokens[:5], [version(1)])) == [0], "its gates were not evaluated"
+    assert engine.answer(request(3, tokens)) == [4]
+    assert engine.answer(request(4, [*tokens, 50], [version(1)])) == [12]
 
 
 def test_an_adapter_put_into_a_slot_or_turned_does_not_act_in_what_was_computed_before():

@@ -287,13 +287,15 @@ def test_a_version_kept_for_a_change_stays_and_counts_as_no_request():
     assert registry.let_go(a) == [0]
 
 
-@pytest.mark.parametrize("how", ["held", "kept"])
-def test_a_slot_that_is_still_in_use_is_lost_when_nothing_runs(how):
+@pytest.mark.parametrize("how", ["held", "kept", "retired"])
+def test_a_slot_that_nobody_will_free_is_lost_when_nothing_runs(how):
     registry = Registry(1)
     a = loaded(registry, "a")
     if how == "held":
         registry.hold((a,))
-    else:
+    elif how == "kept":
         registry.keep(a)
+    else:
+        a.retired = True
     with pytest.raises(RuntimeError, match="slot 0 is lost to a"):
         registry.check()

@@ -273,12 +273,13 @@ def test_the_last_by_priority_then_arrival_is_preempted_and_resumes_from_its_fir
     for each in (first, low, second):
         scheduler.add(each)
     assert run(scheduler) == {"1": 4, "2": 4, "3": 4}
+    started = low.started
     assert run(scheduler) == {"1": 1, "3": 1}
     assert scheduler.waiting == [low]
     assert (low.computed, low.pages, low.row, low.tokens[-1]) == (0, [], None, 7)
     scheduler.drop(first)
     assert run(scheduler) == {"3": 1, "2": 5}
-    assert low.generated == 2
+    assert (low.generated, low.started) == (2, started), "it started when it was first admitted"
 
 
 def test_a_request_alone_grows_to_the_last_page():
@@ -303,6 +304,21 @@ def test_a_request_that_waits_for_a_slot_is_overtaken_so_often_and_then_by_those
     scheduler.add(alone)
     started = run(scheduler)
     assert set(started) == {str(i) for i in range(2, MAX_OVERTAKEN + 2)} | {"900"}
+
+
+def test_whoever_waits_for_a_slot_longest_counts_those_that_go_before_it():
+    def admit(request: Request, *, may_copy: bool) -> bool:
+        return "a" not in request.submit.adapters and admit_all(request)
+
+    scheduler = Scheduler(PagePool(500, 2), max_running=200, max_batch_tokens=400, admit=admit)
+    first, second = request(1, 1, adapters=("a",)), request(2, 1, adapters=("a",))
+    for each in (first, second, *(request(i, 1, adapters=("b",)) for i in range(3, 43))):
+        scheduler.add(each)
+    assert len(run(scheduler)) == 40
+    scheduler.drop(second)
+    for i in range(50, 90):
+        scheduler.add(request(i, 1, adapters=("b",)))
+    assert len(run(scheduler)) == MAX_OVERTAKEN, "those that run already, and as many more as may go first"
 
 
 def test_preempted_requests_overtake_one_that_waits_for_a_slot():

@@ -36,6 +36,8 @@ def test_calibration_moves_only_the_gates_and_shuts_them_on_a_neighbours_text(tm
     assert (after.info.carry, after.info.recipe["blocks"]["carry"]) == (0.25, 0.25)
     assert before.info.threshold == after.info.threshold == after.info.recipe["gate"]["threshold"] == 0.02
     assert after.info.recipe["data"]["background"] == ["da.a.train.txt"]
+    measured = ["heldout" in file.info.results for file in (before, after)]
+    assert measured == [True, False], "what was measured with the old gates"
     assert after.info.results["calibrated"]["beside"] == {"da": read_adapter(neighbour).version}
     for a, b in zip(before.blocks, after.blocks, strict=True):
         assert torch.equal(a.w_in, b.w_in)

@@ -10,7 +10,8 @@ import torch
 
 from nr_serve.train.recipe import BadRecipe, Data, Run
 from nr_serve.train.text.mix import Classes, Mix
-from nr_serve.train.text.pack import Windows, join
+from nr_serve.train.text.overlap import grams
+from nr_serve.train.text.pack import BATCH_DOCUMENTS, Windows, join, pack
 from nr_serve.train.text.read import chat_documents, read_classes, read_heldout
 from tests import tiny
 
@@ -98,6 +99,21 @@ def test_the_target_is_read_as_far_as_the_recipe_says(corpus, monkeypatch):
     assert len(classes.target) == 100
     with pytest.raises(BadRecipe, match="line 301 is not JSON"):
         read_classes(corpus, DATA, tiny.tokenizer().hf, RUN)
+
+
+def test_no_more_documents_are_read_than_fill_the_windows_and_only_those_count_as_read():
+    documents = [" ".join(words("hu", i, 40)) for i in range(4 * BATCH_DOCUMENTS)]
+    hf, read = tiny.tokenizer().hf, []
+
+    class Recording:
+        def __call__(self, batch):
+            read.extend(batch)
+            return hf(batch)
+
+    packed = pack(Recording(), documents, window=32, limit=320, seed=1)
+    assert len(packed.windows) == 10
+    assert set(read) < set(documents)
+    assert torch.equal(packed.grams, grams(read))
 
 
 def test_a_source_in_several_files_is_one_class(corpus):
@@ -208,12 +224,19 @@ def test_shares_hold_over_a_run_and_every_target_window_is_read_before_any_twice
     for step in range(100):
         parts = order.batch(step)
         assert sum(len(p) for p in parts if p is not None) == 4
+        assert len(parts[0]) >= order.fewest_targets >= 1
         for part, windows in zip(read, parts, strict=True):
             read[part] += windows.ids_NT[:, 0].tolist() if windows is not None else []
     assert {part: len(ids) for part, ids in read.items()} == {"target": 300, "original": 40, "background": 60}
     assert sorted(read["target"][:20]) == list(range(20))
     assert read["target"][:20] != read["target"][20:40]
     assert [i // 100 for i in read["original"][:4]] == [1, 2, 1, 2]
+
+
+def test_a_share_that_no_float_holds_is_met_to_the_window():
+    order = mix(batch_tokens=64, original_share=0.29, background_share=0.29)
+    steps = [order.batch(step) for step in range(100)]
+    assert [sum(len(step[part] or ()) for step in steps) for part in range(3)] == [336, 232, 232]
 
 
 def test_a_batch_depends_on_the_step_alone():
@@ -223,6 +246,7 @@ def test_a_batch_depends_on_the_step_alone():
     for ours, theirs in zip(straight.batch(50), jumped.batch(50), strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours.ids_NT, theirs.ids_NT)
+    assert torch.equal(straight.batch(0)[0].ids_NT, mix().batch(0)[0].ids_NT), "whatever was read before"
 
 
 def test_a_share_of_background_text_that_is_not_there_is_refused():

@@ -117,7 +117,6 @@ class Adapters:
 
     def unload(self, name: str) -> AdapterView:
         """Forget a name; running requests keep the version they hold. Raises NotFound."""
-        self._slots.counts.read()
         version = self.registry.get(name)
         view = self.view(version)
         self._watch.unloaded(version)
@@ -179,12 +178,29 @@ class Adapters:
     def abandon(self, error: NrError) -> None:
         """Answer every load and patch under way with `error`: the engine is at its end."""
         self._changes.abandon(error)
-        self._watch.stop()
 
     # Reading
 
     def view(self, version: Version) -> AdapterView:
         """What people see of a version."""
+        self._slots.counts.read()
+        return self._view(version)
+
+    def views(self) -> tuple[AdapterView, ...]:
+        """Every registered adapter, by name."""
+        self._slots.counts.read()
+        return tuple(self._view(version) for version in self.registry)
+
+    def gates(self) -> tuple[dict[str, AdapterGates], dict[tuple[str, str], int]]:
+        """Gate totals of every registered adapter, and who fired on whose traffic."""
+        self._slots.counts.read()
+        counts = self._slots.counts
+        return {version.name: counts.of(version.name) for version in self.registry}, counts.cross()
+
+    # Inside
+
+    def _view(self, version: Version) -> AdapterView:
+        """With the gate totals as they were last read."""
         adapter = version.payload
         copying = version.slot is not None and not version.attached
         return AdapterView(
@@ -205,19 +221,6 @@ class Adapters:
             neutrality=self._canary.report(version),
             measuring=self._watch.measuring(version),
         )
-
-    def views(self) -> tuple[AdapterView, ...]:
-        """Every registered adapter, by name."""
-        self._slots.counts.read()
-        return tuple(self.view(version) for version in self.registry)
-
-    def gates(self) -> tuple[dict[str, AdapterGates], dict[tuple[str, str], int]]:
-        """Gate totals of every registered adapter, and who fired on whose traffic."""
-        self._slots.counts.read()
-        counts = self._slots.counts
-        return {version.name: counts.of(version.name) for version in self.registry}, counts.cross()
-
-    # Inside
 
     def _try_behind(self, probe: Probe, result: Result) -> None:
         measurement = probe.measurement

@@ -59,11 +59,10 @@ class Attach(Change):
 
     def __init__(self, changes: Changes, version: Version, slot: int) -> None:
         super().__init__(changes, version, *changes.place(version, slot))
-        self._slot = slot
 
     def act(self) -> None:
         """It goes at once if it was retired meanwhile."""
-        self._changes.open(self.version, self._slot, self.measurement)
+        self._changes.open(self.version, self.measurement)
         self._changes.slots.attach(self.version)
         self._changes.fill()
 
@@ -82,7 +81,6 @@ class Load(Change):
     def __init__(self, changes: Changes, version: Version, slot: int, order: Order) -> None:
         self._evicted = changes.slots.registry.in_slot(slot)
         super().__init__(changes, version, *changes.place(version, slot))
-        self._slot = slot
         self._order = order
 
     def act(self) -> None:
@@ -92,7 +90,7 @@ class Load(Change):
         except NrError as error:
             self.refuse(error)
             return
-        self._changes.open(self.version, self._slot, self.measurement)
+        self._changes.open(self.version, self.measurement)
         self._changes.publish(self.version, self._order)
 
     def refuse(self, error: NrError) -> None:
@@ -208,15 +206,15 @@ class Changes:
                 if time.perf_counter() >= end:
                     return
             change.copied = True
-            if change.measurement is not None and not self.canary.may_act(change.measurement):
+            if not self._may_act(change):
                 return
             self._queue.popleft()
             change.act()
 
     def to_measure(self) -> Measurement | None:
-        """What the first change waits for, once it is copied; there must be one."""
+        """What the first change waits for, if it is copied; there must be a change."""
         change = self._queue[0]
-        return change.measurement if change.copied else None
+        return change.measurement if change.copied and not self._may_act(change) else None
 
     def refuse(self, error: NrError) -> None:
         """The canary said no to the first."""
@@ -228,16 +226,18 @@ class Changes:
             change.abandon(error)
         self._queue.clear()
 
+    def _may_act(self, change: Change) -> bool:
+        return change.measurement is None or self.canary.may_act(change.measurement)
+
     # What they come to
 
     def place(self, version: Version, slot: int) -> tuple[Iterator[None], Measurement | None]:
         """Give the version a slot: the weights to be copied, and what is to be measured then."""
         return self.slots.place(version, slot), self.canary.begin(version, version.threshold)
 
-    def open(self, version: Version, slot: int, measurement: Measurement | None = None) -> None:
+    def open(self, version: Version, measurement: Measurement | None = None) -> None:
         """What is in the version's slot acts from the next step on; its leak, if not known, is measured then."""
-        self.slots.open(version, slot)
-        self._watch.opened(version, slot, measurement)
+        self._watch.opened(version, self.slots.open(version), measurement)
 
     def turn(self, version: Version, patch: PatchAdapter) -> None:
         """Turn the dials; a new threshold acts from the next step on."""
@@ -247,8 +247,8 @@ class Changes:
         if patch.threshold is not None:
             self._watch.turns(version, patch.threshold)
             version.threshold = patch.threshold
-            if version.attached and version.slot is not None:
-                self.open(version, version.slot)
+            if version.attached:
+                self.open(version)
 
     def publish(self, version: Version, order: Order) -> None:
         """The version takes its name, and the pin of whoever had it, unless another was asked for."""

@@ -42,10 +42,11 @@ class Slots:
         self._shut([slot])
         return self._bank.attach(slot, version.payload, math.inf)
 
-    def open(self, version: Version, slot: int) -> None:
-        """What is in the version's slot acts, at its threshold, from the next step on."""
-        self._bank.set_threshold(slot, version.threshold)
-        self.attachments.put(slot)
+    def open(self, version: Version) -> int:
+        """What is in the version's slot acts, at its threshold, from the next step on: a new attachment."""
+        assert version.slot is not None
+        self._bank.set_threshold(version.slot, version.threshold)
+        return self.attachments.put(version.slot)
 
     def attach(self, version: Version) -> None:
         """Note that its slot holds all of the version; it goes at once if it was retired meanwhile."""

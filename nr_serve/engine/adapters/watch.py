@@ -27,19 +27,20 @@ class Watch:
 
     # What acts
 
-    def opened(self, version: Version, slot: int, measurement: Measurement | None) -> None:
-        """The version acts in its slot from the next step on; `measurement`: what was made of it before that."""
+    def opened(self, version: Version, attachment: int, measurement: Measurement | None) -> None:
+        """The version acts from the next step on, so attached; `measurement`: what was made of it before that."""
         if measurement is None or measurement.threshold != version.threshold:
             measurement = self._canary.begin(version, version.threshold)
         if measurement is not None and not self._canary.done(measurement):
-            measurement.attachment = self._attachments[slot]
+            measurement.attachment = attachment
             self._queue.append(measurement)
 
     def replaces(self, version: Version, before: Version) -> None:
         """`version` takes its name from `before`: the last that was measured comes back, if it must."""
-        measured = self._before.pop(before, before)
+        older = self._before.pop(before, before)
         if self._canary.must_measure(version, version.threshold):
-            self._before[version] = measured
+            known = not self._canary.must_measure(before, before.threshold)  # under another name, meanwhile
+            self._before[version] = before if known else older
 
     def turns(self, version: Version, threshold: float) -> None:
         """The version leaves its threshold for another: it comes back, if it was measured."""
@@ -86,7 +87,3 @@ class Watch:
         """The version is wild: what is to act in its place, not in a slot yet."""
         before = self._before.pop(version, None)
         return None if before is None else before.again()
-
-    def stop(self) -> None:
-        """Nothing is measured any more."""
-        self._queue.clear()

@@ -26,10 +26,11 @@ class Attachments:
     def __getitem__(self, slot: int) -> int:
         return self._in_slot[slot]
 
-    def put(self, slot: int) -> None:
-        """From the next step on another version, or another threshold, acts in the slot."""
-        self._in_slot[slot] = next(self._numbers)
+    def put(self, slot: int) -> int:
+        """From the next step on another version, or another threshold, acts in the slot: a new attachment."""
+        number = self._in_slot[slot] = next(self._numbers)
         self.all = frozenset(self._in_slot.values())
+        return number
 
     def remove(self, slot: int) -> None:
         """Nothing acts in the slot any more."""

@@ -79,7 +79,7 @@ class PrefixCache:
         """The chain of a request that starts with the matched pages while so much is attached."""
         if not matched:
             return Chain(self._root, Footprint(attached))
-        return Chain(matched[-1], matched[-1].footprint.then(attached, NONE, NONE))
+        return Chain(matched[-1], matched[-1].footprint)
 
     def add(
         self, chain: Chain, tokens: Sequence[int], page: int, salt: str | None, selection: frozenset[int]
