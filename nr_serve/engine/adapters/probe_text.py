@@ -11,10 +11,12 @@ from nr_serve.engine.request import AnswerText, Request
 from nr_serve.errors import BadRequest
 from nr_serve.tokenizer import Detokenizer, Tokenizer
 
-BUILT_IN = tuple(sorted((Path(__file__).parent / "probe_texts").glob("*.txt")))
+_FOLDER = Path(__file__).parent / "probe_texts"
+_CHAT = _FOLDER / "chat.txt"
+# By name: a folder that is not there must be an error, not no text.
+BUILT_IN = (_CHAT, *(_FOLDER / f"{kind}.txt" for kind in ("code", "documentation", "prose", "questions")))
 """English of several kinds; used unless the operator names other files."""
 
-_CHATS = {path for path in BUILT_IN if path.stem == "chat"}
 _MOST_CHARACTERS = 128 * PROBE_TOKENS  # read of a file: more than PROBE_TOKENS tokens of any text
 
 
@@ -28,7 +30,7 @@ def read_probe_texts(files: Sequence[Path], tokenizer: Tokenizer) -> dict[str, l
         if path.stem in texts:
             raise BadRequest(f"two probe texts are called {path.stem!r}; rename one of the files")
         text = _read(path)
-        texts[path.stem] = _chat_ids(text, tokenizer) if path in _CHATS else tokenizer.encode(text)
+        texts[path.stem] = _chat_ids(text, tokenizer) if path == _CHAT else tokenizer.encode(text)
     return texts
 
 
