@@ -148,7 +148,7 @@ class Walk:
         probe = self.adapters.trial(self.rng.randint(1, 5))
         for asked, _ in self.running:
             slots, tokens = [version.slot for version in asked.selection], self.rng.randint(1, 3)
-            self.bank.count(slots, self.adapters.label(asked), tokens)
+            self.bank.count(slots, self.adapters.labels([asked])[0], tokens)
             for version in asked.selection:
                 if version.name in self.names:
                     self.seen[version.name] = self.seen.get(version.name, 0) + tokens
