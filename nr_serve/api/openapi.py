@@ -8,14 +8,7 @@ from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from nr_serve.api.forms import (
-    ChatChunk,
-    ChatCompletion,
-    Completion,
-    Detokenized,
-    ErrorAnswer,
-    Tokens,
-)
+from nr_serve.api.forms import ChatChunk, ChatCompletion, Completion, Detokenized, ErrorAnswer, Tokens
 from nr_serve.api.sse import DONE, event
 from nr_serve.errors import (
     BadRequest,
@@ -146,13 +139,7 @@ _CHAT_CHUNK: ChatChunk = {
     "model": "smollm2-135m-instruct",
     "system_fingerprint": "f00d",
     "choices": [
-        {
-            "index": 0,
-            "delta": {"content": "Paris."},
-            "logprobs": None,
-            "finish_reason": "stop",
-            "stop_reason": None,
-        }
+        {"index": 0, "delta": {"content": "Paris."}, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
     ],
 }
 _TOKENS: Tokens = {"count": 2, "max_model_len": 8192, "tokens": [19556, 17], "token_strs": ["Hello", "!"]}
