@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
+from nr_serve.api.forms import Adapter, AdapterList, Completion, Model, ModelList
 from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooLarge, Unavailable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -54,7 +55,7 @@ class Client:
         replace: bool = False,
         pinned: bool | None = None,
         threshold: float | None = None,
-    ) -> dict[str, Any]:
+    ) -> Adapter:
         """Upload an adapter's file and load it; `name` defaults to the file's. Return the adapter.
 
         With `pinned` None it is pinned if the adapter it replaces is.
@@ -68,7 +69,9 @@ class Client:
             with path.open("rb") as file:
                 size = str(path.stat().st_size)
                 place = f"/v1/adapters/{quote(name or path.stem, safe='')}"
-                return self._json("PUT", place, content=file, params=flags, headers={"Content-Length": size})
+                headers = {"Content-Length": size}
+                adapter: Adapter = self._json("PUT", place, content=file, params=flags, headers=headers)
+                return adapter
         except OSError as error:
             raise BadRequest(f"{path}: cannot be read: {error.strerror}") from error
         except (BadRequest, TooLarge) as error:
@@ -76,23 +79,25 @@ class Client:
                 raise
             raise type(error)(f"{path}: {error.message}") from error
 
-    def unload(self, name: str) -> dict[str, Any]:
+    def unload(self, name: str) -> Adapter:
         """Unload an adapter; return it as it was."""
-        return self._json("DELETE", f"/v1/adapters/{quote(name, safe='')}")
+        adapter: Adapter = self._json("DELETE", f"/v1/adapters/{quote(name, safe='')}")
+        return adapter
 
-    def adapters(self) -> list[dict[str, Any]]:
+    def adapters(self) -> list[Adapter]:
         """Every registered adapter."""
-        adapters: list[dict[str, Any]] = self._json("GET", "/v1/adapters")["data"]
-        return adapters
+        found: AdapterList = self._json("GET", "/v1/adapters")
+        return found["data"]
 
-    def models(self) -> list[dict[str, Any]]:
+    def models(self) -> list[Model]:
         """Everything that `model` may be in a request; the base comes first."""
-        models: list[dict[str, Any]] = self._json("GET", "/v1/models")["data"]
-        return models
+        found: ModelList = self._json("GET", "/v1/models")
+        return found["data"]
 
-    def complete(self, **body: Any) -> dict[str, Any]:
+    def complete(self, **body: Any) -> Completion:
         """POST /v1/completions, not streamed."""
-        return self._json("POST", "/v1/completions", json=body)
+        answer: Completion = self._json("POST", "/v1/completions", json=body)
+        return answer
 
     def wait_ready(
         self, timeout_s: float = 300.0, *, poll_s: float = 0.2, alive: Callable[[], bool] = lambda: True
@@ -110,7 +115,7 @@ class Client:
                     raise Unavailable(f"not ready after {timeout_s:g} s: {error.message}") from error
                 time.sleep(poll_s)
 
-    def _json(self, method: str, place: str, **request: Any) -> dict[str, Any]:
+    def _json(self, method: str, place: str, **request: Any) -> Any:
         try:
             response = self._http.request(method, place, **request)
         except httpx.ConnectError as error:
@@ -121,8 +126,7 @@ class Client:
             raise Unavailable(f"{method} {self.url}{place} failed: {error or type(error).__name__}") from error
         if response.is_error:
             raise refusal(response)
-        body: dict[str, Any] = response.json()
-        return body
+        return response.json()
 
 
 def refusal(response: httpx.Response) -> NrError:

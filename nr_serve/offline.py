@@ -21,6 +21,7 @@ from anyio.from_thread import start_blocking_portal
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from nr_serve.api.forms import Adapter, AdapterList, ChatCompletion, Completion, ModelList
 from nr_serve.asgi_transport import LocalTransport
 from nr_serve.client import refusal, told
 from nr_serve.config import FLAGS, GROUPS, AdapterSettings, EngineSettings, ModelSettings, ServeConfig
@@ -88,7 +89,8 @@ class Server:
             self._portal = stack.enter_context(start_blocking_portal(name="nr-server"))
             self._http = stack.enter_context(self._portal.wrap_async_context_manager(local_http(config)))
             self._open: ExitStack | None = stack
-            self.model: str = self._get("/v1/models")["data"][0]["id"]
+            models: ModelList = self._get("/v1/models")
+            self.model = models["data"][0]["id"]
             """The base's name: as `model`, it means that every attached adapter may act."""
             self._open = stack.pop_all()
 
@@ -108,12 +110,13 @@ class Server:
 
     def complete(self, prompt: str | Sequence[str] | Sequence[int], **fields: Any) -> Answer:
         """Continue a text, or several; `fields` are any of POST /v1/completions but `stream`."""
-        body = self._post("/v1/completions", {"model": self.model, "prompt": prompt} | fields)
+        body: Completion = self._post("/v1/completions", {"model": self.model, "prompt": prompt} | fields)
         return Answer(tuple(choice["text"] for choice in body["choices"]), body)
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **fields: Any) -> Answer:
         """Answer a conversation, or one message; `fields` are any of POST /v1/chat/completions but `stream`."""
-        body = self._post("/v1/chat/completions", {"model": self.model, "messages": _messages(messages)} | fields)
+        asked = {"model": self.model, "messages": _messages(messages)} | fields
+        body: ChatCompletion = self._post("/v1/chat/completions", asked)
         return Answer(tuple(choice["message"]["content"] or "" for choice in body["choices"]), body)
 
     def stream(self, prompt: str | Sequence[int], **fields: Any) -> Iterator[str]:
@@ -137,10 +140,10 @@ class Server:
         gates = answer.body["choices"][0]["gates"]
         return list(zip(gates["prompt_text"], gates["prompt"], strict=True))
 
-    def adapters(self) -> list[dict[str, Any]]:
+    def adapters(self) -> list[Adapter]:
         """Every registered adapter."""
-        found: list[dict[str, Any]] = self._get("/v1/adapters")["data"]
-        return found
+        found: AdapterList = self._get("/v1/adapters")
+        return found["data"]
 
     def load_adapter(
         self,
@@ -150,23 +153,25 @@ class Server:
         replace: bool = False,
         pinned: bool | None = None,
         threshold: float | None = None,
-    ) -> dict[str, Any]:
+    ) -> Adapter:
         """Load an adapter's file; `name` defaults to the file's. Return the adapter.
 
         With `pinned` None it is pinned if the adapter it replaces is; with `threshold` None it has the file's own.
         """
         path = Path(path).absolute()
         body = {"name": name or path.stem, "path": str(path), "replace": replace}
-        return self._post("/v1/adapters", body | {"pinned": pinned, "threshold": threshold})
+        adapter: Adapter = self._post("/v1/adapters", body | {"pinned": pinned, "threshold": threshold})
+        return adapter
 
-    def unload_adapter(self, name: str) -> dict[str, Any]:
+    def unload_adapter(self, name: str) -> Adapter:
         """Unload an adapter; return it as it was."""
-        return self._json(self._http.delete, f"/v1/adapters/{quote(name, safe='')}")
+        adapter: Adapter = self._json(self._http.delete, f"/v1/adapters/{quote(name, safe='')}")
+        return adapter
 
-    def _get(self, path: str) -> dict[str, Any]:
+    def _get(self, path: str) -> Any:
         return self._json(self._http.get, path)
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         if body.get("stream"):
             raise BadRequest("`stream` is a method of its own here", param="stream")
         return self._json(post, self._http, path, body)
@@ -197,12 +202,11 @@ class Server:
             future.cancel()
             raise
 
-    def _json(self, ask: Callable[..., Awaitable[httpx.Response]], *args: Any) -> dict[str, Any]:
+    def _json(self, ask: Callable[..., Awaitable[httpx.Response]], *args: Any) -> Any:
         response = self._run(ask, *args)
         if response.is_error:
             raise refusal(response)
-        body: dict[str, Any] = response.json()
-        return body
+        return response.json()
 
 
 async def post(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> httpx.Response:

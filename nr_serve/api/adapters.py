@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 
 from nr_serve.api.body_route import BodyRoute
 from nr_serve.api.context import Context, Ctx
 from nr_serve.api.files import allowed_file
-from nr_serve.api.openapi import Adapter, AdapterList, answers, refusals
+from nr_serve.api.forms import Adapter, AdapterList
+from nr_serve.api.openapi import Json, answer, refusals
 from nr_serve.api.schemas import LoadBody, LoadLoraBody, PatchBody, PutQuery, UnloadLoraBody
 from nr_serve.api.selection import check_name
 from nr_serve.api.uploads import receive_file
@@ -32,20 +33,20 @@ from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound
 
 router = APIRouter(route_class=BodyRoute)
 
-_LOADED = answers(Adapter, Forbidden, Conflict)
-_LOADED[201] = {**_LOADED[200], "description": "A registered adapter, new under its name"}
+_LOADED = refusals(Forbidden, Conflict)
+_LOADED[201] = answer(Adapter) | {"description": "A registered adapter, new under its name"}
 
 
-@router.get("/v1/adapters", responses=answers(AdapterList))
-async def list_adapters(context: Ctx) -> JSONResponse:
+@router.get("/v1/adapters")
+async def list_adapters(context: Ctx) -> Json[AdapterList]:
     """Every registered adapter."""
     views: tuple[AdapterView, ...] = await context.engine.call(ListAdapters())
     statistics = await context.engine.call(ReadGates())
-    return JSONResponse({"object": "list", "data": [adapter_body(view, statistics) for view in views]})
+    return Json({"object": "list", "data": [adapter_body(view, statistics) for view in views]})
 
 
-@router.get("/v1/adapters/{name}", responses=answers(Adapter))
-async def get_adapter(context: Ctx, name: str) -> JSONResponse:
+@router.get("/v1/adapters/{name}")
+async def get_adapter(context: Ctx, name: str) -> Json[Adapter]:
     """One adapter."""
     views: tuple[AdapterView, ...] = await context.engine.call(ListAdapters())
     for view in views:
@@ -57,7 +58,7 @@ async def get_adapter(context: Ctx, name: str) -> JSONResponse:
 @router.put("/v1/adapters/{name}", responses=_LOADED)
 async def put_adapter(
     context: Ctx, request: Request, name: str, query: Annotated[PutQuery, Query()]
-) -> JSONResponse:
+) -> Json[Adapter]:
     """Load the adapter in the body: the bytes of its file."""
     check_name(context, name)
     _check_free(context, name, query.replace)  # before the upload: it may be long
@@ -73,7 +74,7 @@ async def put_adapter(
 
 
 @router.post("/v1/adapters", responses=_LOADED)
-async def post_adapter(context: Ctx, body: LoadBody) -> JSONResponse:
+async def post_adapter(context: Ctx, body: LoadBody) -> Json[Adapter]:
     """Load an adapter from a file on the server, inside an allowed folder."""
     check_name(context, body.name)
     _check_free(context, body.name, body.replace)
@@ -87,19 +88,19 @@ async def post_adapter(context: Ctx, body: LoadBody) -> JSONResponse:
     return await _answer(context, view, status)
 
 
-@router.patch("/v1/adapters/{name}", responses=answers(Adapter, Forbidden))
-async def patch_adapter(context: Ctx, name: str, body: PatchBody) -> JSONResponse:
+@router.patch("/v1/adapters/{name}", responses=refusals(Forbidden))
+async def patch_adapter(context: Ctx, name: str, body: PatchBody) -> Json[Adapter]:
     """Change an adapter's dials."""
     view = await _change(context, PatchAdapter(name, body.pinned, body.threshold))
     return await _answer(context, view)
 
 
-@router.delete("/v1/adapters/{name}", responses=answers(Adapter, Forbidden))
-async def delete_adapter(context: Ctx, name: str) -> JSONResponse:
+@router.delete("/v1/adapters/{name}", responses=refusals(Forbidden))
+async def delete_adapter(context: Ctx, name: str) -> Json[Adapter]:
     """Unload an adapter; requests in flight keep it until they end."""
     statistics = await context.engine.call(ReadGates())  # before: they go with it
     view = await _change(context, UnloadAdapter(name))
-    return JSONResponse(adapter_body(view, statistics) | {"deleted": True})
+    return Json({**adapter_body(view, statistics), "deleted": True})
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=refusals(Forbidden, Conflict))
@@ -135,9 +136,9 @@ async def unload_lora_adapter(context: Ctx, body: UnloadLoraBody) -> PlainTextRe
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-async def _answer(context: Context, view: AdapterView, status: int = 200) -> JSONResponse:
+async def _answer(context: Context, view: AdapterView, status: int = 200) -> Json[Adapter]:
     """One adapter, with whose traffic it fired on."""
-    return JSONResponse(adapter_body(view, await context.engine.call(ReadGates())), status)
+    return Json(adapter_body(view, await context.engine.call(ReadGates())), status)
 
 
 async def _load_allowed(

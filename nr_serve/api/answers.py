@@ -1,16 +1,32 @@
-"""What completions and chat answers share: outputs joined, usage, log probabilities, gates."""
+"""What completions and chat answers share: outputs joined, usage, log probabilities, reports."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Protocol
 
-from nr_serve.api.ask import Ask
+from nr_serve.api.ask import Ask, Prompt
+from nr_serve.api.forms import (
+    ChatChunk,
+    Completion,
+    Envelope,
+    FinishReason,
+    Gates,
+    LegacyLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    PromptReport,
+    TokenReport,
+    Usage,
+)
+from nr_serve.api.schemas import GenerationBody
 from nr_serve.engine.messages import Output, Token
 from nr_serve.tokenizer import Detokenizer, Tokenizer
+
+Chunk = Completion | ChatChunk
 
 
 class Writer(Protocol):
@@ -19,20 +35,20 @@ class Writer(Protocol):
     def parts(self, output: Output) -> list[Output]:
         """The output as the API shows it, one after the other; each is then written before the next output."""
 
-    def extras(self, output: Output) -> dict[str, Any]:
-        """Fields beside the choices; asked before `choice`."""
-
-    def choice(self, output: Output) -> dict[str, Any]:
-        """The JSON choice for an output."""
-
-    def opening(self) -> dict[str, Any] | None:
-        """A choice to send before the first output of a stream, if the API has one."""
+    def opening(self, envelope: Envelope) -> Chunk | None:
+        """What to send before the first output of a stream, if the API has it."""
 
     def shows(self, output: Output) -> bool:
         """Whether an output is worth a chunk."""
 
+    def chunk(self, envelope: Envelope, output: Output) -> Chunk:
+        """The chunk for an output."""
 
-class Usage:
+    def closing(self, envelope: Envelope) -> Chunk:
+        """A chunk without choices, for the usage in its envelope."""
+
+
+class Tally:
     """Tokens read and written so far; a prompt counts once, however many answers it gets."""
 
     def __init__(self, ask: Ask) -> None:
@@ -47,7 +63,7 @@ class Usage:
         if output.request_id in self._cached:
             self._cached[output.request_id] = output.cached_tokens
 
-    def body(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         """OpenAI's usage object."""
         return {
             "prompt_tokens": self._prompt,
@@ -57,29 +73,17 @@ class Usage:
         }
 
 
-@dataclass(frozen=True)
-class Envelope:
-    """The fields around the choices."""
-
-    id: str
-    model: str
-    fingerprint: str
-    tier: str | None = None
-    """The service tier, if the client named one."""
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """One response, or one chunk of it."""
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-            **({} if self.tier is None else {"service_tier": self.tier}),
-            "choices": choices,
-            **more,
-        }
+def envelope(ask: Ask, body: GenerationBody, fingerprint: str) -> Envelope:
+    """The fields around the choices, now; the service tier only if the client named one."""
+    around: Envelope = {
+        "id": ask.id,
+        "created": int(time.time()),
+        "model": ask.model,
+        "system_fingerprint": fingerprint,
+    }
+    if body.service_tier is not None:
+        around["service_tier"] = "default"
+    return around
 
 
 async def collect(ask: Ask, outputs: AsyncIterator[Output]) -> list[Output]:
@@ -112,9 +116,15 @@ def _mean_logprob(output: Output) -> float:
     return fmean([token.logprob or 0.0 for token in output.tokens] or [0.0])
 
 
-def legacy_logprobs(tokens: Iterable[Token], k: int, offset: int) -> dict[str, Any]:
+def finish_reason(output: Output) -> FinishReason | None:
+    """Why an answer ended, if it has; never for an error, which `AsyncEngine.generate` raises."""
+    assert output.finish_reason != "error"
+    return output.finish_reason
+
+
+def legacy_logprobs(tokens: Iterable[Token], k: int, offset: int) -> LegacyLogprobs:
     """The completions API's parallel lists; `offset` is where the first token's text begins."""
-    lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    lists: LegacyLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token in tokens:
         lists["tokens"].append(token.text)
         lists["token_logprobs"].append(token.logprob)
@@ -134,37 +144,57 @@ def _legacy_top(token: Token, k: int) -> dict[str, float] | None:
     return top
 
 
-def prompt_logprobs(tokens: Iterable[Token], k: int) -> list[dict[str, Any] | None]:
+def prompt_logprobs(tokens: Iterable[Token], k: int) -> PromptLogprobs:
     """vLLM's form: for each prompt token, ids with log probability, rank (if among the likeliest) and text."""
     return [_ranked(token, k) for token in tokens]
 
 
-def _ranked(token: Token, k: int) -> dict[str, Any] | None:
+def _ranked(token: Token, k: int) -> dict[str, PromptLogprob] | None:
     if token.logprob is None:
         return None
-    entries: dict[str, Any] = {
+    entries: dict[str, PromptLogprob] = {
         str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": text}
         for rank, (token_id, text, logprob) in enumerate(token.top[:k], start=1)
     }
-    own = {"logprob": token.logprob, "rank": None, "decoded_token": token.text}
-    entries.setdefault(str(token.id), own)
+    entries.setdefault(str(token.id), {"logprob": token.logprob, "rank": None, "decoded_token": token.text})
     return entries
 
 
-class GateWriter:
-    """Reports gates beside the text each token completes, so that a page can colour it."""
+class Reporter:
+    """What the body asks to be told of one answer, beside its text."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, body: GenerationBody, prompt: Prompt) -> None:
         self._tokenizer = tokenizer
-        self._answer = Detokenizer(tokenizer, prompt_ids)
+        self._body = body
+        self._prompt = prompt
+        self._answer = Detokenizer(tokenizer, prompt.ids)
 
-    def body(self, output: Output) -> dict[str, Any]:
-        """The gates of an output's tokens, and of the prompt's if it brings them."""
-        body: dict[str, Any] = {}
+    def prompt(self, output: Output, *, first: bool) -> PromptReport:
+        """What an output brings of the prompt. `first`: it is the answer's first that is shown."""
+        report: PromptReport = {}
+        if self._body.prompt_logprobs is not None and output.prompt is not None:
+            report["prompt_logprobs"] = prompt_logprobs(output.prompt, self._body.prompt_logprobs)
+        if self._body.return_token_ids and first:
+            report["prompt_token_ids"] = list(self._prompt.ids)
+        return report
+
+    def tokens(self, output: Output) -> TokenReport:
+        """Of an output's tokens."""
+        report: TokenReport = {}
+        if self._body.return_token_ids:
+            report["token_ids"] = [token.id for token in output.tokens]
+        if self._body.gates:
+            report["gates"] = self._gates(output)
+        return report
+
+    def _gates(self, output: Output) -> Gates:
+        """Of its tokens, and of the prompt's if it brings them; beside text, so that a page can colour it."""
+        gates: Gates = {
+            "tokens": [dict(token.gates or {}) for token in output.tokens],
+            "token_text": [self._answer.push(token.id) for token in output.tokens],
+        }
         if output.prompt is not None:
             text = Detokenizer(self._tokenizer, ())
-            body["prompt"] = [dict(token.gates or {}) for token in output.prompt]
-            body["prompt_text"] = [text.push(token.id) for token in output.prompt]
-        body["tokens"] = [dict(token.gates or {}) for token in output.tokens]
-        body["token_text"] = [self._answer.push(token.id) for token in output.tokens]
-        return body
+            gates["prompt"] = [dict(token.gates or {}) for token in output.prompt]
+            gates["prompt_text"] = [text.push(token.id) for token in output.prompt]
+        return gates

@@ -20,6 +20,7 @@ from nr_serve.api.middleware.auth import KeyCheck
 from nr_serve.api.middleware.deadlines import Deadlines
 from nr_serve.api.middleware.hosts import HostCheck, checks_hosts
 from nr_serve.api.middleware.limits import BodyLimit, KeyLimits
+from nr_serve.api.openapi import EXAMPLES
 from nr_serve.config import ServeConfig
 from nr_serve.keys import Keys
 from nr_serve.tokenizer import Tokenizer
@@ -84,5 +85,7 @@ class _App(FastAPI):
                         answers.setdefault("400", {"description": "Bad request: `error` names the field"})
             for name in ("HTTPValidationError", "ValidationError"):
                 document.get("components", {}).get("schemas", {}).pop(name, None)
+            for name, example in EXAMPLES.items():  # FastAPI would leave out what is null in them
+                document["components"]["schemas"][name]["example"] = example
             self.openapi_schema = document
         return self.openapi_schema

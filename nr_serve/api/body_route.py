@@ -8,20 +8,20 @@ from functools import partial
 from typing import Any, cast
 
 from fastapi import Request
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from nr_serve.api.context import Context
 from nr_serve.api.errors import error_response, invalid_request
+from nr_serve.api.openapi import AnswerRoute
 from nr_serve.errors import BadRequest, NrError
 
 LARGE_BYTES = 2**18
 """Below, reading a body takes less than 10 ms or so."""
 
 
-class BodyRoute(APIRoute):
+class BodyRoute(AnswerRoute):
     """A route whose body, if it is large, is read on another thread."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

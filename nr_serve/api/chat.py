@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from nr_serve.api.answers import GateWriter, prompt_logprobs
+from nr_serve.api.answers import Reporter, finish_reason
 from nr_serve.api.ask import Prompt
+from nr_serve.api.forms import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatMessage,
+    ChatTokenLogprob,
+    Choice,
+    Envelope,
+    PromptReport,
+)
 from nr_serve.api.schemas import ChatBody
 from nr_serve.api.tools import Call, ToolReader
 from nr_serve.engine.messages import Output, Token
 from nr_serve.tokenizer import Tokenizer
 
-OBJECT = "chat.completion"
-CHUNK = "chat.completion.chunk"
+
+def chat_completion(envelope: Envelope, writers: Sequence[ChatWriter], outputs: Sequence[Output]) -> ChatCompletion:
+    """The whole answer: a choice of each writer, for its output."""
+    report = writers[0].prompt_report(outputs[0])
+    choices = [writer.choice(output) for writer, output in zip(writers, outputs, strict=True)]
+    return {**envelope, "object": "chat.completion", "choices": choices, **report}
 
 
 class ChatWriter:
@@ -23,18 +41,23 @@ class ChatWriter:
         self, tokenizer: Tokenizer, body: ChatBody, prompt: Prompt, index: int, *, calls_tools: bool = False
     ) -> None:
         self._body = body
-        self._prompt = prompt
         self._index = index
         self._reader = ToolReader() if calls_tools else None
         self._calls: list[Call] = []  # read, not yet written
         self._called = 0  # read in all
-        self._gates = GateWriter(tokenizer, prompt.ids) if body.gates else None
+        self._report = Reporter(tokenizer, body, prompt)
         self._first = True
 
-    def opening(self) -> dict[str, Any]:
+    def opening(self, envelope: Envelope) -> ChatChunk:
         """The role comes before the text."""
-        delta = {"role": "assistant", "content": ""}
-        return {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}
+        choice: ChatChunkChoice = {
+            "index": self._index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+            "stop_reason": None,
+        }
+        return _chunk(envelope, [choice], {})
 
     def parts(self, output: Output) -> list[Output]:
         """The output with the tool calls taken out of its text."""
@@ -57,58 +80,74 @@ class ChatWriter:
         opens = self._first and output.prompt is not None
         return bool(output.text or self._calls or output.finish_reason or opens or (reported and output.tokens))
 
-    def extras(self, output: Output) -> dict[str, Any]:
-        """What vLLM reports of the prompt, beside the choices."""
-        extras: dict[str, Any] = {}
-        if self._body.prompt_logprobs is not None and output.prompt is not None:
-            extras["prompt_logprobs"] = prompt_logprobs(output.prompt, self._body.prompt_logprobs)
-        if self._body.return_token_ids and self._first:
-            extras["prompt_token_ids"] = list(self._prompt.ids)
-        return extras
-
-    def choice(self, output: Output) -> dict[str, Any]:
-        """The JSON choice for an output."""
-        self._first = False
-        choice: dict[str, Any] = {
-            "index": self._index,
-            **(self._delta(output) if self._body.stream else self._message(output)),
-            "logprobs": {"content": [self._logprob(token) for token in output.tokens], "refusal": None}
-            if self._body.logprobs
-            else None,
-            "finish_reason": self._finish_reason(output),
-            "stop_reason": output.stop_reason,
+    def chunk(self, envelope: Envelope, output: Output) -> ChatChunk:
+        """The chunk for an output."""
+        report = self.prompt_report(output)
+        choice: ChatChunkChoice = {
+            "delta": self._delta(output),
+            "logprobs": self._logprobs(output),
+            **self._choice(output),
         }
-        if self._body.return_token_ids:
-            choice["token_ids"] = [token.id for token in output.tokens]
-        if self._gates is not None:
-            choice["gates"] = self._gates.body(output)
-        return choice
+        return _chunk(envelope, [choice], report)
 
-    def _message(self, output: Output) -> dict[str, Any]:
+    def closing(self, envelope: Envelope) -> ChatChunk:
+        """A chunk without choices."""
+        return _chunk(envelope, [], {})
+
+    def choice(self, output: Output) -> ChatChoice:
+        """The choice for an output that is the whole answer."""
+        return {
+            "message": self._message(output),
+            "logprobs": self._logprobs(output),
+            **self._choice(output),
+        }
+
+    def prompt_report(self, output: Output) -> PromptReport:
+        """What vLLM reports of the prompt, beside the choices; asked before `choice`."""
+        return self._report.prompt(output, first=self._first)
+
+    def _choice(self, output: Output) -> Choice:
+        self._first = False
+        ended = finish_reason(output)
+        return {
+            "index": self._index,
+            "finish_reason": "tool_calls" if self._called and ended == "stop" else ended,
+            "stop_reason": output.stop_reason,
+            **self._report.tokens(output),
+        }
+
+    def _message(self, output: Output) -> ChatMessage:
         content = None if self._calls and not output.text else output.text
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message: ChatMessage = {"role": "assistant", "content": content, "refusal": None}
         if self._calls:
             message["tool_calls"] = [call.body() for call in self._calls]
         self._calls = []
-        return {"message": message}
+        return message
 
-    def _delta(self, output: Output) -> dict[str, Any]:
-        delta: dict[str, Any] = {"content": output.text} if output.text else {}
+    def _delta(self, output: Output) -> ChatDelta:
+        delta: ChatDelta = {"content": output.text} if output.text else {}
         if self._calls:
             first = self._called - len(self._calls)
-            delta["tool_calls"] = [{"index": i} | call.body() for i, call in enumerate(self._calls, first)]
+            delta["tool_calls"] = [{"index": i, **call.body()} for i, call in enumerate(self._calls, first)]
         self._calls = []
-        return {"delta": delta}
+        return delta
 
-    def _finish_reason(self, output: Output) -> str | None:
-        return "tool_calls" if self._called and output.finish_reason == "stop" else output.finish_reason
+    def _logprobs(self, output: Output) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        return {"content": [self._logprob(token) for token in output.tokens], "refusal": None}
 
-    def _logprob(self, token: Token) -> dict[str, Any]:
+    def _logprob(self, token: Token) -> ChatTokenLogprob:
         likeliest = token.top[: self._body.top_logprobs or 0]
-        return _entry(token.text, token.logprob or 0.0) | {
-            "top_logprobs": [_entry(text, logprob) for _, text, logprob in likeliest]
+        return {
+            **_entry(token.text, token.logprob or 0.0),
+            "top_logprobs": [_entry(text, logprob) for _, text, logprob in likeliest],
         }
 
 
-def _entry(text: str, logprob: float) -> dict[str, Any]:
+def _chunk(envelope: Envelope, choices: list[ChatChunkChoice], report: PromptReport) -> ChatChunk:
+    return {**envelope, "object": "chat.completion.chunk", "choices": choices, **report}
+
+
+def _entry(text: str, logprob: float) -> ChatLogprob:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from nr_serve.api.answers import GateWriter, legacy_logprobs, prompt_logprobs
+from nr_serve.api.answers import Reporter, finish_reason, legacy_logprobs
 from nr_serve.api.ask import Prompt
+from nr_serve.api.forms import Completion, CompletionChoice, Envelope, LegacyLogprobs
 from nr_serve.api.schemas import CompletionBody
 from nr_serve.engine.messages import Output, Token
 from nr_serve.tokenizer import Tokenizer
 
-OBJECT = CHUNK = "text_completion"
+
+def completion(envelope: Envelope, writers: Sequence[CompletionWriter], outputs: Sequence[Output]) -> Completion:
+    """The whole answer: a choice of each writer, for its output."""
+    choices = [writer.choice(output) for writer, output in zip(writers, outputs, strict=True)]
+    return {**envelope, "object": "text_completion", "choices": choices}
 
 
 class CompletionWriter:
@@ -21,11 +26,11 @@ class CompletionWriter:
         self._body = body
         self._prompt = prompt
         self._index = index
-        self._gates = GateWriter(tokenizer, prompt.ids) if body.gates else None
+        self._report = Reporter(tokenizer, body, prompt)
         self._offset = 0
         self._first = True
 
-    def opening(self) -> None:
+    def opening(self, envelope: Envelope) -> None:
         """Completions begin with their text."""
 
     def parts(self, output: Output) -> list[Output]:
@@ -39,30 +44,27 @@ class CompletionWriter:
         opens = self._first and (body.echo or output.prompt is not None)
         return bool(output.text or output.finish_reason or opens or (reported and output.tokens))
 
-    def extras(self, output: Output) -> dict[str, Any]:
-        """Completions say everything in the choice."""
-        return {}
+    def chunk(self, envelope: Envelope, output: Output) -> Completion:
+        """The chunk for an output."""
+        return {**envelope, "object": "text_completion", "choices": [self.choice(output)]}
 
-    def choice(self, output: Output) -> dict[str, Any]:
-        """The JSON choice for an output."""
+    def closing(self, envelope: Envelope) -> Completion:
+        """A chunk without choices."""
+        return {**envelope, "object": "text_completion", "choices": []}
+
+    def choice(self, output: Output) -> CompletionChoice:
+        """The choice for an output."""
         first, self._first = self._first, False
         text = self._echoed() + output.text if first else output.text
-        choice: dict[str, Any] = {
+        return {
             "index": self._index,
             "text": text,
             "logprobs": self._logprobs(output),
-            "finish_reason": output.finish_reason,
+            "finish_reason": finish_reason(output),
             "stop_reason": output.stop_reason,
+            **self._report.prompt(output, first=first),
+            **self._report.tokens(output),
         }
-        if self._body.prompt_logprobs is not None and output.prompt is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(output.prompt, self._body.prompt_logprobs)
-        if self._body.return_token_ids:
-            choice["token_ids"] = [token.id for token in output.tokens]
-            if first:
-                choice["prompt_token_ids"] = list(self._prompt.ids)
-        if self._gates is not None:
-            choice["gates"] = self._gates.body(output)
-        return choice
 
     def _echoed(self) -> str:
         if not self._body.echo:
@@ -71,7 +73,7 @@ class CompletionWriter:
             return self._prompt.text
         return self._tokenizer.decode(self._prompt.ids, special_tokens=True)
 
-    def _logprobs(self, output: Output) -> dict[str, Any] | None:
+    def _logprobs(self, output: Output) -> LegacyLogprobs | None:
         if self._body.logprobs is None:
             return None
         tokens: tuple[Token, ...] = output.tokens

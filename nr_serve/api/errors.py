@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from nr_serve.api.forms import ErrorAnswer
 from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooManyRequests, Unauthorized
 
 _TYPES = {status: kind.type for status, kind in BY_STATUS.items()} | {405: "MethodNotAllowedError"}
@@ -24,7 +25,7 @@ _TYPE_NAMES = {"str", "int", "float", "bool", "dict", "none", "nullable"}
 """Names that pydantic puts in an error's place for the branch of a union, and that no field of ours has."""
 
 
-def error_body(error: NrError) -> dict[str, Any]:
+def error_body(error: NrError) -> ErrorAnswer:
     """The error as a JSON body."""
     return _body(error.message, error.type, error.param, error.status)
 
@@ -123,7 +124,7 @@ def _param(place: Sequence[str | int]) -> str | None:
     return name or None
 
 
-def _body(message: str, kind: str, param: str | None, status: int) -> dict[str, Any]:
+def _body(message: str, kind: str, param: str | None, status: int) -> ErrorAnswer:
     return {
         "error": {
             "message": _sendable(message[:_LONGEST_MESSAGE]),

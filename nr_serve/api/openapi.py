@@ -1,11 +1,15 @@
-"""The answers' forms, for the OpenAPI document alone: routes write plain dictionaries, tests hold them to this."""
+"""What the OpenAPI document says of answers: taken from what routes are annotated to return, with examples."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
+from nr_serve.api.forms import ChatChunk, ChatCompletion, Completion, Detokenized, ErrorAnswer, Tokens
+from nr_serve.api.sse import DONE, event
 from nr_serve.errors import (
     BadRequest,
     NotFound,
@@ -17,336 +21,8 @@ from nr_serve.errors import (
     Unavailable,
 )
 
-
-class Answer(BaseModel):
-    """A JSON object of an answer."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-def _example(example: dict[str, Any]) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"example": example})
-
-
-class ErrorDetail(Answer):
-    """What went wrong."""
-
-    message: str
-    type: str = Field(examples=["BadRequestError"])
-    param: str | None = Field(description="the field to blame")
-    code: int = Field(description="the HTTP status", examples=[400])
-
-
-class ErrorAnswer(Answer):
-    """Every refusal, in OpenAI's form."""
-
-    error: ErrorDetail
-
-
-class PromptTokensDetails(Answer):
-    """What became of the prompt's tokens."""
-
-    cached_tokens: int = Field(description="found in the prefix cache, and not computed again")
-
-
-class Usage(Answer):
-    """Tokens read and written; a prompt counts once, whatever `n` is."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class Gates(Answer):
-    """With `gates`: for every token the share of each adapter's blocks that fired, beside the text it completes."""
-
-    prompt: list[dict[str, float]] | None = None
-    prompt_text: list[str] | None = None
-    tokens: list[dict[str, float]]
-    token_text: list[str]
-
-
-class PromptLogprob(Answer):
-    """With `prompt_logprobs`: a token that is, or might have been, in the prompt."""
-
-    logprob: float
-    rank: int | None = Field(description="1 is the likeliest; null if it is not among them")
-    decoded_token: str
-
-
-PromptLogprobs = list[dict[str, PromptLogprob] | None]
-FinishReason = Literal["stop", "length", "tool_calls", "abort"]
-
-
-class LegacyLogprobs(Answer):
-    """Log probabilities as parallel lists."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class Choice(Answer):
-    """What a choice of either kind has."""
-
-    index: int
-    finish_reason: FinishReason | None = Field(description="null in all but the last chunk of a stream")
-    stop_reason: int | str | None = Field(None, description="the stop string or token id that ended it")
-    token_ids: list[int] | None = None
-    gates: Gates | None = None
-
-
-class CompletionChoice(Choice):
-    """One text."""
-
-    text: str
-    logprobs: LegacyLogprobs | None = None
-    prompt_logprobs: PromptLogprobs | None = None
-    prompt_token_ids: list[int] | None = None
-
-
-class Envelope(Answer):
-    """What surrounds the choices."""
-
-    id: str
-    created: int = Field(description="Unix time")
-    model: str
-    system_fingerprint: str
-    service_tier: Literal["default"] | None = None
-    usage: Usage | None = None
-
-
-class Completion(Envelope):
-    """An answer of /v1/completions; chunks of a stream have the same form."""
-
-    object: Literal["text_completion"]
-    choices: list[CompletionChoice]
-
-    model_config = _example(
-        {
-            "id": "cmpl-6f0c",
-            "object": "text_completion",
-            "created": 1790000000,
-            "model": "smollm2-135m-instruct",
-            "system_fingerprint": "f00d",
-            "choices": [{"index": 0, "text": " Paris.", "finish_reason": "stop"}],
-            "usage": {
-                "prompt_tokens": 5,
-                "completion_tokens": 3,
-                "total_tokens": 8,
-                "prompt_tokens_details": {"cached_tokens": 0},
-            },
-        }
-    )
-
-
-class FunctionCalled(Answer):
-    """A function and its arguments."""
-
-    name: str
-    arguments: str = Field(description="a JSON object", examples=['{"city": "Budapest"}'])
-
-
-class ToolCalled(Answer):
-    """A call the model made."""
-
-    id: str
-    type: Literal["function"]
-    function: FunctionCalled
-
-
-class ChatLogprob(Answer):
-    """A token and its log probability."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatTokenLogprob(ChatLogprob):
-    """A token of the answer, and the likeliest in its place."""
-
-    top_logprobs: list[ChatLogprob]
-
-
-class ChatLogprobs(Answer):
-    """Log probabilities, an entry per token."""
-
-    content: list[ChatTokenLogprob]
-    refusal: None = None
-
-
-class ChatMessage(Answer):
-    """What the assistant says."""
-
-    role: Literal["assistant"]
-    content: str | None = Field(description="null beside tool calls without text")
-    refusal: None = None
-    tool_calls: list[ToolCalled] | None = None
-
-
-class ChatChoice(Choice):
-    """One message."""
-
-    message: ChatMessage
-    logprobs: ChatLogprobs | None = None
-
-
-class ChatCompletion(Envelope):
-    """An answer of /v1/chat/completions."""
-
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-    prompt_logprobs: PromptLogprobs | None = None
-    prompt_token_ids: list[int] | None = None
-
-    model_config = _example(
-        {
-            "id": "chatcmpl-6f0c",
-            "object": "chat.completion",
-            "created": 1790000000,
-            "model": "smollm2-135m-instruct",
-            "system_fingerprint": "f00d",
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {"role": "assistant", "content": "Paris."},
-                    "finish_reason": "stop",
-                }
-            ],
-            "usage": {
-                "prompt_tokens": 31,
-                "completion_tokens": 3,
-                "total_tokens": 34,
-                "prompt_tokens_details": {"cached_tokens": 16},
-            },
-        }
-    )
-
-
-class Model(Answer):
-    """A name that `model` may be: the base, the bare base, or an adapter, which has the last three fields."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    root: str
-    parent: str | None
-    max_model_len: int
-    fingerprint: str
-    version: str | None = None
-    language: str | None = None
-    state: Literal["loading", "attached", "registered"] | None = None
-
-
-class ModelList(Answer):
-    """All of them."""
-
-    object: Literal["list"]
-    data: list[Model]
-
-
-class Tokens(Answer):
-    """Token ids of a text."""
-
-    model_config = _example(
-        {"count": 2, "max_model_len": 8192, "tokens": [19556, 17], "token_strs": ["Hello", "!"]}
-    )
-
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = Field(None, description="with `return_token_strs`")
-
-
-class Detokenized(Answer):
-    """Text of token ids."""
-
-    model_config = _example({"prompt": "Hello!"})
-
-    prompt: str
-
-
-class LayerGroupGates(Answer):
-    """Gate totals of some layers."""
-
-    layers: str = Field(examples=["0-9"])
-    fired: int
-    seen: int
-    fired_rate: float | None
-
-
-class AdapterGates(Answer):
-    """An adapter's gate totals, over tokens that selected it."""
-
-    fired: int
-    seen: int
-    fired_rate: float | None
-    mass: float
-    layer_groups: list[LayerGroupGates]
-
-
-class ProbeLeak(Answer):
-    """The leak on one probe text."""
-
-    leak: float = Field(description="share of token-layers on which a gate fired")
-    tokens: int
-
-
-class Adapter(Answer):
-    """A registered adapter."""
-
-    name: str
-    object: Literal["adapter"]
-    version: str
-    domain: str
-    state: Literal["loading", "attached", "registered"]
-    slot: int | None
-    bytes: int
-    h: int
-    carry: float
-    threshold: float
-    pinned: bool
-    requests: int
-    loaded_at: float
-    load_seconds: float
-    gates: AdapterGates
-    neutrality: dict[str, ProbeLeak] | None
-    measuring: bool
-    fired_by_selected: dict[str, int]
-    deleted: bool | None = None
-
-
-class AdapterList(Answer):
-    """All of them."""
-
-    object: Literal["list"]
-    data: list[Adapter]
-
-
-class Health(Answer):
-    """The server's state."""
-
-    status: str = Field(examples=["ready"])
-
-
-class Ready(Health):
-    """The server takes requests."""
-
-    model: str
-
-
-class Versions(Answer):
-    """Versions of the server and of what it runs on."""
-
-    version: str
-    torch: str
-    transformers: str
-
-
+F = TypeVar("F")
+Responses = dict[int | str, dict[str, Any]]
 _ANYWHERE: tuple[type[NrError], ...] = (
     BadRequest,
     Unauthorized,
@@ -359,25 +35,57 @@ _ANYWHERE: tuple[type[NrError], ...] = (
 )
 
 
-def answers(model: type[Answer], *refused: type[NrError], events: str | None = None) -> dict[int | str, Any]:
-    """A route's `responses`: `model`, with `events` as an example if it can be streamed, and its `refusals`."""
-    whole: dict[str, Any] = {"model": model, "description": (model.__doc__ or "").strip()}
-    if events is not None:
-        stream = {
-            "schema": {"type": "string", "description": "events; the data of each is a chunk, of the last [DONE]"},
-            "example": events,
-        }
-        whole["content"] = {"text/event-stream": stream}
-    return {200: whole, **refusals(*refused)}
+class Json(JSONResponse, Generic[F]):
+    """An answer in a form. It is sent as it is: that it has the form is the type checker's to say."""
+
+    def __init__(self, body: F, status: int = 200) -> None:
+        super().__init__(body, status)
 
 
-def refusals(*kinds: type[NrError]) -> dict[int | str, Any]:
+class AnswerRoute(APIRoute):
+    """A route whose document has the form of the `Json` that its endpoint returns, and what any may refuse with."""
+
+    def __init__(
+        self, path: str, endpoint: Callable[..., Any], *, responses: Responses | None = None, **settings: Any
+    ) -> None:
+        documented = refusals() | (responses or {})
+        form = _form(endpoint)
+        if form is not None:
+            documented[200] = answer(form) | documented.get(200, {})
+        settings["response_model"] = None  # FastAPI would check the answer against it
+        super().__init__(path, endpoint, responses=documented, **settings)
+
+
+def _form(endpoint: Callable[..., Any]) -> type | None:
+    """What the `Json` holds that an endpoint returns, perhaps among other answers."""
+    returned = get_type_hints(endpoint)["return"]
+    for kind in (returned, *get_args(returned)):
+        if get_origin(kind) is Json:
+            form: type = get_args(kind)[0]
+            return form
+    return None
+
+
+def answer(form: type) -> dict[str, Any]:
+    """An answer of a form, which describes it."""
+    return {"model": form, "description": form.__doc__}
+
+
+def streamed(events: str) -> Responses:
+    """An answer that may also be a stream, such as `events`."""
+    schema = {"type": "string", "description": "events; the data of each is a chunk, of the last [DONE]"}
+    return {200: {"content": {"text/event-stream": {"schema": schema, "example": events}}}}
+
+
+def refusals(*kinds: type[NrError]) -> Responses:
     """The errors that any route may answer with, and those of `kinds`, by their status."""
     return {kind.status: _refusal(kind) for kind in (*_ANYWHERE, *kinds)}
 
 
 def _refusal(kind: type[NrError]) -> dict[str, Any]:
-    example = {"error": {"message": "what is wrong", "type": kind.type, "param": "prompt", "code": kind.status}}
+    example: ErrorAnswer = {
+        "error": {"message": "what is wrong", "type": kind.type, "param": "prompt", "code": kind.status}
+    }
     return {
         "model": ErrorAnswer,
         "description": (kind.__doc__ or "").strip().split("\n")[0],
@@ -385,14 +93,64 @@ def _refusal(kind: type[NrError]) -> dict[str, Any]:
     }
 
 
-COMPLETION_EVENTS = (
-    'data: {"id": "cmpl-6f0c", "object": "text_completion", "created": 1790000000, '
-    '"model": "smollm2-135m-instruct", "system_fingerprint": "f00d", "choices": [{"index": 0, '
-    '"text": " Paris.", "logprobs": null, "finish_reason": "stop", "stop_reason": null}]}\n\ndata: [DONE]\n\n'
-)
-CHAT_EVENTS = (
-    'data: {"id": "chatcmpl-6f0c", "object": "chat.completion.chunk", "created": 1790000000, '
-    '"model": "smollm2-135m-instruct", "system_fingerprint": "f00d", "choices": [{"index": 0, '
-    '"delta": {"content": "Paris."}, "logprobs": null, "finish_reason": "stop", "stop_reason": null}]}'
-    "\n\ndata: [DONE]\n\n"
-)
+_COMPLETION: Completion = {
+    "id": "cmpl-6f0c",
+    "object": "text_completion",
+    "created": 1790000000,
+    "model": "smollm2-135m-instruct",
+    "system_fingerprint": "f00d",
+    "choices": [{"index": 0, "text": " Paris.", "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
+}
+_WHOLE_COMPLETION: Completion = {
+    **_COMPLETION,
+    "usage": {
+        "prompt_tokens": 5,
+        "completion_tokens": 3,
+        "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    },
+}
+_CHAT: ChatCompletion = {
+    "id": "chatcmpl-6f0c",
+    "object": "chat.completion",
+    "created": 1790000000,
+    "model": "smollm2-135m-instruct",
+    "system_fingerprint": "f00d",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Paris.", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
+    ],
+    "usage": {
+        "prompt_tokens": 31,
+        "completion_tokens": 3,
+        "total_tokens": 34,
+        "prompt_tokens_details": {"cached_tokens": 16},
+    },
+}
+_CHAT_CHUNK: ChatChunk = {
+    "id": "chatcmpl-6f0c",
+    "object": "chat.completion.chunk",
+    "created": 1790000000,
+    "model": "smollm2-135m-instruct",
+    "system_fingerprint": "f00d",
+    "choices": [
+        {"index": 0, "delta": {"content": "Paris."}, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    ],
+}
+_TOKENS: Tokens = {"count": 2, "max_model_len": 8192, "tokens": [19556, 17], "token_strs": ["Hello", "!"]}
+_DETOKENIZED: Detokenized = {"prompt": "Hello!"}
+
+EXAMPLES: dict[str, Mapping[str, object]] = {
+    "Completion": _WHOLE_COMPLETION,
+    "ChatCompletion": _CHAT,
+    "Tokens": _TOKENS,
+    "Detokenized": _DETOKENIZED,
+}
+"""By the name of their form."""
+COMPLETION_EVENTS = (event(_COMPLETION) + DONE).decode()
+CHAT_EVENTS = (event(_CHAT_CHUNK) + DONE).decode()

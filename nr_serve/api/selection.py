@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from nr_serve.api.context import Context
+from nr_serve.api.forms import Model
 from nr_serve.engine.messages import AdapterView
 from nr_serve.errors import BadRequest, NotFound
 from nr_serve.names import check_adapter_name
@@ -48,14 +48,15 @@ def check_name(context: Context, name: str, param: str | None = "name") -> None:
     check_adapter_name(name, context.engine.info.model, param=param)
 
 
-def model_cards(context: Context) -> list[dict[str, Any]]:
+def model_cards(context: Context) -> list[Model]:
     """Everything that `model` may be, as /v1/models shows it."""
     base = context.engine.info.model
-    cards = [_card(context, base), _card(context, base + NONE) | {"parent": base}]
-    return cards + [_adapter_card(context, view) for view in context.engine.adapters.values()]
+    bare: Model = {**_card(context, base + NONE), "parent": base}
+    adapters = [_adapter_card(context, view) for view in context.engine.adapters.values()]
+    return [_card(context, base), bare, *adapters]
 
 
-def model_card(context: Context, model: str) -> dict[str, Any]:
+def model_card(context: Context, model: str) -> Model:
     """One model's card. Raises NotFound for an unknown name."""
     for card in model_cards(context):
         if card["id"] == model:
@@ -78,7 +79,7 @@ def _unknown(model: str) -> NotFound:
     return NotFound(f"The model `{model}` does not exist", param="model")
 
 
-def _card(context: Context, name: str) -> dict[str, Any]:
+def _card(context: Context, name: str) -> Model:
     info = context.engine.info
     return {
         "id": name,
@@ -92,8 +93,9 @@ def _card(context: Context, name: str) -> dict[str, Any]:
     }
 
 
-def _adapter_card(context: Context, view: AdapterView) -> dict[str, Any]:
-    return _card(context, view.name) | {
+def _adapter_card(context: Context, view: AdapterView) -> Model:
+    return {
+        **_card(context, view.name),
         "created": int(view.loaded_at),
         "parent": context.engine.info.model,
         "version": view.version,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,10 +15,11 @@ from nr_serve.api.errors import error_body
 from nr_serve.errors import NrError
 
 T = TypeVar("T")
+Body = Mapping[str, object]
 DONE = b"data: [DONE]\n\n"
 
 
-def event(body: dict[str, Any]) -> bytes:
+def event(body: Body) -> bytes:
     """One event."""
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
@@ -28,7 +29,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, bodies: AsyncGenerator[dict[str, Any], None], source: AsyncGenerator[Any, None]) -> None:
+    def __init__(self, bodies: AsyncGenerator[Body, None], source: AsyncGenerator[Any, None]) -> None:
         self._bodies = bodies
         self._source = source
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})

@@ -6,16 +6,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import APIRouter
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from nr_serve import __version__
 from nr_serve.api.context import Ctx
-from nr_serve.api.openapi import Health, Ready, Versions, answers, refusals
+from nr_serve.api.forms import Health, Ready, Versions
+from nr_serve.api.openapi import AnswerRoute, Json
 from nr_serve.errors import Unavailable
 
-router = APIRouter()
+router = APIRouter(route_class=AnswerRoute)
 
 _PAGE = (Path(__file__).parent / "playground.html").read_text(encoding="utf-8")
 _PAGE_HEADERS = {
@@ -29,41 +30,40 @@ _PAGE_HEADERS = {
 }
 
 
-@router.get("/health", responses=answers(Health))
-async def health(context: Ctx) -> JSONResponse:
+@router.get("/health")
+async def health(context: Ctx) -> Json[Health]:
     """200 while the process can do its work, or may soon; 503 once the engine failed."""
     engine = context.engine
     if engine.status in ("failed", "stopped"):
         raise Unavailable(f"the engine {engine.status}; the server's log says why")
-    return JSONResponse({"status": "draining" if context.work.draining else engine.status})
+    return Json({"status": "draining" if context.work.draining else engine.status})
 
 
-@router.get("/ready", responses=answers(Ready))
-async def ready(context: Ctx) -> JSONResponse:
+@router.get("/ready")
+async def ready(context: Ctx) -> Json[Ready]:
     """200 while requests are taken; 503 before, and once the server was told to end."""
     if context.work.draining:
         raise Unavailable("the server is shutting down")
-    return JSONResponse({"status": "ready", "model": context.engine.info.model})
+    return Json({"status": "ready", "model": context.engine.info.model})
 
 
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **refusals()},
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(context: Ctx) -> Response:
     """Prometheus metrics."""
     return Response(await context.engine.scrape(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/version", responses=answers(Versions))
-async def versions(context: Ctx) -> JSONResponse:
+@router.get("/version")
+async def versions(context: Ctx) -> Json[Versions]:
     """Versions of the server and of what it runs on."""
-    parts = {name: version(name) for name in ("torch", "transformers")}
-    return JSONResponse({"version": __version__, **parts})
+    return Json({"version": __version__, "torch": version("torch"), "transformers": version("transformers")})
 
 
-@router.get("/", response_class=HTMLResponse, responses=refusals())
+@router.get("/", response_class=HTMLResponse)
 async def playground() -> HTMLResponse:
     """A page to try the server."""
     return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter, model_validator
 
 from nr_serve.api.body import Body, JsonObject, Name, Text, whole_characters
+from nr_serve.api.forms import ToolCalled
 from nr_serve.api.structured import json_rule
 from nr_serve.errors import BadRequest
 
@@ -197,7 +198,7 @@ class Call:
     """A JSON object."""
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex}")
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ToolCalled:
         """OpenAI's tool call object."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from nr_serve.api.forms import Adapter, AdapterGates, ProbeLeak
+from nr_serve.engine.messages import AdapterView, GateStatistics
 
-from nr_serve.engine.messages import AdapterGates, AdapterView, GateStatistics, Neutrality
 
-
-def adapter_body(view: AdapterView, statistics: GateStatistics) -> dict[str, Any]:
+def adapter_body(view: AdapterView, statistics: GateStatistics) -> Adapter:
     """An adapter as clients see it; the statistics say on whose traffic it fired."""
     cross = statistics.cross.items()
     return {
@@ -25,15 +24,15 @@ def adapter_body(view: AdapterView, statistics: GateStatistics) -> dict[str, Any
         "requests": view.requests,
         "loaded_at": view.loaded_at,
         "load_seconds": view.load_seconds,
-        "gates": gates_body(view.gates),
-        "neutrality": neutrality_body(view.neutrality),
+        "gates": _gates(view),
+        "neutrality": _neutrality(view),
         "measuring": view.measuring,
         "fired_by_selected": {selected: count for (name, selected), count in cross if name == view.name},
     }
 
 
-def gates_body(gates: AdapterGates) -> dict[str, Any]:
-    """Gate totals; a rate is None until a token was seen."""
+def _gates(view: AdapterView) -> AdapterGates:
+    gates = view.gates
     return {
         "fired": sum(gates.fired),
         "seen": sum(gates.seen),
@@ -46,11 +45,10 @@ def gates_body(gates: AdapterGates) -> dict[str, Any]:
     }
 
 
-def neutrality_body(neutrality: Neutrality | None) -> dict[str, Any] | None:
-    """The leak on each probe text, a share of its token-layers; None until it was measured."""
-    if neutrality is None:
+def _neutrality(view: AdapterView) -> dict[str, ProbeLeak] | None:
+    if view.neutrality is None:
         return None
-    return {name: {"leak": measured.rate, "tokens": measured.tokens} for name, measured in neutrality.items()}
+    return {name: {"leak": leak.rate, "tokens": leak.tokens} for name, leak in view.neutrality.items()}
 
 
 def _rate(fired: int, seen: int) -> float | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
+from nr_serve.api.forms import Adapter
 from nr_serve.commands.base import Remote
 from nr_serve.commands.table import table
 from nr_serve.errors import Conflict
@@ -71,7 +70,7 @@ def list_adapters(command: ListAdapters) -> int:
     return 0
 
 
-def _row(adapter: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(adapter: Adapter) -> tuple[str, ...]:
     rate = adapter["gates"]["fired_rate"]
     return (
         adapter["name"] + (" (pinned)" if adapter["pinned"] else ""),
@@ -87,7 +86,7 @@ def _row(adapter: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _leak(adapter: Mapping[str, Any]) -> str:
+def _leak(adapter: Adapter) -> str:
     """The worst on any probe text, and the text's name if there is anything to see on it."""
     if adapter["neutrality"] is None:
         return "measuring" if adapter["measuring"] else "-"
@@ -96,5 +95,5 @@ def _leak(adapter: Mapping[str, Any]) -> str:
     return shown if shown == "0.00%" else f"{shown} ({name})"
 
 
-def _place(adapter: Mapping[str, Any]) -> str:
+def _place(adapter: Adapter) -> str:
     return adapter["state"] if adapter["slot"] is None else f"slot {adapter['slot']}"

@@ -133,7 +133,7 @@ def test_an_error_in_mid_stream_keeps_its_kind(server, monkeypatch):
 
     stream = server.stream("A fájl", max_tokens=200, temperature=0, ignore_eos=True)
     next(stream)
-    monkeypatch.setattr("nr_serve.api.openai.Usage.count", late)
+    monkeypatch.setattr("nr_serve.api.openai.Tally.count", late)
     with pytest.raises(TimedOut, match="too late") as caught:
         list(stream)
     assert caught.value.param == "timeout"
@@ -145,7 +145,7 @@ def test_a_bug_in_mid_stream_is_logged_once_and_ends_it(server, caplog, monkeypa
 
     stream = server.stream("A fájl", max_tokens=200, temperature=0, ignore_eos=True)
     next(stream)
-    monkeypatch.setattr("nr_serve.api.openai.Usage.count", bug)
+    monkeypatch.setattr("nr_serve.api.openai.Tally.count", bug)
     with pytest.raises(NrError, match="broke off"):
         list(stream)
     (record,) = [record for record in caplog.records if record.exc_info]
