@@ -320,7 +320,8 @@ def test_an_engine_that_fails_ends_the_run_and_leaves_the_rest_for_the_next(tmp_
         run(tmp_path, lines, ["--max-running", "1"])
     answers = read(tmp_path / "out.jsonl")
     assert 0 < len(answers) < 30
-    assert all(answer["response"]["status_code"] == 200 for answer in answers)
+    statuses = {answer["response"]["status_code"] for answer in answers}
+    assert {200} <= statuses <= {200, 500}, "what was under way when the engine failed may say so"
     engines.prepare = Fakes.prepare
     assert run(tmp_path, lines, ["--max-running", "1"])[0] == 0
     assert len(by_id(read(tmp_path / "out.jsonl"))) == 30
