@@ -30,6 +30,7 @@ def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
     Fetches the default base if that is asked for. Raises NrError for a wrong adapter or folder.
     """
     _check_adapters(config)
+    _begin_compiling(config)
     model = model_folder(config.model, log.info if config.log_format == "json" else None)
     for entry in config.adapter:
         check_adapter_name(adapter_entry(entry)[0], config.base_name(model))
@@ -38,6 +39,18 @@ def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
         lambda deliver: _engine(config, model, tokenizer, deliver), _metrics(config, model), _tracing(config)
     )
     return engine, create_app(engine, tokenizer, config)
+
+
+def _begin_compiling(config: ServeConfig) -> None:
+    """Operators for a CPU take longer than all else at a first start, so they are begun first."""
+    if not config.compile or config.device == "cuda":
+        return
+    import torch  # help must start at once
+
+    from nr_serve.engine.model.cpu_operators import begin
+
+    if config.device == "cpu" or not torch.cuda.is_available():
+        begin()
 
 
 def model_folder(model: str, say: Callable[[str], None] | None = None) -> str | Path:

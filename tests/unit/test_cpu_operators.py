@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nr_serve.assemble import assemble
+from nr_serve.config import ServeConfig
 from nr_serve.engine.model import cpu_operators as module
-from nr_serve.engine.model.cpu_operators import CpuOperators, cpu_operators
+from nr_serve.engine.model.cpu_operators import CpuOperators, begin, cpu_operators
+from nr_serve.errors import UnsupportedBase
 from tests.compiled import operators_or_skip, torch_threads
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -170,6 +173,7 @@ def test_a_wrong_shape_or_type_is_an_error_not_a_crash(operators):
 def new_machine(monkeypatch, tmp_path):
     """Nothing compiled, and nothing remembered."""
     monkeypatch.setenv("NR_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "begin", begin.__wrapped__)
     monkeypatch.setattr(module, "cpu_operators", cpu_operators.__wrapped__)
     return tmp_path
 
@@ -188,6 +192,18 @@ def test_where_they_do_not_compile_there_are_none_and_the_log_says_why(new_machi
     assert module.cpu_operators() is None
     assert "unknown processor" in caplog.text
     assert not list((new_machine / "operators").glob("*")), "nothing half made stays"
+
+
+@pytest.mark.parametrize(
+    ("settings", "begins"),
+    [({"device": "cpu"}, True), ({"device": "cpu", "compile": False}, False), ({"device": "cuda"}, False)],
+)
+def test_a_start_compiles_before_all_else_where_steps_will_use_it(settings, begins, monkeypatch):
+    begun = []
+    monkeypatch.setattr(module, "begin", lambda: begun.append(True))
+    with pytest.raises(UnsupportedBase, match="/no/such"):
+        assemble(ServeConfig(model="/no/such", **settings))
+    assert bool(begun) is begins
 
 
 def test_what_was_compiled_is_used_again(operators, new_machine, monkeypatch):
@@ -216,7 +232,7 @@ def test_changed_sources_have_their_own_and_what_else_lies_there_does_not_count(
     (sources / "operators.o").write_bytes(b"\x80\xff")
     (sources / "__pycache__").mkdir()
     assert module._library() == first
-    for name in ("operators.cpp", "residues.h"):
+    for name in ("operators.cpp", "compute.cpp", "residues.h"):
         with (sources / name).open("ab") as file:
             file.write(b"// \xff")
         changed = module._library()

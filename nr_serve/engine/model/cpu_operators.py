@@ -1,4 +1,4 @@
-"""Operators of a decoder layer on a CPU: `cpu/operators.cpp`, compiled once for the processor at hand.
+"""Operators of a decoder layer on a CPU: those of `cpu/`, compiled once for the processor at hand.
 
 Knows how they are built and loaded, not where they are used.
 """
@@ -11,8 +11,10 @@ import os
 import platform
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,13 +56,29 @@ class CpuOperators:
 
 
 @cache
+def begin() -> Future[Path]:
+    """Begin to compile the operators, if need be, beside what is done until `cpu_operators` waits for them."""
+    library: Future[Path] = Future()
+
+    def make() -> None:
+        try:
+            library.set_result(_library())
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            library.set_exception(error)
+
+    # A daemon: nobody who mistyped a folder waits for the compiler.
+    threading.Thread(target=make, name="nr-compiler", daemon=True).start()
+    return library
+
+
+@cache
 def cpu_operators() -> CpuOperators | None:
-    """The operators, compiled now if this machine has not done so before: that takes some ten seconds.
+    """The operators. Waits until they are compiled, if this machine has not done so before.
 
     None, and the reason in the log, where they cannot be had: torch's own do the work then, more slowly.
     """
     try:
-        torch.ops.load_library(_library())  # type: ignore[no-untyped-call]
+        torch.ops.load_library(begin().result())  # type: ignore[no-untyped-call]
     except FileNotFoundError as error:
         log.warning("no C++ compiler (%s): steps take up to twice as long; g++ would do", error.filename)
         return None
@@ -103,14 +121,23 @@ def _library() -> Path:
 
 def _compiled(compiler: str, folder: Path) -> Path:
     """Compile and link apart: linking with -fopenmp would bring a second pool of threads beside torch's."""
-    torch_folder = Path(torch.__file__).parent
-    compiled, library = folder / "operators.o", folder / "operators.so"
+    torch_folder, library = Path(torch.__file__).parent, folder / "operators.so"
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    headers, source = torch_folder / "include", _SOURCES / "operators.cpp"
-    _run(compiler, *_FLAGS, abi, "-isystem", headers, "-c", source, "-o", compiled)
-    _run(compiler, "-shared", compiled, "-L", torch_folder / "lib", "-ltorch_cpu", "-lc10", "-o", library)
+    compiling = (compiler, *_FLAGS, abi, "-isystem", torch_folder / "include", "-c")
+    parts = {source: folder / f"{source.stem}.o" for source in sorted(_SOURCES.glob("*.cpp"))}
+    _run(*((*compiling, source, "-o", part) for source, part in parts.items()))
+    libraries = ("-L", torch_folder / "lib", "-ltorch_cpu", "-lc10")
+    _run((compiler, "-shared", *parts.values(), *libraries, "-o", library))
     return library
 
 
-def _run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def _run(*commands: Sequence[str | Path]) -> None:
+    """Run commands at once and wait for all. Raises CalledProcessError for one that failed."""
+    running = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    said = [process.communicate()[1] for process in running]
+    for process, errors in zip(running, said, strict=True):
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)

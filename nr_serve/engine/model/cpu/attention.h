@@ -2,10 +2,9 @@
 
 #pragma once
 
-#include <ATen/ops/empty_like.h>
-
 #include <vector>
 
+#include "operators.h"
 #include "vectors.h"
 
 namespace nr_serve {
@@ -122,7 +121,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
   for (const Tensor* x : {&keys, &values}) TORCH_CHECK(x->scalar_type() == query.scalar_type() && x->size(2) == D);
   TORCH_CHECK(query.size(0) == B && positions.numel() == B && H == G * K && keys.sizes() == values.sizes());
   check_positions(positions, N);
-  Tensor out = at::empty_like(query);
+  Tensor out = query.new_empty(query.sizes());
   with_type(query, [&](auto type) {
     using T = decltype(type);
     const T *q = query.const_data_ptr<T>(), *k = keys.const_data_ptr<T>(), *v = values.const_data_ptr<T>();

@@ -2,13 +2,9 @@
 
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-
 #include <bit>
-#include <span>
-#include <vector>
 
+#include "operators.h"
 #include "vectors.h"
 
 namespace nr_serve {
@@ -53,13 +49,6 @@ void add_out(const T* out, int64_t d, int64_t h, const float* hidden, Size size,
                 [&](int64_t i, int64_t count) { store(y[f] + i, load(y[f] + i, count) + sums[f][i / W], count); });
 }
 
-// The tokens on which one slot fired, and what its block, of width h, makes of them.
-struct Fired {
-  int64_t slot, h;
-  std::vector<int64_t> tokens;
-  std::vector<float> g, hidden;
-};
-
 // Some of the hidden values of a block, scaled by g: W_in and W_gate are [2h, d]; x [T, d].
 template <typename T>
 void fill_hidden(Fired& block, const T* x, const T* up, int64_t d, int64_t from, int64_t to) {
@@ -77,91 +66,76 @@ void fill_hidden(Fired& block, const T* x, const T* up, int64_t d, int64_t from,
 // With more tokens oneDNN's products are faster than those made for few. They round hidden values.
 constexpr int64_t FEW = 40;
 
-// The blocks of all slots and layers: W_in and W_gate [S, L, 2H, d], and W_out transposed, [S, L, H, d].
-class Blocks {
- public:
-  Blocks(Tensor up, Tensor out, int64_t S, int64_t L, int64_t d) : up_(up), out_(out) {
-    const int64_t H = out.size(2);
-    TORCH_CHECK(up.sizes() == at::IntArrayRef({S, L, 2 * H, d}) && out.sizes() == at::IntArrayRef({S, L, H, d}));
-    TORCH_CHECK(up.scalar_type() == out.scalar_type());
-  }
+template <typename T>
+void Blocks::add_many(int64_t layer, const Fired& one, const Tensor& x, T* y) const {
+  const int64_t h = one.h, tokens = one.tokens.size(), d = out_.size(3);
+  const auto for_tokens = [&](int64_t size, auto&& f) {
+    at::parallel_for(0, tokens, grain(size), [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) f(i, one.tokens[i]);
+    });
+  };
+  const Tensor fired_x = x.new_empty({tokens, d}), hidden = x.new_empty({tokens, h});
+  for_tokens(d, [&](int64_t i, int64_t t) {
+    std::copy_n(x.const_data_ptr<T>() + t * d, d, fired_x.mutable_data_ptr<T>() + i * d);
+  });
+  const Tensor in_gate = fired_x.mm(up_[one.slot][layer].narrow(0, 0, 2 * h).t());
+  for_tokens(2 * h, [&](int64_t i, int64_t) {
+    const T* in = in_gate.const_data_ptr<T>() + i * 2 * h;
+    for_vectors(h, [&](int64_t j, int64_t count) {
+      const Vec gated = silu(load(in + h + j, count)) * load(in + j, count);
+      store(hidden.mutable_data_ptr<T>() + i * h + j, gated * Vec(one.g[i]), count);
+    });
+  });
+  const Tensor residues = hidden.mm(out_[one.slot][layer].narrow(0, 0, h));
+  for_tokens(d, [&](int64_t i, int64_t t) {
+    const T* residue = residues.const_data_ptr<T>() + i * d;
+    for_vectors(d, [&](int64_t j, int64_t count) {
+      store(y + t * d + j, load(y + t * d + j, count) + load(residue + j, count), count);
+    });
+  });
+}
 
-  at::ScalarType type() const { return up_.scalar_type(); }
+template <typename T>
+void Blocks::add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) const {
+  const int64_t d = out_.size(3);
+  const auto block = [&](const Tensor& weights, int64_t slot) {
+    return weights.const_data_ptr<T>() + slot * weights.stride(0) + layer * weights.stride(1);
+  };
+  int64_t rows = 0;
+  for (Fired& one : blocks) one.hidden.resize(one.tokens.size() * one.h), rows += one.h;
+  at::parallel_for(0, rows, grain(2 * d), [&](int64_t from, int64_t to) {  // the blocks' rows end to end
+    for (Fired& one : blocks) {
+      fill_hidden(one, x, block(up_, one.slot), d, std::max<int64_t>(from, 0), std::min(to, one.h));
+      from -= one.h, to -= one.h;
+    }
+  });
+  constexpr int64_t run = VECTORS_AT_ONCE * W;
+  at::parallel_for(0, (d + run - 1) / run, 1, [&](int64_t from, int64_t to) {
+    for (const Fired& one : blocks)
+      for_rows(one.tokens.size(), [&](auto tokens, int64_t f) {
+        for_columns<VECTORS_OF<tokens()>>(from * run, std::min(d, to * run), [&](auto size, int64_t i) {
+          T* rows[tokens()];
+          for (int k = 0; k < tokens(); ++k) rows[k] = y + one.tokens[f + k] * d + i;
+          add_out<tokens()>(block(out_, one.slot) + i, d, one.h, one.hidden.data() + f * one.h, size, rows);
+        });
+      });
+  });
+}
 
-  // Adds a layer's residues to y [T, d]: what the slots that fired make of x [T, d].
-  template <typename T>
-  void add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, T* y) const {
-    // In the order of the slots, so that the order of a token's sum does not depend on what shares its step.
-    std::sort(fired.begin(), fired.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
-    const auto many = [](const Fired& one) { return one.tokens.size() > FEW; };
+void Blocks::add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, const Tensor& y) const {
+  // In the order of the slots, so that the order of a token's sum does not depend on what shares its step.
+  std::sort(fired.begin(), fired.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
+  const auto many = [](const Fired& one) { return one.tokens.size() > FEW; };
+  with_type(x, [&](auto type) {
+    using T = decltype(type);
+    T* to = y.mutable_data_ptr<T>();
     for (auto next = fired.begin(); next != fired.end();) {
       const auto end = std::find_if(next, fired.end(), many);
-      if (next != end) add_few(layer, {next, end}, x.const_data_ptr<T>(), y);
+      if (next != end) add_few(layer, {next, end}, x.const_data_ptr<T>(), to);
       next = end;
-      if (next != fired.end()) add_many(layer, *next++, x, y);
+      if (next != fired.end()) add_many(layer, *next++, x, to);
     }
-  }
-
- private:
-  // Adds to y [T, d] what a block with many tokens makes of x [T, d].
-  template <typename T>
-  void add_many(int64_t layer, const Fired& one, const Tensor& x, T* y) const {
-    const int64_t h = one.h, tokens = one.tokens.size(), d = out_.size(3);
-    const auto for_tokens = [&](int64_t size, auto&& f) {
-      at::parallel_for(0, tokens, grain(size), [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) f(i, one.tokens[i]);
-      });
-    };
-    const Tensor fired_x = at::empty({tokens, d}, x.options()), hidden = at::empty({tokens, h}, x.options());
-    for_tokens(d, [&](int64_t i, int64_t t) {
-      std::copy_n(x.const_data_ptr<T>() + t * d, d, fired_x.mutable_data_ptr<T>() + i * d);
-    });
-    const Tensor in_gate = at::linear(fired_x, up_[one.slot][layer].narrow(0, 0, 2 * h));
-    for_tokens(2 * h, [&](int64_t i, int64_t) {
-      const T* in = in_gate.const_data_ptr<T>() + i * 2 * h;
-      for_vectors(h, [&](int64_t j, int64_t count) {
-        const Vec gated = silu(load(in + h + j, count)) * load(in + j, count);
-        store(hidden.mutable_data_ptr<T>() + i * h + j, gated * Vec(one.g[i]), count);
-      });
-    });
-    const Tensor residues = hidden.mm(out_[one.slot][layer].narrow(0, 0, h));
-    for_tokens(d, [&](int64_t i, int64_t t) {
-      const T* residue = residues.const_data_ptr<T>() + i * d;
-      for_vectors(d, [&](int64_t j, int64_t count) {
-        store(y + t * d + j, load(y + t * d + j, count) + load(residue + j, count), count);
-      });
-    });
-  }
-
-  // Adds to y [T, d] what blocks with few tokens make of x [T, d].
-  template <typename T>
-  void add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) const {
-    const int64_t d = out_.size(3);
-    const auto block = [&](const Tensor& weights, int64_t slot) {
-      return weights.const_data_ptr<T>() + slot * weights.stride(0) + layer * weights.stride(1);
-    };
-    int64_t rows = 0;
-    for (Fired& one : blocks) one.hidden.resize(one.tokens.size() * one.h), rows += one.h;
-    at::parallel_for(0, rows, grain(2 * d), [&](int64_t from, int64_t to) {  // the blocks' rows end to end
-      for (Fired& one : blocks) {
-        fill_hidden(one, x, block(up_, one.slot), d, std::max<int64_t>(from, 0), std::min(to, one.h));
-        from -= one.h, to -= one.h;
-      }
-    });
-    constexpr int64_t run = VECTORS_AT_ONCE * W;
-    at::parallel_for(0, (d + run - 1) / run, 1, [&](int64_t from, int64_t to) {
-      for (const Fired& one : blocks)
-        for_rows(one.tokens.size(), [&](auto tokens, int64_t f) {
-          for_columns<VECTORS_OF<tokens()>>(from * run, std::min(d, to * run), [&](auto size, int64_t i) {
-            T* rows[tokens()];
-            for (int k = 0; k < tokens(); ++k) rows[k] = y + one.tokens[f + k] * d + i;
-            add_out<tokens()>(block(out_, one.slot) + i, d, one.h, one.hidden.data() + f * one.h, size, rows);
-          });
-        });
-    });
-  }
-
-  Tensor up_, out_;
-};
+  });
+}
 
 }  // namespace nr_serve

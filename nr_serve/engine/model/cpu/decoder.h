@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "products.h"
+#include "operators.h"
 
 #ifdef NR_SERVE_PRODUCTS
 
@@ -13,9 +13,6 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
-#include "layer.h"
-#include "prompts.h"
 #include "residues.h"
 
 namespace nr_serve {

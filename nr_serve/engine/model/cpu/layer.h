@@ -2,12 +2,10 @@
 
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include <cmath>
 #include <optional>
 
+#include "operators.h"
 #include "vectors.h"
 
 namespace nr_serve {
@@ -29,7 +27,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && x.size(-1) == d &&
               x.scalar_type() == weight.scalar_type());
   TORCH_CHECK(d > 0);
-  Tensor y = at::empty_like(x);
+  Tensor y = x.new_empty(x.sizes());
   with_type(x, [&](auto type) {
     using T = decltype(type);
     const T *in = x.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
@@ -52,7 +50,7 @@ Tensor silu_mul(const Tensor& gate_up) {
   TORCH_CHECK(gate_up.is_contiguous() && h > 0 && gate_up.size(-1) == 2 * h);
   auto sizes = gate_up.sizes().vec();
   sizes.back() = h;
-  Tensor y = at::empty(sizes, gate_up.options());
+  Tensor y = gate_up.new_empty(sizes);
   with_type(gate_up, [&](auto type) {
     using T = decltype(type);
     const T* in = gate_up.const_data_ptr<T>();
@@ -98,7 +96,7 @@ Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Ten
     TORCH_CHECK(!*x || ((*x)->is_contiguous() && (*x)->numel() == D && (*x)->scalar_type() == qkv.scalar_type()));
   TORCH_CHECK(qkv.numel() == tokens * heads * D && H > 0 && D % 2 == 0 && keys.sizes() == values.sizes());
   TORCH_CHECK(cos.numel() == tokens * D && sin.numel() == tokens * D);
-  Tensor query = at::empty({tokens, H, D}, qkv.options());
+  Tensor query = qkv.new_empty({tokens, H, D});
   with_type(qkv, [&](auto type) {
     using T = decltype(type);
     const T *in = qkv.const_data_ptr<T>(), *c = cos.const_data_ptr<T>(), *s = sin.const_data_ptr<T>();

@@ -5,11 +5,8 @@
 
 #include <torch/library.h>
 
-#include "attention.h"
 #include "decoder.h"
-#include "layer.h"
-#include "products.h"
-#include "prompts.h"
+#include "operators.h"
 #include "residues.h"
 
 TORCH_LIBRARY(nr_serve, library) {

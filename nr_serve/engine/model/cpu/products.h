@@ -2,11 +2,10 @@
 
 #pragma once
 
-// Where there is AMX, oneDNN's own products are the faster ones.
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-#define NR_SERVE_PRODUCTS
+#include "operators.h"
 
-#include <ATen/ops/empty.h>
+#ifdef NR_SERVE_PRODUCTS
+
 #include <immintrin.h>
 
 #include <optional>
@@ -75,7 +74,7 @@ Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tenso
   TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == n && bias->scalar_type() == at::kBFloat16));
   auto sizes = x.sizes().vec();
   sizes.back() = n;
-  Tensor y = at::empty(sizes, x.options().dtype(type));
+  Tensor y = x.new_empty(sizes, type);
   const auto* in = static_cast<const int32_t*>(x.const_data_ptr());
   const auto* w = static_cast<const int32_t*>(packed.const_data_ptr());
   const BFloat16* b = bias ? bias->const_data_ptr<BFloat16>() : nullptr;

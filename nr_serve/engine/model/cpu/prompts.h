@@ -7,8 +7,6 @@
 
 #ifdef NR_SERVE_PRODUCTS
 
-#include <ATen/ops/empty_like.h>
-
 #include <memory>
 
 namespace nr_serve {
@@ -135,7 +133,7 @@ Tensor attend_prompts(const Tensor& query, const Tensor& keys, const Tensor& val
   TORCH_CHECK(query.size(0) == B * n && positions.size(0) == B && keys.sizes() == values.sizes());
   TORCH_CHECK(H == G * K && D % W == 0 && cells.scalar_type() == at::kLong && positions.scalar_type() == at::kLong);
   check_positions(positions, N);
-  Tensor out = at::empty_like(query);
+  Tensor out = query.new_empty(query.sizes());
   const BFloat16 *q = query.const_data_ptr<BFloat16>(), *k = keys.const_data_ptr<BFloat16>();
   const BFloat16* v = values.const_data_ptr<BFloat16>();
   BFloat16* o = out.mutable_data_ptr<BFloat16>();

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "blocks.h"
 #include "gates.h"
+#include "operators.h"
 
 namespace nr_serve {
 
@@ -74,10 +74,10 @@ class Residues : public torch::CustomClassHolder {
       using T = decltype(type);
       fill_logits(x.const_data_ptr<T>(), tokens_, gate_.const_data_ptr<float>() + layer * slots_ * d_,
                   bias_.const_data_ptr<float>() + layer * slots_, n_, d_, m_.data() + layer * tokens_ * n_);
-      fired_.clear();
-      open(layer);
-      blocks_.add(layer, fired_, x, y.mutable_data_ptr<T>());
     });
+    fired_.clear();
+    open(layer);
+    blocks_.add(layer, fired_, x, y);
     done_ = layer + 1;
   }
 

@@ -1,0 +1,74 @@
+// What compute.cpp compiles, for those who call it: each is explained where it is defined.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <span>
+#include <vector>
+
+// Where there is AMX, oneDNN's own products are the faster ones.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define NR_SERVE_PRODUCTS
+#endif
+
+namespace nr_serve {
+
+using at::Tensor;
+
+// layer.h
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+Tensor silu_mul(const Tensor& gate_up);
+Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
+              const Tensor& cells, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
+              double eps);
+
+// attention.h
+Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cells,
+              const Tensor& positions, double scale, int64_t window);
+
+// blocks.h
+// The tokens on which one slot fired, and what its block, of width h, makes of them.
+struct Fired {
+  int64_t slot, h;
+  std::vector<int64_t> tokens;
+  std::vector<float> g, hidden;
+};
+
+// The blocks of all slots and layers: W_in and W_gate [S, L, 2H, d], and W_out transposed, [S, L, H, d].
+class Blocks {
+ public:
+  Blocks(Tensor up, Tensor out, int64_t S, int64_t L, int64_t d) : up_(up), out_(out) {
+    const int64_t H = out.size(2);
+    TORCH_CHECK(up.sizes() == at::IntArrayRef({S, L, 2 * H, d}) && out.sizes() == at::IntArrayRef({S, L, H, d}));
+    TORCH_CHECK(up.scalar_type() == out.scalar_type());
+  }
+
+  at::ScalarType type() const { return up_.scalar_type(); }
+
+  // Adds a layer's residues to y [T, d]: what the slots that fired make of x [T, d].
+  void add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, const Tensor& y) const;
+
+ private:
+  // Adds to y [T, d] what a block with many tokens makes of x [T, d].
+  template <typename T>
+  void add_many(int64_t layer, const Fired& one, const Tensor& x, T* y) const;
+
+  // Adds to y [T, d] what blocks with few tokens make of x [T, d].
+  template <typename T>
+  void add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) const;
+
+  Tensor up_, out_;
+};
+
+#ifdef NR_SERVE_PRODUCTS
+// products.h
+Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, at::ScalarType type);
+
+// prompts.h
+Tensor attend_prompts(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cells,
+                      const Tensor& positions, double scale, int64_t window);
+#endif
+
+}  // namespace nr_serve
