@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
+from nr_serve.disk import check_ends
 from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooLarge, Unavailable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -64,10 +65,11 @@ class Client:
             flags["pinned"] = str(pinned).lower()
         if threshold is not None:
             flags["threshold"] = repr(threshold)
+        place = _place(name or path.stem)
         try:
+            check_ends(path)
             with path.open("rb") as file:
                 size = str(path.stat().st_size)
-                place = f"/v1/adapters/{quote(name or path.stem, safe='')}"
                 return self._json("PUT", place, content=file, params=flags, headers={"Content-Length": size})
         except OSError as error:
             raise BadRequest(f"{path}: cannot be read: {error.strerror}") from error
@@ -78,7 +80,7 @@ class Client:
 
     def unload(self, name: str) -> dict[str, Any]:
         """Unload an adapter; return it as it was."""
-        return self._json("DELETE", f"/v1/adapters/{quote(name, safe='')}")
+        return self._json("DELETE", _place(name))
 
     def adapters(self) -> list[dict[str, Any]]:
         """Every registered adapter."""
@@ -123,6 +125,14 @@ class Client:
             raise refusal(response)
         body: dict[str, Any] = response.json()
         return body
+
+
+def _place(name: str) -> str:
+    """Where the server has an adapter."""
+    try:
+        return f"/v1/adapters/{quote(name, safe='')}"
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"{name!r} cannot be an adapter's name", param="name") from error
 
 
 def refusal(response: httpx.Response) -> NrError:

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nr_serve.disk import whole
+from nr_serve.disk import check_ends, whole
 from nr_serve.errors import BadAdapterFile, TooLarge
 from nr_serve.neutral import MAX_THRESHOLD
 
@@ -34,6 +34,8 @@ FORMAT_VERSION = 1
 CEILINGS = {"relu": math.inf, "relu1": 1.0}
 """What the gates that can be served are cut off at, by the metadata's name."""
 _LONGEST_TEXT = 200
+_DEEPEST = 32
+"""Levels of lists and tables in a recipe or in results; ours have five."""
 MAX_LAYERS = 9999
 """Far above any base's."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
@@ -201,8 +203,9 @@ def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
 
 @contextmanager
 def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
-    """Refuse a file that is too large before it is read, and one that cannot be read."""
+    """Refuse what is no file or too large before it is read, and what cannot be read."""
     try:
+        check_ends(path)
         size = path.stat().st_size
         if max_bytes is not None and size > max_bytes:
             raise TooLarge(f"the file has {size:,} bytes; the limit is {max_bytes:,}")
@@ -287,10 +290,21 @@ def _json(name: str, text: str, kind: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadAdapterFile(f"metadata {name} is not JSON: {text[:40]!r}") from error
+    if not _is_flat(value):
+        raise BadAdapterFile(f"metadata {name} is nested more than {_DEEPEST} levels deep")
     finite = not isinstance(value, float) or abs(value) < float("inf")
     if not isinstance(value, _JSON_TYPES[kind]) or isinstance(value, bool) or not finite:
         raise BadAdapterFile(f"metadata {name} has the wrong type: {text[:40]!r}")
     return value
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether what reads and shows the value by recursion gets through it."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        nested = [each for each in level if isinstance(each, dict | list)]
+        level = [part for each in nested for part in (each.values() if isinstance(each, dict) else each)]
+    return not any(isinstance(each, dict | list) for each in level)
 
 
 def _check_base(info: AdapterInfo, base: Base) -> None:
