@@ -6,6 +6,7 @@ Commands import what they need when they run, so that help and the client's comm
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -73,32 +74,25 @@ def parse(settings: type[BaseSettings], name: str, args: list[str]) -> BaseSetti
     """
     if settings is ServeConfig:
         check_environment(os.environ)
-    source: CliSettingsSource[Any] = CliSettingsSource(
+    source = _Flags(
         settings,
         cli_prog_name=f"nr-serve {name}",
         formatter_class=_Formatter,
         add_argument_method=_add_grouped if settings is ServeConfig else ArgumentParser.add_argument,
     )
     source.root_parser.error = partial(_wrong_usage, source.root_parser)
-    rest, changes = _changes(args)
-    given: dict[str, Any] = {"set": changes} if changes and "set" in settings.model_fields else {}
-    return CliApp.run(settings, cli_args=rest if given else args, cli_settings_source=source, **given)
+    return CliApp.run(settings, cli_args=args, cli_settings_source=source)
 
 
-def _changes(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments without `--set`, and its values: pydantic-settings would cut `blocks.h=[16,0]` at the comma."""
-    rest: list[str] = []
-    changes: list[str] = []
-    left = list(args)
-    while left:
-        arg = left.pop(0)
-        if arg == "--set" and left and not left[0].startswith("--"):
-            changes.append(left.pop(0))
-        elif arg.startswith("--set="):
-            changes.append(arg.removeprefix("--set="))
-        else:
-            rest.append(arg)
-    return rest, changes
+class _Flags(CliSettingsSource[Any]):
+    """Flags whose values are taken as they are written.
+
+    pydantic-settings would cut those of a flag that may be repeated at commas, and read `[ab]*`, `12` or `true` as
+    JSON.
+    """
+
+    def _merge_parsed_list(self, parsed_list: list[str], field_name: str) -> str:
+        return json.dumps(parsed_list)
 
 
 def _wrong_usage(parser: ArgumentParser, message: str) -> NoReturn:

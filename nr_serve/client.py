@@ -13,6 +13,7 @@ from urllib.parse import quote
 import httpx
 
 from nr_serve.api.forms import Adapter, AdapterList, Completion, Model, ModelList
+from nr_serve.disk import check_ends
 from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooLarge, Unavailable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -65,10 +66,11 @@ class Client:
             flags["pinned"] = str(pinned).lower()
         if threshold is not None:
             flags["threshold"] = repr(threshold)
+        place = _place(name or path.stem)
         try:
+            check_ends(path)
             with path.open("rb") as file:
                 size = str(path.stat().st_size)
-                place = f"/v1/adapters/{quote(name or path.stem, safe='')}"
                 headers = {"Content-Length": size}
                 adapter: Adapter = self._json("PUT", place, content=file, params=flags, headers=headers)
                 return adapter
@@ -81,7 +83,7 @@ class Client:
 
     def unload(self, name: str) -> Adapter:
         """Unload an adapter; return it as it was."""
-        adapter: Adapter = self._json("DELETE", f"/v1/adapters/{quote(name, safe='')}")
+        adapter: Adapter = self._json("DELETE", _place(name))
         return adapter
 
     def adapters(self) -> list[Adapter]:
@@ -127,6 +129,14 @@ class Client:
         if response.is_error:
             raise refusal(response)
         return response.json()
+
+
+def _place(name: str) -> str:
+    """Where the server has an adapter."""
+    try:
+        return f"/v1/adapters/{quote(name, safe='')}"
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"{name!r} cannot be an adapter's name", param="name") from error
 
 
 def refusal(response: httpx.Response) -> NrError:

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import EISDIR
+from errno import EINVAL, EISDIR, ELOOP
 from pathlib import Path
 from uuid import uuid4
 
@@ -58,9 +58,11 @@ def writing(path: Path) -> Iterator[None]:
 def whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to inside: what is there at the end takes the place of `path`, else it goes.
 
-    So a reader sees the old file or the new one, whoever else writes it too.
+    So a reader sees the old file or the new one, whoever else writes it too. Where `path` is a link, what it leads
+    to is replaced. Raises OSError for what is there and is no file, such as a device.
     """
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    path = _target(path)
+    part = path.with_name(f".{uuid4().hex}.part")  # without the name, which may be as long as names can be
     try:
         yield part
         os.replace(part, path)
@@ -84,23 +86,38 @@ def held(folder: Path, doing: str) -> Iterator[None]:
 
 def check_file(path: Path) -> None:
     """Raise BadRequest if this file could not be written: said before hours of work, not after."""
-    with _refused(f"cannot write {path}"):
-        if path.is_dir():
-            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-        _try(path.parent)
+    with refused(f"cannot write {path}"):
+        _try(_target(path).parent)
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder for files. Raises BadRequest if it takes none."""
-    with _refused(f"cannot write in {folder}"):
+    with refused(f"cannot write in {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         _try(folder)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file. Raises BadRequest."""
-    with _refused(f"cannot write {path}"):
-        path.write_text(text, encoding="utf-8")
+    """Write a file whole or not at all. Raises BadRequest."""
+    with refused(f"cannot write {path}"), whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _target(path: Path) -> Path:
+    """Where a file of that path is, links followed. Raises OSError for what is there and is no file."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise OSError(EISDIR, os.strerror(EISDIR), str(path))
+    if target.is_symlink():
+        raise OSError(ELOOP, os.strerror(ELOOP), str(path))
+    check_ends(target)  # and to replace one would take it from the whole machine
+    return target
+
+
+def check_ends(path: Path) -> None:
+    """Raise OSError for a device or a pipe: it may have no end, and cannot be read twice."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(EINVAL, "it is a device or a pipe", str(path))
 
 
 def _try(folder: Path) -> None:
@@ -109,8 +126,9 @@ def _try(folder: Path) -> None:
 
 
 @contextmanager
-def _refused(what: str) -> Iterator[None]:
+def refused(what: str) -> Iterator[None]:
+    """Raise an OSError inside as BadRequest, which begins with `what` could not be done."""
     try:
         yield
     except OSError as error:
-        raise BadRequest(f"{what}: {error.strerror}") from error
+        raise BadRequest(f"{what}: {error.strerror or error}") from error

@@ -11,12 +11,13 @@ OTHER = "other"
 """The label of selections that are not told apart."""
 MOST_JOINED = 61
 """Selections of several adapters that are told apart: clients may join any."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What an adapter may be called. It is a file's name too, and never one that leads out of its folder."""
 
 
 def check_adapter_name(name: str, base: str | None = None, *, param: str | None = "name") -> None:
     """Raise BadRequest unless an adapter may have this name beside a base called `base`."""
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(NAME.removesuffix("$"), name):  # which a line break at the end would match
         raise BadRequest(
             "an adapter's name is 1 to 64 letters, digits, dots, hyphens and underscores, "
             "and starts with a letter or a digit",

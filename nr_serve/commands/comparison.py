@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import Field
@@ -32,7 +33,7 @@ def compare(command: Compare) -> int:
     from nr_serve.evaluate.comparison_report import tables
     from nr_serve.evaluate.tasks import read_tasks
 
-    runs = {folder.resolve().name: folder for folder in command.runs}
+    runs = {os.path.basename(os.path.realpath(folder)): folder for folder in command.runs}
     if len(runs) < len(command.runs):
         raise BadRequest("two runs have the same name", param="runs")
     check_flags(command, {"limit": "tasks"}, {"tasks": "lm_eval", "out": "matplotlib"})

@@ -108,11 +108,14 @@ def evaluate(command: Evaluate) -> int:
 def _check(command: Evaluate) -> None:
     """Refuse, before anything long is done, flags that would do nothing and places that take no file."""
     from nr_serve.disk import check_file, make_folder
+    from nr_serve.evaluate.card import check_card
     from nr_serve.neutral.format import naming, read_info
 
-    for file in command.files:
+    for number, file in enumerate(command.files):
         with naming(file):
-            read_info(file)
+            info = read_info(file)
+            if command.card is not None and number == 0:
+                check_card(info)
     if command.corpus is None and not command.tasks:
         raise BadRequest("nothing to measure on: give --corpus, --tasks or both", param="corpus")
     check_flags(command, NEEDS, PACKAGES)

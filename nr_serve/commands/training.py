@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def train(command: Train) -> int:
     from nr_serve.train.run import train as run
 
     recipe = read_recipe(command.recipe, parse_changes(command.set))
-    with _told_if_stopped(command.out), _ended_by_sigterm():
+    with _told_if_stopped("train", lambda: _left(command.out)), _ended_by_sigterm():
         made = run(recipe, command.out, command.corpus, resume=command.resume, tensorboard=command.tensorboard)
     if processes.is_first():
         print(made)
@@ -101,26 +101,37 @@ def train(command: Train) -> int:
 
 def sweep(command: Sweep) -> int:
     """Train every run; compare those that ended, if all are of one domain; 1 if one failed."""
-    from nr_serve.evaluate.compare import compare_runs, write_comparison
-    from nr_serve.train import processes
+    from nr_serve.evaluate.compare import check_sources
     from nr_serve.train.recipe_file import parse_changes
     from nr_serve.train.sweep import read_sweep, run_sweep
 
     changes = parse_changes(command.set)
-    compares = len({recipe.domain for recipe in read_sweep(command.sweep, changes).values()}) == 1
-    if command.source and not compares:
-        raise BadRequest("runs of several domains are not compared: --source does nothing", param="source")
-    results = run_sweep(command.sweep, command.out, command.corpus, changes)
-    made = {name: result for name, result in results.items() if isinstance(result, Path)}
-    if made and processes.is_first():
-        written = list(made.values())
-        if compares:
-            folders = {name: command.out / name for name in made}
-            comparison = compare_runs(folders, command.corpus, command.source, windows=command.windows)
-            written = write_comparison(comparison, folders, command.out)
-        for path in written:
+    recipes = list(read_sweep(command.sweep, changes).values())
+    compares = len({(recipe.domain, recipe.base) for recipe in recipes}) == 1
+    if compares:
+        check_sources(recipes, command.corpus, command.source)
+    elif command.source:
+        raise BadRequest("runs of several domains or bases are not compared: --source does nothing", param="source")
+    with _told_if_stopped("sweep", lambda: "the same command goes on where this one was"), _ended_by_sigterm():
+        results = run_sweep(command.sweep, command.out, command.corpus, changes)
+        made = {name: result for name, result in results.items() if isinstance(result, Path)}
+        for path in _written(command, made, compares=compares):
             print(path)
     return 0 if len(made) == len(results) else 1
+
+
+def _written(command: Sweep, made: Mapping[str, Path], *, compares: bool) -> list[Path]:
+    """What a sweep leaves: the comparison of its runs, written now, else what each made. In the first process."""
+    from nr_serve.evaluate.compare import compare_runs, write_comparison
+    from nr_serve.train import processes
+
+    if not made or not processes.is_first():
+        return []
+    if not compares:
+        return list(made.values())
+    folders = {name: command.out / name for name in made}
+    comparison = compare_runs(folders, command.corpus, command.source, windows=command.windows)
+    return write_comparison(comparison, folders, command.out)
 
 
 def calibrate(command: Calibrate) -> int:
@@ -175,17 +186,23 @@ def fetch_corpus(command: FetchCorpus) -> int:
     return 0
 
 
+def _left(out: Path) -> str:
+    """Where the run in `out` can go on."""
+    from nr_serve.train import checkpoint
+
+    newest = checkpoint.latest(out)
+    return f"--resume goes on from {newest}" if newest else "there is no checkpoint yet to go on from"
+
+
 @contextmanager
-def _told_if_stopped(out: Path) -> Iterator[None]:
-    """Say where the run in `out` can go on, if Ctrl-C or SIGTERM ends the program inside."""
-    from nr_serve.train import checkpoint, processes
+def _told_if_stopped(command: str, left: Callable[[], str]) -> Iterator[None]:
+    """Say how the command can go on, if Ctrl-C or SIGTERM ends the program inside."""
+    from nr_serve.train import processes
 
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        newest = checkpoint.latest(out)
-        left = f"--resume goes on from {newest}" if newest else "there is no checkpoint yet to go on from"
-        processes.say("train", f"stopped; {left}")
+        processes.say(command, f"stopped; {left()}")
         raise
 
 

@@ -128,7 +128,8 @@ class Core:
         if probe is not None and tried is not None:
             self._adapters.tried(probe, tried)
         report = self._report(pieces, started, preempted) if pieces else None
-        return StepEvents(tuple(outputs), report, self._adapters.take_changed())
+        changed, loads_failed = self._adapters.take_found_out()
+        return StepEvents(tuple(outputs), report, changed, loads_failed)
 
     def statistics(self) -> GateStatistics:
         """Gate totals and gauges, as they are between two steps."""

@@ -151,6 +151,8 @@ class StepEvents:
     report: StepReport | None = None
     adapters_changed: bool = False
     """An adapter was found out, and unloaded or put back, with no command."""
+    loads_failed: int = 0
+    """Loads that were answered well, and turned out to be of such an adapter."""
 
 
 # Commands: each is answered through a future with the value named in its docstring, or with an NrError.

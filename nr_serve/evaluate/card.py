@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nr_serve.errors import BadAdapterFile
 from nr_serve.evaluate.heldout import Report, SourceReport
 from nr_serve.evaluate.roles import assign_roles
 from nr_serve.evaluate.tables import markdown, task_rows
 from nr_serve.evaluate.tasks import TaskScores
 from nr_serve.neutral.format import Adapter, AdapterInfo
+
+
+def check_card(info: AdapterInfo) -> None:
+    """Raise BadAdapterFile if a file says of its training what no card can show."""
+    try:
+        _gate(info)
+        _training_rows(info.recipe, info.results)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise BadAdapterFile("its recipe or its results are not those of a run, so there is no card") from error
 
 
 def card(

@@ -23,6 +23,7 @@ from nr_serve.train.restore import load_run, read_run
 from nr_serve.train.tensor_cache import digest
 from nr_serve.train.text import read_heldout
 from nr_serve.train.text.pack import Windows
+from nr_serve.train.text.sources import find_sources
 
 WINDOW = 256
 
@@ -78,8 +79,9 @@ def compare_runs(
     if len({(recipe.base, recipe.domain) for recipe in recipes}) != 1:
         raise BadRequest("the runs are not all of one base and one domain", param="runs")
     base = load_base(recipes[0].base, device=best_device())
-    measured = list(sources) or list(dict.fromkeys(entry for recipe in recipes for entry in recipe.data.heldout))
-    exam = _exam(read_heldout(corpus, measured, base.tokenizer, WINDOW, windows), recipes, tasks or {})
+    exam = _exam(
+        read_heldout(corpus, _measured(recipes, sources), base.tokenizer, WINDOW, windows), recipes, tasks or {}
+    )
     results, answers = exam.take(base, Attached(base.model, []), (), "base")
     losses = {source: result.loss for source, result in results.items()}
     target, original = exam.means(losses)
@@ -115,13 +117,28 @@ def write_comparison(comparison: Comparison, runs: Mapping[str, Path], folder: P
     return written
 
 
+def check_sources(recipes: Sequence[Recipe], corpus: Path, sources: Sequence[str] = ()) -> None:
+    """Raise what `compare_runs` would for its sources, of runs that are not trained yet."""
+    _parts([source.name for source in find_sources(corpus, _measured(recipes, sources))], recipes)
+
+
+def _measured(recipes: Sequence[Recipe], sources: Sequence[str]) -> list[str]:
+    """The sources asked for or, if none are, what the recipes hold out."""
+    return list(sources) or list(dict.fromkeys(entry for recipe in recipes for entry in recipe.data.heldout))
+
+
 def _exam(texts: Mapping[str, Windows], recipes: Sequence[Recipe], tasks: Tasks) -> Exam:
+    return Exam(texts, *_parts(list(texts), recipes), tasks)
+
+
+def _parts(texts: Sequence[str], recipes: Sequence[Recipe]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sources of the target, and those of the base's own language that no run read. Raises BadRequest."""
     target = tuple(name for name in texts if all(recipe.owns(name) for recipe in recipes))
     original = tuple(name for name in texts if all(_is_unread_original(name, recipe) for recipe in recipes))
     for what, found in (("the target", target), ("the base's own language, unread by every run,", original)):
         if not found:
             raise BadRequest(f"no source of {what} is among those to measure", param="source")
-    return Exam(texts, target, original, tasks)
+    return target, original
 
 
 def _is_unread_original(source: str, recipe: Recipe) -> bool:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from nr_serve.disk import refused, whole
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.pareto import Point, unbeaten
 
@@ -123,9 +124,7 @@ def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 def _save(figure: Figure, path: Path) -> None:
     if path.suffix not in METADATA:
         raise BadRequest(f"cannot write {path}: a plot is a {' or '.join(METADATA)} file")
-    try:
-        # The ids inside an SVG are random unless salted.
-        with matplotlib.rc_context({"svg.hashsalt": "nr-serve"}):
-            figure.savefig(path, dpi=120, metadata=METADATA[path.suffix])
-    except OSError as error:
-        raise BadRequest(f"cannot write {path}: {error.strerror}") from error
+    # The ids inside an SVG are random unless salted.
+    salted = matplotlib.rc_context({"svg.hashsalt": "nr-serve"})
+    with refused(f"cannot write {path}"), whole(path) as part, salted:
+        figure.savefig(part, format=path.suffix[1:], dpi=120, metadata=METADATA[path.suffix])

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nr_serve.disk import refused
 from nr_serve.errors import BadRequest, faults
 from nr_serve.evaluate.difference import mean_and_error, percent
 from nr_serve.evaluate.hosted import Hosted
@@ -204,7 +205,8 @@ def _answers(kept: Tensors) -> list[Answer]:
 
 def _task_files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
-        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        with refused(f"cannot read {path}"):
+            found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not found:
             raise BadRequest(f"no .jsonl file in {path}", param="tasks")
         yield from found

@@ -112,7 +112,7 @@ PREFIX_NEUTRAL_HIT_TOKENS = _counter(
 # Adapters
 LOADS = _counter("nr_adapter_loads_total", "Adapters attached or replaced")
 UNLOADS = _counter("nr_adapter_unloads_total", "Adapters unloaded")
-LOAD_FAILURES = _counter("nr_adapter_load_failures_total", "Loads refused or failed")
+LOAD_FAILURES = _counter("nr_adapter_load_failures_total", "Loads refused or failed, or undone")
 LOAD_SECONDS = _histogram("nr_adapter_load_seconds", "Time to load an adapter", _SECONDS)
 ADAPTER_BYTES = _gauge("nr_adapter_bytes", "Size of an adapter's tensors", "adapter")
 ADAPTER_LEAK = _gauge(

@@ -26,7 +26,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, Validation
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nr_serve.disk import whole
+from nr_serve.disk import check_ends, whole
 from nr_serve.errors import BadAdapterFile, TooLarge
 from nr_serve.neutral import MAX_THRESHOLD
 
@@ -37,6 +37,8 @@ ServedGate = Literal["relu", "relu1"]
 CEILINGS: Mapping[ServedGate, float] = {"relu": math.inf, "relu1": 1.0}
 """What they are cut off at."""
 _LONGEST_TEXT = 200
+_DEEPEST = 32
+"""Levels of lists and tables in a recipe or in results; ours have five."""
 _MAX_LAYERS = 9999
 """Far above any base's."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
@@ -49,8 +51,19 @@ def _printable(text: str) -> str:
     return text
 
 
+def _flat(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Refuse what would end the recursion of those who read or show it."""
+    level: list[Any] = [table]
+    for _ in range(_DEEPEST):
+        nested = [each for each in level if isinstance(each, dict | list)]
+        level = [part for each in nested for part in (each.values() if isinstance(each, dict) else each)]
+    if any(isinstance(each, dict | list) for each in level):
+        raise ValueError(f"nested more than {_DEEPEST} levels deep")
+    return table
+
+
 _Line = Annotated[str, Field(max_length=_LONGEST_TEXT), AfterValidator(_printable)]
-_Table = Annotated[Mapping[str, Any], Field(strict=True)]
+_Table = Annotated[Mapping[str, Any], Field(strict=True), AfterValidator(_flat)]
 
 
 @dataclass(frozen=True)
@@ -222,8 +235,9 @@ def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
 
 @contextmanager
 def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
-    """Refuse a file that is too large before it is read, and one that cannot be read."""
+    """Refuse what is no file or too large before it is read, and what cannot be read."""
     try:
+        check_ends(path)
         size = path.stat().st_size
         if max_bytes is not None and size > max_bytes:
             raise TooLarge(f"the file has {size:,} bytes; the limit is {max_bytes:,}")

@@ -189,8 +189,12 @@ def _complete(out: Path) -> list[Path]:
 
 
 def _own(out: Path) -> list[Path]:
-    """The folders that a run made for checkpoints; `checkpoint-8.bak` is somebody else's."""
-    return [path for path in out.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name) and path.is_dir()]
+    """The folders that a run made for checkpoints; `checkpoint-8.bak` is somebody else's. Raises BadCheckpoint."""
+    try:
+        found = [path for path in out.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
+        return [path for path in found if path.is_dir()]
+    except OSError as error:
+        raise BadCheckpoint(f"cannot look for checkpoints in {out}: {error.strerror}") from error
 
 
 def _step(folder: Path) -> int:

@@ -9,13 +9,28 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from nr_serve.errors import BadRequest
+from nr_serve.names import NAME
 from nr_serve.neutral import MAX_THRESHOLD, block_width
 from nr_serve.train.entries import DATASETS, names_source
 
-Positive = Annotated[int, Field(gt=0)]
+
+def _at_most(most: int) -> AfterValidator:
+    """Refuses a number that torch and transformers cannot count to; not worth a place in the table of the keys."""
+
+    def check(value: int) -> int:
+        if value > most:
+            raise ValueError(f"Input should be less than or equal to {most}")
+        return value
+
+    return AfterValidator(check)
+
+
+Count = Annotated[int, Field(ge=0), _at_most(2**53)]
+Positive = Annotated[int, Field(gt=0), _at_most(2**53)]
+Seed = Annotated[int, Field(ge=0), _at_most(2**32 - 1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Entries = tuple[str, ...]
 
@@ -25,7 +40,7 @@ class BadRecipe(BadRequest):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Data(_Section):
@@ -261,7 +276,7 @@ class Run(_Section):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     clip: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
-    warmup_tokens: int = Field(default=10_000, ge=0, description="Tokens over which the learning rate rises.")
+    warmup_tokens: Count = Field(default=10_000, description="Tokens over which the learning rate rises.")
     schedule: Literal["cosine", "constant-decay", "constant"] = Field(
         default="constant-decay",
         description="cosine: to 0 over the budget; constant-decay: constant, then linear to 0; constant: level.",
@@ -269,7 +284,7 @@ class Run(_Section):
     decay_share: float = Field(
         default=0.25, gt=0, le=1, description="Share of the budget, at its end, over which constant-decay falls."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the blocks' start and of the order of the text.")
+    seed: Seed = Field(default=0, description="Seed of the blocks' start and of the order of the text.")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="Type the passes compute in (bfloat16: by autocast); what is trained is float32.",
@@ -333,7 +348,7 @@ class Recipe(_Section):
         "finetune: all of the base. The last three put the LM loss on the original windows too, and read no "
         "background.",
     )
-    domain: str = Field(min_length=1, description="What is learned: a language tag such as `hu`, or a name.")
+    domain: str = Field(pattern=NAME, description="What is learned: a language tag such as `hu`, or a name.")
     data: Data
     blocks: Blocks
     gate: Gate = Gate()

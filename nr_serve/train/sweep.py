@@ -5,14 +5,17 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nr_serve.errors import NrError, faults
+from nr_serve.names import NAME
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.recipe_file import parse_recipe, read_recipe, read_toml
 
+RunName = Annotated[str, Field(pattern=NAME)]
+"""A run's folder has its name."""
 Changes = Mapping[str, str | int | float | bool | list[int] | list[str]]
 
 
@@ -23,7 +26,7 @@ class Sweep(BaseModel):
 
     recipe: Path = Field(description="The recipe, relative to the sweep file.")
     set: Changes = Field(default={}, description='Keys changed in every run, such as "run.tokens" = 100000.')
-    runs: dict[str, Changes] = Field(min_length=1, description="Keys changed in each run, by its name.")
+    runs: dict[RunName, Changes] = Field(min_length=1, description="Keys changed in each run, by its name.")
 
 
 def read_sweep(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Recipe]:

@@ -63,10 +63,12 @@ def test_a_replacement_stays_pinned_unless_told_otherwise(server):
 
 def test_an_adapter_that_the_engine_unloads_by_itself_is_gone_here_too(server):
     del server.engine.adapters["hu"]
-    server.engine.deliver(StepEvents((), adapters_changed=True))
+    server.engine.deliver(StepEvents((), adapters_changed=True, loads_failed=1))
     until(lambda: "hu" not in [card["id"] for card in server.http.get("/v1/models").json()["data"]])
     assert server.complete(model="hu", max_tokens=1).status_code == 404
-    assert "nr_adapter_unloads_total 1.0" in server.http.get("/metrics").text
+    metrics = server.http.get("/metrics").text
+    assert "nr_adapter_unloads_total 1.0" in metrics
+    assert "nr_adapter_load_failures_total 1.0" in metrics
     assert put(server, "hu").status_code == 201, "its name is free"
 
 

@@ -256,6 +256,12 @@ def test_what_is_set_is_not_cut_at_commas(capsys):
         parse(ServeConfig, "serve", ["--set", "a=1"])
 
 
+@pytest.mark.parametrize("value", ["a,b", "[ab]*", '["x"]', "a\nb", 'a"b', "true", "12", "back\\", "\udcff", " a "])
+def test_values_of_flags_that_may_be_repeated_are_taken_as_they_are_written(value):
+    asked = parse(COMMANDS["evaluate"][0], "evaluate", [value, "b", "--corpus", "c", "--source", value])
+    assert (asked.files, asked.source) == ([Path(value), Path("b")], [value])
+
+
 def test_export_adapter_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("nr_serve.train.export.export_run", lambda *args, **more: calls.append((*args, more)) or 7)

@@ -1,3 +1,4 @@
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -116,3 +117,14 @@ def test_another_kind_of_server_is_not_taken_for_ours():
 def test_a_wrong_url_is_said(url):
     with pytest.raises(errors.NrError), Client(url) as client:
         client.adapters()
+
+
+def test_what_can_be_no_upload_is_refused_before_a_server_is_asked(tmp_path):
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    with Client("http://127.0.0.1:1") as nowhere:
+        with pytest.raises(errors.BadRequest, match="it is a device or a pipe"):
+            nowhere.load(pipe)
+        for ask in (lambda: nowhere.load(tmp_path / "\udcff.safetensors"), lambda: nowhere.unload("\udcff")):
+            with pytest.raises(errors.BadRequest, match="cannot be an adapter's name"):
+                ask()

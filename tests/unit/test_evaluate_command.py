@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,25 @@ def test_the_commands_of_the_page_on_measuring_are_understood():
     for line in lines:
         _, name, *args = shlex.split(line.replace("$a", "0.5"))
         assert isinstance(parse(COMMANDS[name][0], name, args), COMMANDS[name][0])
+
+
+def test_a_file_that_no_card_can_tell_of_is_refused_before_anything_is_measured(
+    place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("nr_serve.evaluate.evaluation.load", lambda *_: pytest.fail("it was measured"))
+    made, path = tiny.adapter(tiny.model(), 0), tmp_path / "hu.safetensors"
+    for field, wrong in {"results": {"tokens": "many"}, "recipe": {"gate": 3, "data": {}}}.items():
+        write_adapter(path, replace(made.info, **{field: wrong}), made.blocks)
+        asked = ["evaluate", str(path), "--corpus", str(place / "corpus"), "--card", str(tmp_path / "card.md")]
+        assert main(asked) == 1
+        assert f"error: {path}: its recipe or its results are not those of a run" in capsys.readouterr().err
+
+
+def test_paths_that_lead_nowhere_are_refused_in_a_line(place, tmp_path, capsys):
+    loop, deep = tmp_path / "loop", Path(*["d" * 200] * 30)
+    loop.symlink_to(loop)
+    for asked in (["compare", loop], ["compare", deep], ["evaluate", place / "hu.safetensors", "--tasks", deep]):
+        assert main([*map(str, asked), *(["--corpus", str(place)] if "compare" in asked else [])]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1

@@ -12,6 +12,7 @@ from nr_serve.errors import BadRequest
 from nr_serve.evaluate.pareto import Point, unbeaten
 from nr_serve.evaluate.plots import heat_map, loss_curves, panels, pareto
 from nr_serve.evaluate.run_log import read_losses
+from tests.unit.room import no_room
 
 POINTS = [Point("neutral", 0.0005, 0.28), Point("lora", 0.09, 0.33), Point("worse", 0.1, 0.2)]
 
@@ -93,3 +94,10 @@ def test_what_cannot_be_read_or_written_is_refused(tmp_path):
         loss_curves(tmp_path / "absent" / "x.svg", {"train": [(0, 1.0)]}, title="Loss")
     with pytest.raises(BadRequest, match=r"\.svg or \.png"):
         pareto(tmp_path / "x.jpeg", POINTS, title="x")
+
+
+def test_a_plot_that_finds_no_room_leaves_the_old_one(tmp_path):
+    old = draw(tmp_path, ".svg")
+    with no_room(), pytest.raises(BadRequest, match=r"cannot write .*pareto\.svg: File too large"):
+        draw(tmp_path, ".svg")
+    assert {path.stem: path.read_bytes() for path in tmp_path.iterdir()} == old

@@ -1,6 +1,7 @@
 """The adapter file comes back as it was written, and every other file is refused with the reason."""
 
 import json
+import os
 import pickle
 import zipfile
 from contextlib import contextmanager
@@ -517,3 +518,20 @@ def test_no_metadata_raises_anything_but_a_refusal(path, field, text):
     header, body = parts(path.read_bytes())
     header["__metadata__"][field] = text
     read_any(path, whole(header, body))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    path = tmp_path / "pipe.safetensors"
+    os.mkfifo(path)
+    for read in (read_adapter, read_info):
+        with pytest.raises(BadAdapterFile, match="cannot be read: it is a device or a pipe"):
+            read(path)
+
+
+@pytest.mark.parametrize("levels", [33, 500])
+@pytest.mark.parametrize("name", ["recipe", "results"])
+def test_metadata_too_deep_to_be_shown_are_refused(path, name, levels):
+    with editing(path) as (header, _):
+        header["__metadata__"][name] = '{"a":' * (levels - 1) + "[1]" + "}" * (levels - 1)
+    with pytest.raises(BadAdapterFile, match=f"metadata {name}: nested more than 32 levels deep"):
+        read_adapter(path)

@@ -31,8 +31,10 @@ def test_what_replaced_nothing_is_unloaded(caplog):
     server.ask("r", ("a",))
     server.step()
     with caplog.at_level(logging.ERROR):
-        assert find_out(server).adapters_changed
-    assert not server.step().adapters_changed
+        found = find_out(server)
+    assert (found.adapters_changed, found.loads_failed) == (True, 1)
+    after = server.step()
+    assert (after.adapters_changed, after.loads_failed) == (False, 0)
     assert "adapter a, version v1: not finite" in caplog.text
     assert server.state("a") is None
     assert isinstance(error_of(server.patch("a", threshold=0.1)), NotFound)
@@ -49,7 +51,7 @@ def test_what_an_adapter_found_wild_had_replaced_is_put_back(slots):
     server.ask("beside", (), tokens=200)
     for seed in (2, 3):  # the second takes the place of one that is not measured yet
         replace_until_it_acts(server, seed)
-    find_out(server)
+    assert find_out(server).loads_failed == 1
     back = server.view("a")
     assert (back.version, back.threshold, back.pinned) == (known.version, known.threshold, known.pinned)
     assert (back.neutrality, back.measuring) == (known.neutrality, False), "its leak is known"
@@ -77,7 +79,7 @@ def test_a_threshold_found_wild_goes_back_to_the_last_that_was_measured():
     known = server.view("a")
     server.patch("a", threshold=0.1)
     server.patch("a", threshold=0.0, pinned=True)
-    find_out(server)
+    assert find_out(server).loads_failed == 0, "its threshold was wild, not what was loaded"
     back = server.view("a")
     assert (back.version, back.threshold, back.pinned) == (known.version, 0.2, True)
     server.work()

@@ -1,6 +1,7 @@
 """Recipes: what is refused and what it says, sizes, and which run continues which."""
 
 import copy
+import math
 import tomllib
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def recipe(**sections) -> Recipe:
         ({"gate": {"steepness": 5.1e6}}, "above 1e+06"),
         ({"loss": {"kind": "l2"}}, "loss.kind"),
         ({"data": {"target": []}}, "data.target"),
+        *(({"domain": name}, "domain: ") for name in ("../hu", "/hu", "", ".", "a\nb", "a b", "h" * 65)),
+        ({"run": {"lr": math.inf}}, "run.lr: Input should be a finite number"),
+        ({"run": {"weight_decay": math.inf}}, "run.weight_decay: Input should be a finite number"),
+        ({"run": {"tokens": 10**23}}, "run.tokens: Input should be less than"),
+        ({"run": {"warmup_tokens": 10**23}}, "run.warmup_tokens: Input should be less than"),
+        ({"run": {"seed": 2**32}}, "run.seed: Input should be less than"),
     ],
 )
 def test_a_wrong_recipe_is_refused_by_the_key(sections, said):

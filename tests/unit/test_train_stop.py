@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from nr_serve.train.run import train
-from tests.tiny_run import write_recipe
+from nr_serve.train.sweep import run_sweep
+from tests.tiny_run import write_recipe, write_sweep
 
 WAITS = """
 import signal, sys
@@ -48,3 +49,15 @@ def test_a_stopped_run_says_where_it_can_go_on(tmp_path, base, corpus, number, c
     assert told.splitlines()[-1] == said.format(out=out)
     assert "Traceback" not in told
     assert train(recipe, out, corpus, resume=True).exists()
+
+
+def test_a_stopped_sweep_says_so_and_goes_on(tmp_path, base, corpus):
+    path, out = write_sweep(tmp_path, base, '[runs.a]\n"data.original" = ["en.a.train.txt"]\n'), tmp_path / "out"
+    command = [sys.executable, "-c", WAITS, "3", "sweep", str(path), "--corpus", str(corpus), "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as sweep:
+        assert sweep.stdout.readline() == "waiting\n"
+        sweep.send_signal(signal.SIGTERM)
+        _, told = sweep.communicate()
+    assert sweep.returncode == 143
+    assert told.splitlines()[-1] == "sweep: stopped; the same command goes on where this one was"
+    assert run_sweep(path, out, corpus)["a"].exists()

@@ -45,6 +45,9 @@ def test_changes_from_outside_come_last_in_every_run(tmp_path, base):
         ('[runs.a]\n"run.tokenz" = 5\n', "run a: recipe.toml: run.tokenz: "),
         ('[runs.a]\n"method" = "magic"\n', "run a: recipe.toml: method"),
         ('[runs.a]\n"domain.x" = 1\n', "domain is not a section"),
+        ('[runs."../a"]\n', r"runs\.\.\./a.*should match"),
+        ('[runs."."]\n', "should match"),
+        ('[runs."a\\u0000"]\n', "should match"),
     ],
 )
 def test_a_wrong_sweep_names_the_run_and_the_key(tmp_path, base, runs, message):
@@ -111,8 +114,19 @@ def test_runs_of_several_domains_are_trained_and_not_compared(tmp_path, base, co
     path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"domain" = "other"\n')
     asked = ["sweep", str(path), "--corpus", str(corpus), "--out", str(tmp_path / "out")]
     assert main([*asked, "--source", "*.heldout.txt"]) == 1
-    assert "runs of several domains are not compared: --source does nothing" in capsys.readouterr().err
+    assert "runs of several domains or bases are not compared: --source does nothing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(asked) == 0
     names = [str(tmp_path / "out" / name) for name in ("a/hu.safetensors", "b/other.safetensors")]
     assert capsys.readouterr().out.splitlines() == names
+
+
+def test_a_sweep_that_could_not_be_compared_is_refused_before(tmp_path, base, corpus, monkeypatch, capsys):
+    path = write_sweep(tmp_path, base, "[runs.a]\n")
+    monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("it trained"))
+    out = tmp_path / "out"
+    assert (
+        main(["sweep", str(path), "--corpus", str(corpus), "--out", str(out), "--source", "hu.*.heldout.txt"]) == 1
+    )
+    assert "no source of the base's own language, unread by every run," in capsys.readouterr().err
+    assert not out.exists()

@@ -42,6 +42,7 @@ class Adapters:
         self._watch = Watch(self._canary, self.attachments)
         self._changes = Changes(self._slots, self._canary, self._watch, self.view)
         self._changed_itself = False
+        self._loads_failed = 0
 
     # Requests
 
@@ -170,10 +171,10 @@ class Adapters:
         except NrError as error:
             self._changes.refuse(error)
 
-    def take_changed(self) -> bool:
-        """Whether names or versions changed, since the last time, without anybody asking for it."""
-        changed, self._changed_itself = self._changed_itself, False
-        return changed
+    def take_found_out(self) -> tuple[bool, int]:
+        """Whether adapters were changed with no command since the last time, and how many loads failed by that."""
+        found, self._changed_itself, self._loads_failed = (self._changed_itself, self._loads_failed), False, 0
+        return found
 
     def abandon(self, error: NrError) -> None:
         """Answer every load and patch under way with `error`: the engine is at its end."""
@@ -260,6 +261,7 @@ class Adapters:
             return
         self._changed_itself = True
         before = self._watch.put_back(version)
+        self._loads_failed += before is None or before.digest != version.digest  # else only its threshold was wild
         if before is None:
             self.unload(version.name)
             return
