@@ -1,4 +1,4 @@
-// What compute.cpp compiles, for those who call it: each is explained where it is defined.
+// What compute.cpp compiles, for those who call it: operators are explained where they are defined.
 
 #pragma once
 
