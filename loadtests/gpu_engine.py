@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nr_serve.neutral import block_width
 from nr_serve.neutral.format import Adapter, AdapterInfo
+from nr_serve.neutral.registry import Version
 
 PAGE = 16
 CAPACITY = 0.05
@@ -120,7 +121,7 @@ class Engine:
         """`length` tokens at `start` of so many requests, every attached slot selected; a request's own pages."""
         from nr_serve.engine.scheduler import Piece
 
-        selection = [SimpleNamespace(slot=slot) for slot in sorted(self.bank.attached)]
+        selection = tuple(Version(str(slot), "", None, 0.0, slot=slot) for slot in sorted(self.bank.attached))
         made = []
         for i in range(count):
             tokens = [(7 * j + i) % self.model.config.vocab_size for j in range(start + length)]

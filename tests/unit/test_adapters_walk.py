@@ -167,7 +167,8 @@ class Walk:
         ):
             self.read.add((version.payload, measured.threshold))
         if acts and result.error is not None:
-            assert self.adapters.take_changed()
+            changed, _ = self.adapters.take_found_out()
+            assert changed
             self.found_wild(version.name)
 
     # The model

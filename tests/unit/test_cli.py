@@ -286,7 +286,8 @@ def test_calibrate_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):
 def test_sweep_compares_the_runs_that_ended_and_fails_if_one_did(monkeypatch, capsys):
     ends = {"a": Path("made"), "b": BadRequest("diverged")}
     compared, swept = [], []
-    of_one_domain = dict.fromkeys("ab", SimpleNamespace(domain="hu"))
+    of_one_domain = dict.fromkeys("ab", SimpleNamespace(domain="hu", base="default"))
+    monkeypatch.setattr("nr_serve.evaluate.compare.check_sources", lambda *args: None)
     monkeypatch.setattr("nr_serve.train.sweep.read_sweep", lambda *args: of_one_domain)
     monkeypatch.setattr("nr_serve.train.sweep.run_sweep", lambda *args: swept.append(args) or ends)
     monkeypatch.setattr(

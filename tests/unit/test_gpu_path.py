@@ -21,6 +21,7 @@ from nr_serve.engine.model.runner import Runner
 from nr_serve.engine.scheduler import Piece, spans
 from nr_serve.neutral.gpu_bank import GpuBank
 from nr_serve.neutral.host import host_blocks
+from nr_serve.neutral.registry import Version
 from nr_serve.neutral.step import Trial
 from nr_serve.neutral.torch_bank import TorchBank
 from tests import tiny
@@ -144,7 +145,7 @@ class Engine:
 def request(i, tokens, slots=()):
     """On pages of its own, which are out of order."""
     pages = [5 * i + j for j in (3, 1, 0, 2, 4)]
-    selection = [SimpleNamespace(slot=s) for s in slots]
+    selection = tuple(Version(str(s), "", None, 0.0, slot=s) for s in slots)
     return SimpleNamespace(tokens=list(tokens), pages=pages, row=i, selection=selection)
 
 

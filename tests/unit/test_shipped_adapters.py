@@ -25,7 +25,8 @@ def test_a_file_is_of_its_recipe_and_a_card_of_its_file(folder):
     recipe = read_recipe(folder / "recipe.toml")
     beside = info.results.get("calibrated", {}).get("beside", {})
     made_by = without(parse_recipe(dict(info.recipe)), beside)
-    assert made_by.continues(recipe.with_gate(threshold=info.threshold), info.results["tokens"])
+    at = info.threshold
+    assert made_by.with_gate(threshold=at).continues(recipe.with_gate(threshold=at), info.results["tokens"])
     assert recipe.threshold == info.threshold
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"| version | `{read_adapter(file).version}` |" in card
