@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine, Deliver, Engine
 from nr_serve.config import ServeConfig
-from nr_serve.errors import BadRequest, UnsupportedBase
+from nr_serve.errors import BadRequest, UnsupportedBase, loading
 from nr_serve.metrics import Metrics, VllmCollector, VllmNames
 from nr_serve.names import adapter_entry, check_adapter_name
 from nr_serve.tokenizer import Tokenizer
@@ -85,10 +85,8 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
         raise UnsupportedBase(f"there is no model folder {model}")
     if not Path(model).is_dir():
         log.info("%s is no folder here: it is looked for on the hub, and in what was fetched from there", model)
-    try:
+    with loading(f"the tokenizer of {model}"):
         return Tokenizer.load(model)
-    except (OSError, ValueError) as error:
-        raise UnsupportedBase(f"cannot load the tokenizer of {model}: {error}") from error
 
 
 def _engine(config: ServeConfig, model: str | Path, tokenizer: Tokenizer, deliver: Deliver) -> Engine:

@@ -6,6 +6,7 @@ Commands import what they need when they run, so that help and the client's comm
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -26,19 +27,38 @@ from nr_serve.config import GROUPS, ServeConfig, check_environment
 from nr_serve.errors import NrError
 
 _MOST_IN_USAGE = 15
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What an output that cannot be written raises, with no file's name."""
 _LIST_DEFAULT = re.compile(r"(?<=\(default: )\[(.+)\](?=\))")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
+    _open_standard_streams()
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        # The reader, such as `head`, has enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        _drop_output()
         return 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NO_ROOM:
+            raise
+        _drop_output()
+        return _fail(f"cannot write the output: {error.strerror}", 1)
+
+
+def _open_standard_streams() -> None:
+    """Put /dev/null where a standard stream is closed: else the next file opened takes its place, and its text."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _drop_output() -> None:
+    """Write what is left of the output nowhere: Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(args: list[str]) -> int:

@@ -42,13 +42,11 @@ def fetch_model(folder: Path | None = None, *, say: Callable[[str], None] = _say
     else, or the disk is full.
     """
     target = folder if folder is not None else cache_folder() / "models" / NAME
-    if is_model(target):
-        return target
     try:
-        return _fetch(target, say)
+        return target if is_model(target) else _fetch(target, say)
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise DownloadFailed(f"cannot write the default model to {target}: {reason}") from error
+        raise DownloadFailed(f"cannot have the default model in {target}: {reason}") from error
 
 
 def is_model(folder: Path) -> bool:

@@ -27,6 +27,8 @@ The command line prints the message alone; a stack trace means a bug in nr-serve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -145,6 +147,23 @@ class UnsupportedBase(NrError):
 
 class DownloadFailed(NrError):
     """A model or a corpus could not be fetched or did not match its checksum."""
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Raise what a library raises as it loads `what` of a base as UnsupportedBase: of a damaged file, anything."""
+    try:
+        yield
+    except NrError:
+        raise
+    except Exception as error:
+        raise UnsupportedBase(f"cannot load {what}: {in_a_line(error)}") from error
+
+
+def in_a_line(error: Exception) -> str:
+    """What another library's error says; with its kind, where that alone tells that something was read."""
+    said = " ".join(str(error).split())
+    return said if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
 
 
 _KINDS: tuple[type[NrError], ...] = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nr_serve.errors import BadRequest, UnsupportedBase
+from nr_serve.errors import BadRequest, loading
 from nr_serve.logs import quiet_hub
 from nr_serve.neutral import host
 from nr_serve.neutral.format import Adapter, Base, naming, read_adapter
@@ -105,7 +105,5 @@ def _loading(base: str) -> Iterator[str]:
 
         source = str(fetch_model())
     quiet_hub()
-    try:
+    with loading(f"the base {source}"):
         yield source
-    except (OSError, ValueError) as error:
-        raise UnsupportedBase(f"cannot load the base {source}: {error}") from error

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nr_serve.disk import held, whole, writing
-from nr_serve.errors import NrError, faults
+from nr_serve.errors import NrError, faults, in_a_line
 from nr_serve.train.blocks import is_gate
 
 PREFIX = "checkpoint-"
@@ -48,7 +48,7 @@ class Checkpoint:
     base_fingerprint: str
     text_digest: str
     """`Classes.digest` of the text it trained on."""
-    results: dict[str, Any]
+    results: dict[str, dict[str, float]]
     """The measurements on held-out text so far."""
     best_step: int | None = None
     """Step of the least loss so far on the target's held-out text; None if the run does not watch it."""
@@ -182,6 +182,20 @@ def load(folder: Path) -> Checkpoint:
         raise BadCheckpoint(f"cannot read the checkpoint {folder}: in {STATE} {faults(error)}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadCheckpoint(f"cannot read the checkpoint {folder}: {error}") from error
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Raise what goes wrong as torch and transformers read their files of a checkpoint as BadCheckpoint.
+
+    Those are checked by their sizes alone, so they may hold anything, and then anything may be raised.
+    """
+    try:
+        yield
+    except NrError:
+        raise
+    except Exception as error:
+        raise BadCheckpoint(f"cannot read the checkpoint {folder}: {in_a_line(error)}") from error
 
 
 def _complete(out: Path) -> list[Path]:

@@ -20,8 +20,10 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from nr_serve.disk import is_write_fault
 from nr_serve.errors import NrError
@@ -218,7 +220,18 @@ class RunTrainer(transformers.Trainer):
             checkpoints.rotate(self.out, keep=best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_weights(self.learner, checkpoints.load(Path(resume_from_checkpoint)).weights())
+        folder = Path(resume_from_checkpoint)
+        load_weights(self.learner, checkpoints.load(folder).weights())
+        with checkpoints.reading(folder):
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # as is done next, with no check
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """Left to the run, which also knows what it keeps where no step was left to take."""

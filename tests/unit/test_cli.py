@@ -1,6 +1,8 @@
 import json
 import re
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -437,3 +439,25 @@ def test_help_shows_the_no_of_a_flag_that_is_on_and_of_no_other(capsys):
     text = capsys.readouterr().out
     assert "--no-prefix-cache" in text
     assert "--no-allow-no-key" not in text
+
+
+def test_an_output_without_room_is_told_in_a_line(hu):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "nr_serve.cli", "inspect", str(hu)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: cannot write the output: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2"])
+def test_a_closed_standard_stream_is_none_of_the_files_that_are_opened(hu, closed):
+    program = (
+        f"import os; os.close({closed}); os.execv(os.sys.executable, ['python', '-c', "
+        "'import os, sys; from nr_serve.cli import main; code = main(sys.argv[1:]); "
+        'open(os.devnull); print(os.open(os.devnull, 0), file=open(sys.argv[-1] + ".fd", "w")); '
+        "sys.exit(code)', *os.sys.argv[1:]])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "inspect", str(hu)], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert int(Path(f"{hu}.fd").read_text()) > 2
+    assert done.stderr == ""
+    assert ("domain" in done.stdout) == (closed != "1")

@@ -60,6 +60,14 @@ def test_a_table_gives_a_source_for_each_language(tmp_path):
         (('["hu", "da"]', '["hu", "hu"]'), "hu.x named twice"),
         (("[[source]]", "[[source"), "corpora.toml"),
         (("licence", "format2"), "unknown keys"),
+        ((TABLE, "source = [1]"), "not 1"),
+        (('name = "x"', 'name = "../x"'), "'../x' is no name"),
+        (('["hu", "da"]', '["../hu"]'), "'../hu' is no name"),
+        (('["hu", "da"]', "[1]"), "1 is no name"),
+        (('{ hu = "hu_HU" }', "{ hu = 1 }"), "locales is no table"),
+        (('kind = "deb"', 'kind = "deb"\nstrip = "("'), "strip is no regular expression"),
+        (('kind = "deb"', 'kind = "deb"\nmatch = "["'), "match is no regular expression"),
+        (('kind = "deb"', 'kind = "deb"\nlimit_mb = nan'), "limit_mb: Input should be"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_its_fault(tmp_path, change, message):

@@ -146,3 +146,8 @@ def test_of_two_processes_the_first_to_finish_wins(pip, tmp_path, monkeypatch):
 def test_importing_the_module_does_not_import_torch():
     code = "import sys, nr_serve.default_model; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_folder_that_cannot_be_looked_into_is_reported(pip, tmp_path):
+    with pytest.raises(DownloadFailed, match=r"cannot have the default model in .*: .*File name too long"):
+        default_model.fetch_model(tmp_path / ("n" * 256))

@@ -2,12 +2,16 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from nr_serve.errors import BadAdapterFile, BadRequest, Conflict
+from nr_serve.assemble import load_tokenizer
+from nr_serve.config import ServeConfig
+from nr_serve.engine.model.base import load_base as load_served
+from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, UnsupportedBase
 from nr_serve.evaluate.card import card
 from nr_serve.evaluate.heldout import Report, attach_all
 from nr_serve.evaluate.hosted import Hosted, load
@@ -165,7 +169,27 @@ def test_what_is_measured_on_a_gpu_is_what_is_measured_on_the_cpu(files, base, c
 
 
 def test_a_base_that_is_not_there_is_refused(tmp_path):
-    from nr_serve.errors import UnsupportedBase
-
     with pytest.raises(UnsupportedBase, match="cannot load"):
         load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"cut off"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}'),
+        ("config.json", b'{"model_type": "llama", "hidden_size": 64}'),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer_config.json", b"[1]"),
+    ],
+)
+def test_a_damaged_base_is_refused_in_a_line_wherever_it_is_loaded(tmp_path, base, name, content):
+    damaged = Path(shutil.copytree(base, tmp_path / "base"))
+    (damaged / name).write_bytes(content)
+    of_tokenizer = name.startswith("tokenizer")
+    serves = load_tokenizer if of_tokenizer else lambda folder: load_served(folder, ServeConfig(dtype="float32"))
+    for load in (lambda folder: load_base(str(folder)), serves):
+        with pytest.raises(UnsupportedBase, match=r"cannot load .*base: .") as refused:
+            load(damaged)
+        assert "\n" not in refused.value.message

@@ -402,3 +402,26 @@ def test_learning_rate_follows_the_schedule():
     assert rates["constant-decay"][86] == pytest.approx(0.52)
     assert rates["cosine"][54] == pytest.approx(0.5)
     assert rates["cosine"][99] == rates["constant-decay"][99] == 0
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_file_of_the_trainer_is_refused_and_the_run_stays_as_it_was(tmp_path, base, corpus, name):
+    recipe, out = write_recipe(tmp_path, base, tokens=512), tmp_path / "out"
+    train(recipe, out, corpus)
+    shutil.rmtree(checkpoints.latest(out))
+    left = checkpoints.latest(out)
+    damaged = left / name
+    damaged.write_bytes(b"\xff" * damaged.stat().st_size)
+    with pytest.raises(checkpoints.BadCheckpoint, match=r"cannot read the checkpoint .*checkpoint-2: .") as refused:
+        train(recipe, out, corpus, resume=True)
+    assert "\n" not in refused.value.message
+    assert checkpoints.latest(out) == left
+
+
+def test_results_that_are_none_are_refused(tmp_path, base, corpus):
+    recipe, out = write_recipe(tmp_path, base, tokens=512), tmp_path / "out"
+    train(recipe, out, corpus)
+    path = checkpoints.latest(out) / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"results": {"hu.a": 3}}))
+    with pytest.raises(checkpoints.BadCheckpoint, match=r"results\.hu\.a"):
+        train(recipe, out, corpus, resume=True)

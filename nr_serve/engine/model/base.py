@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine.model.auto_dtype import fastest_dtype
-from nr_serve.errors import UnsupportedBase
+from nr_serve.errors import UnsupportedBase, loading
 from nr_serve.neutral.host import decoder_layers
 from nr_serve.tokenizer import Tokenizer
 
@@ -27,10 +27,8 @@ def load_base(path: Path | str, config: ServeConfig) -> Any:
     if device == "cuda" and not torch.cuda.is_available():
         raise UnsupportedBase("--device cuda was asked for, but torch sees no CUDA device")
     dtype = _fastest(device) if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
+    with loading(str(path)):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise UnsupportedBase(f"cannot load {path}: {error}") from error
     return model.to(device)
 
 

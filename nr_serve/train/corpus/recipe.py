@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from nr_serve.errors import BadRequest, faults
+from nr_serve.names import NAME
 from nr_serve.train.recipe_file import read_toml
 
 Kind = Literal["deb", "pypi", "ddtp", "folder"]
@@ -33,7 +35,9 @@ class Source:
     document: tuple[str, ...] = ()  # csv: the columns, from 0, that say which document a row belongs to
     match: str = ""  # text: a regular expression whose first group is a paragraph
     strip: str = ""  # a regular expression to cut out of every paragraph
-    limit_mb: float = 3.0  # text kept, in 10**6 characters, taken evenly from the whole source
+    limit_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = (
+        3.0  # text kept, in 10**6 characters, taken evenly from the whole source
+    )
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as JSON holds them, to be kept in the manifest and compared."""
@@ -67,6 +71,8 @@ def read_recipe(path: Path) -> list[Source]:
 
 def _expand(table: dict[str, Any]) -> list[Source]:
     """Make one source for each language of a table."""
+    if not isinstance(table, dict):
+        raise BadRequest(f"corpus recipe: a source is a table [[source]], not {table!r}")
     name, languages = table.get("name"), table.get("languages")
     if not name or not languages or not isinstance(languages, list):
         raise BadRequest(f"corpus recipe: a source lacks its name or its list of languages: {table}")
@@ -74,7 +80,12 @@ def _expand(table: dict[str, Any]) -> list[Source]:
     unknown = sorted(set(rest) - {field.name for field in fields(Source)})
     if unknown:
         raise BadRequest(f"corpus recipe: source {name} has unknown keys: {', '.join(unknown)}")
+    for each in (name, *languages):  # a file below the corpus folder is called by them
+        if not isinstance(each, str) or not re.fullmatch(NAME.removesuffix("$"), each):
+            raise BadRequest(f"corpus recipe: {each!r} is no name of a source or of a language")
     locales = table.get("locales", {})
+    if not isinstance(locales, dict) or not all(isinstance(each, str) for each in locales.values()):
+        raise BadRequest(f"corpus recipe: source {name}: locales is no table of languages and locales")
     return [_fill(name, language, locales.get(language, language), rest) for language in languages]
 
 
@@ -96,6 +107,11 @@ def _check_keys(name: str, source: Source) -> None:
             raise BadRequest(
                 f"corpus recipe: source {name} of kind {source.kind!r} {'needs' if read else 'takes no'} {key}"
             )
+    for key in ("match", "strip"):
+        try:
+            re.compile(getattr(source, key))
+        except re.error as error:
+            raise BadRequest(f"corpus recipe: source {name}: {key} is no regular expression: {error}") from error
     if not source.licence and not folder:
         raise BadRequest(f"corpus recipe: source {name} of kind {source.kind!r} needs its licence")
     if (source.format == "ddtp") != (source.kind == "ddtp"):
