@@ -35,9 +35,8 @@ class Source:
     document: tuple[str, ...] = ()  # csv: the columns, from 0, that say which document a row belongs to
     match: str = ""  # text: a regular expression whose first group is a paragraph
     strip: str = ""  # a regular expression to cut out of every paragraph
-    limit_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = (
-        3.0  # text kept, in 10**6 characters, taken evenly from the whole source
-    )
+    # Text kept, in 10**6 characters, taken evenly from the whole source.
+    limit_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as JSON holds them, to be kept in the manifest and compared."""
