@@ -189,7 +189,7 @@ def test_a_damaged_base_is_refused_in_a_line_wherever_it_is_loaded(tmp_path, bas
     (damaged / name).write_bytes(content)
     of_tokenizer = name.startswith("tokenizer")
     serves = load_tokenizer if of_tokenizer else lambda folder: load_served(folder, ServeConfig(dtype="float32"))
-    for load in (lambda folder: load_base(str(folder)), serves):
+    for loads in (lambda folder: load_base(str(folder)), serves):
         with pytest.raises(UnsupportedBase, match=r"cannot load .*base: .") as refused:
-            load(damaged)
+            loads(damaged)
         assert "\n" not in refused.value.message
