@@ -85,7 +85,7 @@ def _expand(table: dict[str, Any]) -> list[Source]:
     locales = table.get("locales", {})
     if not isinstance(locales, dict) or not all(isinstance(each, str) for each in locales.values()):
         raise BadRequest(f"corpus recipe: source {name}: locales is no table of languages and locales")
-    return [_fill(str(name), language, locales.get(language, language), rest) for language in languages]
+    return [_fill(name, language, str(locales.get(language, language)), rest) for language in languages]
 
 
 def _fill(name: str, language: str, locale: str, rest: dict[str, Any]) -> Source:
