@@ -175,7 +175,7 @@ NEEDED = {
     "who would have acted is not selected": (Footprint, "serves", lambda f, s: f.acted <= s <= f.attached),
     "a carried state is recalled": (Bank, "recall_row", lambda bank, row, page: bank.forget_row(row)),
     "another threshold is another attachment": (
-        Attachments, "put", lambda a, slot: a._in_slot.get(slot) is not None or PUT(a, slot)
+        Attachments, "put", lambda a, slot: a._in_slot[slot] if slot in a._in_slot else PUT(a, slot)
     ),
 }  # fmt: skip
 PUT = Attachments.put
