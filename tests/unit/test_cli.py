@@ -451,7 +451,7 @@ def test_an_output_without_room_is_told_in_a_line(hu):
 @pytest.mark.parametrize("closed", ["0", "1", "2"])
 def test_a_closed_standard_stream_is_none_of_the_files_that_are_opened(hu, closed):
     program = (
-        f"import os; os.close({closed}); os.execv(os.sys.executable, ['python', '-c', "
+        f"import os; os.close({closed}); os.execv(os.sys.executable, [os.sys.executable, '-c', "
         "'import os, sys; from nr_serve.cli import main; code = main(sys.argv[1:]); "
         'open(os.devnull); print(os.open(os.devnull, 0), file=open(sys.argv[-1] + ".fd", "w")); '
         "sys.exit(code)', *os.sys.argv[1:]])"
