@@ -45,11 +45,10 @@ def _begin_compiling(config: ServeConfig) -> None:
     """Operators for a CPU take longer than all else at a first start, so they are begun first."""
     if not config.compile or config.device == "cuda":
         return
-    import torch  # help must start at once
+    from nr_serve.engine.model.cpu_operators import begin  # with torch: help must start at once
+    from nr_serve.engine.model.device import device_of
 
-    from nr_serve.engine.model.cpu_operators import begin
-
-    if config.device == "cpu" or not torch.cuda.is_available():
+    if device_of(config) == "cpu":
         begin()
 
 

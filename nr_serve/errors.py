@@ -28,7 +28,7 @@ The command line prints the message alone; a stack trace means a bug in nr-serve
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -150,17 +150,22 @@ class DownloadFailed(NrError):
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Raise what a library raises as it loads `what` of a base as UnsupportedBase: of a damaged file, anything."""
+def raised_as(kind: type[NrError], failure: str) -> Iterator[None]:
+    """Raise what another library raises as `kind`, `failure` first: of a damaged file that may be anything."""
     try:
         yield
     except NrError:
         raise
     except Exception as error:
-        raise UnsupportedBase(f"cannot load {what}: {in_a_line(error)}") from error
+        raise kind(f"{failure}: {_in_a_line(error)}") from error
 
 
-def in_a_line(error: Exception) -> str:
+def loading(what: str) -> AbstractContextManager[None]:
+    """Raise what goes wrong as a library loads `what` of a base as UnsupportedBase."""
+    return raised_as(UnsupportedBase, f"cannot load {what}")
+
+
+def _in_a_line(error: Exception) -> str:
     """What another library's error says; with its kind, where that alone tells that something was read."""
     said = " ".join(str(error).split())
     return said if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"

@@ -15,9 +15,14 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What an adapter may be called. It is a file's name too, and never one that leads out of its folder."""
 
 
+def is_name(text: str) -> bool:
+    """Whether it is a name as `NAME` has it, all of it."""
+    return re.fullmatch(NAME.removesuffix("$"), text) is not None  # `$` would match before a line break at the end
+
+
 def check_adapter_name(name: str, base: str | None = None, *, param: str | None = "name") -> None:
     """Raise BadRequest unless an adapter may have this name beside a base called `base`."""
-    if not re.fullmatch(NAME.removesuffix("$"), name):  # which a line break at the end would match
+    if not is_name(name):
         raise BadRequest(
             "an adapter's name is 1 to 64 letters, digits, dots, hyphens and underscores, "
             "and starts with a letter or a digit",

@@ -263,7 +263,7 @@ class AsyncEngine:
             self.metrics.step(events.report)
         if events.adapters_changed:
             self._keep(asyncio.create_task(self._list()))
-        self.metrics.load_failures.inc(events.loads_failed)
+            self.metrics.load_failures.inc(events.loads_failed)
         for output in events.outputs:
             live = self._live.get(output.request_id)
             if live is None:  # aborted while the step ran

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nr_serve.disk import held, whole, writing
-from nr_serve.errors import NrError, faults, in_a_line
+from nr_serve.errors import NrError, faults, raised_as
 from nr_serve.train.blocks import is_gate
 
 PREFIX = "checkpoint-"
@@ -184,18 +184,12 @@ def load(folder: Path) -> Checkpoint:
         raise BadCheckpoint(f"cannot read the checkpoint {folder}: {error}") from error
 
 
-@contextmanager
-def reading(folder: Path) -> Iterator[None]:
+def reading(folder: Path) -> AbstractContextManager[None]:
     """Raise what goes wrong as torch and transformers read their files of a checkpoint as BadCheckpoint.
 
     Those are checked by their sizes alone, so they may hold anything, and then anything may be raised.
     """
-    try:
-        yield
-    except NrError:
-        raise
-    except Exception as error:
-        raise BadCheckpoint(f"cannot read the checkpoint {folder}: {in_a_line(error)}") from error
+    return raised_as(BadCheckpoint, f"cannot read the checkpoint {folder}")
 
 
 def _complete(out: Path) -> list[Path]:

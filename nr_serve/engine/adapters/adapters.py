@@ -87,9 +87,10 @@ class Adapters:
         """Rows of the cross statistics that the requests' tokens count under."""
         # A name that was unloaded meanwhile must not come back as a time series.
         retired = self.registry.retired
-        late = [bool(retired) and not retired.isdisjoint(request.selection or ()) for request in requests]
-        row = self._slots.counts.row
-        return [row(OTHER if is_late else r.submit.selected) for r, is_late in zip(requests, late, strict=True)]
+        names = [
+            OTHER if retired and not retired.isdisjoint(r.selection or ()) else r.submit.selected for r in requests
+        ]
+        return [self._slots.counts.row(name) for name in names]
 
     def shares(self, fired_S: tuple[int, ...], selection: Selection) -> dict[str, float]:
         """Share of an adapter's blocks that fired at a token, by adapter."""

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine.model.auto_dtype import fastest_dtype
+from nr_serve.engine.model.device import device_of
 from nr_serve.errors import UnsupportedBase, loading
 from nr_serve.neutral.host import decoder_layers
 from nr_serve.tokenizer import Tokenizer
@@ -23,9 +24,7 @@ def load_base(path: Path | str, config: ServeConfig) -> Any:
 
     Raises UnsupportedBase if there is none, or no such device.
     """
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedBase("--device cuda was asked for, but torch sees no CUDA device")
+    device = device_of(config)
     dtype = _fastest(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     with loading(str(path)):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from nr_serve.errors import BadRequest, faults
-from nr_serve.names import NAME
+from nr_serve.names import is_name
 from nr_serve.train.recipe_file import read_toml
 
 Kind = Literal["deb", "pypi", "ddtp", "folder"]
@@ -80,7 +80,7 @@ def _expand(table: dict[str, Any]) -> list[Source]:
     if unknown:
         raise BadRequest(f"corpus recipe: source {name} has unknown keys: {', '.join(unknown)}")
     for each in (name, *languages):  # a file below the corpus folder is called by them
-        if not isinstance(each, str) or not re.fullmatch(NAME.removesuffix("$"), each):
+        if not isinstance(each, str) or not is_name(each):
             raise BadRequest(f"corpus recipe: {each!r} is no name of a source or of a language")
     locales = table.get("locales", {})
     if not isinstance(locales, dict) or not all(isinstance(each, str) for each in locales.values()):
