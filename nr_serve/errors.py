@@ -195,7 +195,8 @@ def faults(error: ValidationError) -> str:
     """The faults of a validation in one line: where each is, and what is wrong there. Shows no input."""
     found = []
     for each in error.errors(include_url=False, include_input=False, include_context=False):
-        place = ".".join(map(str, each["loc"]))
+        # A name with brackets is that of one of the types a value may have.
+        place = ".".join(part for part in map(str, each["loc"]) if "[" not in part)
         unknown = each["type"] == "extra_forbidden"
         message = "not a known key" if unknown else each["msg"].removeprefix("Value error, ")
         found.append(f"{place}: {message}" if place else message)

@@ -92,7 +92,7 @@ def train(command: Train) -> int:
     from nr_serve.train.run import train as run
 
     recipe = read_recipe(command.recipe, parse_changes(command.set))
-    with _told_if_stopped("train", lambda: _left(command.out)), _ended_by_sigterm():
+    with _told_if_stopped("train", lambda: _left(command.out)), _ended_in_order():
         made = run(recipe, command.out, command.corpus, resume=command.resume, tensorboard=command.tensorboard)
     if processes.is_first():
         print(made)
@@ -112,7 +112,7 @@ def sweep(command: Sweep) -> int:
         check_sources(recipes, command.corpus, command.source)
     elif command.source:
         raise BadRequest("runs of several domains or bases are not compared: --source does nothing", param="source")
-    with _told_if_stopped("sweep", lambda: "the same command goes on where this one was"), _ended_by_sigterm():
+    with _told_if_stopped("sweep", lambda: "the same command goes on where this one was"), _ended_in_order():
         results = run_sweep(command.sweep, command.out, command.corpus, changes)
         made = {name: result for name, result in results.items() if isinstance(result, Path)}
         for path in _written(command, made, compares=compares):
@@ -178,7 +178,7 @@ def fetch_corpus(command: FetchCorpus) -> int:
     """Fetch; print what lies in the folder then."""
     from nr_serve.train.corpus.build import fetch_corpus as fetch
 
-    with _ended_by_sigterm():  # so that what is unpacked does not stay behind
+    with _ended_in_order():  # so that what is unpacked does not stay behind
         fetched = fetch(command.recipe, command.out, command.only)
     rows = [(each.name, f"{each.train_chars:,}", f"{each.heldout_chars:,}") for each in fetched]
     for line in table([("SOURCE", "TRAIN CHARS", "HELD-OUT CHARS"), *rows]):
@@ -196,7 +196,7 @@ def _left(out: Path) -> str:
 
 @contextmanager
 def _told_if_stopped(command: str, left: Callable[[], str]) -> Iterator[None]:
-    """Say how the command can go on, if Ctrl-C or SIGTERM ends the program inside."""
+    """Say how the command can go on, if a signal ends the program inside."""
     from nr_serve.train import processes
 
     try:
@@ -207,10 +207,17 @@ def _told_if_stopped(command: str, left: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM inside ends the program as an exception does, so that what is temporary is removed."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP inside end the program as an exception does, so that what is temporary is removed.
+
+    One that is ignored, as SIGHUP is under nohup, stays so.
+    """
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    caught = [each for each, handler in before.items() if handler is not signal.SIG_IGN]
+    for each in caught:
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each in caught:
+            signal.signal(each, before[each])

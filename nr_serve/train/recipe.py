@@ -30,6 +30,8 @@ def _at_most(most: int) -> AfterValidator:
 
 Count = Annotated[int, Field(ge=0), _at_most(2**53)]
 Positive = Annotated[int, Field(gt=0), _at_most(2**53)]
+Width = Annotated[int, Field(gt=0), _at_most(2**20)]
+WidthOrNone = Annotated[int, Field(ge=0), _at_most(2**20)]
 Seed = Annotated[int, Field(ge=0), _at_most(2**32 - 1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Entries = tuple[str, ...]
@@ -86,7 +88,7 @@ class Data(_Section):
 class Blocks(_Section):
     """The shape of the blocks; give exactly one of `h` and `capacity`."""
 
-    h: Positive | tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+    h: Width | tuple[WidthOrNone, ...] | None = Field(
         default=None, description="Width of every block, or one a layer (0: no block there)."
     )
     capacity: float | None = Field(
@@ -243,7 +245,7 @@ class Loss(_Section):
 class Lora(_Section):
     """The shape of the LoRA baseline. Only a lora run reads it."""
 
-    rank: Positive | None = Field(
+    rank: Width | None = Field(
         default=None, description="Rank on every linear layer (default: as many parameters as the blocks have)."
     )
     alpha: Positive = Field(default=32, description="LoRA's alpha: its update is scaled by alpha over rank.")

@@ -204,7 +204,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "left"), [(signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 0), (signal.SIGKILL, -9, 1)]
+    ("number", "code", "left"),
+    [(signal.SIGTERM, 143, 0), (signal.SIGHUP, 129, 0), (signal.SIGINT, 130, 0), (signal.SIGKILL, -9, 1)],
 )
 def test_what_a_stopped_fetch_unpacked_goes_then_or_with_the_next_fetch(fetch, tmp_path, number, code, left):
     path, out = recipe(tmp_path, TABLE), tmp_path / "out"

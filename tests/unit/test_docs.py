@@ -82,6 +82,23 @@ def test_the_commands_of_the_security_page_are_understood(tmp_path):
     assert (config.host, config.key_file) == ("0.0.0.0", Path(file))
 
 
+def _commands_shown() -> list[tuple[str, str]]:
+    """Each page and each command line in it, without what a shell does with its input and output."""
+    pages = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "adapters").glob("*/README.md"))]
+    found = []
+    for page in pages:
+        whole = re.sub(r" \\\n\s*", " ", page.read_text(encoding="utf-8"))
+        lines = re.findall(r"^ {4,}(?:[A-Z_]+=\S+ )*nr-serve ([a-z].*)$", whole, re.M)
+        found += [(page.name, re.split(r" [|<>&]", line)[0]) for line in lines]
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), _commands_shown())
+def test_every_command_line_shown_is_understood(page, line):
+    name, *args = shlex.split(line, comments=True)
+    assert isinstance(parse(COMMANDS[name][0], name, args), BaseSettings), page
+
+
 def test_the_structure_page_holds_every_module():
     page = (DOCS / "structure.md").read_text(encoding="utf-8")
     assert modules_tables() in page, (

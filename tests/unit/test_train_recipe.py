@@ -52,6 +52,9 @@ def recipe(**sections) -> Recipe:
         ({"run": {"weight_decay": math.inf}}, "run.weight_decay: Input should be a finite number"),
         ({"run": {"tokens": 10**23}}, "run.tokens: Input should be less than"),
         ({"run": {"warmup_tokens": 10**23}}, "run.warmup_tokens: Input should be less than"),
+        ({"blocks": {"h": 10**12}}, "recipe: blocks.h: Input should be less than"),
+        ({"blocks": {"h": [16, 10**12]}}, "blocks.h.1: Input should be less than"),
+        ({"lora": {"rank": 10**12}}, "lora.rank: Input should be less than"),
         ({"run": {"seed": 2**32}}, "run.seed: Input should be less than"),
     ],
 )
