@@ -14,7 +14,7 @@ from typing import Any
 from nr_serve.disk import writing
 from nr_serve.errors import BadRequest
 from nr_serve.logs import say
-from nr_serve.neutral.format import Adapter, Block, write_adapter
+from nr_serve.neutral.format import Adapter, AdapterInfo, Block, naming, read_info, write_adapter
 from nr_serve.train import text
 from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase, best_device, load_base, read_adapters
@@ -41,16 +41,17 @@ def calibrate(
     """Fit the gates of the adapter in `new` on the stream as it and those in `beside` leave it; write to `out`.
 
     The classes are those of its recipe and the target text of every adapter beside it; gates are fitted as the
-    recipe says, by logistic regression if they were random there, and every block keeps one, however little it
-    finds. `changes` replaces keys of the recipe's [gate], `carry` its carry; the new file's recipe tells of both.
-    The file keeps its threshold, if they do not name another.
+    recipe says, in the type it was trained in, by logistic regression if they were random there, and every block
+    keeps one, however little it finds. `changes` replaces keys of the recipe's [gate], `carry` its carry; the new
+    file's recipe tells of both. The file keeps its threshold, if they do not name another.
     Raises BadAdapterFile for a file that does not fit the base, BadRequest for an adapter without a recipe or
     without gates and for two of the same name, BadRecipe if text is missing, CannotWrite.
     """
-    frozen = load_base(base, device=best_device())
+    with naming(new):
+        recipe = _new_recipe(new, read_info(new), carry, changes or {})
+    frozen = load_base(base, recipe.base_dtype, best_device())
     neighbours = read_adapters([new, *beside], frozen)
     adapter = neighbours.pop(new.stem)
-    recipe = _new_recipe(new, adapter, carry, changes or {})
     added = _target_text(recipe, neighbours, corpus)
     written = [source for source in added if source.reads_alike(recipe.data.text_field)]
     unwritten = [source for source in added if source not in written]  # a recipe has one field for all its text
@@ -90,13 +91,13 @@ def _results(adapter: Adapter, neighbours: Mapping[str, Adapter]) -> dict[str, A
     return kept | {"calibrated": {"beside": {name: each.version for name, each in neighbours.items()}}}
 
 
-def _new_recipe(file: Path, adapter: Adapter, carry: float | None, changes: Mapping[str, Any]) -> Recipe:
+def _new_recipe(file: Path, info: AdapterInfo, carry: float | None, changes: Mapping[str, Any]) -> Recipe:
     """The recipe of the new gates: the file's threshold unless `changes` name one, and gates that are fitted."""
-    recipe = _recipe(file.stem, adapter)
+    recipe = _recipe(file.stem, info)
     if recipe.method != "neutral" or recipe.gate.kind == "none":
         raise BadRequest(f"{file} was trained without gates: its blocks know no text but their own", param="file")
     init = {} if recipe.gate.fitted else {"init": "logistic"}
-    gate = recipe.gate.model_dump() | init | {"threshold": adapter.info.threshold} | dict(changes)
+    gate = recipe.gate.model_dump() | init | {"threshold": info.threshold} | dict(changes)
     blocks = recipe.blocks.model_dump() | ({} if carry is None else {"carry": carry})
     return parse_recipe(recipe.dump() | {"gate": gate, "blocks": blocks}, file.name)
 
@@ -114,7 +115,7 @@ def _target_text(recipe: Recipe, neighbours: Mapping[str, Adapter], corpus: Path
     seen = {source.identity for source in listed}
     added = []
     for name, neighbour in neighbours.items():
-        its = _recipe(name, neighbour).data
+        its = _recipe(name, neighbour.info).data
         for source in find_sources(corpus, its.target, its.text_field):
             if source.identity not in seen:
                 seen.add(source.identity)
@@ -128,7 +129,7 @@ def _with_gate(block: Block | None, fitted: BlockModule | None) -> Block | None:
     return replace(block, gate=fitted.gate.detach(), bias=fitted.bias.detach())
 
 
-def _recipe(name: str, adapter: Adapter) -> Recipe:
-    if "data" not in adapter.info.recipe:
+def _recipe(name: str, info: AdapterInfo) -> Recipe:
+    if "data" not in info.recipe:
         raise BadRequest(f"{name} carries no recipe, so its text is unknown", param="files")
-    return parse_recipe(dict(adapter.info.recipe), name)
+    return parse_recipe(dict(info.recipe), name)

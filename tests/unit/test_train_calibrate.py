@@ -15,6 +15,7 @@ from nr_serve.neutral.format import read_adapter
 from nr_serve.train import text
 from nr_serve.train.base import load_base
 from nr_serve.train.calibrate import calibrate
+from nr_serve.train.gates import Fitter
 from nr_serve.train.run import train
 from tests.tiny_run import write_recipe
 
@@ -59,6 +60,16 @@ def test_calibration_sets_a_threshold_if_told(tmp_path, base, corpus):
     old = train(write_recipe(tmp_path, base, tokens=256), tmp_path / "hu", corpus)
     new = calibrate(old, [], corpus, tmp_path / "new.safetensors", base=str(base), changes={"threshold": 0.3})
     assert (read_adapter(old).info.threshold, read_adapter(new).info.threshold) == (0, 0.3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_calibration_reads_the_text_in_the_type_of_the_recipe(tmp_path, base, corpus, dtype, monkeypatch):
+    old = train(write_recipe(tmp_path, base, tokens=128, run__dtype=dtype), tmp_path / "hu", corpus)
+    streams = set()
+    fit = Fitter.fit
+    monkeypatch.setattr(Fitter, "fit", lambda self, layer, x_Td: streams.add(x_Td.dtype) or fit(self, layer, x_Td))
+    calibrate(old, [], corpus, tmp_path / "new.safetensors", base=str(base))
+    assert streams == {getattr(torch, dtype)}
 
 
 def test_calibration_needs_the_adapters_recipe(tmp_path, base, corpus):
