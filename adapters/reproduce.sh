@@ -20,20 +20,21 @@ domains=(hu da sk bio)
 
 mkdir -p "$out"
 nr-serve fetch-corpus "$here/corpora.toml" --out "$corpus"
-files=()
 for domain in "${domains[@]}"; do
-    trained=$out/$domain/$domain.safetensors
-    files+=("$trained")
-    [ -e "$trained" ] ||
+    [ -e "$out/$domain/$domain.safetensors" ] ||
         nr-serve train "$here/$domain/recipe.toml" --corpus "$corpus" --out "$out/$domain" --resume "${changes[@]}"
 done
-# Slovak's gates are fitted once more beside the others, whose blocks move what they read.
-beside=$out/beside/sk.safetensors
-mkdir -p "$out/beside"
-[ -e "$beside" ] ||
-    nr-serve calibrate "$out/sk/sk.safetensors" --corpus "$corpus" --out "$beside" --beside "$out/hu/hu.safetensors" \
-        --beside "$out/da/da.safetensors" --beside "$out/bio/bio.safetensors"
-files=("${files[@]/*\/sk.safetensors/$beside}")
+# To live together: Danish at a higher threshold; Slovak's gates fitted once more beside the others, whose blocks move
+# what they read.
+together=$out/together
+mkdir -p "$together"
+cp "$out/hu/hu.safetensors" "$out/bio/bio.safetensors" "$together"
+nr-serve export-adapter "$out/da" "$together/da.safetensors" --threshold 0.75
+[ -e "$together/sk.safetensors" ] ||
+    nr-serve calibrate "$out/sk/sk.safetensors" --corpus "$corpus" --out "$together/sk.safetensors" \
+        --set background_percentile=99.5 \
+        --beside "$together/hu.safetensors" --beside "$together/da.safetensors" --beside "$together/bio.safetensors"
+files=("$together"/{hu,da,sk,bio}.safetensors)
 nr-serve evaluate "${files[@]}" --corpus "$corpus" --interference --near nb=da --near sv=da --near cs=sk \
     --markdown "$out/interference.md" --plots "$out"
 nr-serve sweep "$here/eight.toml" --corpus "$corpus" --out "$out/eight" "${changes[@]}"

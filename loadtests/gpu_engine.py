@@ -50,7 +50,7 @@ class Engine:
 
     def __init__(self, shape: str, args: argparse.Namespace, batches: Sequence[int], context: int) -> None:
         # Here, for they need triton, and --help does not.
-        from nr_serve.engine import graphs, paged_attention
+        from nr_serve.engine.model import graphs, paged_attention
         from nr_serve.engine.model.attention import KVCache
         from nr_serve.neutral.gpu_bank import GpuBank
         from nr_serve.neutral.host import host_blocks

@@ -66,7 +66,7 @@ class Client:
             flags["pinned"] = str(pinned).lower()
         if threshold is not None:
             flags["threshold"] = repr(threshold)
-        place = _place(name or path.stem)
+        place = adapter_path(name or path.stem)
         try:
             check_ends(path)
             with path.open("rb") as file:
@@ -83,7 +83,7 @@ class Client:
 
     def unload(self, name: str) -> Adapter:
         """Unload an adapter; return it as it was."""
-        adapter: Adapter = self._json("DELETE", _place(name))
+        adapter: Adapter = self._json("DELETE", adapter_path(name))
         return adapter
 
     def adapters(self) -> list[Adapter]:
@@ -131,7 +131,7 @@ class Client:
         return response.json()
 
 
-def _place(name: str) -> str:
+def adapter_path(name: str) -> str:
     """Where the server has an adapter."""
     try:
         return f"/v1/adapters/{quote(name, safe='')}"

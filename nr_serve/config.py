@@ -30,6 +30,8 @@ FLAGS = SettingsConfigDict(
 )
 """How every command's fields become flags."""
 
+MAX_LOGPROBS = 20
+"""As OpenAI's API has it."""
 PROBE_TOKENS = 512
 """Longest probe text; what a file holds beyond is not read."""
 
@@ -121,7 +123,9 @@ class HttpSettings(BaseModel):
     max_answers: int | None = Field(
         None, ge=1, description="answers a request may ask for, prompts times n (default: --max-waiting)"
     )
-    max_logprobs: int = Field(20, ge=0, le=20, description="likeliest tokens a request may ask for at each place")
+    max_logprobs: int = Field(
+        MAX_LOGPROBS, ge=0, le=MAX_LOGPROBS, description="likeliest tokens a request may ask for at each place"
+    )
     request_timeout: float | None = Field(
         None, gt=0, description="seconds a request may take; then it is aborted with 504 (default: no limit)"
     )

@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from nr_serve.config import ServeConfig
 from nr_serve.errors import BadRequest, faults
+from nr_serve.names import NAME
 
 log = logging.getLogger(__name__)
 
 MIN_LENGTH = 32
 """Characters of the shortest key that opens anything through a key file; `make_key` gives 46."""
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _API_KEY, _ADMIN_KEY = "api-key", "admin-key"
 _RESERVED = (_API_KEY, _ADMIN_KEY)
 """Names of the keys that settings give: a key of the file would share their limits, and their name in the log."""
@@ -35,7 +35,7 @@ class Key(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    name: str = Field(pattern=_NAME, description="whose it is; shown in the log")
+    name: str = Field(pattern=NAME, description="whose it is; shown in the log")
     role: Role = Field(description="inference, or admin, which may change adapters too")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="the key's hash")
     requests_per_minute: float | None = Field(

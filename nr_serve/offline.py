@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
-from urllib.parse import quote
 
 import httpx
 from anyio.from_thread import start_blocking_portal
@@ -23,7 +22,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from nr_serve.api.forms import Adapter, AdapterList, ChatCompletion, Completion, ModelList
 from nr_serve.asgi_transport import LocalTransport
-from nr_serve.client import refusal, told
+from nr_serve.client import adapter_path, refusal, told
 from nr_serve.config import FLAGS, GROUPS, AdapterSettings, EngineSettings, ModelSettings, ServeConfig
 from nr_serve.errors import BadRequest, NrError, Unavailable, faults
 
@@ -165,7 +164,7 @@ class Server:
 
     def unload_adapter(self, name: str) -> Adapter:
         """Unload an adapter; return it as it was."""
-        adapter: Adapter = self._json(self._http.delete, f"/v1/adapters/{quote(name, safe='')}")
+        adapter: Adapter = self._json(self._http.delete, adapter_path(name))
         return adapter
 
     def _get(self, path: str) -> Any:

@@ -112,7 +112,6 @@ class FakeEngine:
         self.steps_may_run.set()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._running: dict[str, tuple[Submit, list[int], Detokenizer]] = {}
-        self._steps = 0
         self._thread = threading.Thread(target=self._main, daemon=True)
 
     def start(self) -> None:
@@ -130,7 +129,6 @@ class FakeEngine:
         self._inbox.put(request)
 
     def abort(self, request_id: str) -> None:
-        self._check()
         self.aborted.append(request_id)
         self._inbox.put(request_id)
 
@@ -182,9 +180,8 @@ class FakeEngine:
         for output in outputs:
             if output.finish_reason is not None:
                 del self._running[output.request_id]
-        self._steps += 1
         time.sleep(0.001)
-        report = StepReport(self._steps, 0.001, 0, len(outputs), len(outputs), len(self._running), 0, 0, 1, 100)
+        report = StepReport(0.001, 0, len(outputs), len(outputs), 0)
         return StepEvents(tuple(outputs), report)
 
     def _advance(self, submit: Submit, written: list[int], text: Detokenizer) -> Output:

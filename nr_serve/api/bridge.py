@@ -247,10 +247,7 @@ class AsyncEngine:
         if live is None:
             return
         live.abort()
-        try:
-            self._engine.abort(request_id)
-        except Unavailable as error:
-            log.debug("nothing to abort: %s", error)
+        self._engine.abort(request_id)
 
     def _deliver(self, events: StepEvents) -> None:
         """Hand one step's events to the event loop. Called on the engine's thread."""
@@ -283,7 +280,7 @@ class AsyncEngine:
         if status == "ready":
             try:
                 views = await asyncio.wrap_future(self._engine.call(ListAdapters()))
-            except Unavailable as error:  # it failed just now: the next look shows it
+            except NrError as error:  # it failed just now: the next look shows it
                 log.debug("ready no more: %s", error)
                 return
             self._note(ListAdapters(), views)

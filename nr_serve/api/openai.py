@@ -101,7 +101,7 @@ async def _respond(
     outputs = context.engine.generate(ask.submits)
     if body.stream:
         # The first output is awaited before the answer begins: a refusal still becomes an HTTP status.
-        first = await while_connected(request, _first(outputs))
+        first = await while_connected(request, anext(outputs))
         options = body.stream_options or StreamOptions()
         chunks = _chunks(ask, writers, around, options, _chain(first, outputs))
         return EventStream(chunks, outputs)
@@ -112,10 +112,6 @@ async def _respond(
         tally.count(output)
     kept = [writer.parts(output)[0] for writer, output in zip(writers, best(ask, ended), strict=True)]
     return Json(whole({**around, "usage": tally.usage()}, writers, kept))
-
-
-async def _first(outputs: AsyncGenerator[Output, None]) -> Output:
-    return await anext(outputs)
 
 
 async def _chain(first: Output, rest: AsyncGenerator[Output, None]) -> AsyncGenerator[Output, None]:

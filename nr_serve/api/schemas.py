@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 from nr_serve.api.body import Body, NotSupported, Text, TokenIds
 from nr_serve.api.structured import FormFields
 from nr_serve.api.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice
+from nr_serve.config import MAX_LOGPROBS
 from nr_serve.neutral import MAX_THRESHOLD
 
-MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_MESSAGES = 4096

@@ -20,8 +20,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(body: Body) -> bytes:
-    """One event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One event. In ASCII: clients by httpx end a line at U+2028 and its like too."""
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):

@@ -32,6 +32,7 @@ from nr_serve.tokenizer import Detokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 5  # in a row
+_NOT_RUN = Result(None, error=NrError("it could not be run on the probe texts; the log says why"))
 TRIAL_TOKENS = 64  # of a piece on trial while nothing else runs: who comes meanwhile should not wait long
 
 
@@ -44,10 +45,12 @@ class Runs(Protocol):
     recalls_pages: bool
     """Whether it keeps what a request needs to begin with pages that another one computed."""
     trial_tokens: int
-    """How long a piece on trial may be beside others."""
+    """How long a piece on trial may be while others run."""
+    tries_apart: bool
+    """Whether a piece on trial needs a pass of its own."""
 
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
-        """One forward pass, a piece on trial last; a result for each piece."""
+        """One forward pass, a piece on trial last or alone; a result for each piece."""
         ...
 
 
@@ -70,7 +73,6 @@ class Core:
         self._max_waiting = config.max_waiting
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
-        self._steps = 0
         self._failed_steps = 0
 
     @property
@@ -170,15 +172,26 @@ class Core:
     def _run(self, pieces: list[Piece], trial: Piece | None) -> tuple[list[Result] | NrError, Result | None]:
         """Results of the pieces, and of the one on trial."""
         labels = self._adapters.labels([piece.request for piece in pieces])
-        tried = None
-        if trial is not None:
-            try:
-                *results, tried = self._runner.run([*pieces, trial], [*labels, 0])
-                return results, tried
-            except Exception:  # it must take nobody with it: the others run again, without it
-                log.exception("an adapter could not be run on a probe text")
-                tried = Result(None, error=NrError("it could not be run on the probe texts; the log says why"))
-        return self._run_requests(pieces, labels) if pieces else [], tried
+        if trial is None or not pieces or self._runner.tries_apart:
+            results = self._run_requests(pieces, labels) if pieces else []
+            return results, None if trial is None else self._try(trial)
+        try:
+            *together, tried = self._runner.run([*pieces, trial], [*labels, 0])
+        except Exception:  # it must take nobody with it: the others run again, without it
+            log.exception("a step with an adapter on trial failed")
+            again = self._run_requests(pieces, labels)
+            # If they fail without it too, it is not to blame: it is tried again.
+            return again, None if isinstance(again, NrError) else _NOT_RUN
+        self._failed_steps = 0
+        return together, tried
+
+    def _try(self, trial: Piece) -> Result:
+        try:
+            (tried,) = self._runner.run([trial], [0])
+        except Exception:
+            log.exception("an adapter could not be run on a probe text")
+            return _NOT_RUN
+        return tried
 
     def _run_requests(self, pieces: list[Piece], labels: list[int]) -> list[Result] | NrError:
         try:
@@ -262,20 +275,13 @@ class Core:
         self._adapters.release(request)
 
     def _report(self, pieces: list[Piece], started: float, preempted: int) -> StepReport:
-        self._steps += 1
         decode = sum(piece.start >= piece.request.prompt_length for piece in pieces)
-        pool = self.scheduler.pool
         return StepReport(
-            step=self._steps,
             seconds=time.perf_counter() - started,
             prefill_tokens=sum(piece.count for piece in pieces) - decode,
             decode_tokens=decode,
             requests=len(pieces),
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
             preemptions=self.scheduler.preemptions - preempted,
-            pages_used=pool.used,
-            pages_total=pool.total,
             prefix=self.scheduler.take_prefix_counts(),
         )
 

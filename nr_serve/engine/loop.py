@@ -255,8 +255,6 @@ class EngineLoop:
                     outputs.append(core.add(message))
                 elif isinstance(message, Abort):
                     outputs.append(core.abort(message.request_id))
-                elif isinstance(message, _Checked):
-                    adapters.load(message.message, message.adapter, message.answer, message.started)
                 else:
                     _carry_out(message, core, adapters)
                 message = self._inbox.get(block=False)
@@ -284,19 +282,23 @@ class EngineLoop:
                 message.answer.set_exception(error)
 
 
-def _carry_out(call: _Call, core: Core, adapters: Adapters) -> None:
+def _carry_out(call: _Call | _Checked, core: Core, adapters: Adapters) -> None:
+    answer: Future[Any] = call.answer
     try:
-        match call.command:
-            case UnloadAdapter(name):
-                call.answer.set_result(adapters.unload(name))
-            case PatchAdapter():
-                adapters.patch(call.command, call.answer)
-            case ListAdapters():
-                call.answer.set_result(adapters.views())
-            case ReadGates():
-                call.answer.set_result(core.statistics())
+        match call:
+            case _Checked():
+                adapters.load(call.message, call.adapter, answer, call.started)
+            case _Call(UnloadAdapter(name)):
+                answer.set_result(adapters.unload(name))
+            case _Call(PatchAdapter() as patch):
+                adapters.patch(patch, answer)
+            case _Call(ListAdapters()):
+                answer.set_result(adapters.views())
+            case _Call(ReadGates()):
+                answer.set_result(core.statistics())
     except NrError as error:
-        call.answer.set_exception(error)
+        answer.set_exception(error)
     except Exception as error:
-        call.answer.set_exception(NrError(f"the command failed: {type(error).__name__}"))
+        if not answer.done():
+            answer.set_exception(NrError(f"the command failed: {type(error).__name__}"))
         raise  # half of it may be done: the engine stops rather than go on from there

@@ -128,18 +128,13 @@ class PrefixTokens:
 class StepReport:
     """One step in figures."""
 
-    step: int
     seconds: float
     prefill_tokens: int
     decode_tokens: int
     requests: int
     """Requests that had tokens in this step."""
-    running: int
-    waiting: int
     preemptions: int
     """Requests put back in the queue by this step."""
-    pages_used: int
-    pages_total: int
     prefix: PrefixTokens = PrefixTokens()
 
 

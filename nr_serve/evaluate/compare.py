@@ -78,10 +78,10 @@ def compare_runs(
     recipes = [read_run(folder)[0] for folder in runs.values()]
     if len({(recipe.base, recipe.domain) for recipe in recipes}) != 1:
         raise BadRequest("the runs are not all of one base and one domain", param="runs")
+    field = _text_field(recipes)
     base = load_base(recipes[0].base, device=best_device())
-    exam = _exam(
-        read_heldout(corpus, _measured(recipes, sources), base.tokenizer, WINDOW, windows), recipes, tasks or {}
-    )
+    texts = read_heldout(corpus, _measured(recipes, sources), base.tokenizer, WINDOW, windows, text_field=field)
+    exam = _exam(texts, recipes, tasks or {})
     results, answers = exam.take(base, Attached(base.model, []), (), "base")
     losses = {source: result.loss for source, result in results.items()}
     target, original = exam.means(losses)
@@ -119,7 +119,16 @@ def write_comparison(comparison: Comparison, runs: Mapping[str, Path], folder: P
 
 def check_sources(recipes: Sequence[Recipe], corpus: Path, sources: Sequence[str] = ()) -> None:
     """Raise what `compare_runs` would for its sources, of runs that are not trained yet."""
-    _parts([source.name for source in find_sources(corpus, _measured(recipes, sources))], recipes)
+    found = find_sources(corpus, _measured(recipes, sources), _text_field(recipes))
+    _parts([source.name for source in found], recipes)
+
+
+def _text_field(recipes: Sequence[Recipe]) -> str:
+    """The field that holds the text of JSON lines and of data sets. Raises BadRequest if the runs differ in it."""
+    fields = sorted({recipe.data.text_field for recipe in recipes})
+    if len(fields) != 1:
+        raise BadRequest(f"the runs read their text from different fields: {', '.join(fields)}", param="runs")
+    return fields[0]
 
 
 def _measured(recipes: Sequence[Recipe], sources: Sequence[str]) -> list[str]:

@@ -52,7 +52,6 @@ class Metrics:
         self.prefix_tokens.inc(report.prefix.asked)
         self.prefix_hit_tokens.inc(report.prefix.found)
         self.prefix_neutral_hit_tokens.inc(report.prefix.neutral)
-        self._set_load(report)
 
     def loaded(self, view: AdapterView) -> None:
         """Count an adapter that was attached or replaced."""
@@ -83,16 +82,13 @@ class Metrics:
     def render(self, gates: GateStatistics | None, adapters: Sequence[AdapterView]) -> bytes:
         """Return the exposition text; `gates` is None until the engine can be asked."""
         if gates is not None:
-            self._set_load(gates)
+            self.running.set(gates.running)
+            self.waiting.set(gates.waiting)
+            self.pages_used.set(gates.pages_used)
+            self.pages_total.set(gates.pages_total)
         self.totals.statistics = gates
         self.totals.adapters = adapters
         return generate_latest(self.registry)
-
-    def _set_load(self, now: StepReport | GateStatistics) -> None:
-        self.running.set(now.running)
-        self.waiting.set(now.waiting)
-        self.pages_used.set(now.pages_used)
-        self.pages_total.set(now.pages_total)
 
     def _define_requests(self) -> None:
         registry = self.registry

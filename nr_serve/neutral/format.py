@@ -341,12 +341,14 @@ def _block(layer: int, named: Mapping[str, Tensor], d: int) -> Block:
     if missing:
         raise BadAdapterFile(f"layer {layer} lacks {', '.join(missing)}")
     bias = named.get("block_gate_bias", torch.zeros(()))
-    h = named["w_in"].shape[0] if named["w_in"].dim() == 2 else 0
+    h = (named["w_in"].shape[0] if named["w_in"].dim() == 2 else 0) or "h"  # which no size is
     wanted = {"w_in": (h, d), "block_gate": (d,), "w_gate": (h, d), "w_out": (d, h)}
     for name, shape in wanted.items():
-        if h == 0 or tuple(named[name].shape) != shape:
-            found = list(named[name].shape)
-            raise BadAdapterFile(f"layers.{layer}.{name} has shape {found}, wanted {_shape_text(name, d, h)}")
+        found = tuple(named[name].shape)
+        if found != shape:
+            raise BadAdapterFile(
+                f"layers.{layer}.{name} has shape {list(found)}, wanted [{', '.join(map(str, shape))}]"
+            )
     if bias.numel() != 1:
         raise BadAdapterFile(f"layers.{layer}.block_gate_bias has shape {list(bias.shape)}, wanted []")
     bias = bias.reshape(())
@@ -364,13 +366,3 @@ def _finite(tensor: Tensor) -> bool:
     # numpy has no bfloat16. Infinite and NaN are the numbers whose exponent is all ones.
     exponents = tensor.view(torch.int16).numpy() & 0x7F80
     return not bool((exponents == 0x7F80).any())
-
-
-def _shape_text(name: str, d: int, h: int) -> str:
-    width = str(h) if h else "h"
-    return {
-        "block_gate": f"[{d}]",
-        "w_in": f"[{width}, {d}]",
-        "w_gate": f"[{width}, {d}]",
-        "w_out": f"[{d}, {width}]",
-    }[name]

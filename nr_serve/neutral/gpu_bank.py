@@ -27,17 +27,11 @@ class GpuBank(Bank):
         self._pieces: kernels.Pieces | None = None
         self._label_T = self._open_TS = torch.empty(0)
         self._trial: tuple[int, Tensor] | None = None  # its slot, and the threshold there otherwise
-        self._counts = True
 
     def begin(self, tokens: StepTokens, *, always: bool = False) -> None:
         """As `Bank.begin`; with `always` also while nothing is attached, for a graph that is captured before."""
         if not (self.attached or always):
             return
-        if tokens.trial is not None:
-            assert tokens.trial.first == 0
-            slot, self._counts = tokens.trial.slot, False
-            self._trial = slot, self.threshold_S[slot].clone()
-            self.threshold_S[slot] = tokens.trial.threshold
         page_T = None
         if tokens.end_E is not None and tokens.page_E is not None:
             page_T = torch.full_like(tokens.row_T, -1).index_copy_(0, tokens.end_E, tokens.page_E)
@@ -47,8 +41,13 @@ class GpuBank(Bank):
         self._pieces = kernels.Pieces(first_P, tokens.last_P, tokens.row_T, selected_TS, tokens.longest, page_T)
         self._label_T = tokens.label_T
         self._open_TS = torch.zeros_like(selected_TS, dtype=torch.int32)
-        if self._counts:
+        if tokens.trial is None:
             self._seen_LS.addcmul_(self._has_block_LS, selected_TS.sum(0))
+        else:
+            assert tokens.trial.first == 0
+            slot = tokens.trial.slot
+            self._trial = slot, self.threshold_S[slot].clone()
+            self.threshold_S[slot] = tokens.trial.threshold
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """As `Bank.add_residues`; y is reused."""
@@ -56,7 +55,7 @@ class GpuBank(Bank):
             return y
         x_Td, y_Td = x.reshape(-1, self.d), y.reshape(-1, self.d)
         width_S = self.width_LS[layer]
-        g_TS = kernels.gates(x_Td, self._gate(layer), self._pieces, counts=self._counts)
+        g_TS = kernels.gates(x_Td, self._gate(layer), self._pieces, counts=self._trial is None)
         fired = kernels.compact(g_TS)
         u_STH = kernels.hidden(x_Td, g_TS, fired, self.w_up_SLud[:, layer], width_S)
         kernels.add(y_Td, u_STH, fired, self.w_out_SLhd[:, layer], width_S)
@@ -70,9 +69,8 @@ class GpuBank(Bank):
         if self._trial is not None:
             slot, threshold = self._trial
             self.threshold_S[slot] = threshold
-            self._trial, self._counts = None, True
-            return self._open_TS
-        if self._counts:
+            self._trial = None
+        else:
             self._cross_KS.index_add_(0, self._label_T, self._open_TS.to(torch.int64))
         return self._open_TS
 

@@ -40,7 +40,7 @@ PARTS_OF_D = 32
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """What the gates must know of a step's tokens. Integer tensors on the device; see `bank.StepTokens`."""
+    """What the gates must know of a step's tokens. Integer tensors on the device; see `step.StepTokens`."""
 
     first_P: Tensor
     """Index of each piece's first token."""

@@ -21,26 +21,14 @@ def relu1(m_T: Tensor) -> Tensor:
     return block_gate(m_T, ceiling=CEILINGS["relu1"])
 
 
-def elu(m_T: Tensor) -> Tensor:
-    """g = m where m > 0, exp(m) - 1 elsewhere (the gate of the paper's first version)."""
-    return F.elu(m_T)
-
-
-def sigmoid(m_T: Tensor) -> Tensor:
-    """g = 1 / (1 + exp(-m)); with the cross-entropy local loss it is a domain classifier."""
-    return torch.sigmoid(m_T)
-
-
-def tanh(m_T: Tensor) -> Tensor:
-    """g = tanh(m)."""
-    return torch.tanh(m_T)
-
-
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": block_gate,
     "relu1": relu1,
-    "elu": elu,
-    "sigmoid": sigmoid,
-    "tanh": tanh,
+    "elu": F.elu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
 }
-"""The gates by the recipe's name. `none` is relu with w = 0 and b = 1: always 1."""
+"""The gates by the recipe's name; of the paper's first version is elu: m where m > 0, exp(m) - 1 elsewhere.
+
+With the cross-entropy local loss the sigmoid is a domain classifier. `none` is relu with w = 0 and b = 1: always 1.
+"""

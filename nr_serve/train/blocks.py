@@ -127,8 +127,10 @@ class AdapterModule(nn.Module):
 
     def layer(self, i: int) -> BlockModule | None:
         """Layer i's block, if it has one."""
-        module = dict(self.layers.items()).get(str(i))
-        assert module is None or isinstance(module, BlockModule)
+        if str(i) not in self.layers:
+            return None
+        module = self.layers[str(i)]
+        assert isinstance(module, BlockModule)
         return module
 
     def gates(self) -> dict[str, Tensor]:

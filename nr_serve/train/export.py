@@ -33,7 +33,7 @@ def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path
     if learner.adapter is None or gate is None:
         raise BadRequest(f"the run in {run} makes no adapter file: {_why(recipe)}")
     if threshold is not None:
-        if recipe.method != "neutral":
+        if recipe.method != "neutral" or recipe.gate.kind == "none":
             raise BadRequest("blocks without gates have no threshold", param="threshold")
         recipe = recipe.with_gate(threshold=threshold)
     results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}

@@ -21,10 +21,16 @@ def next_token_labels(ids_BT: Tensor, offset_BT: Tensor) -> Tensor:
     return labels_BT
 
 
+def token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """-log p(label) of each token, in nats; 0 where there is no label; float32 [B, T]."""
+    logits_MV = logits_BTV.flatten(0, 1).float()
+    nats_M = F.cross_entropy(logits_MV, labels_BT.flatten(), ignore_index=-100, reduction="none")
+    return nats_M.view_as(labels_BT)
+
+
 def lm_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Sum over labelled tokens of -log p(label), in nats; float32."""
-    logits_MV = logits_BTV.flatten(0, 1).float()
-    return F.cross_entropy(logits_MV, labels_BT.flatten(), ignore_index=-100, reduction="sum")
+    return token_nats(logits_BTV, labels_BT).sum()
 
 
 @dataclass(frozen=True)

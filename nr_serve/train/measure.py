@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nr_serve.train.attach import Attached, Pass, Watch, window_inputs
-from nr_serve.train.losses import next_token_labels
+from nr_serve.train.losses import next_token_labels, token_nats
 from nr_serve.train.text.pack import Windows
 
 BATCH_WINDOWS = 8
@@ -70,10 +69,7 @@ def read_parts(
         record.watch = watch
         logits_NTV = model(part.ids_NT, use_cache=False, **window_inputs(part.offset_NT)).logits
         labels_NT = next_token_labels(part.ids_NT, part.offset_NT)
-        nats_M = F.cross_entropy(
-            logits_NTV.flatten(0, 1).float(), labels_NT.flatten(), ignore_index=-100, reduction="none"
-        )
-        yield record, nats_M.view_as(labels_NT).double(), labels_NT != -100
+        yield record, token_nats(logits_NTV, labels_NT).double(), labels_NT != -100
 
 
 def _measure_one(model: Any, attached: Attached, windows: Windows) -> SourceResult:

@@ -213,8 +213,8 @@ class Gate(_Section):
     def _learns(self) -> Gate:
         if self.kind != "none" and not self.fitted and not self.trained:
             raise ValueError(f"random gates (init = '{self.init}') must be trained")
-        if self.kind == "none" and self.trained:
-            raise ValueError("a gate of kind 'none' has nothing to train")
+        if self.kind == "none" and (self.trained or self.threshold):
+            raise ValueError("a gate of kind 'none' is always open: it has nothing to train, and no threshold")
         if self.resolved.threshold > MAX_THRESHOLD:
             raise ValueError(
                 f"threshold, or a fifth of the steepness, is above {MAX_THRESHOLD:g}: no file may say that"

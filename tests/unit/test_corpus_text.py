@@ -11,6 +11,7 @@ import pytest
 from nr_serve.errors import BadRequest
 from nr_serve.train.corpus import clean, extract, man, split
 from nr_serve.train.corpus.recipe import Source
+from nr_serve.train.documents import pieces
 
 
 def source(**fields):
@@ -89,8 +90,9 @@ Description-en: not this
 
 
 def test_json_lines_give_a_document_each():
-    data = "\n".join(json.dumps({"passage": text, "q": "?"}) for text in ("a\nb", "c"))
-    assert documents(extract.jsonl, data, field="passage") == [["a", "b"], ["c"]]
+    texts = ("a\nb", "c\u2028d")
+    data = "\n".join(json.dumps({"passage": text, "q": "?"}, ensure_ascii=False) for text in texts)
+    assert documents(extract.jsonl, data, field="passage") == [["a", "b"], ["c\u2028d"]]
 
 
 def test_rows_of_a_table_join_to_documents():
@@ -202,8 +204,7 @@ def test_held_out_paragraphs_that_leak_are_dropped():
 
 
 def test_long_documents_are_cut_between_paragraphs():
-    parts = list(split.cut([["x" * 5000, "y" * 5000, "z"], ["w"]]))
-    assert parts == [["x" * 5000], ["y" * 5000, "z"], ["w"]]
+    assert list(pieces(["x" * 5000, "y" * 5000, "z"])) == [["x" * 5000], ["y" * 5000, "z"]]
 
 
 def test_thinning_takes_documents_evenly():

@@ -141,6 +141,23 @@ def test_without_sources_the_text_that_the_recipes_hold_out_is_read(tmp_path, ba
     assert set(made.base_losses) == {"hu.a", "en.b"}
 
 
+def test_text_is_read_by_the_field_of_the_recipes(tmp_path, base, corpus):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for path in corpus.glob("*.txt"):
+        rows = [json.dumps({"text": "", "body": document}) for document in path.read_text().split("\n\n")]
+        (folder / path.with_suffix(".jsonl").name).write_text("\n".join(rows))
+    changes = {"data__text_field": "body", "data__heldout": ["hu.a.heldout.jsonl", "en.b.heldout.jsonl"]}
+    for part, language in {"target": "hu", "original": "en", "background": "da"}.items():
+        changes[f"data__{part}"] = [f"{language}.a.train.jsonl"]
+    train(write_recipe(tmp_path, base, tokens=256, **changes), tmp_path / "run", folder)
+    plain = compare_runs({"run": tmp_path / "run"}, corpus, ["hu.a.heldout.txt", "en.b.heldout.txt"], windows=1)
+    assert compare_runs({"run": tmp_path / "run"}, folder, windows=1).base_losses == plain.base_losses
+    train(write_recipe(tmp_path, base, tokens=256), tmp_path / "other", corpus)
+    with pytest.raises(BadRequest, match="from different fields: body, text"):
+        compare_runs({name: tmp_path / name for name in ("run", "other")}, folder)
+
+
 def test_what_a_run_cost_is_told(made, runs, base):
     neutral, tuned = made.runs["neutral"], made.runs["finetune"]
     file = read_adapter(runs["neutral"] / "hu.safetensors")

@@ -1,10 +1,13 @@
 """The GPU's attention, bank and graphs on tiny shapes: on a CUDA device, or else through Triton's interpreter."""
 
+import json
+import os
 import random
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +30,7 @@ from nr_serve.neutral.torch_bank import TorchBank
 from tests import tiny
 from tests.unit import stepped
 
+ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
 
@@ -319,3 +323,13 @@ def test_a_runner_on_a_cpu_needs_no_triton():
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the script itself is run where there is a GPU")
+def test_the_script_for_a_gpu_runs_on_tiny_shapes():
+    """Through Triton's interpreter; its figures mean nothing there."""
+    command = [sys.executable, "loadtests/gpu.py", "--tiny", "--device", "cpu"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=True
+    )
+    assert {"ceilings", "bases", "training"} <= set(json.loads(done.stdout.splitlines()[-1]))

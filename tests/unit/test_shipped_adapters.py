@@ -1,5 +1,6 @@
 """The adapters beside their recipes: each file is what its recipe makes, and its card is of that file."""
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,13 +26,22 @@ def test_a_file_is_of_its_recipe_and_a_card_of_its_file(folder):
     recipe = read_recipe(folder / "recipe.toml")
     beside = info.results.get("calibrated", {}).get("beside", {})
     made_by = without(parse_recipe(dict(info.recipe)), beside)
-    at = info.threshold
-    assert made_by.with_gate(threshold=at).continues(recipe.with_gate(threshold=at), info.results["tokens"])
-    assert recipe.threshold == info.threshold
+    turned = recipe.with_gate(**dials(folder / "recipe.toml"))
+    assert made_by.with_gate(threshold=made_by.threshold).continues(
+        turned.with_gate(threshold=turned.threshold), info.results["tokens"]
+    )
+    assert info.threshold == made_by.threshold
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"| version | `{read_adapter(file).version}` |" in card
     assert file.stat().st_size <= 14_000_000
     assert beside == {name: read_adapter(AT / name / f"{name}.safetensors").version for name in beside}
+
+
+def dials(recipe: Path) -> dict[str, float]:
+    """What the commands at the top of a recipe change of its [gate] after training."""
+    text = recipe.read_text(encoding="utf-8")
+    set_to = re.findall(r"^#.* --set (\w+)=([\d.]+)", text, re.M)
+    return {key: float(value) for key, value in [*set_to, *re.findall(r"^#.* --(threshold) ([\d.]+)", text, re.M)]}
 
 
 def without(recipe: Recipe, beside: Iterable[str]) -> Recipe:

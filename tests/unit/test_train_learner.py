@@ -31,6 +31,15 @@ def learner(kind: str, local: Loss | None, *, lm_on_original: bool = False) -> L
     return Learner(base, adapter(kind), local=local, lm_on_original=lm_on_original)
 
 
+FORMULAS = {
+    "relu": lambda m: torch.where(m > 0, m, 0),
+    "relu1": lambda m: torch.where(m > 0, m, 0).clamp(max=1),
+    "elu": lambda m: torch.where(m > 0, m, m.exp() - 1),
+    "sigmoid": lambda m: 1 / (1 + (-m).exp()),
+    "tanh": lambda m: (m.exp() - (-m).exp()) / (m.exp() + (-m).exp()),
+}
+
+
 def dense(made: AdapterModule, batch, local: Loss, *, lm_on_original: bool) -> torch.Tensor:
     """LM loss + alpha * local loss with every block dense; a block's local loss does not reach the stream."""
     model = tiny.model().requires_grad_(False)
@@ -45,10 +54,11 @@ def dense(made: AdapterModule, batch, local: Loss, *, lm_on_original: bool) -> t
         for t in range(1, T):
             m.append(made.carry * m[-1] + (1 - made.carry) * z[:, t])
         m = torch.stack(m, dim=1)
-        g = GATES[made.kind](m)
+        over = m - made.threshold
+        g = FORMULAS[made.kind](over)
         r = g[..., None] * F.linear(F.silu(F.linear(x, block.w_gate)) * F.linear(x, block.w_in), block.w_out)
         if now["is_target"] is None:
-            hinges.append(torch.relu(1 - m[:targets]).sum())
+            hinges.append(torch.relu(1 - over[:targets]).sum())
         else:
             is_target = now["is_target"][:, None].expand_as(m)
             if local.kind == "cross-entropy":
@@ -75,12 +85,13 @@ def dense(made: AdapterModule, batch, local: Loss, *, lm_on_original: bool) -> t
 @pytest.mark.parametrize("kind", list(GATES))
 @pytest.mark.parametrize("local", ["l1", "l1-relative", "cross-entropy"])
 @pytest.mark.parametrize("lm_on_original", [False, True])
-@pytest.mark.parametrize("opens", [0.0, 2.0])
-def test_loss_and_gradients_equal_a_dense_implementation(kind, local, lm_on_original, opens):
+@pytest.mark.parametrize(("opens", "threshold"), [(0.0, 0.0), (2.0, 0.25)])
+def test_loss_and_gradients_equal_a_dense_implementation(kind, local, lm_on_original, opens, threshold):
     batch = {"target": part(1), "original": part(2, 1), "background": part(3, 1)}
     loss = Loss(alpha=3.0, kind=local, open=opens)
     ours = learner(kind, loss, lm_on_original=lm_on_original)
     theirs = adapter(kind)
+    ours.adapter.threshold = theirs.threshold = threshold
     output = ours(**batch)
     expected = dense(theirs, batch, loss, lm_on_original=lm_on_original)
     assert output["loss"].item() == pytest.approx(expected.item(), rel=1e-5)

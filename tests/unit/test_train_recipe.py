@@ -43,6 +43,7 @@ def recipe(**sections) -> Recipe:
         ({"gate": {"init": "paper"}}, "must be trained"),
         ({"gate": {"trained": True}, "run": {"original_share": 0}}, "need run.original_share above 0"),
         ({"gate": {"kind": "none"}, "run": {"original_share": 0}}, "need run.original_share above 0"),
+        ({"gate": {"kind": "none", "threshold": 0.1}}, "always open"),
         ({"gate": {"threshold": 1.1e6}}, "above 1e+06"),
         ({"gate": {"steepness": 5.1e6}}, "above 1e+06"),
         ({"loss": {"kind": "l2"}}, "loss.kind"),

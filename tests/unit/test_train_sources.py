@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from nr_serve.errors import DownloadFailed
+from nr_serve.train.documents import PIECE_CHARACTERS
 from nr_serve.train.entries import names_language, names_source
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.recipe_file import parse_recipe
 from nr_serve.train.text.dataset import Dataset
-from nr_serve.train.text.documents import PIECE_CHARACTERS
 from nr_serve.train.text.sources import OPEN_SOURCES, find_sources, read_in_turn
 from nr_serve.train.text.text_file import TextFile
 

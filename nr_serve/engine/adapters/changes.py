@@ -104,7 +104,7 @@ class Load(Change):
 
     def abandon(self, error: NrError) -> None:
         """It is not published."""
-        self._order.answer.set_exception(error)
+        _tell(self._order.answer, error)
 
 
 class Patch(Change):
@@ -140,11 +140,17 @@ class Patch(Change):
 
     def abandon(self, error: NrError) -> None:
         """Nothing turns."""
-        self._answer.set_exception(error)
+        _tell(self._answer, error)
 
     def _let_go(self) -> None:
         self._changes.slots.let_go(self.version)
         self._changes.fill()
+
+
+def _tell(answer: Future[AdapterView], error: NrError) -> None:
+    """Give an error as the answer, unless there is one: the change may have failed after it."""
+    if not answer.done():
+        answer.set_exception(error)
 
 
 class Changes:
@@ -208,8 +214,7 @@ class Changes:
             change.copied = True
             if not self._may_act(change):
                 return
-            self._queue.popleft()
-            change.act()
+            self._end(lambda change: change.act())
 
     def to_measure(self) -> Measurement | None:
         """What the first change waits for, if it is copied; there must be a change."""
@@ -218,13 +223,22 @@ class Changes:
 
     def refuse(self, error: NrError) -> None:
         """The canary said no to the first."""
-        self._queue.popleft().refuse(error)
+        self._end(lambda change: change.refuse(error))
 
     def abandon(self, error: NrError) -> None:
         """The engine is at its end: answer whoever waits with `error`."""
         for change in self._queue:
             change.abandon(error)
         self._queue.clear()
+
+    def _end(self, how: Callable[[Change], None]) -> None:
+        """Take the first off the queue and end it; if that fails it is there again, so that it can be abandoned."""
+        change = self._queue.popleft()
+        try:
+            how(change)
+        except Exception:
+            self._queue.appendleft(change)
+            raise
 
     def _may_act(self, change: Change) -> bool:
         return change.measurement is None or self.canary.may_act(change.measurement)

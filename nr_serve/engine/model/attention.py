@@ -1,6 +1,7 @@
 """Paged attention as one of transformers' attention functions, so that no model is rewritten.
 
-Registered as "nr_paged" with a mask function that returns None: who may attend to whom is the batch's business.
+Registered as "nr_paged" without a mask function, so that no mask is made: who may attend to whom is the batch's
+business.
 Shape suffixes: T tokens of a step, H query heads, K key heads, G = H / K, D head size, B, n, N as in `Group`,
 Z = B * K, Q = n * G.
 """
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from nr_serve.engine.model.batch import Batch, Group
 from nr_serve.engine.model.cpu_operators import CpuOperators
@@ -60,11 +61,6 @@ class KVCache:
 def register() -> None:
     """Make the attention known to transformers; again is harmless."""
     AttentionInterface.register(NAME, paged_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
 
 
 def refuse_unknown(attention_mask: Tensor | None, dropout: float, unknown: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ from nr_serve.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 DEFAULT_CAPACITY = 0.2  # the paper's extra capacity, as a share of the base's parameters
 _TRIAL_TOKENS_BESIDE = 2  # of a piece on trial in a running step: it may not be felt by those who read
-_TRIAL_TOKENS_APART = 64  # in a pass of its own: the GPU's kernels know one threshold a slot
+_TRIAL_TOKENS_APART = 64  # in a pass of its own
 
 
 class Runner:
@@ -68,7 +68,8 @@ class Runner:
         self.probe_row = config.max_running
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.recalls_pages = config.prefix_cache
-        self.trial_tokens = _TRIAL_TOKENS_APART if self.kernels else _TRIAL_TOKENS_BESIDE
+        self.tries_apart = self.kernels  # which know one threshold a slot
+        self.trial_tokens = _TRIAL_TOKENS_APART if self.tries_apart else _TRIAL_TOKENS_BESIDE
         self.bank = self._bank(config, int(shape.hidden_size))
         self.info = EngineInfo(
             model=name,
@@ -105,13 +106,9 @@ class Runner:
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
         """One step: a forward pass over all pieces, then a token for each piece that samples.
 
-        A piece on trial comes last. Its result has the layers fired, or BadAdapterFile as its error if its tokens
-        became NaN.
+        A piece on trial comes last, or, if it `tries_apart`, alone. Its result has the layers fired, or
+        BadAdapterFile as its error if its tokens became NaN.
         """
-        if self.kernels and len(pieces) > 1 and pieces[-1].trial is not None:
-            # It first: if it fails, the others have not been run.
-            tried = self.run(pieces[-1:], labels[-1:])
-            return self.run(pieces[:-1], labels[:-1]) + tried
         self._set_rows(pieces)
         wanted = [logit_positions(piece) for piece in pieces]
         tokens = spans(pieces)
@@ -158,8 +155,8 @@ class Runner:
 
     def forward(self, batch: Batch, positions: list[int]) -> tuple[Tensor, Tensor | None]:
         """Logits at the given tokens of the step, float32 [N, V]; layers open by token and slot, None: none was."""
-        self.bank.begin(batch.tokens)
         try:
+            self.bank.begin(batch.tokens)
             output = self.model(
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.positions_T[None],

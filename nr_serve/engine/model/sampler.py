@@ -52,7 +52,7 @@ def sample(logits_V: Tensor, request: Request) -> int:
         probabilities_V = truncate(weights_V / sampling.temperature, sampling).softmax(-1)
         # argmax(p / e) with e exponential draws from p (the Gumbel trick). One generator per token, seeded by the
         # request and the place in its answer: the draw does not depend on the batch, nor on a preemption.
-        generator = np.random.Generator(np.random.PCG64(_mix(request.seed, request.generated)))
+        generator = np.random.Generator(np.random.PCG64([request.seed % 2**64, request.generated]))
         # Drawn in float64, whose zeros are too rare to matter.
         noise_V = torch.from_numpy(generator.standard_exponential(len(logits_V))).float()
         weights_V = probabilities_V / noise_V.to(logits_V.device)
@@ -127,11 +127,3 @@ def log_probabilities(logits_NV: Tensor, ids_N: Sequence[int], top: int) -> list
     best = logprobs_NV.topk(top, dim=-1)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [(logprob, tuple(zip(*both, strict=True))) for logprob, both in zip(chosen_N, pairs, strict=True)]
-
-
-def _mix(seed: int, place: int) -> int:
-    """A 63-bit seed from a request's seed and a place (SplitMix64's finaliser, Steele et al. 2014)."""
-    z = (seed * 0x9E3779B97F4A7C15 + place + 1) & (2**64 - 1)
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (z ^ (z >> 31)) >> 1

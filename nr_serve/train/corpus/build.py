@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import lzma
 import re
 import shutil
+import struct
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +15,8 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from nr_serve.disk import held, writing
 from nr_serve.errors import BadRequest, DownloadFailed, NrError
@@ -28,12 +33,24 @@ from nr_serve.train.corpus.files import (
 )
 from nr_serve.train.corpus.folder import check_folder, folder_files, folder_versions
 from nr_serve.train.corpus.packages import Packages
-from nr_serve.train.corpus.progress import counted
 from nr_serve.train.corpus.recipe import Source, read_recipe
-from nr_serve.train.corpus.split import Document, cut, deduplicate, drop_leaked, hold_out, shared_grams, size, thin
+from nr_serve.train.corpus.split import Document, deduplicate, drop_leaked, hold_out, shared_grams, size, thin
+from nr_serve.train.documents import pieces
 from nr_serve.train.globs import match_files
 
 PARTS = ("train", "heldout")
+_DAMAGED = (
+    NrError,
+    ValueError,
+    LookupError,
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    csv.Error,
+    struct.error,
+)
+"""What unpacking and reading a damaged package may raise."""
 WORK = ".packages-"  # what the folders start with that packages are unpacked in
 RAW_FACTOR = 4  # text read for each character kept, before duplicates go: bounds time and memory
 
@@ -99,7 +116,7 @@ def _fetch_all(sources: list[Source], beside: Path, out: Path, manifest: Manifes
             say("corpus", f"[{number}/{len(sources)}] {source.name}")
             try:
                 manifest[source.name] = builder.build(source, out)
-            except (NrError, ValueError, LookupError, OSError, EOFError, zlib.error) as error:
+            except _DAMAGED as error:
                 # One bad package must not lose the others; every failure is reported at the end.
                 failures.append(f"{source.name}: {type(error).__name__}: {error}")
                 say("corpus", f"{source.name} failed: {error}")
@@ -162,11 +179,19 @@ class Builder:
         say("corpus", f"{source.name}: files to read: {len(files):,}")
         cleaned = (
             clean_document(document, translated=translated, originals=originals)
-            for document in counted(_raw_documents(files, source), source.name)
+            for document in tqdm(
+                _raw_documents(files, source),
+                desc=f"corpus: {source.name}",
+                unit=" documents",
+                leave=False,
+                disable=None,  # but on a terminal
+            )
         )
         limit = source.limit_mb * 1e6
         bounded = thin([document for document in cleaned if document], RAW_FACTOR * limit)
-        return thin(list(cut(deduplicate(bounded))), limit)
+        # Cut, so that a share of a source of few long documents can be held out.
+        parts = [part for document in deduplicate(bounded) for part in pieces(document)]
+        return thin(parts, limit)
 
     def _original_paragraphs(self, source: Source) -> frozenset[str]:
         key = (source.folder, source.packages, source.original)

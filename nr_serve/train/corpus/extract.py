@@ -135,7 +135,7 @@ def fortune(data: bytes, source: Source) -> Iterator[Document]:
 
 def jsonl(data: bytes, source: Source) -> Iterator[Document]:
     """Yield one document for each line's field, a paragraph a line of it."""
-    for line in data.decode("utf-8").splitlines():
+    for line in data.decode("utf-8").split("\n"):  # and not at U+2028, which may stand in the text
         if line.strip():
             yield str(json.loads(line)[source.field]).split("\n")
 

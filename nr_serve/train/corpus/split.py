@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from nr_serve.train.corpus.clean import words
 
@@ -11,7 +11,6 @@ Document = list[str]
 GRAM = 8  # words
 NEAR_DUPLICATE = 0.8  # of a paragraph's 8-grams seen before: dropped
 LEAKED = 0.2  # of a held-out paragraph's 8-grams seen in the training text: dropped
-DOCUMENT_CHARS = 8_000  # longer documents are cut, so that a share of a source can be held out
 RUNS = 10  # contiguous runs of held-out documents, spread over the source
 HELD_OUT = 0.08  # of the characters
 
@@ -36,21 +35,6 @@ def deduplicate(documents: Iterable[Document]) -> list[Document]:
         if fresh:
             kept.append(fresh)
     return kept
-
-
-def cut(documents: Iterable[Document]) -> Iterator[Document]:
-    """Yield the documents in parts of at most about `DOCUMENT_CHARS` characters, in order."""
-    for document in documents:
-        part: Document = []
-        length = 0
-        for paragraph in document:
-            if part and length + len(paragraph) > DOCUMENT_CHARS:
-                yield part
-                part, length = [], 0
-            part.append(paragraph)
-            length += len(paragraph)
-        if part:
-            yield part
 
 
 def size(documents: Iterable[Document]) -> int:

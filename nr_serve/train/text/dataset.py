@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nr_serve.errors import DownloadFailed
+from nr_serve.train.documents import document_lines, field_text, pieces
 from nr_serve.train.entries import DATASETS
 from nr_serve.train.recipe import BadRecipe
-from nr_serve.train.text.documents import document_lines, field_text, pieces
 
 _WRITTEN = re.compile(r"datasets:([^:@]+)(?::([^:@]+))?(?:@([^:@]+))?")
 
@@ -97,7 +97,7 @@ class Dataset:
         try:
             for number, row in enumerate(builder.as_streaming_dataset(split=self.split)):
                 text = field_text(row, self.field, f"{self}, row {number}")
-                yield from pieces(document_lines(text))
+                yield from map("\n".join, pieces(document_lines(text)))
         except (ConnectionError, httpx.HTTPError) as error:
             raise DownloadFailed(f"{self} broke off: {error}") from error
         except (OSError, ValueError, DatasetsError) as error:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nr_serve.train.documents import PIECE_CHARACTERS
 from nr_serve.train.recipe import BadRecipe, Data, Run
-from nr_serve.train.text.documents import PIECE_CHARACTERS
 from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.overlap import overlap
 from nr_serve.train.text.pack import Packed, Windows, pack

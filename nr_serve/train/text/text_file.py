@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from nr_serve.train.documents import document_lines, field_text, pieces
 from nr_serve.train.recipe import BadRecipe
-from nr_serve.train.text.documents import document_lines, field_text, pieces
 
 _OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
@@ -73,7 +73,7 @@ class TextFile:
         """The documents. Raises BadRecipe, naming the line, for what is not UTF-8 or not the JSON expected."""
         lines = (document_lines(text) for text in self._jsonl()) if self.is_jsonl else self._paragraphs()
         for paragraphs in lines:
-            yield from pieces(paragraphs)
+            yield from map("\n".join, pieces(paragraphs))
 
     def _paragraphs(self) -> Iterator[list[str]]:
         document: list[str] = []

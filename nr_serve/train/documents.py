@@ -26,15 +26,15 @@ def field_text(row: Any, field: str, where: str) -> str:
     return text
 
 
-def pieces(paragraphs: list[str]) -> Iterator[str]:
+def pieces(paragraphs: list[str]) -> Iterator[list[str]]:
     """A document of these paragraphs, cut between two where it grows longer than PIECE_CHARACTERS."""
     piece: list[str] = []
     length = 0
     for paragraph in paragraphs:
         if piece and length + len(paragraph) > PIECE_CHARACTERS:
-            yield "\n".join(piece)
+            yield piece
             piece, length = [], 0
         piece.append(paragraph)
         length += len(paragraph)
     if piece:
-        yield "\n".join(piece)
+        yield piece
