@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nr_serve.errors import BadRequest
@@ -69,21 +71,29 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
-        **template: Any,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Messages, and tools to call, as the prompt text the model was trained on.
 
-        Raises BadRequest if the template refuses, or has no place for tools or for the calls in the messages.
+        `variables` are further ones of the template. Raises BadRequest if the template refuses, has no place for
+        tools or for the calls in the messages, or if a variable is not free to be set.
         """
-
-        options = {"add_generation_prompt": add_generation_prompt, **template}
-        text = self._templated(messages, tools, **options)
-        if tools and not self._differs(text, messages, (), **options):
+        taken = sorted(variables.keys() & inspect.signature(self.hf.apply_chat_template).parameters.keys())
+        if taken:
+            raise BadRequest(f"not a variable of chat templates: {', '.join(taken)}", param="chat_template_kwargs")
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **variables,
+        }
+        text = self._templated(messages, tools, options)
+        if tools and not self._differs(text, messages, (), options):
             raise BadRequest(
                 "`tools` are not supported: this base's chat template does not use them", param="tools"
             )
         calls = any("tool_calls" in message for message in messages)
-        if calls and not self._differs(text, _without_calls(messages), tools, **options):
+        if calls and not self._differs(text, _without_calls(messages), tools, options):
             raise BadRequest("this base's chat template does not write `tool_calls`", param="messages")
         return text
 
@@ -92,22 +102,22 @@ class Tokenizer:
         text: str,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]],
-        **template: Any,
+        options: Mapping[str, Any],
     ) -> bool:
         """Whether the template writes something else than `text` of these, or refuses them."""
         try:
-            return text != self._templated(messages, tools, **template)
+            return text != self._templated(messages, tools, options)
         except BadRequest:
             return True  # with a part left out they may be no conversation any more
 
     def _templated(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], **template: Any
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
     ) -> str:
         if not getattr(self.hf, "chat_template", None):
             raise BadRequest("this base has no chat template; use /v1/completions", param="messages")
         try:
             text: str = self.hf.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False, **template
+                list(messages), tools=list(tools) or None, tokenize=False, **options
             )
         except Exception as error:  # a template is the model author's program: whatever it raises is its refusal
             raise BadRequest(f"the chat template refused the messages: {error}", param="messages") from error

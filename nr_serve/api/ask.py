@@ -187,6 +187,7 @@ def chat_text(context: Context, body: ChatBody | TokenizeBody, tools: Toolbox) -
         tools=tools.plain(),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
+        variables=body.chat_template_kwargs or {},
     )
     check_size(context, text, "messages")
     if tools.tools:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
-from nr_serve.api.body import Body, NotSupported, Text, TokenIds
+from nr_serve.api.body import Body, JsonObject, NotSupported, Text, TokenIds
 from nr_serve.api.structured import FormFields
 from nr_serve.api.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice
 from nr_serve.config import MAX_LOGPROBS
@@ -65,6 +65,24 @@ class GenerationBody(FormFields):
         None, description="share no cache with requests of another salt"
     )
     user: Text | None = Field(None, description="the caller's own name for its user; not used")
+
+    # Of OpenAI's and vLLM's.
+    not_supported: ClassVar[NotSupported] = {
+        **FormFields.not_supported,
+        "allowed_token_ids": [],
+        "bad_words": [[]],
+        "detokenize": [True],
+        "include_stop_str_in_output": [False],
+        "kv_transfer_params": [{}],
+        "length_penalty": [1],
+        "logits_processors": [[]],
+        "request_id": [],
+        "skip_special_tokens": [True],
+        "spaces_between_special_tokens": [True],
+        "truncate_prompt_tokens": [],
+        "use_beam_search": [False],
+        "vllm_xargs": [{}],
+    }
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:
@@ -123,6 +141,16 @@ class Message(Body):
 
     not_supported: ClassVar[NotSupported] = {"refusal": [], "audio": [], "function_call": [], "annotations": [[]]}
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _only_text(cls, content: Any) -> Any:
+        kinds = (
+            [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+        )
+        if any(isinstance(kind, str) and kind != "text" for kind in kinds):
+            raise ValueError("only parts of type `text` are supported by this server")
+        return content
+
     @model_validator(mode="after")
     def _fields_belong_to_the_role(self) -> Self:
         if self.tool_calls and self.role != "assistant":
@@ -169,13 +197,20 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = Field(None, description="whether one answer may call several tools")
     add_generation_prompt: bool = Field(True, description="open the assistant's turn after the messages")
     continue_final_message: bool = Field(False, description="go on writing the last message")
+    chat_template_kwargs: JsonObject | None = Field(
+        None, description="variables for the base's chat template, such as Qwen3's `enable_thinking`"
+    )
 
     not_supported: ClassVar[NotSupported] = {
         **GenerationBody.not_supported,
         "audio": [],
+        "chat_template": [],
+        "documents": [[]],
+        "echo": [False],
         "function_call": ["none"],
         "functions": [[]],
         "metadata": [{}],
+        "mm_processor_kwargs": [{}],
         "modalities": [["text"]],
         "moderation": [],
         "prediction": [],
@@ -202,6 +237,7 @@ class TokenizeBody(Body):
     add_special_tokens: bool | None = Field(None, description="default: true for a prompt, false for messages")
     add_generation_prompt: bool = Field(True, description="as for a chat")
     continue_final_message: bool = Field(False, description="as for a chat")
+    chat_template_kwargs: JsonObject | None = Field(None, description="as for a chat")
     return_token_strs: bool | None = False
 
 

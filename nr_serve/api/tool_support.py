@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 from nr_serve.api.tools import CLOSE, OPEN
@@ -21,18 +22,25 @@ _CALLED: dict[str, Any] = {
 
 
 def check_tools(tokenizer: Tokenizer) -> None:
-    """Raise BadRequest if this base would write calls that cannot be read.
+    """Raise BadRequest if this base would write calls that cannot be read."""
+    fault = _fault(tokenizer)
+    if fault is not None:
+        raise BadRequest(fault, param="tools")
+
+
+@cache
+def _fault(tokenizer: Tokenizer) -> str | None:
+    """Why a base with this tokenizer would write calls that cannot be read; None: it would not.
 
     Its chat template must write a call as it is read here, in its instructions or as one made earlier, and its
     tokenizer must not lose the tags on the way from tokens to text.
     """
     if not any(_CALL.search(_written(tokenizer, messages)) for messages in ([_ASKED], [_ASKED, _CALLED])):
         form = f'{OPEN}{{"name": ..., "arguments": ...}}{CLOSE}'
-        raise BadRequest(
-            f"`tools` are not supported: this base's chat template does not write calls as {form}", param="tools"
-        )
+        return f"`tools` are not supported: this base's chat template does not write calls as {form}"
     if tokenizer.decode(tokenizer.encode(OPEN + CLOSE, special_tokens=False)) != OPEN + CLOSE:
-        raise BadRequest(f"`tools` are not supported: {OPEN} is no text to this base's tokenizer", param="tools")
+        return f"`tools` are not supported: {OPEN} is no text to this base's tokenizer"
+    return None
 
 
 def _written(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:

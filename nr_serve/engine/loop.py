@@ -31,7 +31,7 @@ from nr_serve.engine.messages import (
     Submit,
     UnloadAdapter,
 )
-from nr_serve.errors import NrError, Unavailable
+from nr_serve.errors import BadAdapterFile, NrError, Unavailable
 from nr_serve.names import adapter_entry
 from nr_serve.tokenizer import Tokenizer
 
@@ -229,6 +229,8 @@ class EngineLoop:
             adapters.copy_some()
             core.step()  # measures it
         view = answer.result()
+        if all(each.version != view.version for each in adapters.views()):  # found out since it was answered
+            raise BadAdapterFile(f"{message.path}: on the probe texts it was not finite; the log says more")
         log.info("adapter %s: version %s, %s", view.name, view.version, view.state)
 
     def _serve(self, core: Core, adapters: Adapters) -> None:

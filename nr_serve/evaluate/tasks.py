@@ -153,19 +153,22 @@ def answer(
     `batch_rows` choices share a forward pass. A context longer than the base reads is cut on the left, with a
     warning.
     """
-    harness = _harness()
+    from lm_eval.api.task import ConfigurableTask  # type: ignore[import-untyped, unused-ignore]
+    from lm_eval.evaluator import evaluate  # type: ignore[import-untyped, unused-ignore]
+    from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped, unused-ignore]
+
     with _quiet():
-        model = harness.HFLM(
+        model = HFLM(
             pretrained=base.model,
             tokenizer=copy.deepcopy(base.tokenizer),  # the harness gives it a padding token
             backend="causal",
             batch_size=batch_rows,
         )
-        task = harness.ConfigurableTask(config=_config(name, examples))
+        task = ConfigurableTask(config=_config(name, examples))
     hook = base.model.register_forward_pre_hook(_begin(attached), with_kwargs=True)
     try:
         made = {"tasks": {name: task}, "groups": {}}
-        results = harness.evaluate(model, made, bootstrap_iters=0, log_samples=True)
+        results = evaluate(model, made, bootstrap_iters=0, log_samples=True)
     finally:
         hook.remove()
     return [_answer(sample) for sample in results["samples"][name]]
@@ -269,23 +272,6 @@ def _begin(attached: Attached) -> Any:
 def _answer(sample: Mapping[str, Any]) -> Answer:
     logprobs = tuple(float(logprob) for logprob, _ in sample["filtered_resps"])
     return Answer(logprobs, float(sample["acc"]), float(sample["acc_norm"]))
-
-
-@dataclass(frozen=True)
-class _Harness:
-    """The parts of lm-evaluation-harness used here."""
-
-    HFLM: Any
-    ConfigurableTask: Any
-    evaluate: Any
-
-
-def _harness() -> _Harness:
-    from lm_eval.api.task import ConfigurableTask  # type: ignore[import-untyped, unused-ignore]
-    from lm_eval.evaluator import evaluate  # type: ignore[import-untyped, unused-ignore]
-    from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped, unused-ignore]
-
-    return _Harness(HFLM, ConfigurableTask, evaluate)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def fit_once(base: FrozenBase, attached: Attached, classes: Classes, recipe: Rec
         return made
 
     key = {
-        "gate": gate.model_dump(exclude={"threshold"}),
+        "gate": gate.model_dump(exclude={"threshold", "refit"}),
         "carry": adapter.carry,
         "layers": sorted(adapter.layers),
         "classes": {name: list(windows.ids_NT.shape) for name, windows in read.items()},

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.fakes import events, serving, usage
+from tests.fakes import ByteTokenizer, events, serving, usage
 
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 BAD_CALL = CALL | {"function": {"name": "f", "arguments": "[1]"}}
@@ -28,6 +28,26 @@ def test_parts_are_joined_and_a_developer_is_the_system(server):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     server.chat(messages=[{"role": "developer", "content": "x"}, {"role": "user", "content": parts}], max_tokens=1)
     assert bytes(server.asked().prompt_ids) == b"[system]x[user]a\nb[assistant]"
+
+
+def test_variables_reach_the_template(server, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "apply_chat_template", lambda self, messages, **more: f"{more.get('fast')}")
+    for given, prompt in ((None, b"None"), ({}, b"None"), ({"fast": 1}, b"1")):
+        assert server.chat(max_tokens=1, chat_template_kwargs=given).status_code == 200
+        assert bytes(server.asked().prompt_ids) == prompt
+        body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": given}
+        assert bytes(server.http.post("/tokenize", json=body).json()["tokens"]) == prompt
+    for given in ({"messages": []}, [1], "fast"):
+        error = server.chat(chat_template_kwargs=given).json()["error"]
+        assert (error["code"], error["param"].split(".")[0]) == (400, "chat_template_kwargs"), given
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "input_audio"}])
+def test_parts_that_are_no_text_are_refused_in_a_sentence(server, part):
+    content = [{"type": "text", "text": "what is this?"}, part]
+    error = server.chat(messages=[{"role": "user", "content": content}]).json()["error"]
+    assert error["param"] == "messages[0].content"
+    assert error["message"].endswith("only parts of type `text` are supported by this server")
 
 
 def test_without_a_length_the_rest_of_the_context_is_there(server):

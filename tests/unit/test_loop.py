@@ -3,10 +3,12 @@
 import queue
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
 from nr_serve.config import ServeConfig
+from nr_serve.engine.adapters.canary import Canary
 from nr_serve.engine.loop import EngineLoop
 from nr_serve.engine.messages import (
     ListAdapters,
@@ -449,3 +451,37 @@ def test_whoever_waits_is_answered_before_the_status_turns(make):
     loop.hold.set()
     loop._thread.join(PATIENCE)
     assert (seen, loop.status) == (["ready"], "failed")
+
+
+def test_an_adapter_that_is_found_wild_while_the_server_starts_stops_it(make, folder, files, monkeypatch):
+    add, seen = Canary.add, []
+
+    def late(self, probe, result):
+        seen.append(probe)
+        wild = BadAdapterFile("it is not finite")
+        return add(self, probe, result if len(seen) == 1 else replace(result, error=wild))
+
+    monkeypatch.setattr(Canary, "add", late)
+    loop = make(folder, adapter=[str(files[0] / "a.safetensors")])
+    loop.start()
+    loop._thread.join(PATIENCE)
+    assert len(seen) > 1
+    assert loop.status == "failed"
+    assert "a.safetensors: on the probe texts it was not finite" in loop.failure
+
+
+@pytest.mark.parametrize("where", ["load", "publish"])
+def test_a_load_is_answered_when_the_engine_breaks_over_it(loop, files, where):
+    def breaks(*_):
+        raise RuntimeError("the device is gone")
+
+    if where == "load":
+        loop.adapters._slots.counts.read = breaks
+    else:
+        loop.adapters._changes.publish = breaks
+    answer = loop.call(LoadAdapter("a", files[0] / "a.safetensors"))
+    error = answer.exception(timeout=PATIENCE)
+    assert isinstance(error, NrError)
+    assert "device" not in error.message
+    loop._thread.join(PATIENCE)
+    assert loop.status == "failed"

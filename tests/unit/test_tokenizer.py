@@ -104,6 +104,19 @@ def test_messages_become_a_prompt_and_a_template_may_refuse_them():
         Tokenizer(hf).chat_prompt(messages)
 
 
+def test_a_template_takes_variables_but_not_what_the_server_sets():
+    hf = tiny.tokenizer().hf
+    hf.chat_template = "{{ messages[0].content }}{{ ' thinks' if enable_thinking is not false }}"
+    messages = [{"role": "user", "content": "hi"}]
+    assert Tokenizer(hf).chat_prompt(messages) == "hi thinks"
+    assert Tokenizer(hf).chat_prompt(messages, variables={"enable_thinking": False, "other one": [1]}) == "hi"
+    for name in ("tools", "tokenize", "chat_template", "add_generation_prompt", "return_dict"):
+        with pytest.raises(BadRequest, match=f"not a variable of chat templates: {name}"):
+            Tokenizer(hf).chat_prompt(messages, variables={name: True})
+    with pytest.raises(BadRequest, match="refused the messages"):
+        Tokenizer(hf).chat_prompt(messages, variables={"messages": 3})
+
+
 def test_a_template_without_a_place_for_tools_or_calls_refuses_them():
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]

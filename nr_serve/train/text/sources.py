@@ -74,7 +74,7 @@ def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
         elif matches:
             found += matches
         else:
-            raise BadRecipe(f"no text in {folder} matches {pattern!r}")
+            raise BadRecipe(f"no text in {folder} matches {pattern!r}: `nr-serve fetch-corpus` puts text there")
         if not found:
             raise BadRecipe(f"no text in {folder} is left after {pattern!r}")
     return sorted(found)
