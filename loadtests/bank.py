@@ -24,8 +24,9 @@ import torch
 from provenance import provenance
 from random_blocks import random_blocks
 
-from nr_serve.assemble import load_tokenizer, model_folder
+from nr_serve.assemble import load_tokenizer
 from nr_serve.config import ServeConfig
+from nr_serve.default_model import model_folder
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model.runner import Runner
 from nr_serve.engine.request import AnswerText, Request

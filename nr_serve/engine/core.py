@@ -41,7 +41,6 @@ class Runs(Protocol):
 
     info: EngineInfo
     pages: int
-    eos_ids: frozenset[int]
     recalls_pages: bool
     """Whether it keeps what a request needs to begin with pages that another one computed."""
     trial_tokens: int
@@ -70,6 +69,7 @@ class Core:
         self._adapters = adapters
         self._tokenizer = tokenizer
         self._max_model_len = runner.info.max_model_len
+        self._eos_ids = frozenset(runner.info.eos_ids)
         self._max_waiting = config.max_waiting
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
@@ -90,7 +90,7 @@ class Core:
         seed = submit.sampling.seed
         request = Request(
             submit=submit,
-            eos_ids=self._runner.eos_ids,
+            eos_ids=self._eos_ids,
             seed=random.getrandbits(63) if seed is None else seed,
             text=AnswerText(Detokenizer(self._tokenizer, submit.prompt_ids), submit.sampling.stop),
             arrival=self._arrivals,

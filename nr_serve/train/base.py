@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nr_serve.default_model import model_folder
 from nr_serve.errors import BadRequest, loading
 from nr_serve.logs import quiet_hub
 from nr_serve.neutral import host
@@ -99,11 +100,7 @@ def load_hf_tokenizer(base: str) -> Any:
 @contextmanager
 def _loading(base: str) -> Iterator[str]:
     """Where a base is, fetched if it is the default; what keeps it from being loaded is an UnsupportedBase."""
-    source = base
-    if base == "default":
-        from nr_serve.default_model import fetch_model
-
-        source = str(fetch_model())
+    source = str(model_folder(base))
     quiet_hub()
     with loading(f"the base {source}"):
         yield source

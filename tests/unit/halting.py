@@ -41,7 +41,7 @@ class Loading(FakeEngine):
 def main(flags: list[str]) -> int:
     kind = Loading if "loading" in flags else Halting
     flags = [flag for flag in flags if flag != "loading"]
-    assemble._engine = lambda config, model, tokenizer, deliver: kind(deliver)
+    assemble.EngineLoop = lambda config, model, tokenizer, deliver: kind(deliver)
     assemble.load_tokenizer = lambda model: tokenizer()
     return cli.main(["serve", "--model", "x", *flags])
 

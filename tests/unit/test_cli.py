@@ -390,7 +390,7 @@ def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(monkeypatch
         engine.failure = "this base has no per-layer mlp"
         return engine
 
-    monkeypatch.setattr("nr_serve.assemble._engine", build)
+    monkeypatch.setattr("nr_serve.assemble.EngineLoop", build)
     monkeypatch.setattr("nr_serve.assemble.load_tokenizer", lambda model: fakes.tokenizer())
     assert main(["serve", "--port", "0", "--model", "x", "--host", "127.0.0.1"]) == 1
     assert capsys.readouterr().err.endswith("error: this base has no per-layer mlp\n")

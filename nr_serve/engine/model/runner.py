@@ -29,7 +29,7 @@ from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.model.opened import opened_by_page
 from nr_serve.engine.model.results import guarded_result, logit_positions
 from nr_serve.engine.model.sampler import likeliest
-from nr_serve.engine.model.startup_check import Probe
+from nr_serve.engine.model.startup_check import StartupCheck
 from nr_serve.engine.scheduler import Piece, Result, spans
 from nr_serve.errors import BadAdapterFile, BadRequest
 from nr_serve.neutral import block_width
@@ -60,8 +60,7 @@ class Runner:
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.kernels = self.device.type == "cuda" if kernels is None else kernels
-        self.eos_ids = end_tokens(model, tokenizer)
-        mark, probe = fingerprint(model, tokenizer.hf), Probe(model, tokenizer)
+        mark, check = fingerprint(model, tokenizer.hf), StartupCheck(model, tokenizer)
         self.page_size = config.page_size
         self.operators = cpu_operators() if self._compiles(config) else None
         self.pages, self.cache = self._kv_cache(config, shape)
@@ -82,11 +81,11 @@ class Runner:
             dtype=str(self.dtype).removeprefix("torch."),
             slots=config.slots,
             slot_width=self.bank.width,
-            eos_ids=tuple(sorted(self.eos_ids)),
+            eos_ids=tuple(sorted(end_tokens(model, tokenizer))),
         )
         model.set_attn_implementation(self._attention())
         prepare_layers(model, self.bank, self.operators)
-        probe.check(self._all_logits, page_size=self.page_size, pages=self.pages)
+        check.run(self._all_logits, page_size=self.page_size, pages=self.pages)
         self.graphs = self._graphs() if self.kernels else None
 
     @classmethod

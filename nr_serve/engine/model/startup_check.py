@@ -22,7 +22,7 @@ _LENGTH = 24
 _CHUNKS = (10, 13, 1)
 
 
-class Probe:
+class StartupCheck:
     """A prompt and the model's own logits for it, taken before the model is changed."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
@@ -36,7 +36,7 @@ class Probe:
         self._ids = tuple(ids.tolist())
         self._text = AnswerText(Detokenizer(tokenizer, ()), ())
 
-    def check(self, logits: Callable[[Piece], Tensor], *, page_size: int, pages: int) -> None:
+    def run(self, logits: Callable[[Piece], Tensor], *, page_size: int, pages: int) -> None:
         """Compare with the logits [n, V] that an engine with such pages gives, piece by piece.
 
         Raises UnsupportedBase if they differ.
