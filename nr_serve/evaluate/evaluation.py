@@ -29,6 +29,7 @@ from nr_serve.evaluate.tables import (
 from nr_serve.evaluate.tasks import Example, TaskScores, score_tasks
 from nr_serve.evaluate.variants import variant_rows
 from nr_serve.train.text import read_heldout
+from nr_serve.train.text.sources import find_sources
 
 Attach = Literal["all", "alone", "both"]
 """How adapters are attached to read text: all at once, each alone or, to see who disturbs whom, both."""
@@ -139,6 +140,8 @@ def evaluate(
         raise BadRequest(
             "relatives are summed up only where adapters are attached both at once and alone", param="near"
         )
+    if corpus is not None:
+        find_sources(corpus, sources)  # a wrong name is said before the base is loaded
     hosted = load(files, model)
     report, disturbed, alone, switching = None, None, {}, {}
     if corpus is not None:

@@ -162,6 +162,11 @@ def test_without_text_or_tasks_there_is_nothing_to_measure_on(place, capsys):
     assert "--windows does nothing without --corpus" in capsys.readouterr().err
 
 
+def test_text_that_is_not_there_is_said_before_the_base_is_loaded(place, capsys):
+    assert run(place, "--source", "xx.*", "--model", place / "no-base") == 1
+    assert "matches 'xx.*'" in capsys.readouterr().err
+
+
 def test_two_adapters_of_one_name_are_refused(place, capsys):
     assert run(place, files=("hu", "hu")) == 1
     assert "two adapters have the same name: hu" in capsys.readouterr().err
