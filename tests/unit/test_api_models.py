@@ -105,6 +105,7 @@ def test_tokenize_refuses_tools_that_a_chat_refuses(server, monkeypatch):
         return f"{tools}"  # it names them, and says nothing of how they are called
 
     monkeypatch.setattr(ByteTokenizer, "apply_chat_template", template)
+    monkeypatch.setattr(tool_support, "_fault", tool_support._fault.__wrapped__)  # asked anew, and not kept
     body = {"messages": HI, "tools": [TOOL]}
     tokenized, chat = server.http.post("/tokenize", json=body).json(), server.chat(**body).json()
     assert tokenized["error"]["param"] == "tools"

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from nr_serve.api import tool_support
 from nr_serve.api.structured import json_rule
 from nr_serve.api.tools import MOST_CLOSES, Call, FunctionName, Tool, ToolName, ToolReader, toolbox
 from nr_serve.engine.guide import Guide
@@ -254,6 +255,7 @@ def test_a_base_whose_template_has_no_place_for_tools_refuses_them(server, monke
 
 
 def test_a_base_that_cannot_write_the_tags_refuses_tools(server, monkeypatch):
+    monkeypatch.setattr(tool_support, "_fault", tool_support._fault.__wrapped__)  # asked anew, and not kept
     plain = ByteTokenizer.decode
     monkeypatch.setattr(
         ByteTokenizer, "decode", lambda *args, **more: plain(*args, **more).replace("<tool_call>", "")
