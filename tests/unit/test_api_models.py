@@ -2,6 +2,7 @@ import threading
 
 import pytest
 
+from nr_serve.api import tool_support
 from tests.fakes import BOS, ByteTokenizer, serving, view
 
 HI = [{"role": "user", "content": "hi"}]
