@@ -79,9 +79,11 @@ class Tokenizer:
         `variables` are further ones of the template. Raises BadRequest if the template refuses, has no place for
         tools or for the calls in the messages, or if a variable is not free to be set.
         """
-        taken = sorted(variables.keys() & inspect.signature(self.hf.apply_chat_template).parameters.keys())
-        if taken:
-            raise BadRequest(f"not a variable of chat templates: {', '.join(taken)}", param="chat_template_kwargs")
+        if variables:
+            taken = sorted(variables.keys() & inspect.signature(self.hf.apply_chat_template).parameters.keys())
+            if taken:
+                names = ", ".join(taken)
+                raise BadRequest(f"not a variable of chat templates: {names}", param="chat_template_kwargs")
         options = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,

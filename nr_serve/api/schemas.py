@@ -144,11 +144,10 @@ class Message(Body):
     @field_validator("content", mode="before")
     @classmethod
     def _only_text(cls, content: Any) -> Any:
-        kinds = (
-            [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-        )
-        if any(isinstance(kind, str) and kind != "text" for kind in kinds):
-            raise ValueError("only parts of type `text` are supported by this server")
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise ValueError("only parts of type `text` are supported by this server")
         return content
 
     @model_validator(mode="after")

@@ -133,7 +133,10 @@ class Bank(ABC):
 
     @abstractmethod
     def begin(self, tokens: StepTokens) -> None:
-        """Start a step; `add_residues` follows once for every layer, in order."""
+        """Start a step; `add_residues` follows once for every layer, in order.
+
+        If it fails, no step is under way and all is as before.
+        """
 
     @abstractmethod
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:

@@ -38,9 +38,8 @@ class GpuBank(Bank):
         first_P = tokens.last_P - tokens.offset_T[tokens.last_P]
         # The kernels go by rows, and a step's selection may lie in memory by columns.
         selected_TS = tokens.selected_TS.contiguous()
-        self._pieces = kernels.Pieces(first_P, tokens.last_P, tokens.row_T, selected_TS, tokens.longest, page_T)
-        self._label_T = tokens.label_T
-        self._open_TS = torch.zeros_like(selected_TS, dtype=torch.int32)
+        pieces = kernels.Pieces(first_P, tokens.last_P, tokens.row_T, selected_TS, tokens.longest, page_T)
+        self._label_T, self._open_TS = tokens.label_T, torch.zeros_like(selected_TS, dtype=torch.int32)
         if tokens.trial is None:
             self._seen_LS.addcmul_(self._has_block_LS, selected_TS.sum(0))
         else:
@@ -48,6 +47,7 @@ class GpuBank(Bank):
             slot = tokens.trial.slot
             self._trial = slot, self.threshold_S[slot].clone()
             self.threshold_S[slot] = tokens.trial.threshold
+        self._pieces = pieces  # last, when nothing can fail any more: from here on a step is under way
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """As `Bank.add_residues`; y is reused."""

@@ -94,7 +94,7 @@ def _results(adapter: Adapter, neighbours: Mapping[str, Adapter]) -> dict[str, A
 def _new_recipe(file: Path, info: AdapterInfo, carry: float | None, changes: Mapping[str, Any]) -> Recipe:
     """The recipe of the new gates: the file's threshold unless `changes` name one, and gates that are fitted."""
     recipe = _recipe(file.stem, info)
-    if recipe.method != "neutral" or recipe.gate.kind == "none":
+    if not recipe.has_gates:
         raise BadRequest(f"{file} was trained without gates: its blocks know no text but their own", param="file")
     init = {} if recipe.gate.fitted else {"init": "logistic"}
     gate = recipe.gate.model_dump() | init | {"threshold": info.threshold} | dict(changes)

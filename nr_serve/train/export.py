@@ -33,7 +33,7 @@ def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path
     if learner.adapter is None or gate is None:
         raise BadRequest(f"the run in {run} makes no adapter file: {_why(recipe)}")
     if threshold is not None:
-        if recipe.method != "neutral" or recipe.gate.kind == "none":
+        if not recipe.has_gates:
             raise BadRequest("blocks without gates have no threshold", param="threshold")
         recipe = recipe.with_gate(threshold=threshold)
     results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
@@ -111,7 +111,7 @@ def _served_gate(recipe: Recipe) -> ServedGate | None:
     """The gate as an adapter file names it; None if no such file can hold what the recipe makes."""
     if recipe.method not in ("neutral", "adapter"):
         return None
-    if recipe.method == "adapter" or recipe.gate.kind == "none":
+    if not recipe.has_gates:
         return "relu"  # a block without gate: it is 1 by its bias
     return recipe.gate.kind if recipe.gate.kind in ("relu", "relu1") else None
 

@@ -377,6 +377,11 @@ class Recipe(_Section):
         return self.method != "neutral" or self.loss.lm_on_original
 
     @property
+    def has_gates(self) -> bool:
+        """Whether its blocks have gates that can shut."""
+        return self.method == "neutral" and self.gate.kind != "none"
+
+    @property
     def has_local_loss(self) -> bool:
         """Whether there is a local loss."""
         return self.method == "neutral" and self.loss.alpha > 0

@@ -5,9 +5,8 @@ import dataclasses
 import pytest
 
 from nr_serve.engine import core as core_module
-from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.messages import Leak
-from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, NrError, Unavailable
+from nr_serve.errors import BadRequest, Conflict, NotFound, Unavailable
 from nr_serve.neutral import math
 from tests import tiny
 from tests.unit.stepped import ANSWER, PROMPT, TEXTS, Probed, error_of
@@ -380,118 +379,3 @@ def test_an_adapter_that_goes_while_its_new_threshold_is_measured_gives_its_slot
         assert isinstance(error_of(answer), Conflict)
     server.finish()
     assert server.adapters.registry.slots_used == (how == "replaced")
-
-
-def test_weights_gone_wild_are_refused_not_taken_for_neutral():
-    server = Probed()
-    assert isinstance(error_of(server.load("wild", server.made(1, scale=1e38))), BadAdapterFile)
-    assert server.adapters.views() == ()
-    assert server.adapters.registry.slots_used == 0
-
-
-@pytest.mark.parametrize("max_leak", [None, 1.0])
-@pytest.mark.parametrize("layer", range(tiny.LAYERS))
-def test_one_block_gone_wild_is_refused_whatever_its_layer(layer, max_leak):
-    server = Probed(max_leak=max_leak)
-    made = server.made(1)
-    blocks = list(made.blocks)
-    blocks[layer] = dataclasses.replace(blocks[layer], w_out=blocks[layer].w_out * 1e38)
-    error = error_of(server.load("wild", dataclasses.replace(made, blocks=tuple(blocks))))
-    assert isinstance(error, BadAdapterFile)
-    assert server.adapters.views() == ()
-
-
-@pytest.mark.parametrize("max_leak", [None, 1.0])
-def test_a_stream_too_large_to_be_normalised_is_refused_not_taken_for_neutral(max_leak):
-    server = Probed(max_leak=max_leak)
-    made = server.made(1, scale=1e24)  # finite, but not its square
-    assert server.naive.logits(TEXTS["one"], [made]).isfinite().all()
-    assert isinstance(error_of(server.load("wild", made)), BadAdapterFile)
-    assert server.adapters.views() == ()
-
-
-def test_a_probe_that_fails_is_a_load_refused_and_no_more():
-    server = Probed()
-    made = server.made(1)
-    server.load("a", made)
-
-    run = server.runner.run
-
-    def fails(pieces, labels):
-        if pieces[-1].trial is not None:
-            raise RuntimeError("out of memory")
-        return run(pieces, labels)
-
-    server.runner.run = fails
-    server.ask("r", ("a",))
-    error = error_of(server.load("a", server.made(2), replace=True))
-    server.runner.run = run
-    assert isinstance(error, NrError)
-    assert "out of memory" not in error.message
-    server.finish()
-    assert server.tokens["r"] == server.expected(made)
-
-
-def with_failing(server, fails):
-    """The server's runner, which fails where `fails` says so of pieces; gives what it was asked to run."""
-    run, asked = server.runner.run, []
-
-    def runs(pieces, labels):
-        asked.append([piece.request.id if piece.trial is None else "trial" for piece in pieces])
-        if fails(pieces):
-            raise RuntimeError("out of memory")
-        return run(pieces, labels)
-
-    server.runner.run = runs
-    return asked
-
-
-@pytest.mark.parametrize("apart", [False, True])
-def test_requests_that_fail_beside_a_probe_are_no_fault_of_the_adapter(apart):
-    server = Probed()
-    server.runner.tries_apart = apart
-    failing = [True]
-    asked = with_failing(server, lambda pieces: failing[0] and any(p.request.id == "r" for p in pieces))
-    answer = server.load("a", server.made(1), finish=False)
-    server.adapters.copy_some(seconds=60)
-    server.ask("r", ())
-    server.step()
-    failing[0] = False
-    assert asked == ([["r"], ["trial"]] if apart else [["r", "trial"], ["r"]])
-    assert isinstance(server.ended["r"], NrError)
-    server.work()
-    assert answer.result(timeout=0).name == "a"
-
-
-def test_a_probe_that_needs_a_pass_of_its_own_fails_alone():
-    server = Probed()
-    server.runner.tries_apart = True
-    asked = with_failing(server, lambda pieces: pieces[-1].trial is not None)
-    answer = server.load("a", server.made(1), finish=False)
-    server.adapters.copy_some(seconds=60)
-    server.ask("r", ())
-    server.work()
-    assert isinstance(error_of(answer), NrError)
-    assert asked[0] == ["r"]
-    server.finish()
-    assert server.tokens["r"] == server.expected()
-
-
-def test_steps_that_fail_now_and_then_beside_probes_do_not_end_the_engine():
-    server = Probed()
-    server.load("a", server.made(1))
-    failing = [False]
-    with_failing(server, lambda pieces: failing[0])
-    for i in range(2 * MAX_FAILED_STEPS):
-        server.load("a", server.made(i + 2), finish=False, replace=True)
-        server.adapters.copy_some(seconds=60)
-        failing[0] = False
-        server.ask(f"well {i}", (), tokens=1)
-        server.step()
-        failing[0] = True
-        server.ask(f"ill {i}", (), tokens=1)
-        server.step()
-    assert [server.ended[f"{how} {i}"] == "length" for i in range(3) for how in ("well", "ill")] == 3 * [
-        True,
-        False,
-    ]

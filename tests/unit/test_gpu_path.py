@@ -253,6 +253,28 @@ def test_the_bank_counts_what_the_bank_on_the_cpu_counts(trial):
     assert torch.equal(banks[1].threshold_S, banks[0].threshold_S)
 
 
+def test_a_step_that_cannot_begin_leaves_the_bank_as_it_was(monkeypatch):
+    shape = {"layers": tiny.LAYERS, "d": tiny.D, "slots": SLOTS, "width": 16, "rows": ROWS, "pages": 6, "labels": 7}
+    bank = GpuBank(**shape, device=DEVICE, dtype=torch.float32)
+    for _ in bank.attach(1, tiny.adapter(tiny.model(), seed=1), 0.1):
+        pass
+    before, seen = bank.threshold_S.clone(), bank._seen_LS.clone()
+    batch = build_batch([Piece(request(0, range(6), [0]), 0, 6)], [3], page_size=PAGE, spare_cell=0, slots=SLOTS,
+                        device=DEVICE)  # fmt: skip
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    for trial in (None, Trial(first=0, slot=1, threshold=-0.3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "zeros_like", full)
+            with pytest.raises(torch.OutOfMemoryError):
+                bank.begin(replace(batch.tokens, trial=trial))
+        assert bank.end() is None
+        assert torch.equal(bank.threshold_S, before)
+        assert torch.equal(bank._seen_LS, seen)
+
+
 @pytest.fixture
 def by_kernels(monkeypatch):
     """Engines made in this test run by the kernels, wherever they run."""

@@ -154,8 +154,8 @@ class Runner:
 
     def forward(self, batch: Batch, positions: list[int]) -> tuple[Tensor, Tensor | None]:
         """Logits at the given tokens of the step, float32 [N, V]; layers open by token and slot, None: none was."""
+        self.bank.begin(batch.tokens)
         try:
-            self.bank.begin(batch.tokens)
             output = self.model(
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.positions_T[None],
