@@ -80,12 +80,18 @@ class Loop(EngineLoop):
         super()._serve(core, adapters)
 
     def hold(self, step: int, then=None) -> threading.Event:
-        """Stand before that step, counted from now, until the event is set; `then` may take the step's place."""
+        """Stand before that step, counted from now, until the event is set; `then` may take the step's place.
+
+        `standing` is set once it stands.
+        """
         real, steps, go_on = self.core.step, [], threading.Event()
+        self.standing = threading.Event()
 
         def held(**how):
             steps.append(1)
-            assert len(steps) < step or go_on.wait(PATIENCE)
+            if len(steps) >= step:
+                self.standing.set()
+                assert go_on.wait(PATIENCE)
             return real(**how) if len(steps) < step or then is None else then()
 
         self.core.step = held

@@ -180,7 +180,8 @@ def test_an_engine_that_breaks_down_answers_everybody_with_500_and_turns_health_
     go_on = real.engine.hold(step=3, then=breaks)
     with ThreadPoolExecutor() as threads:
         streams = [threads.submit(complete, real, stream=True)]
-        until(lambda: real.engine.core.scheduler.running)
+        assert real.engine.standing.wait(PATIENCE), "else it takes what is asked before it stands"
+        assert real.engine.core.scheduler.running
         asked = [threads.submit(complete, real) for _ in range(4)]
         listed = threads.submit(real.http.get, "/v1/adapters", timeout=PATIENCE)
         until(lambda: real.engine._inbox.qsize() >= 5)
