@@ -62,10 +62,10 @@ def bar_interval() -> float:
 
 
 class TextFormatter(logging.Formatter):
-    """`LEVEL logger: message key=value ...`."""
+    """`date time LEVEL logger: message key=value ...`, in local time."""
 
     def __init__(self) -> None:
-        super().__init__("%(levelname)s %(name)s: %(message)s")
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line, before a stack trace."""

@@ -107,15 +107,14 @@ def sweep(command: Sweep) -> int:
     from nr_serve.train.recipe_file import parse_changes
     from nr_serve.train.sweep import read_sweep, run_sweep
 
-    changes = parse_changes(command.set)
-    recipes = list(read_sweep(command.sweep, changes).values())
-    compares = len({(recipe.domain, recipe.base) for recipe in recipes}) == 1
+    recipes = read_sweep(command.sweep, parse_changes(command.set))
+    compares = len({(recipe.domain, recipe.base) for recipe in recipes.values()}) == 1
     if compares:
-        check_sources(recipes, command.corpus, command.source)
+        check_sources(list(recipes.values()), command.corpus, command.source)
     elif command.source:
         raise BadRequest("runs of several domains or bases are not compared: --source does nothing", param="source")
     with _told_if_stopped("sweep", lambda: "the same command goes on where this one was"), _ended_in_order():
-        results = run_sweep(command.sweep, command.out, command.corpus, changes)
+        results = run_sweep(recipes, command.out, command.corpus)
         made = {name: result for name, result in results.items() if isinstance(result, Path)}
         for path in _written(command, made, compares=compares):
             print(path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from nr_serve.errors import faults
 from nr_serve.train.recipe import BadRecipe, Recipe
@@ -49,6 +50,10 @@ def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    known = set(_keys(Recipe))
+    if key not in known:
+        near = [each for each in known if each.endswith(f".{key}")] or get_close_matches(key, known, n=1)
+        raise BadRecipe(f"a recipe has no key {key!r}" + "".join(f"; did you mean {each}?" for each in near[:1]))
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -58,6 +63,14 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     other = {"h": "capacity", "capacity": "h"}.get(last)
     if sections == ["blocks"] and other is not None:
         values.pop(other, None)
+
+
+def _keys(model: type[BaseModel], before: str = "") -> Iterator[str]:
+    """Every key of a recipe, its sections too, such as `run` and `run.lr`."""
+    for name, field in model.model_fields.items():
+        yield before + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{before}{name}.")
 
 
 def parse_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:

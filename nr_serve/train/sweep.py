@@ -47,17 +47,14 @@ def read_sweep(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str
     return recipes
 
 
-def run_sweep(
-    path: Path, out: Path, corpus: Path, changes: Mapping[str, Any] | None = None
-) -> dict[str, Path | Exception]:
+def run_sweep(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> dict[str, Path | Exception]:
     """Train every run of a sweep in its folder below `out`, in order, going on where an earlier call stopped.
 
-    All recipes, and the text of the runs that are left, are checked before the first run starts. A run that fails
-    then does not stop the others: what it raised stands in its place. The failures are told at the end.
+    The text of the runs that are left is checked before the first one starts. A run that fails then does not stop
+    the others: what it raised stands in its place. The failures are told at the end.
     """
     from nr_serve.train import processes
 
-    recipes = read_sweep(path, changes)
     processes.from_first(lambda: _check_text(recipes, out, corpus))
     results: dict[str, Path | Exception] = {}
     for name, recipe in recipes.items():

@@ -241,8 +241,17 @@ def test_train_hands_its_flags_and_the_changed_recipe_to_the_trainer(tmp_path, m
     assert (recipe.run.lr, recipe.method, recipe.run.tokens) == (0.5, "lora", 256)
     assert (str(out), str(corpus), more) == ("o", "c", {"resume": True, "tensorboard": True})
     assert capsys.readouterr().out == "file\n"
-    assert main(["train", str(path), "--corpus", "c", "--out", "o", "--set", "run.steps=3"]) == 1
-    assert "run.steps: not a known key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "near"), [("run.tokns", "run.tokens"), ("lr", "run.lr"), ("run.lr.x", "run.lr"), ("zzz", None)]
+)
+def test_an_unknown_key_that_is_set_is_refused_with_the_one_that_may_be_meant(tmp_path, capsys, key, near):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(base="b", tokens=256, lr=0.01, gate=""))
+    assert main(["train", str(path), "--corpus", "c", "--out", "o", "--set", f"{key}=3"]) == 1
+    meant = f"; did you mean {near}?" if near else ""
+    assert capsys.readouterr().err == f"error: a recipe has no key '{key}'{meant}\n"
 
 
 def test_what_is_set_is_not_cut_at_commas(capsys):
@@ -287,17 +296,18 @@ def test_calibrate_hands_its_flags_on_and_prints_the_file(monkeypatch, capsys):
 
 def test_sweep_compares_the_runs_that_ended_and_fails_if_one_did(monkeypatch, capsys):
     ends = {"a": Path("made"), "b": BadRequest("diverged")}
-    compared, swept = [], []
+    compared, read, swept = [], [], []
     of_one_domain = dict.fromkeys("ab", SimpleNamespace(domain="hu", base="default"))
     monkeypatch.setattr("nr_serve.evaluate.compare.check_sources", lambda *args: None)
-    monkeypatch.setattr("nr_serve.train.sweep.read_sweep", lambda *args: of_one_domain)
+    monkeypatch.setattr("nr_serve.train.sweep.read_sweep", lambda *args: read.append(args) or of_one_domain)
     monkeypatch.setattr("nr_serve.train.sweep.run_sweep", lambda *args: swept.append(args) or ends)
     monkeypatch.setattr(
         "nr_serve.evaluate.compare.compare_runs", lambda *args, **more: compared.append(args) or "c"
     )
     monkeypatch.setattr("nr_serve.evaluate.compare.write_comparison", lambda *args: [Path("x.md")])
     assert main(["sweep", "s.toml", "--corpus", "c", "--out", "o", "--set", "run.tokens=9"]) == 1
-    assert swept == [(Path("s.toml"), Path("o"), Path("c"), {"run.tokens": 9})]
+    assert read == [(Path("s.toml"), {"run.tokens": 9})]
+    assert swept == [(of_one_domain, Path("o"), Path("c"))]
     assert compared == [({"a": Path("o/a")}, Path("c"), [])]
     assert capsys.readouterr().out == "x.md\n"
 

@@ -5,6 +5,7 @@ import logging
 import signal
 import subprocess
 import sys
+from datetime import datetime
 
 import pytest
 
@@ -22,7 +23,9 @@ def record(message: str, **fields) -> logging.LogRecord:
 
 def test_text_and_json_say_the_same_in_one_line():
     made = record("request", path="/v1/x", status=200, prompts=["a\nb"])
-    assert TextFormatter().format(made) == ('INFO nr_serve.x: request path="/v1/x" status=200 prompts=["a\\nb"]')
+    when = f"{datetime.fromtimestamp(made.created):%Y-%m-%d %H:%M:%S}"
+    said = 'INFO nr_serve.x: request path="/v1/x" status=200 prompts=["a\\nb"]'
+    assert TextFormatter().format(made) == f"{when} {said}"
     entry = json.loads(JsonFormatter().format(made))
     assert entry.pop("time").endswith("+00:00")
     assert entry == {

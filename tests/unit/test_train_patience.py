@@ -13,7 +13,7 @@ from nr_serve.train.export import export_run
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.restore import load_run
 from nr_serve.train.run import train
-from nr_serve.train.sweep import finished, run_sweep
+from nr_serve.train.sweep import finished, read_sweep, run_sweep
 from tests.tiny_run import RECIPE, write_recipe
 
 Seen = list[tuple[int, dict[str, torch.Tensor]]]
@@ -105,9 +105,9 @@ def test_a_sweep_sees_a_stopped_run_as_finished(tmp_path, base, corpus, worsenin
     (tmp_path / "recipe.toml").write_text(RECIPE.format(base=base, tokens=12800, lr=0.01, gate=""))
     path = tmp_path / "sweep.toml"
     path.write_text('recipe = "recipe.toml"\n[runs.a]\n"run.patience" = 1\n"run.validate_every" = 256\n')
-    first = run_sweep(path, tmp_path / "out", corpus)
+    first = run_sweep(read_sweep(path), tmp_path / "out", corpus)
     monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert run_sweep(path, tmp_path / "out", corpus) == first
+    assert run_sweep(read_sweep(path), tmp_path / "out", corpus) == first
 
 
 def test_a_run_that_ends_before_its_first_measurement_keeps_what_it_has(tmp_path, base, corpus):

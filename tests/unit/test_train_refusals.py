@@ -10,7 +10,7 @@ from nr_serve.errors import BadRequest
 from nr_serve.train import run
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.run import train
-from nr_serve.train.sweep import run_sweep
+from nr_serve.train.sweep import read_sweep, run_sweep
 from tests.tiny_run import write_recipe, write_sweep
 
 PROSE = "\n\n".join(" ".join(f"w{i}" for i in range(start, start + 50)) for start in range(0, 2500, 50)).encode()
@@ -88,14 +88,14 @@ def test_a_sweep_checks_the_text_of_every_run_before_the_first_starts(tmp_path, 
     text = spoiled(corpus, tmp_path / "text", {"sv.a.train.txt": b"\xe6"})
     monkeypatch.setattr(run, "train", fails)
     with pytest.raises(BadRecipe, match=r"^run b: .*sv\.a\.train\.txt is not UTF-8"):
-        run_sweep(path, tmp_path / "out", text)
+        run_sweep(read_sweep(path), tmp_path / "out", text)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_does_not_read_the_text_of_finished_runs_again(tmp_path, base, corpus):
     path = write_sweep(tmp_path, base, "[runs.a]\n")
-    made = run_sweep(path, tmp_path / "out", corpus)
-    assert run_sweep(path, tmp_path / "out", tmp_path / "gone") == made
+    made = run_sweep(read_sweep(path), tmp_path / "out", corpus)
+    assert run_sweep(read_sweep(path), tmp_path / "out", tmp_path / "gone") == made
     path.write_text(path.read_text() + '[runs.b]\n"run.seed" = 4\n')
     with pytest.raises(BadRequest, match="run b: no text in"):
-        run_sweep(path, tmp_path / "out", tmp_path / "gone")
+        run_sweep(read_sweep(path), tmp_path / "out", tmp_path / "gone")

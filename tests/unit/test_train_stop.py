@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nr_serve.train.run import train
-from nr_serve.train.sweep import run_sweep
+from nr_serve.train.sweep import read_sweep, run_sweep
 from tests.tiny_run import write_recipe, write_sweep
 
 WAITS = """
@@ -60,4 +60,4 @@ def test_a_stopped_sweep_says_so_and_goes_on(tmp_path, base, corpus):
         _, told = sweep.communicate()
     assert sweep.returncode == 143
     assert told.splitlines()[-1] == "sweep: stopped; the same command goes on where this one was"
-    assert run_sweep(path, out, corpus)["a"].exists()
+    assert run_sweep(read_sweep(path), out, corpus)["a"].exists()
