@@ -87,6 +87,12 @@ def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path):
         read_recipe(tmp_path / "bad.toml")
 
 
+def test_a_key_set_below_what_is_no_section_is_refused(tmp_path: Path):
+    (tmp_path / "r.toml").write_text("run = 5\n")
+    with pytest.raises(BadRecipe, match=r"run\.lr: run is not a section"):
+        read_recipe(tmp_path / "r.toml", {"run.lr": 1})
+
+
 @pytest.mark.parametrize(("capacity", "h"), [(0.05, 128), (0.2, 512), (0.0001, 16)])
 def test_capacity_gives_the_width(capacity, h):
     sized = recipe(blocks={"h": None, "capacity": capacity})

@@ -44,7 +44,7 @@ def test_changes_from_outside_come_last_in_every_run(tmp_path, base):
         ("", "runs"),
         ('[runs.a]\n"run.tokenz" = 5\n', "run a: a recipe has no key 'run.tokenz'"),
         ('[runs.a]\n"method" = "magic"\n', "run a: recipe.toml: method"),
-        ('[runs.a]\n"domain.x" = 1\n', "domain is not a section"),
+        ('[runs.a]\n"domain.x" = 1\n', "a recipe has no key 'domain.x'; did you mean domain"),
         ('[runs."../a"]\n', r"runs\.\.\./a.*should match"),
         ('[runs."."]\n', "should match"),
         ('[runs."a\\u0000"]\n', "should match"),
