@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
-from nr_serve.api.forms import Adapter, AdapterList, Completion, Model, ModelList
+from nr_serve.api.responses import Adapter, AdapterList, Completion, Model, ModelList
 from nr_serve.disk import check_ends
 from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooLarge, Unavailable
 

@@ -20,7 +20,7 @@ from anyio.from_thread import start_blocking_portal
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from nr_serve.api.forms import Adapter, AdapterList, ChatCompletion, Completion, ModelList
+from nr_serve.api.responses import Adapter, AdapterList, ChatCompletion, Completion, ModelList
 from nr_serve.asgi_transport import LocalTransport
 from nr_serve.client import adapter_path, refusal, told
 from nr_serve.config import FLAGS, GROUPS, AdapterSettings, EngineSettings, ModelSettings, ServeConfig

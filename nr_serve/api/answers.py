@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Protocol
 
 from nr_serve.api.ask import Ask, Prompt
-from nr_serve.api.forms import (
+from nr_serve.api.responses import (
     ChatChunk,
     Completion,
     Envelope,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nr_serve.api.answers import Reporter, finish_reason
 from nr_serve.api.ask import Prompt
-from nr_serve.api.forms import (
+from nr_serve.api.responses import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nr_serve.api.answers import Reporter, finish_reason, legacy_logprobs
 from nr_serve.api.ask import Prompt
-from nr_serve.api.forms import Completion, CompletionChoice, Envelope, LegacyLogprobs
+from nr_serve.api.responses import Completion, CompletionChoice, Envelope, LegacyLogprobs
 from nr_serve.api.schemas import CompletionBody
 from nr_serve.engine.messages import Output, Token
 from nr_serve.tokenizer import Tokenizer

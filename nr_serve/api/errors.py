@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from nr_serve.api.forms import ErrorAnswer
+from nr_serve.api.responses import ErrorAnswer
 from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooManyRequests, Unauthorized
 
 _TYPES = {status: kind.type for status, kind in BY_STATUS.items()} | {405: "MethodNotAllowedError"}

@@ -12,10 +12,11 @@ from functools import lru_cache, partial
 
 from llguidance import LLTokenizer
 
-from nr_serve.api.context import Context, Worker
+from nr_serve.api.context import Context
 from nr_serve.api.schemas import GenerationBody
 from nr_serve.api.structured import Form, form_of, has_form
 from nr_serve.api.tools import NO_TOOLS, Toolbox
+from nr_serve.api.worker import Worker
 from nr_serve.engine.guide import Guide
 from nr_serve.errors import BadRequest, QueueFull
 

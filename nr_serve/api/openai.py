@@ -14,8 +14,8 @@ from nr_serve.api.body_route import BodyRoute
 from nr_serve.api.chat import ChatWriter, chat_completion
 from nr_serve.api.completions import CompletionWriter, completion
 from nr_serve.api.context import Context, Ctx
-from nr_serve.api.forms import ChatCompletion, Completion, Detokenized, Envelope, Model, ModelList, Tokens
 from nr_serve.api.openapi import CHAT_EVENTS, COMPLETION_EVENTS, Json, streamed
+from nr_serve.api.responses import ChatCompletion, Completion, Detokenized, Envelope, Model, ModelList, Tokens
 from nr_serve.api.schemas import (
     ChatBody,
     CompletionBody,

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from nr_serve.api.forms import ChatChunk, ChatCompletion, Completion, Detokenized, ErrorAnswer, Tokens
+from nr_serve.api.responses import ChatChunk, ChatCompletion, Completion, Detokenized, ErrorAnswer, Tokens
 from nr_serve.api.sse import DONE, event
 from nr_serve.errors import (
     BadRequest,

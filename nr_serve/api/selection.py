@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nr_serve.api.context import Context
-from nr_serve.api.forms import Model
+from nr_serve.api.responses import Model
 from nr_serve.engine.messages import AdapterView
 from nr_serve.errors import BadRequest, NotFound
 from nr_serve.names import check_adapter_name

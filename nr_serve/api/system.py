@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from nr_serve import __version__
 from nr_serve.api.context import Ctx
-from nr_serve.api.forms import Health, Ready, Versions
 from nr_serve.api.openapi import AnswerRoute, Json
+from nr_serve.api.responses import Health, Ready, Versions
 from nr_serve.errors import Unavailable
 
 router = APIRouter(route_class=AnswerRoute)

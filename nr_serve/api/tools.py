@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter, model_validator
 
 from nr_serve.api.body import Body, JsonObject, Name, Text, whole_characters
-from nr_serve.api.forms import ToolCalled
+from nr_serve.api.responses import ToolCalled
 from nr_serve.api.structured import json_rule
 from nr_serve.errors import BadRequest
 

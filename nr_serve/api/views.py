@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nr_serve.api.forms import Adapter, AdapterGates, ProbeLeak
+from nr_serve.api.responses import Adapter, AdapterGates, ProbeLeak
 from nr_serve.engine.messages import AdapterView, GateStatistics
 
 

@@ -11,7 +11,7 @@ from nr_serve.disk import make_folder, write_text
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.comparison_report import Comparison, RunReport, page
 from nr_serve.evaluate.readings import in_turn, read_text
-from nr_serve.evaluate.run_log import read_losses, training_seconds
+from nr_serve.evaluate.run_log import training_losses, training_seconds
 from nr_serve.evaluate.tasks import Answer, Example, answer_tasks, score
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import Attached
@@ -112,7 +112,7 @@ def write_comparison(comparison: Comparison, runs: Mapping[str, Path], folder: P
     write_text(as_page, page(comparison))
     points, shares = comparison.points()
     pareto(as_pareto, points, title=f"{comparison.domain}: learned and forgotten, as shares of {shares}")
-    curves = {name: read_losses(run / "log.jsonl").get("train", []) for name, run in runs.items()}
+    curves = {name: training_losses(run / "log.jsonl") for name, run in runs.items()}
     loss_curves(as_curves, {name: curve for name, curve in curves.items() if curve}, title="LM loss in training")
     return written
 

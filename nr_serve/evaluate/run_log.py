@@ -1,4 +1,4 @@
-"""What a run's log tells afterwards: its loss curves, and the time of its steps."""
+"""What a run's log tells afterwards: the losses and the time of its steps."""
 
 from __future__ import annotations
 
@@ -13,28 +13,17 @@ Curve = list[tuple[int, float]]
 """(tokens, loss) pairs."""
 
 
-def read_losses(path: Path) -> dict[str, Curve]:
-    """The loss curves in a run's `log.jsonl`: `train`, and each held-out source.
+def training_losses(path: Path) -> Curve:
+    """The LM loss of a run's steps as its `log.jsonl` has them; of a step that was repeated the later line counts.
 
-    A resumed run repeats steps; the later line counts. A held-out measurement without a step belongs to the step
-    logged before it. Raises BadRequest for a file that is not such a log.
+    Raises BadRequest for a file that is not such a log.
     """
-    curves: dict[str, dict[int, float]] = {"train": {}}
-    step, tokens_a_step = 0, 0
+    curve: dict[int, float] = {}
     for number, entry in enumerate(log.read(path), start=1):
         with _of_a_log(path, number):
-            step = entry.get("step", step)
             if entry["event"] == "step":
-                tokens_a_step = entry["tokens"] // step
-                curves["train"][step] = entry["lm"]
-            elif entry["event"] == "heldout":
-                for source, measured in entry["sources"].items():
-                    curves.setdefault(source, {})[step] = measured["after"]
-    return {
-        name: [(at * tokens_a_step, loss) for at, loss in sorted(curve.items())]
-        for name, curve in curves.items()
-        if curve
-    }
+                curve[entry["tokens"]] = entry["lm"]
+    return sorted(curve.items())
 
 
 def training_seconds(path: Path) -> float:

@@ -11,7 +11,7 @@ import pytest
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.pareto import Point, unbeaten
 from nr_serve.evaluate.plots import heat_map, loss_curves, panels, pareto
-from nr_serve.evaluate.run_log import read_losses
+from nr_serve.evaluate.run_log import training_losses
 from tests.unit.room import no_room
 
 POINTS = [Point("neutral", 0.0005, 0.28), Point("lora", 0.09, 0.33), Point("worse", 0.1, 0.2)]
@@ -65,31 +65,26 @@ def test_the_front_holds_exactly_the_points_that_no_other_beats():
     assert [p.label for p in unbeaten(POINTS)] == ["neutral", "lora"]
 
 
-def test_a_log_becomes_curves_and_a_resumed_runs_repeated_steps_count_once(tmp_path):
-    def held(loss: float, **step) -> dict:
-        return {"event": "heldout", "sources": {"hu.a": {"before": 5.0, "after": loss}}, **step}
-
+def test_a_log_becomes_a_curve_and_a_resumed_runs_repeated_steps_count_once(tmp_path):
     entries = [
         {"event": "gates", "layers": {}},
-        held(5.0),
+        {"event": "heldout", "sources": {"hu.a": {"before": 5.0, "after": 5.0}}},
         {"event": "step", "step": 2, "tokens": 100, "lm": 4.5},
         {"event": "step", "step": 4, "tokens": 200, "lm": 4.4},
         {"event": "step", "step": 2, "tokens": 100, "lm": 4.6},
-        held(4.8),
-        held(4.7, step=3),
         {"event": "step", "step": 4, "tokens": 200, "lm": 4.3},
     ]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert read_losses(log) == {"train": [(100, 4.6), (200, 4.3)], "hu.a": [(0, 5.0), (100, 4.8), (150, 4.7)]}
+    assert training_losses(log) == [(100, 4.6), (200, 4.3)]
 
 
 def test_what_cannot_be_read_or_written_is_refused(tmp_path):
     with pytest.raises(BadRequest, match="cannot read"):
-        read_losses(tmp_path / "absent.jsonl")
+        training_losses(tmp_path / "absent.jsonl")
     (tmp_path / "log.jsonl").write_text('{"event": "gates"}\n{"event": "step"}\n')
     with pytest.raises(BadRequest, match=r"log\.jsonl line 2"):
-        read_losses(tmp_path / "log.jsonl")
+        training_losses(tmp_path / "log.jsonl")
     with pytest.raises(BadRequest, match="cannot write"):
         loss_curves(tmp_path / "absent" / "x.svg", {"train": [(0, 1.0)]}, title="Loss")
     with pytest.raises(BadRequest, match=r"\.svg or \.png"):

@@ -1,4 +1,4 @@
-"""The forms of answers: what is built, what the client reads, and what the OpenAPI document says, in one."""
+"""Response bodies: what is built, what the client reads, and what the OpenAPI document says, in one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 
 @with_config(ConfigDict(extra="forbid"))
-class Form(TypedDict):
+class ResponseModel(TypedDict):
     """A JSON object with these keys and no others."""
 
 
-class ErrorDetail(Form):
+class ErrorDetail(ResponseModel):
     """What went wrong."""
 
     message: str
@@ -26,19 +26,19 @@ class ErrorDetail(Form):
     code: Annotated[int, Field(description="the HTTP status", examples=[400])]
 
 
-class ErrorAnswer(Form):
+class ErrorAnswer(ResponseModel):
     """Every refusal, in OpenAI's form."""
 
     error: ErrorDetail
 
 
-class PromptTokensDetails(Form):
+class PromptTokensDetails(ResponseModel):
     """What became of the prompt's tokens."""
 
     cached_tokens: Annotated[int, Field(description="found in the prefix cache, and not computed again")]
 
 
-class Usage(Form):
+class Usage(ResponseModel):
     """Tokens read and written; a prompt counts once, whatever `n` is."""
 
     prompt_tokens: int
@@ -47,7 +47,7 @@ class Usage(Form):
     prompt_tokens_details: PromptTokensDetails
 
 
-class Gates(Form):
+class Gates(ResponseModel):
     """With `gates`: for every token the share of each adapter's blocks that fired, beside the text it completes."""
 
     prompt: NotRequired[list[dict[str, float]]]
@@ -56,7 +56,7 @@ class Gates(Form):
     token_text: list[str]
 
 
-class PromptLogprob(Form):
+class PromptLogprob(ResponseModel):
     """With `prompt_logprobs`: a token that is, or might have been, in the prompt."""
 
     logprob: float
@@ -68,14 +68,14 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 """For each token of the prompt, by token id; None for the first, which nothing comes before."""
 
 
-class PromptReport(Form):
+class PromptReport(ResponseModel):
     """What is reported of the prompt, if it was asked for."""
 
     prompt_logprobs: NotRequired[PromptLogprobs]
     prompt_token_ids: NotRequired[list[int]]
 
 
-class TokenReport(Form):
+class TokenReport(ResponseModel):
     """What is reported of the answer's tokens, if it was asked for."""
 
     token_ids: NotRequired[list[int]]
@@ -90,7 +90,7 @@ class Choice(TokenReport):
     stop_reason: Annotated[int | str | None, Field(description="the stop string or token id that ended it")]
 
 
-class Envelope(Form):
+class Envelope(ResponseModel):
     """What surrounds the choices."""
 
     id: str
@@ -101,7 +101,7 @@ class Envelope(Form):
     usage: NotRequired[Usage | None]
 
 
-class LegacyLogprobs(Form):
+class LegacyLogprobs(ResponseModel):
     """Log probabilities as parallel lists."""
 
     tokens: list[str]
@@ -124,14 +124,14 @@ class Completion(Envelope):
     choices: list[CompletionChoice]
 
 
-class FunctionCalled(Form):
+class FunctionCalled(ResponseModel):
     """A function and its arguments."""
 
     name: str
     arguments: Annotated[str, Field(description="a JSON object", examples=['{"city": "Budapest"}'])]
 
 
-class ToolCalled(Form):
+class ToolCalled(ResponseModel):
     """A call the model made."""
 
     id: str
@@ -145,7 +145,7 @@ class ToolCalledDelta(ToolCalled):
     index: int
 
 
-class ChatLogprob(Form):
+class ChatLogprob(ResponseModel):
     """A token and its log probability."""
 
     token: str
@@ -159,14 +159,14 @@ class ChatTokenLogprob(ChatLogprob):
     top_logprobs: list[ChatLogprob]
 
 
-class ChatLogprobs(Form):
+class ChatLogprobs(ResponseModel):
     """Log probabilities, an entry per token."""
 
     content: list[ChatTokenLogprob]
     refusal: None
 
 
-class ChatMessage(Form):
+class ChatMessage(ResponseModel):
     """What the assistant says."""
 
     role: Literal["assistant"]
@@ -175,7 +175,7 @@ class ChatMessage(Form):
     tool_calls: NotRequired[list[ToolCalled]]
 
 
-class ChatDelta(Form):
+class ChatDelta(ResponseModel):
     """What a chunk adds to the message; the role comes first."""
 
     role: NotRequired[Literal["assistant"]]
@@ -211,7 +211,7 @@ class ChatChunk(Envelope, PromptReport):
     choices: list[ChatChunkChoice]
 
 
-class Model(Form):
+class Model(ResponseModel):
     """A name that `model` may be: the base, the bare base, or an adapter, which has the last three fields."""
 
     id: str
@@ -227,14 +227,14 @@ class Model(Form):
     state: NotRequired[AdapterState]
 
 
-class ModelList(Form):
+class ModelList(ResponseModel):
     """All of them."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-class Tokens(Form):
+class Tokens(ResponseModel):
     """Token ids of a text."""
 
     count: int
@@ -243,13 +243,13 @@ class Tokens(Form):
     token_strs: Annotated[list[str] | None, Field(description="with `return_token_strs`")]
 
 
-class Detokenized(Form):
+class Detokenized(ResponseModel):
     """Text of token ids."""
 
     prompt: str
 
 
-class LayerGroupGates(Form):
+class LayerGroupGates(ResponseModel):
     """Gate totals of some layers."""
 
     layers: Annotated[str, Field(examples=["0-9"])]
@@ -258,7 +258,7 @@ class LayerGroupGates(Form):
     fired_rate: Annotated[float | None, Field(description="null until a token was seen")]
 
 
-class AdapterGates(Form):
+class AdapterGates(ResponseModel):
     """An adapter's gate totals, over tokens that selected it."""
 
     fired: int
@@ -268,14 +268,14 @@ class AdapterGates(Form):
     layer_groups: list[LayerGroupGates]
 
 
-class ProbeLeak(Form):
+class ProbeLeak(ResponseModel):
     """The leak on one probe text."""
 
     leak: Annotated[float, Field(description="share of token-layers on which a gate fired")]
     tokens: int
 
 
-class Adapter(Form):
+class Adapter(ResponseModel):
     """A registered adapter."""
 
     name: str
@@ -299,14 +299,14 @@ class Adapter(Form):
     deleted: NotRequired[bool]
 
 
-class AdapterList(Form):
+class AdapterList(ResponseModel):
     """All of them."""
 
     object: Literal["list"]
     data: list[Adapter]
 
 
-class Health(Form):
+class Health(ResponseModel):
     """The server's state."""
 
     status: Annotated[str, Field(examples=["ready"])]
@@ -318,7 +318,7 @@ class Ready(Health):
     model: str
 
 
-class Versions(Form):
+class Versions(ResponseModel):
     """Versions of the server and of what it runs on."""
 
     version: str

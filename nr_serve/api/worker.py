@@ -1,0 +1,77 @@
+"""Work off the event loop, on a thread at which callers take turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from nr_serve.api.middleware.auth import CALLER
+from nr_serve.errors import QueueFull
+
+T = TypeVar("T")
+
+
+class Worker:
+    """A thread beside the event loop. Callers take turns at it, so that none shuts out another."""
+
+    def __init__(self, name: str, most: int) -> None:
+        """Of each caller, `most` may wait or be at work."""
+        self._most = most
+        self._asked: Counter[str] = Counter()
+        self._busy = False
+        self._turns: dict[str, deque[asyncio.Future[None]]] = {}  # the next caller first
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    @asynccontextmanager
+    async def turn(self, what: str) -> AsyncIterator[None]:
+        """Wait for the caller's turn. Raises QueueFull, which counts `what` waits, if the caller asks too much."""
+        caller = CALLER.get()
+        if self._asked[caller] >= self._most:
+            raise QueueFull(f"{self._asked[caller]} {what} already; try again later")
+        self._asked[caller] += 1
+        try:
+            await self._wait(caller)
+            try:
+                yield
+            finally:
+                self._pass_on()
+        finally:
+            self._asked[caller] -= 1
+            self._asked += Counter()  # forgets who asks nothing
+
+    async def _wait(self, caller: str) -> None:
+        if self._busy:
+            turn = asyncio.get_running_loop().create_future()
+            self._turns.setdefault(caller, deque()).append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():  # it came just now
+                    self._pass_on()
+                raise
+        self._busy = True
+
+    def _pass_on(self) -> None:
+        """The next caller's turn; whoever has more waiting goes to the end."""
+        self._busy = False
+        while self._turns and not self._busy:
+            caller = next(iter(self._turns))
+            waiting = self._turns.pop(caller)
+            turn = waiting.popleft()
+            if waiting:
+                self._turns[caller] = waiting
+            if not turn.done():
+                turn.set_result(None)
+                self._busy = True
+
+    def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Run work, to be called in a turn; cancelled before it began, it is not run."""
+        return asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def stop(self) -> None:
+        """Let no more work start."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
