@@ -24,7 +24,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsE
 from nr_serve import __version__
 from nr_serve.commands import COMMANDS
 from nr_serve.config import GROUPS, ServeConfig, check_environment
-from nr_serve.errors import NrError
+from nr_serve.errors import NrError, Unauthorized
 
 _MOST_IN_USAGE = 15
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -81,6 +81,8 @@ def _run(name: str, args: list[str]) -> int:
         return _fail(_wrong_setting(error), 2)
     try:
         return action(command)
+    except Unauthorized as error:
+        return _fail(f"{error.message}; here: --key KEY, or $NR_ADMIN_KEY", 1)
     except NrError as error:
         return _fail(error.message, 1)
     except KeyboardInterrupt:

@@ -243,6 +243,12 @@ def test_train_hands_its_flags_and_the_changed_recipe_to_the_trainer(tmp_path, m
     assert capsys.readouterr().out == "file\n"
 
 
+def test_a_key_that_is_missing_or_wrong_is_asked_for_as_the_command_takes_it(server, capsys):
+    for given in ([], ["--key", "wrong"]):
+        assert main(["unload-adapter", "x", "--url", server.url, *given]) == 1
+        assert capsys.readouterr().err.endswith("; here: --key KEY, or $NR_ADMIN_KEY\n")
+
+
 @pytest.mark.parametrize(
     ("key", "near"), [("run.tokns", "run.tokens"), ("lr", "run.lr"), ("run.lr.x", "run.lr"), ("zzz", None)]
 )
