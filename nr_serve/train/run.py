@@ -98,7 +98,7 @@ class TrainingRun:
                 self._fit_gates()
             self._validate(0)
         else:
-            load_weights(self.learner, self.saved.weights())
+            load_weights(self.learner, self.saved.weights())  # before the optimizer: a fit may have dropped layers
             _say(f"resuming after step {self.saved.step}")
         if self.saved is None or not self.saved.stopped:
             self._take_steps()

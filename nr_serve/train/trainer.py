@@ -33,7 +33,6 @@ from nr_serve.train.batches import Batches
 from nr_serve.train.blocks import is_out
 from nr_serve.train.learner import Learner, Sums
 from nr_serve.train.recipe import Run
-from nr_serve.train.restore import load_weights
 
 
 class TrainingDiverged(NrError):
@@ -220,10 +219,10 @@ class RunTrainer(transformers.Trainer):
             checkpoints.rotate(self.out, keep=best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Only check what is read next without a check: the run has loaded the weights."""
         folder = Path(resume_from_checkpoint)
-        load_weights(self.learner, checkpoints.load(folder).weights())
         with checkpoints.reading(folder):
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # as is done next, with no check
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(Path(checkpoint or "")):

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,22 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     files = [read_adapter(tmp_path / run / "hu.safetensors") for run in ("whole", "cut")]
     assert files[0].info == files[1].info
+
+
+def test_a_layer_that_the_fit_dropped_stays_out_of_a_resumed_run(tmp_path, base, corpus, monkeypatch):
+    fit = training.fit_once
+
+    def without_layer_1(*args):
+        made = fit(*args)
+        return replace(made, gates={name: gate for name, gate in made.gates.items() if ".1." not in name})
+
+    monkeypatch.setattr(training, "fit_once", without_layer_1)
+    recipe = write_recipe(tmp_path, base)
+    whole = read_adapter(train(recipe, tmp_path / "whole", corpus))
+    assert [block is None for block in whole.blocks] == [False, True, False]
+    with killed_before(5, monkeypatch), pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "cut", corpus)
+    assert read_adapter(train(recipe, tmp_path / "cut", corpus, resume=True)).version == whole.version
 
 
 def test_gates_are_fitted_again_to_the_stream_as_the_trained_blocks_leave_it(tmp_path, base, corpus):
