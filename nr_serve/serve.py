@@ -44,6 +44,7 @@ def _serve(config: ServeConfig) -> int:
     _check_reach(config)
     with bind(config.host, config.port) as listener:
         quiet_progress_bars(config.log_level, config.log_format)
+        log.info("starting with the base %s", config.model)
         engine, app = assemble(config)
         server = HttpServer(app, app.state.context.work, config.grace_period)
         watch = _Watch(engine, server, _address(listener), config.log_format)
