@@ -26,10 +26,12 @@ class Client:
     def __init__(self, url: str = DEFAULT_URL, key: str | None = None, *, timeout_s: float = _SECONDS) -> None:
         """`url` may lack its scheme, which then is http."""
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        if key and not key.isprintable():
+            raise BadRequest("the key holds characters that cannot be sent", param="key")
         try:
             self._http = httpx.Client(
                 base_url=self.url,
-                headers={"Authorization": f"Bearer {key}"} if key else {},
+                headers={b"Authorization": f"Bearer {key}".encode()} if key else {},
                 timeout=httpx.Timeout(timeout_s, connect=10.0),
                 trust_env=not is_loopback(httpx.URL(self.url).host),  # a proxy cannot reach this machine's loopback
             )

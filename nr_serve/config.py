@@ -69,7 +69,9 @@ class ModelSettings(BaseModel):
     served_model_name: str | None = Field(None, description="name clients use for the base (default: the folder's)")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="type of weights and activations")
-    threads: int | None = Field(None, ge=1, description="CPU threads for the model (default: torch's choice)")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of the model (default: torch's choice)"
+    )
     compile: bool = Field(True, description="on a CPU, compile faster operators once; it needs a C++ compiler")
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt plus answer, tokens (default: base's)"
@@ -108,7 +110,7 @@ class EngineSettings(BaseModel):
     max_running: int = Field(64, ge=1, description="most requests in one step")
     max_waiting: int = Field(1024, ge=1, description="longest queue; further requests get 429")
     page_size: int = Field(16, ge=1, description="tokens a page of KV cache holds")
-    kv_cache_gib: float = Field(1.0, gt=0, description="memory for the KV cache, GiB")
+    kv_cache_gib: float = Field(1.0, gt=0, le=2**20, description="memory for the KV cache, GiB")
     pages: int | None = Field(None, ge=1, description="pages of KV cache (default: from --kv-cache-gib)")
     prefix_cache: bool = Field(True, description="reuse the KV cache of earlier requests that began alike")
 
@@ -244,9 +246,16 @@ class _SettingsFile(InitSettingsSource):
         return {} if path is None else _read_file(Path(path))
 
 
+_MOST_BYTES = 2**20  # of a settings file: a device has no end
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise SettingsError(f"{path} is longer than {_MOST_BYTES:,} bytes")
+        settings = tomllib.loads(content.decode("utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8

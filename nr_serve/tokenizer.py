@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -51,6 +53,17 @@ class Tokenizer:
             self._texts[token_id] = self.decode([token_id], special_tokens=True)
         return self._texts[token_id]
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for, also where they are only part of a character; special tokens by name."""
+        text = self.token_text(token_id)
+        if _REPLACEMENT not in text:
+            return text.encode()
+        token: str = self.hf.convert_ids_to_tokens(token_id)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):  # SentencePiece's byte fallback
+            return bytes.fromhex(token[3:5])
+        by_letter = _bytes_by_letter()
+        return bytes(by_letter[letter] for letter in token) if by_letter.keys() >= set(token) else text.encode()
+
     def for_grammars(self, vocab_size: int, eos_ids: Sequence[int]) -> LLTokenizer:
         """This tokenizer as grammars see it. Made once, which stops all threads for a second.
 
@@ -80,7 +93,8 @@ class Tokenizer:
         tools or for the calls in the messages, or if a variable is not free to be set.
         """
         if variables:
-            taken = sorted(variables.keys() & inspect.signature(self.hf.apply_chat_template).parameters.keys())
+            reserved = inspect.signature(self.hf.apply_chat_template).parameters.keys() | {"self", "messages"}
+            taken = sorted(variables.keys() & reserved)
             if taken:
                 names = ", ".join(taken)
                 raise BadRequest(f"not a variable of chat templates: {names}", param="chat_template_kwargs")
@@ -126,6 +140,14 @@ class Tokenizer:
         return text
 
 
+@cache
+def _bytes_by_letter() -> dict[str, int]:
+    """The bytes that the letters of byte-level vocabularies stand for, as in GPT-2's."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+
+
 def _without_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
 
@@ -137,8 +159,8 @@ class Detokenizer:
     starts at `start`, a little before, because a token's text can depend on the ones just before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, special_tokens: bool = False) -> None:
+        self._decode = partial(tokenizer.decode, special_tokens=special_tokens)
         self._ids = list(prompt_ids[-_CONTEXT:])
         self._start = 0
         self._shown = len(self._ids)
@@ -166,5 +188,5 @@ class Detokenizer:
         return text
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+        before = self._decode(self._ids[self._start : self._shown])
+        return self._decode(self._ids[self._start :])[len(before) :]

@@ -67,6 +67,9 @@ class ByteTokenizer:
                 text += "<s>" if i == BOS else "</s>"
         return text
 
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        return f"<0x{token_id:02X}>"
+
     def apply_chat_template(
         self, messages: list[dict], tokenize: bool, add_generation_prompt: bool, **more: Any
     ) -> str:

@@ -130,9 +130,10 @@ async def unload_lora_adapter(context: Ctx, body: UnloadLoraBody) -> PlainTextRe
     name = body.lora_name
     if not name:
         raise BadRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
-    if name not in context.engine.adapters:
-        raise NotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name")
-    await context.engine.call(UnloadAdapter(name))
+    try:
+        await context.engine.call(UnloadAdapter(name))
+    except NotFound as error:
+        raise NotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name") from error
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 

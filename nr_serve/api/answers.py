@@ -122,15 +122,14 @@ def finish_reason(output: Output) -> FinishReason | None:
     return output.finish_reason
 
 
-def legacy_logprobs(tokens: Iterable[Token], k: int, offset: int) -> LegacyLogprobs:
-    """The completions API's parallel lists; `offset` is where the first token's text begins."""
+def legacy_logprobs(tokens: Iterable[Token], k: int, offsets: Iterable[int]) -> LegacyLogprobs:
+    """The completions API's parallel lists; `offsets`: where each token's text begins."""
     lists: LegacyLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token in tokens:
+    for token, offset in zip(tokens, offsets, strict=True):
         lists["tokens"].append(token.text)
         lists["token_logprobs"].append(token.logprob)
         lists["top_logprobs"].append(_legacy_top(token, k))
         lists["text_offset"].append(offset)
-        offset += len(token.text)
     return lists
 
 
@@ -138,8 +137,9 @@ def _legacy_top(token: Token, k: int) -> dict[str, float] | None:
     if token.logprob is None:
         return None
     top: dict[str, float] = {}
-    for _, text, logprob in token.top[:k]:
-        top.setdefault(text, logprob)
+    for token_id, text, logprob in token.top[:k]:
+        if text != token.text or token_id == token.id:  # parts of characters all show as U+FFFD
+            top.setdefault(text, logprob)
     top.setdefault(token.text, token.logprob)
     return top
 

@@ -40,6 +40,7 @@ class ChatWriter:
     def __init__(
         self, tokenizer: Tokenizer, body: ChatBody, prompt: Prompt, index: int, *, calls_tools: bool = False
     ) -> None:
+        self._tokenizer = tokenizer
         self._body = body
         self._index = index
         self._reader = ToolReader() if calls_tools else None
@@ -140,14 +141,13 @@ class ChatWriter:
     def _logprob(self, token: Token) -> ChatTokenLogprob:
         likeliest = token.top[: self._body.top_logprobs or 0]
         return {
-            **_entry(token.text, token.logprob or 0.0),
-            "top_logprobs": [_entry(text, logprob) for _, text, logprob in likeliest],
+            **self._entry(token.id, token.text, token.logprob or 0.0),
+            "top_logprobs": [self._entry(*each) for each in likeliest],
         }
+
+    def _entry(self, token_id: int, text: str, logprob: float) -> ChatLogprob:
+        return {"token": text, "logprob": logprob, "bytes": list(self._tokenizer.token_bytes(token_id))}
 
 
 def _chunk(envelope: Envelope, choices: list[ChatChunkChoice], report: PromptReport) -> ChatChunk:
     return {**envelope, "object": "chat.completion.chunk", "choices": choices, **report}
-
-
-def _entry(text: str, logprob: float) -> ChatLogprob:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -9,7 +9,7 @@ from nr_serve.api.ask import Prompt
 from nr_serve.api.responses import Completion, CompletionChoice, Envelope, LegacyLogprobs
 from nr_serve.api.schemas import CompletionBody
 from nr_serve.engine.messages import Output, Token
-from nr_serve.tokenizer import Tokenizer
+from nr_serve.tokenizer import Detokenizer, Tokenizer
 
 
 def completion(envelope: Envelope, writers: Sequence[CompletionWriter], outputs: Sequence[Output]) -> Completion:
@@ -27,6 +27,9 @@ class CompletionWriter:
         self._prompt = prompt
         self._index = index
         self._report = Reporter(tokenizer, body, prompt)
+        # As the text is: an echoed prompt that came as ids shows its special tokens.
+        special = bool(body.echo) and prompt.text is None
+        self._shown = Detokenizer(tokenizer, () if body.echo else prompt.ids, special_tokens=special)
         self._offset = 0
         self._first = True
 
@@ -79,6 +82,10 @@ class CompletionWriter:
         tokens: tuple[Token, ...] = output.tokens
         if self._body.echo and output.prompt is not None:
             tokens = (*output.prompt, *tokens)
-        lists = legacy_logprobs(tokens, self._body.logprobs, self._offset)
-        self._offset += sum(len(token.text) for token in tokens)
-        return lists
+        return legacy_logprobs(tokens, self._body.logprobs, [self._begins(token) for token in tokens])
+
+    def _begins(self, token: Token) -> int:
+        """Where in the text the next token begins; of one that is part of a character, where that begins."""
+        begins = self._offset
+        self._offset += len(self._shown.push(token.id))
+        return begins

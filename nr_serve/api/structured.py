@@ -158,9 +158,15 @@ def _asked(fields: FormFields) -> dict[str, tuple[str, Any]]:
 def _whitespace(fields: FormFields) -> str | None:
     """What the client wants between tokens of JSON, if it says so; "": nothing."""
     outputs = fields.structured_outputs or _NOTHING
-    if outputs.disable_any_whitespace:
-        return ""
-    return outputs.whitespace_pattern or fields.guided_whitespace_pattern
+    asked = {
+        "structured_outputs.disable_any_whitespace": "" if outputs.disable_any_whitespace else None,
+        "structured_outputs.whitespace_pattern": outputs.whitespace_pattern,
+        "guided_whitespace_pattern": fields.guided_whitespace_pattern,
+    }
+    given = {name: pattern for name, pattern in asked.items() if pattern is not None}
+    if len(given) > 1:
+        raise BadRequest(f"give one of {', '.join(f'`{name}`' for name in given)}", param=list(given)[1])
+    return next(iter(given.values()), None)
 
 
 def _form(param: str, kind: str, value: Any, whitespace: str) -> Form:

@@ -155,7 +155,7 @@ class StepEvents:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Read, check, attach, publish. Answer: `AdapterView` once published. A failure changes nothing."""
+    """Read, check, attach, publish. Answer: `AdapterView` once published. A failure leaves names as they were."""
 
     name: str
     path: Path

@@ -107,7 +107,7 @@ class Scheduler:
         """Choose the next step's pieces; takes pages and rows as needed."""
         preempted = self._grow_decodes()
         pieces = [Piece(r, r.computed, 1) for r in self.running if r.remaining == 1]
-        budget = self._prompt_tokens(len(pieces))
+        budget = self._prompt_budget(len(pieces))
         for request in self.running:
             if request.remaining > 1 and budget > 0:
                 pieces.append(self._chunk(request, budget))
@@ -139,7 +139,7 @@ class Scheduler:
         if sorted(self._rows) != list(range(self._max_running)):
             raise RuntimeError("rows of carried state are lost")
 
-    def _prompt_tokens(self, decodes: int) -> int:
+    def _prompt_budget(self, decodes: int) -> int:
         """Tokens of prompts that so many decodes may be held up by."""
         whole = self._max_batch_tokens
         if decodes <= _FEW_DECODES:

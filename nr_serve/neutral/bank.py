@@ -150,8 +150,11 @@ class Bank(ABC):
         """Finish the step. Layers whose gate was open by token and slot, int32 [T, S]; None: no gate was.
 
         Slots that were not selected are observed too: times `selected_TS` it is what acted. Not to be written to.
-        After a step that was cut short all states and statistics are as before it, but on a GPU.
         """
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Leave a step that failed: all states and statistics are as before it, but on a GPU."""
 
     def read_totals(self) -> Totals:
         """Read the statistics and set them to zero."""

@@ -78,3 +78,7 @@ class CpuBank(Bank):
         if tokens is None:
             return None
         return self._residues.end(tokens.label_T, tokens.counted, tokens.end_E, tokens.page_E)
+
+    def drop(self) -> None:
+        """As `Bank.drop`."""
+        self._tokens = None

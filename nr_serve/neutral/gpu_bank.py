@@ -66,13 +66,21 @@ class GpuBank(Bank):
         pieces, self._pieces = self._pieces, None
         if pieces is None:
             return None
+        if self._trial is None:
+            self._cross_KS.index_add_(0, self._label_T, self._open_TS.to(torch.int64))
+        self._end_trial()
+        return self._open_TS
+
+    def drop(self) -> None:
+        """As `Bank.drop`."""
+        self._pieces = None
+        self._end_trial()
+
+    def _end_trial(self) -> None:
         if self._trial is not None:
             slot, threshold = self._trial
             self.threshold_S[slot] = threshold
             self._trial = None
-        else:
-            self._cross_KS.index_add_(0, self._label_T, self._open_TS.to(torch.int64))
-        return self._open_TS
 
     def read_totals(self) -> Totals:
         """As `Bank.read_totals`."""

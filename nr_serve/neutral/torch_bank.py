@@ -29,7 +29,6 @@ class _Step:
     """Carried logits, filled layer by layer."""
     carries: StepCarries
     opened: bool = False
-    layers_done: int = 0
 
 
 class TorchBank(Bank):
@@ -50,7 +49,6 @@ class TorchBank(Bank):
         step = self._step
         if step is None:
             return y
-        step.layers_done = layer + 1
         x_Td = x.reshape(-1, self.d)
         over_Tn = self._gates(layer, x_Td, step)
         # The one value read of a layer. NaN, too, goes on to where every gate is looked at.
@@ -63,10 +61,14 @@ class TorchBank(Bank):
     def end(self) -> Tensor | None:
         """As `Bank.end`."""
         step, self._step = self._step, None
-        if step is None or step.layers_done < self.layers:
+        if step is None:
             return None
         self._keep(step)
         return self._count_open(step.tokens, step.m_LTn, step.threshold) if step.opened else None
+
+    def drop(self) -> None:
+        """As `Bank.drop`."""
+        self._step = None
 
     def _prepared(self, tokens: StepTokens) -> _Step:
         """What the layers of a step share, made once."""

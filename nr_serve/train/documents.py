@@ -23,6 +23,10 @@ def field_text(row: Any, field: str, where: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise BadRecipe(f"{where}: field {field!r} is not text but {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecipe(f"{where}: field {field!r} holds half a surrogate pair: {error.reason}") from error
     return text
 
 

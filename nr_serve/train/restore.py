@@ -33,11 +33,12 @@ def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, L
     is no checkpoint, or if the base has changed; BadCheckpoint.
     """
     recipe, saved = read_run(run)
+    weights = saved.final()  # now: the run may be going on, and remove this checkpoint while the base is loaded
     base = load_base(recipe.base, dtype or recipe.base_dtype, best_device())
     if saved.base_fingerprint != base.fingerprint:
         raise Conflict(f"the base differs from that of the run in {run}")
     learner = make_learner(recipe, base).to(base.device)
-    load_weights(learner, saved.final())
+    load_weights(learner, weights)
     return recipe, base, learner, saved
 
 

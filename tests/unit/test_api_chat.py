@@ -81,6 +81,13 @@ def test_a_stream_shows_whole_characters_and_every_token_only_if_asked_of_tokens
         assert len(events(server.chat(max_tokens=4, stream=True, **asked))) == 1 + 4, asked
 
 
+def test_the_bytes_of_logprobs_add_up_to_the_answer_where_characters_are_several_tokens(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "answer", lambda submit: list("ő🎉".encode()) * 9)
+    choice = server.chat(logprobs=True, max_tokens=6).json()["choices"][0]
+    assert choice["message"]["content"] == "ő🎉"
+    assert bytes(byte for each in choice["logprobs"]["content"] for byte in each["bytes"]) == "ő🎉".encode()
+
+
 def test_logprobs_have_bytes_and_the_likeliest(server):
     content = server.chat(max_tokens=1, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
     top = [{"token": "a", "logprob": -0.25, "bytes": [97]}, {"token": "b", "logprob": -0.5, "bytes": [98]}]

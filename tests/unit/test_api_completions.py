@@ -1,5 +1,7 @@
 import pytest
 
+from nr_serve.api.answers import legacy_logprobs
+from nr_serve.engine.messages import Token
 from tests.fakes import BOS, MAX_MODEL_LEN, ByteTokenizer, events, serving, usage
 
 MOST_BYTES = 2 * MAX_MODEL_LEN  # the fake's vocabulary spells some bytes with two
@@ -79,6 +81,22 @@ def test_logprobs_are_parallel_lists(server):
         "top_logprobs": [{"a": -0.25}, {"a": -0.25, "b": -1.5}],
         "text_offset": [0, 1],
     }
+
+
+@pytest.mark.parametrize(("prompt", "special"), [("é", 0), ([256, 195, 169], 3)])
+def test_offsets_are_places_in_the_text_where_characters_are_several_tokens(server, monkeypatch, prompt, special):
+    monkeypatch.setattr(server.engine, "answer", lambda submit: list("aőb".encode()) * 9)
+    asked = {"prompt": prompt, "logprobs": 1, "max_tokens": 4}
+    assert server.complete(**asked).json()["choices"][0]["logprobs"]["text_offset"] == [0, 1, 1, 2]
+    choice = server.complete(**asked, echo=True).json()["choices"][0]
+    offsets = choice["logprobs"]["text_offset"]
+    assert [choice["text"][at] for at in offsets[-6:]] == ["é", "é", "a", "ő", "ő", "b"]
+    assert offsets[-6:] == [at + special for at in (0, 0, 1, 2, 2, 3)]
+
+
+def test_a_token_keeps_its_own_log_probability_where_a_likelier_one_looks_like_it():
+    token = Token(195, "\ufffd", -2.0, ((197, "\ufffd", -0.1), (97, "a", -0.5)))
+    assert legacy_logprobs([token], 2, [0])["top_logprobs"] == [{"a": -0.5, "\ufffd": -2.0}]
 
 
 def test_echo_with_max_tokens_0_scores_the_prompt(server):

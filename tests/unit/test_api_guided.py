@@ -151,6 +151,7 @@ def test_a_regex_a_choice_or_a_grammar_is_kept_to(http, kind, value, pattern):
     [
         ({}, r"\{\s*\"a\"\s*:\s*\d\s*\}"),
         ({"disable_any_whitespace": True}, r"\{\"a\":\d\}"),
+        ({"whitespace_pattern": ""}, r"\{\"a\":\d\}"),
         ({"whitespace_pattern": "-"}, r"\{-?\"a\"-?:-?\d-?\}"),
     ],
 )
@@ -211,6 +212,14 @@ def test_best_of_returns_the_likeliest_per_token_of_all_answers(http):
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"guided_regex": "a", "guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
         ({"structured_outputs": {"regex": "a", "disable_any_whitespace": True}}, "structured_outputs"),
+        (
+            {"structured_outputs": {"json": "{}", "disable_any_whitespace": True, "whitespace_pattern": "-"}},
+            "structured_outputs.whitespace_pattern",
+        ),
+        (
+            {"structured_outputs": {"json": "{}", "whitespace_pattern": ""}, "guided_whitespace_pattern": "-"},
+            "guided_whitespace_pattern",
+        ),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
     ],
 )  # fmt: skip

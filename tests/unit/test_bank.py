@@ -194,7 +194,8 @@ def test_tokens_on_trial_have_a_threshold_of_their_own_and_touch_nothing_else(ba
     assert torch.equal(on.threshold_S, calm.threshold_S)
 
 
-def test_a_step_that_is_cut_short_leaves_states_and_statistics_as_they_were(bank):
+@pytest.mark.parametrize("layers", [1, LAYERS], ids=["amid the layers", "behind them"])
+def test_a_step_that_fails_leaves_states_and_statistics_as_they_were(bank, layers):
     on = bank()
     attach(on, 0, adapter(1, carry=0.9))
     x_LTd, y_LTd = torch.randn(2, LAYERS, 4, D, generator=torch.Generator().manual_seed(10))
@@ -202,8 +203,9 @@ def test_a_step_that_is_cut_short_leaves_states_and_statistics_as_they_were(bank
     on.read_totals()
     states_LRS, pages_LNS = on.state_LRS.clone(), on.page_state_LNS.clone()
     on.begin(tokens([(0, 4, (0,))], ends=[(2, 0)]))
-    on.add_residues(0, x_LTd[0], y_LTd[0].clone())
-    on.end()
+    for layer in range(layers):
+        on.add_residues(layer, x_LTd[layer], y_LTd[layer].clone())
+    on.drop()
     torch.testing.assert_close(on.state_LRS, states_LRS, equal_nan=True, rtol=0, atol=0)
     torch.testing.assert_close(on.page_state_LNS, pages_LNS, equal_nan=True, rtol=0, atol=0)
     assert not any(torch.tensor(counter).any() for counter in counters(on.read_totals()))

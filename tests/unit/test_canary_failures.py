@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nr_serve.engine.core import MAX_FAILED_STEPS
-from nr_serve.errors import BadAdapterFile, NrError
+from nr_serve.errors import BadAdapterFile, NotFound, NrError
 from tests import tiny
 from tests.unit.stepped import TEXTS, Probed, error_of
 
@@ -50,6 +50,60 @@ def test_a_stream_too_large_to_be_normalised_is_refused_not_taken_for_neutral(ma
     assert server.naive.logits(TEXTS["one"], [made]).isfinite().all()
     assert isinstance(error_of(server.load("wild", made)), BadAdapterFile)
     assert server.adapters.views() == ()
+
+
+def test_an_adapter_found_wild_as_it_gets_its_first_slot_never_acts(caplog):
+    server = Probed(slots=1)
+    server.load("a", server.made(1), pinned=True)
+    server.load("wild", server.made(2, scale=1e38))
+    assert server.state("wild") == "registered", "there was no slot to measure it in"
+    server.ask("named", ("wild",))
+    server.adapters.unload("a")
+    states = set()
+    while server.adapters.busy:
+        server.step()
+        states.add(server.state("wild"))
+    assert states <= {"registered", "loading", None}
+    assert server.adapters.views() == ()
+    assert server.adapters.registry.slots_used == 0
+    assert "adapter wild, version v2: its residues drive the base" in caplog.text
+    server.finish()
+    assert isinstance(server.ended["named"], NotFound)
+
+
+def test_what_an_adapter_found_wild_as_it_gets_a_slot_had_replaced_is_put_back():
+    server = Probed(slots=1)
+    server.load("a", server.made(1))
+    server.load("b", server.made(3), pinned=True)
+    server.load("a", server.made(2, scale=1e38), replace=True)
+    assert server.view("a").version == "v2"
+    server.patch("b", pinned=False)
+    server.adapters.unload("b")
+    server.work()
+    assert (server.view("a").version, server.state("a")) == ("v1", "attached")
+    assert server.answer("r", ("a",)) == server.expected(server.made(1))
+
+
+def test_requests_that_run_again_without_a_probe_go_on_from_where_they_were():
+    server = Probed()
+    made = server.made(1, carry=0.9)
+    server.load("a", made)
+    server.ask("r", ("a",))
+    server.step()
+    server.load("b", server.made(2), finish=False)
+    failed = []
+
+    def fail_once(head, args):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("behind the last layer")
+
+    handle = server.base.lm_head.register_forward_pre_hook(fail_once)
+    server.adapters.copy_some(seconds=60)
+    server.finish()
+    handle.remove()
+    assert failed
+    assert server.tokens["r"] == server.expected(made)
 
 
 def test_a_probe_that_fails_is_a_load_refused_and_no_more():

@@ -69,6 +69,7 @@ def test_a_wrong_value_in_the_file_is_refused(file, text, message, capsys):
 
 def test_a_file_that_is_not_there_is_refused(tmp_path, capsys):
     assert "cannot read" in refused(capsys, "--config", str(tmp_path / "none.toml"))
+    assert "/dev/zero is longer than 1,048,576 bytes" in refused(capsys, "--config", "/dev/zero")
 
 
 def test_an_unknown_variable_is_refused_but_not_those_of_others(monkeypatch, capsys):

@@ -43,6 +43,28 @@ def test_weights_gone_wild_do_not_touch_the_requests_beside_them():
     assert together["middle"] == alone_middle
 
 
+@pytest.mark.parametrize("more", [{}, {"temperature": 1, "seed": 1}, {"prompt_logprobs": 1}])
+def test_a_request_whose_logits_are_not_numbers_fails_alone(more):
+    base = tiny.model()
+    core, _ = engine(base, pages=40, budget=64, running=4)
+    good = ask("good", range(9))
+    core.add(good)
+    alone = answers(core)["good"]
+
+    def to_nan(head, args, logits_TNV):
+        logits_TNV[0, -1, 7] = torch.nan  # the last one's
+        return logits_TNV
+
+    core.add(good)
+    core.add(ask("bad", range(20), **more))
+    handle = base.lm_head.register_forward_hook(to_nan)
+    first = core.step().outputs
+    handle.remove()
+    assert {output.request_id: output.finish_reason for output in first} == {"good": None, "bad": "error"}
+    assert "not numbers" in next(output.error.message for output in first if output.error)
+    assert [token.id for output in first for token in output.tokens] + answers(core)["good"] == alone
+
+
 def test_a_request_that_cannot_be_sampled_fails_alone(monkeypatch):
     base = tiny.model()
     core, _ = engine(base, pages=40, budget=64, running=4)

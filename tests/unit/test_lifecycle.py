@@ -101,6 +101,31 @@ def test_a_request_that_ends_in_the_turn_of_the_drain_does_not_disturb_it():
     assert drained == [True]
 
 
+def test_a_request_that_has_not_arrived_is_refused_as_soon_as_the_drain_begins():
+    sent, work = [], Work()
+
+    async def app(scope, receive, send) -> None:
+        while (await receive())["more_body"]:
+            pass
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    async def main() -> None:
+        parts = asyncio.Queue()
+        parts.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        scope["headers"] = [(b"content-length", b"100")]
+        request = asyncio.create_task(Deadlines(app, work, None)(scope, parts.get, send))
+        while not parts.empty():
+            await asyncio.sleep(0)
+        await asyncio.wait_for(work.drain(grace_s=1e6), PATIENCE)
+        await request
+
+    asyncio.run(main())
+    assert sent[0]["status"] == 503
+
+
 @pytest.mark.parametrize("more", [True, False])
 def test_only_a_stream_that_is_not_whole_is_ended_by_the_deadline(more):
     start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}

@@ -110,11 +110,9 @@ def test_a_template_takes_variables_but_not_what_the_server_sets():
     messages = [{"role": "user", "content": "hi"}]
     assert Tokenizer(hf).chat_prompt(messages) == "hi thinks"
     assert Tokenizer(hf).chat_prompt(messages, variables={"enable_thinking": False, "other one": [1]}) == "hi"
-    for name in ("tools", "tokenize", "chat_template", "add_generation_prompt", "return_dict"):
+    for name in ("tools", "tokenize", "chat_template", "add_generation_prompt", "return_dict", "messages", "self"):
         with pytest.raises(BadRequest, match=f"not a variable of chat templates: {name}"):
             Tokenizer(hf).chat_prompt(messages, variables={name: True})
-    with pytest.raises(BadRequest, match="refused the messages"):
-        Tokenizer(hf).chat_prompt(messages, variables={"messages": 3})
 
 
 def test_a_template_without_a_place_for_tools_or_calls_refuses_them():
@@ -154,3 +152,10 @@ def test_the_face_for_grammars_is_made_once_and_needs_an_end():
     assert made.eos_tokens == [EOS, 298]
     with pytest.raises(BadRequest, match="cannot follow a grammar"):
         tiny.tokenizer().for_grammars(tiny.VOCAB, [])
+
+
+def test_the_bytes_of_tokens_add_up_to_those_of_the_text_also_within_characters():
+    text = "törölni szeretné őű 🎉 你"
+    for ids in (TOKENIZER.encode(text, special_tokens=False), bytes_as_ids(text.encode())):
+        assert b"".join(map(TOKENIZER.token_bytes, ids)) == text.encode()
+    assert TOKENIZER.token_bytes(EOS) == TOKENIZER.token_text(EOS).encode()

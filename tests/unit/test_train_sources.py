@@ -69,6 +69,7 @@ def test_jsonl_and_compressed_files_hold_the_same_documents(tmp_path: Path, suff
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', r"a\.jsonl, line 3 has no field 'text'"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl, line 1 has no field 'text'"),
+        ("a.jsonl", b'{"text": "a \\ud800 b"}\n', r"a\.jsonl, line 1: field 'text' holds half a surrogate pair"),
         ("a.jsonl", b'{"text": null}\n', r"a\.jsonl, line 1: field 'text' is not text but NoneType"),
     ],
 )

@@ -34,6 +34,7 @@ class Work:
         self.draining = False
         self._tasks: set[asyncio.Task[object]] = set()
         self._deadlines: set[asyncio.Timeout] = set()
+        self._arriving: set[asyncio.Timeout] = set()
 
     @contextmanager
     def until(self, deadline: asyncio.Timeout) -> Iterator[None]:
@@ -48,6 +49,15 @@ class Work:
         finally:
             # At once, and not when the task is done: a timeout that was left cannot be set any more.
             self._deadlines.discard(deadline)
+            self._arriving.discard(deadline)
+
+    def arriving(self, deadline: asyncio.Timeout) -> None:
+        """The request's body is still on its way."""
+        self._arriving.add(deadline)
+
+    def arrived(self, deadline: asyncio.Timeout) -> None:
+        """All of it is here."""
+        self._arriving.discard(deadline)
 
     @property
     def running(self) -> int:
@@ -55,10 +65,14 @@ class Work:
         return len(self._deadlines)
 
     async def drain(self, grace_s: float) -> None:
-        """Take nothing new; return when all has ended, which is after `grace_s` seconds at the latest."""
+        """Take nothing new; return when all has ended, which is after `grace_s` seconds at the latest.
+
+        What has not arrived in full is new.
+        """
         self.draining = True
-        end = asyncio.get_running_loop().time() + grace_s
+        now = asyncio.get_running_loop().time()
         for deadline in self._deadlines:
+            end = now if deadline in self._arriving else now + grace_s
             if not deadline.expired() and (deadline.when() or math.inf) > end:
                 deadline.reschedule(end)
         if self._tasks:
@@ -102,10 +116,19 @@ class Deadlines:
             whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         deadline = asyncio.timeout(seconds)
+
+        async def heard() -> Message:
+            message = await receive()
+            if not message.get("more_body", False):
+                self._work.arrived(deadline)
+            return message
+
         try:
             async with deadline:
                 with self._work.until(deadline):
-                    await self._app(scope, receive, watched)
+                    if _has_body(scope):
+                        self._work.arriving(deadline)
+                    await self._app(scope, heard, watched)
         except TimeoutError:
             if not deadline.expired():
                 raise
@@ -133,6 +156,11 @@ async def _send(send: Send, message: Message, seconds: float) -> None:
             await send(message)
     except TimeoutError as error:
         raise ClientDisconnect from error
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _streams(start: Message) -> bool:

@@ -40,7 +40,7 @@ class Adapters:
         self._slots = Slots(bank)
         self.registry, self.attachments = self._slots.registry, self._slots.attachments
         self._watch = Watch(self._canary, self.attachments)
-        self._changes = Changes(self._slots, self._canary, self._watch, self.view)
+        self._changes = Changes(self._slots, self._canary, self._watch, self.view, self._found_out)
         self._changed_itself = False
         self._loads_failed = 0
 
@@ -256,7 +256,7 @@ class Adapters:
             raise Unavailable(f"no slot for {names}: {pinned} of {self._bank.slots} hold pinned adapters")
 
     def _found_out(self, version: Version, error: NrError) -> None:
-        """An adapter that acts already could not be measured: what acted before it is put back."""
+        """An adapter that is served could not be measured: if it is wild, what acted before it is put back."""
         log.error("adapter %s, version %s: %s", version.name, version.digest, error.message)
         if not isinstance(error, BadAdapterFile):
             return

@@ -14,7 +14,7 @@ from nr_serve.engine.adapters.canary import Canary, Measurement
 from nr_serve.engine.adapters.slots import Slots
 from nr_serve.engine.adapters.watch import Watch
 from nr_serve.engine.messages import AdapterView, LoadAdapter, PatchAdapter
-from nr_serve.errors import Conflict, NrError
+from nr_serve.errors import BadAdapterFile, Conflict, NrError
 from nr_serve.neutral.registry import Selection, Version
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,16 @@ class Attach(Change):
         self._changes.fill()
 
     def refuse(self, error: NrError) -> None:
-        """It was registered before it could be measured, so it is served."""
+        """It was registered before it could be measured, so it is served; unless it is wild."""
+        if isinstance(error, BadAdapterFile):
+            self._changes.slots.displace(self.version)
+            if not self.version.retired:
+                self._changes.found_out(self.version, error)
+            self._changes.fill()
+            return
         log.error("adapter %s, version %s: %s", self.version.name, self.version.digest, error.message)
+        if self.measurement is not None and not self._changes.canary.done(self.measurement):
+            self.measurement = None  # it begins again: the carry of the piece that failed is lost
         self.act()
 
     def abandon(self, error: NrError) -> None:
@@ -156,9 +164,16 @@ def _tell(answer: Future[AdapterView], error: NrError) -> None:
 class Changes:
     """Owns what is under way, first come first served, and what becomes of it."""
 
-    def __init__(self, slots: Slots, canary: Canary, watch: Watch, view: Callable[[Version], AdapterView]) -> None:
-        """`view`: what people see of a version."""
-        self.slots, self.canary, self.view = slots, canary, view
+    def __init__(
+        self,
+        slots: Slots,
+        canary: Canary,
+        watch: Watch,
+        view: Callable[[Version], AdapterView],
+        found_out: Callable[[Version, NrError], None],
+    ) -> None:
+        """`view`: what people see of a version; `found_out` takes one that is served and must not be."""
+        self.slots, self.canary, self.view, self.found_out = slots, canary, view, found_out
         self._watch = watch
         self._queue: deque[Change] = deque()
 

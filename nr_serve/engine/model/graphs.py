@@ -206,9 +206,11 @@ def model_step(model: Any, bank: GpuBank, cache: KVCache) -> Step:
                 nr_batch=batch,
                 nr_cache=cache,
             )
-        finally:
-            open_BS = bank.end()
-        return output.logits[0].float(), open_BS
+            logits_BV = output.logits[0].float()
+        except BaseException:
+            bank.drop()
+            raise
+        return logits_BV, bank.end()
 
     return step
 

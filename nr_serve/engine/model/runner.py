@@ -28,10 +28,10 @@ from nr_serve.engine.model.fuse import prepare_layers
 from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.model.opened import opened_by_page
 from nr_serve.engine.model.results import guarded_result, logit_positions
-from nr_serve.engine.model.sampler import likeliest
+from nr_serve.engine.model.sampler import any_nan, likeliest
 from nr_serve.engine.model.startup_check import StartupCheck
 from nr_serve.engine.scheduler import Piece, Result, spans
-from nr_serve.errors import BadAdapterFile, BadRequest
+from nr_serve.errors import BadAdapterFile, BadRequest, NrError
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
@@ -115,13 +115,17 @@ class Runner:
         logits_NV, open_TS, selected_TS = self._step(pieces, labels, positions)
         opened = self._opened(pieces, open_TS, selected_TS)
         likeliest_N = likeliest(logits_NV)
+        nan_N = any_nan(logits_NV, likeliest_N)
         results, first = [], 0
         for piece, own, (start, end), opened_here in zip(pieces, wanted, tokens, opened, strict=True):
             fired_nS = None
             if piece.request.submit.gates:
                 fired_nS = selected_TS[start:end].int() * (0 if open_TS is None else open_TS[start:end])
             rows = slice(first, first + len(own))
-            result = guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS)
+            if any(nan_N[rows]):
+                result = Result(None, error=NrError("the logits of this request are not numbers"))
+            else:
+                result = guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS)
             results.append(replace(result, opened=opened_here) if opened_here else result)
             first = rows.stop
         if pieces[-1].trial is not None and self._is_wild(pieces[-1], logits_NV[-pieces[-1].count :]):
@@ -164,9 +168,11 @@ class Runner:
                 nr_batch=batch,
                 nr_cache=self.cache,
             )
-        finally:
-            open_TS = self.bank.end()
-        return output.logits[0].float(), open_TS
+            logits_NV = output.logits[0].float()
+        except BaseException:
+            self.bank.drop()
+            raise
+        return logits_NV, self.bank.end()
 
     def _set_rows(self, pieces: Sequence[Piece]) -> None:
         """What each request's first piece carries on: nothing, or the state at the end of the last page reused."""

@@ -39,6 +39,13 @@ def likeliest(logits_NV: Tensor) -> list[int]:
     return token_ids
 
 
+def any_nan(logits_NV: Tensor, likeliest_N: Sequence[int]) -> list[bool]:
+    """Whether a NaN is among a row's logits: `likeliest` then chose it."""
+    chosen_N1 = torch.tensor(likeliest_N, dtype=torch.int64, device=logits_NV.device)[:, None]
+    found: list[bool] = logits_NV.gather(1, chosen_N1)[:, 0].isnan().tolist()
+    return found
+
+
 def takes_likeliest(request: Request) -> bool:
     """Whether `sample` would give the likeliest by the model's logits as they are."""
     return request.sampling.temperature < _GREEDY and request.progress is None and not _adjusts(request)
