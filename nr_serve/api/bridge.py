@@ -270,11 +270,16 @@ class AsyncEngine:
             live.output(output)
 
     async def _watch(self) -> None:
-        while self.status not in ("failed", "stopped"):
-            status = self._engine.status
-            if status != self.status:
-                await self._turn(status)
-            await asyncio.sleep(_POLL_SECONDS)
+        try:
+            while self.status not in ("failed", "stopped"):
+                status = self._engine.status
+                if status != self.status:
+                    await self._turn(status)
+                await asyncio.sleep(_POLL_SECONDS)
+        except Exception:  # unseen, an engine that fails would leave its requests waiting
+            log.exception("the engine cannot be watched any more")
+            self.status = "failed"
+            self._end_all(NrError("the engine cannot be watched any more; the server's log says why"))
 
     async def _turn(self, status: Status) -> None:
         if status == "ready":

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.middleware import deadlines
 from nr_serve.api.middleware.deadlines import Deadlines, Work
 from nr_serve.config import ServeConfig
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.messages import LoadAdapter
 from nr_serve.errors import NrError
+from nr_serve.metrics import Metrics
 from nr_serve.serve import HttpServer, serve
 from tests import fakes, tiny
 from tests.fakes import events, serving
@@ -223,6 +225,22 @@ def test_an_engine_that_breaks_down_answers_everybody_with_500_and_turns_health_
     for answer in (*answers, stream, health, after, real.until("/ready", 503)):
         assert "secret" not in answer.text
         assert "lost" not in answer.text
+
+
+def test_an_engine_that_cannot_be_watched_counts_as_failed(monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    async def main() -> str:
+        engine = AsyncEngine(fakes.FakeEngine, Metrics())
+        monkeypatch.setattr(engine, "_note", broken)
+        async with engine.running(), asyncio.timeout(PATIENCE):
+            while engine.status == "loading":
+                await asyncio.sleep(0)
+        return engine.status
+
+    assert asyncio.run(main()) == "failed"
+    assert "a bug" in caplog.text
 
 
 def test_steps_that_fail_one_after_the_other_end_the_engine_and_everybody_is_answered(real, monkeypatch):
