@@ -13,8 +13,6 @@ from nr_serve.api.bridge import AsyncEngine
 from nr_serve.config import ServeConfig
 from nr_serve.default_model import model_folder
 from nr_serve.engine.loop import EngineLoop
-from nr_serve.engine.model import cpu_library
-from nr_serve.engine.model.processor import may_have_gpu
 from nr_serve.errors import BadRequest, loading
 from nr_serve.metrics import Metrics, VllmCollector, VllmNames
 from nr_serve.names import adapter_entry, check_adapter_name
@@ -45,9 +43,14 @@ def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
 
 
 def _begin_compiling(config: ServeConfig) -> None:
-    """At a first start operators for a CPU take longest: they are begun first, before torch is read."""
-    if config.compile and (config.device == "cpu" or (config.device == "auto" and not may_have_gpu())):
-        cpu_library.begin()
+    """Operators for a CPU take longer than all else at a first start, so they are begun first."""
+    if not config.compile or config.device == "cuda":
+        return
+    from nr_serve.engine.model.cpu_operators import begin  # with torch: help must start at once
+    from nr_serve.engine.model.device import device_of
+
+    if device_of(config) == "cpu":
+        begin()
 
 
 def _check_adapters(config: ServeConfig) -> None:

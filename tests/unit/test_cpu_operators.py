@@ -6,12 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nr_serve import assemble as starting
 from nr_serve.assemble import assemble
 from nr_serve.config import ServeConfig
-from nr_serve.engine.model import cpu_library
 from nr_serve.engine.model import cpu_operators as module
-from nr_serve.engine.model.cpu_operators import CpuOperators, cpu_operators
+from nr_serve.engine.model.cpu_operators import CpuOperators, begin, cpu_operators
 from nr_serve.errors import UnsupportedBase
 from tests.compiled import operators_or_skip, torch_threads
 
@@ -175,7 +173,7 @@ def test_a_wrong_shape_or_type_is_an_error_not_a_crash(operators):
 def new_machine(monkeypatch, tmp_path):
     """Nothing compiled, and nothing remembered."""
     monkeypatch.setenv("NR_CACHE", str(tmp_path))
-    monkeypatch.setattr(cpu_library, "begin", cpu_library.begin.__wrapped__)
+    monkeypatch.setattr(module, "begin", begin.__wrapped__)
     monkeypatch.setattr(module, "cpu_operators", cpu_operators.__wrapped__)
     return tmp_path
 
@@ -197,29 +195,22 @@ def test_where_they_do_not_compile_there_are_none_and_the_log_says_why(new_machi
 
 
 @pytest.mark.parametrize(
-    ("settings", "gpu", "begins"),
-    [
-        ({"device": "cpu"}, True, True),
-        ({"device": "cpu", "compile": False}, False, False),
-        ({"device": "cuda"}, False, False),
-        ({}, False, True),
-        ({}, True, False),
-    ],
+    ("settings", "begins"),
+    [({"device": "cpu"}, True), ({"device": "cpu", "compile": False}, False), ({"device": "cuda"}, False)],
 )
-def test_a_start_compiles_before_all_else_where_steps_will_use_it(settings, gpu, begins, monkeypatch):
+def test_a_start_compiles_before_all_else_where_steps_will_use_it(settings, begins, monkeypatch):
     begun = []
-    monkeypatch.setattr(starting, "may_have_gpu", lambda: gpu)
-    monkeypatch.setattr(cpu_library, "begin", lambda: begun.append(True))
+    monkeypatch.setattr(module, "begin", lambda: begun.append(True))
     with pytest.raises(UnsupportedBase, match="/no/such"):
         assemble(ServeConfig(model="/no/such", **settings))
     assert bool(begun) is begins
 
 
 def test_what_was_compiled_is_used_again(operators, new_machine, monkeypatch):
-    made = cpu_library._library()
+    made = module._library()
     assert list(made.parent.iterdir()) == [made]
-    monkeypatch.setattr(cpu_library, "_compiled", lambda *_: pytest.fail("compiled twice"))
-    assert cpu_library._library() == made
+    monkeypatch.setattr(module, "_compiled", lambda *_: pytest.fail("compiled twice"))
+    assert module._library() == made
 
 
 @pytest.fixture
@@ -228,28 +219,28 @@ def compiles_nothing(monkeypatch):
         (folder / "made").touch()
         return folder / "made"
 
-    monkeypatch.setattr(cpu_library, "_compiled", compiled)
+    monkeypatch.setattr(module, "_compiled", compiled)
 
 
 def test_changed_sources_have_their_own_and_what_else_lies_there_does_not_count(
     new_machine, compiles_nothing, monkeypatch, tmp_path
 ):
     sources = tmp_path / "cpu"
-    shutil.copytree(cpu_library._SOURCES, sources)
-    monkeypatch.setattr(cpu_library, "_SOURCES", sources)
-    first = cpu_library._library()
+    shutil.copytree(module._SOURCES, sources)
+    monkeypatch.setattr(module, "_SOURCES", sources)
+    first = module._library()
     (sources / "operators.o").write_bytes(b"\x80\xff")
     (sources / "__pycache__").mkdir()
-    assert cpu_library._library() == first
+    assert module._library() == first
     for name in ("operators.cpp", "compute.cpp", "residues.h"):
         with (sources / name).open("ab") as file:
             file.write(b"// \xff")
-        changed = cpu_library._library()
+        changed = module._library()
         assert changed != first
         first = changed
 
 
 def test_another_processor_has_its_own(new_machine, compiles_nothing, monkeypatch):
-    first = cpu_library._library()
-    monkeypatch.setattr(cpu_library, "cpuinfo", lambda *_: ["another"])
-    assert cpu_library._library() != first
+    first = module._library()
+    monkeypatch.setattr(module, "cpuinfo", lambda *_: ["another"])
+    assert module._library() != first

@@ -1,21 +1,35 @@
-"""Operators of a decoder layer on a CPU: those of the compiled library. Knows not where they are used."""
+"""Operators of a decoder layer on a CPU: those of `cpu/`, compiled once for the processor at hand.
+
+Knows how they are built and loaded, not where they are used.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import platform
 import subprocess
-from collections.abc import Callable
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nr_serve.engine.model import cpu_library
+from nr_serve.disk import cache_folder
+from nr_serve.engine.model.processor import cpuinfo
 from nr_serve.neutral.cpu_bank import Residues
 
 log = logging.getLogger(__name__)
+_SOURCES = Path(__file__).with_name("cpu")
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-strict-aliasing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +56,29 @@ class CpuOperators:
 
 
 @cache
+def begin() -> Future[Path]:
+    """Begin to compile the operators, if need be, beside what is done until `cpu_operators` waits for them."""
+    library: Future[Path] = Future()
+
+    def make() -> None:
+        try:
+            library.set_result(_library())
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            library.set_exception(error)
+
+    # A daemon: nobody who mistyped a folder waits for the compiler.
+    threading.Thread(target=make, name="nr-compiler", daemon=True).start()
+    return library
+
+
+@cache
 def cpu_operators() -> CpuOperators | None:
     """The operators. Waits until they are compiled, if this machine has not done so before.
 
     None, and the reason in the log, where they cannot be had: torch's own do the work then, more slowly.
     """
     try:
-        torch.ops.load_library(cpu_library.begin().result())  # type: ignore[no-untyped-call]
+        torch.ops.load_library(begin().result())  # type: ignore[no-untyped-call]
     except FileNotFoundError as error:
         log.warning("no C++ compiler (%s): steps take up to twice as long; g++ would do", error.filename)
         return None
@@ -69,3 +99,46 @@ def cpu_operators() -> CpuOperators | None:
         ops.attend_prompts.default if hasattr(ops, "attend_prompts") else None,
         torch.classes.nr_serve.Layer if hasattr(ops, "multiply") else None,
     )
+
+
+def _library() -> Path:
+    """The compiled file, in the cache folder. Raises CalledProcessError, FileNotFoundError or another OSError."""
+    compiler = os.environ.get("CXX", "c++")
+    sources = (path.read_bytes() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
+    # A cache folder may be shared by several machines.
+    machine = (compiler, *_FLAGS, torch.__version__, " ".join([platform.machine(), *cpuinfo("flags", "Features")]))
+    key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, machine)])).hexdigest()[:16]
+    library = cache_folder() / "operators" / f"{key}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        log.info("compiling operators for this processor, which is done once")
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            # Whole or not at all, whoever else does the same.
+            os.replace(_compiled(compiler, Path(folder)), library)
+        log.info("operators compiled in %.0f s", time.perf_counter() - started)
+    return library
+
+
+def _compiled(compiler: str, folder: Path) -> Path:
+    """Compile and link apart: linking with -fopenmp would bring a second pool of threads beside torch's."""
+    torch_folder, library = Path(torch.__file__).parent, folder / "operators.so"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    compiling = (compiler, *_FLAGS, abi, "-isystem", torch_folder / "include", "-c")
+    parts = {source: folder / f"{source.stem}.o" for source in sorted(_SOURCES.glob("*.cpp"))}
+    _run(*((*compiling, source, "-o", part) for source, part in parts.items()))
+    libraries = ("-L", torch_folder / "lib", "-ltorch_cpu", "-lc10")
+    _run((compiler, "-shared", *parts.values(), *libraries, "-o", library))
+    return library
+
+
+def _run(*commands: Sequence[str | Path]) -> None:
+    """Run commands at once and wait for all. Raises CalledProcessError for one that failed."""
+    running = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    said = [process.communicate()[1] for process in running]
+    for process, errors in zip(running, said, strict=True):
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
