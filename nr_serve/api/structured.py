@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -99,8 +100,7 @@ def has_form(fields: FormFields) -> bool:
 def form_of(fields: FormFields) -> Form | None:
     """The form asked for, if one. Raises BadRequest if it has no grammar, or if there are several."""
     asked = _asked(fields)
-    if len(asked) > 1:
-        raise BadRequest(f"give one of {', '.join(f'`{name}`' for name in asked)}", param=list(asked)[1])
+    _check_one(asked)
     if not asked and fields.structured_outputs is not None:
         raise BadRequest(
             "`structured_outputs` needs one of json, regex, choice, grammar and json_object",
@@ -164,9 +164,14 @@ def _whitespace(fields: FormFields) -> str | None:
         "guided_whitespace_pattern": fields.guided_whitespace_pattern,
     }
     given = {name: pattern for name, pattern in asked.items() if pattern is not None}
+    _check_one(given)
+    return next(iter(given.values()), None)
+
+
+def _check_one(given: Mapping[str, Any]) -> None:
+    """Raise BadRequest, at the second, if several fields ask for the same."""
     if len(given) > 1:
         raise BadRequest(f"give one of {', '.join(f'`{name}`' for name in given)}", param=list(given)[1])
-    return next(iter(given.values()), None)
 
 
 def _form(param: str, kind: str, value: Any, whitespace: str) -> Form:

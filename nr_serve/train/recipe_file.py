@@ -50,10 +50,7 @@ def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    known = set(_keys(Recipe))
-    if key not in known:
-        near = [each for each in known if each.endswith(f".{key}")] or get_close_matches(key, known, n=1)
-        raise BadRecipe(f"a recipe has no key {key!r}" + "".join(f"; did you mean {each}?" for each in near[:1]))
+    _check_key(key)
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -63,6 +60,16 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     other = {"h": "capacity", "capacity": "h"}.get(last)
     if sections == ["blocks"] and other is not None:
         values.pop(other, None)
+
+
+def _check_key(key: str) -> None:
+    """Raise BadRecipe, with the key that may be meant, for one that recipes do not have."""
+    known = list(_keys(Recipe))
+    if key in known:
+        return
+    near = [each for each in known if each.endswith(f".{key}")] or get_close_matches(key, known, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise BadRecipe(f"a recipe has no key {key!r}{meant}")
 
 
 def _keys(model: type[BaseModel], before: str = "") -> Iterator[str]:
