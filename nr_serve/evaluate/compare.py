@@ -16,11 +16,11 @@ from nr_serve.evaluate.tasks import Answer, Example, answer_tasks, score
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase, best_device, load_base
+from nr_serve.train.digest import digest
 from nr_serve.train.entries import language_of, names_language, names_source
 from nr_serve.train.measure import SourceResult, evaluating
 from nr_serve.train.recipe import Recipe
 from nr_serve.train.restore import load_run, read_run
-from nr_serve.train.tensor_cache import digest
 from nr_serve.train.text import read_heldout
 from nr_serve.train.text.pack import Windows
 from nr_serve.train.text.sources import find_sources

@@ -6,12 +6,13 @@ base is measured once for all adapters, and a measurement that was stopped goes 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
+from pydantic import TypeAdapter
+from pydantic_core import to_json
 
 from nr_serve import __version__
 from nr_serve.disk import cache_folder
@@ -19,12 +20,14 @@ from nr_serve.evaluate.hosted import Hosted
 from nr_serve.logs import say
 from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase
+from nr_serve.train.digest import digest
+from nr_serve.train.file_cache import FileCache
 from nr_serve.train.measure import SourceResult, measure
-from nr_serve.train.tensor_cache import TensorCache, Tensors, digest
 from nr_serve.train.text.pack import Windows
 
-FORMAT = 2
+FORMAT = 3
 """Raised when measuring changes: readings kept by another format are not taken."""
+_Reading = TypeVar("_Reading")
 
 
 def in_turn(texts: Mapping[str, Windows]) -> Iterator[tuple[str, Windows, str]]:
@@ -46,19 +49,27 @@ def read_text(
     """A text's reading as the base and what is attached to it are now; `versions` tell that from all else."""
     what = ["text", list(windows.ids_NT.shape), digest((windows.ids_NT, windows.offset_NT))]
 
-    def make() -> Tensors:
-        return _tensors(measure(base.model, attached, {"text": windows})["text"])
+    def make() -> SourceResult:
+        return measure(base.model, attached, {"text": windows})["text"]
 
-    return _result(once(base, versions, what, make, place))
+    return once(base, versions, what, make, TypeAdapter(SourceResult), place)
 
 
 def once(
-    base: FrozenBase, versions: Sequence[str], what: Sequence[Any], make: Callable[[], Tensors], place: str
-) -> Tensors:
-    """What `make` measures of `what` (plain values), or measured in an earlier call under these `versions`."""
+    base: FrozenBase,
+    versions: Sequence[str],
+    what: Sequence[Any],
+    make: Callable[[], _Reading],
+    form: TypeAdapter[_Reading],
+    place: str,
+) -> _Reading:
+    """What `make` measures of `what` (plain values), or measured in an earlier call under these `versions`.
+
+    It is kept as JSON, and `form` reads it.
+    """
     fresh = False
 
-    def measured() -> Tensors:
+    def measured() -> _Reading:
         nonlocal fresh
         fresh = True
         say("evaluate", place)
@@ -67,32 +78,14 @@ def once(
     packages = [torch.__version__, transformers.__version__, __version__]
     arithmetic = [str(base.model.dtype), base.device.type, *packages]
     key = [FORMAT, base.fingerprint, list(versions), list(what), arithmetic]
-    tensors = TensorCache(cache_folder() / "measured").get(key, measured)
+    reading = FileCache(cache_folder() / "measured").get(key, measured, _dump, form.validate_json)
     if not fresh:
         say("evaluate", f"{place} (measured before)")
-    return tensors
+    return reading
 
 
-def _tensors(result: SourceResult) -> Tensors:
-    by_layer = [[math.nan if share is None else share for share in layers] for layers in result.fired_by_layer]
-    floats = {"loss": result.loss, "fired": result.fired, "by_layer": by_layer, "nats": result.nats_N}
-    counts = {"tokens": result.tokens, "labels": result.labels_N}
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in floats.items()} | {
-        name: torch.tensor(value, dtype=torch.int64) for name, value in counts.items()
-    }
-
-
-def _result(kept: Tensors) -> SourceResult:
-    return SourceResult(
-        loss=float(kept["loss"]),
-        tokens=int(kept["tokens"]),
-        fired=tuple(kept["fired"].tolist()),
-        fired_by_layer=tuple(
-            tuple(None if math.isnan(share) else share for share in layers) for layers in kept["by_layer"].tolist()
-        ),
-        nats_N=tuple(kept["nats"].tolist()),
-        labels_N=tuple(kept["labels"].tolist()),
-    )
+def _dump(reading: object) -> bytes:
+    return to_json(reading, inf_nan_mode="constants")  # an adapter that gives NaN is measured like any other
 
 
 def beside(names: Sequence[str]) -> str:

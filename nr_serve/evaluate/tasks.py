@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from nr_serve.disk import refused
 from nr_serve.errors import BadRequest, faults
@@ -30,7 +30,6 @@ from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.readings import beside, once
 from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase
-from nr_serve.train.tensor_cache import Tensors
 
 BATCH_ROWS = 8
 
@@ -134,9 +133,9 @@ def answer_tasks(
     answers = {}
     for i, (name, examples) in enumerate(tasks.items(), start=1):
         what = ["task", version("lm_eval"), [example.model_dump() for example in examples]]
-        make = partial(_answer_tensors, base, attached, name, examples)
+        make = partial(answer, base, attached, name, examples)
         place = f"task {i} of {len(tasks)}: {name}; {of}"
-        answers[name] = _answers(once(base, versions, what, make, place))
+        answers[name] = once(base, versions, what, make, TypeAdapter(list[Answer]), place)
     return answers
 
 
@@ -187,23 +186,6 @@ def score(base: Sequence[Answer], attached: Sequence[Answer]) -> TaskScores:
     pairs = zip(estimates("acc"), estimates("acc_norm"), strict=True)
     of_base, of_attached, of_change = (Score(acc, acc_norm) for acc, acc_norm in pairs)
     return TaskScores(len(base), of_base, of_attached, of_change)
-
-
-def _answer_tensors(base: FrozenBase, attached: Attached, name: str, examples: Sequence[Example]) -> Tensors:
-    found = answer(base, attached, name, examples)
-    columns = {
-        "acc": [one.acc for one in found],
-        "acc_norm": [one.acc_norm for one in found],
-        "logprobs": [logprob for one in found for logprob in one.logprobs],
-    }
-    made = {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
-    return made | {"choices": torch.tensor([len(one.logprobs) for one in found])}
-
-
-def _answers(kept: Tensors) -> list[Answer]:
-    logprobs = torch.split(kept["logprobs"], kept["choices"].tolist())
-    rows = zip(logprobs, kept["acc"].tolist(), kept["acc_norm"].tolist(), strict=True)
-    return [Answer(tuple(choices.tolist()), acc, acc_norm) for choices, acc, acc_norm in rows]
 
 
 def _task_files(paths: Sequence[Path]) -> Iterator[Path]:

@@ -8,18 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import load, save
 
 from nr_serve.disk import cache_folder
 from nr_serve.logs import say
 from nr_serve.train.attach import Attached
 from nr_serve.train.base import FrozenBase
+from nr_serve.train.digest import digest
+from nr_serve.train.file_cache import FileCache
 from nr_serve.train.gates import FittedGates, LayerFit, fit_gates, gate_classes
 from nr_serve.train.recipe import BadRecipe, Recipe
-from nr_serve.train.tensor_cache import TensorCache, Tensors, digest
 from nr_serve.train.text.mix import Classes
 
-GATE_FORMAT = 6
+GATE_FORMAT = 7
 """Raised when the fit or what is kept of it changes: files of another format are never read again."""
 
 
@@ -27,19 +28,21 @@ class GateCache:
     """The folder; `gates` in the cache folder unless one is named."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._cache = TensorCache(folder if folder is not None else cache_folder() / "gates")
+        self._cache = FileCache(folder if folder is not None else cache_folder() / "gates")
 
     def fitted(self, key: Mapping[str, Any], fit: Callable[[], FittedGates]) -> FittedGates:
         """What `fit` returns, read from the folder if it was made before under `key` (plain values)."""
+        return self._cache.get([GATE_FORMAT, key], fit, _dump, _load)
 
-        def tensors() -> Tensors:
-            made = fit()
-            report = json.dumps({layer: asdict(each) for layer, each in made.report.items()})
-            return {**made.gates, "report": torch.tensor(list(report.encode()), dtype=torch.uint8)}
 
-        parts = self._cache.get([GATE_FORMAT, key], tensors)
-        report = json.loads(bytes(parts.pop("report").tolist()))
-        return FittedGates(parts, {int(layer): LayerFit(**each) for layer, each in report.items()})
+def _dump(fitted: FittedGates) -> bytes:
+    report = json.dumps({layer: asdict(each) for layer, each in fitted.report.items()})
+    return report.encode() + b"\n" + save(dict(fitted.gates))
+
+
+def _load(content: bytes) -> FittedGates:
+    report, _, gates = content.partition(b"\n")
+    return FittedGates(load(gates), {int(layer): LayerFit(**each) for layer, each in json.loads(report).items()})
 
 
 def fit_once(base: FrozenBase, attached: Attached, classes: Classes, recipe: Recipe) -> FittedGates:

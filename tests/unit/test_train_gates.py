@@ -6,13 +6,13 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from nr_serve.neutral import math
+from nr_serve.train import gate_cache
 from nr_serve.train.attach import Attached, window_inputs
 from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.gate_cache import GateCache
-from nr_serve.train.gates import FittedGates, Fitter, causal_mean, evidence, fit_gates
+from nr_serve.train.gates import FittedGates, Fitter, LayerFit, causal_mean, evidence, fit_gates
 from nr_serve.train.recipe import Gate
 from nr_serve.train.solvers import SOLVERS, solve_logistic, solve_ridge
-from nr_serve.train.tensor_cache import TensorCache
 from nr_serve.train.text.pack import Windows
 from tests import tiny
 
@@ -57,12 +57,16 @@ def test_logistic_regression_equals_scikit_learns():
     assert float(b) == pytest.approx(reference.intercept_[0] - (p @ u) @ reference.coef_[0] / scale, rel=1e-3)
 
 
-@pytest.mark.parametrize("earlier", [1, 2])
-def test_gates_kept_by_an_earlier_fit_are_fitted_anew(tmp_path, earlier):
-    key, report = {"gate": "any"}, torch.tensor(list(b"{}"), dtype=torch.uint8)
-    TensorCache(tmp_path).get([earlier, key], lambda: {"w": torch.zeros(1), "report": report})
-    fitted = GateCache(tmp_path).fitted(key, lambda: FittedGates({"w": torch.ones(1)}, {}))
-    assert fitted.gates["w"].tolist() == [1]
+def test_kept_gates_are_those_that_were_fitted_unless_the_format_changed(tmp_path, monkeypatch):
+    key = {"gate": "any"}
+    fits = [FittedGates({"w": torch.rand(3)}, {2: LayerFit(0.1 + 0.2, {"en": 1 / 3})}) for _ in range(2)]
+    made = iter(fits)
+    GateCache(tmp_path).fitted(key, lambda: next(made))
+    kept = GateCache(tmp_path).fitted(key, lambda: next(made))
+    assert torch.equal(kept.gates["w"], fits[0].gates["w"])
+    assert kept.report == fits[0].report
+    monkeypatch.setattr(gate_cache, "GATE_FORMAT", gate_cache.GATE_FORMAT + 1)
+    assert GateCache(tmp_path).fitted(key, lambda: next(made)) is fits[1]
 
 
 @pytest.mark.parametrize("init", list(SOLVERS))

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from nr_serve.train.file_cache import TORN_AFTER_S
 from nr_serve.train.recipe import Data, Run
-from nr_serve.train.tensor_cache import TORN_AFTER_S
 from nr_serve.train.text import read_classes
 from nr_serve.train.text.overlap import FEWEST_GRAMS, grams, overlap
 from nr_serve.train.text.pack import Packed, Windows, pack
@@ -126,11 +125,7 @@ def test_what_was_packed_is_read_back_and_packed_once(tmp_path: Path):
     assert same(cache.packed(["a", None], lambda: made(1)), made(1))
     assert same(cache.packed(["a", None], not_made), made(1))
     assert same(cache.packed(["a", 1], lambda: made(2)), made(2))
-    assert [path.suffix for path in cache.folder.iterdir()] == [".safetensors"] * 2
-
-
-def zeroed(path: Path) -> None:
-    save_file({name: torch.zeros_like(part) for name, part in load_file(path).items()}, path)
+    assert len(list(cache.folder.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -139,7 +134,7 @@ def zeroed(path: Path) -> None:
         lambda path: path.write_bytes(path.read_bytes()[:-7]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(path.read_bytes()[:-40] + bytes(40)),
-        zeroed,
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
     ],
     ids=["cut", "empty", "zeros at the end", "zeros"],
 )
@@ -149,14 +144,14 @@ def test_a_damaged_file_is_packed_again_and_said(tmp_path: Path, damage, capsys)
     (path,) = tmp_path.iterdir()
     damage(path)
     assert same(cache.packed(["a"], lambda: made(1)), made(1))
-    assert f"{path} is damaged and made again" in capsys.readouterr().err
+    assert f"{path} is damaged, and is made again" in capsys.readouterr().err
     assert same(cache.packed(["a"], not_made), made(1))
 
 
 def test_nothing_is_left_of_packing_that_fails(tmp_path: Path):
     with pytest.raises(AssertionError, match="packed again"):
         TokenCache(tmp_path / "tokens").packed(["a"], not_made)
-    assert not list(tmp_path.rglob("*.*"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, capsys):
@@ -280,4 +275,4 @@ def test_a_changed_file_is_packed_again(tmp_path: Path):
 def test_the_cache_is_in_the_folder_that_is_named(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("NR_CACHE", str(tmp_path / "named"))
     read_classes(corpus(tmp_path / "corpus"), DATA, tiny.tokenizer().hf, RUN)
-    assert len(list((tmp_path / "named" / "tokens").glob("*.safetensors"))) == 4
+    assert len(list((tmp_path / "named" / "tokens").iterdir())) == 4

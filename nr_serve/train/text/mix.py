@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from nr_serve.train.digest import digest
 from nr_serve.train.recipe import BadRecipe, Run
-from nr_serve.train.tensor_cache import digest
 from nr_serve.train.text.pack import Windows, join
 
 

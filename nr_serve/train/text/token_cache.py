@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load, save
+
 from nr_serve.disk import cache_folder
-from nr_serve.train.tensor_cache import MOST_BYTES, TensorCache, Tensors
+from nr_serve.train.file_cache import MOST_BYTES, FileCache
 from nr_serve.train.text.pack import Packed, Windows
 
-FORMAT = 2
+FORMAT = 3
 """Raised when packing changes: files of another format are never read again."""
 
 
@@ -21,18 +23,21 @@ class TokenCache:
 
     def __init__(self, folder: Path | None = None, most_bytes: int = MOST_BYTES) -> None:
         self.folder = folder if folder is not None else cache_folder() / "tokens"
-        self._cache = TensorCache(self.folder, most_bytes)
+        self._cache = FileCache(self.folder, most_bytes)
 
     def packed(self, key: Sequence[Any], make: Callable[[], Packed]) -> Packed:
         """What `make` returns, read from the folder if it was made before under `key` (plain values)."""
+        return self._cache.get([FORMAT, *key], make, _dump, _load)
 
-        def tensors() -> Tensors:
-            packed = make()
-            windows = packed.windows
-            return {"ids": windows.ids_NT.int(), "offset": windows.offset_NT.int(), "grams": packed.grams}
 
-        parts = self._cache.get([FORMAT, *key], tensors)
-        return Packed(Windows(parts["ids"].long(), parts["offset"].long()), parts["grams"])
+def _dump(packed: Packed) -> bytes:
+    windows = packed.windows
+    return save({"ids": windows.ids_NT.int(), "offset": windows.offset_NT.int(), "grams": packed.grams})
+
+
+def _load(content: bytes) -> Packed:
+    parts = load(content)
+    return Packed(Windows(parts["ids"].long(), parts["offset"].long()), parts["grams"])
 
 
 def tokenizer_key(tokenizer: Any) -> str:
