@@ -12,7 +12,7 @@ import torch
 
 from nr_serve.default_model import model_folder
 from nr_serve.errors import BadRequest, loading
-from nr_serve.logs import quiet_hub
+from nr_serve.logs import quiet_hub, quiet_progress_bars
 from nr_serve.neutral import host
 from nr_serve.neutral.format import Adapter, Base, naming, read_adapter
 
@@ -102,5 +102,6 @@ def _loading(base: str) -> Iterator[str]:
     """Where a base is, fetched if it is the default; what keeps it from being loaded is an UnsupportedBase."""
     source = str(model_folder(base))
     quiet_hub()
+    quiet_progress_bars("info", "text")
     with loading(f"the base {source}"):
         yield source

@@ -27,6 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from nr_serve.disk import is_write_fault
 from nr_serve.errors import NrError
+from nr_serve.logs import bar_interval
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.base import best_device
 from nr_serve.train.batches import Batches
@@ -249,6 +250,13 @@ class PlannedRate(TrainerCallback):
 class Bar(ProgressCallback):
     """A progress bar on stderr with the latest losses."""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **how: Any) -> None:
+        """Begin the bar."""
+        super().on_train_begin(args, state, control, **how)  # type: ignore[no-untyped-call]
+        bar: Any = self.training_bar  # None in the other processes
+        if bar is not None:
+            bar.mininterval = bar_interval()
+
     def close(self) -> None:
         """Draw it for the last time, if that was not done: else it comes behind what is said of an early end."""
         bar: Any = self.training_bar
@@ -257,12 +265,12 @@ class Bar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Show the losses and how much fired."""
-        bar: Any = self.training_bar  # None in the other processes
+        bar: Any = self.training_bar
         if bar is not None and "lm" in logs:
             fired = [f"{logs['target_fired']:.0%} of target"] if "target_fired" in logs else []
             fired += [f"{logs['other_fired']:.2%} of others"] if "other_fired" in logs else []
             said = [f"lm {logs['lm']:.3f}"] + ([f"fired {', '.join(fired)}"] if fired else [])
-            bar.set_postfix_str(", ".join([*said, f"{logs['tokens_a_second']:.0f} tokens/s"]))
+            bar.set_postfix_str(", ".join([*said, f"{logs['tokens_a_second']:.0f} tokens/s"]), refresh=False)
 
 
 def _plain(logs: Mapping[str, Any]) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """A run's log: lines that are whole, whatever killed the run that wrote them."""
 
 import pytest
+from transformers import TrainerState
 
 from nr_serve.errors import BadRequest
 from nr_serve.train import log
+from nr_serve.train.trainer import Bar
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -31,3 +33,19 @@ def test_a_file_that_is_not_a_log_is_refused_by_its_line(tmp_path, line):
         log.read(path)
     with pytest.raises(BadRequest, match="cannot read"):
         log.read(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_bar_is_drawn_for_people_who_watch_and_does_not_fill_a_log(watched, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: watched)
+    bar, state = Bar(), TrainerState(max_steps=40, is_world_process_zero=True)
+    bar.on_train_begin(None, state, None)
+    for state.global_step in range(1, 41):
+        bar.training_bar.last_print_t -= 1  # a step of a second
+        bar.on_step_end(None, state, None)
+        bar.on_log(None, state, None, {"lm": 2.0, "tokens_a_second": 100.0})
+    bar.on_train_end(None, state, None)
+    drawn = capsys.readouterr().err
+    assert "40/40" in drawn
+    assert "lm 2.000, 100 tokens/s" in drawn
+    assert (drawn.count("\r") > 20) == watched
