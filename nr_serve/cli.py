@@ -107,10 +107,9 @@ def parse(settings: type[BaseSettings], name: str, args: list[str]) -> BaseSetti
 
 
 class _Flags(CliSettingsSource[Any]):
-    """Flags whose values are taken as they are written.
+    """Flags whose values are taken as they are written, but that a server's settings cut lists at commas.
 
-    pydantic-settings would cut those of a flag that may be repeated at commas, and read `[ab]*`, `12` or `true` as
-    JSON.
+    pydantic-settings would cut all that may be repeated, and read `[ab]*`, `12` or `true` as JSON.
     """
 
     def _merge_parsed_list(self, parsed_list: list[str], field_name: str) -> str:

@@ -7,6 +7,7 @@ A flag wins over the environment, the environment over the file, the file over t
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from pydantic_settings import (
 )
 
 from nr_serve.errors import BadRequest
-from nr_serve.names import adapter_entry, check_adapter_name
+from nr_serve.names import adapter_entry, base_name, check_adapter_name
 
 FLAGS = SettingsConfigDict(
     extra="forbid", cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True, cli_avoid_json=True
@@ -38,8 +39,8 @@ PROBE_TOKENS = 512
 _PREFIX = "NR_"
 _OTHERS = ("NR_CACHE", "NR_URL")
 """Environment variables that are no settings of the server: the cache folder, and the client's server."""
-_KUBERNETES = "NR_SERVE_"
-"""Kubernetes gives every container NR_SERVE_PORT and the like if a Service is called nr-serve."""
+_KUBERNETES = re.compile(r"NR_SERVE_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_(ADDR|PORT|PROTO))?)?)")
+"""Kubernetes gives every container these if a Service is called nr-serve."""
 
 
 def _split(value: Any) -> Any:
@@ -234,7 +235,7 @@ class ServeConfig(
 
     def base_name(self, model: str | Path) -> str:
         """What clients call the base that was loaded from `model`."""
-        return self.served_model_name or Path(model).name
+        return self.served_model_name or base_name(model)
 
 
 class _SettingsFile(InitSettingsSource):
@@ -268,7 +269,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
     """Raise SettingsError if a variable looks like a setting but is none: it would be ignored."""
     known = {f"{_PREFIX}{name.upper()}" for name in ServeConfig.model_fields} | set(_OTHERS)
     named = [name.upper() for name in environment if name.upper().startswith(_PREFIX)]
-    _refuse_unknown([name for name in named if not name.startswith(_KUBERNETES)], known, "the environment")
+    _refuse_unknown([name for name in named if not _KUBERNETES.fullmatch(name)], known, "the environment")
 
 
 def _refuse_unknown(names: Iterable[str], known: Iterable[str], place: str) -> None:

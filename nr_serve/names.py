@@ -32,7 +32,15 @@ def check_adapter_name(name: str, base: str | None = None, *, param: str | None 
         raise BadRequest(f"`{name}` is the base's name; give the adapter another", param=param)
 
 
+def base_name(model: str | Path) -> str:
+    """The name of a base's folder, even of `.`, or the last part of a hub's name."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else path.name
+
+
 def adapter_entry(entry: str) -> tuple[str, Path]:
-    """Name and file of `NAME=FILE`, or of a file that lends its own name."""
-    name, _, file = entry.rpartition("=")
+    """Name and file of `NAME=FILE`, or of a file that lends its own name; a `=` in the path is a part of it."""
+    name, equals, file = entry.partition("=")
+    if not equals or "/" in name:
+        return Path(entry).stem, Path(entry)
     return name or Path(file).stem, Path(file)

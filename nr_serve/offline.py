@@ -181,13 +181,19 @@ class Server:
             if _several(body.get(field)):
                 raise BadRequest("one answer can be streamed; ask for several with `complete`", param=field)
         events = stream(self._http, path, {**body, "stream": True})
+        standing = True  # at a yield: one that is interrupted in its work ends by itself, and cannot be closed
         try:
-            while (event := self._run(anext, events, None)) is not None:
+            while True:
+                standing = False
+                event = self._run(anext, events, None)
+                standing = True
+                if event is None:
+                    return
                 if "error" in event:
                     raise told(event["error"], event["error"]["code"])
                 yield from event["choices"]
         finally:
-            if self._open is not None:
+            if standing and self._open is not None:
                 self._run(events.aclose)
 
     def _run(self, ask: Callable[..., Awaitable[T]], *args: Any) -> T:

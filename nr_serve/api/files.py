@@ -49,12 +49,14 @@ def _find(roots: Sequence[Path], given: str, param: str) -> tuple[Path, Path]:
 
 def _open_beneath(root: Path, path: Path) -> int:
     """Open `path`, step by step from `root`, following no link put there since it was found. Raises OSError."""
-    handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    for part in path.relative_to(root).parts:
+    passing = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW  # a folder need not be readable
+    reading = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # what was a file may be a pipe by now
+    parts = path.relative_to(root).parts
+    handle = os.open(root, passing)
+    for i, part in enumerate(parts, start=1):
         folder = handle
         try:
-            # Not blocking: what was a file may be a pipe by now.
-            handle = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+            handle = os.open(part, reading if i == len(parts) else passing, dir_fd=folder)
         finally:
             os.close(folder)
     if not stat.S_ISREG(os.fstat(handle).st_mode):

@@ -69,6 +69,7 @@ class Core:
         self._adapters = adapters
         self._tokenizer = tokenizer
         self._max_model_len = runner.info.max_model_len
+        self._vocab_size = runner.info.vocab_size
         self._eos_ids = frozenset(runner.info.eos_ids)
         self._max_waiting = config.max_waiting
         self._requests: dict[str, Request] = {}
@@ -163,6 +164,11 @@ class Core:
                 f"exceed the {self._max_model_len} tokens this server takes",
                 param="max_tokens",
             )
+        if max(submit.prompt_ids) >= self._vocab_size:  # a tokenizer may have more tokens than the base
+            raise BadRequest(
+                f"the prompt has the token {max(submit.prompt_ids)}; the base knows those below {self._vocab_size}",
+                param="prompt",
+            )
         if submit.request_id in self._requests:
             raise BadRequest(f"request id {submit.request_id!r} is in use")
         if len(self.scheduler.waiting) >= self._max_waiting:
@@ -228,7 +234,7 @@ class Core:
         request = piece.request
         if result.error is not None:
             return self._fail(request, result.error)
-        gates = [self._adapters.shares(fired, request.selection or ()) for fired in result.fired]
+        gates = self._adapters.shares(result.fired, request.selection or ())
         _add_prompt_report(piece, result, gates)
         if not piece.samples:
             return None

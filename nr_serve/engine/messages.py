@@ -107,7 +107,7 @@ class Output:
     error: NrError | None = None
     """Why it ended, if finish_reason is "error"."""
     started: float | None = None
-    """`time.monotonic()` at its first step, in seconds; with the first output."""
+    """`time.monotonic()` at its first step, in seconds; in every output of its steps."""
     cached_tokens: int = 0
     """Tokens of its prompt that were not computed when it was first admitted, but found in the prefix cache."""
 

@@ -112,7 +112,7 @@ def write_comparison(comparison: Comparison, runs: Mapping[str, Path], folder: P
     write_text(as_page, page(comparison))
     points, shares = comparison.points()
     pareto(as_pareto, points, title=f"{comparison.domain}: learned and forgotten, as shares of {shares}")
-    curves = {name: training_losses(run / "log.jsonl") for name, run in runs.items()}
+    curves = {name: training_losses(run / checkpoints.LOG) for name, run in runs.items()}
     loss_curves(as_curves, {name: curve for name, curve in curves.items() if curve}, title="LM loss in training")
     return written
 
@@ -168,7 +168,7 @@ def _measure_run(name: str, folder: Path, exam: Exam, base_answers: Mapping[str,
         tokens=saved.step * recipe.run.batch_tokens,
         parameters=sum(p.numel() for p in learner.trained().values()),
         lr=recipe.run.lr,
-        seconds=training_seconds(folder / "log.jsonl"),
+        seconds=training_seconds(folder / checkpoints.LOG),
         losses=losses,
         fired={source: result.fired[0] for source, result in results.items() if result.fired},
         target=target,

@@ -25,6 +25,7 @@ class Metrics:
         self.totals = EngineTotals()
         self._selected: set[str] = set()
         self.named: Tally[str] = Tally()
+        self.ended_by: Tally[FinishReason] = Tally()
         """Adapters that requests in flight chose by name, and by how many."""
         self.registry.register(self.totals)
         self._define_requests()
@@ -78,6 +79,7 @@ class Metrics:
         self.in_flight.dec()
         self.named -= Tally(request.adapters or ())
         self.requests.labels(selected if selected in self._selected else OTHER, reason).inc()
+        self.ended_by[reason] += 1
 
     def render(self, gates: GateStatistics | None, adapters: Sequence[AdapterView]) -> bytes:
         """Return the exposition text; `gates` is None until the engine can be asked."""

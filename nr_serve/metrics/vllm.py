@@ -7,14 +7,14 @@ protocol. Nothing is counted twice: the values are those of our own instruments 
 from __future__ import annotations
 
 import time
-from collections import Counter as Tally
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from nr_serve.engine.messages import GateStatistics
+from nr_serve.engine.messages import FinishReason, GateStatistics
 from nr_serve.metrics.instruments import Metrics
 
 
@@ -74,18 +74,13 @@ class VllmCollector(Collector):
             yield self._adapters(self._totals.statistics)
 
     def _request_success(self) -> Metric:
-        """vLLM counts by reason only, and aborted answers too; ours are told apart by selection."""
-        ended: Tally[str] = Tally()
-        for family in self._metrics.requests.collect():
-            for sample in family.samples:
-                if sample.name.endswith("_total"):
-                    ended[sample.labels["finish_reason"]] += int(sample.value)
+        """vLLM counts by reason only; ours are told apart by selection, of which some are forgotten."""
         labels = self._names.labels
         success = CounterMetricFamily(
             "vllm:request_success", "Answers ended, by why", labels=[*labels, "finished_reason"]
         )
-        for reason in ("stop", "length", "abort", "error"):
-            success.add_metric([*labels.values(), reason], ended[reason])
+        for reason in get_args(FinishReason):
+            success.add_metric([*labels.values(), reason], self._metrics.ended_by[reason])
         return success
 
     def _cache(self, statistics: GateStatistics) -> Iterator[Metric]:

@@ -13,6 +13,7 @@ import torch
 from nr_serve.default_model import model_folder
 from nr_serve.errors import BadRequest, loading
 from nr_serve.logs import quiet_hub, quiet_progress_bars
+from nr_serve.names import base_name
 from nr_serve.neutral import host
 from nr_serve.neutral.format import Adapter, Base, naming, read_adapter
 
@@ -86,7 +87,7 @@ def load_base(base: str, dtype: str = "float32", device: torch.device | str = "c
     model.requires_grad_(False)
     model.eval()
     fingerprint = host.fingerprint(model, tokenizer)
-    return FrozenBase(Path(source).name, model.to(device), tokenizer, fingerprint)
+    return FrozenBase(base_name(source), model.to(device), tokenizer, fingerprint)
 
 
 def load_hf_tokenizer(base: str) -> Any:

@@ -22,12 +22,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nr_serve.disk import held, whole, writing
-from nr_serve.errors import NrError, faults, raised_as
+from nr_serve.errors import Conflict, NrError, faults, raised_as
 from nr_serve.train.blocks import is_gate
 
 PREFIX = "checkpoint-"
 KEPT = 2
 STATE = "state.json"
+LOG = "log.jsonl"
+"""Of the run whose checkpoints these are; it has a line before there is any."""
 WEIGHTS = "trained.safetensors"
 REFITTED = "refitted.safetensors"
 REMEDY = "without this file the gates are fitted again when the run is resumed"
@@ -143,11 +145,15 @@ def rotate(out: Path, keep: int | None = None) -> None:
 def alone(out: Path) -> Iterator[None]:
     """Hold the run in `out`, and clear what a killed process left half-written.
 
-    Raises Conflict if another process holds it; a killed process lets go.
+    Raises Conflict if another process holds it (a killed process lets go), or if it has checkpoints but no log:
+    they are somebody else's, such as a plain `transformers.Trainer`'s.
     """
     with held(out, "trains in"):
-        for torn in set(_own(out)) - set(_complete(out)):
-            shutil.rmtree(torn)
+        torn = sorted(set(_own(out)) - set(_complete(out)))
+        if torn and not (out / LOG).exists():
+            raise Conflict(f"{torn[0]} is not of a run of nr-serve; name another folder")
+        for folder in torn:
+            shutil.rmtree(folder)
         yield
 
 

@@ -87,7 +87,7 @@ class TrainingRun:
         _same("base", saved is None or saved.base_fingerprint == self.base.fingerprint)
         self.learner = make_learner(recipe, self.base).to(self.base.device)
         self.results: dict[str, Any] = saved.results if saved else {}
-        self.log = Log(out / "log.jsonl") if processes.is_first() else None
+        self.log = Log(out / checkpoints.LOG) if processes.is_first() else None
         self._measured: int | None = None
         """The step at which the weights as they are now were measured, if they were."""
 

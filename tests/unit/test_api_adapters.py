@@ -1,5 +1,7 @@
 import asyncio
 import os
+import pathlib
+import tempfile
 import threading
 
 import pytest
@@ -122,6 +124,23 @@ def test_a_file_over_the_limit_on_the_server_is_refused(server, tmp_path):
     (tmp_path / "in" / "da.safetensors").write_bytes(b"good" + b"x" * 100)
     response = server.http.post("/v1/adapters", json={"name": "x", "path": "da.safetensors"})
     assert (response.status_code, response.json()["error"]["type"]) == (413, "RequestTooLargeError")
+
+
+def test_folders_on_the_way_need_not_be_readable():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        root, us = pathlib.Path(name).resolve(), os.geteuid()
+        (root / "team").mkdir()
+        (root / "team" / "da.safetensors").write_bytes(b"good")
+        for path, mode in ((root, 0o755), (root / "team", 0o311), (root / "team" / "da.safetensors", 0o644)):
+            path.chmod(mode)
+        if us == 0:  # whom no mode keeps out
+            os.seteuid(65534)
+        try:
+            with files.allowed_file([root], "team/da.safetensors", "path", 100) as path:
+                size = path.stat().st_size
+        finally:
+            os.seteuid(us)
+    assert size == 4
 
 
 def swap(folder, how):

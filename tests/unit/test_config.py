@@ -1,11 +1,13 @@
 """Settings: a flag wins over the environment, the environment over the file; what is unknown is refused."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from nr_serve.cli import main, parse
 from nr_serve.config import GROUPS, ServeConfig
+from nr_serve.names import adapter_entry
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,31 @@ def test_an_unknown_variable_is_refused_but_not_those_of_others(monkeypatch, cap
     settings()
     monkeypatch.setenv("NR_SLOT", "3")
     assert refused(capsys) == "error: the environment: there is no setting `NR_SLOT`; is `NR_SLOTS` meant?"
+    monkeypatch.delenv("NR_SLOT")
+    monkeypatch.setenv("NR_SERVE_MODEL_NAME", "x")
+    assert "is `NR_SERVED_MODEL_NAME` meant?" in refused(capsys)
+
+
+def test_a_base_in_the_folder_at_hand_has_the_folders_name(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path / "tiny")
+    names = [settings().base_name(model) for model in (".", "../tiny/", "org/llama-3.1")]
+    assert names == ["tiny", "tiny", "llama-3.1"]
+    assert settings("--served-model-name", "en").base_name(".") == "en"
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "path"),
+    [
+        ("hu=/a/run=3/x.safetensors", "hu", "/a/run=3/x.safetensors"),
+        ("/a/run=3/x.safetensors", "x", "/a/run=3/x.safetensors"),
+        ("hu=x=3.safetensors", "hu", "x=3.safetensors"),
+        ("x.safetensors", "x", "x.safetensors"),
+        ("=x.safetensors", "x", "x.safetensors"),
+    ],
+)
+def test_an_adapter_is_named_before_the_first_equals_sign(entry, name, path):
+    assert adapter_entry(entry) == (name, Path(path))
 
 
 def test_the_help_shows_every_setting_once_in_its_group(capsys):

@@ -43,6 +43,17 @@ def test_weights_gone_wild_do_not_touch_the_requests_beside_them():
     assert together["middle"] == alone_middle
 
 
+def test_a_token_that_the_base_does_not_have_is_refused_before_it_shares_a_step():
+    core, _ = engine(tiny.model(), pages=40, budget=64, running=4)
+    core.add(ask("good", range(9)))
+    alone = answers(core)["good"]
+    core.add(ask("good", range(9)))
+    refused = core.add(ask("bad", [3, tiny.VOCAB]))
+    assert refused is not None
+    assert isinstance(refused.error, BadRequest)
+    assert answers(core) == {"good": alone}
+
+
 @pytest.mark.parametrize("more", [{}, {"temperature": 1, "seed": 1}, {"prompt_logprobs": 1}])
 def test_a_request_whose_logits_are_not_numbers_fails_alone(more):
     base = tiny.model()

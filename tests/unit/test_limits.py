@@ -219,5 +219,6 @@ def test_callers_take_turns_at_a_worker_whoever_waits_longest():
         done.clear()
         await asyncio.wait_for(work(worker, "a"), 10)
         assert done == ["a"]
+        assert not worker._asked, "whoever asks nothing is forgotten: without keys there is a caller an address"
 
     asyncio.run(ask())

@@ -348,6 +348,8 @@ def test_what_is_shown_under_vllms_names_is_what_is_shown_under_ours():
     assert value["vllm:iteration_tokens_total_sum"] == 8
     reasons = {labels["finished_reason"]: count for labels, count in got["vllm:request_success_total"]}
     assert reasons == {"stop": 2, "length": 0, "abort": 1, "error": 0}
+    metrics.unloaded("hu")
+    assert picked(metrics)["vllm:request_success_total"] == got["vllm:request_success_total"], "no counter may fall"
     for ours, theirs in {
         "nr_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
         "nr_inter_token_seconds": "vllm:inter_token_latency_seconds",

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from nr_serve.errors import (
 )
 from nr_serve.neutral.format import write_adapter
 from tests import tiny
+from tests.waiting import until
 
 PAGE = (Path(__file__).parents[2] / "docs" / "notebook.md").read_text(encoding="utf-8")
 SMALL = {"device": "cpu", "slots": 2, "slot_width": 16, "pages": 256, "threads": 1}
@@ -105,6 +106,22 @@ def test_a_stream_is_there_before_its_answer_is_whole_and_ends_where_it_is_left(
     assert "\nnr_requests_in_flight 0.0\n" in metrics(server)
     for _ in server.stream("A fájl", max_tokens=200):
         break
+
+
+def test_an_interrupted_stream_is_interrupted_and_gives_its_request_back(server, monkeypatch):
+    before = count(server, "abort")
+    stream = server.stream("A fájl", max_tokens=200, temperature=0, ignore_eos=True)
+    next(stream)
+
+    def interrupted(self, timeout=None):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    until(lambda: count(server, "abort") == before + 1)
+    assert server.complete("A fájl", max_tokens=2, temperature=0).body["usage"]["completion_tokens"] == 2
 
 
 def test_a_stream_that_is_refused_raises_when_it_is_read(server):

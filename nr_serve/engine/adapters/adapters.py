@@ -92,9 +92,10 @@ class Adapters:
         ]
         return [self._slots.counts.row(name) for name in names]
 
-    def shares(self, fired_S: tuple[int, ...], selection: Selection) -> dict[str, float]:
-        """Share of an adapter's blocks that fired at a token, by adapter."""
-        return {v.name: fired_S[v.slot] / v.payload.depth for v in selection if v.slot is not None and fired_S}
+    def shares(self, fired_TS: Sequence[tuple[int, ...]], selection: Selection) -> list[dict[str, float]]:
+        """Share of an adapter's blocks that fired, by adapter, at each of a piece's tokens."""
+        at = [(v.name, v.slot, v.payload.depth) for v in selection if v.slot is not None]
+        return [{name: fired_S[slot] / depth for name, slot, depth in at if fired_S} for fired_S in fired_TS]
 
     # Changes
 

@@ -10,6 +10,7 @@
 namespace nr_serve {
 
 constexpr int64_t TOKENS_AT_ONCE = 16;  // of a context: their rows stay in a core's cache for all heads
+static_assert(TOKENS_AT_ONCE % W == 0);
 
 // Rows of tokens, and of those that come next: their page lies anywhere, so each is asked for beside its like.
 template <typename T>

@@ -7,7 +7,8 @@
 namespace nr_serve {
 
 // Logits of so many tokens for so many gates are computed together: what they add to fills a vector of sums.
-constexpr int64_t LOGIT_GATES = 8, LOGIT_TOKENS = W / LOGIT_GATES;
+constexpr int64_t LOGIT_GATES = std::min<int64_t>(8, W), LOGIT_TOKENS = W / LOGIT_GATES;
+static_assert(LOGIT_TOKENS > 0);
 
 // Products of their x and the gates' w, [d] each, in the order of the tokens.
 template <typename T>
