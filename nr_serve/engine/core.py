@@ -33,7 +33,8 @@ from nr_serve.tokenizer import Detokenizer, Tokenizer
 log = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 5  # in a row
 _NOT_RUN = Result(None, error=NrError("it could not be run on the probe texts; the log says why"))
-TRIAL_TOKENS = 64  # of a piece on trial while nothing else runs: who comes meanwhile should not wait long
+TRIAL_TOKENS = 64  # of a piece on trial in a pass of its own: who comes meanwhile should not wait long
+TRIAL_TOKENS_BESIDE = 2  # in a running step: it may not be felt by those who read
 
 
 class Runs(Protocol):
@@ -43,8 +44,6 @@ class Runs(Protocol):
     pages: int
     recalls_pages: bool
     """Whether it keeps what a request needs to begin with pages that another one computed."""
-    trial_tokens: int
-    """How long a piece on trial may be while others run."""
     tries_apart: bool
     """Whether a piece on trial needs a pass of its own."""
 
@@ -125,7 +124,8 @@ class Core:
         pieces = sorted(schedule.pieces, key=lambda piece: piece.count)
         probe = None
         if measures or not pieces:
-            probe = self._adapters.trial(self._runner.trial_tokens if pieces else TRIAL_TOKENS)
+            apart = self._runner.tries_apart or not pieces
+            probe = self._adapters.trial(TRIAL_TOKENS if apart else TRIAL_TOKENS_BESIDE)
         results, tried = self._run(pieces, None if probe is None else probe.piece)
         outputs = self._apply(schedule, pieces, results)
         if probe is not None and tried is not None:

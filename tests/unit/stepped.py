@@ -149,7 +149,8 @@ class Probed(Server):
         for piece in pieces:
             if piece.trial is not None:
                 assert piece is pieces[-1]
-                assert piece.count <= (core_module.TRIAL_TOKENS if len(pieces) == 1 else self.runner.trial_tokens)
+                alone = len(pieces) == 1
+                assert piece.count <= (core_module.TRIAL_TOKENS if alone else core_module.TRIAL_TOKENS_BESIDE)
                 self.pieces.append((piece.request.selection[0].name, piece.count))
         return self.run(pieces, labels)
 

@@ -56,7 +56,7 @@ def test_the_leak_is_what_the_definition_gives_in_pieces_of_any_length(
 ):
     server = Probed(slots=2, max_leak=max_leak)
     monkeypatch.setattr(core_module, "TRIAL_TOKENS", piece_tokens)
-    monkeypatch.setattr(server.runner, "trial_tokens", piece_tokens)
+    monkeypatch.setattr(core_module, "TRIAL_TOKENS_BESIDE", piece_tokens)
     server.load("other", server.made(5))
     made = server.made(1, scale=20.0, **options)
     if beside:
@@ -121,7 +121,7 @@ def test_without_a_limit_an_adapter_acts_at_once_and_is_measured_meanwhile():
     a, b = server.made(1), server.made(2)
     view = server.begin("a", a)
     # It acts from the second on: the first began without NaN.
-    assert server.pieces == 2 * [("a", server.runner.trial_tokens)]
+    assert server.pieces == 2 * [("a", core_module.TRIAL_TOKENS_BESIDE)]
     assert (view.neutrality, view.measuring, view.state) == (None, True, "attached")
     for _ in range(5):
         server.step()
@@ -151,7 +151,7 @@ def test_what_acts_no_more_is_measured_no_further(how):
     server.work()
     assert not server.ended
     counts = {name: sum(count for each, count in server.pieces if each == name) for name in "ab"}
-    whole, begun = sum(map(len, TEXTS.values())), 2 * server.runner.trial_tokens
+    whole, begun = sum(map(len, TEXTS.values())), 2 * core_module.TRIAL_TOKENS_BESIDE
     assert (
         counts
         == {

@@ -281,6 +281,42 @@ def test_an_adapter_is_measured_on_the_probe_texts_and_refused_above_the_limit(m
     assert [t.id for o in loop.outputs("r")["r"] for t in o.tokens] == expected(tokens=100), "every gate is shut"
 
 
+@pytest.mark.parametrize("reading", [True, False])
+def test_a_step_carries_a_file_that_is_read_or_a_measurement_but_not_both(loop, files, monkeypatch, reading):
+    place, _ = files
+    result(loop.call(LoadAdapter("a", place / "a.safetensors")))
+    measured(loop)
+    begun, read = threading.Event(), threading.Event()
+    read_file = loop._read_file
+
+    def held(*how):
+        begun.set()
+        assert read.wait(PATIENCE)
+        return read_file(*how)
+
+    monkeypatch.setattr(loop, "_read_file", held)
+    if reading:
+        answer = loop.call(LoadAdapter("b", place / "b.safetensors"))
+        assert begun.wait(PATIENCE)
+    steps, run = [], loop.core._runner.run
+
+    def watched(pieces, labels):
+        steps.append([piece.trial is not None for piece in pieces])
+        return run(pieces, labels)
+
+    monkeypatch.setattr(loop.core._runner, "run", watched)
+    reached, go_on = loop.pause_after_a_step()
+    loop.submit(ask("r", (), tokens=20))
+    assert reached.wait(PATIENCE)
+    turned = loop.call(PatchAdapter("a", threshold=0.25))  # its leak is measured anew
+    go_on.set()
+    loop.outputs("r")
+    assert any(trial for trial in steps if len(trial) > 1) == (not reading)
+    read.set()
+    result(turned)
+    assert not reading or result(answer).name == "b"
+
+
 def test_a_built_in_text_is_no_longer_than_the_server_takes(loop, files):
     place, _ = files
     result(loop.call(LoadAdapter("a", place / "a.safetensors")))

@@ -45,6 +45,8 @@ class Traffic:
     pages: int = 40
     budget: int = 24
     answers: dict[str, list] = field(default_factory=dict)
+    told: dict[str, int] = field(default_factory=dict)
+    """What each request was said to have found in the prefix cache."""
     asked: dict[str, Submit] = field(default_factory=dict)
     turned: set[str] = field(default_factory=set)
     """Requests beside which a threshold of their own changed: the naive loop knows one threshold."""
@@ -148,6 +150,8 @@ class Traffic:
     def _take(self, output: Output) -> None:
         if output.error is None:
             self.answers.setdefault(output.request_id, []).extend(output.tokens)
+            told = self.told.setdefault(output.request_id, output.cached_tokens)
+            assert output.cached_tokens == told, "what it found of its own pages, once preempted, is no news"
             if output.prompt is not None:
                 assert len(output.prompt) == len(self.asked[output.request_id].prompt_ids)
 

@@ -1,6 +1,7 @@
 """Packing, overlap, and the cache of packed text."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,14 @@ def test_overlap_is_the_share_of_the_shorter_texts_8_grams():
     assert overlap(a, grams([prose(500, 2000)])) == overlap(grams([prose(500, 2000)]), a) == 1
     assert overlap(a, grams([prose(0, 20_000).replace(" ", ",  ").upper()])) == 1
     assert overlap(a, grams(prose(i, 7) for i in range(0, 20_000, 7))) == 0
+
+
+@pytest.mark.parametrize("first", [0x4E00, 0x3041, 0x0E01], ids=["Chinese", "Japanese", "Thai"])
+def test_where_no_spaces_are_written_each_sign_is_a_word(first):
+    signs = random.Random(0).choices([chr(first + i) for i in range(40)], k=4000)
+    a, b = (grams(["".join(signs[start : start + 2000])]) for start in (0, 1000))
+    assert overlap(a, b) == pytest.approx(0.5, abs=0.1)
+    assert overlap(a, grams(["".join(signs[2000:])])) == 0
 
 
 def test_texts_too_short_to_tell_do_not_overlap():

@@ -41,8 +41,6 @@ from nr_serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 DEFAULT_CAPACITY = 0.2  # the paper's extra capacity, as a share of the base's parameters
-_TRIAL_TOKENS_BESIDE = 2  # of a piece on trial in a running step: it may not be felt by those who read
-_TRIAL_TOKENS_APART = 64  # in a pass of its own
 
 
 class Runner:
@@ -68,7 +66,6 @@ class Runner:
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.recalls_pages = config.prefix_cache
         self.tries_apart = self.kernels  # which know one threshold a slot
-        self.trial_tokens = _TRIAL_TOKENS_APART if self.tries_apart else _TRIAL_TOKENS_BESIDE
         self.bank = self._bank(config, int(shape.hidden_size))
         self.info = EngineInfo(
             model=name,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# A word is a run of letters; scripts written without spaces count each sign.
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]+")
+UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f"
+"""Signs of scripts that are written without spaces: each counts as a word."""
+# A word is a run of letters.
+WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_{UNSPACED}]+")
 INVISIBLE = re.compile(
     r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffd]"
 )
