@@ -140,6 +140,7 @@ def main() -> None:
     """Run the demo."""
     print("fetching the base model (kept in a cache after the first time) ...", flush=True)
     fetch_model()
+    print("starting the server (its first start on a machine compiles operators) ...", flush=True)
     started = time.monotonic()
     # In bfloat16 a near tie may fall either way with what shares a step, gates or no gates.
     with local_server("--log-level", "warning", "--dtype", "float32") as client:

@@ -87,13 +87,11 @@ class FetchCorpus(Command):
 
 def train(command: Train) -> int:
     """Train; print the adapter's file, or the baseline's folder."""
-    from nr_serve.train import checkpoint, processes
+    from nr_serve.train import processes
     from nr_serve.train.recipe_file import parse_changes, read_recipe
     from nr_serve.train.run import train as run
 
     recipe = read_recipe(command.recipe, parse_changes(command.set))
-    if command.resume and checkpoint.latest(command.out) is None:
-        processes.say("train", f"there is no checkpoint in {command.out}: the run begins anew")
     with _told_if_stopped("train", lambda: _left(command.out)), _ended_in_order():
         made = run(recipe, command.out, command.corpus, resume=command.resume, tensorboard=command.tensorboard)
     if processes.is_first():

@@ -217,6 +217,7 @@ def _step(folder: Path) -> int:
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     safetensors.torch.save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+    path.chmod(0o644)  # as the files beside it: the library leaves it readable by its owner alone
 
 
 def _sync(path: Path) -> None:

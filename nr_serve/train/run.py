@@ -53,6 +53,8 @@ def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tens
             found = checkpoints.latest(out)
             if found is not None and not resume:
                 raise Conflict(f"{out} holds checkpoints of an earlier run; resume it or name another folder")
+            if found is None and resume:
+                _say(f"there is no checkpoint in {out}: the run begins anew")
             saved = None if found is None else checkpoints.load(found)
             return TrainingRun(recipe, arguments, out, corpus, saved).train()
     except OSError as error:
@@ -174,6 +176,8 @@ class TrainingRun:
 
     def _measure(self, step: int) -> float:
         self._measured = step
+        if self.text.heldout:
+            _say("measuring the held-out text")
         for name, source in measure(self.base.model, self.learner.attached, self.text.heldout).items():
             before = self.results.get(name, {}).get("before", source.loss)
             self.results[name] = {"before": before, "after": source.loss}

@@ -14,6 +14,8 @@ from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.pack import Windows
 from nr_serve.train.text.read import find_roles
 
+_NAMED = 8  # sources of the target
+
 
 @dataclass(frozen=True)
 class RunText:
@@ -32,7 +34,10 @@ def read_run_text(recipe: Recipe, corpus: Path) -> RunText:
     text too, and for a recipe that this text does not suit; DownloadFailed; UnsupportedBase without a tokenizer.
     """
     data, run = recipe.data, recipe.run
-    find_roles(corpus, data)  # what is missing is said before a base is fetched for its tokenizer
+    roles = find_roles(corpus, data)  # what is missing is said before a base is fetched for its tokenizer
+    target = [str(source) for source in roles["target"]]
+    more = f" and {len(target) - _NAMED} more" if len(target) > _NAMED else ""
+    processes.say("train", f"the target's text: {', '.join(target[:_NAMED])}{more}")
     tokenizer = load_hf_tokenizer(recipe.base)
     classes = text.read_classes(corpus, data, tokenizer, run)
     batches = Batches(classes, run, processes.count())

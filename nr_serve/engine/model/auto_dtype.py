@@ -43,6 +43,7 @@ def fastest_dtype() -> torch.dtype:
     if kept is not None:
         log.info("dtype auto: %s, as measured at an earlier start (%s)", _name(kept), path)
         return kept
+    log.info("dtype auto: measuring whether bfloat16 is faster here, which is done once")
     chosen = _measured()
     try:
         _write(path, chosen)

@@ -165,7 +165,7 @@ class Builder:
         for part, documents in (("train", train), ("heldout", heldout)):
             write_documents(text_file(out, source.name, part), documents)
         amounts = {"train_chars": size(train), "heldout_chars": size(heldout)}
-        say("corpus", f"{source.name}: {size(train) / 1e6:.2f} + {size(heldout) / 1e6:.3f} million characters")
+        say("corpus", f"{source.name}: {size(train) / 1e6:.2f} + {size(heldout) / 1e6:.3f} million characters kept")
         return {
             **amounts,
             "licence": source.licence,
@@ -177,20 +177,23 @@ class Builder:
         originals = self._original_paragraphs(source)
         translated = source.language != "en"
         say("corpus", f"{source.name}: files to read: {len(files):,}")
-        cleaned = (
-            clean_document(document, translated=translated, originals=originals)
-            for document in tqdm(
-                _raw_documents(files, source),
-                desc=f"corpus: {source.name}",
-                unit=" documents",
-                leave=False,
-                disable=None,  # but on a terminal
-            )
-        )
+        read, cleaned = 0, []
+        for document in tqdm(
+            _raw_documents(files, source),
+            desc=f"corpus: {source.name}",
+            unit=" documents",
+            leave=False,
+            disable=None,  # but on a terminal
+        ):
+            read += size([document])
+            cleaned.append(clean_document(document, translated=translated, originals=originals))
         limit = source.limit_mb * 1e6
         bounded = thin([document for document in cleaned if document], RAW_FACTOR * limit)
         # Cut, so that a share of a source of few long documents can be held out.
         parts = [part for document in deduplicate(bounded) for part in pieces(document)]
+        prose, fresh = size(cleaned) / 1e6, size(parts) / 1e6
+        found = f"{prose:.2f} are prose in its language, {fresh:.2f} but for repetitions"
+        say("corpus", f"{source.name}: of {read / 1e6:.2f} million characters {found}")
         return thin(parts, limit)
 
     def _original_paragraphs(self, source: Source) -> frozenset[str]:
