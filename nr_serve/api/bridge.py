@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nr_serve.api.middleware.access_log import note_output, note_submits
+from nr_serve.api.request_state import note_output, note_submits
 from nr_serve.engine.messages import (
     AdapterView,
     Command,

@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar, cast
 from fastapi import Depends, Request
 
 from nr_serve.api.bridge import AsyncEngine
-from nr_serve.api.middleware.deadlines import Work
+from nr_serve.api.work import Work
 from nr_serve.api.worker import Worker
 from nr_serve.config import ServeConfig
 from nr_serve.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from nr_serve.api.middleware.auth import CALLER
+from nr_serve.api.request_state import CALLER
 from nr_serve.errors import QueueFull
 
 T = TypeVar("T")

@@ -13,7 +13,8 @@ import pytest
 
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.middleware import deadlines
-from nr_serve.api.middleware.deadlines import Deadlines, Work
+from nr_serve.api.middleware.deadlines import Deadlines
+from nr_serve.api.work import Work
 from nr_serve.config import ServeConfig
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.messages import LoadAdapter

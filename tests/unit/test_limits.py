@@ -9,8 +9,8 @@ import pytest
 
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.context import Context
-from nr_serve.api.middleware.auth import CALLER
 from nr_serve.api.middleware.limits import KeyLimits, TokenBucket
+from nr_serve.api.request_state import CALLER
 from nr_serve.api.worker import Worker
 from nr_serve.config import ServeConfig
 from nr_serve.errors import QueueFull

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 import uuid
-from collections.abc import Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nr_serve.api.errors import GONE, error_response, error_type
+from nr_serve.api.request_state import ENTRY, Entry
 from nr_serve.config import ServeConfig
-from nr_serve.engine.messages import Output, Submit
 from nr_serve.errors import NrError
 from nr_serve.logs import REQUEST_ID
 from nr_serve.metrics import Metrics
@@ -28,47 +23,6 @@ HEADER = "X-Request-Id"
 _CLEAN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _HEALTH = ("/health", "/ready", "/metrics")
 _LONGEST_PATH = 200
-
-
-@dataclass
-class Entry:
-    """What the log says of one request."""
-
-    status: int | None = None
-    submits: Sequence[Submit] = ()
-    completion_tokens: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def prompts(self) -> list[tuple[int, ...]]:
-        """Each prompt once, however many answers it gets."""
-        return list({id(submit.prompt_ids): submit.prompt_ids for submit in self.submits}.values())
-
-    def fields(self) -> dict[str, Any]:
-        """Its numbers."""
-        fields: dict[str, Any] = {"status": self.status, "seconds": round(time.perf_counter() - self.started, 4)}
-        if self.submits:
-            fields["selection"] = self.submits[0].selected
-            fields["prompt_tokens"] = sum(map(len, self.prompts))
-            fields["completion_tokens"] = self.completion_tokens
-        return fields
-
-
-_ENTRY: ContextVar[Entry | None] = ContextVar("entry", default=None)
-
-
-def note_submits(submits: Sequence[Submit]) -> None:
-    """The request at work here asks this of the engine."""
-    entry = _ENTRY.get()
-    if entry is not None:
-        entry.submits = submits
-
-
-def note_output(output: Output) -> None:
-    """The engine gave the request at work here an output."""
-    entry = _ENTRY.get()
-    if entry is not None:
-        entry.completion_tokens += len(output.tokens)
 
 
 class AccessLog:
@@ -88,7 +42,7 @@ class AccessLog:
             return
         entry, name = Entry(), _request_id(scope)
         REQUEST_ID.set(name)
-        _ENTRY.set(entry)
+        ENTRY.set(entry)
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

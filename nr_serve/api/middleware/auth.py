@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nr_serve.api.errors import error_response
 from nr_serve.api.paths import changes_adapters, is_guarded
+from nr_serve.api.request_state import CALLER
 from nr_serve.errors import Forbidden, NrError, Unauthorized
 from nr_serve.keys import Key, Keys
-
-CALLER: ContextVar[str] = ContextVar("caller", default="")
-"""Whose request is at work in this context: a key's name or, without a key, an address."""
 
 
 class KeyCheck:

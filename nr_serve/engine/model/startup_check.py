@@ -1,6 +1,7 @@
 """The start-up check: this engine's forward pass against the model's own, on a short prompt.
 
-What a model needs and this engine does not compute shows here, before anybody is served wrong answers.
+What a model needs and this engine does not compute shows here, before anybody is served wrong answers; but for what
+only a longer text has, such as a sliding window that something falls out of.
 """
 
 from __future__ import annotations
