@@ -108,20 +108,22 @@ class Canary:
         measurement.leaks[self._text(measurement)] = Leak(measurement.fired, seen, tokens)
         measurement.start = measurement.fired = 0
         if self.done(measurement):
-            self._note(measurement)
+            self._check(measurement)
+            self._keep(measurement)
 
     def _text(self, measurement: Measurement) -> str:
         return next(name for name in self._texts if name not in measurement.leaks)
 
-    def _note(self, measurement: Measurement) -> None:
-        version, leaks = measurement.version, measurement.leaks
-        name, worst = max(leaks.items(), key=lambda item: item[1].rate)
+    def _check(self, measurement: Measurement) -> None:
+        name, worst = max(measurement.leaks.items(), key=lambda item: item[1].rate)
         if self.max_leak is not None and worst.rate > self.max_leak:
             raise BadRequest(
-                f"adapter {version.name!r} leaks: on the probe text {name!r} its gates fired on {worst.rate:.3%} "
+                f"adapter {measurement.version.name!r} leaks: on the probe text {name!r} its gates fired on {worst.rate:.3%} "
                 f"of the token-layers, and --max-leak is {self.max_leak:.3%}; a higher threshold leaks less",
                 param="threshold",
             )
-        self._reports[version.digest, measurement.threshold] = leaks
+
+    def _keep(self, measurement: Measurement) -> None:
+        self._reports[measurement.version.digest, measurement.threshold] = measurement.leaks
         if len(self._reports) > MOST_REPORTS:
             del self._reports[next(iter(self._reports))]
