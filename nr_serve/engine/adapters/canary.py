@@ -118,8 +118,9 @@ class Canary:
         name, worst = max(measurement.leaks.items(), key=lambda item: item[1].rate)
         if self.max_leak is not None and worst.rate > self.max_leak:
             raise BadRequest(
-                f"adapter {measurement.version.name!r} leaks: on the probe text {name!r} its gates fired on {worst.rate:.3%} "
-                f"of the token-layers, and --max-leak is {self.max_leak:.3%}; a higher threshold leaks less",
+                f"adapter {measurement.version.name!r} leaks: on the probe text {name!r} its gates fired on "
+                f"{worst.rate:.3%} of the token-layers, and --max-leak is {self.max_leak:.3%}; a higher threshold "
+                "leaks less",
                 param="threshold",
             )
 
