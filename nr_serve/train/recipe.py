@@ -266,9 +266,11 @@ class Run(_Section):
     original_share: Share = Field(
         default=0.1,
         description="Share of the windows that is original text, as in the paper: where a gate opens on it, the "
-        "block learns to do little there.",
+        "block learns to do little there. None is read where no loss would read it.",
     )
-    background_share: Share = Field(default=0.1, description="Share of the windows that is background text.")
+    background_share: Share = Field(
+        default=0.1, description="Share of the windows that is background text, if there is a local loss."
+    )
     lr: float = Field(default=4e-3, gt=0, description="Peak learning rate of AdamW.")
     out_lr_ratio: float = Field(
         default=1.0,
@@ -385,6 +387,15 @@ class Recipe(_Section):
     def has_local_loss(self) -> bool:
         """Whether there is a local loss."""
         return self.method == "neutral" and self.loss.alpha > 0
+
+    @property
+    def plan(self) -> Run:
+        """The gradient steps, in which text that no loss reads takes no share of the tokens."""
+        shares = {
+            "original_share": self.run.original_share if self.lm_on_original or self.has_local_loss else 0.0,
+            "background_share": self.run.background_share if self.has_local_loss else 0.0,
+        }
+        return self.run.model_copy(update=shares)
 
     @property
     def base_dtype(self) -> str:

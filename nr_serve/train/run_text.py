@@ -40,7 +40,7 @@ def read_run_text(recipe: Recipe, corpus: Path) -> RunText:
     processes.say("train", f"the target's text: {', '.join(target[:_NAMED])}{more}")
     tokenizer = load_hf_tokenizer(recipe.base)
     classes = text.read_classes(corpus, data, tokenizer, run)
-    batches = Batches(classes, run, processes.count())
+    batches = Batches(classes, recipe.plan, processes.count())
     heldout = text.read_heldout(
         corpus,
         data.heldout,

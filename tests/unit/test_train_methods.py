@@ -1,6 +1,7 @@
 """Every method trains from one recipe, and is compared, swept and calibrated from its run's folder."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.recipe_file import parse_changes
 from nr_serve.train.restore import load_run
 from nr_serve.train.run import TrainingStopped, train
+from nr_serve.train.run_text import read_run_text
 from nr_serve.train.text import read_classes
 from tests.tiny_run import weights, write_recipe
 
@@ -135,6 +137,32 @@ def test_parts_of_a_step_hold_what_the_step_holds(tmp_path, base, corpus):
         Batches(classes, recipe.run, processes=3)
     with pytest.raises(BadRecipe, match="may have 6 target windows, too few for its 8 parts"):
         Batches(classes, recipe.run, processes=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shares"),
+    [
+        ({}, {"target": 12, "original": 2, "background": 2}),
+        ({"method": "lora"}, {"target": 14, "original": 2}),
+        ({"method": "adapter"}, {"target": 14, "original": 2}),
+        ({"method": "finetune"}, {"target": 14, "original": 2}),
+        ({"loss__alpha": 0}, {"target": 16}),
+        ({"loss__alpha": 0, "loss__lm_on_original": True}, {"target": 14, "original": 2}),
+    ],
+)
+def test_text_that_no_loss_reads_takes_no_share_of_the_tokens(tmp_path, base, corpus, changes, shares):
+    recipe = write_recipe(tmp_path, base, run__original_share=0.125, run__background_share=0.125, **changes)
+    batches = read_run_text(recipe, corpus).batches
+    read = Counter[str]()
+    for step in range(16 // recipe.run.windows_a_step):
+        windows = {role: each for role, each in batches[step].items() if role != "whole"}
+        read.update({role: len(ids_NT) for role, (ids_NT, _) in windows.items()})
+    assert read == shares
+
+
+def test_a_method_that_reads_no_background_needs_none(tmp_path, base, corpus):
+    recipe = write_recipe(tmp_path, base, method="lora", tokens=256, data__background=[])
+    assert train(recipe, tmp_path / "out", corpus).is_dir()
 
 
 def fails(error: Exception) -> None:
