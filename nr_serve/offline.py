@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import anyio
 import httpx
-from anyio.from_thread import start_blocking_portal
+from anyio.from_thread import BlockingPortal
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -24,7 +28,7 @@ from nr_serve.api.responses import Adapter, AdapterList, ChatCompletion, Complet
 from nr_serve.asgi_transport import LocalTransport
 from nr_serve.client import adapter_path, refusal, told
 from nr_serve.config import FLAGS, GROUPS, AdapterSettings, EngineSettings, ModelSettings, ServeConfig
-from nr_serve.errors import BadRequest, NrError, Unavailable, faults
+from nr_serve.errors import BadRequest, NotFound, NrError, Unavailable, faults
 
 C = TypeVar("C", bound=BaseSettings)
 T = TypeVar("T")
@@ -84,8 +88,11 @@ class Server:
         if adapters is not None:
             settings["adapter"] = [str(adapter) for adapter in adapters]
         config = _checked(OfflineConfig, settings).serve_config()
+        self._process = os.getpid()
+        self._standing: set[AsyncGenerator[dict[str, Any], None]] = set()
+        """Streams that are begun, and of which nobody waits for the next piece now."""
         with ExitStack() as stack:
-            self._portal = stack.enter_context(start_blocking_portal(name="nr-server"))
+            self._portal = stack.enter_context(_Loop())
             self._http = stack.enter_context(self._portal.wrap_async_context_manager(local_http(config)))
             self._open: ExitStack | None = stack
             models: ModelList = self._get("/v1/models")
@@ -104,6 +111,8 @@ class Server:
     def close(self) -> None:
         """Stop the engine and give its memory back."""
         if self._open is not None:
+            for events in list(self._standing):
+                self._run(events.aclose)
             stack, self._open = self._open, None
             stack.close()
 
@@ -158,6 +167,8 @@ class Server:
         With `pinned` None it is pinned if the adapter it replaces is; with `threshold` None it has the file's own.
         """
         path = Path(path).absolute()
+        if not path.exists():
+            raise NotFound(f"there is no file {path}")
         body = {"name": name or path.stem, "path": str(path), "replace": replace}
         adapter: Adapter = self._post("/v1/adapters", body | {"pinned": pinned, "threshold": threshold})
         return adapter
@@ -181,25 +192,29 @@ class Server:
             if _several(body.get(field)):
                 raise BadRequest("one answer can be streamed; ask for several with `complete`", param=field)
         events = stream(self._http, path, {**body, "stream": True})
-        standing = True  # at a yield: one that is interrupted in its work ends by itself, and cannot be closed
         try:
             while True:
-                standing = False
+                # One that is interrupted in its work ends by itself, and cannot be closed.
+                self._standing.discard(events)
                 event = self._run(anext, events, None)
-                standing = True
+                self._standing.add(events)
                 if event is None:
                     return
                 if "error" in event:
                     raise told(event["error"], event["error"]["code"])
                 yield from event["choices"]
         finally:
-            if standing and self._open is not None:
-                self._run(events.aclose)
+            if events in self._standing:
+                self._standing.discard(events)
+                if self._open is not None:
+                    self._run(events.aclose)
 
     def _run(self, ask: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run on the server's event loop, and wait for what comes of it."""
         if self._open is None:
             raise Unavailable("the server is closed")
+        if os.getpid() != self._process:
+            raise Unavailable("the server lives in the process that this one was forked from; begin one here")
         future = self._portal.start_task_soon(ask, *args)
         try:
             return future.result()
@@ -212,6 +227,27 @@ class Server:
         if response.is_error:
             raise refusal(response)
         return response.json()
+
+
+class _Loop:
+    """An event loop on a thread of its own, for whose end a program does not wait; inside, the portal to it."""
+
+    def __enter__(self) -> BlockingPortal:
+        begun: Future[BlockingPortal] = Future()
+
+        async def serve() -> None:
+            async with BlockingPortal() as portal:
+                begun.set_result(portal)
+                await portal.sleep_until_stopped()
+
+        self._thread = threading.Thread(target=anyio.run, args=(serve,), name="nr-server", daemon=True)
+        self._thread.start()
+        self._portal = begun.result()
+        return self._portal
+
+    def __exit__(self, *_: object) -> None:
+        self._portal.call(self._portal.stop)
+        self._thread.join()
 
 
 async def post(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> httpx.Response:

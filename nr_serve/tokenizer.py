@@ -25,6 +25,7 @@ class Tokenizer:
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
+        self._special = frozenset[int](hf.all_special_ids)
         self._texts: dict[int, str] = {}  # log probabilities ask for the same tokens over and over
         self._for_grammars: LLTokenizer | None = None
 
@@ -46,6 +47,10 @@ class Tokenizer:
             list(ids), skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False
         )
         return text
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is one of the tokenizer's own, which an answer's text leaves out."""
+        return token_id in self._special
 
     def token_text(self, token_id: int) -> str:
         """One token decoded alone, special tokens by name."""

@@ -46,15 +46,17 @@ MAX_MODEL_LEN = 200
 
 
 class ByteTokenizer:
-    """A byte is a token; BOS comes first."""
+    """A byte is a token, and so is </s>; BOS comes first."""
 
     chat_template = "yes"
+    all_special_ids = (BOS, BOS + 1)
 
     def get_vocab(self) -> dict[str, int]:
         return {chr(i): i for i in range(BOS)} | {"": BOS}
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return [BOS] * add_special_tokens + list(text.encode())
+        first, *rest = (list(part.encode()) for part in text.split("</s>"))
+        return [BOS] * add_special_tokens + first + [i for part in rest for i in (BOS + 1, *part)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         text, held = "", bytearray()

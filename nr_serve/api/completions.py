@@ -27,9 +27,9 @@ class CompletionWriter:
         self._prompt = prompt
         self._index = index
         self._report = Reporter(tokenizer, body, prompt)
-        # As the text is: an echoed prompt that came as ids shows its special tokens.
-        special = bool(body.echo) and prompt.text is None
-        self._shown = Detokenizer(tokenizer, () if body.echo else prompt.ids, special_tokens=special)
+        # As the text is: an echoed prompt shows its special tokens, an answer does not.
+        self._echo = Detokenizer(tokenizer, (), special_tokens=True)
+        self._shown = Detokenizer(tokenizer, prompt.ids)
         self._offset = 0
         self._first = True
 
@@ -79,13 +79,21 @@ class CompletionWriter:
     def _logprobs(self, output: Output) -> LegacyLogprobs | None:
         if self._body.logprobs is None:
             return None
-        tokens: tuple[Token, ...] = output.tokens
-        if self._body.echo and output.prompt is not None:
-            tokens = (*output.prompt, *tokens)
-        return legacy_logprobs(tokens, self._body.logprobs, [self._begins(token) for token in tokens])
+        echoed: tuple[Token, ...] = output.prompt or () if self._body.echo else ()
+        offsets = [self._moves(self._echo_of(token)) for token in echoed]
+        offsets += [self._moves(self._shown.push(token.id)) for token in output.tokens]
+        return legacy_logprobs((*echoed, *output.tokens), self._body.logprobs, offsets)
 
-    def _begins(self, token: Token) -> int:
-        """Where in the text the next token begins; of one that is part of a character, where that begins."""
+    def _echo_of(self, token: Token) -> str:
+        """What the text echoes of a prompt's token: nothing of one that the tokenizer put before the text."""
+        text = self._echo.push(token.id)
+        written = self._prompt.text
+        if written is None or not self._tokenizer.is_special(token.id):
+            return text
+        return text if written.startswith(text, self._offset) else ""
+
+    def _moves(self, text: str) -> int:
+        """Where in the text the next token begins, which shows this; a part of a character begins where that does."""
         begins = self._offset
-        self._offset += len(self._shown.push(token.id))
+        self._offset += len(text)
         return begins

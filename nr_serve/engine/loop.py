@@ -223,12 +223,11 @@ class EngineLoop:
         message = LoadAdapter(*adapter_entry(entry))
         answer: Future[AdapterView] = Future()
         with naming(message.path):
-            adapter = self._read_file(message.path)
-        adapters.load(message, adapter, answer, time.perf_counter())
-        while adapters.busy:
-            adapters.copy_some()
-            core.step()  # measures it
-        view = answer.result()
+            adapters.load(message, self._read_file(message.path), answer, time.perf_counter())
+            while adapters.busy:
+                adapters.copy_some()
+                core.step()  # measures it
+            view = answer.result()
         if all(each.version != view.version for each in adapters.views()):  # found out since it was answered
             raise BadAdapterFile(f"{message.path}: on the probe texts it was not finite; the log says more")
         log.info("adapter %s: version %s, %s", view.name, view.version, view.state)

@@ -83,7 +83,7 @@ def test_logprobs_are_parallel_lists(server):
     }
 
 
-@pytest.mark.parametrize(("prompt", "special"), [("é", 0), ([256, 195, 169], 3)])
+@pytest.mark.parametrize(("prompt", "special"), [("é", 0), ([256, 195, 169], 3), ("</s>é", 4)])
 def test_offsets_are_places_in_the_text_where_characters_are_several_tokens(server, monkeypatch, prompt, special):
     monkeypatch.setattr(server.engine, "answer", lambda submit: list("aőb".encode()) * 9)
     asked = {"prompt": prompt, "logprobs": 1, "max_tokens": 4}

@@ -265,6 +265,15 @@ def test_adapters_of_the_settings_are_attached_before_it_is_ready(make, files):
     assert loop.answer(ask("r", None)) == (expected(made["a"], made["b"]), "length")
 
 
+def test_an_adapter_of_the_settings_that_no_slot_holds_is_named(make, files):
+    place, made = files
+    loop = make(adapter=[f"hu={place / 'a.safetensors'}"], slot_width=made["a"].h - 1)
+    loop.start()
+    loop._thread.join(PATIENCE)
+    assert loop.status == "failed"
+    assert loop.failure.startswith(f"{place / 'a.safetensors'}: its blocks are ")
+
+
 def test_an_adapter_is_measured_on_the_probe_texts_and_refused_above_the_limit(make, files, tmp_path):
     place, _ = files
     (tmp_path / "law.txt").write_text("The court found for the plaintiff.")

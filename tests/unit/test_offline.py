@@ -1,6 +1,8 @@
 """The server in this process: its answers are the naive loop's, and a refusal raises this project's errors."""
 
 import asyncio
+import gc
+import os
 import re
 import subprocess
 import sys
@@ -325,6 +327,31 @@ def test_the_package_is_imported_without_what_only_the_engine_needs():
 def test_a_process_ends_though_its_server_was_not_closed(place):
     program = f"from nr_serve import Server; Server(model={str(place / 'tiny')!r}, pages=64).complete('x')"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    held = f"from nr_serve import Server; s = Server(model={str(place / 'tiny')!r}, pages=64); exit(3)"
+    assert subprocess.run([sys.executable, "-c", held], check=False, timeout=300).returncode == 3
+
+
+def test_a_forked_process_is_told_that_the_server_stayed_behind(server):
+    child = os.fork()
+    if child == 0:
+        try:
+            server.complete("x", max_tokens=1)
+        except Unavailable:
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_server_is_closed_while_a_stream_stands(place, capfd):
+    server = Server(model=str(place / "tiny"), **SMALL)
+    stream = server.stream("A fájl", max_tokens=200, ignore_eos=True)
+    next(stream)
+    server.close()
+    with pytest.raises(Unavailable, match="closed"):
+        next(stream)
+    del stream
+    gc.collect()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_examples_of_the_page_run(place, tmp_path, monkeypatch, capsys):
