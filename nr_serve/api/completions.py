@@ -93,7 +93,7 @@ class CompletionWriter:
         return text if written.startswith(text, self._offset) else ""
 
     def _moves(self, text: str) -> int:
-        """Where in the text the next token begins, which shows this; a part of a character begins where that does."""
+        """Where a token begins that shows this text; a part of a character begins where the character does."""
         begins = self._offset
         self._offset += len(text)
         return begins
