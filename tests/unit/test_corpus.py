@@ -196,7 +196,9 @@ def hang(self, name):
     while True:
         signal.pause()
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
+# A background job starts with the first ignored, one under nohup with the second.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 packages.Packages.deb = hang
 sys.exit(main(sys.argv[1:]))
 """
