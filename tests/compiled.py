@@ -20,12 +20,23 @@ def operators_or_skip() -> CpuOperators:
     return made
 
 
+SHARING = {"one": (1, False), "two of torch": (2, False), "three of our own": (3, True)}
+"""By how many threads operators are computed, and whether these are our own."""
+
+
 @contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """So many threads compute meanwhile."""
+def computed_by(sharing: str) -> Iterator[None]:
+    """What this thread calls meanwhile is computed as `SHARING` says."""
+    count, own = SHARING[sharing]
+    operators = operators_or_skip() if own else cpu_operators()
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    if operators is not None:  # a model may have had its operators shared before
+        operators.share_among(count if own else 0)
+    if not own:
+        torch.set_num_threads(count)
     try:
         yield
     finally:
+        if operators is not None:
+            operators.share_among(0)
         torch.set_num_threads(before)

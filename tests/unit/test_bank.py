@@ -28,7 +28,7 @@ from tests.banks import (
     step,
     tokens,
 )
-from tests.compiled import torch_threads
+from tests.compiled import SHARING, computed_by
 
 NAN = float("nan")
 
@@ -278,7 +278,7 @@ def test_slots_beyond_a_group_of_the_operators_are_as_the_first(bank):
     torch.testing.assert_close(got_Td.double(), want_Td, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", SHARING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_long_step_is_as_its_tokens_one_by_one(bank, dtype, threads):
     """Blocks of many tokens are computed in other products than those of few; here are both."""
@@ -291,7 +291,7 @@ def test_a_long_step_is_as_its_tokens_one_by_one(bank, dtype, threads):
     for pieces in ([(0, 190, (0, 1, 3)), (2, 100, (0, 3)), (4, 1, (1,))], [(2, 300, (0, 1))]):
         T = sum(length for _, length, _ in pieces)
         x_LTd, y_LTd = torch.randn(2, LAYERS, T, D, generator=g).to(dtype)
-        with torch_threads(threads):
+        with computed_by(threads):
             got, fired_TS = step(on, pieces, x_LTd, y_LTd)
         before = naive.fired.clone()
         want, want_open_TS = naive.step(pieces, x_LTd, y_LTd, [0] * len(pieces))

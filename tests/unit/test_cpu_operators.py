@@ -1,6 +1,8 @@
 """The compiled operators against float64, one token and head at a time; and what happens where there are none."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from nr_serve.config import ServeConfig
 from nr_serve.engine.model import cpu_operators as module
 from nr_serve.engine.model.cpu_operators import CpuOperators, begin, cpu_operators
 from nr_serve.errors import UnsupportedBase
-from tests.compiled import operators_or_skip, torch_threads
+from tests.compiled import SHARING, computed_by, operators_or_skip
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 SIZES = (1, 7, 16, 48, 576, 1000)
@@ -108,7 +110,7 @@ def test_rotate_turns_queries_and_keys_and_fills_the_cells(operators, dtype, hea
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 2, 16), (9, 3, 64), (7, 1, 12), (32, 4, 128)])
 @pytest.mark.parametrize("window", [FAR, 5])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", SHARING)
 def test_attend_is_softmax_attention_over_each_own_context(
     operators, dtype, heads, key_heads, size, window, threads
 ):
@@ -119,7 +121,7 @@ def test_attend_is_softmax_attention_over_each_own_context(
     positions = torch.tensor(lengths) - 1
     seen = [cells[row, max(0, length - window) : length] for row, length in enumerate(lengths)]
     want = softmax_attention(query, keys, values, seen)
-    with torch_threads(threads):
+    with computed_by(threads):
         got = operators.attend(query, keys, values, cells, positions, 0.3, window)
     close(got, want, dtype)
     alone = operators.attend(query[3:4], keys, values, cells[3:4], positions[3:4], 0.3, window)
@@ -130,7 +132,7 @@ def test_attend_is_softmax_attention_over_each_own_context(
     ("heads", "key_heads", "size"), [(4, 2, 16), (9, 3, 64), (7, 1, 48), (32, 4, 128), (49, 1, 16)]
 )
 @pytest.mark.parametrize("window", [FAR, 60])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", SHARING)
 @pytest.mark.parametrize(("lengths", "count"), [([150], 150), ([131], 31), ([20, 9, 16], 3), ([2], 2)])
 def test_attend_prompts_is_causal_attention_over_each_own_context(
     operators, heads, key_heads, size, window, threads, lengths, count
@@ -144,11 +146,32 @@ def test_attend_prompts_is_causal_attention_over_each_own_context(
     places = enumerate(positions.flatten().tolist())
     seen = [cells[token // count, max(0, place + 1 - window) : place + 1] for token, place in places]
     want = softmax_attention(query, keys, values, seen)
-    with torch_threads(threads):
+    with computed_by(threads):
         got = operators.attend_prompts(query, keys, values, cells, positions, 0.3, window)
     close(got, want, torch.bfloat16)
     alone = operators.attend_prompts(query[-count:], keys, values, cells[-1:], positions[-1:], 0.3, window)
     assert torch.equal(alone, got[-count:]), "what shares the step must not matter"
+
+
+def test_threads_of_our_own_serve_several_callers_at_once(operators):
+    x, weight = torch.randn(400, 576), torch.randn(576)
+    want = operators.rms_norm(x, weight, 1e-5)
+    together = threading.Barrier(3)
+
+    def call():
+        operators.share_among(4)
+        together.wait()
+        return all(torch.equal(operators.rms_norm(x, weight, 1e-5), want) for _ in range(200))
+
+    with ThreadPoolExecutor(3) as callers:
+        assert all(called.result() for called in [callers.submit(call) for _ in range(3)])
+
+
+def test_who_shares_among_threads_of_our_own_leaves_the_other_threads_torch_alone(operators):
+    with computed_by("two of torch"), ThreadPoolExecutor(1) as caller:
+        caller.submit(operators.share_among, 2).result()
+        assert caller.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
 
 
 def test_a_wrong_shape_or_type_is_an_error_not_a_crash(operators):

@@ -1,6 +1,7 @@
 """Fused layers against the models they were made from."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ import torch
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model import fuse as fuse_module
+from nr_serve.engine.model import runner as runner_module
 from nr_serve.engine.model.fuse import CompiledLayer, FusedFFN, FusedLayer, fuse
 from nr_serve.engine.model.packed_linear import can_pack
 from nr_serve.engine.model.runner import Runner
 from tests import tiny
-from tests.compiled import operators_or_skip
+from tests.compiled import computed_by, operators_or_skip
 from tests.unit.test_exactness import engine, load
 
 FUSED = ["llama", "mistral", "qwen2", "qwen3"]
@@ -101,6 +103,19 @@ def test_a_layer_in_one_call_computes_what_its_operators_do_to_the_bit(operators
     monkeypatch.setattr(fuse_module, "compile_layers", lambda *_: None)
     assert got == answers(kind, FusedLayer, **changed)
     assert all(sum(gates.fired) for gates in got[1].values()), "or residues were not looked at"
+
+
+def test_a_model_in_such_calls_is_computed_by_threads_of_our_own_as_many_as_torchs(operators, monkeypatch):
+    if operators.layer is None:
+        pytest.skip("no products of our own here")
+    counts = []
+    watched = dataclasses.replace(operators, share_among=counts.append)
+    monkeypatch.setattr(runner_module, "cpu_operators", lambda: watched)
+    with computed_by("two of torch"):
+        Runner(tiny.model("llama").bfloat16(), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+        Runner(tiny.model("llama"), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+        Runner(tiny.model("gemma3_text").bfloat16(), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+    assert counts == [2], "of the others torch computes a part"
 
 
 @pytest.mark.parametrize(("kind", "changed"), [("llama", {"head_dim": 24}), ("llama", {"intermediate_size": 90})])

@@ -18,7 +18,7 @@ from nr_serve.engine.model.packed_linear import (
 )
 from nr_serve.engine.model.runner import Runner
 from tests import tiny
-from tests.compiled import operators_or_skip, torch_threads
+from tests.compiled import SHARING, computed_by, operators_or_skip
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -63,14 +63,14 @@ def multiply() -> Multiply:
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (16, 2), (32, 50), (112, 30)])
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", SHARING)
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_our_own_product_is_the_product(multiply, outputs, inputs, has_bias, threads, dtype):
     torch.manual_seed(outputs)
     weight = torch.randn(outputs, inputs).bfloat16()
     bias = torch.randn(outputs).bfloat16() if has_bias else None
     layer = PairedLinear(weight, bias, multiply, dtype)
-    with torch_threads(threads):
+    with computed_by(threads):
         for shape in ((1, 0), (1, 1), (1,), (2, 3), (8,), (1, 9), (1, 17), (100,)):
             x = torch.randn(*shape, inputs).bfloat16()
             want = x.double() @ weight.double().T + (0 if bias is None else bias.double())

@@ -47,6 +47,10 @@ class CpuOperators:
     """By such products; None where there are none."""
     layer: Callable[..., Any] | None
     """A decoder layer by such products, in one call; None where there are none."""
+    share_among: Callable[[int], None]
+    """What the calling thread calls is shared among so many threads of our own from now on; 0: torch's.
+
+    Torch's own operators get one thread there."""
 
     def prompts_by(
         self, dtype: torch.dtype, head_size: int
@@ -98,6 +102,7 @@ def cpu_operators() -> CpuOperators | None:
         ops.multiply.default if hasattr(ops, "multiply") else None,
         ops.attend_prompts.default if hasattr(ops, "attend_prompts") else None,
         torch.classes.nr_serve.Layer if hasattr(ops, "multiply") else None,
+        ops.share_among.default,
     )
 
 

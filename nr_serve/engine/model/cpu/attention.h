@@ -132,7 +132,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
     int64_t all = 0;
     for (int64_t b = 0; b < B; ++b) all += context(b) * K;
     // Contexts differ in length, so the threads share their tokens: each takes the heads that begin in its part.
-    at::parallel_for(0, all, grain(D), [&](int64_t from, int64_t to) {
+    share(all, grain(D), [&](int64_t from, int64_t to) {
       std::vector<float> room;
       for (int64_t b = 0, before = 0; b < B; ++b) {
         const int64_t n = context(b), first = position[b] + 1 - n;

@@ -68,30 +68,30 @@ constexpr int64_t FEW = 40;
 
 template <typename T>
 void Blocks::add_many(int64_t layer, const Fired& one, const Tensor& x, T* y) const {
-  const int64_t h = one.h, tokens = one.tokens.size(), d = out_.size(3);
-  const auto for_tokens = [&](int64_t size, auto&& f) {
-    at::parallel_for(0, tokens, grain(size), [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) f(i, one.tokens[i]);
-    });
-  };
-  const Tensor fired_x = x.new_empty({tokens, d}), hidden = x.new_empty({tokens, h});
-  for_tokens(d, [&](int64_t i, int64_t t) {
-    std::copy_n(x.const_data_ptr<T>() + t * d, d, fired_x.mutable_data_ptr<T>() + i * d);
-  });
-  const Tensor in_gate = fired_x.mm(up_[one.slot][layer].narrow(0, 0, 2 * h).t());
-  for_tokens(2 * h, [&](int64_t i, int64_t) {
-    const T* in = in_gate.const_data_ptr<T>() + i * 2 * h;
-    for_vectors(h, [&](int64_t j, int64_t count) {
-      const Vec gated = silu(load(in + h + j, count)) * load(in + j, count);
-      store(hidden.mutable_data_ptr<T>() + i * h + j, gated * Vec(one.g[i]), count);
-    });
-  });
-  const Tensor residues = hidden.mm(out_[one.slot][layer].narrow(0, 0, h));
-  for_tokens(d, [&](int64_t i, int64_t t) {
-    const T* residue = residues.const_data_ptr<T>() + i * d;
-    for_vectors(d, [&](int64_t j, int64_t count) {
-      store(y + t * d + j, load(y + t * d + j, count) + load(residue + j, count), count);
-    });
+  const int64_t h = one.h, d = out_.size(3);
+  const Tensor up = up_[one.slot][layer].narrow(0, 0, 2 * h).t(), out = out_[one.slot][layer].narrow(0, 0, h);
+  const T* from_x = x.const_data_ptr<T>();
+  share(one.tokens.size(), FEW, [&](int64_t from, int64_t to) {
+    const int64_t n = to - from;
+    const Tensor fired_x = x.new_empty({n, d}), hidden = x.new_empty({n, h});
+    for (int64_t i = 0; i < n; ++i)
+      std::copy_n(from_x + one.tokens[from + i] * d, d, fired_x.mutable_data_ptr<T>() + i * d);
+    const Tensor in_gate = fired_x.mm(up);
+    for (int64_t i = 0; i < n; ++i) {
+      const T* in = in_gate.const_data_ptr<T>() + i * 2 * h;
+      for_vectors(h, [&](int64_t j, int64_t count) {
+        const Vec gated = silu(load(in + h + j, count)) * load(in + j, count);
+        store(hidden.mutable_data_ptr<T>() + i * h + j, gated * Vec(one.g[from + i]), count);
+      });
+    }
+    const Tensor residues = hidden.mm(out);
+    for (int64_t i = 0; i < n; ++i) {
+      const T* residue = residues.const_data_ptr<T>() + i * d;
+      T* sum = y + one.tokens[from + i] * d;
+      for_vectors(d, [&](int64_t j, int64_t count) {
+        store(sum + j, load(sum + j, count) + load(residue + j, count), count);
+      });
+    }
   });
 }
 
@@ -103,14 +103,14 @@ void Blocks::add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) c
   };
   int64_t rows = 0;
   for (Fired& one : blocks) one.hidden.resize(one.tokens.size() * one.h), rows += one.h;
-  at::parallel_for(0, rows, grain(2 * d), [&](int64_t from, int64_t to) {  // the blocks' rows end to end
+  share(rows, grain(2 * d), [&](int64_t from, int64_t to) {  // the blocks' rows end to end
     for (Fired& one : blocks) {
       fill_hidden(one, x, block(up_, one.slot), d, std::max<int64_t>(from, 0), std::min(to, one.h));
       from -= one.h, to -= one.h;
     }
   });
   constexpr int64_t run = VECTORS_AT_ONCE * W;
-  at::parallel_for(0, (d + run - 1) / run, 1, [&](int64_t from, int64_t to) {
+  share((d + run - 1) / run, 1, [&](int64_t from, int64_t to) {
     for (const Fired& one : blocks)
       for_rows(one.tokens.size(), [&](auto tokens, int64_t f) {
         for_columns<VECTORS_OF<tokens()>>(from * run, std::min(d, to * run), [&](auto size, int64_t i) {

@@ -6,7 +6,6 @@
 
 #ifdef NR_SERVE_PRODUCTS
 
-#include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
 
 #include <optional>
@@ -71,10 +70,10 @@ class Layer : public torch::CustomClassHolder {
       first += positions[i].numel();
     }
     const Tensor attended = (outputs.size() == 1 ? outputs[0] : at::cat(outputs)).view({1, query.size(0), -1});
-    const Tensor behind = at::add(stream, out_(attended)), x = rms_norm(behind, ffn_norm_, eps_);
+    const Tensor behind = add(stream, out_(attended)), x = rms_norm(behind, ffn_norm_, eps_);
     const Tensor y = down_(silu_mul(gate_up_(x)));
     if (residues) (*residues)->add(index_, x, y);
-    return at::add(behind, y);
+    return add(behind, y);
   }
 
  private:

@@ -33,7 +33,7 @@ void fill_logits(const T* x, int64_t tokens, const float* w, const float* b, int
   // A thread's tokens meet eight gates after eight, which stay in the fastest cache. So little is done for each that a
   // second thread pays only for eight times the usual grain.
   const int64_t tiles = (tokens + LOGIT_TOKENS - 1) / LOGIT_TOKENS;
-  at::parallel_for(0, tiles, 8 * grain(LOGIT_TOKENS * n * d), [&](int64_t from, int64_t to) {
+  share(tiles, 8 * grain(LOGIT_TOKENS * n * d), [&](int64_t from, int64_t to) {
     for (int64_t s = 0; s < n; s += LOGIT_GATES) {
       const float* gates[LOGIT_GATES];
       for (int64_t k = 0; k < LOGIT_GATES; ++k) gates[k] = w + std::min(s + k, n - 1) * d;

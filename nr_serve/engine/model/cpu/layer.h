@@ -32,13 +32,30 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     using T = decltype(type);
     const T *in = x.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
     T* out = y.mutable_data_ptr<T>();
-    at::parallel_for(0, x.numel() / d, grain(d), [&](int64_t from, int64_t to) {
+    share(x.numel() / d, grain(d), [&](int64_t from, int64_t to) {
       for (int64_t row = from * d; row < to * d; row += d) {
         const Vec scale = norm_scale(in + row, d, static_cast<float>(eps));
         for_vectors(d, [&](int64_t i, int64_t count) {
           store(out + row + i, load(in + row + i, count) * scale * load(w + i, count), count);
         });
       }
+    });
+  });
+  return y;
+}
+
+// a + b of one type and shape.
+Tensor add(const Tensor& a, const Tensor& b) {
+  TORCH_CHECK(a.is_contiguous() && b.is_contiguous() && a.numel() == b.numel() && a.scalar_type() == b.scalar_type());
+  Tensor y = a.new_empty(a.sizes());
+  with_type(a, [&](auto type) {
+    using T = decltype(type);
+    const T *left = a.const_data_ptr<T>(), *right = b.const_data_ptr<T>();
+    T* out = y.mutable_data_ptr<T>();
+    share(a.numel(), grain(1), [&](int64_t from, int64_t to) {
+      for_vectors(to - from, [&](int64_t i, int64_t count) {
+        store(out + from + i, load(left + from + i, count) + load(right + from + i, count), count);
+      });
     });
   });
   return y;
@@ -55,7 +72,7 @@ Tensor silu_mul(const Tensor& gate_up) {
     using T = decltype(type);
     const T* in = gate_up.const_data_ptr<T>();
     T* out = y.mutable_data_ptr<T>();
-    at::parallel_for(0, y.numel() / h, grain(2 * h), [&](int64_t from, int64_t to) {
+    share(y.numel() / h, grain(2 * h), [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row)
         for_vectors(h, [&](int64_t i, int64_t count) {
           const Vec gate = load(in + 2 * row * h + i, count), up = load(in + (2 * row + 1) * h + i, count);
@@ -103,7 +120,7 @@ Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Ten
     const T *qn = q_norm ? q_norm->const_data_ptr<T>() : nullptr, *kn = k_norm ? k_norm->const_data_ptr<T>() : nullptr;
     T *q = query.mutable_data_ptr<T>(), *k = keys.mutable_data_ptr<T>(), *v = values.mutable_data_ptr<T>();
     const int64_t* cell = cells.const_data_ptr<int64_t>();
-    at::parallel_for(0, tokens, grain(heads * D), [&](int64_t from, int64_t to) {
+    share(tokens, grain(heads * D), [&](int64_t from, int64_t to) {
       for (int64_t t = from; t < to; ++t) {
         const T* x = in + t * heads * D;
         for (int64_t head = 0; head < H; ++head, x += D)

@@ -8,6 +8,7 @@
 #include "decoder.h"
 #include "operators.h"
 #include "residues.h"
+#include "threads.h"
 
 TORCH_LIBRARY(nr_serve, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
@@ -18,6 +19,7 @@ TORCH_LIBRARY(nr_serve, library) {
   library.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
       " -> Tensor");
+  library.def("share_among(int threads) -> ()", nr_serve::share_among);
   using at::Tensor;
   library.class_<nr_serve::Residues>("Residues")
       .def(torch::init<c10::Dict<std::string, Tensor>>())

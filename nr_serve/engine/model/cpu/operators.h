@@ -20,6 +20,7 @@ using at::Tensor;
 // layer.h
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
 Tensor silu_mul(const Tensor& gate_up);
+Tensor add(const Tensor& a, const Tensor& b);
 Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
               const Tensor& cells, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
               double eps);

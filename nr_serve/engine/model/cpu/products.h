@@ -80,7 +80,7 @@ Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tenso
   const BFloat16* b = bias ? bias->const_data_ptr<BFloat16>() : nullptr;
   with_type(y, [&](auto value) {
     auto* out = y.mutable_data_ptr<decltype(value)>();
-    at::parallel_for(0, (n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * k), [&](int64_t from, int64_t to) {
+    share((n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * k), [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const int64_t first = i * TILE_OUTPUTS;
         with_constant<TILE_VECTORS>((n - first) / W, [&](auto vectors) {

@@ -145,14 +145,14 @@ Tensor attend_prompts(const Tensor& query, const Tensor& keys, const Tensor& val
     return Context{k + head * D, v + head * D, K * D, D, cell + b * N, tokens, padded, own, own + packed};
   };
   const int64_t blocks = (padded + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
-  at::parallel_for(0, B * K * blocks, 1, [&](int64_t from, int64_t to) {
+  share(B * K * blocks, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const Context own = context(i / blocks / K, i / blocks % K);
       own.pack_keys(i % blocks * TILE_OUTPUTS), own.pack_values(i % blocks * TILE_OUTPUTS);
     }
   });
   const int64_t count = std::max<int64_t>(1, ROWS_OF_LOGITS / G), tiles = (n + count - 1) / count, all = B * K * tiles;
-  at::parallel_for(0, all, 1, [&](int64_t from, int64_t to) {
+  share(all, 1, [&](int64_t from, int64_t to) {
     PromptTile tile(count * G, padded, D);
     for (int64_t i = from; i < to; ++i) {
       // The last tokens see most: from both ends in turn, so that each thread has its share of them.

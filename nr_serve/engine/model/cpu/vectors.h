@@ -10,7 +10,6 @@
 #define CPU_CAPABILITY_AVX2
 #endif
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -18,6 +17,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+
+#include "threads.h"
 
 namespace nr_serve {
 
