@@ -110,6 +110,8 @@ class Server:
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""
+        if self._is_behind():
+            self._open = None
         if self._open is not None:
             for events in list(self._standing):
                 self._run(events.aclose)
@@ -206,14 +208,14 @@ class Server:
         finally:
             if events in self._standing:
                 self._standing.discard(events)
-                if self._open is not None:
+                if self._open is not None and not self._is_behind():
                     self._run(events.aclose)
 
     def _run(self, ask: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run on the server's event loop, and wait for what comes of it."""
         if self._open is None:
             raise Unavailable("the server is closed")
-        if os.getpid() != self._process:
+        if self._is_behind():
             raise Unavailable("the server lives in the process that this one was forked from; begin one here")
         future = self._portal.start_task_soon(ask, *args)
         try:
@@ -221,6 +223,10 @@ class Server:
         except BaseException:  # an interrupted cell drops its request
             future.cancel()
             raise
+
+    def _is_behind(self) -> bool:
+        """Whether its threads stayed in the process from which this one was forked."""
+        return os.getpid() != self._process
 
     def _json(self, ask: Callable[..., Awaitable[httpx.Response]], *args: Any) -> Any:
         response = self._run(ask, *args)

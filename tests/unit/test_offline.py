@@ -331,15 +331,21 @@ def test_a_process_ends_though_its_server_was_not_closed(place):
     assert subprocess.run([sys.executable, "-c", held], check=False, timeout=300).returncode == 3
 
 
-def test_a_forked_process_is_told_that_the_server_stayed_behind(server):
+def test_a_forked_process_is_told_that_the_server_stayed_behind_and_may_close_it(server):
+    stream = server.stream("x", max_tokens=200, ignore_eos=True)
+    next(stream)
     child = os.fork()
     if child == 0:
         try:
             server.complete("x", max_tokens=1)
         except Unavailable:
+            stream.close()
+            server.close()
             os._exit(7)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert next(stream)
+    stream.close()
 
 
 def test_a_server_is_closed_while_a_stream_stands(place, capfd):
