@@ -74,13 +74,14 @@ def test_the_setting_says_whether_steps_use_them(operators, compiled):
     assert any(isinstance(module, FusedLayer) for module in runner.model.modules()) is compiled
 
 
-def answers(kind, layer_class, **changed):
+def answers(kind, layer_class, threads=1, **changed):
     """Answers in bfloat16, with log probabilities and gates, to prompts of all lengths beside two adapters."""
     base = tiny.model(kind, **changed).bfloat16()
     core, adapters = engine(base, pages=60, budget=24, running=4)
     assert all(type(layer) is layer_class for layer in base.model.layers)
     for seed in (0, 1):
-        load(adapters, f"a{seed}", tiny.adapter(tiny.model(kind), seed=seed, carry=0.5))
+        load(adapters, f"a{seed}", tiny.adapter(tiny.model(kind, **changed), seed=seed, carry=0.5))
+    operators_or_skip().share_among(threads)
     for i, length in enumerate((40, 1, 9, 3, 25)):
         sampling = Sampling(max_tokens=12, temperature=0, logprobs=3, ignore_eos=True)
         prompt = tuple((7 * i + 3 * place) % 290 for place in range(length))
@@ -105,17 +106,31 @@ def test_a_layer_in_one_call_computes_what_its_operators_do_to_the_bit(operators
     assert all(sum(gates.fired) for gates in got[1].values()), "or residues were not looked at"
 
 
+def test_threads_of_our_own_change_no_bit(operators):
+    if operators.layer is None:
+        pytest.skip("no products of our own here")
+    wide = {"intermediate_size": 2048}  # so wide that three threads share a product
+    with computed_by("three of our own"):
+        assert answers("llama", CompiledLayer, 3, **wide) == answers("llama", CompiledLayer, 1, **wide)
+
+
 def test_a_model_in_such_calls_is_computed_by_threads_of_our_own_as_many_as_torchs(operators, monkeypatch):
     if operators.layer is None:
         pytest.skip("no products of our own here")
     counts = []
     watched = dataclasses.replace(operators, share_among=counts.append)
     monkeypatch.setattr(runner_module, "cpu_operators", lambda: watched)
+    ours = {"vocab_size": 304}
     with computed_by("two of torch"):
-        Runner(tiny.model("llama").bfloat16(), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
-        Runner(tiny.model("llama"), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
-        Runner(tiny.model("gemma3_text").bfloat16(), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
-    assert counts == [2], "of the others torch computes a part"
+        for model in (
+            tiny.model("llama", **ours).bfloat16(),
+            tiny.model("llama").bfloat16(),
+            tiny.model("llama", **ours),
+            tiny.model("gemma3_text", **ours).bfloat16(),
+        ):
+            Runner(model, tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+            counts.append("made")
+    assert counts == [2, "made", "made", "made", "made"], "of the others torch computes a part"
 
 
 @pytest.mark.parametrize(("kind", "changed"), [("llama", {"head_dim": 24}), ("llama", {"intermediate_size": 90})])

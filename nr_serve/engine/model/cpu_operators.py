@@ -50,7 +50,7 @@ class CpuOperators:
     share_among: Callable[[int], None]
     """What the calling thread calls is shared among so many threads of our own from now on; 0: torch's.
 
-    Torch's own operators get one thread there."""
+    While they are not 0, torch's own operators get one thread there."""
 
     def prompts_by(
         self, dtype: torch.dtype, head_size: int

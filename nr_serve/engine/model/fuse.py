@@ -150,7 +150,8 @@ class CompiledLayer(_Layer):
 def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> None:
     """Replace, in place, the fused layers whose products are packed and all our own; residues come from `bank`.
 
-    If these are all layers, the calling thread, which is to run the model, shares its work with threads of our own.
+    If all products are our own then, the calling thread, which is to run the model, shares its work with threads of
+    our own.
     """
     if operators.layer is None:
         return
@@ -161,7 +162,9 @@ def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> 
         prompts = operators.prompts_by(layer.attention_norm.dtype, layer.head_size)
         if prompts is not None and all(isinstance(product, PairedLinear) for product in _products(layer).values()):
             layers[i] = CompiledLayer(layer, operators.layer, bank)
-    if all(isinstance(layer, CompiledLayer) for layer in layers):
+    if isinstance(getattr(model, "lm_head", None), PairedLinear) and all(
+        isinstance(layer, CompiledLayer) for layer in layers
+    ):
         operators.share_among(torch.get_num_threads())
 
 

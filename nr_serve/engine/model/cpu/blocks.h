@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <c10/core/InferenceMode.h>
+
 #include <bit>
 
 #include "operators.h"
@@ -72,6 +74,7 @@ void Blocks::add_many(int64_t layer, const Fired& one, const Tensor& x, T* y) co
   const Tensor up = up_[one.slot][layer].narrow(0, 0, 2 * h).t(), out = out_[one.slot][layer].narrow(0, 0, h);
   const T* from_x = x.const_data_ptr<T>();
   share(one.tokens.size(), FEW, [&](int64_t from, int64_t to) {
+    const c10::InferenceMode guard;  // a thread of our own knows nothing of its caller's
     const int64_t n = to - from;
     const Tensor fired_x = x.new_empty({n, d}), hidden = x.new_empty({n, h});
     for (int64_t i = 0; i < n; ++i)

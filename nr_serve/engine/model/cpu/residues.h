@@ -69,7 +69,7 @@ class Residues : public torch::CustomClassHolder {
   // Adds a layer's residues to y [..., d], of the tokens whose gate fired in a slot that is selected.
   void add(int64_t layer, const Tensor& x, const Tensor& y) {
     TORCH_CHECK(0 <= layer && layer < layers_ && x.is_contiguous() && y.is_contiguous() && x.sizes() == y.sizes());
-    TORCH_CHECK(x.numel() == tokens_ * d_ && x.scalar_type() == blocks_.type() && y.scalar_type() == x.scalar_type());
+    TORCH_CHECK(tokens_ > 0 && x.numel() == tokens_ * d_ && x.scalar_type() == blocks_.type() && y.scalar_type() == x.scalar_type());
     with_type(x, [&](auto type) {
       using T = decltype(type);
       fill_logits(x.const_data_ptr<T>(), tokens_, gate_.const_data_ptr<float>() + layer * slots_ * d_,

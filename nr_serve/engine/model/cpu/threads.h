@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -20,22 +21,25 @@ namespace nr_serve {
 // See `share_among`.
 inline thread_local int64_t own_threads = 0;
 
-// Torch's own operators use a single thread when called from this one.
+// Torch's own operators use a single thread when called from this one, but for MKL's products, of which a step has none.
 inline void keep_torch_to_one() {
   at::get_num_threads();  // asked for the first time in a thread, it sets it
   omp_set_num_threads(1);
 }
 
 inline void pause_briefly() {
-#ifdef __x86_64__
+#if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
 }
 
 // Threads of our own, which help whoever calls while they have a core.
 //
 // Torch's are all waited for at the end of an operator: one that lost its core, to another thread of this process or of
-// the machine, holds up the step. Here one that is not there when a job begins is not missed: others take its parts.
+// the machine, holds up the step. Here one that is not there when a job begins is not missed: others take its parts. One
+// that has begun a part is waited for.
 class Helpers {
  public:
   using Part = c10::function_ref<void(int64_t)>;
@@ -59,8 +63,8 @@ class Helpers {
     }
     part_ = &part, parts_ = parts, error_ = nullptr;
     done_.store(0, std::memory_order_relaxed);
-    left_.store(++jobs_ << 32 | static_cast<uint64_t>(parts), std::memory_order_seq_cst);
-    left_.notify_all();
+    left_.store(static_cast<int32_t>(parts), std::memory_order_seq_cst);
+    for (int64_t i = 1; i < parts; ++i) left_.notify_one();
     while (take()) {
     }
     for (int i = 0; done_.load(std::memory_order_acquire) < parts; ++i) {
@@ -78,17 +82,15 @@ class Helpers {
   // So many times a helper looks for work before it sleeps: for longer than Python takes between two layers.
   static constexpr int LOOKS = 20000;
 
-  static int64_t parts_of(uint64_t left) { return static_cast<uint32_t>(left); }
-
   // Does a part of the job at hand; false if all are taken.
   bool take() {
-    uint64_t left = left_.load(std::memory_order_acquire);
+    int32_t left = left_.load(std::memory_order_acquire);
     do {
-      if (parts_of(left) == 0) return false;
+      if (left == 0) return false;
     } while (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_acquire));
     // The job stays until all its parts are done, of which this is one.
     try {
-      (*part_)(parts_ - parts_of(left));
+      (*part_)(parts_ - left);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex_);
       error_ = std::current_exception();
@@ -106,19 +108,17 @@ class Helpers {
         else
           pause_briefly();
       }
-      const uint64_t left = left_.load(std::memory_order_seq_cst);
-      if (parts_of(left) == 0) left_.wait(left, std::memory_order_seq_cst);
+      left_.wait(0, std::memory_order_seq_cst);
     }
   }
 
   std::mutex mutex_;
   int64_t started_ = 0;
   std::atomic_flag busy_;
-  uint64_t jobs_ = 0;
   const Part* part_ = nullptr;
   int64_t parts_ = 0;
   std::exception_ptr error_;
-  alignas(64) std::atomic<uint64_t> left_{0};  // which job, and how many of its parts nobody has taken
+  alignas(64) std::atomic<int32_t> left_{0};  // parts that nobody has taken; a job without any may have ended
   alignas(64) std::atomic<int64_t> done_{0};
 };
 
@@ -138,7 +138,7 @@ inline void share_among(int64_t threads) {
   TORCH_CHECK(threads >= 0);
   Helpers::all().start(threads - 1);
   own_threads = threads;
-  keep_torch_to_one();
+  if (threads > 0) keep_torch_to_one();
 }
 
 }  // namespace nr_serve
