@@ -40,8 +40,8 @@ from nr_serve.evaluate.plots import panels
 from nr_serve.evaluate.tables import Rows, markdown
 from nr_serve.logs import say
 from nr_serve.train.attach import Attached, window_inputs
-from nr_serve.train.base import load_base
 from nr_serve.train.blocks import AdapterModule
+from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gates import Fitter
 from nr_serve.train.recipe import Blocks, Gate
 from nr_serve.train.solvers import SOLVERS

@@ -26,8 +26,8 @@ from provenance import provenance
 
 from nr_serve.evaluate.tables import markdown
 from nr_serve.logs import say
-from nr_serve.train.base import load_base
 from nr_serve.train.batches import Batches
+from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.learner import Batch, Learner
 from nr_serve.train.methods import make_learner

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from nr_serve.commands.base import Command, check_flags
+from nr_serve.commands.command import Command, check_flags
 from nr_serve.commands.table import table
 from nr_serve.errors import BadRequest
 

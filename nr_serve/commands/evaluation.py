@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from nr_serve.commands.base import Command, check_flags, spelled
+from nr_serve.commands.command import Command, check_flags, spelled
 from nr_serve.commands.table import table
 from nr_serve.errors import BadRequest
 

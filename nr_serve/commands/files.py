@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from nr_serve.commands.base import Command
+from nr_serve.commands.command import Command
 
 if TYPE_CHECKING:
     from nr_serve.neutral.format import Adapter

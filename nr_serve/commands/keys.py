@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from nr_serve import keys
-from nr_serve.commands.base import Command
+from nr_serve.commands.command import Command
 
 
 class MakeKey(Command):

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from nr_serve.api.responses import Adapter
-from nr_serve.commands.base import Remote
+from nr_serve.commands.command import Remote
 from nr_serve.commands.table import table
 from nr_serve.errors import Conflict
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from nr_serve.commands.base import Command
+from nr_serve.commands.command import Command
 from nr_serve.commands.table import table
 from nr_serve.errors import BadRequest
 

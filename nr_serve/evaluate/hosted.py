@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nr_serve.neutral.format import Adapter
 from nr_serve.train.attach import Attached
-from nr_serve.train.base import FrozenBase, best_device, load_base, read_adapters
 from nr_serve.train.blocks import AdapterModule
+from nr_serve.train.frozen_base import FrozenBase, best_device, load_base, read_adapters
 
 
 class Hosted:

@@ -19,9 +19,9 @@ from nr_serve.disk import cache_folder
 from nr_serve.evaluate.hosted import Hosted
 from nr_serve.logs import say
 from nr_serve.train.attach import Attached
-from nr_serve.train.base import FrozenBase
 from nr_serve.train.digest import digest
 from nr_serve.train.file_cache import FileCache
+from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.measure import SourceResult, measure
 from nr_serve.train.text.pack import Windows
 

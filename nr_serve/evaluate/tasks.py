@@ -29,7 +29,7 @@ from nr_serve.evaluate.difference import mean_and_error, percent
 from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.readings import beside, once
 from nr_serve.train.attach import Attached
-from nr_serve.train.base import FrozenBase
+from nr_serve.train.frozen_base import FrozenBase
 
 BATCH_ROWS = 8
 

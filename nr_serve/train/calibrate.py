@@ -17,8 +17,8 @@ from nr_serve.logs import say
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block, naming, read_info, write_adapter
 from nr_serve.train import text
 from nr_serve.train.attach import Attached
-from nr_serve.train.base import FrozenBase, best_device, load_base, read_adapters
 from nr_serve.train.blocks import AdapterModule, BlockModule
+from nr_serve.train.frozen_base import FrozenBase, best_device, load_base, read_adapters
 from nr_serve.train.gates import refit_gates
 from nr_serve.train.recipe import Gate, Recipe
 from nr_serve.train.recipe_file import parse_recipe

@@ -14,8 +14,8 @@ from nr_serve.errors import BadRequest
 from nr_serve.neutral import host
 from nr_serve.neutral.format import AdapterInfo, ServedGate, write_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train.base import FrozenBase
 from nr_serve.train.blocks import AdapterModule
+from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.learner import Learner
 from nr_serve.train.methods import save_lora
 from nr_serve.train.recipe import Recipe

@@ -13,9 +13,9 @@ from safetensors.torch import load, save
 from nr_serve.disk import cache_folder
 from nr_serve.logs import say
 from nr_serve.train.attach import Attached
-from nr_serve.train.base import FrozenBase
 from nr_serve.train.digest import digest
 from nr_serve.train.file_cache import FileCache
+from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.gates import FittedGates, LayerFit, fit_gates, gate_classes
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.text.mix import Classes

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from nr_serve.train.base import FrozenBase
 from nr_serve.train.blocks import VARIANCE, AdapterModule, is_gate
+from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.learner import Learner
 from nr_serve.train.recipe import Recipe
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nr_serve.errors import Conflict
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train.base import FrozenBase, best_device, load_base
+from nr_serve.train.frozen_base import FrozenBase, best_device, load_base
 from nr_serve.train.learner import Learner
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Recipe

@@ -20,8 +20,8 @@ from transformers import TrainingArguments
 from nr_serve.errors import Conflict
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import processes
-from nr_serve.train.base import load_base
 from nr_serve.train.export import write_result
+from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gate_cache import fit_once
 from nr_serve.train.gates import FittedGates, refit_gates
 from nr_serve.train.log import Log

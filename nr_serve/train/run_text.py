@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nr_serve.train import processes, text
-from nr_serve.train.base import load_hf_tokenizer
 from nr_serve.train.batches import Batches
+from nr_serve.train.frozen_base import load_hf_tokenizer
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.pack import Windows

@@ -29,9 +29,9 @@ from nr_serve.disk import is_write_fault
 from nr_serve.errors import NrError
 from nr_serve.logs import bar_interval
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train.base import best_device
 from nr_serve.train.batches import Batches
 from nr_serve.train.blocks import is_out
+from nr_serve.train.frozen_base import best_device
 from nr_serve.train.learner import Learner, Sums
 from nr_serve.train.recipe import Run
 

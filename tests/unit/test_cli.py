@@ -17,7 +17,7 @@ from nr_serve.config import ServeConfig
 from nr_serve.errors import BadRequest, NrError
 from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
 from nr_serve.serve import bind
-from nr_serve.train.base import load_base
+from nr_serve.train.frozen_base import load_base
 from tests import tiny
 from tests.fakes import serving
 from tests.tiny_run import RECIPE

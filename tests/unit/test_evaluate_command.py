@@ -183,7 +183,7 @@ def test_a_place_that_takes_no_file_is_refused_before_anything_is_measured(place
 
 
 def test_a_package_that_is_not_there_is_named_before_anything_is_measured(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nr_serve.commands.base.find_spec", lambda name: None)
+    monkeypatch.setattr("nr_serve.commands.command.find_spec", lambda name: None)
     assert run(place, "--tasks", place / "task.jsonl") == 1
     assert "--tasks needs lm_eval, of the extra `train`" in capsys.readouterr().err
     assert run(place, "--plots", tmp_path) == 1

@@ -19,7 +19,7 @@ from nr_serve.evaluate.roles import Role, assign_roles
 from nr_serve.evaluate.tables import interference_page, interference_rows
 from nr_serve.neutral import math
 from nr_serve.neutral.format import Adapter, write_adapter
-from nr_serve.train.base import FrozenBase
+from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.measure import SourceResult
 from nr_serve.train.text.pack import Windows
 from tests import tiny

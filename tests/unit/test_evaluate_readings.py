@@ -11,7 +11,7 @@ from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.interference import interference
 from nr_serve.evaluate.tasks import Example, score_tasks
 from nr_serve.neutral.format import Adapter
-from nr_serve.train.base import FrozenBase
+from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.measure import measure
 from nr_serve.train.text.pack import Windows
 from tests import tiny

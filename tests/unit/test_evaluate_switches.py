@@ -14,7 +14,7 @@ from nr_serve.evaluate.switches import Steady, SwitchReport, SwitchText, steady_
 from nr_serve.evaluate.tables import switch_rows
 from nr_serve.neutral import math
 from nr_serve.neutral.format import Adapter
-from nr_serve.train.base import FrozenBase
+from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.text.pack import Windows
 from tests import tiny
 

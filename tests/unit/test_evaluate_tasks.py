@@ -12,7 +12,7 @@ from nr_serve.evaluate import tasks as module
 from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.tables import task_rows
 from nr_serve.evaluate.tasks import answer, read_tasks, score_tasks
-from nr_serve.train.base import FrozenBase
+from nr_serve.train.frozen_base import FrozenBase
 from tests import tiny
 
 ROWS = [

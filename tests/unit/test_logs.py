@@ -10,7 +10,7 @@ from datetime import datetime
 import pytest
 
 from nr_serve.logs import JsonFormatter, TextFormatter, configure_logging, fields_of, quiet_progress_bars
-from nr_serve.train.base import load_base
+from nr_serve.train.frozen_base import load_base
 from tests.unit.servers import process
 from tests.waiting import PATIENCE
 

@@ -14,8 +14,8 @@ import torch
 
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import Attached
-from nr_serve.train.base import load_base
 from nr_serve.train.blocks import AdapterModule
+from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gates import fit_gates
 from nr_serve.train.measure import measure
 from nr_serve.train.recipe import BadRecipe, Gate

@@ -13,8 +13,8 @@ from nr_serve.evaluate.heldout import attach_all
 from nr_serve.evaluate.hosted import load
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import text
-from nr_serve.train.base import load_base
 from nr_serve.train.calibrate import calibrate
+from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gates import Fitter
 from nr_serve.train.run import train
 from tests.tiny_run import write_recipe

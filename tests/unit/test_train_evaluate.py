@@ -16,9 +16,9 @@ from nr_serve.evaluate.card import card
 from nr_serve.evaluate.heldout import Report, attach_all
 from nr_serve.evaluate.hosted import Hosted, load
 from nr_serve.neutral.format import read_adapter, write_adapter
-from nr_serve.train.base import FrozenBase, best_device, load_base
 from nr_serve.train.calibrate import calibrate
 from nr_serve.train.export import export_run
+from nr_serve.train.frozen_base import FrozenBase, best_device, load_base
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.restore import load_run
 from nr_serve.train.run import train

@@ -14,9 +14,9 @@ from nr_serve.errors import BadRequest, Conflict
 from nr_serve.evaluate.compare import compare_runs, page, write_comparison
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
-from nr_serve.train.base import load_base
 from nr_serve.train.batches import Batches
 from nr_serve.train.export import export_run
+from nr_serve.train.frozen_base import load_base
 from nr_serve.train.methods import block_parameters, lora_rank, make_learner
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.recipe_file import parse_changes

@@ -16,8 +16,8 @@ from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import export, gate_cache, log, losses, trainer
 from nr_serve.train import run as training
-from nr_serve.train.base import load_base
 from nr_serve.train.export import export_run
+from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gates import fit_gates, gate_classes
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Run

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nr_serve.train.base import load_base
 from nr_serve.train.batches import Batches
+from nr_serve.train.frozen_base import load_base
 from nr_serve.train.learner import Learner, Whole
 from nr_serve.train.losses import next_token_labels
 from nr_serve.train.methods import make_learner
