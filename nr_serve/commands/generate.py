@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,12 +49,15 @@ def generate(command: Generate) -> int:
     with ExitStack() as stack:
         lines = stack.enter_context(_requests(command.requests))
         answers, answered = stack.enter_context(_answers(command))
-        portal = stack.enter_context(start_blocking_portal(name="nr-generate"))
-        http = stack.enter_context(portal.wrap_async_context_manager(local_http(config)))
         bar = stack.enter_context(tqdm(total=_count(command.requests), unit="request", mininterval=bar_interval()))
-        run = _Run(portal, http, answers, bar)
-        # As many again as the engine runs at once: it finds the next ones tokenised.
-        run.answer(lines, answered, at_once=2 * config.max_running)
+        run = _Run(answers, bar)
+        unanswered = run.unanswered(lines, answered)
+        first = next(unanswered, None)
+        if first is not None:  # else no base is loaded
+            portal = stack.enter_context(start_blocking_portal(name="nr-generate"))
+            http = stack.enter_context(portal.wrap_async_context_manager(local_http(config)))
+            # As many again as the engine runs at once: it finds the next ones tokenised.
+            run.answer(chain([first], unanswered), portal, http, at_once=2 * config.max_running)
     print(f"generate: {run.ok} answered, {run.failed} failed, {run.skipped} answered before", file=sys.stderr)
     return 1 if run.failed else 0
 
@@ -61,29 +65,34 @@ def generate(command: Generate) -> int:
 class _Run:
     """Answers requests beside each other. Owns the file of answers, and counts."""
 
-    def __init__(self, portal: BlockingPortal, http: httpx.AsyncClient, answers: BinaryIO, bar: Any) -> None:
+    def __init__(self, answers: BinaryIO, bar: Any) -> None:
         self.ok = self.failed = self.skipped = 0
-        self._portal = portal
-        self._http = http
         self._answers = answers
         self._bar = bar
         self._writing = threading.Lock()
 
-    def answer(self, lines: Iterable[bytes], answered: set[str], *, at_once: int) -> None:
-        """Answer every line whose custom_id is not in `answered`.
+    def unanswered(self, lines: Iterable[bytes], answered: set[str]) -> Iterator[BatchRequest]:
+        """The requests whose custom_id is not in `answered`. Raises NrError if an error cannot be written."""
+        for request in self._requests(lines):
+            if request.custom_id in answered:
+                self.skipped += 1
+                self._bar.update()
+            else:
+                yield request
+
+    def answer(
+        self, requests: Iterable[BatchRequest], portal: BlockingPortal, http: httpx.AsyncClient, *, at_once: int
+    ) -> None:
+        """Answer all `requests`, `at_once` of them beside each other.
 
         Raises Unavailable if the engine fails, and NrError if an answer cannot be written.
         """
         free = threading.BoundedSemaphore(at_once)
         running: list[Future[None]] = []
-        for request in self._requests(lines):
-            if request.custom_id in answered:
-                self.skipped += 1
-                self._bar.update()
-                continue
+        for request in requests:
             free.acquire()
             running = [future for future in running if not _over(future)]
-            running.append(self._portal.start_task_soon(self._answer, request))
+            running.append(portal.start_task_soon(self._answer, http, request))
             running[-1].add_done_callback(lambda _: free.release())
         for future in running:
             future.result()
@@ -105,19 +114,19 @@ class _Run:
                 seen.add(request.custom_id)
                 yield request
 
-    async def _answer(self, request: BatchRequest) -> None:
-        status, body = await self._ask(request)
+    async def _answer(self, http: httpx.AsyncClient, request: BatchRequest) -> None:
+        status, body = await self._ask(http, request)
         if status == Unavailable.status:  # it would be for all that follow: they are left for the next run
             raise Unavailable(body["error"]["message"])
         self._write(answer_line(request.custom_id, status, body), ok=status == 200)
 
-    async def _ask(self, request: BatchRequest) -> tuple[int, Any]:
+    async def _ask(self, http: httpx.AsyncClient, request: BatchRequest) -> tuple[int, Any]:
         from nr_serve.api.errors import error_body
 
         try:
             if request.body.get("stream") is True:
                 raise BadRequest("`stream` is not supported in a file of requests", param="stream")
-            response = await post(self._http, request.url, request.body)
+            response = await post(http, request.url, request.body)
         except BadRequest as error:
             return error.status, error_body(error)
         return response.status_code, response.json()

@@ -182,6 +182,14 @@ def test_a_second_run_keeps_what_is_answered_and_does_the_rest(tmp_path, flags):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_run_with_nothing_left_loads_no_base(tmp_path, flags):
+    asks = [line("r0", prompt="x")]
+    _, answers = run(tmp_path, asks, flags)
+    code, again = run(tmp_path, asks, ["--model", str(tmp_path / "nowhere")])
+    assert code == 0
+    assert again == answers
+
+
 def test_a_killed_run_loses_no_answer_that_was_written(tmp_path, flags):
     asks = [line(f"r{i}", prompt="x", temperature=1, max_tokens=8) for i in range(12)]
     out = tmp_path / "out.jsonl"
