@@ -51,7 +51,9 @@ class Checkpoint:
     text_digest: str
     """`Classes.digest` of the text it trained on."""
     results: dict[str, dict[str, float]]
-    """The measurements on held-out text so far."""
+    """The newest measurements on held-out text."""
+    measured_step: int | None = None
+    """Gradient steps taken when they were made; None if unknown."""
     best_step: int | None = None
     """Step of the least loss so far on the target's held-out text; None if the run does not watch it."""
     stopped: bool = False

@@ -37,7 +37,8 @@ def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path
             raise BadRequest("blocks without gates have no threshold", param="threshold")
         recipe = recipe.with_gate(threshold=threshold)
     results: dict[str, Any] = {"tokens": saved.step * recipe.run.batch_tokens}
-    if recipe.threshold == learner.adapter.threshold and not saved.is_refitted:  # else it was measured with others
+    other_gates = saved.is_refitted or recipe.threshold != learner.adapter.threshold
+    if saved.measured_step == saved.step and not other_gates:
         results["heldout"] = saved.results
     return _write_blocks(path, recipe, gate, base, learner.adapter, results)
 

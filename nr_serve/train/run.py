@@ -90,8 +90,8 @@ class TrainingRun:
         self.learner = make_learner(recipe, self.base).to(self.base.device)
         self.results: dict[str, Any] = saved.results if saved else {}
         self.log = Log(out / checkpoints.LOG) if processes.is_first() else None
-        self._measured: int | None = None
-        """The step at which the weights as they are now were measured, if they were."""
+        self._measured = saved.measured_step if saved else None
+        """The step at which `results` were measured; None if the weights have changed since without a step."""
 
     def train(self) -> Path:
         """Take the steps that are left; returns the adapter file or the folder of the trained model."""
@@ -139,7 +139,7 @@ class TrainingRun:
         assert kept is not None  # the loop leaves one after its last step
         if kept.folder != checkpoints.latest(self.out):
             load_weights(self.learner, kept.weights())
-            self.results, self._measured = kept.results, kept.step
+            self.results, self._measured = kept.results, kept.measured_step
         return kept
 
     def _fit_gates(self) -> None:
@@ -198,6 +198,7 @@ class TrainingRun:
             base_fingerprint=self.base.fingerprint,
             text_digest=self.digest,
             results=self.results,
+            measured_step=self._measured,
         )
 
     def _log(self, entry: Mapping[str, Any]) -> None:

@@ -113,6 +113,17 @@ def test_an_export_at_another_threshold_leaves_out_what_was_measured_at_the_old(
         export_run(tmp_path, tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_an_export_of_a_step_that_was_not_measured_has_no_measurements(base, corpus, tmp_path, measured):
+    every = 256 if measured else 512
+    recipe = write_recipe(tmp_path, base, tokens=512, gate__refit=False, run__validate_every=every)
+    train(recipe, tmp_path / "run", corpus)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")  # what is left is as if it were stopped in its middle
+    exported = read_adapter(export_run(tmp_path / "run", tmp_path / "x.safetensors")).info.results
+    assert exported["tokens"] == 256
+    assert ("heldout" in exported) == measured
+
+
 def test_a_run_trains_with_its_threshold_and_its_file_has_it(base, corpus, tmp_path):
     made = [
         read_adapter(
