@@ -45,15 +45,13 @@ class TrainingStopped(NrError):
 
 
 def learning_rate(run: Run, step: int) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, then the recipe's schedule."""
-    tokens = (step + 1) * run.batch_tokens
-    if tokens < run.warmup_tokens:
-        return run.lr * tokens / run.warmup_tokens
-    if tokens <= run.decay_start:
-        return run.lr
-    left = (run.tokens - tokens) / max(1, run.tokens - run.decay_start)
-    left = min(1.0, max(0.0, left))
-    return run.lr * (0.5 - 0.5 * math.cos(math.pi * left) if run.schedule == "cosine" else left)
+    """Learning rate of step 0, 1, ...: linear warm-up, then the recipe's schedule; no step is taken at a rate of 0."""
+    seen, total = step * run.batch_tokens, run.steps * run.batch_tokens
+    risen = (seen + run.batch_tokens) / max(1, run.warmup_tokens)
+    left = min(1.0, (total - seen) / max(1, total - run.decay_start))
+    if run.schedule == "cosine":
+        left = 0.5 - 0.5 * math.cos(math.pi * left)
+    return run.lr * min(1.0, risen, left)
 
 
 def make_optimizer(trained: Mapping[str, nn.Parameter], run: Run) -> tuple[AdamW, LambdaLR]:
@@ -136,7 +134,7 @@ class RunTrainer(transformers.Trainer):
         self.pop_callback(ProgressCallback)
         self.bar = Bar()
         self.add_callback(self.bar)
-        self.add_callback(PlannedRate())
+        self.add_callback(LastStepLogged())
         self._sums: Sums = {}
         self._loss = torch.zeros((), device=arguments.device)
         self._since, self._logged_step = time.monotonic(), 0
@@ -191,8 +189,10 @@ class RunTrainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the held-out sources."""
+        """Measure the held-out sources; the time that takes is no training time."""
+        began = time.monotonic()
         metrics = {"eval_loss": self.validate(self.state.global_step)}
+        self._since += time.monotonic() - began
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -226,8 +226,15 @@ class RunTrainer(transformers.Trainer):
             TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them, but go on with this plan: a checkpoint has the rate and the intervals of the run it was of."""
         with checkpoints.reading(Path(checkpoint or "")):
             super()._load_optimizer_and_scheduler(checkpoint)
+        self.state.compute_steps(self.args, self.state.max_steps)
+        schedule: Any = self.lr_scheduler
+        for group, rate, share in zip(
+            self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * share(schedule.last_epoch)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with checkpoints.reading(Path(checkpoint or "")):
@@ -237,14 +244,13 @@ class RunTrainer(transformers.Trainer):
         """Left to the run, which also knows what it keeps where no step was left to take."""
 
 
-class PlannedRate(TrainerCallback):
-    """Begins with this plan's learning rate: a checkpoint holds one worked out for the budget that its run had."""
+class LastStepLogged(TrainerCallback):
+    """Has the last steps logged too where their number is no multiple of `log_every`."""
 
-    def on_train_begin(self, *_: Any, optimizer: Any = None, lr_scheduler: Any = None, **__: Any) -> None:
-        """Set the first step's rate, after a checkpoint was loaded."""
-        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate's or torch's
-        for group, rate, share in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = rate * share(schedule.last_epoch)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a line after the last step."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class Bar(ProgressCallback):
@@ -258,7 +264,7 @@ class Bar(ProgressCallback):
             bar.mininterval = bar_interval()
 
     def close(self) -> None:
-        """Draw it for the last time, if that was not done: else it comes behind what is said of an early end."""
+        """Draw it a last time, so that it does not appear after an error message."""
         bar: Any = self.training_bar
         if bar is not None:
             bar.close()

@@ -1,10 +1,12 @@
 """A whole training run on a tiny base: resuming, refusals, divergence, the file that comes out."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -425,10 +427,56 @@ def test_learning_rate_follows_the_schedule():
     for rate in rates.values():
         assert rate[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert set(rates["constant"][10:]) == {1.0}
-    assert rates["constant-decay"][74] == 1.0
-    assert rates["constant-decay"][86] == pytest.approx(0.52)
-    assert rates["cosine"][54] == pytest.approx(0.5)
-    assert rates["cosine"][99] == rates["constant-decay"][99] == 0
+    assert rates["constant-decay"][75] == 1.0
+    assert rates["constant-decay"][87] == pytest.approx(0.52)
+    assert rates["constant-decay"][99] == pytest.approx(1 / 25)
+    assert rates["cosine"][55] == pytest.approx(0.5)
+    assert rates["cosine"][99] == pytest.approx(math.sin(math.pi / 180) ** 2)
+
+
+@pytest.mark.parametrize("schedule", ["constant-decay", "cosine"])
+def test_a_rate_that_is_still_rising_when_it_should_fall_turns_without_a_jump(schedule):
+    run = Run(tokens=1200, window=10, batch_tokens=100, warmup_tokens=1100, lr=1.0, schedule=schedule)
+    rates = [learning_rate(run, step) for step in range(run.steps)]
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert min(rates) > 0
+
+
+def test_a_resumed_run_logs_and_saves_as_often_as_its_recipe_says_now(tmp_path, base, corpus, monkeypatch):
+    often = {"run__log_every": 1, "run__checkpoint_every": 128}
+    out = tmp_path / "out"
+    with killed_before(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+        train(write_recipe(tmp_path, base, tokens=1280, **often), out, corpus)
+    seldom = {"run__log_every": 4, "run__checkpoint_every": 1024}
+    train(write_recipe(tmp_path, base, tokens=1280, **seldom), out, corpus, resume=True)
+    steps = [entry["step"] for entry in log.read(out / "log.jsonl") if entry["event"] == "step"]
+    assert steps == [1, 2, 4, 8, 10], "the last one is logged too"
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-8"]
+
+
+def test_measuring_takes_no_part_in_the_rate(tmp_path, base, corpus, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    loss, measure = trainer.RunTrainer.compute_loss, training.measure
+
+    def step_of_a_second(*args, **kwargs):
+        output = loss(*args, **kwargs)
+        clock.now += 1.0
+        return output
+
+    def hour(*args, **kwargs):
+        clock.now += 3600.0
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.RunTrainer, "compute_loss", step_of_a_second)
+    monkeypatch.setattr(training, "measure", hour)
+    recipe = write_recipe(tmp_path, base, tokens=1024, run__log_every=3, run__validate_every=256, run__accumulate=1)
+    train(recipe, tmp_path / "out", corpus)
+    steps = [entry for entry in log.read(tmp_path / "out" / "log.jsonl") if entry["event"] == "step"]
+    assert [entry["step"] for entry in steps] == [3, 6, 8]
+    assert [entry["tokens_a_second"] for entry in steps] == pytest.approx([128, 128, 128])
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
