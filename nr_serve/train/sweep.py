@@ -65,7 +65,9 @@ def run_sweep(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> dict[st
                 raise
             if not isinstance(error, NrError):
                 traceback.print_exc()
-            results[name] = error.with_traceback(None)  # which holds on to the model
+            # A traceback holds on to the model, and so does that of what an error was raised from.
+            error.__cause__ = error.__context__ = None
+            results[name] = error.with_traceback(None)
     failed = {name: result for name, result in results.items() if isinstance(result, Exception)}
     for name, failure in failed.items():
         _say(f"{name} failed: {failure if isinstance(failure, NrError) else repr(failure)}")

@@ -45,7 +45,7 @@ class TrainingStopped(NrError):
 
 
 def learning_rate(run: Run, step: int) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, then the recipe's schedule; no step is taken at a rate of 0."""
+    """Learning rate of step 0, 1, ...: linear warm-up, then the recipe's schedule. It is never 0."""
     seen, total = step * run.batch_tokens, run.steps * run.batch_tokens
     risen = (seen + run.batch_tokens) / max(1, run.warmup_tokens)
     left = min(1.0, (total - seen) / max(1, total - run.decay_start))
@@ -229,11 +229,11 @@ class RunTrainer(transformers.Trainer):
         """Load them, but go on with this plan: a checkpoint has the rate and the intervals of the run it was of."""
         with checkpoints.reading(Path(checkpoint or "")):
             super()._load_optimizer_and_scheduler(checkpoint)
-        self.state.compute_steps(self.args, self.state.max_steps)
+        state: Any = self.state
+        state.compute_steps(self.args, state.max_steps)
         schedule: Any = self.lr_scheduler
-        for group, rate, share in zip(
-            self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-        ):
+        groups = schedule.optimizer.param_groups
+        for group, rate, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * share(schedule.last_epoch)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -45,7 +45,7 @@ def test_a_table_gives_a_source_for_each_language(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("kind =", "knid ="), "unknown keys: knid"),
+        (("kind =", "knid ="), "knid: not a known key"),
         (('"deb"', '"rpm"'), "kind: Input should be 'deb'.* or 'folder'"),
         (('["{locale}/*.txt"]', '"*.txt"'), "files: Input should be a valid tuple"),
         (('["hu", "da"]', '"hu"'), "list of languages"),
@@ -58,7 +58,8 @@ def test_a_table_gives_a_source_for_each_language(tmp_path):
         (('name = "x"', ""), "lacks its name"),
         (('["hu", "da"]', '["hu", "hu"]'), "hu.x named twice"),
         (("[[source]]", "[[source"), "corpora.toml"),
-        (("licence", "format2"), "unknown keys"),
+        (("licence", "format2"), "format2: not a known key"),
+        (('kind = "deb"', 'kind = "deb"\nlanguage = "de"'), "language: not a known key"),
         ((TABLE, "source = [1]"), "not 1"),
         (('name = "x"', 'name = "../x"'), "'../x' is no name"),
         (('["hu", "da"]', '["../hu"]'), "'../hu' is no name"),
@@ -66,6 +67,13 @@ def test_a_table_gives_a_source_for_each_language(tmp_path):
         (('{ hu = "hu_HU" }', "{ hu = 1 }"), "locales is no table"),
         (('kind = "deb"', 'kind = "deb"\nstrip = "("'), "strip is no regular expression"),
         (('kind = "deb"', 'kind = "deb"\nmatch = "["'), "match is no regular expression"),
+        (('kind = "deb"', 'kind = "deb"\nmatch = "x"'), "match has no group"),
+        (('kind = "deb"', 'kind = "deb"\nfield = "x"'), "'text' takes no field"),
+        (('format = "text"', 'format = "html"\nmatch = "(x)"'), "'html' takes no match"),
+        (('format = "text"', 'format = "jsonl"\nfield = "x"\ndocument = ["1"]'), "'jsonl' takes no document"),
+        (('format = "text"', 'format = "jsonl"'), "'jsonl' needs field"),
+        (('format = "text"', 'format = "csv"\nfield = "text"'), "a column of csv is a number"),
+        (('format = "text"', 'format = "csv"\nfield = "1"\ndocument = ["-1"]'), "a column of csv is a number"),
         (('kind = "deb"', 'kind = "deb"\nlimit_mb = nan'), "limit_mb: Input should be"),
     ],
 )

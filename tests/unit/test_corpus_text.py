@@ -95,6 +95,13 @@ def test_json_lines_give_a_document_each():
     assert documents(extract.jsonl, data, field="passage") == [["a", "b"], ["c\u2028d"]]
 
 
+@pytest.mark.parametrize("value", [None, ["a"], 3])
+def test_a_field_that_is_not_text_is_refused_with_its_line(value):
+    data = '{"passage": "a"}\n' + json.dumps({"passage": value})
+    with pytest.raises(BadRequest, match="line 2: field 'passage' is not text"):
+        documents(extract.jsonl, data, field="passage")
+
+
 def test_rows_of_a_table_join_to_documents():
     rows = "book,verse\n1,first\n1,second\n2,third\n"
     assert documents(extract.table, rows, field="1", document=("0",)) == [["first second"], ["third"]]
@@ -103,6 +110,7 @@ def test_rows_of_a_table_join_to_documents():
 def test_plain_text_gives_what_matches():
     obo = 'id: 1\ndef: "A thing." [x]\n\ndef: "Another." [y]\n'
     assert documents(extract.text, obo, match='^def: "([^"]*)"') == [["A thing.", "Another."]]
+    assert documents(extract.text, obo, match='^def: "(A(n?)[^"]*)"') == [["A thing.", "Another."]]
     assert documents(extract.text, "one\ntwo\n\nthree") == [["one\ntwo", "three"]]
 
 
@@ -133,6 +141,8 @@ def test_compressed_files_are_read(tmp_path):
 
 def test_a_paragraph_is_normalised_to_one_composed_line():
     assert clean.normalise(" A\u0301rv\u00adíz \n\t tűrő\u200b ") == "Árvíz tűrő"
+    assert clean.normalise("egy\u2028kettő\x0chárom\x85négy\u2029öt") == "egy kettő három négy öt"
+    assert clean.normalise("می\u200cروم") == "می\u200cروم"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from nr_serve.train.recipe import BadRecipe, Data, Run
 from nr_serve.train.text.mix import Classes, Mix
@@ -106,9 +107,9 @@ def test_no_more_documents_are_read_than_fill_the_windows_and_only_those_count_a
     hf, read = tiny.tokenizer().hf, []
 
     class Recording:
-        def __call__(self, batch):
+        def __call__(self, batch, **how):
             read.extend(batch)
-            return hf(batch)
+            return hf(batch, **how)
 
     packed = pack(Recording(), documents, window=32, limit=320, seed=1)
     assert len(packed.windows) == 10
@@ -130,6 +131,19 @@ def test_chat_documents_use_the_template(corpus):
     assert chat_documents(hf, ["kérdés\nválasz"]) == ["<user>kérdés\n<assistant>válasz\n<assistant>"]
     hf.chat_template = None
     assert list(read_classes(corpus, DATA, hf, RUN).original) == ["en.a", "en.b"]
+
+
+def test_what_begins_a_text_stands_once_before_each(corpus):
+    fast = tiny.tokenizer().hf
+    begins = TemplateProcessing(single="<298> $A", special_tokens=[("<298>", 298)])
+    fast.backend_tokenizer.post_processor = begins
+    fast.add_special_tokens({"bos_token": "<298>"})
+    fast.chat_template = "<298>" + fast.chat_template
+    classes = read_classes(corpus, DATA, fast, RUN)
+    for windows in (classes.original["en.a"], classes.original["chat"]):
+        is_bos_NT = windows.ids_NT == 298
+        assert is_bos_NT.any()
+        assert not (is_bos_NT[:, 1:] & is_bos_NT[:, :-1]).any()
 
 
 def test_too_little_text_is_refused(tmp_path: Path):

@@ -58,8 +58,8 @@ def test_a_document_without_a_word_near_goes_on_where_it_was_cut():
 def test_a_tokenizer_that_tells_no_words_cuts_anywhere():
     hf = word_tokenizer()
 
-    def slow(documents):
-        return BatchEncoding({"input_ids": hf(documents)["input_ids"]})
+    def slow(documents, **how):
+        return BatchEncoding({"input_ids": hf(documents, **how)["input_ids"]})
 
     windows = pack(slow, ["ab cdefg hi"], 5, None, seed=0).windows
     assert [hf.decode(row) for row in windows.ids_NT] == ["ab cd", "efg h"]
@@ -78,9 +78,9 @@ def test_only_as_many_documents_are_tokenised_as_the_limit_needs():
     hf = tiny.tokenizer().hf
     seen = []
 
-    def counting(documents):
+    def counting(documents, **how):
         seen.extend(documents)
-        return hf(documents)
+        return hf(documents, **how)
 
     pack(counting, ["x" * 100] * 5000, 8, 1000, seed=0)
     assert len(seen) == 256
@@ -253,7 +253,7 @@ def test_text_is_packed_again_only_where_it_differs(tmp_path: Path, monkeypatch,
     hf = tiny.tokenizer().hf
     first = read_classes(folder, DATA, hf, RUN, cache)
     packings = []
-    monkeypatch.setattr("nr_serve.train.text.read.pack", lambda *a: (packings.append(a), pack(*a))[1])
+    monkeypatch.setattr("nr_serve.train.text.read.pack", lambda *a, **how: (packings.append(a), pack(*a, **how))[1])
     changed = DATA.model_copy(update=data), RUN.model_copy(update=run)
     again = read_classes(folder, changed[0], hf, changed[1], cache)
     assert len(packings) == packed_again

@@ -52,7 +52,7 @@ _DAMAGED = (
 )
 """What unpacking and reading a damaged package may raise."""
 WORK = ".packages-"  # what the folders start with that packages are unpacked in
-RAW_FACTOR = 4  # text read for each character kept, before duplicates go: bounds time and memory
+RAW_FACTOR = 4  # characters compared for each that is kept: bounds what finding repetitions takes
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Builder:
             **amounts,
             "licence": source.licence,
             "versions": self._versions(source),
-            "source": source.as_json(),
+            "source": source.model_dump(mode="json"),
         }
 
     def _documents(self, source: Source, files: list[Path]) -> list[Document]:
@@ -186,13 +186,14 @@ class Builder:
             disable=None,  # but on a terminal
         ):
             read += size([document])
-            cleaned.append(clean_document(document, translated=translated, originals=originals))
+            prose = clean_document(document, translated=translated, originals=originals)
+            if prose:
+                cleaned.append(prose)
         limit = source.limit_mb * 1e6
-        bounded = thin([document for document in cleaned if document], RAW_FACTOR * limit)
+        bounded = thin(cleaned, RAW_FACTOR * limit)
         # Cut, so that a share of a source of few long documents can be held out.
         parts = [part for document in deduplicate(bounded) for part in pieces(document)]
-        prose, fresh = size(cleaned) / 1e6, size(parts) / 1e6
-        found = f"{prose:.2f} are prose in its language, {fresh:.2f} but for repetitions"
+        found = f"{size(cleaned) / 1e6:.2f} are prose in its language, {size(parts) / 1e6:.2f} but for repetitions"
         say("corpus", f"{source.name}: of {read / 1e6:.2f} million characters {found}")
         return thin(parts, limit)
 

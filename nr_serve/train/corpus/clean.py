@@ -6,12 +6,13 @@ import re
 import unicodedata
 
 UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f"
-"""Signs of scripts that are written without spaces: each counts as a word."""
+"""Characters of scripts that are written without spaces: each counts as a word."""
 # A word is a run of letters.
 WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_{UNSPACED}]+")
 INVISIBLE = re.compile(
-    r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffd]"
+    r"[\u0000-\u0008\u000e-\u001b\u007f-\u0084\u0086-\u009f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffd]"
 )
+"""Not the zero-width joiners, which Persian and the languages of India are spelt with."""
 MIN_WORDS = 4
 MIN_LETTERS = 0.7  # of the characters that are not white space
 # Function words that no other language here has, and some that a few share. Not "a", "is" and "be", which are
@@ -27,7 +28,7 @@ ENGLISH_SHARE, SHARED_SHARE = 0.1, 0.2
 
 def normalise(text: str) -> str:
     """Return `text` as one line: NFC, no invisible characters, single spaces."""
-    return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text).replace("\n", " ")).split())
+    return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
 
 
 def words(text: str) -> list[str]:

@@ -18,6 +18,7 @@ from nr_serve.errors import BadRequest
 from nr_serve.train.corpus import man
 from nr_serve.train.corpus.recipe import Source
 from nr_serve.train.corpus.split import Document
+from nr_serve.train.documents import field_text
 
 HTML_BLOCKS = ("p", "li", "dt", "dd", "td", "th", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "figcaption")
 HTML_DROPPED = ("script", "style", "pre", "nav", "header", "footer", "aside", "head", "form", "button")
@@ -118,7 +119,10 @@ def _message_lines(message: str) -> list[str]:
 def text(data: bytes, source: Source) -> Iterator[Document]:
     """Yield plain text: what `match` finds, or what blank lines separate."""
     content = _decoded(data, source)
-    yield re.findall(source.match, content, re.MULTILINE) if source.match else re.split(r"\n\s*\n", content)
+    if source.match:
+        yield [found[1] or "" for found in re.finditer(source.match, content, re.MULTILINE)]
+    else:
+        yield re.split(r"\n\s*\n", content)
 
 
 def plain(data: bytes, source: Source) -> Iterator[Document]:
@@ -135,9 +139,10 @@ def fortune(data: bytes, source: Source) -> Iterator[Document]:
 
 def jsonl(data: bytes, source: Source) -> Iterator[Document]:
     """Yield one document for each line's field, a paragraph a line of it."""
-    for line in data.decode("utf-8").split("\n"):  # and not at U+2028, which may stand in the text
+    lines = data.decode("utf-8").split("\n")  # and not at U+2028, which may stand in the text
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            yield str(json.loads(line)[source.field]).split("\n")
+            yield field_text(json.loads(line), source.field, f"line {number}").split("\n")
 
 
 def table(data: bytes, source: Source) -> Iterator[Document]:
@@ -168,7 +173,7 @@ def ddtp(data: bytes, source: Source) -> Iterator[Document]:
 
 
 def _description_paragraphs(body: str) -> Document:
-    """Undo Debian's layout: " ." separates paragraphs, items of lists begin with a sign."""
+    """Undo Debian's layout: " ." separates paragraphs, items of lists begin with a mark."""
     marked = re.sub(r"^ (\.$|\s*[-*+•]\s)", "\n", body, flags=re.MULTILINE)
     return re.split(r"\n\s*\n", marked)
 

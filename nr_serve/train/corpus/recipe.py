@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nr_serve.errors import BadRequest, faults
 from nr_serve.names import is_name
@@ -18,9 +17,10 @@ Kind = Literal["deb", "pypi", "ddtp", "folder"]
 Format = Literal["html", "mallard", "man", "mo", "text", "plain", "fortune", "jsonl", "csv", "ddtp"]
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(BaseModel):
     """One text source in one language; `{lang}` in the strings of the TOML table is already filled in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str  # "hu.lohelp": the language and the table's name
     language: str
@@ -33,26 +33,21 @@ class Source:
     original: tuple[str, ...] = ()  # globs of the English originals: what a translation left as it was is dropped
     field: str = ""  # what holds the text: a name (jsonl) or a column, from 0 (csv)
     document: tuple[str, ...] = ()  # csv: the columns, from 0, that say which document a row belongs to
-    match: str = ""  # text: a regular expression whose first group is a paragraph
+    match: str = ""  # text: a regular expression whose first group is a paragraph, whatever others it has
     strip: str = ""  # a regular expression to cut out of every paragraph
     # Text kept, in 10**6 characters, taken evenly from the whole source.
-    limit_mb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3.0
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the fields as JSON holds them, to be kept in the manifest and compared."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+    limit_mb: float = Field(default=3.0, gt=0, allow_inf_nan=False)
 
     def is_same(self, kept: Mapping[str, Any]) -> bool:
-        """Tell whether `as_json` once returned `kept`; a field that came since has its default there."""
-        return {**DEFAULTS, **kept} == self.as_json()
+        """Tell whether `kept` is this source as JSON holds it; a field that came since has its default there."""
+        try:
+            return Source.model_validate(kept) == self
+        except ValidationError:
+            return False
 
 
-SOURCE = TypeAdapter(Source)
-DEFAULTS = {
-    each.name: list(each.default) if isinstance(each.default, tuple) else each.default
-    for each in fields(Source)
-    if each.default is not MISSING
-}
+READERS_OF: Mapping[str, tuple[Format, ...]] = {"field": ("jsonl", "csv"), "document": ("csv",), "match": ("text",)}
+"""The formats that read a key."""
 
 
 def read_recipe(path: Path) -> list[Source]:
@@ -76,9 +71,8 @@ def _expand(table: dict[str, Any]) -> list[Source]:
     if not name or not languages or not isinstance(languages, list):
         raise BadRequest(f"corpus recipe: a source lacks its name or its list of languages: {table}")
     rest = {key: value for key, value in table.items() if key not in ("name", "languages", "locales")}
-    unknown = sorted(set(rest) - {field.name for field in fields(Source)})
-    if unknown:
-        raise BadRequest(f"corpus recipe: source {name} has unknown keys: {', '.join(unknown)}")
+    if "language" in rest:
+        raise BadRequest(f"corpus recipe: source {name}: language: not a known key; a list of languages is")
     for each in (name, *languages):  # a file below the corpus folder is called by them
         if not isinstance(each, str) or not is_name(each):
             raise BadRequest(f"corpus recipe: {each!r} is no name of a source or of a language")
@@ -91,7 +85,7 @@ def _expand(table: dict[str, Any]) -> list[Source]:
 def _fill(name: str, language: str, locale: str, rest: dict[str, Any]) -> Source:
     filled = {key: _substitute(value, language, locale) for key, value in rest.items()}
     try:
-        source = SOURCE.validate_python({"name": f"{language}.{name}", "language": language, **filled})
+        source = Source(**filled, name=f"{language}.{name}", language=language)
     except ValidationError as error:
         raise BadRequest(f"corpus recipe: source {name}: {faults(error)}") from error
     _check_keys(name, source)
@@ -99,18 +93,27 @@ def _fill(name: str, language: str, locale: str, rest: dict[str, Any]) -> Source
 
 
 def _check_keys(name: str, source: Source) -> None:
-    """Refuse a source that lacks a key of its kind, and one with a key that its kind does not read."""
+    """Refuse a source that lacks a key of its kind or format, and one with a key that these do not read."""
     packages, folder = source.kind in ("deb", "pypi"), source.kind == "folder"
     for key, read in {"packages": packages, "folder": folder, "files": packages or folder}.items():
         if bool(getattr(source, key)) != read:
             raise BadRequest(
                 f"corpus recipe: source {name} of kind {source.kind!r} {'needs' if read else 'takes no'} {key}"
             )
+    for key, formats in READERS_OF.items():
+        if getattr(source, key) and source.format not in formats:
+            raise BadRequest(f"corpus recipe: source {name} of format {source.format!r} takes no {key}")
+    if source.format in READERS_OF["field"] and not source.field:
+        raise BadRequest(f"corpus recipe: source {name} of format {source.format!r} needs field")
+    if source.format == "csv" and not all(column.isdecimal() for column in (source.field, *source.document)):
+        raise BadRequest(f"corpus recipe: source {name}: a column of csv is a number, from 0")
     for key in ("match", "strip"):
         try:
-            re.compile(getattr(source, key))
+            groups = re.compile(getattr(source, key)).groups
         except re.error as error:
             raise BadRequest(f"corpus recipe: source {name}: {key} is no regular expression: {error}") from error
+        if key == "match" and source.match and not groups:
+            raise BadRequest(f"corpus recipe: source {name}: match has no group, which would be a paragraph")
     if not source.licence and not folder:
         raise BadRequest(f"corpus recipe: source {name} of kind {source.kind!r} needs its licence")
     if (source.format == "ddtp") != (source.kind == "ddtp"):

@@ -60,19 +60,29 @@ def join(parts: Iterable[Windows]) -> Windows:
     return Windows(torch.cat([part.ids_NT for part in listed]), torch.cat([part.offset_NT for part in listed]))
 
 
-def pack(tokenizer: Any, documents: Sequence[str], window: int, limit: int | None, seed: int) -> Packed:
+def pack(
+    tokenizer: Any,
+    documents: Sequence[str],
+    window: int,
+    limit: int | None,
+    seed: int,
+    *,
+    special_tokens: bool = True,
+) -> Packed:
     """Documents in a shuffled order, laid end to end and cut into windows; at most about `limit` tokens.
 
     A document cut by a window's end goes on in the next window as a piece of its own, from offset 0, at its next
     word, as no text that is served starts in the middle of one: if the tokenizer tells words and one begins within
     `NEAR` tokens, which are left out.
+
+    `special_tokens`: whether the tokenizer adds its own, such as BOS; a chat template has written them already.
     """
     order = list(documents)
     random.Random(seed).shuffle(order)
     ids, starts = array("i"), array("q")  # 4 bytes a token: a list of ints takes ten times that
     used = 0
     while used < len(order) and (limit is None or len(ids) < limit):
-        encoded = tokenizer(order[used : used + BATCH_DOCUMENTS])
+        encoded = tokenizer(order[used : used + BATCH_DOCUMENTS], add_special_tokens=special_tokens)
         for i, tokens in enumerate(encoded["input_ids"]):
             words, at = encoded.word_ids(i) if encoded.is_fast else [None] * len(tokens), 0
             while at < len(tokens):

@@ -137,17 +137,23 @@ class _Packer:
         """The text of a class, at most `limit` tokens of it; None is all."""
         pool = None if limit is None else max(POOL_CHARACTERS, POOL_CHARACTERS_A_TOKEN * limit)
         key = ["text", pool, [source.fingerprint() for source in sources]]
-        return self._packed(name, key, limit, lambda: read_in_turn(sources, pool))
+
+        def make() -> Packed:
+            return pack(self.tokenizer, read_in_turn(sources, pool), self.window, limit, self.seed)
+
+        return self._packed(name, key, limit, make)
 
     def pack_chat(self, classes: Sequence[Sequence[Source]]) -> Packed:
         """The first documents of each class as exchanges in the chat template."""
         key = ["chat", CHAT_DOCUMENTS, [[source.fingerprint() for source in sources] for sources in classes]]
-        return self._packed("chat", key, CLASS_TOKENS, lambda: chat_documents(self.tokenizer, _firsts(classes)))
 
-    def _packed(self, name: str, key: list[Any], limit: int | None, read: Callable[[], list[str]]) -> Packed:
         def make() -> Packed:
-            return pack(self.tokenizer, read(), self.window, limit, self.seed)
+            documents = chat_documents(self.tokenizer, _firsts(classes))
+            return pack(self.tokenizer, documents, self.window, CLASS_TOKENS, self.seed, special_tokens=False)
 
+        return self._packed("chat", key, CLASS_TOKENS, make)
+
+    def _packed(self, name: str, key: list[Any], limit: int | None, make: Callable[[], Packed]) -> Packed:
         packed = self.cache.packed([*self.key, limit, *key], make)
         if len(packed.windows) < self.fewest:
             raise BadRecipe(

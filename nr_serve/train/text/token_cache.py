@@ -14,7 +14,7 @@ from nr_serve.disk import cache_folder
 from nr_serve.train.file_cache import MOST_BYTES, FileCache
 from nr_serve.train.text.pack import Packed, Windows
 
-FORMAT = 3
+FORMAT = 4
 """Raised when packing changes: files of another format are never read again."""
 
 
