@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_settings import BaseSettings
 
-from nr_serve.commands import comparison, evaluation, files, generate, keys, remote, training
+from nr_serve.commands import comparison, evaluation, generate, inspect, keys, remote, training
 from nr_serve.config import ServeConfig
 
 
@@ -24,7 +24,7 @@ COMMANDS: Mapping[str, tuple[type[BaseSettings], Callable[[Any], int]]] = {
     "list-adapters": (remote.ListAdapters, remote.list_adapters),
     "generate": (generate.Generate, generate.generate),
     "make-key": (keys.MakeKey, keys.make_key),
-    "inspect": (files.Inspect, files.inspect),
+    "inspect": (inspect.Inspect, inspect.inspect),
     "train": (training.Train, training.train),
     "sweep": (training.Sweep, training.sweep),
     "calibrate": (training.Calibrate, training.calibrate),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ class Evaluate(Command):
     """Measure adapters' loss and fired shares on text, and answers to tasks, beside the base's own."""
 
     files: CliPositionalArg[list[Path]] = Field(
-        description="adapter files; all are attached unless a flag says else"
+        description="adapter files; all are attached unless a flag says otherwise"
     )
     corpus: Path | None = Field(None, description="folder of text, as fetch-corpus leaves it")
     source: list[str] = Field(["*.heldout.txt"], description="which of its files to measure on; may be repeated")
@@ -77,6 +76,7 @@ def evaluate(command: Evaluate) -> int:
     """Measure; print tables or JSON; write the card, the page and the plots."""
     from nr_serve.evaluate.evaluation import Plots
     from nr_serve.evaluate.evaluation import evaluate as run
+    from nr_serve.evaluate.tables import document_json
     from nr_serve.evaluate.tasks import read_tasks
 
     _check(command)
@@ -94,7 +94,7 @@ def evaluate(command: Evaluate) -> int:
         stretch=command.stretch if command.switches else None,
     )
     if command.json_:
-        print(json.dumps(measured.document(), indent=1, sort_keys=True))
+        print(document_json(measured.document()))
     else:
         print("\n\n".join("\n".join(table(rows)) for rows in measured.tables()))
     plots = Plots() if command.plots is None else measured.plot(command.plots, f".{command.plot_format}")

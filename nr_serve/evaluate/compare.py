@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from nr_serve.disk import make_folder, write_text
 from nr_serve.errors import BadRequest
@@ -58,7 +59,7 @@ class Exam:
     def means(self, losses: Mapping[str, float]) -> tuple[float, float]:
         """Mean loss over the target's texts, and over the base's own language's."""
         target, original = ([losses[source] for source in part] for part in (self.target, self.original))
-        return sum(target) / len(target), sum(original) / len(original)
+        return fmean(target), fmean(original)
 
 
 def compare_runs(
@@ -102,7 +103,7 @@ def compare_runs(
 
 
 def write_comparison(comparison: Comparison, runs: Mapping[str, Path], folder: Path) -> list[Path]:
-    """Write comparison.json and comparison.md, the Pareto picture and the loss curves of training."""
+    """Write comparison.json and comparison.md, the Pareto plot and the loss curves of training."""
     from nr_serve.evaluate.plots import loss_curves, pareto
 
     make_folder(folder)

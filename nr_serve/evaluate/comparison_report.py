@@ -7,13 +7,12 @@ tables of arXiv 2410.02744. Without a finetune run both are left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from nr_serve.evaluate.difference import percent
 from nr_serve.evaluate.pareto import Point
-from nr_serve.evaluate.tables import Rows, markdown
+from nr_serve.evaluate.tables import Rows, document_json, markdown
 from nr_serve.evaluate.tasks import Estimate, TaskScores
 from nr_serve.train.entries import language_of
 
@@ -71,7 +70,7 @@ class Comparison:
         return None if tuned is None else _share(-self.base_original, -self.runs[name].original, -tuned.original)
 
     def points(self) -> tuple[list[Point], str]:
-        """What was forgotten and learned, as points of a Pareto picture, and what it is in shares of.
+        """What was forgotten and learned, as points of a Pareto plot, and what it is in shares of.
 
         In shares of finetuning's or, where there is none or it forgot or learned nothing, of the base's losses.
         """
@@ -98,7 +97,7 @@ class Comparison:
     def to_json(self) -> str:
         """Everything, as one JSON document."""
         shares = {name: {"learned": self.learned(name), "forgotten": self.forgotten(name)} for name in self.runs}
-        return json.dumps(asdict(self) | {"shares": shares}, indent=1, sort_keys=True)
+        return document_json(asdict(self) | {"shares": shares})
 
 
 def _share(before: float, after: float, finetuned: float) -> float | None:
@@ -151,7 +150,7 @@ def source_rows(comparison: Comparison) -> Rows:
         ]
         for source, mean in listed
     ]
-    return [["SOURCE", "PART OF", "WINDOWS", "BACKBONE", *(name.upper() for name in comparison.runs)], *body]
+    return [["SOURCE", "PART OF", "WINDOWS", "BASE", *(name.upper() for name in comparison.runs)], *body]
 
 
 def run_task_rows(comparison: Comparison) -> Rows:
@@ -162,7 +161,7 @@ def run_task_rows(comparison: Comparison) -> Rows:
         for task, scores in _tasks(comparison).items()
         for which in ("acc", "acc_norm")
     ]
-    return [["TASK", "EXAMPLES", "SCORE", "BACKBONE", *(name.upper() for name in comparison.runs)], *body]
+    return [["TASK", "EXAMPLES", "SCORE", "BASE", *(name.upper() for name in comparison.runs)], *body]
 
 
 def _tasks(comparison: Comparison) -> Mapping[str, TaskScores]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Protocol
 
 
@@ -64,8 +65,5 @@ def difference(before: Losses, after: Losses) -> Difference:
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean of independent values and its standard error, s / sqrt(n); None for a single value."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, None
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return fmean(values), error

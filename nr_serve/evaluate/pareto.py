@@ -18,7 +18,7 @@ class Point:
 
 
 def unbeaten(points: Sequence[Point]) -> list[Point]:
-    """The Pareto front, by what was forgotten: the points than which none learned more and forgot no more."""
+    """The Pareto front, by what was forgotten: those of which no other learned more and forgot no more."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.forgotten, -p.learned)):
         if not front or point.learned > front[-1].learned:

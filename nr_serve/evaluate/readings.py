@@ -31,13 +31,13 @@ _Reading = TypeVar("_Reading")
 
 
 def in_turn(texts: Mapping[str, Windows]) -> Iterator[tuple[str, Windows, str]]:
-    """Each source, its windows, and how far one is with it: `text 3 of 17: da.ddtp`."""
+    """Each source, its windows, and a label for messages, such as `text 3 of 17: da.ddtp`."""
     for i, (source, windows) in enumerate(texts.items(), start=1):
         yield source, windows, f"text {i} of {len(texts)}: {source}"
 
 
 def read_hosted(hosted: Hosted, names: Sequence[str], windows: Windows, place: str) -> SourceResult:
-    """A text's reading with exactly the adapters `names` attached; `place` says on stderr how far one is."""
+    """A text's reading with exactly the adapters `names` attached; `place` is the label to say on stderr."""
     hosted.attach(names)
     versions = [hosted.versions[name] for name in names]
     return read_text(hosted.base, hosted.attached, versions, windows, f"{place}; {beside(names)}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
@@ -181,7 +182,7 @@ def steady_rates(rates: Sequence[float]) -> Steady:
     """The mean rate over the second half of each of three stretches."""
     stretch = len(rates) // 3
     halves = [rates[end - (stretch - stretch // 2) : end] for end in (stretch, 2 * stretch, 3 * stretch)]
-    return Steady(*(sum(half) / len(half) for half in halves))
+    return Steady(*map(fmean, halves))
 
 
 def _first(reached: Iterator[bool]) -> int | None:

@@ -1,10 +1,13 @@
-"""Measured reports as rows of text: for the terminal, and as Markdown for the docs."""
+"""Measured reports as text: rows for the terminal, Markdown for the docs, JSON for programs."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from pydantic_core import to_jsonable_python
 
 from nr_serve.evaluate.difference import percent
 from nr_serve.evaluate.heldout import Report
@@ -65,7 +68,7 @@ def interference_rows(measured: Interference) -> Rows:
 def summary_rows(summary: Summary) -> Rows:
     """A row for the worst of every kind that was measured."""
     rows = [
-        [text, _worst(worst, name), _where(worst)]
+        [text, _worst(worst), _where(worst)]
         for name, text in SUMMARY.items()
         if (worst := getattr(summary, name)) is not None
     ]
@@ -140,6 +143,11 @@ def interference_page(measured: Interference, links: Sequence[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
+def document_json(document: object) -> str:
+    """A report as JSON, which has no NaN: where an adapter gave one, null."""
+    return json.dumps(to_jsonable_python(document, inf_nan_mode="null"), indent=1, sort_keys=True)
+
+
 def links(plots: Mapping[str, Path], page: Path) -> list[str]:
     """Lines of Markdown that show plots, by caption, on a page."""
     places = {caption: Path(os.path.relpath(path, page.parent)).as_posix() for caption, path in plots.items()}
@@ -154,8 +162,8 @@ def _fired(report: Report, source: str) -> list[str]:
     return [f"{report.sources[source].fired[adapter]:.2%}" for adapter in report.adapters]
 
 
-def _worst(worst: Worst, name: str) -> str:
-    if name.endswith("fired"):
+def _worst(worst: Worst) -> str:
+    if worst.adapter is not None:  # a share fired, and not a change of the loss
         return f"{worst.value:.2%}"
     return percent(worst.value, worst.standard_error, "+")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from nr_serve.evaluate.heldout import Report, SourceReport
 from nr_serve.evaluate.roles import Role, assign_roles
@@ -35,6 +36,6 @@ def _kind(role: Role) -> str:
 def _means(name: str, sources: Sequence[SourceReport]) -> list[str]:
     if not sources:
         return ["-", "-"]
-    change = sum(source.difference.share for source in sources) / len(sources)
-    fired = sum(source.fired[name] for source in sources) / len(sources)
+    change = fmean(source.difference.share for source in sources)
+    fired = fmean(source.fired[name] for source in sources)
     return [f"{change:+.2%}", f"{fired:.2%}"]

@@ -27,7 +27,7 @@ class Pass:
     offset_T: Tensor
     """Each token's place in its document's piece, all windows laid end to end."""
     local: LocalLoss | None = None
-    """Gathers the local loss of the tokens that are not of the target."""
+    """Gathers the local loss."""
     target_T: Tensor | None = None
     """Which tokens are of the target (None: none), bool [T]."""
     fired: list[list[int]] = field(default_factory=list)

@@ -19,10 +19,8 @@ class Batches(Dataset[Batch]):
             raise BadRecipe(f"{run.windows_a_step} windows per step do not divide into {parts} parts")
         self.parts, self.length = parts, run.steps * parts
         self.mix = Mix(classes, run)
-        if self.mix.fewest_targets < parts:
-            raise BadRecipe(
-                f"a step may have {self.mix.fewest_targets} target windows, too few for its {parts} parts"
-            )
+        if run.fewest_targets < parts:
+            raise BadRecipe(f"a step may have {run.fewest_targets} target windows, too few for its {parts} parts")
 
     def __len__(self) -> int:
         return self.length

@@ -102,7 +102,7 @@ _CHECKPOINT = TypeAdapter(Checkpoint)
 
 
 def odd_one(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """The first name under which only one has a tensor, or each has another shape; None: there is none."""
+    """The first name whose tensor is missing on one side or differs in shape; None if all match."""
     shapes = [{(name, tensor.shape) for name, tensor in tensors.items()} for tensors in (found, expected)]
     return min((name for name, _ in shapes[0] ^ shapes[1]), default=None)
 

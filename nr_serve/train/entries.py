@@ -59,6 +59,6 @@ def _file(pattern: str) -> str:
 
 
 def _is_dataset(source: str, entry: str) -> bool:
-    """Whether a source is an entry's data set; a NAME may be that of a folder, which makes the source's a path."""
+    """Whether a source is an entry's data set, be it that of a folder that is a name here and a path there."""
     name = entry.removeprefix(DATASETS).split("@")[0]
     return source == name or source.endswith(f"/{name}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class FittedGates:
 
     def summary(self) -> str:
         """In a line, for people."""
-        found = sum(fit.found for fit in self.report.values()) / len(self.report)
+        found = fmean(fit.found for fit in self.report.values())
         worst = max(max(fit.misfired.values()) for fit in self.report.values())
         finds = f"gates find {found:.1%} of the target, misfire on at most {worst:.2%} of a class in a layer"
         return f"{finds}, at threshold 0"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -91,4 +92,4 @@ def _measure_one(model: Any, attached: Attached, windows: Windows) -> SourceResu
 
 def _mean(layers: tuple[float | None, ...]) -> float:
     shares = [share for share in layers if share is not None]
-    return sum(shares) / len(shares)
+    return fmean(shares)

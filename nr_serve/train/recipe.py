@@ -154,7 +154,7 @@ class Gate(_Section):
         default=99.5,
         gt=50,
         lt=100,
-        description="A fitted gate's logit is 0 at the highest of this percentile of each original class's.",
+        description="A fitted gate's logit is 0 at this percentile of the original class where that is highest.",
     )
     background_percentile: float = Field(
         default=99.0, gt=50, lt=100, description="The same for background classes."
@@ -261,7 +261,7 @@ class Run(_Section):
     )
     accumulate: Positive = Field(
         default=1,
-        description="Parts a step is taken in, to save memory; each process takes so many.",
+        description="Parts that each process takes a step in, one after the other, to save memory.",
     )
     original_share: Share = Field(
         default=0.1,
@@ -298,7 +298,10 @@ class Run(_Section):
     )
     compile: bool = Field(default=False, description="Compile the model with torch.compile.")
     log_every: Positive = Field(default=5, description="Steps between two lines of the log.")
-    checkpoint_every: Positive = Field(default=10_000, description="Tokens between two checkpoints.")
+    checkpoint_every: Positive = Field(
+        default=10_000,
+        description="Tokens between two checkpoints; with patience there is one at each measurement.",
+    )
     validate_every: Positive = Field(
         default=50_000, description="Tokens between two measurements on held-out text."
     )
@@ -313,8 +316,7 @@ class Run(_Section):
     def _fits(self) -> Run:
         if self.batch_tokens % self.window:
             raise ValueError(f"batch_tokens ({self.batch_tokens}) is not a multiple of window ({self.window})")
-        windows = self.windows_a_step
-        if windows - ceil(windows * self.original_share) - ceil(windows * self.background_share) < 1:
+        if self.fewest_targets < 1:
             raise ValueError("the shares may leave a step without a target window")
         if self.tokens < self.batch_tokens:
             raise ValueError("tokens is less than one step")
@@ -324,6 +326,14 @@ class Run(_Section):
     def windows_a_step(self) -> int:
         """Windows in one batch."""
         return self.batch_tokens // self.window
+
+    @property
+    def fewest_targets(self) -> int:
+        """Target windows that every batch has at least."""
+        windows = self.windows_a_step
+        # 100 * 0.07 is a little more than 7.
+        others = (ceil(windows * share - 1e-9) for share in (self.original_share, self.background_share))
+        return windows - sum(others)
 
     @property
     def steps(self) -> int:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from transformers import TrainingArguments
@@ -188,7 +189,7 @@ class TrainingRun:
             fired = f"  fired {r['fired']:.2%}" if "fired" in r else ""
             _say(f"  {name:16} loss {r['before']:.3f} -> {r['after']:.3f}{fired}")
         own = [r["after"] for name, r in self.results.items() if self.recipe.owns(name)]
-        return sum(own) / len(own) if own else math.nan
+        return fmean(own) if own else math.nan
 
     def _describe(self, folder: Path, step: int) -> checkpoints.Checkpoint:
         return checkpoints.Checkpoint(

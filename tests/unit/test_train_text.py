@@ -238,7 +238,7 @@ def test_shares_hold_over_a_run_and_every_target_window_is_read_before_any_twice
     for step in range(100):
         parts = order.batch(step)
         assert sum(len(p) for p in parts if p is not None) == 4
-        assert len(parts[0]) >= order.fewest_targets >= 1
+        assert len(parts[0]) >= order.run.fewest_targets >= 1
         for part, windows in zip(read, parts, strict=True):
             read[part] += windows.ids_NT[:, 0].tolist() if windows is not None else []
     assert {part: len(ids) for part, ids in read.items()} == {"target": 300, "original": 40, "background": 60}

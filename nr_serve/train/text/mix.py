@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -73,13 +72,6 @@ class Mix:
         self.target = Rotation([classes.target], run.seed)
         self.original = Rotation(classes.original.values(), run.seed)
         self.background = Rotation(classes.background.values(), run.seed)
-
-    @property
-    def fewest_targets(self) -> int:
-        """Target windows that every step has at least."""
-        windows = self.run.windows_a_step
-        quiet = math.ceil(windows * self.run.original_share) + math.ceil(windows * self.run.background_share)
-        return windows - quiet
 
     def batch(self, step: int) -> tuple[Windows, Windows | None, Windows | None]:
         """Target, original and background windows of step 0, 1, ...; None where a step has none."""
