@@ -20,7 +20,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadRecipe(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
         raise BadRecipe(f"{path.name} is not TOML: {error}") from error
 
 
@@ -44,7 +44,7 @@ def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:
             raise BadRecipe(f"{pair!r} is not KEY=VALUE")
         try:
             changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # no TOML: a word
             changes[key.strip()] = value.strip()
     return changes
 

@@ -249,5 +249,7 @@ def test_comparison_refuses_what_it_cannot_compare(runs, corpus, tmp_path):
 def test_changes_are_read_as_toml_or_plain_words():
     changes = parse_changes(["run.lr=1e-3", "method=lora", "blocks.h=[16, 0]", "data.chat=false", 'domain="x=y"'])
     assert changes == {"run.lr": 1e-3, "method": "lora", "blocks.h": [16, 0], "data.chat": False, "domain": "x=y"}
+    for odd in ("9" * 5000, "[" * 9999 + "]" * 9999):
+        assert parse_changes([f"run.tokens={odd}"]) == {"run.tokens": odd}
     with pytest.raises(BadRecipe, match="is not KEY=VALUE"):
         parse_changes(["run.lr"])

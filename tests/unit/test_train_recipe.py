@@ -82,9 +82,10 @@ def test_all_faults_are_told_at_once():
 def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path):
     with pytest.raises(BadRecipe, match="cannot read"):
         read_recipe(tmp_path / "none.toml")
-    (tmp_path / "bad.toml").write_text("a = = 1")
-    with pytest.raises(BadRecipe, match=r"bad.toml is not TOML"):
-        read_recipe(tmp_path / "bad.toml")
+    for text in ("a = = 1", "a = " + "9" * 5000, "a = " + "[" * 9999 + "]" * 9999):
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(BadRecipe, match=r"bad.toml is not TOML"):
+            read_recipe(tmp_path / "bad.toml")
 
 
 def test_a_key_set_below_what_is_no_section_is_refused(tmp_path: Path):
