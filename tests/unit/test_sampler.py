@@ -70,6 +70,31 @@ def test_temperature_top_k_top_p_and_min_p_are_those_of_transformers(seed):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_p": 0.5}, 1),  # they reach it
+        ({"top_p": 0.5 + 1e-6}, 2),
+        ({"top_p": 0.75}, 2),
+        ({"top_p": 0.875}, 4),  # the third and the fourth are as likely
+        ({"min_p": 0.5}, 2),  # no less than half of the likeliest
+        ({"min_p": 0.5 + 1e-6}, 1),
+        ({"min_p": 0.25}, 4),
+        ({"min_p": 1.0}, 1),
+    ],
+)
+def test_top_p_keeps_until_it_is_reached_and_min_p_what_is_no_less_likely(options, kept):
+    probabilities = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    assert torch.equal(probabilities.log().softmax(-1), probabilities)
+    assert truncate(probabilities.log(), Sampling(**options)).isfinite().tolist() == [i < kept for i in range(4)]
+
+
+def test_a_top_p_of_1_and_a_min_p_of_0_leave_out_nothing():
+    raw = torch.tensor([0.0, 0.0, 0.0, -30.0])
+    assert raw.softmax(-1)[:3].double().sum() > 1, "rounded up"
+    assert torch.equal(truncate(raw, Sampling(top_p=1.0, min_p=0.0)), raw)
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 5.0])
 def test_the_repetition_penalty_is_that_of_transformers_over_prompt_and_answer(penalty):
     made = request([3, 5, 5, 9], [7, 3], repetition_penalty=penalty)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from nr_serve.engine.cache.pages import PagePool
-from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.messages import PrefixTokens, Sampling, Submit
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import MAX_OVERTAKEN, Scheduler
 from nr_serve.errors import NotFound, NrError
@@ -280,6 +280,13 @@ def test_the_last_by_priority_then_arrival_is_preempted_and_resumes_from_its_fir
     scheduler.drop(first)
     assert run(scheduler) == {"3": 1, "2": 5}
     assert (low.generated, low.started) == (2, started), "it started when it was first admitted"
+
+
+def test_without_reuse_nothing_is_looked_up():
+    scheduler = Scheduler(PagePool(6, 2), max_running=4, max_batch_tokens=20, admit=admit_all)
+    scheduler.add(request(1, 4, 9))
+    assert run(scheduler) == {"1": 4}
+    assert scheduler.take_prefix_counts() == PrefixTokens()
 
 
 def test_a_request_alone_grows_to_the_last_page():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from nr_serve.cli import main
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.heldout import attach_all
 from nr_serve.evaluate.hosted import load
-from nr_serve.neutral.format import read_adapter
+from nr_serve.neutral.format import read_adapter, write_adapter
 from nr_serve.train import text
 from nr_serve.train.calibrate import calibrate
 from nr_serve.train.frozen_base import load_base
@@ -73,7 +74,6 @@ def test_calibration_reads_the_text_in_the_type_of_the_recipe(tmp_path, base, co
 
 
 def test_calibration_needs_the_adapters_recipe(tmp_path, base, corpus):
-    from nr_serve.neutral.format import write_adapter
     from tests import tiny
 
     model = tiny.model()
@@ -98,6 +98,54 @@ def test_an_adapter_that_has_a_block_keeps_it(tmp_path, base, corpus):
     new = calibrate(old, [], corpus, tmp_path / "new.safetensors", base=str(base), changes=changes)
     assert all(block is not None for block in read_adapter(new).blocks)
     assert read_adapter(new).info.recipe["gate"]["min_found"] == 0.999
+
+
+def test_a_layer_without_a_block_stays_without_one(tmp_path, base, corpus):
+    old = read_adapter(train(write_recipe(tmp_path, base, tokens=128), tmp_path / "hu", corpus))
+    write_adapter(tmp_path / "bare.safetensors", old.info, (old.blocks[0], None, old.blocks[2]))
+    new = calibrate(tmp_path / "bare.safetensors", [], corpus, tmp_path / "new.safetensors", base=str(base))
+    assert [block is None for block in read_adapter(new).blocks] == [False, True, False]
+
+
+@pytest.mark.parametrize(("init", "then"), [("paper", "logistic"), ("closed-form", "closed-form")])
+def test_random_gates_are_fitted_and_the_file_keeps_its_threshold_and_results(tmp_path, base, corpus, init, then):
+    changes = {"gate__init": init, "gate__trained": init == "paper"}
+    old = read_adapter(train(write_recipe(tmp_path, base, tokens=128, **changes), tmp_path / "hu", corpus))
+    info = replace(old.info, threshold=0.125, results=old.info.results | {"note": "kept"})
+    write_adapter(tmp_path / "hu.safetensors", info, old.blocks)
+    new = read_adapter(
+        calibrate(tmp_path / "hu.safetensors", [], corpus, tmp_path / "new.safetensors", base=str(base))
+    )
+    assert new.info.recipe["gate"]["init"] == then
+    assert new.info.threshold == new.info.recipe["gate"]["threshold"] == 0.125
+    assert new.info.results == {"tokens": 128, "note": "kept", "calibrated": {"beside": {}}}
+
+
+def test_gates_are_fitted_to_the_stream_as_the_neighbours_leave_it(tmp_path, base, corpus):
+    old = train(write_recipe(tmp_path, base, tokens=128), tmp_path / "hu", corpus)
+    changes = {"domain": "da", "data__target": ["da.*.train.txt"], "data__background": ["hu.a.train.txt"]}
+    made = read_adapter(train(write_recipe(tmp_path, base, tokens=128, **changes), tmp_path / "da", corpus))
+    gates = []
+    for scale in (0.0, 10.0):
+        blocks = tuple(replace(block, w_out=torch.full_like(block.w_out, scale)) for block in made.blocks)
+        write_adapter(tmp_path / "neighbour.safetensors", made.info, blocks)
+        new = calibrate(
+            old, [tmp_path / "neighbour.safetensors"], corpus, tmp_path / "new.safetensors", base=str(base)
+        )
+        gates.append([block.gate for block in read_adapter(new).blocks])
+    assert [torch.equal(a, b) for a, b in zip(*gates, strict=True)] == [True, False, False]
+
+
+def test_neighbours_of_the_same_text_and_text_that_is_read_already_add_no_more(tmp_path, base, corpus):
+    recipe = write_recipe(tmp_path, base, tokens=128, data__heldout=["hu.*.heldout.txt"])
+    old = train(recipe, tmp_path / "hu", corpus)
+    made, neighbours = read_adapter(old), []
+    for name, target in (("da", "da.a.train.txt"), ("one", "en.b.heldout.txt"), ("two", "en.b.heldout.txt")):
+        its = made.info.recipe | {"data": {"target": [target], "original": ["hu.*.train.txt"]}}
+        neighbours.append(tmp_path / f"{name}.safetensors")
+        write_adapter(neighbours[-1], replace(made.info, recipe=its), made.blocks)
+    new = calibrate(old, neighbours, corpus, tmp_path / "new.safetensors", base=str(base))
+    assert read_adapter(new).info.recipe["data"]["background"] == ["da.*.train.txt", "en.b.heldout.txt"]
 
 
 def as_jsonl(corpus: Path, folder: Path, field: str) -> Path:

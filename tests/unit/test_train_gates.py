@@ -10,9 +10,10 @@ from nr_serve.train import gate_cache
 from nr_serve.train.attach import Attached, window_inputs
 from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.gate_cache import GateCache
-from nr_serve.train.gates import FittedGates, Fitter, LayerFit, causal_mean, evidence, fit_gates
+from nr_serve.train.gates import FittedGates, Fitter, LayerFit, causal_mean, evidence, fit_gates, gate_classes
 from nr_serve.train.recipe import Gate
-from nr_serve.train.solvers import SOLVERS, solve_logistic, solve_ridge
+from nr_serve.train.solvers import CHUNK_TOKENS, SOLVERS, solve_logistic, solve_ridge
+from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.pack import Windows
 from tests import tiny
 
@@ -29,32 +30,55 @@ def classes(count: int = 60, length: int = 16) -> dict[str, Windows]:
     return made
 
 
-def test_ridge_equals_weighted_least_squares_in_float64():
+@pytest.mark.parametrize(("tokens", "dtype"), [(500, np.float64), (2 * CHUNK_TOKENS + 7, np.float32)])
+def test_ridge_equals_weighted_least_squares_in_float64(tokens, dtype):
     g = np.random.default_rng(0)
-    u, y, weight = g.normal(size=(500, 7)) + 3, g.normal(size=500), g.uniform(0.1, 2, size=500)
+    drawn = g.normal(size=(tokens, 7)) + 3, g.normal(size=tokens), g.uniform(0.1, 2, size=tokens)
+    given = [a.astype(dtype) for a in drawn]
     ridge = 0.01
-    w, b = solve_ridge(*(torch.from_numpy(a) for a in (u, y, weight)), ridge)
+    w, b = solve_ridge(*(torch.from_numpy(a) for a in given), ridge)
+    u, y, weight = (a.astype(np.float64) for a in given)
     p = weight / weight.sum()
     centred = u - p @ u
     penalty = ridge * (p @ centred**2).mean()
     rows = np.vstack([np.sqrt(p)[:, None] * centred, np.sqrt(penalty) * np.eye(7)])
     expected = np.linalg.lstsq(rows, np.concatenate([np.sqrt(p) * (y - p @ y), np.zeros(7)]), rcond=None)[0]
     assert np.allclose(w.numpy(), expected, atol=1e-10)
-    assert float(b) == pytest.approx(p @ y - (p @ u) @ expected)
+    assert float(b) == pytest.approx(p @ y - (p @ u) @ expected, abs=1e-9)
 
 
-def test_logistic_regression_equals_scikit_learns():
-    g = np.random.default_rng(1)
+def plain(g):
+    """Features of the same kind, with the offset and scale that a stream may have."""
     u = g.normal(size=(400, 5)) * 2 + 1
-    y = (u[:, 0] - 0.5 * u[:, 1] + g.logistic(size=400) > 1).astype(float)
-    weight = np.where(y > 0, 0.2, 1.0) * g.uniform(0.5, 2, size=400)
-    w, b = solve_logistic(*(torch.from_numpy(a) for a in (u, y, weight)), 0.01)
+    return u, u[:, 0] - 0.5 * u[:, 1] > 1 - g.logistic(size=400)
+
+
+def far_outliers(g):
+    """Features of which a few values are hundreds of times the others'."""
+    z = g.normal(size=(400, 5))
+    return z**5, z[:, 0] > 1 - g.logistic(size=400)
+
+
+def repeated(g):
+    """Each feature twice."""
+    u = g.normal(size=(400, 3))
+    return np.hstack([u, u]), u[:, 0] > 1 - g.logistic(size=400)
+
+
+@pytest.mark.parametrize("made", [plain, far_outliers, repeated])
+@pytest.mark.parametrize("ridge", [0.01, 1e-4])
+def test_logistic_regression_equals_scikit_learns(made, ridge):
+    g = np.random.default_rng(2)
+    u, y = made(g)
+    weight = np.where(y, 0.2, 1.0) * g.uniform(0.5, 2, size=400)
+    w, b = solve_logistic(*(torch.from_numpy(a) for a in (u, y.astype(float), weight)), ridge)
     p = weight / weight.sum()
     scale = np.sqrt((p @ (u - p @ u) ** 2).mean())
-    reference = LogisticRegression(C=1 / 0.01, tol=1e-10, max_iter=1000)
+    reference = LogisticRegression(C=1 / ridge, tol=1e-10, max_iter=1000)
     reference.fit((u - p @ u) / scale, y, sample_weight=p)
-    assert np.allclose(w.numpy(), reference.coef_[0] / scale, rtol=1e-3)
-    assert float(b) == pytest.approx(reference.intercept_[0] - (p @ u) @ reference.coef_[0] / scale, rel=1e-3)
+    expected = reference.coef_[0] / scale
+    assert np.allclose(w.numpy(), expected, rtol=1e-3, atol=1e-3 * abs(expected).max())
+    assert float(b) == pytest.approx(reference.intercept_[0] - (p @ u) @ expected, rel=1e-3)
 
 
 def test_kept_gates_are_those_that_were_fitted_unless_the_format_changed(tmp_path, monkeypatch):
@@ -90,6 +114,28 @@ def test_a_gate_fitted_on_causal_means_is_the_carried_gate_but_for_the_weight_of
         for document in (slice(0, 6), slice(6, 9)):
             m = math.carry(math.gate_logit(x[row, document], w, b), 0.7)
             assert torch.allclose(e[row, document] * (u[row, document] @ w + b), m, atol=1e-6)
+
+
+@pytest.mark.parametrize("a", [0.0, 0.7])
+def test_a_causal_mean_is_the_weighted_mean_of_a_documents_tokens_but_the_first(a):
+    g = torch.Generator().manual_seed(0)
+    x, offset = (
+        torch.randn(2, 9, 5, generator=g),
+        torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2], [0, 1, 0, 1, 2, 0, 0, 1, 2]]),
+    )
+    u = causal_mean(x, offset, a)
+    for row in range(2):
+        for t in range(9):
+            own = x[row, t - offset[row, t] : t + 1].double()
+            weight = [a ** (len(own) - 1 - i) for i in range(1, len(own))]
+            mean = sum(w * x_i for w, x_i in zip(weight, own[1:], strict=True)) / sum(weight) if weight else own[0]
+            assert torch.allclose(u[row, t].double(), mean, atol=1e-6)
+
+
+def test_the_summary_tells_the_mean_share_found_and_the_worst_misfire():
+    report = {0: LayerFit(0.5, {"en": 0.01, "da": 0.002}), 3: LayerFit(0.7, {"en": 0.0, "da": 0.0325})}
+    expected = "gates find 60.0% of the target, misfire on at most 3.25% of a class in a layer, at threshold 0"
+    assert FittedGates({}, report).summary() == expected
 
 
 def test_fitted_gates_hold_the_percentile_and_find_the_target():
@@ -147,6 +193,21 @@ def test_above_a_trained_block_the_percentile_is_of_the_tokens_it_does_not_act_o
     assert moved["en"].any() or moved["da"].any()
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_tokens_on_which_a_trained_block_acts_take_no_further_part_but_for_the_targets(trained):
+    adapter = AdapterModule.fresh([16, 16], tiny.D, carry=0.5, seed=0)
+    adapter.threshold = 0.1
+    if trained:
+        adapter.layer(0).w_out.data[3, 5] = 1.0
+    fitter = Fitter(adapter, classes(), "target", Gate(percentile=90.0, background_percentile=90.0))
+    x_Td = torch.randn(len(fitter.class_T), tiny.D, generator=torch.Generator().manual_seed(0))
+    x_Td[fitter.target_T, 0] += 2.0
+    fitter.fit(0, x_Td)
+    acts_T = adapter.layer(0).carried(x_Td, fitter.offset_NT.flatten(), 0.5) > 0.1
+    assert all((acts_T & (fitter.class_T == i)).any() for i in range(3))
+    assert torch.equal(fitter.moved_T, acts_T & ~fitter.target_T & trained)
+
+
 def test_classes_that_lower_blocks_have_moved_as_a_whole_have_no_say():
     named = classes()
     adapter = AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0)
@@ -157,6 +218,26 @@ def test_classes_that_lower_blocks_have_moved_as_a_whole_have_no_say():
     fitter.fit(0, x_Td)
     assert fitter.report[0].misfired["en"] == pytest.approx(0.1, abs=0.02)
     assert fitter.report[0].misfired["da"] > 0.9
+
+
+def test_with_all_other_tokens_moved_a_gate_opens_on_the_whole_target():
+    fitter = Fitter(AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0), classes(), "target", Gate())
+    fitter.moved_T = ~fitter.target_T
+    fitter.fit(0, torch.randn(len(fitter.class_T), tiny.D, generator=torch.Generator().manual_seed(0)))
+    assert fitter.report[0].found == 1
+    assert all(tensor.isfinite().all() for tensor in fitter.adapter.gates().values())
+
+
+def test_a_gate_that_finds_nothing_is_finite_and_kept_unless_more_is_asked_for():
+    adapter = AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0)
+    fitter = Fitter(adapter, classes(), "target", Gate(min_found=0.0))
+    x_Td = torch.randn(len(fitter.class_T), tiny.D, generator=torch.Generator().manual_seed(0))
+    x_Td[fitter.target_T & fitter.fits_T, 0] += 9.0
+    x_Td[fitter.target_T & fitter.checks_T, 0] -= 9.0
+    fitter.fit(0, x_Td)
+    assert fitter.report[0].found == 0
+    assert adapter.layer(0) is not None
+    assert all(tensor.isfinite().all() for tensor in adapter.gates().values())
 
 
 @pytest.mark.parametrize(
@@ -183,6 +264,44 @@ def test_the_carried_logit_averages_the_steepness_where_it_opens_on_the_target(g
         assert float(g[g > 0].mean()) == pytest.approx(mean, rel=0.01)
 
 
+@pytest.mark.parametrize(("tokens", "windows"), [(100, 6), (1, 2), (960, 60), (10_000, 60)])
+def test_a_fit_reads_so_many_tokens_of_each_class_and_four_times_that_of_the_target(tokens, windows):
+    named = classes()
+    read = gate_classes(Classes(named["target"], {"en": named["en"]}, {"da": named["da"]}), tokens)
+    assert {name: len(each) for name, each in read.items()} == {
+        "target": min(4 * windows, 60),
+        "en": windows,
+        "da": windows,
+    }
+    assert all(torch.equal(each.ids_NT, named[name].ids_NT[: len(each)]) for name, each in read.items())
+
+
+@pytest.mark.parametrize("init", list(SOLVERS))
+def test_a_gates_direction_is_that_of_the_even_windows_alone(init):
+    named = classes()
+    adapters = [AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0) for _ in range(3)]
+    fitters = [Fitter(adapter, named, "target", Gate(init=init)) for adapter in adapters]
+    length = named["target"].ids_NT.shape[1]
+    odd_T = torch.cat([torch.arange(len(c)) % 2 == 1 for c in named.values()]).repeat_interleave(length)
+    x_Td = torch.randn(len(odd_T), tiny.D, generator=torch.Generator().manual_seed(0))
+    x_Td[fitters[0].target_T, 0] += 2.0
+    for fitter, moved_T in zip(fitters, (torch.zeros_like(odd_T), odd_T, ~odd_T), strict=True):
+        fitter.fit(0, torch.where(moved_T[:, None], x_Td.flip(1) + 1.0, x_Td))
+    whole, other_odd, other_even = (
+        torch.nn.functional.normalize(a.layer(0).gate.detach(), dim=0) for a in adapters
+    )
+    assert torch.allclose(whole, other_odd, atol=1e-6)
+    assert float(whole @ other_even) < 0.9
+
+
+def test_a_layer_without_a_block_gets_no_gate():
+    model = tiny.model()
+    adapter = AdapterModule.fresh([16, 0, 16], tiny.D, carry=0.5, seed=0)
+    fitted = fit_gates(model, Attached(model, [adapter]), classes(), Gate())
+    assert list(fitted.report) == [0, 2]
+    assert set(fitted.gates) == {f"layers.{i}.{name}" for i in (0, 2) for name in ("gate", "bias")}
+
+
 def test_layers_that_find_too_little_get_no_block():
     model = tiny.model()
     adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
@@ -194,10 +313,14 @@ def test_layers_that_find_too_little_get_no_block():
     assert [b is not None for b in adapter.export(torch.float32)] == [i in kept for i in range(tiny.LAYERS)]
 
 
-def test_classes_weigh_the_same_however_much_text_they_have():
+def test_classes_weigh_the_same_however_much_text_they_have_and_their_tokens_by_evidence():
     named = classes()
     named["en"] = named["en"].take(slice(8))
-    fitter = Fitter(AdapterModule.fresh([16], 4, 0.0, 0), named, "target", Gate(target_weight=0.5))
-    weight = fitter._weights(fitter.fits_T)[fitter.fits_T]
-    of = fitter.class_T[fitter.fits_T]
-    assert [float(weight[of == i].sum()) for i in range(3)] == pytest.approx([0.5, 0.25, 0.25])
+    for carry in (0.0, 0.7):
+        fitter = Fitter(AdapterModule.fresh([16], 4, carry, 0), named, "target", Gate(target_weight=0.5))
+        weight = fitter._weights(fitter.fits_T)[fitter.fits_T]
+        of = fitter.class_T[fitter.fits_T]
+        assert [float(weight[of == i].sum()) for i in range(3)] == pytest.approx([0.5, 0.25, 0.25])
+        e = evidence(fitter.offset_NT.flatten()[fitter.fits_T], carry).double()
+        for i in range(3):
+            assert torch.allclose(weight[of == i] * e[of == i].sum(), e[of == i] * weight[of == i].sum())

@@ -16,7 +16,7 @@ from nr_serve.train.file_cache import TORN_AFTER_S
 from nr_serve.train.recipe import Data, Run
 from nr_serve.train.text import read_classes
 from nr_serve.train.text.overlap import FEWEST_GRAMS, grams, overlap
-from nr_serve.train.text.pack import Packed, Windows, pack
+from nr_serve.train.text.pack import NEAR, Packed, Windows, pack
 from nr_serve.train.text.token_cache import TokenCache, tokenizer_key
 from tests import tiny
 from tests.unit.room import no_room
@@ -31,6 +31,8 @@ def test_packing_restarts_the_offset_at_each_document_and_window():
         at = 0 if i % 4 == 0 or token != flat[i - 1] else at + 1
         expected.append(at)
     assert offset == expected
+    pairs = [(at, token) for at, token in enumerate(flat) if at % 4 < 3]
+    assert windows.labelled == sum(flat[at + 1] == token for at, token in pairs)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -55,6 +57,13 @@ def test_a_document_without_a_word_near_goes_on_where_it_was_cut():
     assert hf.decode(windows.ids_NT.flatten()) == "x" * 20 + "y" * 20
 
 
+def test_a_next_word_is_near_within_so_many_tokens():
+    hf = word_tokenizer()
+    for left_out, second in ((NEAR - 1, " y z"), (NEAR, "xxxx")):
+        windows = pack(hf, ["x" * (4 + left_out) + " y z"], 4, None, seed=0).windows
+        assert hf.decode(windows.ids_NT[1]) == second
+
+
 def test_a_tokenizer_that_tells_no_words_cuts_anywhere():
     hf = word_tokenizer()
 
@@ -74,7 +83,8 @@ def test_packing_stops_at_the_limit_and_is_decided_by_the_seed():
     assert not torch.equal(limited.ids_NT, pack(hf, documents, 8, 50, seed=2).windows.ids_NT)
 
 
-def test_only_as_many_documents_are_tokenised_as_the_limit_needs():
+@pytest.mark.parametrize(("limit", "read"), [(1000, 256), (25_600, 256), (25_601, 512)])
+def test_only_as_many_documents_are_tokenised_as_the_limit_needs(limit, read):
     hf = tiny.tokenizer().hf
     seen = []
 
@@ -82,8 +92,8 @@ def test_only_as_many_documents_are_tokenised_as_the_limit_needs():
         seen.extend(documents)
         return hf(documents, **how)
 
-    pack(counting, ["x" * 100] * 5000, 8, 1000, seed=0)
-    assert len(seen) == 256
+    pack(counting, ["x" * 100] * 5000, 8, limit, seed=0)
+    assert len(seen) == read
     assert len(pack(hf, [], 8, None, seed=0).windows) == 0
 
 
