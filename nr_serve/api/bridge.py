@@ -232,7 +232,7 @@ class AsyncEngine:
             self.metrics.unloaded(command.name)
         elif isinstance(command, ListAdapters):
             before, self.adapters = self.adapters, {view.name: view for view in answer}
-            for name in before.keys() - self.adapters.keys():  # found out by the engine
+            for name in before.keys() - self.adapters.keys():  # rejected by the engine
                 self.metrics.unloaded(name)
 
     def _track(self, request: Submit, inbox: asyncio.Queue[Output]) -> _Live:

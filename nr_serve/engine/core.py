@@ -131,7 +131,7 @@ class Core:
         if probe is not None and tried is not None:
             self._adapters.tried(probe, tried)
         report = self._report(pieces, started, preempted) if pieces else None
-        changed, loads_failed = self._adapters.take_found_out()
+        changed, loads_failed = self._adapters.take_rejected()
         return StepEvents(tuple(outputs), report, changed, loads_failed)
 
     def statistics(self) -> GateStatistics:

@@ -13,8 +13,8 @@ from nr_serve.errors import BadRequest
 MAX_GRAMMAR_BYTES = 32 * 2**10
 """Longest grammar. With the limits below it compiles in some 0.1 s, and a token costs at most some 6 ms."""
 
-# A short grammar can be the dearest: with llguidance's default of 50,000 items, the 150th token of an ambiguous one
-# takes 0.4 s, in which no other answer goes on.
+# A short grammar can be the most expensive: with llguidance's default of 50,000 items, the 150th token of an
+# ambiguous one takes 0.4 s, in which no other answer goes on.
 _LIMITS = LLParserLimits(step_max_items=6_000, max_lexer_states=50_000, verbose_errors=False)
 
 
@@ -28,7 +28,7 @@ class Guide:
             raise BadRequest(f"the grammar has {size} bytes; at most {MAX_GRAMMAR_BYTES} are taken")
         self._start = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
         if not self._start.is_error():
-            self._start.compute_bitmask()  # the first is the dearest, and some errors show only here
+            self._start.compute_bitmask()  # the first is the most expensive, and some errors show only here
         if self._start.is_error():
             raise BadRequest(f"the grammar cannot be used: {_reason(self._start)}")
 

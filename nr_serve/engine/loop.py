@@ -228,7 +228,7 @@ class EngineLoop:
                 adapters.copy_some()
                 core.step()  # measures it
             view = answer.result()
-        if all(each.version != view.version for each in adapters.views()):  # found out since it was answered
+        if all(each.version != view.version for each in adapters.views()):  # rejected since it was answered
             raise BadAdapterFile(f"{message.path}: on the probe texts it was not finite; the log says more")
         log.info("adapter %s: version %s, %s", view.name, view.version, view.state)
 

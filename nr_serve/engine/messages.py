@@ -145,7 +145,7 @@ class StepEvents:
     outputs: tuple[Output, ...]
     report: StepReport | None = None
     adapters_changed: bool = False
-    """An adapter was found out, and unloaded or put back, with no command."""
+    """An adapter turned out to diverge, and was unloaded or put back, without a command."""
     loads_failed: int = 0
     """Loads that were answered well, and turned out to be of such an adapter."""
 

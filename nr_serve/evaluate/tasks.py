@@ -240,7 +240,7 @@ def _config(name: str, examples: Sequence[Example]) -> dict[str, Any]:
 def _begin(attached: Attached) -> Any:
     """A hook that starts the carried gates anew in every row of a batch.
 
-    Rows are padded on the right, behind every token that is read, so a causal model's answers do not see it.
+    Rows are padded on the right, after every token that is read, so a causal model's answers do not see it.
     """
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -24,6 +24,7 @@ from nr_serve.neutral.format import Adapter
 from nr_serve.neutral.step import StepTokens, Totals
 
 _SHUT = -1e30  # bias of a layer without a block: finite, so that the carry of it stays finite
+_COPIED = 2**18  # numbers of a block copied between two yields: some tenths of a millisecond
 
 
 class Bank(ABC):
@@ -65,7 +66,6 @@ class Bank(ABC):
 
         self._fired_LS = zeros(layers, slots, dtype=torch.int64)
         self._seen_LS = zeros(layers, slots, dtype=torch.int64)
-        self._has_block_LS = zeros(layers, slots, dtype=torch.int64)  # 1 where the slot's adapter has a block
         self._mass_S = zeros(slots, dtype=torch.float64)
         self._cross_KS = zeros(self.labels, slots, dtype=torch.int64)
         self._look_at_attached()
@@ -81,7 +81,7 @@ class Bank(ABC):
             )
 
     def attach(self, slot: int, adapter: Adapter, threshold: float) -> Iterator[None]:
-        """Copy an adapter into a slot, a layer between yields; it can fire once the iterator is exhausted.
+        """Copy an adapter into a slot, a layer or a part of one between yields; it can fire once that is exhausted.
 
         Steps may run between yields: until the end the slot's threshold is infinite. With an infinite `threshold`
         the slot is filled and stays shut, until `set_threshold`.
@@ -90,23 +90,21 @@ class Bank(ABC):
         self.detach(slot)
         for layer, block in enumerate(adapter.blocks):
             h = 0 if block is None else block.h
-            up_ud, out_hd = self.w_up_SLud[slot, layer, : 2 * h], self.w_out_SLhd[slot, layer, :h]
+            self.width_LS[layer, slot] = h
             if block is None:
                 self.gate_LSd[layer, slot] = 0
                 self.bias_LS[layer, slot] = _SHUT
             else:
                 self.gate_LSd[layer, slot].copy_(block.gate)
                 self.bias_LS[layer, slot].copy_(block.bias)
-                up_ud[:h].copy_(block.w_in)
-                up_ud[h:].copy_(block.w_gate)
-                out_hd.copy_(block.w_out.T)
-            self.width_LS[layer, slot] = h
+                yield from _copy_rows(self.w_up_SLud[slot, layer, :h], block.w_in)
+                yield from _copy_rows(self.w_up_SLud[slot, layer, h : 2 * h], block.w_gate)
+                yield from _copy_rows(self.w_out_SLhd[slot, layer, :h], block.w_out.T)
             yield
         self.carry_S[slot] = adapter.info.carry
         self.ceiling_S[slot] = adapter.info.ceiling
         self.state_LRS[:, :, slot] = torch.nan
         self.page_state_LNS[:, :, slot] = torch.nan
-        self._has_block_LS[:, slot] = self.width_LS[:, slot] > 0
         self.threshold_S[slot] = threshold
         self.attached.add(slot)
         self._look_at_attached()
@@ -154,7 +152,7 @@ class Bank(ABC):
 
     @abstractmethod
     def drop(self) -> None:
-        """Leave a step that failed: all states and statistics are as before it, but on a GPU."""
+        """Leave a step that failed: all states and statistics are as before it, except on a GPU: see `GpuBank`."""
 
     def read_totals(self) -> Totals:
         """Read the statistics and set them to zero."""
@@ -165,10 +163,19 @@ class Bank(ABC):
         return Totals(fired, seen, mass, cross)
 
     def _look_at_attached(self) -> None:
-        """Gates are evaluated in slots 0 to the highest attached, in eights.
+        """Gates are evaluated in slots 0 to the highest attached, rounded up to a multiple of eight.
 
         A product's rounding changes with its width, and a load should not move the gates of others; nor is a
         narrower product faster.
         """
         highest = max(self.attached, default=-1)
         self._columns = min(self.slots, (highest + 8) // 8 * 8)
+
+
+def _copy_rows(to_hd: Tensor, from_hd: Tensor) -> Iterator[None]:
+    """Copy a block's rows, with a yield between one part of them and the next."""
+    rows = max(1, _COPIED // to_hd.shape[1])
+    for first in range(0, len(to_hd), rows):
+        if first:
+            yield
+        to_hd[first : first + rows].copy_(from_hd[first : first + rows])

@@ -1,4 +1,4 @@
-"""The bank on a GPU: the same slots, with a step by the kernels, of which nothing is read before its end."""
+"""The bank on a GPU: the same slots, with a step by Triton kernels; the host reads nothing before it ends."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class GpuBank(Bank):
         pieces = kernels.Pieces(first_P, tokens.last_P, tokens.row_T, selected_TS, tokens.longest, page_T)
         self._label_T, self._open_TS = tokens.label_T, torch.zeros_like(selected_TS, dtype=torch.int32)
         if tokens.trial is None:
-            self._seen_LS.addcmul_(self._has_block_LS, selected_TS.sum(0))
+            self._seen_LS += (self.width_LS > 0) * selected_TS.sum(0)
         else:
             assert tokens.trial.first == 0
             slot = tokens.trial.slot

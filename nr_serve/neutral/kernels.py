@@ -1,9 +1,9 @@
 """The bank's step on a GPU, in Triton: what `math.py` defines, for all slots of one layer at once.
 
-Four functions, called in this order, and no word from the device to the host in any of them, so that a CUDA graph
-can hold them; shapes and grids depend on the step's size alone. What is fired is decided on the device: programs
-of a grid that find no open gate end at once, so that where every gate is shut no block's weight is read.
-Triton compiles a kernel once more where an integer is 1 or divides by 16; not for T, which changes with every step.
+Four functions, called in this order. None synchronises with the host, so a CUDA graph can hold them; shapes and
+grids depend on the step's size alone. What is fired is decided on the device: programs of a grid that find no open
+gate end at once, so that where every gate is shut no block's weight is read.
+Triton specialises a kernel on integers that are 1 or divisible by 16; not on T, which changes with every step.
 
     gates     logits, carry, threshold, selection, statistics, carried state           2 launches
     compact   for each slot, the tokens whose gate fired, laid end to end              1 launch

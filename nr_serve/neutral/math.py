@@ -3,7 +3,7 @@
 For the token's normalised FFN input x, in one layer, for one adapter:
 
     logit      z_t = w · x_t + b
-    carried    m_t = a m_(t-1) + (1 - a) z_t,   m_0 = 0
+    carried    m_t = a m_(t-1) + (1 - a) z_t,   m_0 = 0 whatever z_0, as tokens count from 0
     block gate g_t = min(relu(m_t - threshold), ceiling)
     residue    r_t = g_t W_out(silu(W_gate x_t) * (W_in x_t))
 

@@ -137,7 +137,7 @@ class TorchBank(Bank):
         self._state_LRn.index_copy_(1, step.row_P, last_LPn)
         if tokens.end_E is not None and tokens.page_E is not None:
             self._page_state_LNn.index_copy_(1, tokens.page_E, m_LTn.index_select(1, tokens.end_E))
-        self._seen_LS.addcmul_(self._has_block_LS, tokens.selected_TS[: tokens.counted].sum(0))
+        self._seen_LS += (self.width_LS > 0) * tokens.selected_TS[: tokens.counted].sum(0)
 
     def _count_open(self, tokens: StepTokens, m_LTn: Tensor, threshold: Tensor) -> Tensor:
         """Layers open by token and slot, [T, S]; adds them, and what acted, to the statistics."""
@@ -147,7 +147,7 @@ class TorchBank(Bank):
         open_TS = F.pad((over_LTn > 0).sum(0, dtype=torch.int32), (0, self.slots - n))
         g_LTn = self._gate_values(over_LTn, tokens.selected_TS[:, :n])[:, :counted]
         self._fired_LS[:, :n] += (g_LTn > 0).sum(1)
-        # A stream or a gate gone wild must not leave NaN or infinity in the totals for ever.
+        # A diverged stream or gate must not leave NaN or infinity in the totals for ever.
         self._mass_S[:n] += g_LTn.nan_to_num_(posinf=0.0).sum((0, 1), dtype=torch.float64)
         self._cross_KS.index_add_(0, tokens.label_T[:counted], open_TS[:counted].to(torch.int64))
         return open_TS

@@ -171,7 +171,7 @@ class Gate(_Section):
     refit: bool = Field(
         default=True,
         description="Whether fitted gates that are not trained are fitted again after the last step, on the stream "
-        "as the trained blocks leave it: those fitted to the base's misfire behind blocks.",
+        "as the trained blocks leave it: those fitted to the base's misfire after blocks.",
     )
     fit_tokens: Positive = Field(
         default=6144,

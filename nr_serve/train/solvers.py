@@ -33,8 +33,8 @@ def solve_ridge(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tu
         mean_d += weighted.sum(0)
     mean_y = (y_T.double() * weight_T.double()).sum() / total
     covariance_dd = moment_dd - torch.outer(mean_d, mean_d)
-    penalty = ridge * covariance_dd.diagonal().mean()
-    w_d = torch.linalg.solve(covariance_dd + penalty * torch.eye(d, device=u_Td.device), cross_d - mean_d * mean_y)
+    penalty_dd = ridge * covariance_dd.diagonal().mean() * torch.eye(d, dtype=torch.float64, device=u_Td.device)
+    w_d = torch.linalg.solve(covariance_dd + penalty_dd, cross_d - mean_d * mean_y)
     return w_d, mean_y - w_d @ mean_d
 
 

@@ -167,7 +167,7 @@ class Walk:
         ):
             self.read.add((version.payload, measured.threshold))
         if acts and result.error is not None:
-            changed, _ = self.adapters.take_found_out()
+            changed, _ = self.adapters.take_rejected()
             assert changed
             self.found_wild(version.name)
 

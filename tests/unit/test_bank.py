@@ -54,6 +54,18 @@ def test_y_comes_back_to_the_bit_where_no_gate_fired(bank):
     assert not torch.equal(out[~closed_LT].view(torch.int32), y_LTd[~closed_LT].view(torch.int32))
 
 
+def test_an_adapter_is_copied_a_few_rows_at_a_time(bank, monkeypatch):
+    g = torch.Generator().manual_seed(3)
+    x_LTd, y_LTd = torch.randn(2, LAYERS, 7, D, generator=g)
+    whole, parts = bank(), bank()
+    attach(whole, 0, adapter(2))
+    monkeypatch.setattr("nr_serve.neutral.bank._COPIED", 3 * D)
+    assert sum(1 for _ in parts.attach(0, adapter(2), 0.0)) > 3 * LAYERS
+    expected, fired_TS = step(whole, [(0, 7, (0,))], x_LTd, y_LTd)
+    assert fired_TS.any()
+    assert torch.equal(step(parts, [(0, 7, (0,))], x_LTd, y_LTd)[0], expected)
+
+
 @pytest.mark.parametrize("poison", [NAN, float("inf"), -float("inf")])
 @pytest.mark.parametrize("detached", [True, False])
 def test_poisoned_slots_that_are_not_selected_never_touch_the_output(bank, poison, detached):

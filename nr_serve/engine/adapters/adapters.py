@@ -40,7 +40,7 @@ class Adapters:
         self._slots = Slots(bank)
         self.registry, self.attachments = self._slots.registry, self._slots.attachments
         self._watch = Watch(self._canary, self.attachments)
-        self._changes = Changes(self._slots, self._canary, self._watch, self.view, self._found_out)
+        self._changes = Changes(self._slots, self._canary, self._watch, self.view, self._reject_served)
         self._changed_itself = False
         self._loads_failed = 0
 
@@ -152,7 +152,7 @@ class Adapters:
         return bool(self._changes or self._watch)
 
     def copy_some(self, seconds: float = COPY_SECONDS) -> None:
-        """Copy weights for about so long, at least a layer; publish what is ready."""
+        """Copy weights for about so long, at least a part of a layer; publish what is ready."""
         self._changes.copy_some(seconds)
 
     def trial(self, most: int) -> Probe | None:
@@ -164,16 +164,16 @@ class Adapters:
         return None if measurement is None else self._canary.probe(measurement, most)
 
     def tried(self, probe: Probe, result: Result) -> None:
-        """Take what running the probe gave; an adapter that is found out is refused, or unloaded."""
+        """Take what running the probe gave; an adapter that diverges is refused, or unloaded."""
         if probe.measurement.acts:
-            self._try_behind(probe, result)
+            self._try_in_background(probe, result)
             return
         try:
             self._canary.add(probe, result)
         except NrError as error:
             self._changes.refuse(error)
 
-    def take_found_out(self) -> tuple[bool, int]:
+    def take_rejected(self) -> tuple[bool, int]:
         """Whether adapters were changed with no command since the last time, and how many loads failed by that."""
         found, self._changed_itself, self._loads_failed = (self._changed_itself, self._loads_failed), False, 0
         return found
@@ -225,7 +225,7 @@ class Adapters:
             measuring=self._watch.measuring(version),
         )
 
-    def _try_behind(self, probe: Probe, result: Result) -> None:
+    def _try_in_background(self, probe: Probe, result: Result) -> None:
         measurement = probe.measurement
         if not self._watch.wants(measurement):
             return  # it went with a request that ended
@@ -233,7 +233,7 @@ class Adapters:
             self._canary.add(probe, result)
         except NrError as error:
             self._watch.failed(measurement)
-            self._found_out(measurement.version, error)
+            self._reject_served(measurement.version, error)
         else:
             if self._canary.done(measurement):
                 self._watch.done(measurement)
@@ -256,14 +256,16 @@ class Adapters:
             names = ", ".join(v.name for v in selection)
             raise Unavailable(f"no slot for {names}: {pinned} of {self._bank.slots} hold pinned adapters")
 
-    def _found_out(self, version: Version, error: NrError) -> None:
-        """An adapter that is served could not be measured: if it is wild, what acted before it is put back."""
+    def _reject_served(self, version: Version, error: NrError) -> None:
+        """An adapter that is served could not be measured: if it diverges, what acted before it is put back."""
         log.error("adapter %s, version %s: %s", version.name, version.digest, error.message)
         if not isinstance(error, BadAdapterFile):
             return
         self._changed_itself = True
         before = self._watch.put_back(version)
-        self._loads_failed += before is None or before.digest != version.digest  # else only its threshold was wild
+        self._loads_failed += (
+            before is None or before.digest != version.digest
+        )  # else only at its threshold it diverged
         if before is None:
             self.unload(version.name)
             return

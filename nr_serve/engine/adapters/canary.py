@@ -20,7 +20,7 @@ MOST_REPORTS = 1024
 
 
 class Measurement:
-    """A version on its way past the probe texts at one threshold."""
+    """One version's measurement on the probe texts at one threshold."""
 
     def __init__(self, version: Version, threshold: float) -> None:
         self.version, self.threshold = version, threshold

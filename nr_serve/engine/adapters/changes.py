@@ -67,11 +67,11 @@ class Attach(Change):
         self._changes.fill()
 
     def refuse(self, error: NrError) -> None:
-        """It was registered before it could be measured, so it is served; unless it is wild."""
+        """It was registered before it could be measured, so it is served; unless it diverges."""
         if isinstance(error, BadAdapterFile):
             self._changes.slots.displace(self.version)
             if not self.version.retired:
-                self._changes.found_out(self.version, error)
+                self._changes.reject_served(self.version, error)
             self._changes.fill()
             return
         log.error("adapter %s, version %s: %s", self.version.name, self.version.digest, error.message)
@@ -170,10 +170,10 @@ class Changes:
         canary: Canary,
         watch: Watch,
         view: Callable[[Version], AdapterView],
-        found_out: Callable[[Version, NrError], None],
+        reject_served: Callable[[Version, NrError], None],
     ) -> None:
-        """`view`: what people see of a version; `found_out` takes one that is served and must not be."""
-        self.slots, self.canary, self.view, self.found_out = slots, canary, view, found_out
+        """`view`: what people see of a version; `reject_served` takes one that is served and must not be."""
+        self.slots, self.canary, self.view, self.reject_served = slots, canary, view, reject_served
         self._watch = watch
         self._queue: deque[Change] = deque()
 
@@ -219,7 +219,7 @@ class Changes:
     # Under way
 
     def copy_some(self, seconds: float) -> None:
-        """Copy weights for about so long, at least a layer; what is ready acts."""
+        """Copy weights for about so long, at least a part of a layer; what is ready acts."""
         end = time.perf_counter() + seconds
         while self._queue:
             change = self._queue[0]

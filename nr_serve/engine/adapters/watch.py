@@ -1,6 +1,6 @@
-"""The watch: what acts before its leak is known, and what is put back should it turn out wild. Torch-free.
+"""The watch: what acts before its leak is known, and what is put back should it diverge. Torch-free.
 
-Without a limit an adapter acts as soon as it began well, and the rest of it is measured behind.
+Without a limit an adapter acts as soon as it began well, and the rest of it is measured in the background.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nr_serve.neutral.registry import Version
 
 
 class Watch:
-    """Owns the queue of what is measured behind, and what acted before each version that was not measured."""
+    """Owns the queue of what is measured in the background, and what acted before each version not measured yet."""
 
     def __init__(self, canary: Canary, attachments: Attachments) -> None:
         self._canary = canary
@@ -84,6 +84,6 @@ class Watch:
         self._queue.remove(measurement)
 
     def put_back(self, version: Version) -> Version | None:
-        """The version is wild: what is to act in its place, not in a slot yet."""
+        """The version diverges: what is to act in its place, not in a slot yet."""
         before = self._before.pop(version, None)
         return None if before is None else before.again()

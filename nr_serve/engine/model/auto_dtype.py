@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _SIZE = 2048  # a weight no core holds in its own cache
 _TOKENS = (8, 256)  # a small decode step, and a prefill chunk
 _ROUNDS = 30
-_MARGIN = 1.2  # so that machines of one kind do not choose one this, one that
+_MARGIN = 1.2  # so that machines of one kind do not choose differently
 _FORMAT = 1
 """Raised when the measurement changes: what was measured otherwise is not read again."""
 _TELLING = ("model name", "flags", "CPU part", "Features")  # the last two on ARM

@@ -182,7 +182,7 @@ class _Layout:
         return found
 
     def contexts(self, piece_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-        """KV cells of the first so many positions, [B, N]; behind a shorter context the spare cell."""
+        """KV cells of the first so many positions, [B, N]; after a shorter context the spare cell."""
         # Not a cell in use: what is masked out still meets a weight of 0, and 0 times another request's NaN is NaN.
         position_N = np.arange(length_B.max())
         inside_BN = position_N < length_B[:, None]
@@ -206,9 +206,8 @@ def _groups(pieces: Sequence[Piece], layout: _Layout, apart: int | None, device:
 
 
 def _kind(i: int, piece: Piece, apart: int | None) -> str | int:
-    """Which pieces attend as one group: single tokens and pieces of few; short prompts, which would pad those far.
-
-    A longer piece is a group by itself, for which its index stands.
+    """The key of a piece's group: single tokens and pieces of few tokens; short prompts, which would pad those far;
+    else the piece's own index.
     """
     if piece.count == 1 or (apart is not None and piece.count <= _FEW_IN_PIECE):
         return "few"

@@ -72,11 +72,11 @@ class _Layer(nn.Module, ABC):
 
     @abstractmethod
     def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """The stream behind the layer, from that before it, [1, T, d]; cos and sin [1, T, D]."""
+        """The residual stream after the layer, given that before it, [1, T, d]; cos and sin [1, T, D]."""
 
 
 class FusedLayer(_Layer):
-    """A layer of attention and FFN, each behind an RMSNorm (Zhang and Sennrich, 2019) and added to the stream.
+    """A layer of attention and FFN, each after an RMSNorm (Zhang and Sennrich, 2019) and added to the stream.
 
     Queries, keys and values are one product; Qwen 3's have norms of their own.
     """
@@ -106,9 +106,9 @@ class FusedLayer(_Layer):
             qkv, cos, sin, keys_CKD, values_CKD, batch.cells_T, self.q_norm, self.k_norm, self.eps
         )
         out_THD = attend(query_THD, keys_CKD, values_CKD, batch, self.window, self.scaling, ops)
-        behind: Tensor = stream + self.out(out_THD.flatten(1)[None])
-        y: Tensor = self.mlp(ops.rms_norm(behind, self.ffn_norm, self.eps))
-        return behind + y
+        residual: Tensor = stream + self.out(out_THD.flatten(1)[None])
+        y: Tensor = self.mlp(ops.rms_norm(residual, self.ffn_norm, self.eps))
+        return residual + y
 
 
 def fuse(model: nn.Module, operators: CpuOperators) -> None:

@@ -230,17 +230,21 @@ def uncaptured(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Out
 def capture_cuda() -> Capture:
     """Captures on the current device, into one pool of memory: graphs run one after the other."""
     pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]  # one: cuBLAS keeps memory for each
 
     def capture(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
-        stream.wait_stream(torch.cuda.current_stream())
+        here = torch.cuda.current_stream()
+        stream.wait_stream(here)
         with torch.cuda.stream(stream):
             function()  # kernels compile, and libraries take their memory, the first time
-        torch.cuda.current_stream().wait_stream(stream)
+        here.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            outputs = function()
+        try:
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = function()
+        finally:
+            torch.cuda.set_stream(here)  # which a capture that fails leaves at its own
         return graph.replay, outputs
 
     return capture

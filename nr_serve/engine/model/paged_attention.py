@@ -1,7 +1,7 @@
 """Paged attention on a GPU, with the contract of `attention.paged_attention`.
 
 Single tokens read their context where it lies, through a table of pages, by a Triton kernel that cuts long contexts
-into parts; it needs no word from the host, so a CUDA graph can hold it. A prompt's chunk gathers its context once a
+into parts; it never waits for the host, so a CUDA graph can hold it. A prompt's chunk gathers its context once a
 layer, which is little beside its own products, and goes through torch's SDPA.
 
 Shape suffixes: as in `attention`; B single tokens, M longest table, I parts of a context.

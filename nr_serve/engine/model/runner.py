@@ -82,8 +82,11 @@ class Runner:
         )
         model.set_attn_implementation(self._attention())
         prepare_layers(model, self.bank, self.operators)
+        self.graphs: Graphs | None = None
         check.run(self._all_logits, page_size=self.page_size, pages=self.pages)
-        self.graphs = self._graphs() if self.kernels else None
+        if self.kernels:
+            self.graphs = self._graphs()
+            check.run(self._all_logits, page_size=self.page_size, pages=self.pages)  # its last token by a graph
 
     @classmethod
     def load(cls, path: Path | str, tokenizer: Tokenizer, config: ServeConfig, name: str) -> Runner:
@@ -125,15 +128,15 @@ class Runner:
                 result = guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS)
             results.append(replace(result, opened=opened_here) if opened_here else result)
             first = rows.stop
-        if pieces[-1].trial is not None and self._is_wild(pieces[-1], logits_NV[-pieces[-1].count :]):
+        if pieces[-1].trial is not None and self._diverged(pieces[-1], logits_NV[-pieces[-1].count :]):
             error = BadAdapterFile("its residues drive the base to values that are not finite")
             results[-1] = replace(results[-1], error=error)
         return results
 
-    def _is_wild(self, trial: Piece, logits_NV: Tensor) -> bool:
-        """Behind a residue gone wild every gate is NaN, which does not fire: that must not pass for neutral.
+    def _diverged(self, trial: Piece, logits_NV: Tensor) -> bool:
+        """After a residue that diverged every gate is NaN, which does not fire: that must not pass for neutral.
 
-        Behind the last layer's there is no gate, but the logits of the piece's tokens, [N, V]. And a stream whose
+        After the last layer's there is no gate, but the logits of the piece's tokens, [N, V]. And a stream whose
         squares are infinite is normalised to 0: then no gate opens either, and all logits are equal.
         """
         slots = [version.slot for version in trial.request.selection or ()]
@@ -210,7 +213,7 @@ class Runner:
 
     @torch.inference_mode()
     def _all_logits(self, piece: Piece) -> Tensor:
-        return self.forward(self._batch([piece], [0]), list(range(piece.count)))[0]
+        return self._step([piece], [0], list(range(piece.count)))[0]
 
     def _compiles(self, config: ServeConfig) -> bool:
         return config.compile and self.device.type == "cpu" and not self.kernels

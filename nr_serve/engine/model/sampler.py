@@ -74,7 +74,7 @@ def adjust(logits_V: Tensor, request: Request) -> Tensor:
     answer = request.tokens[request.prompt_length :]
     logits_V = logits_V.clone()
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(request.tokens)), device=logits_V.device)
+        seen = torch.tensor(request.tokens, device=logits_V.device)  # those that repeat get equal values
         score = logits_V[seen]
         scaled = torch.where(score > 0, score / sampling.repetition_penalty, score * sampling.repetition_penalty)
         logits_V[seen] = scaled
@@ -83,8 +83,9 @@ def adjust(logits_V: Tensor, request: Request) -> Tensor:
         ids = torch.tensor(list(counts), device=logits_V.device)
         times = torch.tensor(list(counts.values()), device=logits_V.device)
         logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
-    for token_id, bias in sampling.logit_bias.items():
-        logits_V[token_id] += bias
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias), device=logits_V.device)
+        logits_V[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits_V.device)
     if len(answer) < sampling.min_tokens:
         ends = sorted(request.eos_ids | set(sampling.stop_token_ids))
         longer_V = logits_V.index_fill(0, torch.tensor(ends, dtype=torch.long, device=logits_V.device), -torch.inf)
@@ -126,7 +127,7 @@ def _descending(values_V: Tensor) -> Tensor:
 
 def log_probabilities(logits_NV: Tensor, ids_N: Sequence[int], top: int) -> list[TopLogprobs]:
     """For each row of the model's logits (float32), the token's log probability and the `top` likeliest."""
-    # -9999 stands for log 0 and for what weights gone wild may give: JSON has neither -inf nor NaN.
+    # -9999 stands for log 0 and for what diverged weights may give: JSON has neither -inf nor NaN.
     logprobs_NV = logits_NV.log_softmax(-1).nan_to_num(nan=-9999.0, neginf=-9999.0)
     chosen_N = logprobs_NV.gather(1, torch.tensor(list(ids_N), device=logits_NV.device)[:, None])[:, 0].tolist()
     if top == 0:

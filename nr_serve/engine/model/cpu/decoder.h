@@ -30,7 +30,7 @@ struct Linear {
   Tensor operator()(const Tensor& x) const { return multiply(x, packed, bias, at::kBFloat16); }
 };
 
-// Attention and FFN, each behind an RMSNorm and added to the stream; queries, keys and values are one product, gate and
+// Attention and FFN, each after an RMSNorm and added to the stream; queries, keys and values are one product, gate and
 // up another.
 class Layer : public torch::CustomClassHolder {
  public:
@@ -50,7 +50,7 @@ class Layer : public torch::CustomClassHolder {
         scale_(scale),
         window_(window) {}
 
-  // The stream behind the layer, from that before it, [1, T, d]. cos, sin and cells as in `rotate`; keys and values
+  // The residual stream after the layer, given that before it, [1, T, d]. cos, sin and cells as in `rotate`; keys and values
   // [L, C, K, D] of all layers. A step's tokens are groups end to end, each with cells [B, N] of its contexts and
   // positions [B, n] of its tokens in them. The residues of a step under way are added, if there is one.
   Tensor forward(const Tensor& stream, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
@@ -70,10 +70,10 @@ class Layer : public torch::CustomClassHolder {
       first += positions[i].numel();
     }
     const Tensor attended = (outputs.size() == 1 ? outputs[0] : at::cat(outputs)).view({1, query.size(0), -1});
-    const Tensor behind = add(stream, out_(attended)), x = rms_norm(behind, ffn_norm_, eps_);
+    const Tensor residual = add(stream, out_(attended)), x = rms_norm(residual, ffn_norm_, eps_);
     const Tensor y = down_(silu_mul(gate_up_(x)));
     if (residues) (*residues)->add(index_, x, y);
-    return add(behind, y);
+    return add(residual, y);
   }
 
  private:

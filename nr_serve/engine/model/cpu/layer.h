@@ -83,7 +83,7 @@ Tensor silu_mul(const Tensor& gate_up) {
   return y;
 }
 
-// One head of D values, turned by its token's rotary embedding, behind an RMSNorm if there is a weight for it.
+// One head of D values, turned by its token's rotary embedding, after an RMSNorm if there is a weight for it.
 template <typename T>
 inline void rotate_head(const T* x, const T* cos, const T* sin, const T* norm, float eps, int64_t half, T* y) {
   const Vec scale = norm ? norm_scale(x, 2 * half, eps) : Vec(1.f);

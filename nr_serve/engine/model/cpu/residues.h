@@ -128,7 +128,7 @@ class Residues : public torch::CustomClassHolder {
           cross[labels[t] * slots_ + s] += 1;
           if (!is_selected(t, s)) continue;
           fired[layer * slots_ + s] += 1;
-          // A stream or a gate gone wild must not leave infinity in the totals for ever.
+          // A diverged stream or gate must not leave infinity in the totals for ever.
           const float g = std::min(over, ceiling_.const_data_ptr<float>()[s]);
           if (std::isfinite(g)) mass_.mutable_data_ptr<double>()[s] += g;
         }
