@@ -74,7 +74,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise NrError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+        raise NrError(f"cannot listen on {host} port {port}: {error.strerror or error} (--port)") from error
     return listener
 
 

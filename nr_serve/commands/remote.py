@@ -64,7 +64,7 @@ def list_adapters(command: ListAdapters) -> int:
     if not adapters:
         print("no adapter is loaded")
         return 0
-    header = ("NAME", "VERSION", "DOMAIN", "STATE", "SLOT", "MB", "THRESHOLD", "REQUESTS", "LEAK", "FIRED")
+    header = ("NAME", "VERSION", "DOMAIN", "STATE", "SLOT", "MB", "THRESHOLD", "RUNNING", "LEAK", "FIRED")
     for line in table([header, *map(_row, adapters)]):
         print(line)
     return 0

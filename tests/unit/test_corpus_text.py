@@ -46,6 +46,14 @@ def test_a_page_gives_its_innermost_blocks_without_navigation():
     assert documents(extract.html, page) == [["Cím", "egy cella", "pont"]]
 
 
+def test_a_page_of_docbook_gives_its_paragraphs(recwarn):
+    page = """<?xml version="1.0" encoding="UTF-8"?><html xmlns="http://www.w3.org/1999/xhtml"><body>
+    <div class="section"><div class="para">első <b>bekezdés</b></div><div class="para">második
+    <ul><li><div class="para">pont</div></li></ul></div></div></body></html>"""
+    assert documents(extract.html, page) == [["első bekezdés", "pont"]]
+    assert not recwarn.list
+
+
 def test_a_help_page_gives_titles_and_paragraphs_without_credits():
     page = """<page xmlns="http://projectmallard.org/1.0/"><info><desc>leírás</desc>
     <mal:credit xmlns:mal="http://projectmallard.org/1.0/"><mal:name>N</mal:name><p>név</p></mal:credit></info>

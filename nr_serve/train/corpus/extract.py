@@ -9,10 +9,11 @@ import itertools
 import json
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup, Tag, XMLParsedAsHTMLWarning
 
 from nr_serve.errors import BadRequest
 from nr_serve.train.corpus import man
@@ -64,10 +65,14 @@ def extract(path: Path, source: Source) -> Iterator[Document]:
 
 
 def html(data: bytes, source: Source) -> Iterator[Document]:
-    """Yield the innermost blocks of a page."""
-    soup = BeautifulSoup(data, "lxml")
+    """Yield the innermost blocks of a page: paragraphs, list items, cells, headings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)  # XHTML is read as HTML
+        soup = BeautifulSoup(data, "lxml")
     for tag in soup.find_all(class_=CONTENTS_TABLES):
         tag.decompose()
+    for tag in soup.find_all("div", class_="para"):
+        tag.name = "p"  # as DocBook's stylesheets write paragraphs
     yield _blocks(soup, HTML_BLOCKS, HTML_DROPPED)
 
 

@@ -108,7 +108,8 @@ def find_roles(folder: Path, data: Data) -> dict[str, list[Source]]:
         roles[role] = find_sources(folder, written, data.text_field)
         for source in roles[role]:
             if source.identity in role_of:
-                raise BadRecipe(f"{source} is in both data.{role_of[source.identity]} and data.{role}")
+                other = role_of[source.identity]
+                raise BadRecipe(f"{source} is in both data.{other} and data.{role}; take it out of one of them")
             role_of[source.identity] = role
     return roles
 
