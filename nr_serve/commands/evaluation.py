@@ -23,7 +23,7 @@ class Evaluate(Command):
     corpus: Path | None = Field(None, description="folder of text, as fetch-corpus leaves it")
     source: list[str] = Field(["*.heldout.txt"], description="which of its files to measure on; may be repeated")
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
-    window: int = Field(256, ge=8, description="tokens read at once")
+    window: int = Field(256, ge=8, le=1_000_000, description="tokens read at once")
     windows: int = Field(32, ge=1, description="most windows per source")
     interference: bool = Field(
         False, description="also measure each text with its own adapter alone, and sum up who disturbs whom"
@@ -38,7 +38,7 @@ class Evaluate(Command):
         False,
         description="also measure how fast each adapter's gates open and shut where a text switches language",
     )
-    stretch: int = Field(48, ge=8, description="tokens before, between and after the switches")
+    stretch: int = Field(48, ge=8, le=100_000, description="tokens before, between and after the switches")
     tasks: list[Path] = Field([], description="multiple-choice tasks, .jsonl files or folders; may be repeated")
     limit: int | None = Field(None, ge=1, description="most examples a task, the first ones (default: all)")
     json_: bool = Field(False, alias="json", description="print JSON")

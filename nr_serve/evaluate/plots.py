@@ -21,6 +21,8 @@ from nr_serve.evaluate.pareto import Point, unbeaten
 Line = Sequence[tuple[float, float]]
 """(x, y) pairs."""
 
+matplotlib.rcParams["text.parse_math"] = False  # names may hold a $
+
 METADATA: Mapping[str, dict[str, str | None]] = {".svg": {"Date": None}, ".png": {"Software": None}}
 """What keeps time and version out of a file, by its suffix."""
 

@@ -120,7 +120,7 @@ def markdown(rows: Rows) -> list[str]:
     return [
         f"| {' | '.join(header).lower()} |",
         f"|{'|'.join(rules)}|",
-        *(f"| {' | '.join(row)} |" for row in body),
+        *(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in body),
     ]
 
 

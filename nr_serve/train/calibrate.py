@@ -96,6 +96,9 @@ def _new_recipe(file: Path, info: AdapterInfo, carry: float | None, changes: Map
     recipe = _recipe(file.stem, info)
     if not recipe.has_gates:
         raise BadRequest(f"{file} was trained without gates: its blocks know no text but their own", param="file")
+    kept = sorted({"kind", "trained"} & changes.keys())
+    if kept:
+        raise BadRequest(f"gate.{kept[0]} cannot be changed: the blocks were trained with it", param="set")
     init = {} if recipe.gate.fitted else {"init": "logistic"}
     gate = recipe.gate.model_dump() | init | {"threshold": info.threshold} | dict(changes)
     blocks = recipe.blocks.model_dump() | ({} if carry is None else {"carry": carry})

@@ -14,11 +14,12 @@ NOT = "!"
 
 
 def names_source(entries: Iterable[str], source: str) -> bool:
-    """Whether entries name a source such as `hu.lohelp`: of files the first two parts decide, else the name."""
+    """Whether entries name a source such as `hu.lohelp`, by its name or by the name of its file to train on."""
     named = False
     for entry in entries:
-        if _is_source(entry.removeprefix(NOT), source):
-            named = not entry.startswith(NOT)
+        glob = entry.removeprefix(NOT)
+        if _is_source(glob, source) and (glob == entry or not _is_heldout(glob)):
+            named = glob == entry
     return named
 
 
@@ -27,7 +28,7 @@ def names_language(entries: Iterable[str], language: str) -> bool:
     named = False
     for entry in entries:
         glob = entry.removeprefix(NOT)
-        if _is_language(glob, language) and (glob == entry or _is_whole(glob)):
+        if _is_language(glob, language) and (glob == entry or (_is_whole(glob) and not _is_heldout(glob))):
             named = glob == entry
     return named
 
@@ -40,7 +41,8 @@ def language_of(source: str) -> str:
 def _is_source(entry: str, source: str) -> bool:
     if entry.startswith(DATASETS):
         return _is_dataset(source, entry)
-    return fnmatchcase(source, ".".join(_file(entry).split(".")[:2]))
+    file = _file(entry)
+    return fnmatchcase(source, ".".join(file.split(".")[:2])) or fnmatchcase(f"{source}.train.txt", file)
 
 
 def _is_language(entry: str, language: str) -> bool:
@@ -52,6 +54,11 @@ def _is_language(entry: str, language: str) -> bool:
 def _is_whole(glob: str) -> bool:
     """Whether a glob names all sources of its languages."""
     return _file(glob).split(".")[1:2] == ["*"]
+
+
+def _is_heldout(glob: str) -> bool:
+    """Whether a glob names held-out files, which nothing trains on."""
+    return "heldout" in _file(glob).split(".")[2:]
 
 
 def _file(pattern: str) -> str:

@@ -72,7 +72,7 @@ class FileCache:
         if digest != _DIGEST(content).digest():
             _say(f"{path} is damaged, and is made again: its content is not what was written")
             return None
-        with suppress(PermissionError):  # another user's: read all the same, only not marked as used
+        with suppress(OSError):  # another user's, or on a read-only disk: it is only not marked as used
             os.utime(path)
         return content
 

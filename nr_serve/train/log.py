@@ -9,6 +9,9 @@ from typing import Any
 
 from nr_serve.errors import BadRequest
 
+START = b'{"event"'
+"""What every line starts with."""
+
 
 class Log:
     """Writes a log, after what is in it already. A line that a killed process left half-written goes."""
@@ -42,6 +45,6 @@ def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
         entry = json.loads(line)
         if not isinstance(entry, dict) or "event" not in entry:
             raise ValueError("no event")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"{path} line {number}: not a line of a run's log") from error
     return entry

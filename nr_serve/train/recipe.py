@@ -101,7 +101,7 @@ class Blocks(_Section):
         default="he", description="Variance of W_in and W_gate at the start: paper: 1 / (d L); he: 2 / d."
     )
     carry: float = Field(
-        default=0.8, ge=0, lt=1, description="a in m_t = a m_(t-1) + (1 - a) z_t; 0 is the paper's gate."
+        default=0.8, ge=0, le=0.999, description="a in m_t = a m_(t-1) + (1 - a) z_t; 0 is the paper's gate."
     )
 
     @model_validator(mode="after")
@@ -434,7 +434,7 @@ class Recipe(_Section):
 
         The budget may differ while the learning rate has not depended on it; what is only logged may differ.
         """
-        free = {"log_every", "checkpoint_every", "validate_every", "validate_windows", "accumulate"}
+        free = {"log_every", "checkpoint_every", "validate_every", "accumulate"}
         if self.run.tokens != earlier.run.tokens and tokens <= min(self.run.decay_start, earlier.run.decay_start):
             free |= {"tokens"}
         mine, other = self.dump(), earlier.dump()

@@ -21,10 +21,11 @@ from transformers import TrainingArguments
 from nr_serve.errors import Conflict
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import processes
-from nr_serve.train.export import write_result
+from nr_serve.train.export import result_path, write_result
 from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gate_cache import fit_once
 from nr_serve.train.gates import FittedGates, refit_gates
+from nr_serve.train.log import START as LOG_START
 from nr_serve.train.log import Log
 from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
@@ -32,7 +33,7 @@ from nr_serve.train.recipe import Recipe
 from nr_serve.train.recipe_file import parse_recipe
 from nr_serve.train.restore import load_weights
 from nr_serve.train.run_text import read_run_text
-from nr_serve.train.trainer import RunTrainer, TrainingStopped, training_arguments
+from nr_serve.train.trainer import RunTrainer, TrainingStopped, diverged, training_arguments
 
 _say = partial(processes.say, "train")
 
@@ -54,6 +55,8 @@ def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tens
             found = checkpoints.latest(out)
             if found is not None and not resume:
                 raise Conflict(f"{out} holds checkpoints of an earlier run; resume it or name another folder")
+            if found is None:
+                processes.from_first(lambda: _check_free(out, recipe))
             if found is None and resume:
                 _say(f"there is no checkpoint in {out}: the run begins anew")
             saved = None if found is None else checkpoints.load(found)
@@ -184,6 +187,8 @@ class TrainingRun:
             self.results[name] = {"before": before, "after": source.loss}
             if source.fired:
                 self.results[name]["fired"] = source.fired[0]
+            if not math.isfinite(source.loss):
+                raise diverged(self.out, step, f"loss on {name}", source.loss)
         self._log({"event": "heldout", "step": step, "sources": self.results})
         for name, r in self.results.items():
             fired = f"  fired {r['fired']:.2%}" if "fired" in r else ""
@@ -205,6 +210,17 @@ class TrainingRun:
     def _log(self, entry: Mapping[str, Any]) -> None:
         if self.log is not None:
             self.log.write(entry)
+
+
+def _check_free(out: Path, recipe: Recipe) -> None:
+    """Raise Conflict if a new run in `out` would write over what no run there has left."""
+    log, result = out / checkpoints.LOG, result_path(out, recipe)
+    if log.exists():
+        with log.open("rb") as file:
+            if not LOG_START.startswith(file.read(len(LOG_START))):
+                raise Conflict(f"{log} is not the log of a run; name another folder")
+    elif result.exists():
+        raise Conflict(f"{result} is not of a run in {out}; name another folder")
 
 
 def _same(what: str, same: bool) -> None:

@@ -44,6 +44,16 @@ class TrainingStopped(NrError):
     """Training could not go on, and the last good checkpoint is kept."""
 
 
+def diverged(out: Path, step: int, what: str, number: float) -> TrainingDiverged:
+    """The error of a number that is not finite after so many steps of the run in `out`."""
+    return TrainingDiverged(f"step {step}: the {what} is {number}; {_kept(out)}")
+
+
+def _kept(out: Path) -> str:
+    kept = checkpoints.latest(out)
+    return f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+
+
 def learning_rate(run: Run, step: int) -> float:
     """Learning rate of step 0, 1, ...: linear warm-up, then the recipe's schedule. It is never 0."""
     seen, total = step * run.batch_tokens, run.steps * run.batch_tokens
@@ -171,9 +181,7 @@ class RunTrainer(transformers.Trainer):
         number, step = float(value.detach()), self.state.global_step
         if not math.isfinite(number):
             self.write({"event": "diverged", "step": step, what: number})
-            raise TrainingDiverged(
-                f"step {step}: the {what} is {number}; the last good checkpoint is {checkpoints.latest(self.out)}"
-            )
+            raise diverged(self.out, step, what, number)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the means since the last time over all that was read, with the rate; no mean of what was not read."""
@@ -208,9 +216,8 @@ class RunTrainer(transformers.Trainer):
         except Exception as error:
             if not is_write_fault(error):
                 raise
-            kept = checkpoints.latest(self.out)
-            where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
-            raise TrainingStopped(f"cannot write a checkpoint in {self.out}: {error}; {where}") from error
+            fault = f"cannot write a checkpoint in {self.out}: {error}"
+            raise TrainingStopped(f"{fault}; {_kept(self.out)}") from error
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if self.args.should_save:
             step, best = self.state.global_step, self.state.best_global_step

@@ -12,6 +12,7 @@ from nr_serve.errors import BadRequest
 from nr_serve.evaluate.pareto import Point, unbeaten
 from nr_serve.evaluate.plots import heat_map, loss_curves, panels, pareto
 from nr_serve.evaluate.run_log import training_losses
+from nr_serve.evaluate.tables import markdown
 from tests.unit.room import no_room
 
 POINTS = [Point("neutral", 0.0005, 0.28), Point("lora", 0.09, 0.33), Point("worse", 0.1, 0.2)]
@@ -45,6 +46,13 @@ def test_other_values_give_another_plot(tmp_path):
     for name, rate in {"a": 0.0, "b": 0.01}.items():
         heat_map(tmp_path / f"{name}.png", ["en"], ["0"], [[rate]], title="Gate rate")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    name = r"a$\frac{b$"
+    loss_curves(tmp_path / "a.svg", {name: [(0, 4.0), (100, 3.0)]}, title=name)
+    assert (tmp_path / "a.svg").stat().st_size > 0
+    assert markdown([["RUN"], ["a|b"]])[-1] == "| a&#124;b |"
 
 
 def test_the_front_holds_exactly_the_points_that_no_other_beats():

@@ -73,6 +73,13 @@ def test_calibration_reads_the_text_in_the_type_of_the_recipe(tmp_path, base, co
     assert streams == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize("change", [{"kind": "none"}, {"trained": True}])
+def test_calibration_refuses_what_only_training_decides(tmp_path, base, corpus, change):
+    path = train(write_recipe(tmp_path, base, tokens=256), tmp_path / "run", corpus)
+    with pytest.raises(BadRequest, match="cannot be changed"):
+        calibrate(path, [], corpus, tmp_path / "out.safetensors", changes=change)
+
+
 def test_calibration_needs_the_adapters_recipe(tmp_path, base, corpus):
     from tests import tiny
 

@@ -246,6 +246,33 @@ def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, c
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("theirs", ["adapter", "hu.safetensors", "log.jsonl"])
+def test_a_new_run_writes_over_nothing_that_no_run_has_left(tmp_path, base, corpus, theirs):
+    out = tmp_path / "out"
+    path = out / "adapter" / "thesis.txt" if theirs == "adapter" else out / theirs
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    changes = {"method": "lora"} if theirs == "adapter" else {}
+    result = out / "lora" / "thesis.txt"
+    if changes:
+        result.parent.mkdir()
+        result.write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(Conflict, match=r"not of a run in|not the log of a run"):
+            train(write_recipe(tmp_path, base, tokens=256, **changes), out, corpus, resume=resume)
+    assert path.read_text() == "mine"
+    assert not changes or result.read_text() == "mine"
+
+
+def test_a_measurement_that_is_not_a_number_ends_the_run(tmp_path, base, corpus):
+    recipe = write_recipe(
+        tmp_path, base, tokens=128, lr=1e30, method="lora", run__warmup_tokens=0, run__schedule="constant"
+    )
+    with pytest.raises(TrainingDiverged, match=r"step 1: the loss on \S+ is nan; there is no checkpoint yet"):
+        train(recipe, tmp_path / "out", corpus)
+    assert not (tmp_path / "out" / "lora").exists()
+
+
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, base, corpus, monkeypatch):
     lm_loss, calls = losses.lm_loss, []
 

@@ -235,3 +235,7 @@ def test_what_is_left_out_is_not_named():
     assert names_language(entries, "hu")
     assert not names_language(entries, "cs")
     assert names_language((*entries, "cs.a.train.txt"), "cs")
+    assert names_source(["hu*.train.txt"], "hu.a")
+    assert not names_source(["hu*.train.txt"], "cs.a")
+    assert names_source(["hu.*", "!hu.*.heldout.txt"], "hu.a")
+    assert names_language(["hu.*", "!hu.*.heldout.txt"], "hu")

@@ -44,6 +44,7 @@ _DAMAGED = (
     ValueError,
     LookupError,
     OSError,
+    RecursionError,
     EOFError,
     zlib.error,
     lzma.LZMAError,
@@ -244,8 +245,8 @@ def _is_there(source: Source, beside: Path, manifest: Manifest, out: Path) -> bo
     entry = manifest.get(source.name)
     if entry is None or not all(text_file(out, source.name, part).is_file() for part in PARTS):
         return False
-    unchanged = source.kind != "folder" or entry["versions"] == folder_versions(source, beside)
-    return unchanged and source.is_same(entry["source"])
+    unchanged = source.kind != "folder" or entry.get("versions") == folder_versions(source, beside)
+    return unchanged and source.is_same(entry.get("source", {}))
 
 
 def _fetched(name: str, entry: dict[str, Any], out: Path) -> Fetched:

@@ -59,6 +59,8 @@ def extract(path: Path, source: Source) -> Iterator[Document]:
     data = path.read_bytes()
     try:
         yield from READERS[source.format](gzip.decompress(data) if path.suffix == ".gz" else data, source)
+    except BadRequest as error:
+        raise BadRequest(f"{path}, {error.message}") from error
     except UnicodeDecodeError as error:
         bad = error.object[error.start]
         raise BadRequest(f"{path} is not UTF-8: byte {error.start} of the text (0x{bad:02x})") from error
@@ -147,7 +149,11 @@ def jsonl(data: bytes, source: Source) -> Iterator[Document]:
     lines = data.decode("utf-8").split("\n")  # and not at U+2028, which may stand in the text
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield field_text(json.loads(line), source.field, f"line {number}").split("\n")
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise BadRequest(f"line {number} is not JSON: {error}") from error
+            yield field_text(row, source.field, f"line {number}").split("\n")
 
 
 def table(data: bytes, source: Source) -> Iterator[Document]:

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from nr_serve.disk import whole
-from nr_serve.errors import BadRequest
+from nr_serve.errors import BadRequest, faults
 from nr_serve.train.corpus.split import Document
 
 MANIFEST = "manifest.json"
 Manifest = dict[str, dict[str, Any]]  # by the source's name
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def text_file(out: Path, name: str, part: str) -> Path:
@@ -38,9 +41,9 @@ def read_manifest(out: Path) -> Manifest:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise BadRequest(f"{path} is damaged ({error}); delete it to fetch everything again") from error
+        return _MANIFEST.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise BadRequest(f"{path} is damaged ({faults(error)}); delete it to fetch everything again") from error
 
 
 def write_manifest(out: Path, manifest: Manifest) -> None:

@@ -91,7 +91,7 @@ class TextFile:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadRecipe(f"{self.path}, line {number} is not JSON: {error}") from error
             yield field_text(row, self.field, f"{self.path}, line {number}")
 
