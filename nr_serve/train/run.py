@@ -79,7 +79,8 @@ class TrainingRun:
         self.recipe, self.arguments, self.out, self.saved = recipe, arguments, out, saved
         if saved is not None:
             earlier = parse_recipe(saved.recipe)
-            _same("recipe", recipe.continues(earlier, saved.step * recipe.run.batch_tokens))
+            changed = recipe.changed(earlier, saved.step * recipe.run.batch_tokens)
+            _same(f"recipe ({', '.join(changed)})", not changed)
         run = recipe.run
         if run.tokens != run.steps * run.batch_tokens:
             whole = f"{run.steps:,} steps of {run.batch_tokens:,}"

@@ -230,7 +230,9 @@ class RunTrainer(transformers.Trainer):
         """Only check what is read next without a check: the run has loaded the weights."""
         folder = Path(resume_from_checkpoint)
         with checkpoints.reading(folder):
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+            if checkpoints.at_step(folder.parent, step) != folder:
+                raise ValueError(f"{TRAINER_STATE_NAME} is of step {step}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them, but go on with this plan: a checkpoint has the rate and the intervals of the run it was of."""

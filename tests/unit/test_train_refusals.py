@@ -97,5 +97,5 @@ def test_a_sweep_does_not_read_the_text_of_finished_runs_again(tmp_path, base, c
     made = run_sweep(read_sweep(path), tmp_path / "out", corpus)
     assert run_sweep(read_sweep(path), tmp_path / "out", tmp_path / "gone") == made
     path.write_text(path.read_text() + '[runs.b]\n"run.seed" = 4\n')
-    with pytest.raises(BadRequest, match="run b: no text in"):
+    with pytest.raises(BadRequest, match="run b: there is no folder"):
         run_sweep(read_sweep(path), tmp_path / "out", tmp_path / "gone")

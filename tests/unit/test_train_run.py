@@ -237,7 +237,7 @@ def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, c
     monkeypatch.setattr(training, "load_base", lambda *_: pytest.fail("the base was loaded"))
     with pytest.raises(Conflict, match="holds checkpoints"):
         train(write_recipe(tmp_path, base, tokens=256), out, corpus)
-    with pytest.raises(Conflict, match="recipe differs"):
+    with pytest.raises(Conflict, match=r"the recipe \(run\.lr\) differs"):
         train(write_recipe(tmp_path, base, tokens=256, lr=0.5), out, corpus, resume=True)
     other = shutil.copytree(corpus, tmp_path / "other")
     (other / "da.a.train.txt").write_text((corpus / "en.a.train.txt").read_text())
@@ -518,6 +518,17 @@ def test_a_damaged_file_of_the_trainer_is_refused_and_the_run_stays_as_it_was(tm
         train(recipe, out, corpus, resume=True)
     assert "\n" not in refused.value.message
     assert checkpoints.latest(out) == left
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_checkpoint_whose_files_are_of_different_steps_is_refused(tmp_path, base, corpus, step):
+    recipe, out = write_recipe(tmp_path, base, tokens=512), tmp_path / "out"
+    train(recipe, out, corpus)
+    shutil.rmtree(checkpoints.latest(out))
+    state = checkpoints.latest(out) / "trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 2', f'"global_step": {step}'))
+    with pytest.raises(checkpoints.BadCheckpoint, match=f"trainer_state.json is of step {step}"):
+        train(recipe, out, corpus, resume=True)
 
 
 def test_results_that_are_none_are_refused(tmp_path, base, corpus):

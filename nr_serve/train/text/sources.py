@@ -66,6 +66,8 @@ def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
 
     Raises BadRecipe for a glob that matches none, and if none is left.
     """
+    if not folder.is_dir():
+        raise BadRecipe(f"there is no folder {folder}: `nr-serve fetch-corpus` makes one")
     found: list[Path] = []
     for pattern in globs:
         matches = match_files(folder, pattern.removeprefix(NOT))

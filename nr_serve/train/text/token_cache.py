@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors.torch import load, save
 
-from nr_serve.disk import cache_folder
+from nr_serve.disk import CannotWrite, cache_folder
+from nr_serve.errors import raised_as
 from nr_serve.train.file_cache import MOST_BYTES, FileCache
 from nr_serve.train.text.pack import Packed, Windows
 
@@ -41,10 +42,11 @@ def _load(content: bytes) -> Packed:
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """Hash of all that decides a tokenizer's ids: its saved files, chat template included."""
+    """Hash of all that decides a tokenizer's ids: its saved files, chat template included. Raises CannotWrite."""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as name:
-        tokenizer.save_pretrained(name)
+        with raised_as(CannotWrite, f"cannot write the tokenizer to the temporary folder {name}"):
+            tokenizer.save_pretrained(name)
         for path in sorted(Path(name).rglob("*")):
             if path.is_file():
                 digest.update(f"{path.relative_to(name)} {path.stat().st_size} ".encode())
