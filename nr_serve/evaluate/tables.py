@@ -115,12 +115,12 @@ def task_rows(tasks: Mapping[str, TaskScores]) -> Rows:
 
 def markdown(rows: Rows) -> list[str]:
     """Rows as the lines of a Markdown table; columns of numbers are set right."""
-    header, *body = rows
+    header, *body = ([cell.replace("|", "&#124;") for cell in row] for row in rows)
     rules = ["---:" if all(row[i][0] in "+-0123456789" for row in body) else "---" for i in range(len(header))]
     return [
         f"| {' | '.join(header).lower()} |",
         f"|{'|'.join(rules)}|",
-        *(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in body),
+        *(f"| {' | '.join(row)} |" for row in body),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,15 @@ PIECE_CHARACTERS = 8000
 def document_lines(text: str) -> list[str]:
     """The paragraphs of one document: its lines that are not blank."""
     return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+
+
+def json_text(line: str, field: str, where: str) -> str:
+    """The text in a line of JSON. Raises BadRecipe, saying `where`, if there is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRecipe(f"{where} is not JSON: {error}") from error
+    return field_text(row, field, where)
 
 
 def field_text(row: Any, field: str, where: str) -> str:

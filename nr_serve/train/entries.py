@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 DATASETS = "datasets:"
@@ -16,26 +16,32 @@ NOT = "!"
 def names_source(entries: Iterable[str], source: str) -> bool:
     """Whether entries name a source such as `hu.lohelp`, by its name or by the name of its file to train on."""
     named = False
-    for entry in entries:
-        glob = entry.removeprefix(NOT)
-        if _is_source(glob, source) and (glob == entry or not _is_heldout(glob)):
-            named = glob == entry
+    for glob, named_here in _globs(entries):
+        if _is_source(glob, source):
+            named = named_here
     return named
 
 
 def names_language(entries: Iterable[str], language: str) -> bool:
     """Whether entries name text in a language; a data set is a language of its own."""
     named = False
-    for entry in entries:
-        glob = entry.removeprefix(NOT)
-        if _is_language(glob, language) and (glob == entry or (_is_whole(glob) and not _is_heldout(glob))):
-            named = glob == entry
+    for glob, named_here in _globs(entries):
+        if _is_language(glob, language) and (named_here or _is_whole(glob)):
+            named = named_here
     return named
 
 
 def language_of(source: str) -> str:
     """`hu` of `hu.lohelp`; a data set's name does not tell its language, so each is one of its own."""
     return source if "/" in source else source.split(".")[0]
+
+
+def _globs(entries: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Each glob or data set, and whether it is named or left out; not the held-out files that are left out."""
+    for entry in entries:
+        glob = entry.removeprefix(NOT)
+        if glob == entry or not _is_heldout(glob):
+            yield glob, glob == entry
 
 
 def _is_source(entry: str, source: str) -> bool:

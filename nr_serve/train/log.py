@@ -9,8 +9,7 @@ from typing import Any
 
 from nr_serve.errors import BadRequest
 
-START = b'{"event"'
-"""What every line starts with."""
+_START = b'{"event"'
 
 
 class Log:
@@ -26,6 +25,12 @@ class Log:
         """Add a line."""
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file starts as a log does; a killed process may have left a part of its first line, or nothing."""
+    with path.open("rb") as log:
+        return _START.startswith(log.read(len(_START)))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

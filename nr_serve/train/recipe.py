@@ -429,29 +429,25 @@ class Recipe(_Section):
         """The recipe as plain values, for JSON."""
         return self.model_dump(mode="json")
 
-    def continues(self, earlier: Recipe, tokens: int) -> bool:
-        """Whether a run of `earlier` that has seen `tokens` is also the start of this recipe's run."""
-        return not self.changed(earlier, tokens)
-
     def changed(self, earlier: Recipe, tokens: int) -> list[str]:
         """The keys for which a run of `earlier` that has seen `tokens` is not the start of this recipe's run.
 
+        None are changed if it is.
         The budget may differ while the learning rate has not depended on it; what is only logged may differ.
         """
-        free = {"log_every", "checkpoint_every", "validate_every", "accumulate"}
+        free = {"run.log_every", "run.checkpoint_every", "run.validate_every", "run.accumulate"}
         if self.run.tokens != earlier.run.tokens and tokens <= min(self.run.decay_start, earlier.run.decay_start):
-            free |= {"tokens"}
+            free |= {"run.tokens"}
         mine, other = _flat(self.dump()), _flat(earlier.dump())
-        return [key for key in mine if mine[key] != other[key] and key.removeprefix("run.") not in free]
+        return [key for key in mine if key not in free and mine[key] != other[key]]
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """The values by key, such as `run.lr`."""
     flat: dict[str, Any] = {}
     for section, value in values.items():
-        flat |= (
-            {f"{section}.{key}": each for key, each in value.items()}
-            if isinstance(value, dict)
-            else {section: value}
-        )
+        if isinstance(value, dict):
+            flat |= {f"{section}.{key}": each for key, each in value.items()}
+        else:
+            flat[section] = value
     return flat

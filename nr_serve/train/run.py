@@ -25,8 +25,7 @@ from nr_serve.train.export import result_path, write_result
 from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gate_cache import fit_once
 from nr_serve.train.gates import FittedGates, refit_gates
-from nr_serve.train.log import START as LOG_START
-from nr_serve.train.log import Log
+from nr_serve.train.log import Log, is_log
 from nr_serve.train.measure import measure
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Recipe
@@ -217,9 +216,8 @@ def _check_free(out: Path, recipe: Recipe) -> None:
     """Raise Conflict if a new run in `out` would write over what no run there has left."""
     log, result = out / checkpoints.LOG, result_path(out, recipe)
     if log.exists():
-        with log.open("rb") as file:
-            if not LOG_START.startswith(file.read(len(LOG_START))):
-                raise Conflict(f"{log} is not the log of a run; name another folder")
+        if not is_log(log):
+            raise Conflict(f"{log} is not the log of a run; name another folder")
     elif result.exists():
         raise Conflict(f"{result} is not of a run in {out}; name another folder")
 

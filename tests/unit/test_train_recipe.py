@@ -123,17 +123,17 @@ def test_every_field_says_what_it_is():
 
 def test_only_what_is_logged_may_change_on_resume():
     first = recipe()
-    assert recipe(run={"log_every": 1, "validate_every": 512}).continues(first, 4096)
-    assert not recipe(run={"lr": 1e-4}).continues(first, 4096)
-    assert not recipe(gate={"percentile": 99}).continues(first, 0)
+    assert recipe(run={"log_every": 1, "validate_every": 512}).changed(first, 4096) == []
+    assert recipe(run={"lr": 1e-4}).changed(first, 4096) == ["run.lr"]
+    assert recipe(gate={"percentile": 99}).changed(first, 0) == ["gate.percentile"]
 
 
 def test_the_budget_may_grow_until_the_learning_rate_falls():
     level = {"schedule": "constant-decay", "decay_share": 0.25}
     first, longer = recipe(run=level), recipe(run=level | {"tokens": 16384})
-    assert longer.continues(first, 6144)
-    assert not longer.continues(first, 6145)
-    assert not recipe(run={"tokens": 16384}).continues(recipe(), 4096 + 10_000)
+    assert longer.changed(first, 6144) == []
+    assert longer.changed(first, 6145) == ["run.tokens"]
+    assert recipe(run={"tokens": 16384}).changed(recipe(), 4096 + 10_000) == ["run.tokens"]
 
 
 @pytest.mark.parametrize("path", sorted(Path("adapters").glob("*/recipe.toml")), ids=str)

@@ -86,6 +86,7 @@ class Runner:
         check.run(self._all_logits, page_size=self.page_size, pages=self.pages)
         if self.kernels:
             self.graphs = self._graphs()
+        if self.graphs is not None:
             check.run(self._all_logits, page_size=self.page_size, pages=self.pages)  # its last token by a graph
 
     @classmethod

@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import itertools
-import json
 import re
 import struct
 import warnings
@@ -19,7 +18,7 @@ from nr_serve.errors import BadRequest
 from nr_serve.train.corpus import man
 from nr_serve.train.corpus.recipe import Source
 from nr_serve.train.corpus.split import Document
-from nr_serve.train.documents import field_text
+from nr_serve.train.documents import json_text
 
 HTML_BLOCKS = ("p", "li", "dt", "dd", "td", "th", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "figcaption")
 HTML_DROPPED = ("script", "style", "pre", "nav", "header", "footer", "aside", "head", "form", "button")
@@ -149,11 +148,7 @@ def jsonl(data: bytes, source: Source) -> Iterator[Document]:
     lines = data.decode("utf-8").split("\n")  # and not at U+2028, which may stand in the text
     for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise BadRequest(f"line {number} is not JSON: {error}") from error
-            yield field_text(row, source.field, f"line {number}").split("\n")
+            yield json_text(line, source.field, f"line {number}").split("\n")
 
 
 def table(data: bytes, source: Source) -> Iterator[Document]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nr_serve.train.documents import document_lines, field_text, pieces
+from nr_serve.train.documents import document_lines, json_text, pieces
 from nr_serve.train.recipe import BadRecipe
 
 _OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -87,13 +86,8 @@ class TextFile:
 
     def _jsonl(self) -> Iterator[str]:
         for number, line in enumerate(self._lines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadRecipe(f"{self.path}, line {number} is not JSON: {error}") from error
-            yield field_text(row, self.field, f"{self.path}, line {number}")
+            if line.strip():
+                yield json_text(line, self.field, f"{self.path}, line {number}")
 
     def _lines(self) -> Iterator[str]:
         try:

@@ -50,8 +50,8 @@ class Layer : public torch::CustomClassHolder {
         scale_(scale),
         window_(window) {}
 
-  // The residual stream after the layer, given that before it, [1, T, d]. cos, sin and cells as in `rotate`; keys and values
-  // [L, C, K, D] of all layers. A step's tokens are groups end to end, each with cells [B, N] of its contexts and
+  // The residual stream after the layer, given that before it, [1, T, d]. cos, sin and cells as in `rotate`; keys and
+  // values [L, C, K, D] of all layers. A step's tokens are groups end to end, each with cells [B, N] of its contexts and
   // positions [B, n] of its tokens in them. The residues of a step under way are added, if there is one.
   Tensor forward(const Tensor& stream, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
                  const Tensor& cells, const std::vector<Tensor>& contexts, const std::vector<Tensor>& positions,
