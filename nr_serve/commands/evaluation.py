@@ -22,6 +22,7 @@ class Evaluate(Command):
     )
     corpus: Path | None = Field(None, description="folder of text, as fetch-corpus leaves it")
     source: list[str] = Field(["*.heldout.txt"], description="which of its files to measure on; may be repeated")
+    text_field: str = Field("text", min_length=1, description="the field of JSONL lines that holds a document")
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
     window: int = Field(256, ge=8, le=1_000_000, description="tokens read at once")
     windows: int = Field(32, ge=1, description="most windows per source")
@@ -50,6 +51,7 @@ class Evaluate(Command):
 
 NEEDS = {
     "source": "corpus",
+    "text_field": "corpus",
     "window": "corpus",
     "windows": "corpus",
     "interference": "corpus",
@@ -90,6 +92,7 @@ def evaluate(command: Evaluate) -> int:
         window=command.window,
         windows=command.windows,
         attach="alone" if command.alone else "both" if command.interference else "all",
+        text_field=command.text_field,
         near=near,
         stretch=command.stretch if command.switches else None,
     )

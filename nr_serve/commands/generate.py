@@ -58,7 +58,8 @@ def generate(command: Generate) -> int:
             http = stack.enter_context(portal.wrap_async_context_manager(local_http(config)))
             # As many again as the engine runs at once: it finds the next ones tokenised.
             run.answer(chain([first], unanswered), portal, http, at_once=2 * config.max_running)
-    failed = f"{run.failed} failed (error in their lines of {command.answers})" if run.failed else "0 failed"
+    where = "the output" if command.answers == STANDARD else command.answers
+    failed = f"{run.failed} failed (error in their lines of {where})" if run.failed else "0 failed"
     print(f"generate: {run.ok} answered, {failed}, {run.skipped} answered before", file=sys.stderr)
     return 1 if run.failed else 0
 

@@ -126,6 +126,7 @@ def evaluate(
     *,
     window: int,
     windows: int,
+    text_field: str = "text",
     attach: Attach = "all",
     near: Mapping[str, Sequence[str]],
     stretch: int | None = None,
@@ -133,19 +134,20 @@ def evaluate(
     """Measure the adapters in `files` on the base `model`; what is missing is said before anything is measured.
 
     The text is up to `windows` windows of `window` tokens from each file of `corpus` that one of `sources`, globs,
-    names. With `attach` "both", `near` names the close relatives of a language, to be summed up apart. `stretch` is
-    how many tokens lie between switches of language, if they are measured.
+    names; a document of JSON lines is in the field `text_field`. With `attach` "both", `near` names the close
+    relatives of a language, to be summed up apart. `stretch` is how many tokens lie between switches of language,
+    if they are measured.
     """
     if near and attach != "both":
         raise BadRequest(
             "relatives are summed up only where adapters are attached both at once and alone", param="near"
         )
     if corpus is not None:
-        find_sources(corpus, sources)  # a wrong name is said before the base is loaded
+        find_sources(corpus, sources, text_field)  # a wrong name is said before the base is loaded
     hosted = load(files, model)
     report, disturbed, alone, switching = None, None, {}, {}
     if corpus is not None:
-        read = partial(read_heldout, corpus, sources, hosted.base.tokenizer)
+        read = partial(read_heldout, corpus, sources, hosted.base.tokenizer, text_field=text_field)
         if stretch is not None:
             switching = switch_texts(hosted, read(stretch, SUPPLY * windows), windows)
         texts = read(window, windows)

@@ -150,7 +150,7 @@ def answer(
     """Answer the examples of one task as the base and what is attached to it are now.
 
     `batch_rows` choices share a forward pass. A context longer than the base reads is cut on the left, with a
-    warning.
+    warning. Raises BadRequest for a choice as long as that, before which nothing could be read.
     """
     from lm_eval.api.task import ConfigurableTask  # type: ignore[import-untyped, unused-ignore]
     from lm_eval.evaluator import evaluate  # type: ignore[import-untyped, unused-ignore]
@@ -164,6 +164,7 @@ def answer(
             batch_size=batch_rows,
         )
         task = ConfigurableTask(config=_config(name, examples))
+    _check_choices(name, examples, model.tokenizer, model.max_length)
     hook = base.model.register_forward_pre_hook(_begin(attached), with_kwargs=True)
     try:
         made = {"tasks": {name: task}, "groups": {}}
@@ -216,6 +217,15 @@ def _read_example(path: Path, number: int, line: str) -> Example:
         return Example.model_validate_json(line)
     except ValidationError as error:
         raise BadRequest(f"{path} line {number}: {faults(error)}", param="tasks") from error
+
+
+def _check_choices(name: str, examples: Sequence[Example], tokenizer: Any, most: int) -> None:
+    for number, example in enumerate(examples, start=1):
+        for choice in example.choices:
+            length = len(tokenizer(f" {choice}", add_special_tokens=False)["input_ids"])
+            if length >= most:
+                fault = f"a choice has {length:,} tokens; the base reads {most:,}"
+                raise BadRequest(f"{name}, example {number}: {fault}", param="tasks")
 
 
 def _config(name: str, examples: Sequence[Example]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Checkpoint:
     recipe: dict[str, Any]
     base_fingerprint: str
     text_digest: str
-    """`Classes.digest` of the text it trained on."""
+    """`Classes.digest` of the text that it trained on and measured."""
     results: dict[str, dict[str, float]]
     """The newest measurements on held-out text."""
     measured_step: int | None = None

@@ -18,7 +18,7 @@ from torch import nn
 from nr_serve.train.blocks import VARIANCE, AdapterModule, is_gate
 from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.learner import Learner
-from nr_serve.train.recipe import Recipe
+from nr_serve.train.recipe import BadRecipe, Recipe
 
 
 def make_learner(recipe: Recipe, base: FrozenBase) -> Learner:
@@ -76,9 +76,15 @@ def block_parameters(recipe: Recipe, base: FrozenBase) -> int:
 
 
 def lora_rank(recipe: Recipe, base: FrozenBase) -> int:
-    """The recipe's rank, or that with which LoRA has as many parameters as the blocks."""
-    if recipe.lora.rank is not None:
-        return recipe.lora.rank
+    """The recipe's rank, or that with which LoRA has as many parameters as the blocks.
+
+    Raises BadRecipe for a rank above the base's width: its update would not be of low rank.
+    """
+    rank = recipe.lora.rank
+    if rank is not None:
+        if rank > base.d:
+            raise BadRecipe(f"lora.rank is {rank:,}; the base is {base.d:,} wide")
+        return rank
     head = base.model.get_output_embeddings()
     layers = [m for m in base.model.modules() if isinstance(m, nn.Linear) and m is not head]
     a_rank = sum(layer.in_features + layer.out_features for layer in layers)

@@ -115,16 +115,20 @@ class Blocks(_Section):
     def widths(self, parameters: int, d: int, layers: int) -> tuple[int, ...]:
         """Width h of each layer's block, for a base with that many parameters, width d and layers.
 
-        Raises BadRecipe if the recipe lists widths for another number of layers.
+        Raises BadRecipe if the recipe lists widths for another number of layers, or if the blocks would be larger
+        than the base.
         """
-        if isinstance(self.h, tuple):
-            if len(self.h) != layers:
-                raise BadRecipe(f"blocks.h lists {len(self.h)} widths; the base has {layers} layers")
-            return self.h
         if self.capacity is not None:
             return (block_width(self.capacity, parameters=parameters, d=d, layers=layers),) * layers
         assert self.h is not None
-        return (self.h,) * layers
+        widths = self.h if isinstance(self.h, tuple) else (self.h,) * layers
+        if len(widths) != layers:
+            raise BadRecipe(f"blocks.h lists {len(widths)} widths; the base has {layers} layers")
+        if 3 * d * sum(widths) > parameters:
+            raise BadRecipe(
+                f"blocks.h makes blocks of {3 * d * sum(widths):,} parameters; the base has {parameters:,}"
+            )
+        return widths
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class TrainingRun:
         _say("reading and packing the text")
         with arguments.main_process_first():  # the others find what it leaves in the caches
             self.text = read_run_text(recipe, corpus)
-        self.digest = self.text.classes.digest()
+        self.digest = self.text.classes.digest(self.text.heldout)
         _same("corpus", saved is None or saved.text_digest == self.digest)
         self.base = load_base(recipe.base, recipe.base_dtype, arguments.device)
         _same("base", saved is None or saved.base_fingerprint == self.base.fingerprint)
@@ -188,6 +188,7 @@ class TrainingRun:
             if source.fired:
                 self.results[name]["fired"] = source.fired[0]
             if not math.isfinite(source.loss):
+                self._log({"event": "diverged", "step": step, f"loss on {name}": source.loss})
                 raise diverged(self.out, step, f"loss on {name}", source.loss)
         self._log({"event": "heldout", "step": step, "sources": self.results})
         for name, r in self.results.items():

@@ -32,6 +32,9 @@ def place(tmp_path_factory) -> Path:
         recipe = {"data": data, "gate": {"init": "closed-form", "trained": False}}
         info = made.info.__class__(**{**vars(made.info), "domain": name, "recipe": recipe})
         write_adapter(folder / f"{name}.safetensors", info, made.blocks)
+    documents = (folder / "corpus" / "hu.a.heldout.txt").read_text().split("\n\n")
+    lines = "\n".join(json.dumps({"body": document}) for document in documents)
+    (folder / "corpus" / "hu.b.heldout.jsonl").write_text(lines)
     rows = [{"context": "abc", "choices": ["x", "y"], "gold": i % 2} for i in range(4)]
     (folder / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -87,6 +90,14 @@ def test_json_is_one_document_with_the_tasks_in_it(place, tmp_path, capsys):
     assert "CHANGE" in capsys.readouterr().out
 
 
+def test_documents_of_json_lines_are_in_the_field_that_is_named(place, capsys):
+    losses = []
+    for flags in (["--source", "hu.*.txt"], ["--source", "hu.*.jsonl", "--text-field", "body"]):
+        assert run(place, "--json", *flags) == 0
+        losses.append(next(iter(json.loads(capsys.readouterr().out)["sources"].values())))
+    assert losses[0] == losses[1]
+
+
 def test_switches_are_printed_put_in_the_json_and_drawn(place, tmp_path, capsys):
     flags = ["--switches", "--stretch", "8", "--plots", tmp_path]
     assert run(place, *flags, files=("hu",)) == 0
@@ -138,6 +149,7 @@ def test_each_alone_is_measured_as_if_the_others_were_not_there(place, tmp_path,
         (["--markdown", "x.md"], "--markdown does nothing without --interference"),
         (["--stretch", "16"], "--stretch does nothing without --switches"),
         (["--switches"], "no source of what da learned"),
+        (["--source", "*.jsonl", "--text-field", "text"], "b.heldout.jsonl, line 1 has no field 'text'"),
         (["--limit", "3"], "--limit does nothing without --tasks"),
         (["--plot-format", "png"], "--plot-format does nothing without --plots"),
         (["--interference", "--near", "nb"], "--near takes LANGUAGE=RELATIVE"),

@@ -94,6 +94,13 @@ def test_scoring_leaves_the_base_and_its_tokenizer_as_they_were(hosted, tmp_path
     hosted.base.model(torch.zeros_like(offset), use_cache=False)
 
 
+def test_a_choice_that_fills_the_context_is_named(hosted, tmp_path):
+    long = {"context": "a", "choices": ["b", "x" * 5000], "gold": 0}
+    examples = read_tasks([write(tmp_path / "t.jsonl", [ROWS[0], long])])["t"]
+    with pytest.raises(BadRequest, match=r"t, example 2: a choice has 5,001 tokens; the base reads \d+"):
+        answered(hosted, (), examples)
+
+
 def test_a_folder_stands_for_its_files_and_a_limit_for_their_first_examples(tmp_path):
     write(tmp_path / "b.jsonl", ROWS)
     write(tmp_path / "a.jsonl", ROWS[:1])

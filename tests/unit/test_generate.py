@@ -210,7 +210,7 @@ def test_a_killed_run_loses_no_answer_that_was_written(tmp_path, flags):
     assert {name: by_id(answers)[name] for name in written} == written
 
 
-def test_standard_input_and_output(flags, monkeypatch):
+def test_standard_input_and_output(flags, monkeypatch, capsys):
     text = json.dumps(line("a", prompt="x")).encode()  # the last line may end without a line end
     given, taken = io.BytesIO(text), io.BytesIO()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=given))
@@ -218,6 +218,9 @@ def test_standard_input_and_output(flags, monkeypatch):
     assert generate(parse(Generate, "generate", ["-", "-", *flags])) == 0
     (answer,) = map(json.loads, taken.getvalue().splitlines())
     assert answer["custom_id"] == "a"
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"{\n")))
+    assert generate(parse(Generate, "generate", ["-", "-", *flags])) == 1
+    assert "1 failed (error in their lines of the output)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

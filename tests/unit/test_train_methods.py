@@ -72,6 +72,20 @@ def test_every_method_starts_as_the_base_and_equal_methods_train_equally_many_pa
     assert abs(sizes["lora"] - sizes["neutral"]) <= one_rank / 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"blocks__h": 2**20}, r"blocks\.h makes blocks of [\d,]+ parameters; the base has [\d,]+"),
+        ({"blocks__h": [16]}, r"blocks\.h lists 1 widths; the base has \d+ layers"),
+        ({"method": "lora", "lora__rank": 2**20}, r"lora\.rank is 1,048,576; the base is \d+ wide"),
+    ],
+)
+def test_sizes_that_do_not_suit_the_base_are_refused(base, changes, said):
+    frozen = load_base(str(base))
+    with pytest.raises(BadRecipe, match=said):
+        make_learner(write_recipe(base.parent, base, **changes), frozen)
+
+
 def test_a_loras_folder_is_read_by_peft_and_a_finetuned_one_by_transformers(runs, base):
     from peft import PeftModel
 

@@ -240,9 +240,11 @@ def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, c
     with pytest.raises(Conflict, match=r"the recipe \(run\.lr\) differs"):
         train(write_recipe(tmp_path, base, tokens=256, lr=0.5), out, corpus, resume=True)
     other = shutil.copytree(corpus, tmp_path / "other")
-    (other / "da.a.train.txt").write_text((corpus / "en.a.train.txt").read_text())
-    with pytest.raises(Conflict, match="corpus differs"):
-        train(write_recipe(tmp_path, base, tokens=256), out, other, resume=True)
+    for changed, by in (("da.a.train.txt", "en.a.train.txt"), ("hu.a.heldout.txt", "en.a.heldout.txt")):
+        (other / changed).write_text((corpus / by).read_text())
+        with pytest.raises(Conflict, match="corpus differs"):
+            train(write_recipe(tmp_path, base, tokens=256), out, other, resume=True)
+        shutil.copy(corpus / changed, other)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -271,6 +273,8 @@ def test_a_measurement_that_is_not_a_number_ends_the_run(tmp_path, base, corpus)
     with pytest.raises(TrainingDiverged, match=r"step 1: the loss on \S+ is nan; there is no checkpoint yet"):
         train(recipe, tmp_path / "out", corpus)
     assert not (tmp_path / "out" / "lora").exists()
+    last = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["step"]) == ("diverged", 1)
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, base, corpus, monkeypatch):

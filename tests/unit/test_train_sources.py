@@ -58,6 +58,12 @@ def test_jsonl_and_compressed_files_hold_the_same_documents(tmp_path: Path, suff
     assert documents(renamed, "body") == ["igen"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_the_mark_that_some_editors_begin_with_is_no_text(tmp_path: Path, name):
+    content = (jsonl("egy") if name == "a.jsonl" else "egy").encode("utf-8-sig")
+    assert documents(write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)) == ["egy"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

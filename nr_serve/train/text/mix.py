@@ -28,9 +28,17 @@ class Classes:
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     """The 8-grams of each class's text (see `overlap`), `target` among them, int64 [G]."""
 
-    def digest(self) -> str:
-        """16 hex digits that tell this text, its documents and the part each class plays from any other."""
-        roles = {"target": {"target": self.target}, "original": self.original, "background": self.background}
+    def digest(self, heldout: Mapping[str, Windows] | None = None) -> str:
+        """16 hex digits that tell this text, its documents and the part each class plays from any other.
+
+        The text `heldout`, measured beside it, counts too.
+        """
+        roles = {
+            "target": {"target": self.target},
+            "original": self.original,
+            "background": self.background,
+            "heldout": heldout or {},
+        }
         content = [
             [role, name, digest((windows.ids_NT, windows.offset_NT)), *windows.ids_NT.shape]
             for role, classes in roles.items()

@@ -91,7 +91,7 @@ class TextFile:
 
     def _lines(self) -> Iterator[str]:
         try:
-            with self._open("rt", encoding="utf-8") as file:
+            with self._open("rt", encoding="utf-8-sig") as file:  # without the mark some editors begin with
                 for line in file:
                     yield line.removesuffix("\n")
         except UnicodeDecodeError as error:
