@@ -12,13 +12,13 @@ from nr_serve.disk import make_folder, write_text
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.comparison_report import Comparison, RunReport, page
 from nr_serve.evaluate.readings import in_turn, read_text
-from nr_serve.evaluate.run_log import training_losses, training_seconds
 from nr_serve.evaluate.tasks import Answer, Example, answer_tasks, score
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import Attached
 from nr_serve.train.digest import digest
 from nr_serve.train.entries import language_of, names_language, names_source
 from nr_serve.train.frozen_base import FrozenBase, best_device, load_base
+from nr_serve.train.log import training_losses, training_seconds
 from nr_serve.train.measure import SourceResult, evaluating
 from nr_serve.train.recipe import Recipe
 from nr_serve.train.restore import load_run, read_run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
@@ -24,15 +23,9 @@ GATE_FORMAT = 7
 """Raised when the fit or what is kept of it changes: files of another format are never read again."""
 
 
-class GateCache:
-    """The folder; `gates` in the cache folder unless one is named."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._cache = FileCache(folder if folder is not None else cache_folder() / "gates")
-
-    def fitted(self, key: Mapping[str, Any], fit: Callable[[], FittedGates]) -> FittedGates:
-        """What `fit` returns, read from the folder if it was made before under `key` (plain values)."""
-        return self._cache.get([GATE_FORMAT, key], fit, _dump, _load)
+def kept(key: Mapping[str, Any], fit: Callable[[], FittedGates]) -> FittedGates:
+    """What `fit` returns, or the cache folder has, made before under `key` (plain values)."""
+    return FileCache(cache_folder() / "gates").get([GATE_FORMAT, key], fit, _dump, _load)
 
 
 def _dump(fitted: FittedGates) -> bytes:
@@ -70,4 +63,4 @@ def fit_once(base: FrozenBase, attached: Attached, classes: Classes, recipe: Rec
         "base": base.fingerprint,
         "dtype": recipe.run.dtype,
     }
-    return GateCache().fitted(key, fit)
+    return kept(key, fit)

@@ -1,13 +1,17 @@
-"""A run's log: one JSON object a line, each with its `event`."""
+"""A run's log, one JSON object a line, each with its `event`; and what it tells afterwards."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nr_serve.errors import BadRequest
+
+Curve = list[tuple[int, float]]
+"""(tokens, loss) pairs."""
 
 _START = b'{"event"'
 
@@ -45,11 +49,44 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [_entry(path, number, line) for number, line in enumerate(lines, 1)]
 
 
+def training_losses(path: Path) -> Curve:
+    """The LM loss of a run's steps as its `log.jsonl` has them; of a step that was repeated the later line counts.
+
+    Raises BadRequest for a file that is not such a log.
+    """
+    curve: dict[int, float] = {}
+    for number, entry in enumerate(read(path), start=1):
+        with _of_a_log(path, number):
+            if entry["event"] == "step":
+                curve[entry["tokens"]] = entry["lm"]
+    return sorted(curve.items())
+
+
+def training_seconds(path: Path) -> float:
+    """Time of a run's steps: the tokens between two lines over their rate; repeated steps count once.
+
+    Raises BadRequest for a file that is not a run's log.
+    """
+    total, before = 0.0, 0
+    for number, entry in enumerate(read(path), start=1):
+        with _of_a_log(path, number):
+            if entry["event"] == "step":
+                total += max(0, entry["tokens"] - before) / entry["tokens_a_second"]
+                before = max(before, entry["tokens"])
+    return total
+
+
 def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
+    with _of_a_log(path, number):
+        entry: dict[str, Any] = json.loads(line)
         if not isinstance(entry, dict) or "event" not in entry:
             raise ValueError("no event")
-    except (ValueError, RecursionError) as error:
+        return entry
+
+
+@contextmanager
+def _of_a_log(path: Path, number: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise BadRequest(f"{path} line {number}: not a line of a run's log") from error
-    return entry

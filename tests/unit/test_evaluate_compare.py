@@ -18,9 +18,9 @@ from nr_serve.evaluate.compare import compare_runs, write_comparison
 from nr_serve.evaluate.comparison_report import Comparison, page, run_rows, source_rows
 from nr_serve.evaluate.heldout import Report
 from nr_serve.evaluate.pareto import Point
-from nr_serve.evaluate.run_log import training_seconds
 from nr_serve.evaluate.tasks import read_tasks
 from nr_serve.neutral.format import Adapter, Block, read_adapter
+from nr_serve.train.log import training_seconds
 from nr_serve.train.measure import measure
 from nr_serve.train.run import train
 from nr_serve.train.text import read_heldout

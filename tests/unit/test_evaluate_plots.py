@@ -11,8 +11,8 @@ import pytest
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.pareto import Point, unbeaten
 from nr_serve.evaluate.plots import heat_map, loss_curves, panels, pareto
-from nr_serve.evaluate.run_log import training_losses
 from nr_serve.evaluate.tables import markdown
+from nr_serve.train.log import training_losses
 from tests.unit.room import no_room
 
 POINTS = [Point("neutral", 0.0005, 0.28), Point("lora", 0.09, 0.33), Point("worse", 0.1, 0.2)]

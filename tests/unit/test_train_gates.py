@@ -9,7 +9,6 @@ from nr_serve.neutral import math
 from nr_serve.train import gate_cache
 from nr_serve.train.attach import Attached, window_inputs
 from nr_serve.train.blocks import AdapterModule
-from nr_serve.train.gate_cache import GateCache
 from nr_serve.train.gates import FittedGates, Fitter, LayerFit, causal_mean, evidence, fit_gates, gate_classes
 from nr_serve.train.recipe import Gate
 from nr_serve.train.solvers import CHUNK_TOKENS, SOLVERS, solve_logistic, solve_ridge
@@ -82,15 +81,16 @@ def test_logistic_regression_equals_scikit_learns(made, ridge):
 
 
 def test_kept_gates_are_those_that_were_fitted_unless_the_format_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("NR_CACHE", str(tmp_path))
     key = {"gate": "any"}
     fits = [FittedGates({"w": torch.rand(3)}, {2: LayerFit(0.1 + 0.2, {"en": 1 / 3})}) for _ in range(2)]
     made = iter(fits)
-    GateCache(tmp_path).fitted(key, lambda: next(made))
-    kept = GateCache(tmp_path).fitted(key, lambda: next(made))
+    gate_cache.kept(key, lambda: next(made))
+    kept = gate_cache.kept(key, lambda: next(made))
     assert torch.equal(kept.gates["w"], fits[0].gates["w"])
     assert kept.report == fits[0].report
     monkeypatch.setattr(gate_cache, "GATE_FORMAT", gate_cache.GATE_FORMAT + 1)
-    assert GateCache(tmp_path).fitted(key, lambda: next(made)) is fits[1]
+    assert gate_cache.kept(key, lambda: next(made)) is fits[1]
 
 
 @pytest.mark.parametrize("init", list(SOLVERS))
