@@ -167,7 +167,7 @@ class Reporter:
         self._tokenizer = tokenizer
         self._body = body
         self._prompt = prompt
-        self._answer = Detokenizer(tokenizer, prompt.ids)
+        self._answer = Detokenizer(tokenizer, prompt.ids, special_tokens=not body.skip_special_tokens)
 
     def prompt(self, output: Output, *, first: bool) -> PromptReport:
         """What an output brings of the prompt. `first`: it is the answer's first that is shown."""

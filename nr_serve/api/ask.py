@@ -24,7 +24,7 @@ MAX_REPORTED = 2**20
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the engine reads it; `text` is what was sent, or None if ids were."""
+    """A prompt as the engine reads it; `text` is what was sent, or None if ids were or a part is read."""
 
     ids: tuple[int, ...]
     text: str | None
@@ -171,7 +171,7 @@ def _prompts(context: Context, body: CompletionBody, given: list[str | list[int]
             ids = check_ids(each, vocab_size, param)
         if not ids:
             raise BadRequest("`prompt` must not be empty", param=param)
-        prompts.append(Prompt(tuple(ids), text))
+        prompts.append(_truncated(body, Prompt(tuple(ids), text)))
     return tuple(prompts)
 
 
@@ -200,7 +200,14 @@ def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template wrote its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
-    return Prompt(tuple(ids), text)
+    return _truncated(body, Prompt(tuple(ids), text))
+
+
+def _truncated(body: GenerationBody, prompt: Prompt) -> Prompt:
+    most = body.truncate_prompt_tokens
+    if most is None or len(prompt.ids) <= most:
+        return prompt
+    return Prompt(prompt.ids[-most:], None)  # the text is not what was sent any more
 
 
 def _check_count(context: Context, prompts: int, n: int, param: str) -> None:
@@ -272,6 +279,8 @@ def _sampling(context: Context, body: GenerationBody) -> Sampling:
         stop=body.stops,
         stop_token_ids=tuple(check_ids(body.stop_token_ids or [], vocab_size, "stop_token_ids")),
         ignore_eos=body.ignore_eos,
+        include_stop=body.include_stop_str_in_output,
+        special_tokens=not body.skip_special_tokens,
         prompt_logprobs=body.prompt_logprobs,
     )
 

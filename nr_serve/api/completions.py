@@ -27,9 +27,9 @@ class CompletionWriter:
         self._prompt = prompt
         self._index = index
         self._report = Reporter(tokenizer, body, prompt)
-        # As the text is: an echoed prompt shows its special tokens, an answer does not.
+        # As the text is: an echoed prompt shows its special tokens, an answer only if asked to.
         self._echo = Detokenizer(tokenizer, (), special_tokens=True)
-        self._shown = Detokenizer(tokenizer, prompt.ids)
+        self._shown = Detokenizer(tokenizer, prompt.ids, special_tokens=not body.skip_special_tokens)
         self._offset = 0
         self._first = True
 

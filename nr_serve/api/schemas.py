@@ -56,6 +56,9 @@ class GenerationBody(FormFields):
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[StrictInt], Field(max_length=256)] | None = None
+    include_stop_str_in_output: bool = Field(False, description="show what ended the answer, text or token")
+    skip_special_tokens: bool = Field(True, description="leave special tokens out of the answer's text")
+    truncate_prompt_tokens: int | None = Field(None, ge=1, description="read a prompt's last so many tokens alone")
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool | None = False
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="lower runs first")
@@ -72,14 +75,11 @@ class GenerationBody(FormFields):
         "allowed_token_ids": [],
         "bad_words": [[]],
         "detokenize": [True],
-        "include_stop_str_in_output": [False],
         "kv_transfer_params": [{}],
         "length_penalty": [1],
         "logits_processors": [[]],
         "request_id": [],
-        "skip_special_tokens": [True],
         "spaces_between_special_tokens": [True],
-        "truncate_prompt_tokens": [],
         "use_beam_search": [False],
         "vllm_xargs": [{}],
     }

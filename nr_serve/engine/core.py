@@ -87,12 +87,13 @@ class Core:
         except NrError as error:
             return Output(submit.request_id, finish_reason="error", error=error)
         self._arrivals += 1
-        seed = submit.sampling.seed
+        sampling = submit.sampling
+        detokenizer = Detokenizer(self._tokenizer, submit.prompt_ids, special_tokens=sampling.special_tokens)
         request = Request(
             submit=submit,
             eos_ids=self._eos_ids,
-            seed=random.getrandbits(63) if seed is None else seed,
-            text=AnswerText(Detokenizer(self._tokenizer, submit.prompt_ids), submit.sampling.stop),
+            seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
+            text=AnswerText(detokenizer, sampling.stop, include_stop=sampling.include_stop),
             arrival=self._arrivals,
         )
         self._requests[request.id] = request

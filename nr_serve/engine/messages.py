@@ -43,6 +43,10 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    include_stop: bool = False
+    """Show the stop string, or the token, that ends the answer."""
+    special_tokens: bool = False
+    """Show special tokens."""
     logprobs: int | None = None
     """Report each new token's log probability and this many of the likeliest."""
     prompt_logprobs: int | None = None

@@ -103,9 +103,9 @@ class Request:
         sampling = self.sampling
         may_stop = self.generated >= sampling.min_tokens
         if may_stop and token_id in sampling.stop_token_ids:
-            return self.text.finish(), "stop", token_id
+            return self._ended_by(token_id), "stop", token_id
         if may_stop and token_id in self.eos_ids and not sampling.ignore_eos:
-            return self.text.finish(), "stop", None
+            return self._ended_by(token_id), "stop", None
         shown, stop = self.text.push(token_id, may_stop=may_stop)
         if stop is not None:
             return shown, "stop", stop
@@ -116,13 +116,18 @@ class Request:
             return shown + last, "stop" if stop is not None else "length", stop
         return shown, None, None
 
+    def _ended_by(self, token_id: int) -> str:
+        shown = self.text.push(token_id, may_stop=False)[0] if self.sampling.include_stop else ""
+        return shown + self.text.finish()
+
 
 class AnswerText:
     """The answer as text. Holds back a tail that could still become a stop string."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...], *, include_stop: bool = False) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
+        self._include_stop = include_stop
         self._held = ""
 
     def push(self, token_id: int, *, may_stop: bool) -> tuple[str, str | None]:
@@ -146,7 +151,7 @@ class AnswerText:
             found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
             if found:
                 at, stop = min(found)
-                return self._held[:at], stop
+                return self._held[: at + len(stop) * self._include_stop], stop
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]

@@ -65,6 +65,9 @@ def test_every_sampling_field_reaches_the_engine(server):
     wanted = asked | {"logit_bias": {97: -100.0, 98: 2.5}, "stop": ("zz",), "stop_token_ids": (250,)}
     assert {name: getattr(sampling, name) for name in asked} == wanted
     assert (submit.priority, submit.gates, submit.selected, submit.adapters) == (-2, True, "base", None)
+    assert (sampling.include_stop, sampling.special_tokens) == (False, False)
+    assert server.complete(include_stop_str_in_output=True, skip_special_tokens=False).status_code == 200
+    assert (server.asked().sampling.include_stop, server.asked().sampling.special_tokens) == (True, True)
 
 
 @pytest.mark.parametrize("off", [-1, 0, None])
@@ -92,6 +95,30 @@ def test_offsets_are_places_in_the_text_where_characters_are_several_tokens(serv
     offsets = choice["logprobs"]["text_offset"]
     assert [choice["text"][at] for at in offsets[-6:]] == ["é", "é", "a", "ő", "ő", "b"]
     assert offsets[-6:] == [at + special for at in (0, 0, 1, 2, 2, 3)]
+
+
+def test_offsets_and_reports_count_special_tokens_that_are_shown(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "answer", lambda submit: [97, 257, 98] * 9)
+    asked = {"logprobs": 1, "max_tokens": 3, "gates": True}
+    for skip, offsets, texts in ((True, [0, 1, 1], ["a", "", "b"]), (False, [0, 1, 5], ["a", "</s>", "b"])):
+        choice = server.complete(**asked, skip_special_tokens=skip).json()["choices"][0]
+        assert choice["logprobs"]["text_offset"] == offsets
+        assert choice["gates"]["token_text"] == texts
+
+
+@pytest.mark.parametrize("prompt", ["abcd", [256, 97, 98, 99, 100]])
+def test_of_a_prompt_the_last_tokens_are_read_if_asked_for(server, prompt):
+    for most, read in ((2, "cd"), (3, "bcd")):
+        body = server.complete(prompt=prompt, truncate_prompt_tokens=most, echo=True, max_tokens=1).json()
+        assert server.asked().prompt_ids == tuple(read.encode())
+        assert (body["choices"][0]["text"], body["usage"]["prompt_tokens"]) == (f"{read}a", most)
+    for most in (5, 50):
+        server.complete(prompt=prompt, truncate_prompt_tokens=most)
+        assert server.asked().prompt_ids == (256, *b"abcd")
+    long = server.complete(prompt="x" * 300, truncate_prompt_tokens=100)
+    assert (long.status_code, len(server.asked().prompt_ids)) == (200, 100)
+    server.chat(truncate_prompt_tokens=5)
+    assert server.asked().prompt_ids == tuple(b"tant]")
 
 
 def test_a_token_keeps_its_own_log_probability_where_a_likelier_one_looks_like_it():
@@ -219,6 +246,7 @@ def test_a_stop_ends_the_answer_and_is_named(server):
         ("gates", "x"), ("prompt", ""), ("prompt", []), ("prompt", [258]), ("prompt", [-1]), ("prompt", None),
         ("prompt", 5), ("prompt", ["x", 5]), ("prompt", [True]), ("prompt", {"x": 1}), ("model", 5),
         ("model", None), ("service_tier", "flex"), ("unheard_of", 1), ("use_beam_search", True),
+        ("truncate_prompt_tokens", 0),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_refused_by_name(server, field, value):

@@ -150,6 +150,10 @@ def test_draws_follow_the_probabilities_among_the_allowed_tokens():
         (-100, {"stop": ("aaa",)}, ""),
         (-100, {"stop": ("aaax",)}, "aaaa"),  # what was held back comes out
         (-100, {"stop_token_ids": (LETTERS["a"],)}, ""),
+        (-100, {"stop": ("aaa",), "include_stop": True}, "aaa"),
+        (-100, {"stop_token_ids": (LETTERS["a"],), "include_stop": True}, "a"),
+        (100, {"include_stop": True}, "aa"),  # its last token is special
+        (100, {"include_stop": True, "special_tokens": True}, "aa<299>"),
     ],
 )
 def test_an_answer_ends_where_its_grammar_lets_it(bias, more, text):

@@ -30,7 +30,7 @@ def request(tokenizer=BYTES, *, eos=(EOS,), prompt=(65,), **sampling) -> Request
         submit=Submit("r", tuple(prompt), sampling),
         eos_ids=frozenset(eos),
         seed=0,
-        text=AnswerText(Detokenizer(tokenizer, prompt), sampling.stop),
+        text=AnswerText(Detokenizer(tokenizer, prompt), sampling.stop, include_stop=sampling.include_stop),
         arrival=1,
     )
 
@@ -46,8 +46,8 @@ def answer(to: Request, ids):
     return shown, None, None, len(shown)
 
 
-def naive(tokenizer, ids, *, stop=(), max_tokens=1000, min_tokens=0):
-    """The text so far, decoded whole after every token, and cut where the first stop string begins.
+def naive(tokenizer, ids, *, stop=(), max_tokens=1000, min_tokens=0, include_stop=False):
+    """The text so far, decoded whole after every token, and cut where the first stop string begins, or behind it.
 
     A character counts once it is complete; a stop string counts once it ends after `min_tokens` tokens.
     """
@@ -62,7 +62,7 @@ def naive(tokenizer, ids, *, stop=(), max_tokens=1000, min_tokens=0):
             ]
             if found:
                 at, s = min(found)
-                return text[:at], "stop", s, used
+                return text[: at + len(s)] if include_stop else text[:at], "stop", s, used
         before = len(text)
         if used == max_tokens:
             return text, "length", None, used
@@ -90,6 +90,7 @@ def test_the_answer_is_the_whole_text_cut_at_the_first_stop_string(kind, cut):
             vocabulary, data = [*vocabulary, data[:n]], data[n:]
         tokenizer, ids = Pieces(vocabulary), list(range(len(vocabulary)))
         limits = {"stop": tuple(rng.sample(stops, rng.randint(0, 3))), "max_tokens": rng.randint(1, len(ids))}
+        limits["include_stop"] = rng.random() < 0.5
         shown, reason, stop, used = answer(request(tokenizer, prompt=(), **limits), ids)
         assert ("".join(shown), reason, stop, used) == naive(tokenizer, ids, **limits)
         reasons.append(reason)
@@ -149,6 +150,13 @@ def test_a_stop_token_ends_it_and_is_named_and_not_shown():
     assert ("".join(shown), reason, stop, used) == ("ab", "stop", 99, 3)
     shown, reason, stop, _ = answer(request(stop_token_ids=(EOS,), ignore_eos=True), [97, EOS])
     assert (reason, stop) == ("stop", EOS), "asked for by name, the end-of-sequence token stops it all the same"
+
+
+def test_a_token_that_ends_it_is_shown_if_asked_for():
+    shown, reason, stop, _ = answer(request(stop_token_ids=(99,), include_stop=True), b"abcd")
+    assert ("".join(shown), reason, stop) == ("abc", "stop", 99)
+    shown, *_ = answer(request(eos=(100,), include_stop=True, stop=("cde",)), b"abcd")
+    assert "".join(shown) == "abcd", "with what was held back before it"
 
 
 def test_tokens_before_min_tokens_do_not_stop_it():
