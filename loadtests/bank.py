@@ -27,6 +27,7 @@ from random_blocks import random_blocks
 from nr_serve.assemble import load_tokenizer
 from nr_serve.config import ServeConfig
 from nr_serve.default_model import model_folder
+from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model.runner import Runner
 from nr_serve.engine.request import AnswerText, Request
@@ -34,7 +35,6 @@ from nr_serve.engine.scheduler import Piece
 from nr_serve.evaluate.tables import markdown
 from nr_serve.logs import say
 from nr_serve.neutral.format import Adapter, AdapterInfo
-from nr_serve.neutral.registry import Version
 from nr_serve.tokenizer import Detokenizer, Tokenizer
 
 WIDTH = 128

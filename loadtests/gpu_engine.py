@@ -11,9 +11,9 @@ import torch
 from random_blocks import random_blocks
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nr_serve.engine.adapters.registry import Version
 from nr_serve.neutral import block_width
 from nr_serve.neutral.format import Adapter, AdapterInfo
-from nr_serve.neutral.registry import Version
 
 PAGE = 16
 CAPACITY = 0.05

@@ -62,7 +62,7 @@ class Core:
             max_running=config.max_running,
             max_batch_tokens=config.max_batch_tokens,
             admit=adapters.admit,
-            reuse=Reuse(pool, adapters.attachments) if runner.recalls_pages else None,
+            reuse=Reuse(pool, adapters.registry.attachments) if runner.recalls_pages else None,
         )
         self._runner = runner
         self._adapters = adapters

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from nr_serve.engine.adapters.registry import Selection
 from nr_serve.engine.cache.prefix import Chain
 from nr_serve.engine.guide import Progress
 from nr_serve.engine.messages import FinishReason, Sampling, Submit
-from nr_serve.neutral.registry import Selection
 from nr_serve.tokenizer import Detokenizer
 
 Gates = Mapping[str, float]

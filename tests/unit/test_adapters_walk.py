@@ -258,8 +258,8 @@ class Walk:
         open_in = {slot: acts for slot in range(self.slots) if (acts := self.bank.acts(slot)) is not None}
         there = {s: v for s in range(self.slots) if (v := registry.in_slot(s)) is not None and v.attached}
         assert open_in == {slot: (version.payload, version.threshold) for slot, version in there.items()}
-        now = {self.adapters.attachments[slot]: acts for slot, acts in open_in.items()}
-        assert now.keys() == self.adapters.attachments.all
+        now = {registry.attachments[slot]: acts for slot, acts in open_in.items()}
+        assert now.keys() == registry.attachments.all
         assert all(self.attachments.setdefault(number, acts) == acts for number, acts in now.items())
         if self.limit is not None:
             assert set(open_in.values()) <= self.read, "it acts before its leak is known"

@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model import graphs, paged_attention
 from nr_serve.engine.model.attention import KVCache
@@ -24,7 +25,6 @@ from nr_serve.engine.model.runner import Runner
 from nr_serve.engine.scheduler import Piece, spans
 from nr_serve.neutral.gpu_bank import GpuBank
 from nr_serve.neutral.host import host_blocks
-from nr_serve.neutral.registry import Version
 from nr_serve.neutral.step import Trial
 from nr_serve.neutral.torch_bank import TorchBank
 from tests import tiny

@@ -44,7 +44,9 @@ def test_no_torch_is_needed(program):
 
 def test_a_module_that_says_it_is_torch_free_is():
     modules = torch_free()
-    assert {"nr_serve.engine.core", "nr_serve.engine.scheduler", "nr_serve.neutral.registry"} <= set(modules)
+    assert {"nr_serve.engine.core", "nr_serve.engine.scheduler", "nr_serve.engine.adapters.registry"} <= set(
+        modules
+    )
     runs(f"for name in {modules}: __import__(name)", "numpy", "fastapi")
 
 

@@ -521,7 +521,7 @@ def test_a_load_is_answered_when_the_engine_breaks_over_it(loop, files, where):
         raise RuntimeError("the device is gone")
 
     if where == "load":
-        loop.adapters._slots.counts.read = breaks
+        loop.adapters.registry.place = breaks
     else:
         loop.adapters._changes.publish = breaks
     answer = loop.call(LoadAdapter("a", files[0] / "a.safetensors"))

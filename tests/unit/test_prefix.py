@@ -7,13 +7,13 @@ from itertools import product
 
 import pytest
 
+from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.cache.neutrality import NONE, NOTHING, Attachments, Footprint, Opened
 from nr_serve.engine.cache.pages import PagePool
 from nr_serve.engine.cache.reuse import Reuse
 from nr_serve.engine.messages import PrefixTokens, Sampling, Submit
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Scheduler
-from nr_serve.neutral.registry import Version
 
 PAGE = 4
 

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from nr_serve.engine.adapters.registry import Registry, Version
 from nr_serve.errors import Conflict, NotFound
-from nr_serve.neutral.registry import Registry, Version
+from tests.unit.fake_bank import FakeBank
 
 NAMES = "abcdefg"
 
@@ -34,7 +35,7 @@ class Walk:
 
     def __init__(self, seed: int, slots: int) -> None:
         self.rng = random.Random(seed)
-        self.registry = Registry(slots)
+        self.registry = Registry(FakeBank(slots))
         self.slots: dict[int, Version] = {}
         self.copying: dict[Version, bool] = {}  # to publish when done?
         self.current: dict[str, Version] = {}
@@ -70,11 +71,13 @@ class Walk:
             return
         self.slots[slot] = new
 
-    def freed(self, slots: list[int], expected: set[Version]) -> None:
-        """`slots` came free, and they are those of `expected`."""
-        assert len(slots) == len(set(slots))
-        assert {self.slots.pop(slot) for slot in slots} == expected
-        self.seen["drained"] += len(slots)
+    def freed(self, expected: set[Version]) -> None:
+        """The slots of `expected` came free, and no others."""
+        gone = {slot: v for slot, v in self.slots.items() if self.registry.in_slot(slot) is None}
+        assert set(gone.values()) == expected
+        for slot in gone:
+            del self.slots[slot]
+        self.seen["drained"] += len(gone)
 
     def load(self) -> None:
         new = version(self.rng.choice(NAMES), str(self.clock), pinned=self.rng.random() < 0.2)
@@ -90,14 +93,17 @@ class Walk:
             with pytest.raises(Conflict):
                 self.registry.check_name(new.name, replace=False)
             gone = {new} if new.slot is not None else set()
-            self.freed(self.registry.displace(new), gone)
+            self.registry.displace(new)
+            self.freed(gone)
             self.seen["conflicts"] += 1
             return
         self.registry.check_name(new.name, replace=True)
         if new.slot is not None:
-            assert self.registry.attach(new) == []
+            self.registry.attach(new)
+            self.freed(set())
         gone = {old} if old and old in self.slots.values() and not self.in_use(old) else set()
-        self.freed(self.registry.publish(new), gone - self.copying.keys())
+        self.registry.publish(new)
+        self.freed(gone - self.copying.keys())
         self.current[new.name] = new
 
     def finish_copy(self) -> None:
@@ -107,7 +113,8 @@ class Walk:
         if self.copying.pop(new):
             self.publish(new)
         else:
-            self.freed(self.registry.attach(new), {new} if new.retired and not self.in_use(new) else set())
+            self.registry.attach(new)
+            self.freed({new} if new.retired and not self.in_use(new) else set())
 
     def remove(self) -> None:
         name = self.rng.choice(NAMES)
@@ -117,7 +124,8 @@ class Walk:
             return
         old = self.current.pop(name)
         idle = old in self.slots.values() and old not in self.copying and not self.in_use(old)
-        self.freed(self.registry.remove(name), {old} if idle else set())
+        self.registry.remove(name)
+        self.freed({old} if idle else set())
 
     def request(self) -> None:
         names = self.rng.sample(sorted(self.current), min(len(self.current), self.rng.randint(0, 2)))
@@ -140,7 +148,8 @@ class Walk:
             return
         selection = self.held.pop(self.rng.randrange(len(self.held)))
         done = {v for v in selection if v.retired and not self.in_use(v)}
-        self.freed(self.registry.release(selection), done)
+        self.registry.release(selection)
+        self.freed(done)
 
     def keep(self) -> None:
         in_slots = [each for each in self.current.values() if each.slot is not None]
@@ -153,7 +162,8 @@ class Walk:
             return
         each = self.kept.pop(self.rng.randrange(len(self.kept)))
         done = each.retired and each not in self.copying and not self.in_use(each)
-        self.freed(self.registry.let_go(each), {each} if done else set())
+        self.registry.let_go(each)
+        self.freed({each} if done else set())
 
     def pin(self) -> None:
         if self.current:
@@ -211,7 +221,7 @@ def test_a_random_walk_keeps_every_promise(seed):
 
 
 def test_the_least_recently_used_leaves_and_the_pinned_stay():
-    registry = Registry(3)
+    registry = Registry(FakeBank(3))
     a, b, c = (loaded(registry, name) for name in "abc")
     for selection in ((b,), (a,), (c,), (b,)):
         registry.hold(selection)
@@ -222,35 +232,36 @@ def test_the_least_recently_used_leaves_and_the_pinned_stay():
 
 
 def test_a_version_that_was_replaced_keeps_its_slot_until_its_last_request_ends():
-    registry = Registry(2)
+    registry = Registry(FakeBank(2))
     old = loaded(registry, "a")
     registry.hold((old,))
     registry.hold((old,))
     new = version("a")
     place(registry, new)
     registry.attach(new)
-    assert registry.publish(new) == []
+    registry.publish(new)
     assert registry.resolve(["a"]) == (new,)
     assert registry.resolve(None) == (new,)
-    assert registry.release((old,)) == []
+    registry.release((old,))
     assert registry.in_slot(0) is old
-    assert registry.release((old,)) == [0]
+    registry.release((old,))
     assert registry.in_slot(0) is None
 
 
 def test_a_version_unloaded_while_it_is_copied_keeps_its_slot_until_the_copy_ends():
-    registry = Registry(1)
+    registry = Registry(FakeBank(1))
     late = version("a")
     registry.publish(late)
     assert place(registry, late) == 0
-    assert registry.remove("a") == []
+    registry.remove("a")
     assert place(registry, version("b")) is None, "the slot is being written"
-    assert registry.attach(late) == [0]
+    registry.attach(late)
+    assert registry.in_slot(0) is None
     assert registry.resolve(None) == ()
 
 
 def test_versions_wanted_together_do_not_push_each_other_out():
-    registry = Registry(2)
+    registry = Registry(FakeBank(2))
     a, _ = (loaded(registry, name) for name in "ab")
     c, d = version("c"), version("d")
     registry.publish(c)
@@ -262,7 +273,7 @@ def test_versions_wanted_together_do_not_push_each_other_out():
 
 
 def test_names_are_refused_by_what_is_wrong_with_them():
-    registry = Registry(1)
+    registry = Registry(FakeBank(1))
     loaded(registry, "a")
     with pytest.raises(Conflict, match="'a' is loaded already"):
         registry.check_name("a", replace=False)
@@ -275,21 +286,23 @@ def test_names_are_refused_by_what_is_wrong_with_them():
 
 
 def test_a_version_kept_for_a_change_stays_and_counts_as_no_request():
-    registry = Registry(1)
+    registry = Registry(FakeBank(1))
     a = loaded(registry, "a")
     registry.keep(a)
     assert registry.requests("a") == 0
     assert registry.find_slot() is None
     registry.hold((a,))
     assert registry.requests("a") == 1
-    assert registry.remove("a") == []
-    assert registry.release((a,)) == []
-    assert registry.let_go(a) == [0]
+    registry.remove("a")
+    registry.release((a,))
+    assert registry.in_slot(0) is a
+    registry.let_go(a)
+    assert registry.in_slot(0) is None
 
 
 @pytest.mark.parametrize("how", ["held", "kept", "retired"])
 def test_a_slot_that_nobody_will_free_is_lost_when_nothing_runs(how):
-    registry = Registry(1)
+    registry = Registry(FakeBank(1))
     a = loaded(registry, "a")
     if how == "held":
         registry.hold((a,))

@@ -4,9 +4,9 @@ import pytest
 
 from nr_serve.engine.adapters import canary
 from nr_serve.engine.adapters.canary import Canary
+from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.adapters.watch import Watch
 from nr_serve.engine.cache.neutrality import Attachments
-from nr_serve.neutral.registry import Version
 from tests.unit.fake_bank import FakeAdapter, ran, texts
 
 

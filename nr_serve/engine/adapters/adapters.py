@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nr_serve.engine.adapters.canary import Canary, Probe
 from nr_serve.engine.adapters.changes import Changes, Order
-from nr_serve.engine.adapters.slots import Slots
+from nr_serve.engine.adapters.registry import Registry, Selection, Version
 from nr_serve.engine.adapters.watch import Watch
 from nr_serve.engine.messages import AdapterGates, AdapterView, LoadAdapter, PatchAdapter
 from nr_serve.engine.request import Request
@@ -20,7 +20,6 @@ from nr_serve.engine.scheduler import Result
 from nr_serve.errors import BadAdapterFile, BadRequest, NrError, Unavailable
 from nr_serve.names import OTHER
 from nr_serve.neutral import MAX_THRESHOLD
-from nr_serve.neutral.registry import Selection, Version
 
 if TYPE_CHECKING:
     from nr_serve.neutral.bank import Bank
@@ -37,10 +36,9 @@ class Adapters:
         """Without a `canary` nothing is measured."""
         self._bank = bank
         self._canary = canary or Canary({})
-        self._slots = Slots(bank)
-        self.registry, self.attachments = self._slots.registry, self._slots.attachments
-        self._watch = Watch(self._canary, self.attachments)
-        self._changes = Changes(self._slots, self._canary, self._watch, self.view, self._reject_served)
+        self.registry = Registry(bank)
+        self._watch = Watch(self._canary, self.registry.attachments)
+        self._changes = Changes(self.registry, self._canary, self._watch, self.view, self._reject_served)
         self._changed_itself = False
         self._loads_failed = 0
 
@@ -79,7 +77,7 @@ class Adapters:
     def release(self, request: Request) -> None:
         """The request ended: its versions may leave their slots."""
         if request.selection is not None:
-            self._slots.release(request.selection)
+            self.registry.release(request.selection)
             self._changes.fill()
             request.selection = None
 
@@ -90,7 +88,7 @@ class Adapters:
         names = [
             OTHER if retired and not retired.isdisjoint(r.selection or ()) else r.submit.selected for r in requests
         ]
-        return [self._slots.counts.row(name) for name in names]
+        return [self.registry.counts.row(name) for name in names]
 
     def shares(self, fired_TS: Sequence[tuple[int, ...]], selection: Selection) -> list[dict[str, float]]:
         """Share of an adapter's blocks that fired, by adapter, at each of a piece's tokens."""
@@ -123,7 +121,7 @@ class Adapters:
         version = self.registry.get(name)
         view = self.view(version)
         self._watch.unloaded(version)
-        self._slots.remove(name)
+        self.registry.remove(name)
         self._changes.fill()
         return view
 
@@ -186,18 +184,18 @@ class Adapters:
 
     def view(self, version: Version) -> AdapterView:
         """What people see of a version."""
-        self._slots.counts.read()
+        self.registry.counts.read()
         return self._view(version)
 
     def views(self) -> tuple[AdapterView, ...]:
         """Every registered adapter, by name."""
-        self._slots.counts.read()
+        self.registry.counts.read()
         return tuple(self._view(version) for version in self.registry)
 
     def gates(self) -> tuple[dict[str, AdapterGates], dict[tuple[str, str], int]]:
         """Gate totals of every registered adapter, and who fired on whose traffic."""
-        self._slots.counts.read()
-        counts = self._slots.counts
+        self.registry.counts.read()
+        counts = self.registry.counts
         return {version.name: counts.of(version.name) for version in self.registry}, counts.cross()
 
     # Inside
@@ -220,7 +218,7 @@ class Adapters:
             requests=self.registry.requests(version.name),
             loaded_at=version.loaded_at,
             load_seconds=version.load_seconds,
-            gates=self._slots.counts.of(version.name),
+            gates=self.registry.counts.of(version.name),
             neutrality=self._canary.report(version),
             measuring=self._watch.measuring(version),
         )

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.messages import Leak, Neutrality
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece, Result
 from nr_serve.errors import BadRequest
-from nr_serve.neutral.registry import Version
 
 MOST_REPORTS = 1024
 

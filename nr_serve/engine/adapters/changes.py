@@ -11,11 +11,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from nr_serve.engine.adapters.canary import Canary, Measurement
-from nr_serve.engine.adapters.slots import Slots
+from nr_serve.engine.adapters.registry import Registry, Selection, Version
 from nr_serve.engine.adapters.watch import Watch
 from nr_serve.engine.messages import AdapterView, LoadAdapter, PatchAdapter
 from nr_serve.errors import BadAdapterFile, Conflict, NrError
-from nr_serve.neutral.registry import Selection, Version
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +62,13 @@ class Attach(Change):
     def act(self) -> None:
         """It goes at once if it was retired meanwhile."""
         self._changes.open(self.version, self.measurement)
-        self._changes.slots.attach(self.version)
+        self._changes.registry.attach(self.version)
         self._changes.fill()
 
     def refuse(self, error: NrError) -> None:
         """It was registered before it could be measured, so it is served; unless it diverges."""
         if isinstance(error, BadAdapterFile):
-            self._changes.slots.displace(self.version)
+            self._changes.registry.displace(self.version)
             if not self.version.retired:
                 self._changes.reject_served(self.version, error)
             self._changes.fill()
@@ -87,14 +86,14 @@ class Load(Change):
     """A new version, into a slot; then it takes its name."""
 
     def __init__(self, changes: Changes, version: Version, slot: int, order: Order) -> None:
-        self._evicted = changes.slots.registry.in_slot(slot)
+        self._evicted = changes.registry.in_slot(slot)
         super().__init__(changes, version, *changes.place(version, slot))
         self._order = order
 
     def act(self) -> None:
         """Publish it, unless somebody else took the name meanwhile."""
         try:
-            self._changes.slots.registry.check_name(self.version.name, replace=self._order.message.replace)
+            self._changes.registry.check_name(self.version.name, replace=self._order.message.replace)
         except NrError as error:
             self.refuse(error)
             return
@@ -103,7 +102,7 @@ class Load(Change):
 
     def refuse(self, error: NrError) -> None:
         """Empty the slot, for whoever was there before."""
-        self._changes.slots.displace(self.version)
+        self._changes.registry.displace(self.version)
         before = self._evicted
         if before is not None and before.slot is None and not before.retired:
             self._changes.attach(before)
@@ -129,7 +128,7 @@ class Patch(Change):
         super().__init__(changes, version, iter(()), changes.canary.begin(version, threshold))
         self._message = message
         self._answer = answer
-        changes.slots.registry.keep(version)
+        changes.registry.keep(version)
 
     def act(self) -> None:
         """Turn the dials, unless the version is not meant any more."""
@@ -151,7 +150,7 @@ class Patch(Change):
         _tell(self._answer, error)
 
     def _let_go(self) -> None:
-        self._changes.slots.let_go(self.version)
+        self._changes.registry.let_go(self.version)
         self._changes.fill()
 
 
@@ -166,14 +165,14 @@ class Changes:
 
     def __init__(
         self,
-        slots: Slots,
+        registry: Registry,
         canary: Canary,
         watch: Watch,
         view: Callable[[Version], AdapterView],
         reject_served: Callable[[Version, NrError], None],
     ) -> None:
         """`view`: what people see of a version; `reject_served` takes one that is served and must not be."""
-        self.slots, self.canary, self.view, self.reject_served = slots, canary, view, reject_served
+        self.registry, self.canary, self.view, self.reject_served = registry, canary, view, reject_served
         self._watch = watch
         self._queue: deque[Change] = deque()
 
@@ -185,14 +184,14 @@ class Changes:
 
     def attach(self, version: Version, beside: Selection = ()) -> bool:
         """Start to attach a registered version; False if there is no slot but those of `beside` and in use."""
-        slot = self.slots.registry.find_slot(beside)
+        slot = self.registry.find_slot(beside)
         if slot is not None:
             self._queue.append(Attach(self, version, slot))
         return slot is not None
 
     def load(self, version: Version, order: Order) -> bool:
         """Start to attach a new version; False if every slot is in use."""
-        slot = self.slots.registry.find_slot()
+        slot = self.registry.find_slot()
         if slot is not None:
             self._queue.append(Load(self, version, slot, order))
         return slot is not None
@@ -210,8 +209,8 @@ class Changes:
 
     def fill(self) -> None:
         """Attach registered versions that found no slot before, the newest first, if slots came free."""
-        while not self.slots.full:
-            waiting = [version for version in self.slots.registry if version.slot is None]
+        while self.registry.slots_used < self.registry.slots:
+            waiting = [version for version in self.registry if version.slot is None]
             if not waiting:
                 return
             self.attach(max(waiting, key=lambda version: version.loaded_at))
@@ -262,11 +261,11 @@ class Changes:
 
     def place(self, version: Version, slot: int) -> tuple[Iterator[None], Measurement | None]:
         """Give the version a slot: the weights to be copied, and what is to be measured then."""
-        return self.slots.place(version, slot), self.canary.begin(version, version.threshold)
+        return self.registry.place(version, slot), self.canary.begin(version, version.threshold)
 
     def open(self, version: Version, measurement: Measurement | None = None) -> None:
         """What is in the version's slot acts from the next step on; its leak, if not known, is measured then."""
-        self._watch.opened(version, self.slots.open(version), measurement)
+        self._watch.opened(version, self.registry.open(version), measurement)
 
     def turn(self, version: Version, patch: PatchAdapter) -> None:
         """Turn the dials; a new threshold acts from the next step on."""
@@ -281,14 +280,13 @@ class Changes:
 
     def publish(self, version: Version, order: Order) -> None:
         """The version takes its name, and the pin of whoever had it, unless another was asked for."""
-        registry = self.slots.registry
-        before = registry.get(version.name) if version.name in registry else None
+        before = self.registry.get(version.name) if version.name in self.registry else None
         if order.message.pinned is not None:
             version.pinned = order.message.pinned
         elif before is not None:  # read now: it may have been turned while this was copied
             version.pinned = before.pinned
         if version.slot is not None:
-            self.slots.attach(version)
+            self.registry.attach(version)
         if before is not None:
             self._watch.replaces(version, before)
         self.take_name(version)
@@ -297,5 +295,5 @@ class Changes:
 
     def take_name(self, version: Version) -> None:
         """From now on the version is what its name means."""
-        self.slots.publish(version)
+        self.registry.publish(version)
         self.fill()

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from nr_serve.engine.messages import AdapterGates
 from nr_serve.names import MOST_JOINED, OTHER
-from nr_serve.neutral.registry import Registry
 
 if TYPE_CHECKING:
+    from nr_serve.engine.adapters.registry import Registry
     from nr_serve.neutral.bank import Bank
 
 LAYER_GROUPS = 4  # layers are counted in a few groups, to bound the number of time series

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import deque
 
 from nr_serve.engine.adapters.canary import Canary, Measurement
+from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.cache.neutrality import Attachments
-from nr_serve.neutral.registry import Version
 
 
 class Watch:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from nr_serve.neutral.registry import Selection
+if TYPE_CHECKING:
+    from nr_serve.engine.adapters.registry import Selection
 
 NONE: frozenset[int] = frozenset()
 

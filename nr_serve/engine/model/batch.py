@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nr_serve.engine.adapters.registry import Selection
 from nr_serve.engine.scheduler import Piece
-from nr_serve.neutral.registry import Selection
 from nr_serve.neutral.step import StepTokens, Trial
 
 _FEW_IN_PIECE = 8  # a group more for a piece of so few costs more than reading its context for each of them

@@ -8,14 +8,18 @@ new requests cannot select it, and its slot is freed once it is in use no more.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from nr_serve.engine.adapters.gate_counts import GateCounts
+from nr_serve.engine.cache.neutrality import Attachments
 from nr_serve.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
+    from nr_serve.neutral.bank import Bank
     from nr_serve.neutral.format import Adapter
 
 
@@ -57,11 +61,19 @@ Selection = tuple[Version, ...]
 
 
 class Registry:
-    """Who is called what, and who sits in which slot."""
+    """Owns who is called what, who is in which slot of the bank, and what goes with a slot.
 
-    def __init__(self, slots: int) -> None:
+    What was counted in a slot belongs to whoever leaves it, so the counts are read before. A slot that came free is
+    shut at once.
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self.slots = bank.slots
+        self.attachments = Attachments()
+        self.counts = GateCounts(bank, self)
+        self._bank = bank
         self._by_name: dict[str, Version] = {}
-        self._in_slot: list[Version | None] = [None] * slots
+        self._in_slot: list[Version | None] = [None] * bank.slots
         self._selections = 0
 
     def __iter__(self) -> Iterator[Version]:
@@ -75,6 +87,12 @@ class Registry:
         if name not in self._by_name:
             raise NotFound(f"no adapter is called {name!r}")
         return self._by_name[name]
+
+    def resolve(self, names: Sequence[str] | None) -> Selection:
+        """The versions meant by a request: those named, or (None) every attached one. Raises NotFound."""
+        if names is None:
+            return tuple(v for v in self._by_name.values() if v.attached)
+        return tuple(self.get(name) for name in dict.fromkeys(names))
 
     def in_slot(self, slot: int) -> Version | None:
         """Who sits in a slot, retired or not."""
@@ -90,37 +108,34 @@ class Registry:
         return {v for v in self._in_slot if v is not None and v.retired}
 
     @property
-    def slots(self) -> int:
-        """Slots there are."""
-        return len(self._in_slot)
-
-    @property
     def slots_used(self) -> int:
         """Slots that hold or receive a version."""
         return sum(v is not None for v in self._in_slot)
+
+    # Names
 
     def check_name(self, name: str, *, replace: bool) -> None:
         """Raise Conflict if the name is taken and `replace` is not set."""
         if name in self._by_name and not replace:
             raise Conflict(f"an adapter called {name!r} is loaded already; use replace to load a new version")
 
-    def publish(self, version: Version) -> list[int]:
-        """Make `version` what its name means; the one before it is retired. The slots that came free."""
+    def publish(self, version: Version) -> None:
+        """Make `version` what its name means; the one before it is retired."""
+        self.counts.read()  # what one that was unloaded counted is not the new one's
         old = self._by_name.get(version.name)
         self._by_name[version.name] = version
-        return self._retire(old) if old is not None else []
+        if old is not None:
+            self._retire(old)
 
-    def remove(self, name: str) -> list[int]:
-        """Unload a name. The slots that came free. Raises NotFound."""
+    def remove(self, name: str) -> None:
+        """Unload a name, and what was counted of it. Raises NotFound."""
         version = self.get(name)
+        self.counts.read()
         del self._by_name[name]
-        return self._retire(version)
+        self._retire(version)
+        self.counts.forget(name)
 
-    def resolve(self, names: Sequence[str] | None) -> Selection:
-        """The versions meant by a request: those named, or (None) every attached one. Raises NotFound."""
-        if names is None:
-            return tuple(v for v in self._by_name.values() if v.attached)
-        return tuple(self.get(name) for name in dict.fromkeys(names))
+    # Slots
 
     def find_slot(self, beside: Selection = ()) -> int | None:
         """A free slot, or the least recently used one that may be taken; None if there is none.
@@ -133,22 +148,35 @@ class Registry:
         idle = [v for v in self._in_slot if v and v.attached and not (v.pinned or v.in_use or v in beside)]
         return min(idle, key=lambda v: v.used).slot if idle else None
 
-    def place(self, version: Version, slot: int) -> None:
-        """Give `version` a slot that `find_slot` found; it counts as attached only after `attach`."""
+    def place(self, version: Version, slot: int) -> Iterator[None]:
+        """Give `version` a slot that `find_slot` found; its weights are there once the iterator is exhausted.
+
+        It stays shut even then, until `open`: what is measured may be refused, and must not be observed meanwhile.
+        """
         occupant = self._in_slot[slot]
         if occupant is not None:
             self._vacate(occupant)
         version.slot = slot
         self._in_slot[slot] = version
+        return self._bank.attach(slot, version.payload, math.inf)
 
-    def attach(self, version: Version) -> list[int]:
-        """Note that its slot holds all of it. The slots that came free (its own, if it was retired meanwhile)."""
+    def open(self, version: Version) -> int:
+        """What is in the version's slot acts, at its threshold, from the next step on: a new attachment."""
+        assert version.slot is not None
+        self._bank.set_threshold(version.slot, version.threshold)
+        return self.attachments.put(version.slot)
+
+    def attach(self, version: Version) -> None:
+        """Note that its slot holds all of it; it goes at once if it was retired meanwhile."""
         version.attached = True
-        return self._free_if_done(version)
+        self._free_if_done(version)
 
-    def displace(self, version: Version) -> list[int]:
-        """Take back the slot of a version that will not be published. The slots that came free."""
-        return [self._vacate(version)] if version.slot is not None else []
+    def displace(self, version: Version) -> None:
+        """Take back the slot, if it has one, of a version that will not be published."""
+        if version.slot is not None:
+            self._vacate(version)
+
+    # Use
 
     def hold(self, selection: Selection) -> None:
         """A request starts to use these versions."""
@@ -157,20 +185,20 @@ class Registry:
             version.requests += 1
             version.used = self._selections
 
-    def release(self, selection: Selection) -> list[int]:
-        """A request stops using them. The slots that came free."""
+    def release(self, selection: Selection) -> None:
+        """A request stops using them."""
         for version in selection:
             version.requests -= 1
-        return [slot for version in selection for slot in self._free_if_done(version)]
+            self._free_if_done(version)
 
     def keep(self, version: Version) -> None:
         """A change of this version begins: it stays in its slot meanwhile."""
         version.kept += 1
 
-    def let_go(self, version: Version) -> list[int]:
-        """The change has ended. The slots that came free."""
+    def let_go(self, version: Version) -> None:
+        """The change has ended."""
         version.kept -= 1
-        return self._free_if_done(version)
+        self._free_if_done(version)
 
     def check(self) -> None:
         """Integrity while no request runs: nothing is held, no slot is lost. Raises RuntimeError."""
@@ -180,18 +208,20 @@ class Registry:
             if version.in_use or version.slot != slot or (version.attached and version.retired):
                 raise RuntimeError(f"slot {slot} is lost to {version.name}@{version.digest}")
 
-    def _retire(self, version: Version) -> list[int]:
+    def _retire(self, version: Version) -> None:
         version.retired = True
-        return self._free_if_done(version)
+        self._free_if_done(version)
 
-    def _free_if_done(self, version: Version) -> list[int]:
+    def _free_if_done(self, version: Version) -> None:
         # One whose copy is under way keeps its slot until the copy ends: the slot is being written.
-        done = version.retired and version.attached and not version.in_use
-        return [self._vacate(version)] if done else []
+        if version.retired and version.attached and not version.in_use:
+            self._vacate(version)
 
-    def _vacate(self, version: Version) -> int:
+    def _vacate(self, version: Version) -> None:
         slot = version.slot
         assert slot is not None
+        self.counts.read()
         self._in_slot[slot] = None
         version.slot, version.attached = None, False
-        return slot
+        self._bank.detach(slot)
+        self.attachments.remove(slot)
