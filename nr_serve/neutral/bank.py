@@ -68,7 +68,6 @@ class Bank(ABC):
         self._seen_LS = zeros(layers, slots, dtype=torch.int64)
         self._mass_S = zeros(slots, dtype=torch.float64)
         self._cross_KS = zeros(self.labels, slots, dtype=torch.int64)
-        self._look_at_attached()
 
     # Slots
 
@@ -107,13 +106,11 @@ class Bank(ABC):
         self.page_state_LNS[:, :, slot] = torch.nan
         self.threshold_S[slot] = threshold
         self.attached.add(slot)
-        self._look_at_attached()
 
     def detach(self, slot: int) -> None:
         """Shut a slot at once; its memory is reused by the next attach."""
         self.threshold_S[slot] = torch.inf
         self.attached.discard(slot)
-        self._look_at_attached()
 
     def set_threshold(self, slot: int, threshold: float) -> None:
         """Turn an attached adapter's dial; takes effect with the next step."""
@@ -161,15 +158,6 @@ class Bank(ABC):
         for counter in counters:
             counter.zero_()
         return Totals(fired, seen, mass, cross)
-
-    def _look_at_attached(self) -> None:
-        """Gates are evaluated in slots 0 to the highest attached, rounded up to a multiple of eight.
-
-        A product's rounding changes with its width, and a load should not move the gates of others; nor is a
-        narrower product faster.
-        """
-        highest = max(self.attached, default=-1)
-        self._columns = min(self.slots, (highest + 8) // 8 * 8)
 
 
 def _copy_rows(to_hd: Tensor, from_hd: Tensor) -> Iterator[None]:

@@ -52,7 +52,7 @@ class CpuBank(Bank):
             tokens.row_T,
             tokens.offset_T,
             tokens.selected_TS,
-            self._columns,
+            self._columns(),
             trial.first,
             trial.slot,
             trial.threshold,
@@ -82,3 +82,11 @@ class CpuBank(Bank):
     def drop(self) -> None:
         """As `Bank.drop`."""
         self._tokens = None
+
+    def _columns(self) -> int:
+        """Gates are evaluated in slots 0 to the highest attached, rounded up to a multiple of eight.
+
+        A product's rounding changes with its width, and a load should not move the gates of others; nor is a
+        narrower product faster.
+        """
+        return min(self.slots, (max(self.attached) + 8) // 8 * 8)

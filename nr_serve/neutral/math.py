@@ -43,7 +43,7 @@ def carry(z_T: Tensor, a: float, state: float | Tensor = math.nan) -> Tensor:
     return m_T
 
 
-def block_gate(m_T: Tensor, threshold: float | Tensor = 0.0, ceiling: float = math.inf) -> Tensor:
+def block_gate(m_T: Tensor, threshold: float | Tensor = 0.0, ceiling: float | Tensor = math.inf) -> Tensor:
     """Block gate g = min(relu(m - threshold), ceiling), [T]. The gate *fired* where g > 0.
 
     A ceiling of 1 makes it a block that is fully on for most of its own text: how far m is above the threshold is

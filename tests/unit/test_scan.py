@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nr_serve.neutral import math
-from nr_serve.neutral.scan import StepCarries, segmented_carry
+from nr_serve.neutral.scan import segmented_carry
 
 CARRIES = [0.0, 0.5, 0.9, 0.0, 0.99, 0.123]
 A = len(CARRIES)
@@ -19,14 +19,7 @@ def offsets(lengths):
 
 
 def carried(z_TA, lengths, states_PA):
-    """By the operator of a step, with the states as one layer's."""
-    last_P = torch.tensor(lengths).cumsum(0) - 1
-    step = StepCarries.of(
-        torch.tensor(CARRIES), max(CARRIES), states_PA[None], offsets(lengths), last_P, max(lengths)
-    )
-    m_TA = torch.full_like(z_TA, NAN)
-    step.carry(0, z_TA, m_TA)
-    return m_TA
+    return segmented_carry(z_TA, torch.tensor(CARRIES), offsets(lengths), states_PA)
 
 
 def by_hand(z, a, state):
