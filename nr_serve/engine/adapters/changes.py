@@ -34,9 +34,16 @@ class Change(ABC):
     """A version on its way: it is copied first, then measured as far as it must be, then it acts."""
 
     def __init__(
-        self, changes: Changes, version: Version, copying: Iterator[None], measurement: Measurement | None
+        self,
+        changes: Changes,
+        version: Version,
+        copying: Iterator[None],
+        measurement: Measurement | None,
+        answer: Future[AdapterView] | None = None,
     ) -> None:
+        """`answer` gets the version's view once it acts, or the error; None: nobody waits."""
         self.version, self.copying, self.measurement = version, copying, measurement
+        self.answer: Future[AdapterView] = answer or Future()
         self.copied = False
         self._changes = changes
 
@@ -48,9 +55,10 @@ class Change(ABC):
     def refuse(self, error: NrError) -> None:
         """It must not act: leave everything as it was."""
 
-    @abstractmethod
     def abandon(self, error: NrError) -> None:
-        """The engine is at its end: answer whoever waits with `error`."""
+        """The engine is at its end: whoever waits gets `error`, unless the change failed once it was answered."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class Attach(Change):
@@ -78,16 +86,13 @@ class Attach(Change):
             self.measurement = None  # it begins again: the carry of the piece that failed is lost
         self.act()
 
-    def abandon(self, error: NrError) -> None:
-        """Nobody waits."""
-
 
 class Load(Change):
     """A new version, into a slot; then it takes its name."""
 
     def __init__(self, changes: Changes, version: Version, slot: int, order: Order) -> None:
         self._evicted = changes.registry.in_slot(slot)
-        super().__init__(changes, version, *changes.place(version, slot))
+        super().__init__(changes, version, *changes.place(version, slot), order.answer)
         self._order = order
 
     def act(self) -> None:
@@ -107,11 +112,7 @@ class Load(Change):
         if before is not None and before.slot is None and not before.retired:
             self._changes.attach(before)
         self._changes.fill()
-        self._order.answer.set_exception(error)
-
-    def abandon(self, error: NrError) -> None:
-        """It is not published."""
-        _tell(self._order.answer, error)
+        self.answer.set_exception(error)
 
 
 class Patch(Change):
@@ -125,9 +126,8 @@ class Patch(Change):
         threshold: float,
         answer: Future[AdapterView],
     ) -> None:
-        super().__init__(changes, version, iter(()), changes.canary.begin(version, threshold))
+        super().__init__(changes, version, iter(()), changes.canary.begin(version, threshold), answer)
         self._message = message
-        self._answer = answer
         changes.registry.keep(version)
 
     def act(self) -> None:
@@ -135,29 +135,19 @@ class Patch(Change):
         self._let_go()
         if self.version.retired:
             name = self.version.name
-            self._answer.set_exception(Conflict(f"adapter {name!r} was replaced or unloaded meanwhile"))
+            self.answer.set_exception(Conflict(f"adapter {name!r} was replaced or unloaded meanwhile"))
             return
         self._changes.turn(self.version, self._message)
-        self._answer.set_result(self._changes.view(self.version))
+        self.answer.set_result(self._changes.view(self.version))
 
     def refuse(self, error: NrError) -> None:
         """Nothing turns."""
         self._let_go()
-        self._answer.set_exception(error)
-
-    def abandon(self, error: NrError) -> None:
-        """Nothing turns."""
-        _tell(self._answer, error)
+        self.answer.set_exception(error)
 
     def _let_go(self) -> None:
         self._changes.registry.let_go(self.version)
         self._changes.fill()
-
-
-def _tell(answer: Future[AdapterView], error: NrError) -> None:
-    """Give an error as the answer, unless there is one: the change may have failed after it."""
-    if not answer.done():
-        answer.set_exception(error)
 
 
 class Changes:
