@@ -32,7 +32,7 @@ Tasks = Mapping[str, Sequence[Example]]
 
 
 @dataclass(frozen=True)
-class Exam:
+class Benchmark:
     """What the base and every run are measured on."""
 
     texts: Mapping[str, Windows]
@@ -42,7 +42,7 @@ class Exam:
     """Those of the base's own language that no run read."""
     tasks: Tasks
 
-    def take(
+    def measure(
         self, base: FrozenBase, attached: Attached, versions: Sequence[str], of: str
     ) -> tuple[dict[str, SourceResult], dict[str, list[Answer]]]:
         """Results by text and answers by task.
@@ -82,23 +82,23 @@ def compare_runs(
     field = _text_field(recipes)
     base = load_base(recipes[0].base, device=best_device())
     texts = read_heldout(corpus, _measured(recipes, sources), base.tokenizer, WINDOW, windows, text_field=field)
-    exam = _exam(texts, recipes, tasks or {})
-    results, answers = exam.take(base, Attached(base.model, []), (), "base")
+    benchmark = Benchmark(texts, *_parts(list(texts), recipes), tasks or {})
+    results, answers = benchmark.measure(base, Attached(base.model, []), (), "base")
     losses = {source: result.loss for source, result in results.items()}
-    target, original = exam.means(losses)
+    target, original = benchmark.means(losses)
     name = base.name
     del base  # each run loads its own: never two at once
     return Comparison(
         base=name,
         domain=recipes[0].domain,
         window=WINDOW,
-        target_sources=exam.target,
-        original_sources=exam.original,
+        target_sources=benchmark.target,
+        original_sources=benchmark.original,
         base_losses=losses,
         base_target=target,
         base_original=original,
-        windows={source: len(text) for source, text in exam.texts.items()},
-        runs={name: _measure_run(name, folder, exam, answers) for name, folder in runs.items()},
+        windows={source: len(text) for source, text in benchmark.texts.items()},
+        runs={name: _measure_run(name, folder, benchmark, answers) for name, folder in runs.items()},
     )
 
 
@@ -137,10 +137,6 @@ def _measured(recipes: Sequence[Recipe], sources: Sequence[str]) -> list[str]:
     return list(sources) or list(dict.fromkeys(entry for recipe in recipes for entry in recipe.data.heldout))
 
 
-def _exam(texts: Mapping[str, Windows], recipes: Sequence[Recipe], tasks: Tasks) -> Exam:
-    return Exam(texts, *_parts(list(texts), recipes), tasks)
-
-
 def _parts(texts: Sequence[str], recipes: Sequence[Recipe]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The sources of the target, and those of the base's own language that no run read. Raises BadRequest."""
     target = tuple(name for name in texts if all(recipe.owns(name) for recipe in recipes))
@@ -159,11 +155,13 @@ def _is_unread_original(source: str, recipe: Recipe) -> bool:
     return is_original and not any(names_source(part, source) for part in parts)
 
 
-def _measure_run(name: str, folder: Path, exam: Exam, base_answers: Mapping[str, Sequence[Answer]]) -> RunReport:
+def _measure_run(
+    name: str, folder: Path, benchmark: Benchmark, base_answers: Mapping[str, Sequence[Answer]]
+) -> RunReport:
     recipe, base, learner, saved = load_run(folder, "float32")  # as the base is measured
-    results, answers = exam.take(base, learner.attached, _versions(saved), f"run {name}")
+    results, answers = benchmark.measure(base, learner.attached, _versions(saved), f"run {name}")
     losses = {source: result.loss for source, result in results.items()}
-    target, original = exam.means(losses)
+    target, original = benchmark.means(losses)
     return RunReport(
         method=recipe.method,
         tokens=saved.step * recipe.run.batch_tokens,

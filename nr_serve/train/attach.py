@@ -21,7 +21,7 @@ Watch = Callable[[int, int, Tensor], None]
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """What one forward pass reads and gathers: per adapter and layer, how many tokens fired."""
 
     offset_T: Tensor
@@ -82,12 +82,14 @@ class Attached:
         self.adapters = list(adapters)
         self.before: Callable[[int, Tensor], None] | None = None
         """Called with (layer, x [T, d]) before the layer's gates are evaluated."""
-        self.now = Pass(torch.zeros(0, dtype=torch.int64))
+        self.now = ForwardPass(torch.zeros(0, dtype=torch.int64))
         host.host_blocks(model, self._add)
 
-    def begin(self, offset_BT: Tensor, local: LocalLoss | None = None, target_BT: Tensor | None = None) -> Pass:
+    def begin(
+        self, offset_BT: Tensor, local: LocalLoss | None = None, target_BT: Tensor | None = None
+    ) -> ForwardPass:
         """Start a forward pass over those windows; the returned record fills up as the model runs."""
-        self.now = Pass(offset_BT.flatten(), local, None if target_BT is None else target_BT.flatten())
+        self.now = ForwardPass(offset_BT.flatten(), local, None if target_BT is None else target_BT.flatten())
         self.now.fired = [[0] * adapter.depth for adapter in self.adapters]
         self.now.fired_target = [[0] * adapter.depth for adapter in self.adapters]
         self.now.blocks = [len(adapter.layers) for adapter in self.adapters]

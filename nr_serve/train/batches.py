@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.utils.data import Dataset
 
-from nr_serve.train.learner import Batch, Whole
+from nr_serve.train.learner import Batch, StepCounts
 from nr_serve.train.recipe import BadRecipe, Run
 from nr_serve.train.text.mix import Classes, Mix
 from nr_serve.train.text.pack import Windows
@@ -31,4 +31,4 @@ class Batches(Dataset[Batch]):
         windows: dict[str, Windows] = {role: each for role, each in roles if each is not None}
         own = {role: each.take(slice(part, None, self.parts)) for role, each in windows.items()}
         read = {role: (each.ids_NT, each.offset_NT) for role, each in own.items() if len(each)}
-        return {"whole": Whole.of(windows, self.parts), **read}
+        return {"step": StepCounts.of(windows, self.parts), **read}

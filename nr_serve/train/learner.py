@@ -22,7 +22,7 @@ from nr_serve.train.text.pack import Windows, join
 Batch = Mapping[str, Any]
 """Role (target, original, background) -> its windows' ids and offsets, both [B, T]; a role may be missing.
 
-`whole`, if there, is the `Whole` that the batch is a part of.
+`step`, if there, is the `StepCounts` of the gradient step that the batch is a part of.
 """
 
 Sums = dict[str, Tensor]
@@ -30,7 +30,7 @@ Sums = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Whole:
+class StepCounts:
     """A gradient step, counted: its means are over all of it, so that they do not depend on how it is cut."""
 
     tokens: Mapping[str, int]
@@ -41,7 +41,7 @@ class Whole:
     """Batches that the step is cut in."""
 
     @classmethod
-    def of(cls, windows: Mapping[str, Windows], parts: int = 1) -> Whole:
+    def of(cls, windows: Mapping[str, Windows], parts: int = 1) -> StepCounts:
         """The step that reads these windows."""
         tokens = {role: each.ids_NT.numel() for role, each in windows.items()}
         return cls(tokens, {role: each.labelled for role, each in windows.items()}, parts)
@@ -76,24 +76,24 @@ class Learner(nn.Module):
             return {f"adapter.{name}": tensor for name, tensor in self.adapter.state_dict().items()}
         return {name: p.detach() for name, p in self.trained().items()}
 
-    def forward(self, whole: Whole | None = None, **batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    def forward(self, step: StepCounts | None = None, **batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
         """`loss` = LM loss + alpha * local loss + open * hinge, and the `sums` of the first two and of what fired.
 
-        Each loss is a mean over the tokens of the `whole` step (None: the batch is all of it), scaled so that the
+        Each loss is a mean over the tokens of the whole `step` (None: the batch is all of it), scaled so that the
         mean over its parts is the step's loss: over labelled tokens of -log p(label), over tokens and layers of the
         local terms. The local loss is gathered first, since gradient checkpointing runs the LM pass once more in
         the backward pass, and must then find what that pass was given.
         """
         windows = {role: Windows(*tensors) for role, tensors in batch.items()}
-        whole = Whole.of(windows) if whole is None else whole
-        local, local_sums = self._local_loss(windows, whole)
-        lm, lm_sums = self._lm_loss(windows, whole)
+        step = StepCounts.of(windows) if step is None else step
+        local, local_sums = self._local_loss(windows, step)
+        lm, lm_sums = self._lm_loss(windows, step)
         loss = lm if local is None or self.local is None else lm + self.local.alpha * local
         if not loss.requires_grad:  # no gate fired at all
             loss = loss + 0.0 * sum(p.sum() for p in self.trained().values())
-        return {"loss": loss * whole.parts, "sums": lm_sums | local_sums}
+        return {"loss": loss * step.parts, "sums": lm_sums | local_sums}
 
-    def _lm_loss(self, windows: Mapping[str, Windows], whole: Whole) -> tuple[Tensor, Sums]:
+    def _lm_loss(self, windows: Mapping[str, Windows], step: StepCounts) -> tuple[Tensor, Sums]:
         read, target_BT = _join(windows, self.lm_roles)
         record = self.attached.begin(read.offset_NT, target_BT=target_BT)
         if self.local is not None and self.local.open:
@@ -102,13 +102,13 @@ class Learner(nn.Module):
         nats = losses.lm_loss(output.logits, losses.next_token_labels(read.ids_NT, read.offset_NT))
         fired = (0, 0) if self.adapter is None else record.on_target(0)
         sums = {"lm": _pair(nats, read.labelled), "target_fired": _pair(nats.new_tensor(fired[0]), fired[1])}
-        loss = nats / max(1, _count(whole.labelled, self.lm_roles))
+        loss = nats / max(1, _count(step.labelled, self.lm_roles))
         if self.local is not None and record.hinges and self.adapter is not None:
-            over = _count(whole.tokens, ("target",)) * self.adapter.depth
+            over = _count(step.tokens, ("target",)) * self.adapter.depth
             loss = loss + self.local.open * torch.stack(record.hinges).sum() / over
         return loss, sums
 
-    def _local_loss(self, windows: Mapping[str, Windows], whole: Whole) -> tuple[Tensor | None, Sums]:
+    def _local_loss(self, windows: Mapping[str, Windows], step: StepCounts) -> tuple[Tensor | None, Sums]:
         """The local loss; its sums, those of the text that is not the target's.
 
         Each block answers for its own residue: the gradient does not run down the stream, so these windows
@@ -128,7 +128,7 @@ class Learner(nn.Module):
             "local": _pair(nothing[0] if terms is None else terms, read.ids_NT.numel() * layers),
             "other_fired": _pair(nothing.new_tensor(fired), seen),
         }
-        return None if terms is None else terms / (_count(whole.tokens, self.local_roles) * layers), sums
+        return None if terms is None else terms / (_count(step.tokens, self.local_roles) * layers), sums
 
 
 def _local_roles(local: Loss | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nr_serve.train.attach import Attached, Pass, Watch, window_inputs
+from nr_serve.train.attach import Attached, ForwardPass, Watch, window_inputs
 from nr_serve.train.losses import next_token_labels, token_nats
 from nr_serve.train.text.pack import Windows
 
@@ -59,10 +59,10 @@ def measure(model: Any, attached: Attached, sources: Mapping[str, Windows]) -> d
 
 def read_parts(
     model: Any, attached: Attached, windows: Windows, watch: Watch | None = None
-) -> Iterator[tuple[Pass, Tensor, Tensor]]:
+) -> Iterator[tuple[ForwardPass, Tensor, Tensor]]:
     """A few windows at a time: what fired, each token's loss on the next in nats, and which have a next; [N, T].
 
-    The loss is 0 where there is no next one. `watch` is `Pass.watch`.
+    The loss is 0 where there is no next one. `watch` is `ForwardPass.watch`.
     """
     for at in range(0, len(windows), BATCH_WINDOWS):
         part = windows.take(slice(at, at + BATCH_WINDOWS)).to(model.device)

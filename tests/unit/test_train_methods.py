@@ -169,7 +169,7 @@ def test_text_that_no_loss_reads_takes_no_share_of_the_tokens(tmp_path, base, co
     batches = read_run_text(recipe, corpus).batches
     read = Counter[str]()
     for step in range(16 // recipe.run.windows_a_step):
-        windows = {role: each for role, each in batches[step].items() if role != "whole"}
+        windows = {role: each for role, each in batches[step].items() if role != "step"}
         read.update({role: len(ids_NT) for role, (ids_NT, _) in windows.items()})
     assert read == shares
 

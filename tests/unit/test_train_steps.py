@@ -8,7 +8,7 @@ import torch
 
 from nr_serve.train.batches import Batches
 from nr_serve.train.frozen_base import load_base
-from nr_serve.train.learner import Learner, Whole
+from nr_serve.train.learner import Learner, StepCounts
 from nr_serve.train.losses import next_token_labels
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Recipe
@@ -68,11 +68,11 @@ def test_every_part_knows_the_whole_step(tmp_path, base, corpus):
     classes = read_classes(corpus, recipe.data, load_base(str(base)).tokenizer, recipe.run)
     cut, uncut = Batches(classes, recipe.run, 4), Batches(classes, recipe.run, 1)
     for step in range(3):
-        wholes = [cut[step * 4 + part]["whole"] for part in range(4)]
-        text = {role: tensors for role, tensors in uncut[step].items() if role != "whole"}
+        counts = [cut[step * 4 + part]["step"] for part in range(4)]
+        text = {role: tensors for role, tensors in uncut[step].items() if role != "step"}
         labelled = {role: int((next_token_labels(*tensors) != -100).sum()) for role, tensors in text.items()}
         tokens = {role: ids.numel() for role, (ids, _) in text.items()}
-        assert wholes == [Whole(tokens, labelled, 4)] * 4
+        assert counts == [StepCounts(tokens, labelled, 4)] * 4
 
 
 def steps_of(out: Path) -> list[dict]:

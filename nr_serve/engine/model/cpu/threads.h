@@ -40,22 +40,22 @@ inline void pause_briefly() {
 // Torch's are all waited for at the end of an operator: one that lost its core, to another thread of this process or of
 // the machine, holds up the step. Here one that is not there when a job begins is not missed: others take its parts. One
 // that has begun a part is waited for.
-class Helpers {
+class ThreadPool {
  public:
   using Part = c10::function_ref<void(int64_t)>;
 
-  static Helpers& all() {
-    static Helpers* const helpers = new Helpers();  // never destroyed: they may be at work when the process ends
-    return *helpers;
+  static ThreadPool& shared() {
+    static ThreadPool* const pool = new ThreadPool();  // never destroyed: it may be at work when the process ends
+    return *pool;
   }
 
-  // There are so many helpers from now on, or more if anyone asked for more.
-  void start(int64_t helpers) {
+  // It has so many threads from now on, or more if anyone asked for more.
+  void start(int64_t threads) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (; started_ < helpers; ++started_) std::thread([this] { help(); }).detach();
+    for (; started_ < threads; ++started_) std::thread([this] { work(); }).detach();
   }
 
-  // part(i) for each i in [0, parts), by this thread and the helpers. Throws what a part threw.
+  // part(i) for each i in [0, parts), by this thread and the pool's. Throws what a part threw.
   void run(int64_t parts, Part part) {
     if (busy_.test_and_set(std::memory_order_acquire)) {  // by another thread that has operators computed
       for (int64_t i = 0; i < parts; ++i) part(i);
@@ -79,7 +79,7 @@ class Helpers {
   }
 
  private:
-  // So many times a helper looks for work before it sleeps: for longer than Python takes between two layers.
+  // So many times a thread looks for work before it sleeps: for longer than Python takes between two layers.
   static constexpr int LOOKS = 20000;
 
   // Does a part of the job at hand; false if all are taken.
@@ -99,7 +99,7 @@ class Helpers {
     return true;
   }
 
-  [[noreturn]] void help() {
+  [[noreturn]] void work() {
     keep_torch_to_one();
     for (;;) {
       for (int i = 0; i < LOOKS; ++i) {
@@ -128,7 +128,7 @@ inline void share(int64_t n, int64_t grain, c10::function_ref<void(int64_t, int6
   // Not more than there are threads: what a thread reads ahead ends with its part.
   const int64_t parts = std::min(n / grain, own_threads);
   if (parts > 1)
-    Helpers::all().run(parts, [&](int64_t i) { f(n * i / parts, n * (i + 1) / parts); });
+    ThreadPool::shared().run(parts, [&](int64_t i) { f(n * i / parts, n * (i + 1) / parts); });
   else if (n > 0)
     f(0, n);
 }
@@ -136,7 +136,7 @@ inline void share(int64_t n, int64_t grain, c10::function_ref<void(int64_t, int6
 // What this thread calls is shared among so many threads of our own from now on, itself included; 0: torch's.
 inline void share_among(int64_t threads) {
   TORCH_CHECK(threads >= 0);
-  Helpers::all().start(threads - 1);
+  ThreadPool::shared().start(threads - 1);
   own_threads = threads;
   if (threads > 0) keep_torch_to_one();
 }
