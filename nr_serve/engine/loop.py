@@ -38,7 +38,7 @@ from nr_serve.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from nr_serve.engine.adapters.adapters import Adapters
     from nr_serve.engine.core import Core
-    from nr_serve.neutral.format import Adapter, Base
+    from nr_serve.neutral.format import Adapter
 
 log = logging.getLogger(__name__)
 _READ_PAUSE = 0.001  # seconds, after each tensor: so that reading takes less than a tenth of a step
@@ -163,7 +163,7 @@ class EngineLoop:
         from nr_serve.neutral.format import Base, read_adapter
 
         assert self.info is not None
-        base: Base = Base(self.info.model, self.info.fingerprint, self.info.layers, self.info.d)
+        base = Base(self.info.model, self.info.fingerprint, self.info.layers, self.info.d)
         max_bytes = int(self._config.max_adapter_gib * 2**30)
         return read_adapter(path, base, max_bytes=max_bytes, between=between)
 

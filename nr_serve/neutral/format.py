@@ -173,7 +173,8 @@ def read_adapter(
 
     Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
     """
-    data = _read_bytes(path, max_bytes)
+    with _readable(path, max_bytes):
+        data = path.read_bytes()
     tensors, metadata = _parse(data)
     info = _info(metadata)
     if base is not None:
@@ -226,11 +227,6 @@ def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...
     with whole(path) as part:
         safetensors.torch.save_file(tensors, part, metadata)
         part.chmod(0o644)  # the library leaves it readable by its owner alone
-
-
-def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
-    with _readable(path, max_bytes):
-        return path.read_bytes()
 
 
 @contextmanager

@@ -63,9 +63,7 @@ class Adapters:
         if selection is None:
             selection = self.registry.resolve(request.submit.adapters)
         for version in selection:
-            if version.slot is not None or not may_copy:
-                continue
-            if not self._changes.attach(version, beside=selection):
+            if may_copy and version.slot is None and not self._changes.attach(version, beside=selection):
                 self._check_room(selection)
         if not all(version.attached for version in selection):
             return False
@@ -261,9 +259,8 @@ class Adapters:
             return
         self._changed_itself = True
         before = self._watch.put_back(version)
-        self._loads_failed += (
-            before is None or before.digest != version.digest
-        )  # else only at its threshold it diverged
+        # Else it diverged at another threshold only.
+        self._loads_failed += before is None or before.digest != version.digest
         if before is None:
             self.unload(version.name)
             return

@@ -8,6 +8,7 @@ same adapter moved.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nr_serve.engine.adapters.registry import Version
@@ -19,19 +20,22 @@ from nr_serve.errors import BadRequest
 MOST_REPORTS = 1024
 
 
+@dataclass(eq=False)
 class Measurement:
     """One version's measurement on the probe texts at one threshold."""
 
-    def __init__(self, version: Version, threshold: float) -> None:
-        self.version, self.threshold = version, threshold
-        self.begun = False
-        """Whether some tokens were read, and nothing became NaN."""
-        self.attachment: int | None = None
-        """What is measured, once it acts: another attachment of the version is not meant."""
-        self.leaks: dict[str, Leak] = {}
-        """On the texts that were read to their end."""
-        self.start = self.fired = 0
-        """Tokens read of the next text, and token-layers on which a gate fired."""
+    version: Version
+    threshold: float
+    begun: bool = False
+    """Whether some tokens were read, and nothing became NaN."""
+    attachment: int | None = None
+    """What is measured, once it acts: another attachment of the version is not meant."""
+    leaks: dict[str, Leak] = field(default_factory=dict)
+    """On the texts that were read to their end."""
+    start: int = 0
+    """Tokens read of the next text."""
+    fired: int = 0
+    """Token-layers of it on which a gate fired."""
 
     @property
     def acts(self) -> bool:
