@@ -32,13 +32,13 @@ class GpuBank(Bank):
         """As `Bank.begin`; with `always` also while nothing is attached, for a graph that is captured before."""
         if not (self.attached or always):
             return
-        page_T = None
+        page_T = torch.full_like(tokens.row_T, -1)
         if tokens.end_E is not None and tokens.page_E is not None:
-            page_T = torch.full_like(tokens.row_T, -1).index_copy_(0, tokens.end_E, tokens.page_E)
+            page_T.index_copy_(0, tokens.end_E, tokens.page_E)
         first_P = tokens.last_P - tokens.offset_T[tokens.last_P]
         # The kernels go by rows, and a step's selection may lie in memory by columns.
         selected_TS = tokens.selected_TS.contiguous()
-        pieces = kernels.Pieces(first_P, tokens.last_P, tokens.row_T, selected_TS, tokens.longest, page_T)
+        pieces = kernels.Pieces(first_P, tokens.last_P, tokens.row_T, selected_TS, page_T, tokens.longest)
         self._label_T, self._open_TS = tokens.label_T, torch.zeros_like(selected_TS, dtype=torch.int32)
         if tokens.trial is None:
             self._seen_LS += (self.width_LS > 0) * selected_TS.sum(0)

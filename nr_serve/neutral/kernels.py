@@ -3,7 +3,8 @@
 Four functions, called in this order. None synchronises with the host, so a CUDA graph can hold them; shapes and
 grids depend on the step's size alone. What is fired is decided on the device: programs of a grid that find no open
 gate end at once, so that where every gate is shut no block's weight is read.
-Triton specialises a kernel on integers that are 1 or divisible by 16; not on T, which changes with every step.
+Triton compiles a kernel anew for each block size, and for integers that are 1 or divisible by 16. So there are few
+sizes of blocks, and what changes from step to step is not specialised on: a short warm-up meets every variant.
 
     gates     logits, carry, threshold, selection, statistics, carried state           2 launches
     compact   for each slot, the tokens whose gate fired, laid end to end              1 launch
@@ -36,6 +37,8 @@ except ImportError as missing:
 
 PARTS_OF_D = 32
 """The gates' products are cut along d into at most so many parts, that few tokens still occupy the device."""
+FEW, MANY, MOST = 16, 64, 1024
+"""Steps of more tokens than each of these run other variants of the kernels; so do pieces of over 1 and `MANY`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +53,10 @@ class Pieces:
     """State row of the token's request."""
     selected_TS: Tensor
     """Bool, contiguous: may this slot act on this token."""
+    page_T: Tensor
+    """The page that the token ends and whose state is to be kept, -1 for none."""
     longest: int
     """Tokens of the longest piece, or more."""
-    page_T: Tensor | None = None
-    """The page that the token ends and whose state is to be kept, -1 for none. None: no token does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +102,26 @@ def gates(x_Td: Tensor, gate: Gate, pieces: Pieces, *, counts: bool = True) -> T
     m > threshold, so that a NaN is shut. Without `counts` the statistics of fired gates stay as they are.
     """
     T, d = x_Td.shape
-    S = gate.b_S.numel()
-    block_T, block_S, block_d = _block(T, most=64), _block(S, most=32), 128
-    # Many tokens are many programs already.
-    parts = 1 if T > 1024 else min(PARTS_OF_D, triton.cdiv(d, block_d))
+    S, many = gate.b_S.numel(), T > MOST
+    block_S, block_d = _block(S, most=32), 128
+    # Many tokens are many programs already, and all parts of a piece are summed by one.
+    most_parts = 1 if many else max(1, PARTS_OF_D // triton.cdiv(S, block_S))
+    part_size = block_d * triton.cdiv(triton.cdiv(d, block_d), most_parts)  # whole blocks: aligned loads
+    parts = triton.cdiv(d, part_size)
+    block_T = _block_of(T)
     z_KTS = x_Td.new_empty((parts, T, S), dtype=torch.float32)
     g_TS = torch.empty_like(z_KTS[0])
     _logits[(triton.cdiv(T, block_T), triton.cdiv(S, block_S), parts)](
-        x_Td, gate.w_Sd, z_KTS, T, d, S, x_Td.stride(0), gate.w_Sd.stride(0), triton.cdiv(d, parts),
+        x_Td, gate.w_Sd, z_KTS, T, d, S, x_Td.stride(0), gate.w_Sd.stride(0), part_size,
         BLOCK_T=block_T, BLOCK_S=block_S, BLOCK_D=block_d,
     )  # fmt: skip
+    block_t = 256 if many or pieces.longest > MANY else 1 if pieces.longest == 1 else MANY
     _carry[(pieces.first_P.numel(), triton.cdiv(S, block_S))](
         z_KTS, gate.b_S, gate.carry_S, gate.threshold_S, gate.ceiling_S, pieces.first_P, pieces.last_P,
-        pieces.row_T, pieces.row_T if pieces.page_T is None else pieces.page_T, pieces.selected_TS,
+        pieces.row_T, pieces.page_T, pieces.selected_TS,
         gate.state_RS, gate.page_state_NS, gate.open_TS, gate.fired_S, gate.mass_S, g_TS,
-        T, S, gate.state_RS.stride(0), gate.page_state_NS.stride(0),
-        PARTS=parts, COUNTS=counts, PAGES=pieces.page_T is not None,
-        BLOCK_T=min(256, triton.next_power_of_2(pieces.longest)), BLOCK_S=block_S,
+        T, S, gate.state_RS.stride(0), gate.page_state_NS.stride(0), int(counts),
+        PARTS=parts, BLOCK_T=block_t, BLOCK_S=block_S,
     )  # fmt: skip
     return g_TS
 
@@ -125,9 +131,7 @@ def compact(g_TS: Tensor) -> Fired:
     T, S = g_TS.shape
     token_ST = torch.empty((S, T), dtype=torch.int32, device=g_TS.device)
     fired = Fired(token_ST, torch.empty_like(token_ST), torch.empty_like(token_ST[:, 0]))
-    _compact[(S,)](
-        g_TS, fired.token_ST, fired.place_ST, fired.count_S, T, S, BLOCK_T=min(1024, triton.next_power_of_2(T))
-    )
+    _compact[(S,)](g_TS, fired.token_ST, fired.place_ST, fired.count_S, T, S, BLOCK_T=MANY if T <= MANY else 1024)
     return fired
 
 
@@ -141,12 +145,12 @@ def hidden(x_Td: Tensor, g_TS: Tensor, fired: Fired, w_up_Sud: Tensor, width_S: 
     T, d = x_Td.shape
     S, H = len(w_up_Sud), w_up_Sud.shape[1] // 2
     u_STH = x_Td.new_empty((S, T, H))
-    block_T = _block(T, most=64)
-    block_H = 16 if T <= 64 else 64
+    block_T = _block_of(T)
+    block_H = 16 if T <= MANY else 64
     _hidden[(triton.cdiv(H, block_H), triton.cdiv(T, block_T), S)](
         x_Td, g_TS, fired.token_ST, fired.count_S, w_up_Sud, width_S, u_STH,
         T, d, S, H, x_Td.stride(0), w_up_Sud.stride(0), w_up_Sud.stride(1),
-        BLOCK_T=block_T, BLOCK_H=block_H, BLOCK_D=128 if T <= 64 else 64, PRECISION=precision(x_Td),
+        BLOCK_T=block_T, BLOCK_H=block_H, BLOCK_D=128 if T <= MANY else 64, PRECISION=precision(x_Td),
     )  # fmt: skip
     return u_STH
 
@@ -158,19 +162,25 @@ def add(y_Td: Tensor, u_STH: Tensor, fired: Fired, w_out_SHd: Tensor, width_S: T
     """
     T, d = y_Td.shape
     S, _, H = u_STH.shape
-    block_T = _block(T, most=64)
-    block_d = 32 if T <= 64 else 64
+    block_T = _block_of(T)
+    block_d = 32 if T <= MANY else 64
     _add[(triton.cdiv(d, block_d), triton.cdiv(T, block_T))](
         y_Td, u_STH, fired.place_ST, w_out_SHd, width_S,
         T, d, S, H, y_Td.stride(0), w_out_SHd.stride(0), w_out_SHd.stride(1),
-        BLOCK_T=block_T, BLOCK_H=64, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(S),
+        BLOCK_T=block_T, BLOCK_H=128 if T <= MANY else 64, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(S),
         PRECISION=precision(y_Td),
+        num_stages=4 if T <= MANY else 3,  # few programs: each must have much of its weights on the way
     )  # fmt: skip
 
 
 def _block(size: int, most: int) -> int:
     """A power of two, at least 16, the least that Triton's matrix product takes."""
     return min(most, max(16, int(triton.next_power_of_2(size))))
+
+
+def _block_of(tokens: int) -> int:
+    """Tokens that a product's program takes on in a step of so many."""
+    return FEW if tokens <= FEW else MANY
 
 
 def precision(x: Tensor) -> str:
@@ -218,11 +228,11 @@ def _then(a_first, b_first, a_next, b_next):
     return a_first * a_next, b_first * a_next + b_next
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "counts"])
 def _carry(
     z, b, a, threshold, ceiling, first, last, row, page, selected, state, page_state, opened, fired, mass, g,
-    T, S, state_stride, page_state_stride,
-    PARTS: tl.constexpr, COUNTS: tl.constexpr, PAGES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    T, S, state_stride, page_state_stride, counts,
+    PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One piece and some slots: m along the piece, BLOCK_T tokens at a time, and all that follows from m."""
     piece = tl.program_id(0)
@@ -262,14 +272,13 @@ def _carry(
         tl.store(g + at, g_ts, mask=inside)
         fired_s += tl.sum(acts.to(tl.int64), 0)
         mass_s += tl.sum(tl.where(g_ts < float("inf"), g_ts, 0.0).to(tl.float64), 0)
-        if PAGES:
-            page_t = tl.load(page + t, mask=t < end, other=-1).to(tl.int64)
-            ends_page = (page_t >= 0)[:, None] & there[None, :]
-            tl.store(page_state + page_t[:, None] * page_state_stride + s[None, :], m_ts, mask=ends_page)
+        page_t = tl.load(page + t, mask=t < end, other=-1).to(tl.int64)
+        ends_page = (page_t >= 0)[:, None] & there[None, :]
+        tl.store(page_state + page_t[:, None] * page_state_stride + s[None, :], m_ts, mask=ends_page)
     tl.store(state + own_row * state_stride + s, m_s, mask=there)
-    if COUNTS:
-        tl.atomic_add(fired + s, fired_s, mask=there & (fired_s > 0))
-        tl.atomic_add(mass + s, mass_s, mask=there & (fired_s > 0))
+    fired_s *= counts
+    tl.atomic_add(fired + s, fired_s, mask=there & (fired_s > 0))
+    tl.atomic_add(mass + s, mass_s, mask=there & (fired_s > 0))
 
 
 @triton.jit(do_not_specialize=["T"])

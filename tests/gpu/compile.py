@@ -33,11 +33,12 @@ class Compiled:
         return self.compile
 
     def compile(self, *args: Any, **constants: Any) -> None:
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
         signature = {name: kind(arg) for name, arg in zip(self.kernel.arg_names, args, strict=False)}
         signature |= dict.fromkeys(constants, "constexpr")
         aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(args) if is_aligned(arg)}
         source = ASTSource(self.kernel, signature, constexprs=constants, attrs=aligned)
-        shared = triton.compile(source, target=GPUTarget("cuda", self.arch, 32)).metadata.shared
+        shared = triton.compile(source, target=GPUTarget("cuda", self.arch, 32), options=options).metadata.shared
         print(f"sm_{self.arch} {self.kernel.__name__}: {shared}", flush=True)
 
 
@@ -64,7 +65,7 @@ def launch_all(T: int) -> None:
         empty(SLOTS, dtype=torch.float64),
     )  # fmt: skip
     of_token, one = empty(T, dtype=torch.int64), empty(1, dtype=torch.int64)
-    pieces = kernels.Pieces(one, one, of_token, empty(T, SLOTS, dtype=torch.bool), longest=T, page_T=of_token)
+    pieces = kernels.Pieces(one, one, of_token, empty(T, SLOTS, dtype=torch.bool), of_token, longest=T)
     x_Td, width_S = empty(T, D), empty(SLOTS, dtype=torch.int32)
     g_TS = kernels.gates(x_Td, gate, pieces)
     fired = kernels.compact(g_TS)

@@ -48,8 +48,9 @@ class Case:
         for row, span, slots in self.bounds():
             row_T[span] = row
             selected_TS[span, list(slots)] = True
-        on_device = (t.to(DEVICE) for t in (last_P - lengths + 1, last_P, row_T, selected_TS))
-        return kernels.Pieces(*on_device, longest=int(lengths.max()), page_T=page_T)
+        page_T = torch.full_like(row_T, -1) if page_T is None else page_T
+        on_device = (t.to(DEVICE) for t in (last_P - lengths + 1, last_P, row_T, selected_TS, page_T))
+        return kernels.Pieces(*on_device, longest=int(lengths.max()))
 
 
 def make(seed, *, pieces, d, widths, bias=0.0, dtype=torch.float32, rows=6, pages=5) -> Case:
