@@ -141,7 +141,7 @@ class Engine:
         from nr_serve.engine.model.batch import build_batch
 
         batch = build_batch(
-            pieces, [0], page_size=PAGE, spare_cell=self.cache.spare_cell, slots=8, device=self.device
+            pieces, [0], page_size=PAGE, spare_cell=self.cache.spare_cell, slots=8, paged=True, device=self.device
         )
         self.bank.begin(batch.tokens)
         try:

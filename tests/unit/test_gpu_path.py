@@ -73,7 +73,7 @@ def test_single_tokens_attend_to_the_pages_of_their_table(H, K, D, page_size, wi
     query_BHD = rand(4, H, D, seed=4)
     # As a graph has it: the table's rows are columns in memory.
     table = paged_attention.Table(
-        table_BM.T.contiguous().to(DEVICE).T, torch.tensor(lengths, device=DEVICE), page_size
+        table_BM.T.contiguous().to(DEVICE).T, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), page_size
     )
     out_BHD = paged_attention.attend_one(query_BHD, keys_CKD, values_CKD, table, 0.3, window)
     for b, own in enumerate(cells):
@@ -130,8 +130,9 @@ class Engine:
     def prefill(self, requests):
         pieces = [Piece(r, 0, len(r.tokens)) for r in requests]
         batch = build_batch(
-            pieces, [0] * len(pieces), page_size=PAGE, spare_cell=self.cache.spare_cell, slots=SLOTS, device=DEVICE
-        )
+            pieces, [0] * len(pieces), page_size=PAGE, spare_cell=self.cache.spare_cell, slots=SLOTS, paged=True,
+            device=DEVICE,
+        )  # fmt: skip
         self.bank.begin(batch.tokens)
         ids, positions = batch.input_ids_T[None], batch.positions_T[None]
         logits = self.model(

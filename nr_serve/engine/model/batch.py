@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.engine.adapters.registry import Selection
+from nr_serve.engine.model.device import placed
 from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.step import StepTokens, Trial
 
@@ -34,6 +35,27 @@ class Group:
     """Places of the tokens in the contexts: each may attend to those up to its own."""
 
 
+@dataclass(frozen=True, slots=True)
+class PagedGroup:
+    """As `Group`, for attention that reads pages where they lie: single tokens, or one piece of several.
+
+    Shape suffixes: B pieces, M pages of the longest context.
+    """
+
+    first: int
+    """Index in the step of the group's first token."""
+    pieces: int
+    count: int
+    """Tokens of each piece."""
+    pages_BM: Tensor
+    """int32. Each piece's pages, in order; what lies beyond its length is not to be read."""
+    length_B: Tensor
+    """int32. Tokens of each context up to the end of the piece."""
+    longest: int
+    """Tokens of the longest of them."""
+    page_size: int
+
+
 @dataclass(slots=True)
 class Batch:
     """One step, laid end to end: T tokens, decodes first."""
@@ -42,8 +64,12 @@ class Batch:
     positions_T: Tensor
     cells_T: Tensor
     """KV cell each token's key and value go to: page * page_size + place in the page."""
-    groups: list[Group]
     tokens: StepTokens
+    groups: list[Group] = field(default_factory=list)
+    paged: list[PagedGroup] = field(default_factory=list)
+    """In the place of `groups` where attention is paged."""
+    logits_N: Tensor | None = None
+    """Indices of the tokens whose logits are wanted; None: of all."""
     _biases: dict[tuple[int, int | None, int, int], Tensor] = field(default_factory=dict)
     _rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -86,6 +112,8 @@ def build_batch(
     slots: int,
     recalls_pages: bool = False,
     apart: int | None = None,
+    paged: bool = False,
+    positions: Sequence[int] | None = None,
     device: torch.device,
 ) -> Batch:
     """Lay the pieces end to end. They must be ordered by length, but one on trial comes last.
@@ -94,35 +122,55 @@ def build_batch(
 
     `spare_cell` is a KV cell that is never written and holds zeros. With `recalls_pages` the bank is told where
     pages end, to keep the carried state there. Pieces of up to 8 tokens, and of up to `apart` tokens times context,
-    attend as so many single tokens (None: none do): it pays where these attend by an operator of their own.
+    attend as so many single tokens (None: none do): it pays where these attend by an operator of their own. With
+    `paged` the batch has groups of pages. `positions`: the tokens whose logits are wanted, by index in the step.
     """
     layout = _Layout.of(pieces, page_size, spare_cell)
-    selected = _selected(pieces, slots)
     rows = np.array([p.request.row for p in pieces])
     page_ends = np.flatnonzero((layout.position_T + 1) % page_size == 0) if recalls_pages else np.empty(0, np.int64)
     cell_T = layout.cells(layout.piece_T, layout.position_T)
-
-    def put(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
+    ids = chain.from_iterable(p.request.tokens[p.start : p.start + p.count] for p in pieces)
+    paged_groups = _paged_groups(pieces, layout) if paged else []
+    wanted = [] if positions is None else [np.array(positions, np.int64)]
+    input_ids_T, positions_T, cells_T, offset_T, row_T, last_P, selected_TS, label_T, end_E, page_E, *more = placed(
+        [
+            np.fromiter(ids, np.int64, len(layout.piece_T)),
+            layout.position_T,
+            cell_T,
+            layout.offset_T,
+            rows[layout.piece_T],
+            layout.end_P - 1,
+            _selected(pieces, slots)[layout.piece_T],
+            np.array(labels)[layout.piece_T],
+            page_ends,
+            cell_T[page_ends] // page_size,
+            *chain.from_iterable((group.page_BM, group.length_B) for group in paged_groups),
+            *wanted,
+        ],
+        device,
+    )
     tokens = StepTokens(
-        offset_T=put(layout.offset_T),
-        row_T=put(rows[layout.piece_T]),
-        last_P=put(layout.end_P - 1),
-        selected_TS=put(selected[layout.piece_T]),
-        label_T=put(np.array(labels)[layout.piece_T]),
+        offset_T=offset_T,
+        row_T=row_T,
+        last_P=last_P,
+        selected_TS=selected_TS,
+        label_T=label_T,
         longest=max(piece.count for piece in pieces),
-        end_E=put(page_ends) if len(page_ends) else None,
-        page_E=put(cell_T[page_ends] // page_size) if len(page_ends) else None,
+        end_E=end_E if len(page_ends) else None,
+        page_E=page_E if len(page_ends) else None,
         trial=_trial(pieces[-1], int(layout.end_P[-1])),
     )
-    ids = chain.from_iterable(p.request.tokens[p.start : p.start + p.count] for p in pieces)
     return Batch(
-        input_ids_T=put(np.fromiter(ids, np.int64, len(layout.piece_T))),
-        positions_T=put(layout.position_T),
-        cells_T=put(cell_T),
-        groups=_groups(pieces, layout, apart, device),
-        tokens=tokens,
+        input_ids_T,
+        positions_T,
+        cells_T,
+        tokens,
+        groups=[] if paged else _groups(pieces, layout, apart, device),
+        paged=[
+            PagedGroup(group.first, len(group.page_BM), group.count, pages_BM, length_B, group.longest, page_size)
+            for group, pages_BM, length_B in zip(paged_groups, more[::2], more[1::2], strict=False)
+        ],
+        logits_N=more[-1] if wanted else None,
     )
 
 
@@ -202,6 +250,32 @@ def _groups(pieces: Sequence[Piece], layout: _Layout, apart: int | None, device:
         cells_BN = torch.from_numpy(layout.contexts(piece_B, position_Bn[:, -1] + 1)).to(device)
         groups.append(Group(first, rows, count, cells_BN, torch.from_numpy(position_Bn).to(device)))
         first = end
+    return groups
+
+
+@dataclass(frozen=True, slots=True)
+class _Paged:
+    """A `PagedGroup` that is not on the device yet."""
+
+    first: int
+    count: int
+    page_BM: np.ndarray
+    length_B: np.ndarray
+    longest: int
+
+
+def _paged_groups(pieces: Sequence[Piece], layout: _Layout) -> list[_Paged]:
+    """One group of the single tokens, which come first, and one for each longer piece."""
+    length_P = np.array([piece.start + piece.count for piece in pieces], np.int32)
+    page_PG, singles = layout.page_PG.astype(np.int32), sum(piece.count == 1 for piece in pieces)
+    bounds = [(0, singles)] if singles else []
+    bounds += [(i, i + 1) for i in range(singles, len(pieces))]
+    groups = []
+    for first, end in bounds:
+        longest = int(length_P[first:end].max())
+        used = -(-longest // layout.page_size)
+        start = int(layout.end_P[first]) - pieces[first].count
+        groups.append(_Paged(start, pieces[first].count, page_PG[first:end, :used], length_P[first:end], longest))
     return groups
 
 

@@ -1,11 +1,22 @@
-"""Which device a base runs on."""
+"""Which device a base runs on, and how little is said to it and asked of it in a step.
+
+Each copy from memory that is not pinned waits for the device, as does each value read. So what a step needs goes
+there as one block, of pinned memory, and what it gives comes back at one wait.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from nr_serve.config import ServeConfig
 from nr_serve.errors import UnsupportedBase
+
+_ALIGNED = 16  # bytes
 
 
 def device_of(config: ServeConfig) -> str:
@@ -14,3 +25,37 @@ def device_of(config: ServeConfig) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UnsupportedBase("--device cuda was asked for, but torch sees no CUDA device")
     return device
+
+
+def placed(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors on the device; on a CPU without a copy. Nothing waits.
+
+    They share one block of memory, each aligned as kernels like it. Torch keeps the pinned block from other use
+    until the copy is done.
+    """
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    return _as_block(arrays, device)
+
+
+def _as_block(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    starts = [0, *accumulate(-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays)]
+    pinned = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    block = pinned.numpy()
+    for start, array in zip(starts, arrays, strict=False):
+        block[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    there = pinned.to(device, non_blocking=True)
+    return [
+        there[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for start, array in zip(starts, arrays, strict=False)
+    ]
+
+
+def read(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the host's memory; on a CPU as they are. The device is waited for once."""
+    if all(tensor.is_cpu for tensor in tensors):
+        return list(tensors)
+    # Without blocking, torch copies to pinned memory of its own.
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return copies

@@ -146,7 +146,10 @@ class Graphs:
             self._buffers[size] = torch.zeros(shape, dtype=torch.int32, device=self._device)
         packed = np.zeros(shape, dtype=np.int32)
         used = _FIELDS + self._slots + self._write(packed, pieces, labels)
-        self._buffers[size][:used].copy_(torch.from_numpy(packed[:used]))
+        step = torch.from_numpy(packed[:used])
+        # Pinned, so that nobody waits; torch keeps it from other use until the copy is done.
+        step = step.pin_memory() if self._device.type == "cuda" else step
+        self._buffers[size][:used].copy_(step, non_blocking=True)
 
     def _write(self, packed_FB: np.ndarray, pieces: Sequence[Piece], labels: Sequence[int]) -> int:
         """Fill zeros; returns the pages of the longest context."""

@@ -26,7 +26,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from nr_serve.engine.model.attention import KVCache, refuse_unknown
-from nr_serve.engine.model.batch import Batch, Group
+from nr_serve.engine.model.batch import Batch, PagedGroup
 from nr_serve.engine.model.graphs import DecodeBatch
 from nr_serve.neutral.kernels import dot, precision
 
@@ -42,18 +42,20 @@ class Table:
     """Where the contexts of single tokens lie."""
 
     pages_BM: Tensor
-    """A context's pages in order; what lies beyond its length is not read."""
+    """int32. A context's pages in order; what lies beyond its length is not read."""
     length_B: Tensor
-    """Tokens of each context, the single token included."""
+    """int32. Tokens of each context, the single token included."""
     page_size: int
 
 
 def register() -> None:
     """Make the attention known to transformers; again is harmless.
 
-    Not its mask: without one by this name transformers makes none, and asks the device nothing.
+    Not its mask: without one by this name transformers makes none, and asks the device nothing. And torch's SDPA is
+    kept from cuDNN's attention, which it prefers on Hopper: that plans anew, for some 30 ms, for every new length.
     """
     AttentionInterface.register(NAME, paged_attention)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def paged_attention(
@@ -76,27 +78,43 @@ def paged_attention(
     """
     refuse_unknown(attention_mask, dropout, unknown)
     keys_CKD, values_CKD = nr_cache.written(module, nr_batch.cells_T, key, value)
-    query_THD = query[0].transpose(0, 1)
-    scale = query_THD.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(nr_batch, DecodeBatch):
-        table = Table(nr_batch.pages_BM, nr_batch.length_B, nr_batch.page_size)
-        return attend_one(query_THD, keys_CKD, values_CKD, table, scale, sliding_window)[None], None
-    outputs = [_attend(query_THD, keys_CKD, values_CKD, group, scale, sliding_window) for group in nr_batch.groups]
-    return torch.cat(outputs)[None], None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query[0].transpose(0, 1), keys_CKD, values_CKD, nr_batch, scale, sliding_window)[None], None
+
+
+def attend(
+    query_THD: Tensor,
+    keys_CKD: Tensor,
+    values_CKD: Tensor,
+    batch: Batch | DecodeBatch,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Attention of a step over a layer's keys and values, those of the step among them; [T, H, D]."""
+    if isinstance(batch, DecodeBatch):
+        table = Table(batch.pages_BM, batch.length_B, batch.page_size)
+        return attend_one(query_THD, keys_CKD, values_CKD, table, scale, window)
+    outputs = [_attend(query_THD, keys_CKD, values_CKD, group, scale, window) for group in batch.paged]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _attend(
-    query_THD: Tensor, keys_CKD: Tensor, values_CKD: Tensor, group: Group, scale: float, window: int | None
+    query_THD: Tensor, keys_CKD: Tensor, values_CKD: Tensor, group: PagedGroup, scale: float, window: int | None
 ) -> Tensor:
     """One group's attention, [B * n, H, D]."""
     query_THD = query_THD[group.first : group.first + group.pieces * group.count]
     if group.count == 1:
-        table = Table(group.cells_BN, group.positions_Bn[:, 0] + 1, page_size=1)
+        table = Table(group.pages_BM, group.length_B, group.page_size)
         return attend_one(query_THD, keys_CKD, values_CKD, table, scale, window)
-    if group.pieces != 1:
-        raise ValueError("chunks are attended to one at a time")
-    cells_N = group.cells_BN[0]
-    return attend_chunk(query_THD, keys_CKD[cells_N], values_CKD[cells_N], scale, window)
+    keys_NKD, values_NKD = (_gathered(cache, group) for cache in (keys_CKD, values_CKD))
+    return attend_chunk(query_THD, keys_NKD, values_NKD, scale, window)
+
+
+def _gathered(cache_CKD: Tensor, group: PagedGroup) -> Tensor:
+    """The context of a group of one piece, [N, K, D], page by page."""
+    C = len(cache_CKD) // group.page_size * group.page_size  # the spare cell is in no page
+    pages = cache_CKD[:C].view(-1, group.page_size * cache_CKD[0].numel())
+    return pages.index_select(0, group.pages_BM[0]).view(-1, *cache_CKD.shape[1:])[: group.longest]
 
 
 def attend_chunk(
@@ -108,18 +126,19 @@ def attend_chunk(
     """
     n, N = len(query_nHD), len(keys_NKD)
     mask: Any = causal_lower_right(n, N)
+    # Flash attention knows grouped heads; where a mask or float32 leaves torch to other ways, keys are repeated.
+    grouped = query_nHD.dtype != torch.float32
     if window is not None and window < N:
         position_n = torch.arange(N - n, N, device=query_nHD.device)[:, None]
         context_N = torch.arange(N, device=query_nHD.device)
         mask = (context_N <= position_n) & (context_N > position_n - window)
-    groups = query_nHD.shape[1] // keys_NKD.shape[1]
-    # The subclass that `causal_lower_right` gives takes no grouped heads, so keys are repeated.
-    query_HnD, keys_HND, values_HND = (
-        t.transpose(0, 1) if t is query_nHD else t.transpose(0, 1).repeat_interleave(groups, 0)
-        for t in (query_nHD, keys_NKD, values_NKD)
-    )
+        grouped = False
+    query_HnD, keys_HND, values_HND = (t.transpose(0, 1) for t in (query_nHD, keys_NKD, values_NKD))
+    if not grouped:
+        repeats = query_nHD.shape[1] // keys_NKD.shape[1]
+        keys_HND, values_HND = (t.repeat_interleave(repeats, 0) for t in (keys_HND, values_HND))
     out_1HnD = F.scaled_dot_product_attention(
-        query_HnD[None], keys_HND[None], values_HND[None], attn_mask=mask, scale=scale
+        query_HnD[None], keys_HND[None], values_HND[None], attn_mask=mask, scale=scale, enable_gqa=grouped
     )
     return out_1HnD[0].transpose(0, 1)
 
@@ -139,9 +158,9 @@ def attend_one(
     B, H, D = query_BHD.shape
     K, M = keys_CKD.shape[1], table.pages_BM.shape[1]
     longest = M * table.page_size
-    # A power of 2, as each number of parts is compiled anew.
-    parts = triton.next_power_of_2(min(triton.cdiv(PROGRAMS, B * K), triton.cdiv(longest, LEAST_PART)))
+    parts = max(1, min(triton.cdiv(PROGRAMS, B * K), triton.cdiv(longest, LEAST_PART)))
     block_D = max(16, triton.next_power_of_2(D))
+    block_N = 64 if block_D * keys_CKD.itemsize <= 512 else 32  # what a program of three stages can hold
     query_BHD = query_BHD.contiguous()
     sums_BHID = torch.empty((B, H, parts, D), dtype=torch.float32, device=query_BHD.device)
     scales_BHI2 = torch.empty((B, H, parts, 2), dtype=torch.float32, device=query_BHD.device)
@@ -149,38 +168,38 @@ def attend_one(
         query_BHD, keys_CKD, values_CKD, table.pages_BM, table.length_B, sums_BHID, scales_BHI2,
         keys_CKD.stride(0), keys_CKD.stride(1), table.pages_BM.stride(0), table.pages_BM.stride(1),
         scale / math.log(2), 0 if window is None else window,
-        H=H, K=K, D=D, PARTS=parts, PAGE_SIZE=table.page_size, WINDOW=window is not None,
-        BLOCK_G=max(16, triton.next_power_of_2(H // K)), BLOCK_N=64, BLOCK_D=block_D,
+        H=H, K=K, D=D, PAGE_SIZE=table.page_size, WINDOW=window is not None,
+        BLOCK_G=max(16, triton.next_power_of_2(H // K)), BLOCK_N=block_N, BLOCK_D=block_D,
         PRECISION=precision(query_BHD),
     )  # fmt: skip
     out_BHD = torch.empty_like(query_BHD)
-    _joined[(B, H)](sums_BHID, scales_BHI2, out_BHD, D=D, PARTS=parts, BLOCK_I=parts, BLOCK_D=block_D)
+    _joined[(B, H)](sums_BHID, scales_BHI2, out_BHD, parts, D=D, BLOCK_I=16, BLOCK_D=block_D)
     return out_BHD
 
 
-@triton.jit
+# What changes with the step is not specialised on: each variant would be compiled while everybody waits.
+@triton.jit(do_not_specialize=["table_stride", "page_stride"], do_not_specialize_on_alignment=["pages", "length"])
 def _parts_of_contexts(
     query, keys, values, pages, length, sums, scales, cell_stride, head_stride, table_stride, page_stride,
     scale, window,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One token, one key head and its query heads, one part of the context.
 
     Sums are softmax's numerators; `scales` holds the largest logit, in powers of 2, and the denominator. A part
     without tokens leaves a denominator of 0 and its sum unwritten.
     """
-    b, k, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, k, part, parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     heads = tl.arange(0, BLOCK_G)
     h = k * (H // K) + heads
     c = tl.arange(0, BLOCK_D)
     all_of_it = tl.load(length + b).to(tl.int32)
     first = tl.maximum(all_of_it - window, 0) if WINDOW else 0
-    size = tl.cdiv(tl.cdiv(all_of_it - first, PARTS), BLOCK_N) * BLOCK_N
+    size = tl.cdiv(tl.cdiv(all_of_it - first, parts), BLOCK_N) * BLOCK_N
     start = first + part * size
     end = tl.minimum(start + size, all_of_it)
-    at = (b * H + h) * PARTS + part
+    at = (b * H + h) * parts + part
     own = heads < H // K
     best_g = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     below_g = tl.zeros((BLOCK_G,), tl.float32)
@@ -212,18 +231,27 @@ def _parts_of_contexts(
     tl.store(scales + at * 2 + 1, below_g, mask=own)
 
 
-@triton.jit
-def _joined(sums, scales, out, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=["parts"])
+def _joined(sums, scales, out, parts, D: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr):
     """One token and query head: the parts brought to one scale, summed, divided."""
     at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    i = tl.arange(0, BLOCK_I)
     c = tl.arange(0, BLOCK_D)
-    best_i = tl.load(scales + (at * PARTS + i) * 2, mask=i < PARTS, other=float("-inf"))
-    below_i = tl.load(scales + (at * PARTS + i) * 2 + 1, mask=i < PARTS, other=0.0)
-    # A part without tokens has no scale, and what its sum holds may be anything.
-    used_i = below_i > 0
-    scale_i = tl.where(used_i, tl.exp2(best_i - tl.max(best_i, 0)), 0.0)
-    mask = used_i[:, None] & (c < D)[None, :]
-    sums_id = tl.load(sums + (at * PARTS + i)[:, None] * D + c[None, :], mask=mask, other=0.0)
-    out_d = tl.sum(sums_id * scale_i[:, None], 0) / tl.sum(below_i * scale_i, 0)
-    tl.store(out + at * D + c, out_d.to(out.dtype.element_ty), mask=c < D)
+    best = tl.full((), float("-inf"), tl.float32)
+    below = tl.full((), 0.0, tl.float32)
+    sum_d = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, parts, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        below_i = tl.load(scales + (at * parts + i) * 2 + 1, mask=i < parts, other=0.0)
+        # A part without tokens has no scale, and what its sum holds may be anything. The first part has some. A NaN
+        # is used, so that it shows.
+        used_i = below_i != 0.0
+        best_i = tl.load(scales + (at * parts + i) * 2, mask=used_i, other=float("-inf"))
+        better = tl.maximum(best, tl.max(best_i, 0))
+        scale_i = tl.where(used_i, tl.exp2(best_i - better), 0.0)
+        shrink = tl.exp2(best - better)
+        mask = used_i[:, None] & (c < D)[None, :]
+        sums_id = tl.load(sums + (at * parts + i)[:, None] * D + c[None, :], mask=mask, other=0.0)
+        sum_d = sum_d * shrink + tl.sum(sums_id * scale_i[:, None], 0)
+        below = below * shrink + tl.sum(below_i * scale_i, 0)
+        best = better
+    tl.store(out + at * D + c, (sum_d / below).to(out.dtype.element_ty), mask=c < D)

@@ -30,14 +30,22 @@ def logit_positions(piece: Piece) -> list[int]:
     return [*scored, piece.count - 1] if piece.samples and sampling.max_tokens > 0 else scored
 
 
-def guarded_result(piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None) -> Result:
+def draws(piece: Piece) -> bool:
+    """Whether the piece's last logits are to give a token that is not just the likeliest."""
+    return piece.samples and piece.request.sampling.max_tokens > 0 and not takes_likeliest(piece.request)
+
+
+def guarded_result(
+    piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None, drawn: int | None = None
+) -> Result:
     """The piece's result from its logits at `logit_positions`, float32 [N, V], and the likeliest token of each.
 
     What goes wrong is its error, and touches no other request of the step. `fired_nS`: how many layers fired, for
-    each token of the piece by slot; None if the request does not ask.
+    each token of the piece by slot; None if the request does not ask. `drawn`: the token, if it `draws` and that is
+    done already.
     """
     try:
-        return _result(piece, logits_NV, likeliest_N, fired_nS)
+        return _result(piece, logits_NV, likeliest_N, fired_nS, drawn)
     except NrError as error:
         return Result(None, error=error)
     except Exception:
@@ -45,13 +53,19 @@ def guarded_result(piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], 
         return Result(None, error=NrError("this request could not be sampled; the server's log says why"))
 
 
-def _result(piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None) -> Result:
+def _result(
+    piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None, drawn: int | None
+) -> Result:
     request, sampling = piece.request, piece.request.sampling
     samples = piece.samples and sampling.max_tokens > 0
     token, logprob = None, None
     if samples:
-        logits_V = allow(logits_NV[-1], request.progress)
-        token = likeliest_N[-1] if takes_likeliest(request) else sample(logits_V, request)
+        token = likeliest_N[-1] if takes_likeliest(request) else drawn
+        logits_V = logits_NV[-1]
+        if token is None or sampling.logprobs is not None:
+            logits_V = allow(logits_V, request.progress)
+        if token is None:
+            token = sample(logits_V, request)
         if sampling.logprobs is not None:
             logprob = log_probabilities(logits_V[None], [token], sampling.logprobs)[0]
     scored: list[TopLogprobs] = []

@@ -6,12 +6,14 @@ Owns the model, the KV cache and the bank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,12 +26,14 @@ from nr_serve.engine.model.attention import KVCache
 from nr_serve.engine.model.base import check_base, end_tokens, load_base, max_model_len
 from nr_serve.engine.model.batch import Batch, build_batch
 from nr_serve.engine.model.cpu_operators import cpu_operators
+from nr_serve.engine.model.device import placed, read
 from nr_serve.engine.model.fuse import prepare_layers
 from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.model.opened import opened_by_page
-from nr_serve.engine.model.results import guarded_result, logit_positions
+from nr_serve.engine.model.results import draws, guarded_result, logit_positions
 from nr_serve.engine.model.sampler import any_nan, likeliest
 from nr_serve.engine.model.startup_check import StartupCheck
+from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece, Result, spans
 from nr_serve.errors import BadAdapterFile, BadRequest, NrError
 from nr_serve.neutral import block_width
@@ -114,21 +118,28 @@ class Runner:
         tokens = spans(pieces)
         positions = [start + p for (start, _), own in zip(tokens, wanted, strict=True) for p in own]
         logits_NV, open_TS, selected_TS = self._step(pieces, labels, positions)
+        of_piece = list(accumulate(map(len, wanted), initial=0))
+        asking = {end - 1: piece.request for piece, end in zip(pieces, of_piece[1:], strict=True) if draws(piece)}
+        if self.kernels:
+            likeliest_N, drawn, open_TS, selected_TS = _read_at_once(logits_NV, asking, open_TS, selected_TS)
+            nan_N = [token < 0 for token in likeliest_N]
+        else:
+            likeliest_N, drawn = likeliest(logits_NV), {}
+            nan_N = any_nan(logits_NV, likeliest_N)
         opened = self._opened(pieces, open_TS, selected_TS)
-        likeliest_N = likeliest(logits_NV)
-        nan_N = any_nan(logits_NV, likeliest_N)
-        results, first = [], 0
-        for piece, own, (start, end), opened_here in zip(pieces, wanted, tokens, opened, strict=True):
+        results = []
+        for piece, first, last, (start, end), opened_here in zip(
+            pieces, of_piece, of_piece[1:], tokens, opened, strict=False
+        ):
             fired_nS = None
             if piece.request.submit.gates:
                 fired_nS = selected_TS[start:end].int() * (0 if open_TS is None else open_TS[start:end])
-            rows = slice(first, first + len(own))
+            rows = slice(first, last)
             if any(nan_N[rows]):
                 result = Result(None, error=NrError("the logits of this request are not numbers"))
             else:
-                result = guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS)
+                result = guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS, drawn.get(last - 1))
             results.append(replace(result, opened=opened_here) if opened_here else result)
-            first = rows.stop
         if pieces[-1].trial is not None and self._diverged(pieces[-1], logits_NV[-pieces[-1].count :]):
             error = BadAdapterFile("its residues drive the base to values that are not finite")
             results[-1] = replace(results[-1], error=error)
@@ -152,20 +163,23 @@ class Runner:
         if self.graphs is not None and all(piece.count == 1 and piece.trial is None for piece in pieces):
             decoded = self.graphs.run(pieces, labels, attached=bool(self.bank.attached))
         if decoded is None:
-            batch = self._batch(pieces, labels)
-            return *self.forward(batch, positions), batch.tokens.selected_TS
-        every = len(positions) == len(pieces)
-        return decoded.logits_BV if every else decoded.logits_BV[positions], decoded.open_BS, decoded.selected_BS
+            batch = self._batch(pieces, labels, positions)
+            return *self.forward(batch), batch.tokens.selected_TS
+        logits_NV = decoded.logits_BV
+        if len(positions) < len(pieces):
+            (wanted_N,) = placed([np.array(positions, np.int64)], self.device)
+            logits_NV = logits_NV.index_select(0, wanted_N)
+        return logits_NV, decoded.open_BS, decoded.selected_BS
 
-    def forward(self, batch: Batch, positions: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Logits at the given tokens of the step, float32 [N, V]; layers open by token and slot, None: none was."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The logits wanted of the step, float32 [N, V]; layers open by token and slot, None: none was."""
         self.bank.begin(batch.tokens)
         try:
             output = self.model(
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.positions_T[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(positions, dtype=torch.long, device=self.device),
+                logits_to_keep=0 if batch.logits_N is None else batch.logits_N,
                 nr_batch=batch,
                 nr_cache=self.cache,
             )
@@ -193,7 +207,7 @@ class Runner:
             return [()] * len(pieces)
         return opened_by_page(pieces, open_TS, selected_TS, self.page_size)
 
-    def _batch(self, pieces: Sequence[Piece], labels: Sequence[int]) -> Batch:
+    def _batch(self, pieces: Sequence[Piece], labels: Sequence[int], positions: list[int]) -> Batch:
         return build_batch(
             pieces,
             labels,
@@ -202,6 +216,8 @@ class Runner:
             slots=self.bank.slots,
             recalls_pages=self.recalls_pages,
             apart=self._apart(),
+            paged=self.kernels,
+            positions=positions,
             device=self.device,
         )
 
@@ -293,6 +309,22 @@ class Runner:
             operators=self.operators,
         )
         return pages, cache
+
+
+def _read_at_once(
+    logits_NV: Tensor, asking: Mapping[int, Request], open_TS: Tensor | None, selected_TS: Tensor
+) -> tuple[list[int], dict[int, int], Tensor | None, Tensor]:
+    """Likeliest tokens, -1 for a NaN; tokens of the requests `asking`, by row; the rest, in the host's memory."""
+    from nr_serve.engine.model.draws import draw, likeliest_or_nan  # needs triton
+
+    rows, drawn_n = draw(logits_NV, asking)
+    if open_TS is None:
+        likeliest_N, drawn_n, selected_TS = read(likeliest_or_nan(logits_NV), drawn_n, selected_TS)
+    else:
+        likeliest_N, drawn_n, selected_TS, open_TS = read(
+            likeliest_or_nan(logits_NV), drawn_n, selected_TS, open_TS
+        )
+    return likeliest_N.tolist(), dict(zip(rows, drawn_n.tolist(), strict=True)), open_TS, selected_TS
 
 
 def _probe_pages(page_size: int) -> int:

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from nr_serve.engine.guide import Progress
 from nr_serve.engine.messages import Sampling
+from nr_serve.engine.model.device import placed, read
 from nr_serve.engine.request import Request, TopLogprobs
 
-_GREEDY = 1e-5  # temperatures below this choose the likeliest: dividing by them would overflow
+GREEDY = 1e-5
+"""Temperatures below this choose the likeliest: dividing by them would overflow."""
 
 
 def allow(logits_V: Tensor, progress: Progress | None) -> Tensor:
     """Logits with -inf for the tokens that a guide does not allow next; log probabilities are taken of these."""
     if progress is None:
         return logits_V
-    allowed_V = allowed(progress, logits_V.shape[-1]).to(logits_V.device)
+    (allowed_V,) = placed([allowed(progress, logits_V.shape[-1]).numpy()], logits_V.device)
     return logits_V.masked_fill(~allowed_V, -torch.inf)
 
 
@@ -48,14 +50,14 @@ def any_nan(logits_NV: Tensor, likeliest_N: Sequence[int]) -> list[bool]:
 
 def takes_likeliest(request: Request) -> bool:
     """Whether `sample` would give the likeliest by the model's logits as they are."""
-    return request.sampling.temperature < _GREEDY and request.progress is None and not _adjusts(request)
+    return request.sampling.temperature < GREEDY and request.progress is None and not _adjusts(request)
 
 
 def sample(logits_V: Tensor, request: Request) -> int:
     """The next token of one request, from the model's logits for it (float32, [V]; not changed)."""
     sampling = request.sampling
     weights_V = adjust(logits_V, request)
-    if sampling.temperature >= _GREEDY:
+    if sampling.temperature >= GREEDY:
         probabilities_V = truncate(weights_V / sampling.temperature, sampling).softmax(-1)
         # argmax(p / e) with e exponential draws from p (the Gumbel trick). One generator per token, seeded by the
         # request and the place in its answer: the draw does not depend on the batch, nor on a preemption.
@@ -74,23 +76,24 @@ def adjust(logits_V: Tensor, request: Request) -> Tensor:
     answer = request.tokens[request.prompt_length :]
     logits_V = logits_V.clone()
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(request.tokens, device=logits_V.device)  # those that repeat get equal values
+        (seen,) = placed([np.array(request.tokens)], logits_V.device)  # those that repeat get equal values
         score = logits_V[seen]
         scaled = torch.where(score > 0, score / sampling.repetition_penalty, score * sampling.repetition_penalty)
         logits_V[seen] = scaled
     if answer and (sampling.presence_penalty or sampling.frequency_penalty):
         counts = Counter(answer)
-        ids = torch.tensor(list(counts), device=logits_V.device)
-        times = torch.tensor(list(counts.values()), device=logits_V.device)
+        ids, times = placed([np.array(list(counts)), np.array(list(counts.values()))], logits_V.device)
         logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
     if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias), device=logits_V.device)
-        logits_V[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits_V.device)
+        biases = np.array(list(sampling.logit_bias.values()), np.float32)
+        ids, bias = placed([np.array(list(sampling.logit_bias)), biases], logits_V.device)
+        logits_V[ids] += bias
     if len(answer) < sampling.min_tokens:
         ends = sorted(request.eos_ids | set(sampling.stop_token_ids))
-        longer_V = logits_V.index_fill(0, torch.tensor(ends, dtype=torch.long, device=logits_V.device), -torch.inf)
-        # A guide may allow nothing but the end.
-        logits_V = logits_V if longer_V.isneginf().all() else longer_V
+        (ends_E,) = placed([np.array(ends, np.int64)], logits_V.device)
+        longer_V = logits_V.index_fill(0, ends_E, -torch.inf)
+        # A guide may allow nothing but the end. Not `if`, for which a device would be waited for.
+        logits_V = torch.where(longer_V.isneginf().all(), logits_V, longer_V)
     return logits_V
 
 
@@ -129,9 +132,11 @@ def log_probabilities(logits_NV: Tensor, ids_N: Sequence[int], top: int) -> list
     """For each row of the model's logits (float32), the token's log probability and the `top` likeliest."""
     # -9999 stands for log 0 and for what diverged weights may give: JSON has neither -inf nor NaN.
     logprobs_NV = logits_NV.log_softmax(-1).nan_to_num(nan=-9999.0, neginf=-9999.0)
-    chosen_N = logprobs_NV.gather(1, torch.tensor(list(ids_N), device=logits_NV.device)[:, None])[:, 0].tolist()
+    (chosen_N1,) = placed([np.array([[i] for i in ids_N])], logits_NV.device)
+    own_N = logprobs_NV.gather(1, chosen_N1)[:, 0]
     if top == 0:
-        return [(logprob, ()) for logprob in chosen_N]
+        return [(logprob, ()) for logprob in own_N.tolist()]
     best = logprobs_NV.topk(top, dim=-1)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [(logprob, tuple(zip(*both, strict=True))) for logprob, both in zip(chosen_N, pairs, strict=True)]
+    own, ids, values = (tensor.tolist() for tensor in read(own_N, best.indices, best.values))
+    pairs = zip(ids, values, strict=True)
+    return [(logprob, tuple(zip(*both, strict=True))) for logprob, both in zip(own, pairs, strict=True)]

@@ -1,0 +1,115 @@
+"""On a GPU the tokens of all requests of a step are chosen at once, and then read at once.
+
+As `sampler.py` has it, but for the source of the noise: still it depends on a request's seed and the place in its
+answer alone.
+Shape suffixes: N rows of logits, n rows that are drawn from, c of them cut by top_k or top_p, V vocabulary.
+"""
+
+# Parameters of Triton's functions are pointers, sizes and strides; annotating them would tell nothing.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, unused-ignore"
+# ruff: noqa: ANN001, ANN202
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nr_serve.engine.model.device import placed
+from nr_serve.engine.model.sampler import GREEDY, adjust, allow
+from nr_serve.engine.request import Request
+
+log = logging.getLogger(__name__)
+_NUMBERS_AT_ONCE = 2**22
+"""Logits that are drawn from together: sorting takes ten times their memory."""
+
+
+def likeliest_or_nan(logits_NV: Tensor) -> Tensor:
+    """Each row's likeliest token, the first of equals, int64 [N]; -1 where a NaN is among its logits."""
+    best_N, token_N = logits_NV.max(-1)
+    return token_N.masked_fill(best_N.isnan(), -1)
+
+
+def draw(logits_NV: Tensor, request_of: Mapping[int, Request]) -> tuple[list[int], Tensor]:
+    """The next token of the request of each row: rows, and their tokens, int64 [n].
+
+    A row that could not be made ready, by a guide that cannot be followed, say, is left out.
+    """
+    ready = {}
+    for row, request in request_of.items():
+        try:
+            ready[row] = adjust(allow(logits_NV[row], request.progress), request)
+        except Exception as error:  # noqa: BLE001 - `sample` meets it again, where it is told
+            log.debug("row %d is not drawn with the others: %r", row, error)
+    rows = list(ready)
+    most = max(1, _NUMBERS_AT_ONCE // logits_NV.shape[-1])
+    tokens = [
+        _draw(torch.stack([ready[row] for row in part]), [request_of[row] for row in part])
+        for part in (rows[i : i + most] for i in range(0, len(rows), most))
+    ]
+    return rows, torch.cat(tokens) if tokens else logits_NV.new_empty(0, dtype=torch.int64)
+
+
+def _draw(weights_nV: Tensor, requests: list[Request]) -> Tensor:
+    """One token of each row of adjusted logits, [n]."""
+    n, V = weights_nV.shape
+    samplings = [request.sampling for request in requests]
+    hot = [sampling.temperature >= GREEDY for sampling in samplings]
+    cut = [i for i, s in enumerate(samplings) if hot[i] and (0 < s.top_k < V or s.top_p < 1)]
+    kept = [samplings[i].top_k for i in cut]
+    seed_n, place_n, heat_n1, hot_n1, least_n1, cut_c, k_c1, p_c1 = placed(
+        [
+            np.array([request.seed % 2**64 for request in requests], np.uint64).view(np.int64),
+            np.array([request.generated for request in requests], np.int64),
+            np.array([[s.temperature if h else 1.0] for s, h in zip(samplings, hot, strict=True)], np.float32),
+            np.array([[h] for h in hot]),
+            np.array([[math.log(s.min_p) if s.min_p > 0 else -math.inf] for s in samplings], np.float32),
+            np.array(cut, np.int64),
+            np.array([[k - 1 if 0 < k < V else V - 1] for k in kept], np.int64).reshape(-1, 1),
+            np.array([[samplings[i].top_p] for i in cut], np.float64).reshape(-1, 1),
+        ],
+        weights_nV.device,
+    )
+    heated_nV = weights_nV / heat_n1
+    if cut:
+        of_cut_cV = heated_nV.index_select(0, cut_c)
+        lowest_c1 = _lowest(of_cut_cV, k_c1, p_c1)
+        heated_nV.index_copy_(0, cut_c, of_cut_cV.masked_fill(of_cut_cV < lowest_c1, -torch.inf))
+    if any(sampling.min_p > 0 for sampling in samplings):
+        # A probability is too small where its logit is too far below the highest.
+        heated_nV.masked_fill_(heated_nV < heated_nV.amax(-1, keepdim=True) + least_n1, -torch.inf)
+    noise_nV = torch.empty((n, V), dtype=torch.float32, device=weights_nV.device)
+    block = 1024
+    _exponential[(n, triton.cdiv(V, block))](seed_n, place_n, noise_nV, V, BLOCK=block)
+    drawn_nV = heated_nV.softmax(-1).div_(noise_nV)
+    return torch.where(hot_n1, drawn_nV, weights_nV).argmax(-1)
+
+
+def _lowest(logits_cV: Tensor, k_c1: Tensor, p_c1: Tensor) -> Tensor:
+    """The lowest logit that top_k and then top_p leave in, [c, 1]; `k_c1` counts from 0."""
+    ordered_cV = logits_cV.sort(-1, descending=True).values
+    kth_c1 = ordered_cV.gather(-1, k_c1)
+    probabilities_cV = ordered_cV.masked_fill(ordered_cV < kth_c1, -torch.inf).softmax(-1)
+    before_cV = probabilities_cV.cumsum(-1, dtype=torch.float64) - probabilities_cV
+    count_c1 = (before_cV < p_c1).sum(-1, keepdim=True).clamp(min=1)
+    # With a top_p of 1 rounding must not take the rarest.
+    return torch.where(p_c1 < 1, torch.maximum(ordered_cV.gather(-1, count_c1 - 1), kth_c1), kth_c1)
+
+
+@triton.jit
+def _exponential(seeds, places, noise, V, BLOCK: tl.constexpr):
+    """Noise of an exponential distribution for some tokens of a row: of its seed, its place and the token alone."""
+    row = tl.program_id(0)
+    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    nothing = v * 0
+    place = tl.load(places + row).to(tl.int32) + nothing
+    bits, _, _, _ = tl.philox(tl.load(seeds + row), v, place, nothing, nothing)
+    # Between the ends, in float64: a noise of 0 would choose its token whatever the logits.
+    uniform = (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    tl.store(noise + row.to(tl.int64) * V + v, (-tl.log(uniform)).to(tl.float32), mask=v < V)
