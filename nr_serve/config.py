@@ -73,7 +73,10 @@ class ModelSettings(BaseModel):
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of the model (default: torch's choice)"
     )
-    compile: bool = Field(True, description="on a CPU, compile faster operators once; it needs a C++ compiler")
+    compile: bool = Field(
+        True,
+        description="fuse layers that are known; on a CPU, compile operators for them once, with a C++ compiler",
+    )
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt plus answer, tokens (default: base's)"
     )

@@ -17,12 +17,13 @@ pytest.importorskip("triton")
 
 from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.model import graphs, paged_attention
+from nr_serve.engine.model import draws, gpu_operators, graphs, paged_attention
 from nr_serve.engine.model.attention import KVCache
 from nr_serve.engine.model.batch import build_batch
 from nr_serve.engine.model.graphs import Graphs, Padding, size_of
 from nr_serve.engine.model.runner import Runner
 from nr_serve.engine.scheduler import Piece, spans
+from nr_serve.neutral import kernels
 from nr_serve.neutral.gpu_bank import GpuBank
 from nr_serve.neutral.host import host_blocks
 from nr_serve.neutral.step import Trial
@@ -356,3 +357,53 @@ def test_the_script_for_a_gpu_runs_on_tiny_shapes():
         command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=True
     )
     assert {"ceilings", "bases", "training"} <= set(json.loads(done.stdout.splitlines()[-1]))
+
+
+class Spy:
+    """In the place of a kernel: notes what Triton would compile a variant for."""
+
+    def __init__(self, kernel, met):
+        self.kernel, self.met = kernel, met
+        options = getattr(kernel, "kwargs", None) or vars(kernel)
+        self.plain = set(options.get("do_not_specialize") or ())
+        self.unaligned = set(options.get("do_not_specialize_on_alignment") or ())
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.met.add((self.kernel.fn.__name__, *self.specialised(args), *sorted(constants.items())))
+            return self.kernel[grid](*args, **constants)
+
+        return launch
+
+    def specialised(self, args):
+        for name, arg in zip(self.kernel.arg_names, args, strict=False):
+            if isinstance(arg, torch.Tensor):
+                yield name, arg.dtype, name in self.unaligned or arg.data_ptr() % 16 == 0
+            elif isinstance(arg, int) and name not in self.plain:
+                yield name, 1 if arg == 1 else arg % 16 == 0
+
+
+def test_traffic_meets_no_variant_of_a_kernel_that_the_warm_up_did_not(by_kernels, monkeypatch):
+    base = tiny.model()
+    core, adapters = stepped.engine(base.to(DEVICE), pages=60, budget=70, running=2, slots=2)
+    met: set = set()
+    for module in (kernels, paged_attention, gpu_operators, draws):
+        for name, value in list(vars(module).items()):
+            if name.startswith("_") and hasattr(value, "arg_names") and name not in ("_then", "_scaled"):
+                monkeypatch.setattr(module, name, Spy(value, met))
+    runner = core._runner
+    with torch.inference_mode():
+        runner.graphs._graphs.clear()
+        runner.graphs.warm_up()
+    runner.warm_up(70)
+    known = set(met)
+    for name in ("a0", "a1"):
+        stepped.load(adapters, name, tiny.adapter(tiny.model(), seed=len(name)))
+    prompts = [(3, 0), (16, 0), (17, 3), (40, 2), (80, 1)]
+    for i, (length, adapter) in enumerate(prompts):
+        sampling = Sampling(max_tokens=3, temperature=i % 2, top_p=0.9, ignore_eos=True, logit_bias={5: 1.0 + i})
+        selection = (f"a{adapter}",) if adapter < 2 else None
+        assert core.add(Submit(str(i), tuple(range(length)), sampling, selection)) is None
+    while not core.idle:
+        assert not any(output.error for output in core.step().outputs)
+    assert met == known

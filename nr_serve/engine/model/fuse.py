@@ -1,4 +1,4 @@
-"""Decoder layers on a CPU in eleven operators, or in one: what lies between two products costs as much as they do.
+"""Decoder layers in eleven operators or, on a CPU, in one: what lies between two products costs as much as they do.
 
 Only for layers of transformers that are known to compute just this; all others stay as they are. The start-up check
 (`startup_check.py`) holds the result against the model's own.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,35 @@ _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwe
 _SILUS = {"SiLU", "SiLUActivation"}
 
 
-def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None) -> None:
-    """Have a frozen model's layers add the bank's residues and, on a CPU, compute as fast as they can, in place.
+class LayerOperators(Protocol):
+    """What `FusedFFN` and a layer are made of: `CpuOperators`, or the module `gpu_operators`."""
 
-    The order counts: what is fused hosts no blocks yet, what is packed is fused, what is compiled is packed. Raises
-    UnsupportedBase as `host_blocks` does.
+    @property
+    def rms_norm(self) -> Callable[[Tensor, Tensor, float], Tensor]:
+        """(x, weight, eps) -> x normalised."""
+
+    @property
+    def silu_mul(self) -> Callable[[Tensor], Tensor]:
+        """Of gate and up side by side."""
+
+    @property
+    def rotate(
+        self,
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]:
+        """Queries; keys and values go to the cache."""
+
+
+def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None, *, kernels: bool = False) -> None:
+    """Have a frozen model's layers add the bank's residues and compute as fast as they can, in place.
+
+    On a CPU with `operators`, on a GPU with its `kernels`. The order counts: what is fused hosts no blocks yet,
+    what is packed is fused, what is compiled is packed. Raises UnsupportedBase as `host_blocks` does.
     """
-    if operators is not None and can_pack(next(model.parameters()).dtype):
+    if kernels:
+        from nr_serve.engine.model import gpu_operators  # needs triton
+
+        fuse(model, gpu_operators, GpuLayer)
+    elif operators is not None and can_pack(next(model.parameters()).dtype):
         fuse(model, operators)
     host_blocks(model, bank.add_residues)
     pack_linears(model, None if operators is None else operators.multiply)
@@ -42,7 +64,7 @@ def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None)
 class FusedFFN(nn.Module):
     """SwiGLU (Shazeer, 2020): gate and up are one product."""
 
-    def __init__(self, ffn: Any, operators: CpuOperators) -> None:
+    def __init__(self, ffn: Any, operators: LayerOperators) -> None:
         super().__init__()
         self.gate_up, self.down = _joined(ffn.gate_proj, ffn.up_proj), ffn.down_proj
         self._silu_mul = operators.silu_mul
@@ -81,7 +103,8 @@ class FusedLayer(_Layer):
     Queries, keys and values are one product; Qwen 3's have norms of their own.
     """
 
-    def __init__(self, layer: Any, operators: CpuOperators) -> None:
+    def __init__(self, layer: Any, operators: Any) -> None:
+        """Take the layer over. `operators`: `LayerOperators`, and what else the class's `run` calls."""
         super().__init__()
         attention = layer.self_attn
         self.mlp = FusedFFN(layer.mlp, operators)
@@ -111,12 +134,31 @@ class FusedLayer(_Layer):
         return residual + y
 
 
-def fuse(model: nn.Module, operators: CpuOperators) -> None:
+class GpuLayer(FusedLayer):
+    """A fused layer by `gpu_operators`: the sum before a norm is one with it."""
+
+    def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Any, cache: KVCache) -> Tensor:
+        """As `_Layer.run`; `batch` may be a graph's too."""
+        from nr_serve.engine.model.paged_attention import attend  # needs triton
+
+        ops = self._operators
+        keys_CKD, values_CKD = cache.keys_LCKD[self.layer_idx], cache.values_LCKD[self.layer_idx]
+        qkv = self.qkv(ops.rms_norm(stream, self.attention_norm, self.eps))
+        query_THD = ops.rotate(
+            qkv, cos, sin, keys_CKD, values_CKD, batch.cells_T, self.q_norm, self.k_norm, self.eps
+        )
+        out_THD = attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window)
+        residual, x = ops.add_rms_norm(stream, self.out(out_THD.flatten(1)[None]), self.ffn_norm, self.eps)
+        y: Tensor = self.mlp(x)
+        return y.add_(residual)
+
+
+def fuse(model: nn.Module, operators: Any, kind: type[FusedLayer] = FusedLayer) -> None:
     """Replace, in place, the layers of a frozen model that are known and host no blocks yet."""
     layers: Any = model.get_submodule("model.layers")
     for i, layer in enumerate(decoder_layers(model)):
         if _is_known(layer):
-            layers[i] = FusedLayer(layer, operators)
+            layers[i] = kind(layer, operators)
 
 
 class CompiledLayer(_Layer):

@@ -6,6 +6,7 @@ Owns the model, the KV cache and the bank.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor
 from nr_serve.config import PROBE_TOKENS, ServeConfig
 from nr_serve.engine.adapters.gate_counts import label_count
 from nr_serve.engine.cache.neutrality import Opened
-from nr_serve.engine.messages import EngineInfo
+from nr_serve.engine.messages import EngineInfo, Sampling, Submit
 from nr_serve.engine.model import attention
 from nr_serve.engine.model.attention import KVCache
 from nr_serve.engine.model.base import check_base, end_tokens, load_base, max_model_len
@@ -85,13 +86,15 @@ class Runner:
             eos_ids=tuple(sorted(end_tokens(model, tokenizer))),
         )
         model.set_attn_implementation(self._attention())
-        prepare_layers(model, self.bank, self.operators)
+        prepare_layers(model, self.bank, self.operators, kernels=self.kernels and config.compile)
         self.graphs: Graphs | None = None
         check.run(self._all_logits, page_size=self.page_size, pages=self.pages)
         if self.kernels:
             self.graphs = self._graphs()
         if self.graphs is not None:
             check.run(self._all_logits, page_size=self.page_size, pages=self.pages)  # its last token by a graph
+        if self.device.type == "cuda":
+            self.warm_up(max(config.max_batch_tokens, config.max_running))
 
     @classmethod
     def load(cls, path: Path | str, tokenizer: Tokenizer, config: ServeConfig, name: str) -> Runner:
@@ -164,6 +167,7 @@ class Runner:
             decoded = self.graphs.run(pieces, labels, attached=bool(self.bank.attached))
         if decoded is None:
             batch = self._batch(pieces, labels, positions)
+            self.bank.begin(batch.tokens)
             return *self.forward(batch), batch.tokens.selected_TS
         logits_NV = decoded.logits_BV
         if len(positions) < len(pieces):
@@ -172,8 +176,10 @@ class Runner:
         return logits_NV, decoded.open_BS, decoded.selected_BS
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The logits wanted of the step, float32 [N, V]; layers open by token and slot, None: none was."""
-        self.bank.begin(batch.tokens)
+        """The logits wanted of the step, float32 [N, V]; layers open by token and slot, None: none was.
+
+        The bank has begun the step.
+        """
         try:
             output = self.model(
                 input_ids=batch.input_ids_T[None],
@@ -188,6 +194,33 @@ class Runner:
             self.bank.drop()
             raise
         return logits_NV, self.bank.end()
+
+    @torch.inference_mode()
+    def warm_up(self, most: int) -> None:
+        """Run steps of up to `most` tokens, that no request waits while kernels are compiled or loaded.
+
+        A step of each size at which other variants begin: a prompt from its start, and a single token beside a
+        prompt that goes on. For before anything is served: it writes to row 0 and the first pages.
+        """
+        from nr_serve.neutral.gpu_bank import GpuBank
+        from nr_serve.neutral.kernels import FEW, MANY, MOST
+
+        assert isinstance(self.bank, GpuBank)
+        started, size = time.perf_counter(), self.page_size
+        longest = min(self.pages * size, self.info.max_model_len)
+        for count in sorted({2, FEW + 1, MANY + 1, MOST + 1, most}):
+            if count > min(most, longest - size - 1):
+                continue
+            request = _of_nothing(count + size + 1, size)
+            single, goes_on = Piece(request, 0, 1), Piece(request, size, count - 1)
+            for pieces in ([Piece(request, 0, count)], sorted([single, goes_on], key=lambda piece: piece.count)):
+                ends = [end - 1 for _, end in spans(pieces)]
+                batch = self._batch(pieces, [0] * len(pieces), ends)
+                self.bank.begin(batch.tokens, always=True)
+                logits_NV, open_TS = self.forward(batch)
+                _read_at_once(logits_NV, {0: request}, open_TS, batch.tokens.selected_TS)
+        self.bank.forget_row(0)
+        log.info("kernels warmed up in %.0f s", time.perf_counter() - started)
 
     def _set_rows(self, pieces: Sequence[Piece]) -> None:
         """What each request's first piece carries on: nothing, or the state at the end of the last page reused."""
@@ -309,6 +342,17 @@ class Runner:
             operators=self.operators,
         )
         return pages, cache
+
+
+def _of_nothing(tokens: int, page_size: int) -> Request:
+    """A request that says nothing, and draws in every way there is."""
+    sampling = Sampling(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1)
+    text: Any = None  # which it never gives
+    submit = Submit("nothing", (0,) * tokens, sampling)
+    request = Request(submit, eos_ids=frozenset(), seed=0, text=text, arrival=0)
+    request.row, request.selection = 0, ()
+    request.pages = list(range(-(-tokens // page_size)))
+    return request
 
 
 def _read_at_once(
