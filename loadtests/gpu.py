@@ -5,17 +5,21 @@
 
 Bases are random weights of Llama-3.1-8B's and SmolLM2-135M's shape, in bfloat16; adapters are random too, of 5% of
 the base, their gates shut or open by their bias. Times are medians. Ceilings are measured first: a copy's bytes,
-read and written, a second, and a square product's operations a second. The last line is one JSON document.
+read and written, a second, and a square product's operations a second. After each part the document of all that was
+found is printed again, in one line of JSON: the last line is the whole.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -116,16 +120,21 @@ def swaps(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     engine.detach_all()
     engine.attach(0, fires=True, seed=0)
     pieces = engine.pieces(1, args.context - 1, 1)
-    before = engine.decode(pieces).clone()
+
+    def answer() -> torch.Tensor:
+        engine.decode(pieces)  # no gate opens on the first token that an adapter sees
+        return engine.decode(pieces).clone()
+
+    before = answer()
     captured, last, changed = engine.graphs.captured, before, 0
     count = 4 if args.tiny else 100
     for seed in range(1, count + 1):
         engine.attach(0, fires=True, seed=seed)
-        logits = engine.decode(pieces).clone()
+        logits = answer()
         changed += not torch.equal(logits, last)
         last = logits
     engine.attach(0, fires=True, seed=0)
-    back = torch.equal(engine.decode(pieces), before)
+    back = torch.equal(answer(), before)
     new = engine.graphs.captured - captured
     return {"swaps": count, "changed": changed, "same_as_at_first": back, "new_captures": new}
 
@@ -200,28 +209,70 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(sys.argv[1:] if argv is None else argv)
     if args.device.type == "cpu":
         _say("no CUDA: kernels run by Triton's interpreter, steps are not captured, no figure means anything")
-    ceiling = ceilings(args)
-    _say(f"ceilings: {ceiling}")
-    result: dict[str, Any] = {"ceilings": ceiling, "bases": {}}
-    for shape in args.shape:
-        engine = Engine(shape, args, args.batch, max(args.context, args.prompt // max(args.batch) + PAGE))
-        found: dict[str, Any] = {"decode": []}
-        for batch in args.batch:
-            found["decode"].append(decode(engine, args, ceiling, batch))
-            _say(f"{shape}: {found['decode'][-1]}")
-        found["swaps"] = swaps(engine, args)
-        # One prompt over all pages, which lie in a row.
-        engine.pages_each = engine.pages - 1
-        found["prefill"] = prefill(engine, args, ceiling)
-        _say(f"{shape}: {found['swaps']} {found['prefill']}")
-        result["bases"][shape] = found
-        del engine
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    result["training"] = _train_largest(args)
+    report = Report(
+        {**provenance(__file__, argv if argv is not None else sys.argv[1:]), "bases": {}},
+        ends=time.perf_counter() + args.seconds,
+    )
     if args.device.type == "cuda":
-        result["device"] = torch.cuda.get_device_name()
-    print(json.dumps(result | provenance(__file__, argv if argv is not None else sys.argv[1:])))
+        report.found["device"] = torch.cuda.get_device_name()
+    report.measure(report.found, "ceilings", lambda: ceilings(args))
+    # What the others are held against. Without it, to nothing.
+    ceiling = report.found.get("ceilings") or {"bytes_a_second": math.nan, "operations_a_second": math.nan}
+    for shape in args.shape:
+        found: dict[str, Any] = {"decode": {}}
+        report.found["bases"][shape] = found
+        report.measure(found, "engine", partial(_measure_base, report, shape, args, ceiling, found))
+        _give_back()
+    report.measure(report.found, "training", lambda: _train_largest(args))
+    if report.failed:
+        raise SystemExit("failed or left out: " + ", ".join(report.failed))
+
+
+class Report:
+    """What was found so far: printed whole after each part, so that nothing is lost with what comes after it."""
+
+    def __init__(self, found: dict[str, Any], *, ends: float) -> None:
+        """`ends`: when no further part is begun."""
+        self.found, self.failed = found, list[str]()
+        self._ends = ends
+
+    def measure(self, into: dict[str, Any], name: str, part: Callable[[], Any]) -> None:
+        """Run a part; one that fails, or comes too late, takes none of the others with it."""
+        started = time.perf_counter()
+        if started > self._ends:
+            self.failed.append(f"{name} (no time)")
+            return
+        try:
+            found = part()
+            if found is not None:
+                into[name] = found
+        except Exception as error:  # noqa: BLE001 - told, and the other parts are measured
+            self.failed.append(name)
+            into[name + "_error"] = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+            _give_back()
+        _say(f"{name}: {time.perf_counter() - started:.0f} s: {into.get(name, into.get(name + '_error'))}")
+        print(json.dumps(self.found | {"failed": self.failed}), flush=True)
+
+
+def _measure_base(
+    report: Report, shape: str, args: argparse.Namespace, ceiling: dict[str, float], found: dict[str, Any]
+) -> None:
+    """All that is measured of one base."""
+    engine = Engine(shape, args, args.batch, max(args.context, args.prompt // max(args.batch) + PAGE))
+    for batch in args.batch:
+        report.measure(found["decode"], str(batch), partial(decode, engine, args, ceiling, batch))
+    report.measure(found, "swaps", lambda: swaps(engine, args))
+    # One prompt over all pages, which lie in a row.
+    engine.pages_each = engine.pages - 1
+    report.measure(found, "prefill", lambda: prefill(engine, args, ceiling))
+
+
+def _give_back() -> None:
+    """The memory of what was measured."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _train_largest(args: argparse.Namespace) -> dict[str, Any]:
@@ -246,6 +297,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prefill")
     parser.add_argument("--window", type=int, default=1024, help="tokens of a window in training")
     parser.add_argument("--windows", type=int, default=8, help="windows per step")
+    parser.add_argument("--seconds", type=float, default=360, help="no further part is begun after so many")
     parser.add_argument("--rounds", type=int, default=20, help="calls timed; their median counts")
     args = parser.parse_args(argv)
     if args.device.type == "cpu" and not args.tiny:

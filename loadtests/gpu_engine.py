@@ -52,8 +52,8 @@ class Engine:
         # Here, for they need triton, and --help does not.
         from nr_serve.engine.model import graphs, paged_attention
         from nr_serve.engine.model.attention import KVCache
+        from nr_serve.engine.model.fuse import prepare_layers
         from nr_serve.neutral.gpu_bank import GpuBank
-        from nr_serve.neutral.host import host_blocks
 
         self.device, dtype = args.device, torch.float32 if args.tiny else torch.bfloat16
         self.model = random_model(shape, self.device, dtype).requires_grad_(False)
@@ -87,7 +87,7 @@ class Engine:
         self.kv_bytes_a_token = 2 * layers * heads * head_size * dtype.itemsize
         paged_attention.register()
         self.model.set_attn_implementation(paged_attention.NAME)
-        host_blocks(self.model, self.bank.add_residues)
+        prepare_layers(self.model, self.bank, None, kernels=True)
         self.graphs = graphs.Graphs(
             graphs.model_step(self.model, self.bank, self.cache), slots=8, page_size=PAGE, longest=context,
             padding=graphs.Padding(rows - 1, self.pages - 1, self.bank.labels), device=self.device,

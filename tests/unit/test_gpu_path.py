@@ -356,7 +356,10 @@ def test_the_script_for_a_gpu_runs_on_tiny_shapes():
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=True
     )
-    assert {"ceilings", "bases", "training"} <= set(json.loads(done.stdout.splitlines()[-1]))
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"ceilings", "bases", "training"} <= set(found)
+    assert found["failed"] == []
+    assert set(found["bases"]["tiny"]["decode"]) == {"1", "2"}
 
 
 class Spy:

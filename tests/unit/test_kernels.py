@@ -269,4 +269,4 @@ def test_the_kernels_compile_for_a_gpu():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7
+    assert len(done.stdout.splitlines()) == 12
