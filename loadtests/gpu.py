@@ -71,7 +71,7 @@ def decode(engine: Engine, args: argparse.Namespace, ceiling: dict[str, float], 
     """One batch: no adapter, 8 shut, 4 open, interleaved over the rounds by whole medians, twice."""
     context = args.context
     seconds: dict[str, list[float]] = {"none": [], "shut": [], "open": []}
-    for _ in range(2):
+    for _ in range(1 if args.tiny else 2):
         for name, slots in (("none", 0), ("shut", 8), ("open", 4)):
             engine.detach_all()
             for slot in range(slots):
@@ -305,7 +305,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("on a CPU set TRITON_INTERPRET=1: it is read when triton is imported")
     if args.tiny:
-        tiny = {"shape": ["tiny"], "train_shape": ["tiny"], "batch": [1, 2], "context": 20, "prompt": 24}
+        tiny = {"shape": ["tiny"], "train_shape": ["tiny"], "batch": [2], "context": 20, "prompt": 24}
         vars(args).update(tiny | {"window": 16, "windows": 2, "rounds": 1})
     return args
 

@@ -7,6 +7,7 @@ mkdir -p "${1:-.}"
 out=$(cd "${1:-.}" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
+rm -f "$out/gpu.json"  # of an earlier run
 status=0
 # A few seconds that say whether the kernels run at all; then the figures; the slower tests may be cut short.
 PYTHONUNBUFFERED=1 timeout 90 "$python" -m pytest tests/gpu -rs -x -k "silu_mul or random_step or by_graph" \
