@@ -433,17 +433,17 @@ class Recipe(_Section):
         """The recipe as plain values, for JSON."""
         return self.model_dump(mode="json")
 
-    def changed(self, earlier: Recipe, tokens: int) -> list[str]:
+    def changed(self, earlier: Recipe, tokens: int) -> dict[str, tuple[Any, Any]]:
         """The keys for which a run of `earlier` that has seen `tokens` is not the start of this recipe's run.
 
-        None are changed if it is.
+        Each with its value here and there; none are changed if it is.
         The budget may differ while the learning rate has not depended on it; what is only logged may differ.
         """
         free = {"run.log_every", "run.checkpoint_every", "run.validate_every", "run.accumulate"}
         if self.run.tokens != earlier.run.tokens and tokens <= min(self.run.decay_start, earlier.run.decay_start):
             free |= {"run.tokens"}
         mine, other = _flat(self.dump()), _flat(earlier.dump())
-        return [key for key in mine if key not in free and mine[key] != other[key]]
+        return {key: (mine[key], other[key]) for key in mine if key not in free and mine[key] != other[key]}
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -77,9 +77,7 @@ class TrainingRun:
     ) -> None:
         self.recipe, self.arguments, self.out, self.saved = recipe, arguments, out, saved
         if saved is not None:
-            earlier = parse_recipe(saved.recipe)
-            changed = recipe.changed(earlier, saved.step * recipe.run.batch_tokens)
-            _same(f"recipe ({', '.join(changed)})", not changed)
+            _check_same_recipe(recipe, saved)
         run = recipe.run
         if run.tokens != run.steps * run.batch_tokens:
             whole = f"{run.steps:,} steps of {run.batch_tokens:,}"
@@ -221,6 +219,17 @@ def _check_free(out: Path, recipe: Recipe) -> None:
             raise Conflict(f"{log} is not the log of a run; name another folder")
     elif result.exists():
         raise Conflict(f"{result} is not of a run in {out}; name another folder")
+
+
+def _check_same_recipe(recipe: Recipe, saved: checkpoints.Checkpoint) -> None:
+    """Raise Conflict, naming the keys, if the run of a checkpoint is not the start of this recipe's."""
+    changed = recipe.changed(parse_recipe(saved.recipe), saved.step * recipe.run.batch_tokens)
+    if list(changed) == ["run.tokens"]:
+        why = "the learning rate of the run to resume depends on it by now"
+        raise Conflict(f"run.tokens cannot change any more: {why}; train in another folder")
+    if changed:
+        keys = ", ".join(f"{key} is {there!r} there, {here!r} here" for key, (here, there) in changed.items())
+        raise Conflict(f"the recipe, with its --set flags, differs from that of the run to resume: {keys}")
 
 
 def _same(what: str, same: bool) -> None:

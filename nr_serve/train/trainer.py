@@ -271,6 +271,7 @@ class Bar(ProgressCallback):
         bar: Any = self.training_bar  # None in the other processes
         if bar is not None:
             bar.mininterval = bar_interval()
+            self.current_step = bar.n = bar.initial = state.global_step  # else steps of before count as fast ones
 
     def close(self) -> None:
         """Draw it a last time, so that it does not appear after an error message."""

@@ -30,7 +30,7 @@ def test_a_file_is_of_its_recipe_and_a_card_of_its_file(folder):
     changed = made_by.with_gate(threshold=made_by.threshold).changed(
         turned.with_gate(threshold=turned.threshold), info.results["tokens"]
     )
-    assert changed == []
+    assert changed == {}
     assert info.threshold == made_by.threshold
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"| version | `{read_adapter(file).version}` |" in card

@@ -49,3 +49,14 @@ def test_a_bar_is_drawn_for_people_who_watch_and_does_not_fill_a_log(watched, ca
     assert "40/40" in drawn
     assert "lm 2.000, 100 tokens/s" in drawn
     assert (drawn.count("\r") > 20) == watched
+
+
+def test_steps_of_before_a_run_was_resumed_are_no_part_of_the_bars_rate():
+    bar = Bar()
+    bar.on_train_begin(None, TrainerState(max_steps=40, global_step=30, is_world_process_zero=True), None)
+    bar.training_bar.start_t -= 2
+    bar.on_step_end(None, TrainerState(max_steps=40, global_step=32, is_world_process_zero=True), None)
+    shown = bar.training_bar.format_dict
+    assert (shown["n"], shown["initial"]) == (32, 30)
+    assert (shown["n"] - shown["initial"]) / shown["elapsed"] < 1.01
+    bar.close()

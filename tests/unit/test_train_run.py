@@ -237,8 +237,10 @@ def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, c
     monkeypatch.setattr(training, "load_base", lambda *_: pytest.fail("the base was loaded"))
     with pytest.raises(Conflict, match="holds checkpoints"):
         train(write_recipe(tmp_path, base, tokens=256), out, corpus)
-    with pytest.raises(Conflict, match=r"the recipe \(run\.lr\) differs"):
+    with pytest.raises(Conflict, match=r"resume: run\.lr is 0\.01 there, 0\.5 here$"):
         train(write_recipe(tmp_path, base, tokens=256, lr=0.5), out, corpus, resume=True)
+    with pytest.raises(Conflict, match=r"^run\.tokens cannot change any more: "):
+        train(write_recipe(tmp_path, base, tokens=512), out, corpus, resume=True)
     other = shutil.copytree(corpus, tmp_path / "other")
     for changed, by in (("da.a.train.txt", "en.a.train.txt"), ("hu.a.heldout.txt", "en.a.heldout.txt")):
         (other / changed).write_text((corpus / by).read_text())

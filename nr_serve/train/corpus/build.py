@@ -119,7 +119,7 @@ def _fetch_all(sources: list[Source], beside: Path, out: Path, manifest: Manifes
                 manifest[source.name] = builder.build(source, out)
             except _DAMAGED as error:
                 # One bad package must not lose the others; every failure is reported at the end.
-                failures.append(f"{source.name}: {type(error).__name__}: {error}")
+                failures.append(f"{source.name}: {error}")
                 say("corpus", f"{source.name} failed: {error}")
             else:
                 write_manifest(out, manifest)
@@ -136,7 +136,7 @@ def _compare_sources(language: str, out: Path, manifest: Manifest) -> None:
     names = sorted(name for name in own if all(text_file(out, name, part).is_file() for part in PARTS))
     if all(manifest[name].get("compared") == names for name in names):
         return
-    say("corpus", f"comparing the held-out text of {len(names)} sources in {language} with their training text")
+    say("corpus", f"comparing held-out text with training text: {', '.join(names)}")
     held = {name: list(read_documents(text_file(out, name, "heldout"))) for name in names}
     train = chain.from_iterable(read_documents(text_file(out, name, "train")) for name in names)
     shared = shared_grams(chain.from_iterable(held.values()), train)
