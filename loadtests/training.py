@@ -63,7 +63,7 @@ class Runner:
     def read(self, part: Batch) -> Batch:
         """What the method reads of a part of a step."""
         roles = {*self.learner.lm_roles, *self.learner.local_roles}
-        return {role: windows for role, windows in part.items() if role in roles or role == "whole"}
+        return {role: windows for role, windows in part.items() if role in roles or role == "step"}
 
     def step(self, parts: Sequence[Batch]) -> None:
         """One gradient step, timed."""
@@ -72,7 +72,7 @@ class Runner:
         fired = self._take(parts)
         seconds = time.perf_counter() - started
         self.seconds.append(seconds)
-        read = [value for part in parts for name, value in part.items() if name != "whole"]
+        read = [value for part in parts for name, value in part.items() if name != "step"]
         self.rates.append(sum(ids_BT.numel() for ids_BT, _ in read) / seconds)
         self.fired.append(fired)
 
