@@ -94,7 +94,7 @@ def parse(settings: type[BaseSettings], name: str, args: list[str]) -> BaseSetti
 
     Exits on `--help` and unknown flags; raises ValidationError or SettingsError.
     """
-    if settings is ServeConfig:
+    if settings.model_config.get("env_prefix"):
         check_environment(os.environ)
     source = _Flags(
         settings,

@@ -110,7 +110,8 @@ class Client:
         end = time.monotonic() + timeout_s
         while True:
             try:
-                self._json("GET", "/ready")
+                # A server that loads takes connections, and answers once it can.
+                self._json("GET", "/ready", timeout=max(poll_s, end - time.monotonic()))
                 return
             except Unavailable as error:
                 if not alive():

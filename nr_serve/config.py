@@ -80,6 +80,11 @@ class ModelSettings(BaseModel):
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt plus answer, tokens (default: base's)"
     )
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="sampling where a request says nothing: as the base's generation_config.json has it, or as "
+        "OpenAI's API",
+    )
 
 
 class AdapterSettings(BaseModel):

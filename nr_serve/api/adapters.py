@@ -36,6 +36,11 @@ router = APIRouter(route_class=BodyRoute)
 _LOADED = refusals(Forbidden, Conflict)
 _LOADED[201] = answer(Adapter) | {"description": "A registered adapter, new under its name"}
 
+_FILE = {
+    "required": True,
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+}
+
 
 @router.get("/v1/adapters")
 async def list_adapters(context: Ctx) -> Json[AdapterList]:
@@ -55,7 +60,7 @@ async def get_adapter(context: Ctx, name: str) -> Json[Adapter]:
     raise _unknown(name)
 
 
-@router.put("/v1/adapters/{name}", responses=_LOADED)
+@router.put("/v1/adapters/{name}", responses=_LOADED, openapi_extra={"requestBody": _FILE})
 async def put_adapter(
     context: Ctx, request: Request, name: str, query: Annotated[PutQuery, Query()]
 ) -> Json[Adapter]:

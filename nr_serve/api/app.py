@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from nr_serve import __version__
@@ -14,7 +15,7 @@ from nr_serve.api import adapters, openai, system
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.context import Context
 from nr_serve.api.errors import add_error_handlers
-from nr_serve.api.middleware import access_log, deadlines
+from nr_serve.api.middleware import access_log
 from nr_serve.api.middleware.access_log import AccessLog
 from nr_serve.api.middleware.auth import KeyCheck
 from nr_serve.api.middleware.deadlines import Deadlines
@@ -41,8 +42,11 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServeConfig) -
     app = _App(title="nr-serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False  # a client would send its key again, perhaps in clear
     app.state.context = context
-    for router in (openai.router, adapters.router, system.router):
-        app.include_router(router)
+    # For the document alone, so that generated clients send a key: KeyCheck looks at it, before any route.
+    key = Depends(HTTPBearer(auto_error=False, description="where the server has keys"))
+    for router in (openai.router, adapters.router):
+        app.include_router(router, dependencies=[key])
+    app.include_router(system.router)
     add_error_handlers(app)
     _add_middleware(app, context)
     return app
@@ -64,8 +68,8 @@ def _add_middleware(app: FastAPI, context: Context) -> None:
             CORSMiddleware,
             allow_origins=config.cors_origin,
             allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", deadlines.HEADER, access_log.HEADER],
-            expose_headers=[access_log.HEADER],
+            allow_headers=["*"],  # OpenAI's own client sends a dozen; a key is a header too, never a cookie
+            expose_headers=[access_log.HEADER, "Retry-After"],
         )
     if checks_hosts(config):
         app.add_middleware(HostCheck, config=config)

@@ -62,7 +62,7 @@ async def completion_ask(context: Context, body: CompletionBody) -> Ask:
     given = _several(body)
     _check_count(context, len(given), tries, "n" if tries == body.n else "best_of")
     for i, each in enumerate(given):
-        if isinstance(each, str):
+        if isinstance(each, str) and body.truncate_prompt_tokens is None:
             check_size(context, each, _place(given, i))
     prompts = await context.text(lambda: _prompts(context, body, given))
     sampling = replace(_sampling(context, body), logprobs=body.logprobs)
@@ -189,7 +189,6 @@ def chat_text(context: Context, body: ChatBody | TokenizeBody, tools: Toolbox) -
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs or {},
     )
-    check_size(context, text, "messages")
     if tools.tools:
         check_tools(context.tokenizer)
     return text
@@ -197,6 +196,8 @@ def chat_text(context: Context, body: ChatBody | TokenizeBody, tools: Toolbox) -
 
 def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
     text = chat_text(context, body, tools)
+    if body.truncate_prompt_tokens is None:
+        check_size(context, text, "messages")
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template wrote its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
@@ -265,16 +266,18 @@ def check_ids(ids: list[int], vocab_size: int, param: str) -> list[int]:
 def _sampling(context: Context, body: GenerationBody) -> Sampling:
     _check_logprobs(context, body)
     vocab_size = context.engine.info.vocab_size
-    top_k = body.top_k or 0
+    default = context.engine.info.sampling
     return Sampling(
         min_tokens=body.min_tokens or 0,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(top_k, 0),
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
+        temperature=default.temperature if body.temperature is None else body.temperature,
+        top_k=max(default.top_k if body.top_k is None else body.top_k, 0),
+        top_p=default.top_p if body.top_p is None else body.top_p,
+        min_p=default.min_p if body.min_p is None else body.min_p,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        repetition_penalty=(
+            default.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty
+        ),
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
         stop=body.stops,
         stop_token_ids=tuple(check_ids(body.stop_token_ids or [], vocab_size, "stop_token_ids")),

@@ -55,4 +55,14 @@ class Body(BaseModel):
         for name, harmless in cls.not_supported.items():
             if data.get(name) is not None and data[name] not in harmless:
                 raise ValueError(f"`{name}` is not supported by this server")
-        return {name: value for name, value in data.items() if name not in cls.not_supported}
+        return {
+            name: value
+            for name, value in data.items()
+            if name not in cls.not_supported and not cls._is_unset(name, value)
+        }
+
+    @classmethod
+    def _is_unset(cls, name: str, value: Any) -> bool:
+        """Whether a client spells out that it leaves a field at its default, which is not null: OpenAI's may."""
+        field = cls.model_fields.get(name)
+        return value is None and field is not None and not field.is_required() and field.default is not None

@@ -80,7 +80,8 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
     """What is wrong with a body, in one message that names the field."""
-    first = errors[0]
+    # An unknown field is what is wrong, in whichever branch of a union it was met.
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     param = _param(first["loc"])
     if first["type"] == "json_invalid":
         return BadRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', 'cannot be read')}")

@@ -166,4 +166,5 @@ def _token_ids(context: Context, body: TokenizeBody) -> list[int]:
         special = True if body.add_special_tokens is None else body.add_special_tokens
         return context.tokenizer.encode(body.prompt, special_tokens=special)
     text = chat_text(context, body, toolbox(body.tools or (), None, None))
+    check_size(context, text, "messages")
     return context.tokenizer.encode(text, special_tokens=bool(body.add_special_tokens))

@@ -68,6 +68,9 @@ class GenerationBody(FormFields):
         None, description="share no cache with requests of another salt"
     )
     user: Text | None = Field(None, description="the caller's own name for its user; not used")
+    safety_identifier: Text | None = Field(None, description="newer name of `user`; not used")
+    prompt_cache_key: Text | None = Field(None, description="not used: equal beginnings are found without a key")
+    metadata: JsonObject | None = Field(None, description="for the caller's own books; not used")
 
     # Of OpenAI's and vLLM's.
     not_supported: ClassVar[NotSupported] = {
@@ -78,7 +81,9 @@ class GenerationBody(FormFields):
         "kv_transfer_params": [{}],
         "length_penalty": [1],
         "logits_processors": [[]],
+        "repetition_detection": [],
         "request_id": [],
+        "return_tokens_as_token_ids": [False],
         "spaces_between_special_tokens": [True],
         "use_beam_search": [False],
         "vllm_xargs": [{}],
@@ -114,7 +119,7 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = Field(True, description="put the tokenizer's special tokens before text prompts")
 
-    not_supported: ClassVar[NotSupported] = {**GenerationBody.not_supported, "suffix": [""]}
+    not_supported: ClassVar[NotSupported] = {**GenerationBody.not_supported, "prompt_embeds": [], "suffix": [""]}
 
 
 class TextPart(Body):
@@ -202,23 +207,24 @@ class ChatBody(GenerationBody):
 
     not_supported: ClassVar[NotSupported] = {
         **GenerationBody.not_supported,
+        "add_special_tokens": [False],
         "audio": [],
         "chat_template": [],
         "documents": [[]],
         "echo": [False],
         "function_call": ["none"],
         "functions": [[]],
-        "metadata": [{}],
+        "include_reasoning": [True],
+        "media_io_kwargs": [{}],
         "mm_processor_kwargs": [{}],
         "modalities": [["text"]],
         "moderation": [],
         "prediction": [],
-        "prompt_cache_key": [],
         "prompt_cache_options": [],
         "prompt_cache_retention": [],
         "reasoning_effort": [],
-        "safety_identifier": [],
         "store": [False],
+        "thinking_token_budget": [],
         "verbosity": [],
         "web_search_options": [],
     }
@@ -238,6 +244,12 @@ class TokenizeBody(Body):
     continue_final_message: bool = Field(False, description="as for a chat")
     chat_template_kwargs: JsonObject | None = Field(None, description="as for a chat")
     return_token_strs: bool | None = False
+
+    not_supported: ClassVar[NotSupported] = {
+        "chat_template": [],
+        "media_io_kwargs": [{}],
+        "mm_processor_kwargs": [{}],
+    }
 
 
 class DetokenizeBody(Body):
@@ -290,6 +302,8 @@ class LoadLoraBody(Body):
     load_inplace: bool = False
     base_model_name: Text | None = None
 
+    not_supported: ClassVar[NotSupported] = {"is_3d_lora_weight": [False]}
+
 
 class UnloadLoraBody(Body):
     """POST /v1/unload_lora_adapter, as vLLM has it."""
@@ -297,3 +311,4 @@ class UnloadLoraBody(Body):
     model_config = ConfigDict(json_schema_extra={"example": {"lora_name": "hu"}})
 
     lora_name: Text = ""
+    lora_int_id: int | None = Field(None, description="not used: adapters go by their names")

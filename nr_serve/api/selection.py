@@ -31,7 +31,7 @@ def select(context: Context, model: str, adapters: Sequence[str] | None = None) 
 
 def selection_name(context: Context, adapters: Sequence[str] | None) -> str:
     """One name for a selection, however it was asked for; the metrics' label."""
-    base = context.engine.info.model
+    base = context.engine.info.model.replace("+", "-")  # which joins adapters here
     if adapters is None:
         return base
     return "+".join(sorted(adapters)) or base + NONE

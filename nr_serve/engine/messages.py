@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from nr_serve.errors import NrError
 
@@ -23,7 +25,7 @@ Status = Literal["loading", "ready", "failed", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one request's tokens are chosen and when it ends. Defaults are OpenAI's and vLLM's."""
+    """How one request's tokens are chosen and when it ends. Defaults are OpenAI's."""
 
     max_tokens: int = 16
     """0: only read the prompt (for scoring it)."""
@@ -51,6 +53,17 @@ class Sampling:
     """Report each new token's log probability and this many of the likeliest."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What holds where a request says nothing: OpenAI's, but for what the base brings along."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,3 +306,4 @@ class EngineInfo:
     slot_width: int
     eos_ids: tuple[int, ...] = ()
     """Tokens that end an answer."""
+    sampling: SamplingDefaults = SamplingDefaults()

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from nr_serve.api.answers import legacy_logprobs
-from nr_serve.engine.messages import Token
+from nr_serve.api.schemas import CompletionBody
+from nr_serve.engine.messages import SamplingDefaults, Token
 from tests.fakes import BOS, MAX_MODEL_LEN, ByteTokenizer, events, serving, usage
 
 MOST_BYTES = 2 * MAX_MODEL_LEN  # the fake's vocabulary spells some bytes with two
@@ -115,8 +118,11 @@ def test_of_a_prompt_the_last_tokens_are_read_if_asked_for(server, prompt):
     for most in (5, 50):
         server.complete(prompt=prompt, truncate_prompt_tokens=most)
         assert server.asked().prompt_ids == (256, *b"abcd")
-    long = server.complete(prompt="x" * 300, truncate_prompt_tokens=100)
-    assert (long.status_code, len(server.asked().prompt_ids)) == (200, 100)
+    for prompt in (LONG, ["x", LONG]):
+        assert server.complete(prompt=prompt, truncate_prompt_tokens=100).status_code == 200
+        assert server.asked().prompt_ids == tuple(b"x" * 100)
+    long = server.chat(messages=[{"role": "user", "content": LONG}], truncate_prompt_tokens=5)
+    assert (long.status_code, len(server.asked().prompt_ids)) == (200, 5)
     server.chat(truncate_prompt_tokens=5)
     assert server.asked().prompt_ids == tuple(b"tant]")
 
@@ -284,12 +290,36 @@ def test_neither_nan_nor_half_a_character_passes(server):
 
 
 def test_what_asks_for_nothing_is_taken(server):
-    nothing = dict.fromkeys(
-        ("suffix", "cache_salt", "service_tier", "stop", "seed", "n", "logprobs", "top_k", "temperature", "user")
-    )
-    nothing.pop("n")
-    assert server.complete(**nothing, best_of=1, logit_bias=None, stream=None, echo=None).status_code == 200
+    nothing = dict.fromkeys(CompletionBody.model_fields.keys() - {"model", "prompt", "max_tokens"})
+    assert server.complete(**nothing).status_code == 200
     assert server.complete(suffix="", cache_salt="any", response_format={"type": "text"}).status_code == 200
+
+
+def test_null_is_no_value_of_what_must_be_given(server):
+    assert server.complete(model=None).json()["error"]["param"] == "model"
+    assert server.complete(prompt=None).json()["error"]["param"] == "prompt"
+
+
+HINTS = {"user": "u", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"a": "b"}}
+
+
+def test_what_a_caller_notes_for_itself_changes_nothing(server):
+    plain, noted = (ask.json() for ask in (server.complete(seed=1), server.complete(seed=1, **HINTS)))
+    assert plain["choices"] == noted["choices"]
+
+
+def test_a_base_may_bring_its_own_sampling_which_a_request_overrides(server, monkeypatch):
+    def sampling(**asked):
+        assert server.complete(**asked).status_code == 200
+        last = server.engine.submits[-1].sampling
+        return last.temperature, last.top_k, last.top_p, last.min_p, last.repetition_penalty
+
+    assert sampling() == (1.0, 0, 1.0, 0.0, 1.0)
+    own = SamplingDefaults(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1, repetition_penalty=1.1)
+    monkeypatch.setattr(server.engine, "info", replace(server.engine.info, sampling=own))
+    assert sampling() == (0.6, 20, 0.95, 0.1, 1.1)
+    asked = {"temperature": 0, "top_k": -1, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    assert sampling(**asked) == (0.0, 0, 1.0, 0.0, 1.0)
 
 
 def test_the_tier_that_served_is_named_if_one_was_asked_for(server):

@@ -209,7 +209,11 @@ def test_pages_of_other_origins_may_not_call_the_server_unless_named(server):
     def answers(served) -> list[str | None]:
         headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
         plain = served.http.post("/v1/completions", json={}, headers={"Origin": "https://page.example"})
+        # As OpenAI's client in a page asks, among others.
+        headers["Access-Control-Request-Headers"] = "authorization, content-type, x-stainless-lang, traceparent"
         asked = served.http.options("/v1/completions", headers=headers)
+        if asked.is_success:
+            assert "retry-after" in plain.headers["access-control-expose-headers"].lower()
         return [each.headers.get("access-control-allow-origin") for each in (plain, asked)]
 
     assert answers(server) == [None, None]
@@ -318,6 +322,21 @@ def test_a_body_that_cannot_be_read_is_refused_with_the_reason(server, body, mes
 def test_a_body_of_another_type_is_refused_with_the_type_it_needs(server):
     answer = server.http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
     assert (answer.status_code, "application/json" in answer.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/unload_lora_adapter"])
+def test_json_without_its_type_is_refused_for_a_page_of_any_site_may_send_that(server, path):
+    content = json.dumps({"model": "base", "prompt": "x", "lora_name": "hu"}).encode()
+    request = server.http.build_request("POST", path, content=content, headers={"Origin": "https://evil.example"})
+    assert "content-type" not in request.headers
+    answer = server.http.send(request)
+    assert (answer.status_code, "application/json" in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_an_unknown_field_of_a_part_of_a_message_is_named(server):
+    part = {"type": "text", "text": "x", "cache_control": {}}
+    error = server.chat(messages=[{"role": "user", "content": [part]}]).json()["error"]
+    assert (error["code"], "cache_control" in error["message"]) == (400, True)
 
 
 @pytest.mark.parametrize("name", ["colour", "col-our", "a[0]"])

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.messages import Sampling, SamplingDefaults, Submit
 from nr_serve.engine.model.runner import Runner
 from nr_serve.errors import UnsupportedBase
 from tests import tiny
@@ -44,6 +45,22 @@ def test_greedy_answers_equal_generate(kind):
     assert [answers[str(i)] for i in range(len(prompts))] == expected
 
 
+def runner(base, **settings):
+    return Runner(copy.deepcopy(base), tiny.tokenizer(), ServeConfig(pages=40, **settings), "tiny")
+
+
+def test_a_bases_own_sampling_is_taken_up_unless_it_must_not_be():
+    base = tiny.model("llama")
+    assert runner(base).info.sampling == SamplingDefaults()
+    base.generation_config = GenerationConfig(temperature=0.6, top_k=20, top_p=0.95, do_sample=True)
+    assert runner(base).info.sampling == SamplingDefaults(temperature=0.6, top_k=20, top_p=0.95)
+    assert runner(base, generation_config="none").info.sampling == SamplingDefaults()
+    base.generation_config = GenerationConfig(temperature=7.0)
+    with pytest.raises(UnsupportedBase, match=r"temperature: .* less than or equal to 2"):
+        runner(base)
+    assert runner(base, generation_config="none").info.sampling == SamplingDefaults()
+
+
 @pytest.mark.parametrize(
     ("kind", "overrides", "reason"),
     [
@@ -61,7 +78,7 @@ def test_greedy_answers_equal_generate(kind):
 def test_a_base_that_cannot_be_served_is_refused_with_the_reason(kind, overrides, reason):
     base = tiny.model(kind, **overrides)
     with pytest.raises(UnsupportedBase, match=reason):
-        Runner(base, tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+        runner(base)
 
 
 def test_a_base_whose_logits_come_out_wrong_is_refused():
@@ -73,4 +90,4 @@ def test_a_base_whose_logits_come_out_wrong_is_refused():
 
     base.model.register_forward_hook(scramble, with_kwargs=True)
     with pytest.raises(UnsupportedBase, match="logits differ"):
-        Runner(base, tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+        runner(base)

@@ -1,4 +1,5 @@
 import os
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -72,6 +73,13 @@ def test_waiting_ends_when_the_server_is_ready():
             client.wait_ready(0.05, poll_s=0.01)
         threading.Timer(0.1, served.engine.may_load.set).start()
         client.wait_ready(10, poll_s=0.01)
+
+
+def test_waiting_for_a_server_that_takes_connections_but_does_not_answer_ends():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = "http://{}:{}".format(*silent.getsockname())
+        with Client(url) as client, pytest.raises(errors.Unavailable, match="not ready after"):
+            client.wait_ready(0.3, poll_s=0.1)
 
 
 def test_waiting_for_a_server_that_ended_ends():

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic_settings import SettingsError
 
 from nr_serve.cli import main, parse
+from nr_serve.commands.generate import Generate
 from nr_serve.config import GROUPS, ServeConfig
 from nr_serve.names import adapter_entry
 
@@ -83,6 +85,8 @@ def test_an_unknown_variable_is_refused_but_not_those_of_others(monkeypatch, cap
     monkeypatch.delenv("NR_SLOT")
     monkeypatch.setenv("NR_SERVE_MODEL_NAME", "x")
     assert "is `NR_SERVED_MODEL_NAME` meant?" in refused(capsys)
+    with pytest.raises(SettingsError, match="NR_SERVE_MODEL_NAME"):  # it reads the same variables
+        parse(Generate, "generate", ["in.jsonl", "out.jsonl"])
 
 
 def test_a_base_in_the_folder_at_hand_has_the_folders_name(tmp_path, monkeypatch):

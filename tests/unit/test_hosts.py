@@ -4,9 +4,11 @@ import pytest
 
 from tests.fakes import serving
 
+# Addresses, too: a probe's or a scraper's host is one, and no site can have one as its name.
 OURS = ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:8000", "[::1]", "[::1]:8000", "127.1.2.3"]
-FOREIGN = ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1", ""]
-FOREIGN += ["[::2]:8000", "evil.example:127.0.0.1", "[::1].evil.example", "localhost@evil.example"]
+OURS += ["10.0.0.1", "10.0.0.1:8000", "[::2]:8000"]
+FOREIGN = ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", ""]
+FOREIGN += ["evil.example:127.0.0.1", "[::1].evil.example", "localhost@evil.example", "10.0.0.1.evil.example"]
 
 
 def status(served, host, path="/v1/models"):

@@ -6,6 +6,7 @@ do is ask for an address instead of its name.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 
 from starlette.datastructures import Headers
@@ -37,7 +38,7 @@ class HostCheck:
 
     def _is_ours(self, header: str) -> bool:
         host = _name(header)
-        return is_loopback(host) or host in self._allowed
+        return host == "localhost" or _is_address(host) or host in self._allowed
 
 
 def checks_hosts(config: ServeConfig) -> bool:
@@ -45,6 +46,15 @@ def checks_hosts(config: ServeConfig) -> bool:
     if config.allowed_host:
         return ANY not in config.allowed_host
     return config.api_key is None and config.key_file is None and is_loopback(config.host)
+
+
+def _is_address(host: str) -> bool:
+    """Whether it is no name that a site could point anywhere."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _name(header: str) -> str:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import AutoModelForCausalLM
 
 from nr_serve.config import ServeConfig
+from nr_serve.engine.messages import SamplingDefaults
 from nr_serve.engine.model.auto_dtype import fastest_dtype
 from nr_serve.engine.model.device import device_of
-from nr_serve.errors import UnsupportedBase, loading
+from nr_serve.errors import UnsupportedBase, faults, loading
 from nr_serve.neutral.host import decoder_layers
 from nr_serve.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # The frequencies of these depend on the longest sequence in the batch: a request would feel its neighbours.
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
@@ -78,6 +84,26 @@ def end_tokens(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
     listed = ids if isinstance(ids, list) else [ids]
     vocabulary = model.config.get_text_config().vocab_size
     return frozenset(i for i in [*listed, tokenizer.hf.eos_token_id] if i is not None and i < vocabulary)
+
+
+def sampling_defaults(model: Any, config: ServeConfig) -> SamplingDefaults:
+    """What the base's `generation_config.json` names, as vLLM takes it up; with `--generation-config none` nothing.
+
+    Raises UnsupportedBase for a value that no request may ask for.
+    """
+    if config.generation_config == "none":
+        return SamplingDefaults()
+    values = {each.name: getattr(model.generation_config, each.name, None) for each in fields(SamplingDefaults)}
+    named = {name: value for name, value in values.items() if value is not None}
+    try:
+        defaults = TypeAdapter(SamplingDefaults).validate_python(named)
+    except ValidationError as error:
+        raise UnsupportedBase(
+            f"the base's generation_config.json: {faults(error)}; --generation-config none leaves it out"
+        ) from error
+    if named:
+        log.info("sampling, where a request says nothing: %s", asdict(defaults))
+    return defaults
 
 
 def _rope_types(parameters: Any) -> set[str]:

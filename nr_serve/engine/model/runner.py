@@ -24,7 +24,7 @@ from nr_serve.engine.cache.neutrality import Opened
 from nr_serve.engine.messages import EngineInfo, Sampling, Submit
 from nr_serve.engine.model import attention
 from nr_serve.engine.model.attention import KVCache
-from nr_serve.engine.model.base import check_base, end_tokens, load_base, max_model_len
+from nr_serve.engine.model.base import check_base, end_tokens, load_base, max_model_len, sampling_defaults
 from nr_serve.engine.model.batch import Batch, build_batch
 from nr_serve.engine.model.cpu_operators import cpu_operators
 from nr_serve.engine.model.device import placed, read
@@ -84,6 +84,7 @@ class Runner:
             slots=config.slots,
             slot_width=self.bank.width,
             eos_ids=tuple(sorted(end_tokens(model, tokenizer))),
+            sampling=sampling_defaults(model, config),
         )
         model.set_attn_implementation(self._attention())
         prepare_layers(model, self.bank, self.operators, kernels=self.kernels and config.compile)
