@@ -44,6 +44,5 @@ for domain in "${domains[@]}"; do
     nr-serve sweep "$here/$domain/methods.toml" --corpus "$corpus" --out "$out/$domain-methods" "${changes[@]}"
 done
 for ablation in rates gates alpha shares capacity; do
-    [ ! -e "$here/hu/$ablation.toml" ] ||
-        nr-serve sweep "$here/hu/$ablation.toml" --corpus "$corpus" --out "$out/hu-$ablation" "${changes[@]}"
+    nr-serve sweep "$here/hu/$ablation.toml" --corpus "$corpus" --out "$out/hu-$ablation" "${changes[@]}"
 done

@@ -39,7 +39,7 @@ from torch import Tensor
 from nr_serve.evaluate.plots import panels
 from nr_serve.evaluate.tables import Rows, markdown
 from nr_serve.logs import say
-from nr_serve.train.attach import Attached, window_inputs
+from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gates import Fitter
@@ -97,7 +97,7 @@ class Stream:
             rows = slice(at, at + BATCH_WINDOWS)
             part = self.windows.take(rows)
             attached.begin(part.offset_NT)
-            model.model(part.ids_NT, use_cache=False, **window_inputs(part.offset_NT))
+            model.model(part.ids_NT, use_cache=False, position_ids=part.offset_NT)
             _say(f"forward pass: {min(at + BATCH_WINDOWS, self.shape[0])} of {self.shape[0]} windows")
 
     def rows(self, layer: int, rows: Sequence[slice]) -> Tensor:

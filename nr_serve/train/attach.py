@@ -128,16 +128,3 @@ class Attached:
             return out_Td
         r_fd = (r_fd if streams_grad else r_fd.detach()).to(out_Td.dtype)
         return out_Td + r_fd if every else out_Td.index_add(0, index_f, r_fd)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # a branch on the data
-def window_inputs(offset_BT: Tensor) -> dict[str, Tensor]:
-    """Positions and mask that keep a window's documents apart; the mask only where a window has several."""
-    inputs = {"position_ids": offset_BT}
-    place_T = torch.arange(offset_BT.shape[1], device=offset_BT.device)
-    if bool((offset_BT == place_T).all()):
-        return inputs
-    document_BT = (offset_BT == 0).cumsum(dim=1)
-    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-    causal_TT = place_T[:, None] >= place_T[None, :]
-    return inputs | {"attention_mask": (same_BTT & causal_TT)[:, None]}

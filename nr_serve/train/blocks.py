@@ -69,8 +69,8 @@ def is_gate(name: str) -> bool:
 
 
 def is_out(name: str) -> bool:
-    """Whether a parameter of an adapter is a block's W_out, by its name."""
-    return name.rsplit(".", 1)[-1] == "w_out"
+    """Whether a parameter is a block's W_out or LoRA's B, by its name: what starts at 0."""
+    return name.rsplit(".", 1)[-1] == "w_out" or ".lora_B." in name
 
 
 class AdapterModule(nn.Module):

@@ -36,11 +36,16 @@ def language_of(source: str) -> str:
     return source if "/" in source else source.split(".")[0]
 
 
+def is_heldout(glob: str) -> bool:
+    """Whether a glob, or a path, is of held-out files, which nothing trains on."""
+    return "heldout" in _file(glob).split(".")[2:]
+
+
 def _globs(entries: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Each glob or data set, and whether it is named or left out; not the held-out files that are left out."""
     for entry in entries:
         glob = entry.removeprefix(NOT)
-        if glob == entry or not _is_heldout(glob):
+        if glob == entry or not is_heldout(glob):
             yield glob, glob == entry
 
 
@@ -60,11 +65,6 @@ def _is_language(entry: str, language: str) -> bool:
 def _is_whole(glob: str) -> bool:
     """Whether a glob names all sources of its languages."""
     return _file(glob).split(".")[1:2] == ["*"]
-
-
-def _is_heldout(glob: str) -> bool:
-    """Whether a glob names held-out files, which nothing trains on."""
-    return "heldout" in _file(glob).split(".")[2:]
 
 
 def _file(pattern: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nr_serve.logs import bar_interval
-from nr_serve.train.attach import Attached, window_inputs
+from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.measure import evaluating
 from nr_serve.train.recipe import Gate
@@ -209,7 +209,7 @@ def fit_gates(
         attached.before = fit
         try:
             attached.begin(windows.offset_NT)
-            model.model(windows.ids_NT, use_cache=False, **window_inputs(windows.offset_NT))
+            model.model(windows.ids_NT, use_cache=False, position_ids=windows.offset_NT)
         finally:
             attached.before = None
     return FittedGates(attached.adapters[0].gates(), fitter.report)

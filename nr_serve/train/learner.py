@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nr_serve.train import losses
-from nr_serve.train.attach import Attached, window_inputs
+from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.measure import evaluating
 from nr_serve.train.recipe import Loss
@@ -98,7 +98,7 @@ class Learner(nn.Module):
         record = self.attached.begin(read.offset_NT, target_BT=target_BT)
         if self.local is not None and self.local.open:
             record.hinges = []
-        output = self.base(read.ids_NT, use_cache=False, **window_inputs(read.offset_NT))
+        output = self.base(read.ids_NT, use_cache=False, position_ids=read.offset_NT)
         nats = losses.lm_loss(output.logits, losses.next_token_labels(read.ids_NT, read.offset_NT))
         fired = (0, 0) if self.adapter is None else record.on_target(0)
         sums = {"lm": _pair(nats, read.labelled), "target_fired": _pair(nats.new_tensor(fired[0]), fired[1])}
@@ -121,7 +121,7 @@ class Learner(nn.Module):
         decoder: Any = self.base.model
         with evaluating(self.base):
             record = self.attached.begin(read.offset_NT, losses.LOCAL[self.local.kind], target_BT)
-            decoder(read.ids_NT, use_cache=False, **window_inputs(read.offset_NT))
+            decoder(read.ids_NT, use_cache=False, position_ids=read.offset_NT)
         terms, layers = record.local_sum, self.adapter.depth
         fired, seen = record.on_others(0)
         sums = {

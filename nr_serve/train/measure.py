@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nr_serve.train.attach import Attached, ForwardPass, Watch, window_inputs
+from nr_serve.train.attach import Attached, ForwardPass, Watch
 from nr_serve.train.losses import next_token_labels, token_nats
 from nr_serve.train.text.pack import Windows
 
@@ -68,7 +68,7 @@ def read_parts(
         part = windows.take(slice(at, at + BATCH_WINDOWS)).to(model.device)
         record = attached.begin(part.offset_NT)
         record.watch = watch
-        logits_NTV = model(part.ids_NT, use_cache=False, **window_inputs(part.offset_NT)).logits
+        logits_NTV = model(part.ids_NT, use_cache=False, position_ids=part.offset_NT).logits
         labels_NT = next_token_labels(part.ids_NT, part.offset_NT)
         yield record, token_nats(logits_NTV, labels_NT).double(), labels_NT != -100
 

@@ -98,7 +98,13 @@ def add_lora(recipe: Recipe, base: FrozenBase) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model  # transformers' own way asks for a peft of its choice
 
-    config = LoraConfig(r=lora_rank(recipe, base), lora_alpha=recipe.lora.alpha, target_modules="all-linear")
+    config = LoraConfig(
+        r=lora_rank(recipe, base),
+        lora_alpha=recipe.lora.alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.model.config._name_or_path,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.run.seed)
         inject_adapter_in_model(config, base.model)

@@ -219,6 +219,8 @@ class Gate(_Section):
             raise ValueError(f"random gates (init = '{self.init}') must be trained")
         if self.kind == "none" and (self.trained or self.threshold):
             raise ValueError("a gate of kind 'none' is always open: it has nothing to train, and no threshold")
+        if self.kind in ("relu", "relu1") and not self.fitted and self.threshold:
+            raise ValueError("random gates hardly pass a threshold, so they would never learn: it must be 0")
         if self.resolved.threshold > MAX_THRESHOLD:
             raise ValueError(
                 f"threshold, or a fifth of the steepness, is above {MAX_THRESHOLD:g}: no file may say that"
@@ -279,8 +281,8 @@ class Run(_Section):
     out_lr_ratio: float = Field(
         default=1.0,
         gt=0,
-        description="The blocks' W_out learns so many times faster than the rest of them; it starts at 0, as "
-        "LoRA's B does (arXiv 2402.12354). 10 learns more in a short run, and leaks more in a long one.",
+        description="The blocks' W_out, and LoRA's B, learn so many times faster than the rest: they start at 0 "
+        "(arXiv 2402.12354). 10 learns more in a short run, and makes gates leak more in a long one.",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
     clip: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
@@ -437,9 +439,12 @@ class Recipe(_Section):
         """The keys for which a run of `earlier` that has seen `tokens` is not the start of this recipe's run.
 
         Each with its value here and there; none are changed if it is.
-        The budget may differ while the learning rate has not depended on it; what is only logged may differ.
+        The budget may differ while the learning rate has not depended on it; what is only logged may differ, as
+        measurements are unless a run may stop by them.
         """
-        free = {"run.log_every", "run.checkpoint_every", "run.validate_every", "run.accumulate"}
+        free = {"run.log_every", "run.checkpoint_every", "run.accumulate"}
+        if self.run.patience is None:
+            free |= {"run.validate_every"}
         if self.run.tokens != earlier.run.tokens and tokens <= min(self.run.decay_start, earlier.run.decay_start):
             free |= {"run.tokens"}
         mine, other = _flat(self.dump()), _flat(earlier.dump())

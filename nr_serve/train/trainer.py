@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from nr_serve.disk import is_write_fault
-from nr_serve.errors import NrError
+from nr_serve.errors import BadRequest, NrError
 from nr_serve.logs import bar_interval
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.batches import Batches
@@ -65,7 +66,7 @@ def learning_rate(run: Run, step: int) -> float:
 
 
 def make_optimizer(trained: Mapping[str, nn.Parameter], run: Run) -> tuple[AdamW, LambdaLR]:
-    """The optimizer of what is trained, in which the blocks' W_out has its own learning rate, and its schedule."""
+    """The optimizer of what is trained, and its schedule; what starts at 0 has a learning rate of its own."""
     out = [p for name, p in trained.items() if is_out(name)]
     rest = [p for name, p in trained.items() if not is_out(name)]
     groups = [{"params": rest, "lr": run.lr}, {"params": out, "lr": run.lr * run.out_lr_ratio}]
@@ -75,7 +76,13 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], run: Run) -> tuple[AdamW
 
 
 def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArguments:
-    """The recipe's steps in the words of `transformers.Trainer`."""
+    """The recipe's steps in the words of `transformers.Trainer`.
+
+    Raises BadRequest if the launcher splits the model among the processes: a checkpoint would hold a part of it.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise BadRequest(f"several processes each hold the whole model here: launch without {name}")
     stops = run.patience is not None
     save, validate = run.every(run.checkpoint_every), run.every(run.validate_every)
     arguments = TrainingArguments(
@@ -105,6 +112,8 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
         seed=run.seed,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs: one process each, never DataParallel
+    # `accelerate launch` has a precision of its own, which would take the place of the recipe's.
+    arguments.mixed_precision = "bf16" if run.dtype == "bfloat16" else "no"
     return arguments
 
 

@@ -10,13 +10,20 @@ import pytest
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train.recipe import Recipe
 from nr_serve.train.recipe_file import parse_recipe, read_recipe
+from nr_serve.train.sweep import read_sweep
 
 AT = Path(__file__).parents[2] / "adapters"
 FOLDERS = sorted(path.parent for path in AT.glob("*/*.safetensors"))
+SWEEPS = sorted(path for path in AT.rglob("*.toml") if "\n[runs." in path.read_text(encoding="utf-8"))
 
 
 def test_four_are_shipped():
     assert [folder.name for folder in FOLDERS] == ["bio", "da", "hu", "sk"]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_shipped_sweep_can_be_trained(path):
+    assert len(read_sweep(path)) >= 4
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

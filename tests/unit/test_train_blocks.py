@@ -8,8 +8,10 @@ from nr_serve.neutral.format import Block
 from nr_serve.neutral.host import host_blocks
 from nr_serve.train import losses
 from nr_serve.train.activations import GATES
-from nr_serve.train.attach import Attached, window_inputs
+from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import VARIANCE, AdapterModule
+from nr_serve.train.measure import measure
+from nr_serve.train.text.pack import Windows
 from tests import tiny
 
 T = 12
@@ -33,7 +35,7 @@ def attached_loss(adapter: AdapterModule) -> torch.Tensor:
     attached = Attached(model, [adapter])
     ids, offset = windows()
     attached.begin(offset)
-    logits = model(ids, use_cache=False, **window_inputs(offset)).logits
+    logits = model(ids, use_cache=False, position_ids=offset).logits
     labels = losses.next_token_labels(ids, offset)
     return losses.lm_loss(logits, labels) / (labels != -100).sum()
 
@@ -75,7 +77,7 @@ def test_nothing_fired_leaves_the_base_bit_for_bit():
     expected = model(ids, use_cache=False).logits
     attached = Attached(model, [module(bias=-1e6)])
     record = attached.begin(offset)
-    assert torch.equal(model(ids, use_cache=False, **window_inputs(offset)).logits, expected)
+    assert torch.equal(model(ids, use_cache=False, position_ids=offset).logits, expected)
     assert not any(record.fired[0])
 
 
@@ -88,8 +90,21 @@ def test_a_document_does_not_see_the_one_packed_before_it():
         changed = ids.clone()
         changed[:, : T // 2] = (changed[:, : T // 2] + change) % 256
         attached.begin(offset)
-        outputs.append(model(changed, use_cache=False, **window_inputs(offset)).logits[:, T // 2 :])
+        outputs.append(model(changed, use_cache=False, position_ids=offset).logits[:, T // 2 :])
     assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text"])
+def test_packed_documents_read_as_each_alone_of_bases_with_a_sliding_window_too(kind):
+    window = {} if kind == "llama" else {"sliding_window": 3}
+    model = tiny.model(kind, **window)
+    ids, offset = windows()
+    [read] = measure(model, Attached(model, [module(bias=-1e6)]), {"x": Windows(ids, offset)}).values()
+    alone = tiny.model(kind, **window)
+    for i, window_ids in enumerate(ids):
+        halves = window_ids.view(2, -1)
+        nats = [alone(half[None], labels=half[None], use_cache=False).loss.item() * (T // 2 - 1) for half in halves]
+        assert read.nats_N[i] == pytest.approx(sum(nats), rel=1e-4)
 
 
 def test_fresh_blocks_start_as_the_paper_says_and_add_nothing():
@@ -129,7 +144,7 @@ def test_local_loss_on_a_stream_without_gradient_reaches_every_block():
     ids, offset = windows()
     with torch.no_grad():
         record = attached.begin(offset, losses.l1)
-        model.model(ids, use_cache=False, **window_inputs(offset))
+        model.model(ids, use_cache=False, position_ids=offset)
     record.local_sum.backward()
     assert all(adapter.layer(i).w_out.grad.any() for i in range(tiny.LAYERS))
     assert all(adapter.layer(i).gate.grad.any() for i in range(tiny.LAYERS))
@@ -143,7 +158,7 @@ def test_local_loss_does_not_count_the_targets_tokens():
     for rows in ([False, False, False], [False, True, True], [True, False, False]):
         target = torch.tensor(rows)[:, None].expand_as(ids)
         record = attached.begin(offset, losses.l1_relative, target)
-        model.model(ids, use_cache=False, **window_inputs(offset))
+        model.model(ids, use_cache=False, position_ids=offset)
         sums.append(record.local_sum.item())
     assert sums[0] == pytest.approx(sums[1] + sums[2], rel=1e-5)
 

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 
 from nr_serve.neutral import math
 from nr_serve.train import gate_cache
-from nr_serve.train.attach import Attached, window_inputs
+from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.gates import FittedGates, Fitter, LayerFit, causal_mean, evidence, fit_gates, gate_classes
 from nr_serve.train.recipe import Gate
@@ -149,7 +149,7 @@ def test_fitted_gates_hold_the_percentile_and_find_the_target():
         odd = windows.take(slice(1, None, 2))
         record = attached.begin(odd.offset_NT)
         with torch.no_grad():
-            model.model(odd.ids_NT, use_cache=False, **window_inputs(odd.offset_NT))
+            model.model(odd.ids_NT, use_cache=False, position_ids=odd.offset_NT)
         for layer in range(tiny.LAYERS):
             share = record.fired[0][layer] / int((odd.offset_NT > 0).sum())  # not on a text's first token
             fit = report[layer]
@@ -185,7 +185,7 @@ def test_above_a_trained_block_the_percentile_is_of_the_tokens_it_does_not_act_o
         attached.before = look
         record.watch = lambda _, __, g_T, name=name: moved[name].logical_or_(g_T > 0)
         with torch.no_grad():
-            model.model(odd.ids_NT, use_cache=False, **window_inputs(odd.offset_NT))
+            model.model(odd.ids_NT, use_cache=False, position_ids=odd.offset_NT)
         attached.before = None
     for layer in range(tiny.LAYERS):
         worst = max(opened[name][layer] for name in ("en", "da"))
@@ -259,7 +259,7 @@ def test_the_carried_logit_averages_the_steepness_where_it_opens_on_the_target(g
 
     attached.before = look
     attached.begin(odd.offset_NT)
-    model.model(odd.ids_NT, use_cache=False, **window_inputs(odd.offset_NT))
+    model.model(odd.ids_NT, use_cache=False, position_ids=odd.offset_NT)
     for g in seen.values():
         assert float(g[g > 0].mean()) == pytest.approx(mean, rel=0.01)
 

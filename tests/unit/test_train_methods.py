@@ -87,7 +87,7 @@ def test_sizes_that_do_not_suit_the_base_are_refused(base, changes, said):
 
 
 def test_a_loras_folder_is_read_by_peft_and_a_finetuned_one_by_transformers(runs, base):
-    from peft import PeftModel
+    from peft import AutoPeftModelForCausalLM
 
     ids = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
     plain = AutoModelForCausalLM.from_pretrained(base)
@@ -98,7 +98,7 @@ def test_a_loras_folder_is_read_by_peft_and_a_finetuned_one_by_transformers(runs
         expected = frozen.model.eval()(ids).logits
         folder = runs[method] / method
         if method == "lora":
-            there = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+            there = AutoPeftModelForCausalLM.from_pretrained(folder)  # which finds the base by the folder
         else:
             there = AutoModelForCausalLM.from_pretrained(folder)
         assert torch.allclose(there.eval()(ids).logits, expected, atol=1e-4), method

@@ -43,6 +43,7 @@ def recipe(**sections) -> Recipe:
         ({"gate": {"init": "paper"}}, "must be trained"),
         ({"gate": {"trained": True}, "run": {"original_share": 0}}, "need run.original_share above 0"),
         ({"gate": {"kind": "none"}, "run": {"original_share": 0}}, "need run.original_share above 0"),
+        ({"gate": {"init": "paper", "trained": True, "threshold": 0.3}}, "random gates hardly pass a threshold"),
         ({"gate": {"kind": "none", "threshold": 0.1}}, "always open"),
         ({"gate": {"threshold": 1.1e6}}, "above 1e+06"),
         ({"gate": {"steepness": 5.1e6}}, "above 1e+06"),
@@ -126,6 +127,12 @@ def test_only_what_is_logged_may_change_on_resume():
     assert recipe(run={"log_every": 1, "validate_every": 512}).changed(first, 4096) == {}
     assert recipe(run={"lr": 1e-4}).changed(first, 4096) == {"run.lr": (1e-4, 4e-3)}
     assert recipe(gate={"percentile": 99}).changed(first, 0) == {"gate.percentile": (99, 99.5)}
+
+
+def test_when_a_run_that_may_stop_is_measured_decides_what_it_becomes():
+    first = recipe(run={"patience": 2})
+    changed = recipe(run={"patience": 2, "validate_every": 512, "log_every": 1}).changed(first, 4096)
+    assert list(changed) == ["run.validate_every"]
 
 
 def test_the_budget_may_grow_until_the_learning_rate_falls():

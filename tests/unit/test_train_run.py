@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nr_serve.disk import CannotWrite
-from nr_serve.errors import Conflict
+from nr_serve.errors import BadRequest, Conflict
 from nr_serve.neutral.format import read_adapter
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import export, gate_cache, log, losses, trainer
@@ -378,6 +378,13 @@ def test_a_run_goes_on_with_a_larger_budget_as_if_it_had_had_it(tmp_path, base, 
 def test_a_run_is_compiled_if_its_recipe_says_so(tmp_path, base, compiled):
     recipe = write_recipe(tmp_path, base, run__compile=compiled)
     assert trainer.training_arguments(recipe.run, tmp_path, tensorboard=False).torch_compile == compiled
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_launch_that_splits_the_model_is_refused(tmp_path, base, corpus, name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(BadRequest, match=f"launch without {name}"):
+        train(write_recipe(tmp_path, base), tmp_path / "out", corpus)
 
 
 def test_a_run_goes_on_behind_a_line_of_the_log_that_a_kill_cut(tmp_path, base, corpus):

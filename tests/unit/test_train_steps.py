@@ -115,15 +115,25 @@ def test_what_fired_of_the_target_is_of_the_target_alone(tmp_path, base, corpus)
     assert sums["l1", True]["other_fired"][1] == 3 * 16 * 3
 
 
-def test_w_out_alone_learns_faster_by_its_ratio(tmp_path, base, corpus):
+@pytest.mark.parametrize(("method", "out"), [("neutral", ".w_out"), ("lora", ".lora_B.")])
+def test_what_starts_at_0_alone_learns_faster_by_its_ratio(tmp_path, base, corpus, method, out):
     moved = []
     for ratio in (1.0, 4.0):
         changes = {"run__batch_tokens": 256, "run__out_lr_ratio": ratio, "run__schedule": "constant"}
-        recipe = write_recipe(tmp_path, base, tokens=256, **changes)
+        recipe = write_recipe(tmp_path, base, tokens=256, method=method, **changes)
         assert recipe.run.steps == 1
         train(recipe, tmp_path / str(ratio), corpus)
         moved.append(weights(tmp_path / str(ratio)))
     slow, fast = moved
     for name in slow:
-        assert torch.allclose(fast[name], slow[name] * (4 if name.endswith("w_out") else 1), rtol=1e-5), name
-    assert any(slow[name].any() for name in slow if name.endswith("w_out"))
+        assert torch.allclose(fast[name], slow[name] * (4 if out in name else 1), rtol=1e-5), name
+    assert any(slow[name].any() for name in slow if out in name)
+
+
+def test_the_precision_is_the_recipes_whatever_the_launcher_says(tmp_path, base, corpus, monkeypatch):
+    for name, precision in (("plain", None), ("launched", "bf16")):
+        if precision is not None:
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        train(write_recipe(tmp_path, base, tokens=512), tmp_path / name, corpus)
+    plain, launched = weights(tmp_path / "plain"), weights(tmp_path / "launched")
+    assert all(torch.equal(launched[name], plain[name]) for name in plain)

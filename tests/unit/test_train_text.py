@@ -159,6 +159,7 @@ def test_too_little_text_is_refused(tmp_path: Path):
     [
         ({"original": ("en.*", "hu.a.*")}, r"hu\.a\.train\.txt is in both data\.target and data\.original"),
         ({"heldout": ("da.a.*",)}, r"da\.a\.train\.txt is in both data\.background and data\.heldout"),
+        ({"original": ("en.*", "xx.*"), "heldout": ()}, r"data\.original names held-out text, xx\.a\.heldout\.txt"),
         ({"target": ("hu.*", "hu.b.*")}, r"hu\.b\.train\.txt is listed twice"),
         ({"original": ("en.*", "link.*")}, r"link\.txt is in both data\.target and data\.original"),
         ({"background": ("da.*", "chat*")}, "two classes of text are named 'chat'"),

@@ -73,6 +73,11 @@ class Dataset:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise BadRecipe(f"cannot read {self}: {error}") from error
 
+    @property
+    def held_out(self) -> bool:
+        """It does not tell."""
+        return False
+
     def entry(self, folder: Path) -> str:
         """Its name and split; `folder` is where its own NAME may lie."""
         return str(self)

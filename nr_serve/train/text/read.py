@@ -110,6 +110,8 @@ def find_roles(folder: Path, data: Data) -> dict[str, list[Source]]:
             if source.identity in role_of:
                 other = role_of[source.identity]
                 raise BadRecipe(f"{source} is in both data.{other} and data.{role}; take it out of one of them")
+            if role != "heldout" and source.held_out:
+                raise BadRecipe(f"data.{role} names held-out text, {source}; nothing may train on it")
             role_of[source.identity] = role
     return roles
 

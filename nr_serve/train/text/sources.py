@@ -31,6 +31,10 @@ class Source(Protocol):
     def identity(self) -> str:
         """What tells it from every other source, however it is written in the recipe."""
 
+    @property
+    def held_out(self) -> bool:
+        """Whether it says of itself that nothing trains on it."""
+
     def entry(self, folder: Path) -> str:
         """How a recipe names it, with the corpus in `folder`."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nr_serve.train.documents import document_lines, json_text, pieces
+from nr_serve.train.entries import is_heldout
 from nr_serve.train.recipe import BadRecipe
 
 _OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -44,6 +45,11 @@ class TextFile:
 
     def __str__(self) -> str:
         return self.path.name
+
+    @property
+    def held_out(self) -> bool:
+        """Whether its name says so: `hu.lohelp.heldout.txt`."""
+        return is_heldout(self.path.name)
 
     @property
     def is_jsonl(self) -> bool:
