@@ -11,6 +11,7 @@ from statistics import fmean
 from nr_serve.disk import make_folder, write_text
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.comparison_report import Comparison, RunReport, page
+from nr_serve.evaluate.difference import difference, error_of_mean
 from nr_serve.evaluate.readings import in_turn, read_text
 from nr_serve.evaluate.tasks import Answer, Example, answer_tasks, score
 from nr_serve.train import checkpoint as checkpoints
@@ -61,6 +62,18 @@ class Benchmark:
         target, original = ([losses[source] for source in part] for part in (self.target, self.original))
         return fmean(target), fmean(original)
 
+    def errors(
+        self, before: Mapping[str, SourceResult], after: Mapping[str, SourceResult]
+    ) -> tuple[float | None, float | None]:
+        """Standard errors of the changes of those two means, in nats per token."""
+
+        def error(source: str) -> float | None:
+            share = difference(before[source], after[source]).standard_error
+            return None if share is None else share * before[source].loss
+
+        target, original = ([error(source) for source in part] for part in (self.target, self.original))
+        return error_of_mean(target), error_of_mean(original)
+
 
 def compare_runs(
     runs: Mapping[str, Path],
@@ -98,7 +111,7 @@ def compare_runs(
         base_target=target,
         base_original=original,
         windows={source: len(text) for source, text in benchmark.texts.items()},
-        runs={name: _measure_run(name, folder, benchmark, answers) for name, folder in runs.items()},
+        runs={name: _measure_run(name, folder, benchmark, results, answers) for name, folder in runs.items()},
     )
 
 
@@ -156,12 +169,17 @@ def _is_unread_original(source: str, recipe: Recipe) -> bool:
 
 
 def _measure_run(
-    name: str, folder: Path, benchmark: Benchmark, base_answers: Mapping[str, Sequence[Answer]]
+    name: str,
+    folder: Path,
+    benchmark: Benchmark,
+    base_results: Mapping[str, SourceResult],
+    base_answers: Mapping[str, Sequence[Answer]],
 ) -> RunReport:
     recipe, base, learner, saved = load_run(folder, "float32")  # as the base is measured
     results, answers = benchmark.measure(base, learner.attached, _versions(saved), f"run {name}")
     losses = {source: result.loss for source, result in results.items()}
     target, original = benchmark.means(losses)
+    target_error, original_error = benchmark.errors(base_results, results)
     return RunReport(
         method=recipe.method,
         tokens=saved.step * recipe.run.batch_tokens,
@@ -171,7 +189,9 @@ def _measure_run(
         losses=losses,
         fired={source: result.fired[0] for source, result in results.items() if result.fired},
         target=target,
+        target_error=target_error,
         original=original,
+        original_error=original_error,
         tasks={task: score(base_answers[task], found) for task, found in answers.items()},
     )
 

@@ -35,8 +35,12 @@ class RunReport:
     """Share of token-layers that fired by source; empty for a method without blocks."""
     target: float
     """Mean loss over the target's sources."""
+    target_error: float | None
+    """Standard error of its change against the base, paired over windows; None if a source has a single one."""
     original: float
     """Mean loss over sources of the base's own language that no run read."""
+    original_error: float | None
+    """Of it the same."""
     tasks: Mapping[str, TaskScores]
     """By task: the base's scores and, as what is attached, the run's."""
 
@@ -129,10 +133,14 @@ def _row(comparison: Comparison, name: str) -> list[str]:
         f"{run.tokens:,}",
         f"{run.parameters:,}",
         f"{run.seconds / 60:.1f}",
-        f"{run.target:.4f}",
-        f"{run.original:.4f}",
+        _loss(run.target, run.target_error),
+        _loss(run.original, run.original_error),
         *("-" if share is None else f"{share:.1%}" for share in shares),
     ]
+
+
+def _loss(loss: float, error: float | None) -> str:
+    return f"{loss:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def source_rows(comparison: Comparison) -> Rows:
@@ -183,7 +191,7 @@ def page(comparison: Comparison) -> str:
         f"Held-out loss on `{comparison.base}` in nats per token, windows of {comparison.window} tokens. Target: "
         f"the mean over {', '.join(comparison.target_sources)}. {comparison.unread.capitalize()}: the mean over "
         f"{', '.join(comparison.original_sources)}, which no run read. Learned and forgotten are shares of what "
-        "finetuning learned and forgot.",
+        "finetuning learned and forgot. After ±: one standard error of the change against the base, over windows.",
         *(line for table in tables(comparison) for line in ("", *markdown(table))),
     ]
     return "\n".join(lines) + "\n"

@@ -40,6 +40,12 @@ class Difference:
         return percent(self.share, self.standard_error, "+")
 
 
+def error_of_mean(errors: Sequence[float | None]) -> float | None:
+    """The standard error of the mean of values that are independent, from theirs; None if one has none."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
+
+
 def percent(share: float, error: float | None, sign: str = "") -> str:
     """`0.12% ± 0.05%` of a share and its standard error, if it has one; with `sign` "+" as `+0.12% ± 0.05%`."""
     return f"{share:{sign}.2%}" + ("" if error is None else f" ± {error:.2%}")
@@ -51,8 +57,8 @@ def difference(before: Losses, after: Losses) -> Difference:
     Both measurements read the same windows, so the windows' own difficulty cancels. The loss is a ratio, nats over
     predicted tokens, and windows may predict unequal numbers of tokens, hence the standard error of a ratio:
     sqrt(n / (n - 1) sum_i (d_i - D l_i)^2) / sum_i l_i, with d_i the change of window i in nats, l_i its predicted
-    tokens and D = sum d / sum l. Source: Cochran, "Sampling Techniques", 3rd edition, section 2.11. Windows are taken
-    for independent; those that follow each other in one document are not quite, so the error is at the low end.
+    tokens and D = sum d / sum l. Source: Cochran, "Sampling Techniques", 3rd edition, section 2.11. Windows are
+    taken for independent; those that follow each other in one document are not quite, so it is at the low end.
     """
     d_N = [b - a for a, b in zip(before.nats_N, after.nats_N, strict=True)]
     n, labels = len(d_N), sum(after.labels_N)

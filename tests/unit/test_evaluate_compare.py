@@ -16,6 +16,7 @@ from nr_serve.evaluate import readings
 from nr_serve.evaluate.card import card
 from nr_serve.evaluate.compare import compare_runs, write_comparison
 from nr_serve.evaluate.comparison_report import Comparison, page, run_rows, source_rows
+from nr_serve.evaluate.difference import error_of_mean
 from nr_serve.evaluate.heldout import Report
 from nr_serve.evaluate.pareto import Point
 from nr_serve.evaluate.tasks import read_tasks
@@ -106,6 +107,31 @@ def test_losses_and_shares_equal_those_reckoned_from_the_runs_files(made, runs, 
         assert made.learned(name) == pytest.approx(learned, abs=0.03)
         assert made.forgotten(name) == pytest.approx(forgotten, abs=0.03)
     assert made.learned("finetune") == made.forgotten("finetune") == 1
+
+
+def test_the_errors_of_the_means_are_those_of_the_change_of_each_window(made, runs, base, corpus):
+    texts = read_heldout(corpus, SOURCES, tiny.tokenizer().hf, 256, WINDOWS)
+    logits = logits_by_run(runs, base)
+    for source, error in (
+        ("hu.a", made.runs["finetune"].target_error),
+        ("en.b", made.runs["finetune"].original_error),
+    ):
+        windows = [texts[source].take(slice(i, i + 1)) for i in range(len(texts[source]))]
+        changes = [
+            (loss(logits["finetune"], window) - loss(logits["base"], window)) * window.labelled
+            for window in windows
+        ]
+        without = [
+            (sum(changes) - change) / (texts[source].labelled - window.labelled)
+            for change, window in zip(changes, windows, strict=True)
+        ]
+        jackknife = statistics.stdev(without) * (len(without) - 1) / len(without) ** 0.5
+        assert error == pytest.approx(jackknife, rel=0.05)
+
+
+def test_the_error_of_a_mean_needs_those_of_all():
+    assert error_of_mean([0.3, 0.4]) == pytest.approx(0.25)
+    assert error_of_mean([0.3, None]) is None
 
 
 def test_the_unread_text_of_the_bases_language_is_told_by_the_recipes(made, runs, corpus):
