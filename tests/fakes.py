@@ -160,7 +160,7 @@ class FakeEngine:
         if self.failure is not None:
             self.status = "failed"
             return
-        self.info = EngineInfo("base", "f00d", 4, 8, VOCAB, MAX_MODEL_LEN, "cpu", "float32", 8, 64)
+        self.info = EngineInfo("base", "f00d", 4, 8, VOCAB, MAX_MODEL_LEN, "cpu", "float32")
         self.status = "ready"
         while self._take():
             if self._running:

@@ -226,7 +226,12 @@ class Core:
             if result.error is None:
                 self.scheduler.advance(piece, result.opened)
         for piece, result in zip(pieces, results, strict=True):
-            output = self._apply_piece(piece, result)
+            try:
+                output = self._apply_piece(piece, result)
+            except Exception:  # in a tokenizer, say: what cannot be written must not stop the others
+                log.exception("an answer could not be written")
+                error = NrError("this answer could not be written; the server's log says why")
+                output = self._fail(piece.request, error)
             if output is not None:
                 outputs.append(output)
         return outputs

@@ -302,8 +302,6 @@ class EngineInfo:
     """Longest prompt plus answer, in tokens."""
     device: str
     dtype: str
-    slots: int
-    slot_width: int
     eos_ids: tuple[int, ...] = ()
     """Tokens that end an answer."""
     sampling: SamplingDefaults = SamplingDefaults()

@@ -4,8 +4,8 @@ A step's residues are computed by one of three: `cpu_bank.py` by compiled operat
 `torch_bank.py` by torch alone where there are neither.
 
 Owns the stacked weights, the carried gate state of each request (by row) and at the end of each KV page, and the
-gate statistics. It takes flattened hidden states and a per-token selection; it knows no request, no page and no
-HTTP, so that another engine can host it.
+gate statistics. It takes flattened hidden states and a per-token selection; it knows no request and no HTTP,
+and rows and pages by their numbers, so that another engine can host it.
 
 Shape suffixes: T tokens of a step, P pieces (runs of tokens of one request), E ends of pages in a step, S slots,
 R rows, N pages, L layers, K labels, d width of the stream, h width of a slot.
@@ -43,9 +43,9 @@ class Bank(ABC):
         labels: int,
         pages: int = 0,
     ) -> None:
-        self.layers, self.d, self.slots, self.width, self.rows = layers, d, slots, width, rows
+        self.layers, self.d, self.slots, self.width = layers, d, slots, width
         self.device, self.dtype = device, dtype
-        self.labels, self.pages = labels, pages
+        self.labels = labels
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -42,7 +43,8 @@ _DEEPEST = 32
 _MAX_LAYERS = 9999
 """Far above any base's."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_LONGEST_HEADER = 2**24
 
 
 def _printable(text: str) -> str:
@@ -169,13 +171,17 @@ def read_adapter(
 ) -> Adapter:
     """Read and check an adapter file; with `base`, also that it was made for it.
 
-    `between` is called now and then: a tensor or a layer takes less than a millisecond.
+    `between` is called after every tensor and every layer. Other threads run all the while: the file is read once,
+    its tensors are parts of what was read, and their bytes are gone through by what lets go of the GIL.
 
     Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
     """
     with _readable(path, max_bytes):
-        data = path.read_bytes()
-    tensors, metadata = _parse(data)
+        data_B = np.fromfile(path, np.uint8)
+    try:
+        tensors, metadata = _parse(data_B)
+    except (ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:  # RuntimeError is torch's
+        raise _not_safetensors(data_B[:2].tobytes(), error) from error
     info = _info(metadata)
     if base is not None:
         _check_base(info, base)
@@ -242,13 +248,50 @@ def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
         raise BadAdapterFile(f"cannot be read: {error.strerror or error}") from error
 
 
-def _parse(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        tensors = safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # torch raises the last two
-        raise _not_safetensors(data[:2], error) from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__") or {}
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor is in the file, as its header has it."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(strict=True, ge=0)]]
+    data_offsets: tuple[Annotated[int, Field(strict=True)], Annotated[int, Field(strict=True)]]
+
+
+_STORED = TypeAdapter(dict[str, _Stored])
+_METADATA = TypeAdapter(dict[str, str])
+
+
+def _parse(data_B: NDArray[np.uint8]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, which are parts of `data_B`, and metadata of a safetensors file.
+
+    Not by the library, which holds the GIL while it copies all of them. Raises ValueError, and what torch raises.
+    """
+    size = int.from_bytes(data_B[:8].tobytes(), "little")
+    if len(data_B) < 8 or size > min(len(data_B) - 8, _LONGEST_HEADER):
+        raise ValueError(f"its header would have {size:,} bytes")
+    header = json.loads(data_B[8 : 8 + size].tobytes())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    metadata = _METADATA.validate_python(header.pop("__metadata__", {}))
+    stored = _STORED.validate_python(header)
+    end = 0
+    for each in sorted(stored.values(), key=lambda each: each.data_offsets):
+        if each.data_offsets[0] != end or each.data_offsets[1] < end:
+            raise ValueError("its tensors do not lie end to end")
+        end = each.data_offsets[1]
+    if 8 + size + end != len(data_B):
+        raise ValueError(f"its tensors have {end:,} bytes; it holds {len(data_B) - 8 - size:,}")
+    bytes_B = torch.from_numpy(data_B[8 + size :])
+    return {name: _tensor(name, each, bytes_B) for name, each in stored.items()}, metadata
+
+
+def _tensor(name: str, stored: _Stored, bytes_B: Tensor) -> Tensor:
+    if stored.dtype not in _DTYPES:
+        raise BadAdapterFile(f"{_short(name)} has dtype {_short(stored.dtype)}; {', '.join(_DTYPES)} is needed")
+    own_B = bytes_B[slice(*stored.data_offsets)]
+    if own_B.data_ptr() % _DTYPES[stored.dtype].itemsize:
+        own_B = own_B.clone()  # as no writer has it, but a file may
+    return own_B.view(_DTYPES[stored.dtype]).view(stored.shape)
 
 
 def _not_safetensors(start: bytes, error: Exception) -> BadAdapterFile:
@@ -320,8 +363,8 @@ def _blocks(
         match = _TENSOR.fullmatch(name)
         if match is None or int(match[1]) >= info.layers:
             raise BadAdapterFile(f"unexpected tensor {_short(name)!r} for a base with {info.layers} layers")
-        if tensor.dtype not in _DTYPES:
-            raise BadAdapterFile(f"{name} has dtype {tensor.dtype}; float32, bfloat16 or float16 is needed")
+        if tensor.dtype not in _DTYPES.values():
+            raise BadAdapterFile(f"{name} has dtype {tensor.dtype}; {', '.join(_DTYPES)} is needed")
         by_layer.setdefault(int(match[1]), {})[match[2]] = tensor
     if not by_layer:
         raise BadAdapterFile("the file holds no block")

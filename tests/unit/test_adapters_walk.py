@@ -12,6 +12,7 @@ from nr_serve.engine.adapters.adapters import Adapters
 from nr_serve.engine.adapters.canary import Canary
 from nr_serve.engine.messages import LoadAdapter, PatchAdapter
 from nr_serve.engine.request import Request
+from nr_serve.engine.scheduler import Result
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, Unavailable
 from tests.unit.fake_bank import FakeAdapter, FakeBank, ran, request, texts
 
@@ -351,6 +352,28 @@ def test_with_a_name_goes_what_would_have_come_back():
     assert gone() is not None, "it would come back"
     adapters.unload("a")
     assert adapters.trial(1) is None
+    bank.within.clear()  # of the fake alone: a bank has copies
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("measured", ["", "to its end", "in part", "as wild"])
+def test_nothing_keeps_the_weights_of_what_was_unloaded(measured):
+    bank = FakeBank(2)
+    adapters = Adapters(bank, Canary(texts()))
+    adapter = FakeAdapter("x", wild_from=0 if measured == "as wild" else None)
+    gone = weakref.ref(adapter)
+    acting(adapters, "a", adapter)
+    while measured and (probe := adapters.trial(1)) is not None:
+        error = BadAdapterFile("not finite") if measured == "as wild" else None
+        adapters.tried(probe, Result(None, error=error) if error else ran(probe, 1))
+        if measured == "in part":
+            break
+    adapter = probe = error = None  # whose traceback knows all
+    if measured != "as wild":  # which was unloaded already
+        adapters.unload("a")
+    while adapters.busy:  # then the engine steps on, and asks
+        assert adapters.trial(1) is None
     bank.within.clear()  # of the fake alone: a bank has copies
     gc.collect()
     assert gone() is None

@@ -73,6 +73,7 @@ def test_a_bases_own_sampling_is_taken_up_unless_it_must_not_be():
             "dynamic rotary",
         ),
         ("mamba", {"state_size": 4}, "layers of kind linear_attention"),
+        ("nemotron", {}, "NemotronForCausalLM cannot be served: TypeError: .*nr_batch"),
     ],
 )
 def test_a_base_that_cannot_be_served_is_refused_with_the_reason(kind, overrides, reason):

@@ -241,15 +241,26 @@ def test_above_the_limit_a_load_is_refused_and_the_old_version_goes_on_serving(s
     assert server.adapters.registry.slots_used == 1
 
 
+def test_the_last_to_pin_is_the_last_to_act_behind_a_threshold_that_is_measured():
+    server = Probed(slots=1, max_leak=1.0)
+    server.load("a", server.made(1))
+    server.work()
+    first, second = server.patch("a", pinned=True, threshold=0.4), server.patch("a", pinned=False)
+    server.work()
+    assert [answer.result(timeout=0).pinned for answer in (first, second)] == [True, False]
+    assert (server.view("a").pinned, server.view("a").threshold) == (False, 0.4)
+
+
 def test_a_refused_load_gives_its_slot_back_to_whoever_had_it():
     server = Probed(slots=2, max_leak=0.0)
     for name in "abc":
         server.load(name, server.made(1), threshold=1e6)
-    server.ask("r", ("a",))
-    server.finish()
-    # b was used least recently, so d gets its slot; c is newer than b, and would be next for a slot that is free.
+    for name in "ac":
+        server.ask(name, (name,))
+        server.finish()
+    # a was used least recently, so d gets its slot; b is newer than a, and would be next for a slot that is free.
     states = [server.state(name) for name in "abc"]
-    assert states == ["attached", "attached", "registered"]
+    assert states == ["attached", "registered", "attached"]
     assert isinstance(error_of(server.load("d", server.made(2))), BadRequest)
     server.work()
     assert [server.state(name) for name in "abc"] == states

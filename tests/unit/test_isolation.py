@@ -8,6 +8,7 @@ import torch
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model import results
+from nr_serve.engine.request import Request
 from nr_serve.errors import BadRequest
 from tests import tiny
 from tests.unit.stepped import engine, load
@@ -103,6 +104,28 @@ def test_a_request_that_cannot_be_sampled_fails_alone(monkeypatch):
     for name, tokens in alone.items():
         assert [token.id for o in outputs if o.request_id == name for token in o.tokens] == tokens
         assert len(tokens) == 8
+
+
+def test_an_answer_that_cannot_be_written_fails_alone(monkeypatch):
+    core, _ = engine(tiny.model(), pages=40, budget=64, running=4)
+    core.add(ask("good", range(9)))
+    alone = answers(core)["good"]
+    append = Request.append
+
+    def append_or_fail(request, token):
+        if request.id == "bad" and request.generated == 2:
+            raise IndexError("the tokenizer does not know it")
+        return append(request, token)
+
+    monkeypatch.setattr(Request, "append", append_or_fail)
+    for submit in (ask("bad", range(5)), ask("good", range(9))):
+        core.add(submit)
+    outputs = []
+    while not core.idle:
+        outputs += core.step().outputs
+    core.check()
+    assert [o.error is not None for o in outputs if o.request_id == "bad"] == [False, False, True]
+    assert [token.id for o in outputs if o.request_id == "good" for token in o.tokens] == alone
 
 
 def test_steps_that_always_fail_end_the_engine(monkeypatch):

@@ -61,8 +61,8 @@ class Walk:
         if free:
             assert slot in free
         elif takeable:
-            oldest = min(self.last_used.get(v, 0) for v in takeable.values())
-            assert self.last_used.get(takeable[slot], 0) == oldest, "not the least recently used was taken"
+            oldest = min(self.last_used[v] for v in takeable.values())
+            assert self.last_used[takeable[slot]] == oldest, "not the least recently used was taken"
             assert takeable[slot].slot is None
             self.seen["evicted"] += 1
         else:
@@ -99,12 +99,17 @@ class Walk:
             return
         self.registry.check_name(new.name, replace=True)
         if new.slot is not None:
-            self.registry.attach(new)
+            self.attach(new)
             self.freed(set())
         gone = {old} if old and old in self.slots.values() and not self.in_use(old) else set()
         self.registry.publish(new)
         self.freed(gone - self.copying.keys())
         self.current[new.name] = new
+
+    def attach(self, new: Version) -> None:
+        self.clock += 1
+        self.registry.attach(new)
+        self.last_used[new] = self.clock
 
     def finish_copy(self) -> None:
         if not self.copying:
@@ -113,7 +118,7 @@ class Walk:
         if self.copying.pop(new):
             self.publish(new)
         else:
-            self.registry.attach(new)
+            self.attach(new)
             self.freed({new} if new.retired and not self.in_use(new) else set())
 
     def remove(self) -> None:

@@ -130,12 +130,12 @@ class Adapters:
         """
         try:
             version = self.registry.get(message.name)
-            if message.threshold is not None:
-                _check_threshold(message.threshold)
-                if self._must_measure(version, message.threshold):
-                    if not self._changes.patch(version, message, message.threshold, answer):
-                        raise _unmeasured(version)
-                    return
+            threshold = version.threshold if message.threshold is None else message.threshold
+            _check_threshold(threshold)
+            if self._must_wait(version, threshold):
+                if not self._changes.patch(version, message, threshold, answer):
+                    raise _unmeasured(version)
+                return
         except NrError as error:
             answer.set_exception(error)
             return
@@ -161,6 +161,7 @@ class Adapters:
 
     def tried(self, probe: Probe, result: Result) -> None:
         """Take what running the probe gave; an adapter that diverges is refused, or unloaded."""
+        probe.piece.request.selection = None  # the texts stay: weights must not stay with them
         if probe.measurement.acts:
             self._try_in_background(probe, result)
             return
@@ -234,8 +235,8 @@ class Adapters:
             if self._canary.done(measurement):
                 self._watch.done(measurement)
 
-    def _must_measure(self, version: Version, threshold: float) -> bool:
-        """Whether a threshold must wait for its turn to be measured.
+    def _must_wait(self, version: Version, threshold: float) -> bool:
+        """Whether dials turn only once the leak at this threshold is known, and those before them have turned.
 
         If any leak is taken it is measured afterwards, in a slot.
         """
@@ -243,7 +244,7 @@ class Adapters:
             return False
         if self._changes.patches(version):
             return True  # the last to ask must be the last to act
-        return self._canary.must_measure(version, threshold)
+        return threshold != version.threshold and self._canary.must_measure(version, threshold)
 
     def _check_room(self, selection: Selection) -> None:
         """Raise Unavailable if the selection can get its slots only once somebody unpins or unloads."""

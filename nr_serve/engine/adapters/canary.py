@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from weakref import ref
 
 from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.messages import Leak, Neutrality
@@ -62,7 +63,7 @@ class Canary:
         self.max_leak = max_leak
         self._texts = texts
         self._reports: dict[tuple[str, float], Neutrality] = {}  # by content and threshold: a reload is known
-        self._last: Measurement | None = None
+        self._last: ref[Measurement] | None = None  # weak: it holds weights, and may be given up at any time
 
     def report(self, version: Version) -> Neutrality | None:
         """The leak on each probe text; None until it was measured at the version's threshold."""
@@ -86,8 +87,9 @@ class Canary:
 
     def probe(self, measurement: Measurement, most: int) -> Probe:
         """The measurement's next piece, of at most so many tokens."""
-        if self._last is not measurement:  # its row and pages were another's meanwhile: the text begins again
-            self._last, measurement.start, measurement.fired = measurement, 0, 0
+        if self._last is None or self._last() is not measurement:
+            # Its row and pages were another's meanwhile: the text begins again.
+            self._last, measurement.start, measurement.fired = ref(measurement), 0, 0
         request = self._texts[self._text(measurement)]
         request.selection = (measurement.version,)
         count = min(most, request.prompt_length - measurement.start)

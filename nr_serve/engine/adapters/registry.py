@@ -38,11 +38,11 @@ class Version:
     """Published: its slot holds all of it."""
     retired: bool = False
     requests: int = 0
-    """Running requests that hold it."""
+    """Admitted requests that hold it."""
     kept: int = 0
     """Changes under way that need it in its slot. No request, so people do not see them."""
     used: int = 0
-    """When it was last selected, as a count of selections."""
+    """When it was last selected or attached, as a count of both."""
     loaded_at: float = field(default_factory=time.time)
     load_seconds: float = 0.0
 
@@ -74,7 +74,7 @@ class Registry:
         self._bank = bank
         self._by_name: dict[str, Version] = {}
         self._in_slot: list[Version | None] = [None] * bank.slots
-        self._selections = 0
+        self._uses = 0
 
     def __iter__(self) -> Iterator[Version]:
         return iter(sorted(self._by_name.values(), key=lambda v: v.name))
@@ -99,7 +99,7 @@ class Registry:
         return self._in_slot[slot]
 
     def requests(self, name: str) -> int:
-        """Running requests that hold any version of a name."""
+        """Admitted requests that hold any version of a name."""
         return sum(v.requests for v in self._in_slot if v is not None and v.name == name)
 
     @property
@@ -169,6 +169,8 @@ class Registry:
     def attach(self, version: Version) -> None:
         """Note that its slot holds all of it; it goes at once if it was retired meanwhile."""
         version.attached = True
+        self._uses += 1
+        version.used = self._uses
         self._free_if_done(version)
 
     def displace(self, version: Version) -> None:
@@ -180,10 +182,10 @@ class Registry:
 
     def hold(self, selection: Selection) -> None:
         """A request starts to use these versions."""
-        self._selections += 1
+        self._uses += 1
         for version in selection:
             version.requests += 1
-            version.used = self._selections
+            version.used = self._uses
 
     def release(self, selection: Selection) -> None:
         """A request stops using them."""

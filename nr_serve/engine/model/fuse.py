@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +23,6 @@ from nr_serve.neutral.host import HostFFN, decoder_layers, host_blocks
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 _SILUS = {"SiLU", "SiLUActivation"}
-
-
-class LayerOperators(Protocol):
-    """What `FusedFFN` and a layer are made of: `CpuOperators`, or the module `gpu_operators`."""
-
-    @property
-    def rms_norm(self) -> Callable[[Tensor, Tensor, float], Tensor]:
-        """(x, weight, eps) -> x normalised."""
-
-    @property
-    def silu_mul(self) -> Callable[[Tensor], Tensor]:
-        """Of gate and up side by side."""
-
-    @property
-    def rotate(
-        self,
-    ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]:
-        """Queries; keys and values go to the cache."""
 
 
 def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None, *, kernels: bool = False) -> None:
@@ -64,10 +46,11 @@ def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None,
 class FusedFFN(nn.Module):
     """SwiGLU (Shazeer, 2020): gate and up are one product."""
 
-    def __init__(self, ffn: Any, operators: LayerOperators) -> None:
+    def __init__(self, ffn: Any, silu_mul: Callable[[Tensor], Tensor]) -> None:
+        """Take the FFN over. `silu_mul`: of gate and up side by side."""
         super().__init__()
         self.gate_up, self.down = _joined(ffn.gate_proj, ffn.up_proj), ffn.down_proj
-        self._silu_mul = operators.silu_mul
+        self._silu_mul = silu_mul
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] to the same."""
@@ -104,10 +87,10 @@ class FusedLayer(_Layer):
     """
 
     def __init__(self, layer: Any, operators: Any) -> None:
-        """Take the layer over. `operators`: `LayerOperators`, and what else the class's `run` calls."""
+        """Take the layer over. `operators`: `CpuOperators`, or the module `gpu_operators` for a `GpuLayer`."""
         super().__init__()
         attention = layer.self_attn
-        self.mlp = FusedFFN(layer.mlp, operators)
+        self.mlp = FusedFFN(layer.mlp, operators.silu_mul)
         self.qkv = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = attention.o_proj
         self.attention_norm, self.ffn_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -36,7 +37,7 @@ from nr_serve.engine.model.sampler import any_nan, likeliest
 from nr_serve.engine.model.startup_check import StartupCheck
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece, Result, spans
-from nr_serve.errors import BadAdapterFile, BadRequest, NrError
+from nr_serve.errors import BadAdapterFile, BadRequest, NrError, UnsupportedBase, raised_as
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
@@ -66,7 +67,8 @@ class Runner:
         mark, check = fingerprint(model, tokenizer.hf), StartupCheck(model, tokenizer)
         self.page_size = config.page_size
         self.operators = cpu_operators() if self._compiles(config) else None
-        self.pages, self.cache = self._kv_cache(config, shape)
+        with self._refused():
+            self.pages, self.cache = self._kv_cache(config, shape)
         self.probe_row = config.max_running
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.recalls_pages = config.prefix_cache
@@ -81,21 +83,24 @@ class Runner:
             max_model_len=max_model_len(shape, config, self.pages * self.page_size),
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
-            slots=config.slots,
-            slot_width=self.bank.width,
             eos_ids=tuple(sorted(end_tokens(model, tokenizer))),
             sampling=sampling_defaults(model, config),
         )
         model.set_attn_implementation(self._attention())
         prepare_layers(model, self.bank, self.operators, kernels=self.kernels and config.compile)
         self.graphs: Graphs | None = None
-        check.run(self._all_logits, page_size=self.page_size, pages=self.pages)
+        with self._refused():
+            check.run(self._all_logits, page_size=self.page_size, pages=self.pages)
         if self.kernels:
             self.graphs = self._graphs()
         if self.graphs is not None:
             check.run(self._all_logits, page_size=self.page_size, pages=self.pages)  # its last token by a graph
         if self.device.type == "cuda":
             self.warm_up(max(config.max_batch_tokens, config.max_running))
+
+    def _refused(self) -> AbstractContextManager[None]:
+        """Refuse a base of another make than was foreseen, whatever it fails with."""
+        return raised_as(UnsupportedBase, f"{type(self.model).__name__} cannot be served")
 
     @classmethod
     def load(cls, path: Path | str, tokenizer: Tokenizer, config: ServeConfig, name: str) -> Runner:
