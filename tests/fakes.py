@@ -112,7 +112,8 @@ class FakeEngine:
         """Of an answer's token, if log probabilities are asked for."""
         self.error: dict[int, Exception] = {}
         """Error to end one request with, by how many tokens it has by then."""
-        self.may_load, self.steps_may_run = threading.Event(), threading.Event()
+        self.may_load, self.steps_may_run, self.stands = threading.Event(), threading.Event(), threading.Event()
+        """`stands`: a step waits until steps may run."""
         self.may_load.set()
         self.steps_may_run.set()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -164,6 +165,8 @@ class FakeEngine:
         self.status = "ready"
         while self._take():
             if self._running:
+                if not self.steps_may_run.is_set():
+                    self.stands.set()
                 self.steps_may_run.wait()
                 self.deliver(self._step())
 
@@ -273,7 +276,7 @@ class Served:
 
     def __init__(self, engine: FakeEngine, url: str) -> None:
         self.engine, self.url = engine, url
-        self.http = httpx.Client(base_url=url, trust_env=False, timeout=10)
+        self.http = httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE)
 
     def complete(self, **body: Any) -> httpx.Response:
         return self.http.post("/v1/completions", json={"model": "base", "prompt": "hi"} | body)

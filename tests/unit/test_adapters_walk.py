@@ -5,9 +5,11 @@ import random
 import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
+from nr_serve.engine.adapters import changes
 from nr_serve.engine.adapters.adapters import Adapters
 from nr_serve.engine.adapters.canary import Canary
 from nr_serve.engine.messages import LoadAdapter, PatchAdapter
@@ -258,6 +260,9 @@ class Walk:
                 assert self.bank.acts(version.slot) == (adapter, version.threshold), "a request lost its adapter"
         open_in = {slot: acts for slot in range(self.slots) if (acts := self.bank.acts(slot)) is not None}
         there = {s: v for s in range(self.slots) if (v := registry.in_slot(s)) is not None and v.attached}
+        assert registry.slots_used == self.slots or all(v.slot is not None for v in registry), (
+            "a slot is left empty"
+        )
         assert open_in == {slot: (version.payload, version.threshold) for slot, version in there.items()}
         now = {registry.attachments[slot]: acts for slot, acts in open_in.items()}
         assert now.keys() == registry.attachments.all
@@ -391,3 +396,24 @@ def test_a_refused_loads_slot_goes_back_to_nobody_who_was_unloaded_meanwhile():
         adapters.tried(probe, ran(probe, 1))
     assert isinstance(answer.exception(), BadAdapterFile)
     assert (adapters.busy, adapters.registry.slots_used) == (False, 0)
+
+
+def test_a_slot_whose_adapter_was_unloaded_on_its_way_and_found_wild_goes_to_one_that_waits():
+    adapters = Adapters(FakeBank(1), Canary(texts()))
+    acting(adapters, "a", FakeAdapter("x"), pinned=True)
+    acting(adapters, "b", FakeAdapter("y"))  # every slot is in use: it waits for one
+    adapters.patch(PatchAdapter("a", pinned=False), Future())
+    assert not adapters.admit(request("r", ("b",)), may_copy=True)
+    adapters.copy_some(seconds=60)
+    probe = adapters.trial(1)
+    adapters.unload("b")
+    adapters.tried(probe, Result(None, error=BadAdapterFile("not finite")))
+    assert adapters.registry.get("a").slot == 0
+
+
+def test_a_view_tells_how_long_its_load_took(monkeypatch):
+    monkeypatch.setattr(changes, "time", SimpleNamespace(perf_counter=lambda: 107.5))
+    adapters, answer = Adapters(FakeBank(1)), Future()
+    adapters.load(LoadAdapter("a", path=None), FakeAdapter("x"), answer, started=100.0)
+    adapters.copy_some(seconds=60)
+    assert answer.result(timeout=0).load_seconds == 7.5

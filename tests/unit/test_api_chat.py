@@ -60,6 +60,8 @@ def test_max_completion_tokens_and_max_tokens_are_one(server):
         assert server.chat(**given).json()["usage"]["completion_tokens"] == 2
     error = server.chat(max_tokens=2, max_completion_tokens=3).json()["error"]
     assert (error["code"], error["param"]) == (400, "max_tokens")
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert server.chat(**{name: 199}).json()["error"]["param"] == name
 
 
 def test_a_stream_begins_with_the_role_and_ends_with_a_reason(server):
@@ -112,8 +114,8 @@ def test_what_vllm_says_of_the_prompt_stands_beside_the_choices(server):
     [
         ("tools", "x"), ("tool_choice", "auto"), ("functions", [{}]), ("function_call", "auto"),
         ("response_format", "x"), ("modalities", ["audio"]), ("audio", {}), ("store", True),
-        ("metadata", {"a": "b"}), ("prediction", {}), ("reasoning_effort", "low"), ("web_search_options", {}),
-        ("parallel_tool_calls", True), ("verbosity", "low"), ("safety_identifier", "x"), ("prompt_cache_key", "x"),
+        ("metadata", "x"), ("prediction", {}), ("reasoning_effort", "low"), ("web_search_options", {}),
+        ("parallel_tool_calls", True), ("verbosity", "low"), ("safety_identifier", {}), ("prompt_cache_key", 1),
         ("top_logprobs", 2), ("logprobs", 1), ("max_tokens", 0), ("max_completion_tokens", 0), ("messages", []),
         ("messages", "hi"), ("prompt", "hi"), ("continue_final_message", True), ("best_of", 1), ("echo", True),
     ],

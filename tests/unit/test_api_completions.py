@@ -69,8 +69,15 @@ def test_every_sampling_field_reaches_the_engine(server):
     assert {name: getattr(sampling, name) for name in asked} == wanted
     assert (submit.priority, submit.gates, submit.selected, submit.adapters) == (-2, True, "base", None)
     assert (sampling.include_stop, sampling.special_tokens) == (False, False)
-    assert server.complete(include_stop_str_in_output=True, skip_special_tokens=False).status_code == 200
+    more = {"include_stop_str_in_output": True, "skip_special_tokens": False, "cache_salt": "mine"}
+    assert (submit.cache_salt, server.complete(**more).status_code) == (None, 200)
     assert (server.asked().sampling.include_stop, server.asked().sampling.special_tokens) == (True, True)
+    assert server.asked().cache_salt == "mine"
+
+
+def test_a_prompt_begins_with_bos_unless_told_otherwise(server):
+    server.complete(prompt="hi", add_special_tokens=False)
+    assert server.asked().prompt_ids == tuple(b"hi")
 
 
 @pytest.mark.parametrize("off", [-1, 0, None])
@@ -337,6 +344,14 @@ def test_best_of_returns_the_answers_likeliest_per_token_best_first(server, monk
     assert [submit.sampling.seed for submit in server.engine.submits[-8:]] == [7, 8, 9, 10] * 2
 
 
+def test_best_of_shows_each_prompt_and_as_many_of_the_likeliest_as_were_asked_for(server):
+    asked = {"prompt": ["x", "y"], "best_of": 2, "max_tokens": 1}
+    choices = server.complete(**asked, echo=True).json()["choices"]
+    assert [choice["text"] for choice in choices] == ["xa", "ya"]
+    for choice in server.complete(**asked, logprobs=2).json()["choices"]:
+        assert choice["logprobs"]["top_logprobs"] == [{"a": -0.25, "b": -0.5}]
+
+
 @pytest.mark.parametrize("more", [{"n": 3, "best_of": 2}, {"best_of": 2, "stream": True}])
 def test_best_of_below_n_or_streamed_is_refused(server, more):
     error = server.complete(**more).json()["error"]
@@ -344,9 +359,9 @@ def test_best_of_below_n_or_streamed_is_refused(server, more):
 
 
 def test_a_prompt_too_long_is_refused_as_openai_does(server):
-    error = server.complete(prompt="x" * MAX_MODEL_LEN).json()["error"]
+    error = server.complete(prompt="x" * (MAX_MODEL_LEN - 1)).json()["error"]  # with the BOS there is no room
     assert error["message"].startswith(
-        "This model's maximum context length is 200 tokens. However, you requested 202"
+        "This model's maximum context length is 200 tokens. However, you requested 201"
     )
     assert error["param"] == "prompt"
     assert server.complete(max_tokens=198).json()["error"]["param"] == "max_tokens"

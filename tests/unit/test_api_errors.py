@@ -10,7 +10,7 @@ from nr_serve.api import body_route
 from nr_serve.api.body_route import LARGE_BYTES
 from nr_serve.errors import BadRequest, QueueFull
 from tests.fakes import events, serving
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/x"),
@@ -185,7 +185,7 @@ def test_an_engine_that_dies_answers_whoever_waits(server):
         waiting = threads.submit(server.complete)
         until(lambda: bool(server.engine.submits))
         server.engine.fail("the GPU is gone")
-        answer = waiting.result(5)
+        answer = waiting.result(PATIENCE)
     assert (answer.status_code, server.http.get("/health").status_code) == (500, 503)
     assert server.complete().status_code == 503
     for each in (answer, server.http.get("/health"), server.complete()):
@@ -263,6 +263,17 @@ def test_many_streams_share_the_steps(server):
         (
             "/v1/completions",
             {"prompt": [[1] * 100] * 8, "n": 128, "prompt_logprobs": 20, "max_tokens": 0},
+            "logprobs",
+        ),
+        # Each token has its own log probability beside the likeliest ones, and its gates.
+        (
+            "/v1/completions",
+            {"prompt": [[1] * 100] * 8, "n": 128, "prompt_logprobs": 10, "max_tokens": 0},
+            "logprobs",
+        ),
+        (
+            "/v1/completions",
+            {"prompt": [[1] * 100] * 8, "n": 128, "prompt_logprobs": 9, "gates": True, "max_tokens": 0},
             "logprobs",
         ),
         ("/v1/completions", {"prompt": ["a"] * 4, "n": 128, "logprobs": 20, "max_tokens": 190}, "logprobs"),

@@ -25,6 +25,7 @@ from nr_serve.errors import QueueFull
 from nr_serve.metrics import Metrics
 from tests import fakes, tiny
 from tests.fakes import events, listening
+from tests.waiting import PATIENCE
 
 TEMPLATE = """{% for tool in tools or [] %}{{ tool | tojson }}
 {% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}
@@ -68,8 +69,9 @@ def http(tmp_path_factory):
     engine = AsyncEngine(lambda deliver: EngineLoop(config, base, tokenizer, deliver), Metrics())
     ready = threading.Event()
     engine.on_status = lambda status: ready.set()
-    with listening(create_app(engine, tokenizer, config)) as url, httpx.Client(base_url=url, timeout=300) as http:
-        assert ready.wait(60)
+    app = create_app(engine, tokenizer, config)
+    with listening(app) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
+        assert ready.wait(PATIENCE)
         made = tokenizer.for_grammars
         tokenizer.for_grammars = lambda *args: (
             pytest.fail("too late") if tokenizer._for_grammars is None else made(*args)
@@ -233,7 +235,7 @@ def test_grammars_are_compiled_on_a_thread_of_their_own_and_not_for_ever(http, m
 
     def slow(*args):
         threads.append(threading.current_thread().name)
-        assert may_end.wait(30)
+        assert may_end.wait(PATIENCE)
         return compile_(*args)
 
     monkeypatch.setattr(guides, "_compile", slow)
@@ -252,20 +254,20 @@ def test_a_grammar_waits_only_so_long_for_others_and_is_not_to_blame_for_them(ht
     def slow(context, body, tools):
         compiled.append(body.guided_regex)
         begun.set()
-        assert may_end.wait(30)
+        assert may_end.wait(PATIENCE)
         return compile_(context, body, tools)
 
     monkeypatch.setattr(guides, "_compile", slow)
     with ThreadPoolExecutor() as threads:
         first = threads.submit(complete, http, guided_regex="a")
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE)
         monkeypatch.setattr(guides, "COMPILE_SECONDS", 0.2)
         second = complete(http, guided_regex="b")
         assert (second.status_code, second.json()["error"]["type"]) == (429, "RateLimitError")
         assert second.headers["retry-after"] == "1"
         monkeypatch.undo()
         may_end.set()
-        first.result(30)
+        first.result(PATIENCE)
     assert complete(http, guided_regex="c").status_code == 200
     assert compiled == ["a"], "the second was given up before its turn"
 

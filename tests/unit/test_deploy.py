@@ -24,6 +24,7 @@ from tests.deploy import (
     sample_names,
 )
 from tests.fakes import serving
+from tests.waiting import PATIENCE
 
 COMPOSE = DEPLOY / "compose.yaml"
 KUBERNETES = DEPLOY / "kubernetes"
@@ -39,7 +40,7 @@ def needs(*programs: str):
 
 
 def run(*command: str, given: str | None = None) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, input=given)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, input=given)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

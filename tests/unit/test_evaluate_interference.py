@@ -168,9 +168,10 @@ def test_an_adapter_without_a_recipe_has_learned_the_language_of_its_domain():
     info = bare.info.__class__(**{**vars(bare.info), "recipe": {}})
     roles = assign_roles(["hu.a", "en.a"], {"x": Adapter(info, bare.blocks, "v", 0)}, {})
     assert [role.kind for role in roles.values()] == ["own", "original"]
-    info = bare.info.__class__(**{**vars(bare.info), "recipe": {"data": {"target": "hu.*"}}})
-    with pytest.raises(BadAdapterFile, match="not lists of sources"):
-        assign_roles(["hu.a"], {"x": Adapter(info, bare.blocks, "v", 0)}, {})
+    for part in ("target", "original", "background"):
+        info = bare.info.__class__(**{**vars(bare.info), "recipe": {"data": {part: "hu.*"}}})
+        with pytest.raises(BadAdapterFile, match="not lists of sources"):
+            assign_roles(["hu.a"], {"x": Adapter(info, bare.blocks, "v", 0)}, {})
 
 
 def test_two_adapters_may_have_learned_one_text_and_are_then_attached_together(adapters):
@@ -219,7 +220,7 @@ def made_up() -> Interference:
     rows = {  # source: role, change of all against base, fired by hu and da
         "hu.a": (Role("own", ("hu",)), -0.40, 0.80, 0.02),
         "da.a": (Role("own", ("da",)), -0.30, 0.01, 0.90),
-        "nb.a": (Role("near", near=("da",)), 0.09, 0.005, 0.60),
+        "nb.a": (Role("near", near=("da",)), 0.09, 0.05, 0.60),
         "en.a": (Role("original", original=True), 0.01, 0.002, 0.0),
         "en.b": (Role("original", original=True), -0.02, 0.0, 0.003),
         "en.c": (Role("own", ("hu",), original=True), -0.5, 0.9, 0.004),
@@ -257,10 +258,10 @@ def test_the_summary_names_the_worst_of_every_kind():
         "unseen_against_base": (0.04, "id.a", None),
         "near_against_base": (0.09, "nb.a", None),
         "original_fired": (0.004, "en.c", "da"),
-        "foreign_fired": (0.04, "ca.a", "da"),
+        "foreign_fired": (0.05, "nb.a", "hu"),  # who learned no relative of it
         "near_fired": (0.60, "nb.a", "da"),
     }
-    assert summary.own_against_alone.standard_error == 0.002
+    assert (summary.own_against_alone.standard_error, summary.near_against_base.standard_error) == (0.002, 0.001)
 
 
 def test_a_summary_without_rows_of_a_kind_leaves_it_out():

@@ -14,6 +14,7 @@ from nr_serve.evaluate.plots import heat_map, loss_curves, panels, pareto
 from nr_serve.evaluate.tables import markdown
 from nr_serve.train.log import training_losses
 from tests.unit.room import no_room
+from tests.waiting import PATIENCE
 
 POINTS = [Point("neutral", 0.0005, 0.28), Point("lora", 0.09, 0.33), Point("worse", 0.1, 0.2)]
 
@@ -37,7 +38,7 @@ def test_the_same_values_give_the_same_bytes(tmp_path, suffix):
         "import sys; from pathlib import Path; from tests.unit.test_evaluate_plots import draw; "
         f"draw(Path(sys.argv[1]), {suffix!r})"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "theirs")], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "theirs")], check=True, timeout=PATIENCE)
     assert ours == {name: (tmp_path / "theirs" / f"{name}{suffix}").read_bytes() for name in ours}
     assert len(set(ours.values())) == 4
 

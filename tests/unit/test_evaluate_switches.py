@@ -107,9 +107,9 @@ def test_the_steady_rate_is_that_of_a_stretchs_second_half():
 
 def test_each_window_takes_up_the_original_text_again_where_it_broke_off():
     texts = {
-        "en.b": stretches(0, 5),
-        "en.c": stretches(60, 2),
-        "hu.a": stretches(100, 9),
+        "en.b": stretches(0, 7),
+        "en.c": stretches(90, 2),
+        "hu.a": stretches(120, 9),
         "hu.z": stretches(250, 1),
     }
     made = switch_texts(hosted(hu=learned(1, "hu")), texts, windows=2)["hu"]

@@ -72,3 +72,29 @@ def test_the_naive_loop_is_what_the_check_above_assumes():
     adapters = [tiny.adapter(base, seed=1, carry=0.5), tiny.adapter(base, seed=2)]
     answer, _ = naive.greedy(range(20), 10, adapters)
     assert answer == naive.logits([*range(20), *answer], adapters)[19:-1].argmax(-1).tolist()
+
+
+def test_a_prompt_that_is_preempted_half_way_is_told_of_as_a_whole():
+    prompt, greedy = tuple(range(24)), {"temperature": 0, "ignore_eos": True}
+    made, told = tiny.adapter(tiny.model(), seed=1), {}
+    for pages in (40, 8):  # of eight, the first one's third is the second one's last
+        core, adapters = engine(tiny.model(), pages=pages, budget=8, running=2)
+        load(adapters, "a", made)
+        core.add(Submit("first", tuple(range(50, 57)), Sampling(max_tokens=4, **greedy), ()))
+        asked = Sampling(max_tokens=2, prompt_logprobs=0, **greedy)
+        core.add(Submit("told", prompt, asked, ("a",), gates=True))
+        while not core.idle:
+            for output in core.step().outputs:
+                assert output.error is None
+                if output.request_id == "told":
+                    told.setdefault(pages, []).append(output.prompt)
+        assert core.scheduler.preemptions == (pages == 8)
+    assert [told[pages].pop() for pages in (40, 8)] == [None, None], "it is told of once"
+    told = {pages: prompt for pages, (prompt,) in told.items()}
+    assert [token.gates for token in told[8]] == [token.gates for token in told[40]]
+    assert {token.gates["a"] > 0 for token in told[8]} == {True, False}
+    logprobs_TV = tiny.Naive(tiny.model()).logits(prompt, [made]).log_softmax(-1)
+    for tokens in told.values():
+        assert (tuple(token.id for token in tokens), tokens[0].logprob) == (prompt, None)
+        expected = [float(logprobs_TV[at, token]) for at, token in enumerate(prompt[1:])]
+        assert [token.logprob for token in tokens[1:]] == pytest.approx(expected, abs=1e-4)

@@ -30,6 +30,7 @@ from nr_serve.neutral.step import Trial
 from nr_serve.neutral.torch_bank import TorchBank
 from tests import tiny
 from tests.unit import stepped
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -345,7 +346,7 @@ def test_a_runner_on_a_cpu_needs_no_triton():
         assert runner.graphs is None
         assert "nr_serve.neutral.kernels" not in sys.modules
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 

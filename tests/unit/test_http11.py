@@ -2,6 +2,8 @@
 
 import json
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -10,7 +12,7 @@ from nr_serve.api import http11
 from tests import fakes
 from tests.fakes import FakeEngine
 from tests.unit.servers import running
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, until
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -111,7 +113,14 @@ def test_a_head_in_drops_has_no_more_time_than_another(server, monkeypatch):
 
 def test_an_answer_may_take_longer_than_the_request_may(server, monkeypatch):
     monkeypatch.setattr(http11, "READ_SECONDS", 0.1)
-    assert server.complete(max_tokens=190, stream=True).text.endswith("data: [DONE]\n\n")
+    server.engine.steps_may_run.clear()
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(server.complete, stream=True)
+        assert server.engine.stands.wait(PATIENCE)
+        end = time.monotonic() + 0.3
+        until(lambda: time.monotonic() > end)
+        server.engine.steps_may_run.set()
+        assert answer.result(PATIENCE).text.endswith("data: [DONE]\n\n")
 
 
 def test_an_upgrade_is_not_taken(server):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import nr_serve
+from tests.waiting import PATIENCE
 
 PACKAGE = Path(nr_serve.__file__).parent
 BLOCK = """
@@ -52,5 +53,5 @@ def test_a_module_that_says_it_is_torch_free_is():
 
 def runs(program: str, *blocked: str) -> None:
     program = f"blocked = {('torch', 'transformers', *blocked)}" + BLOCK + program
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr

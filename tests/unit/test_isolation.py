@@ -209,3 +209,13 @@ def test_gates_of_any_size_keep_the_totals_finite():
     assert gates.fired == tuple(seen - 1 for seen in gates.seen), "all but the text's first token"
     assert min(gates.fired) > 0
     assert gates.mass == pytest.approx(3e38 * sum(gates.fired), rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_seed_gives_the_same_answer_again(seed):
+    core, _ = engine(tiny.model(), pages=40, budget=64, running=4)
+    drawn = []
+    for _ in range(2):
+        core.add(ask("r", range(9), temperature=2, seed=seed, ignore_eos=True))
+        drawn.append(answers(core)["r"])
+    assert drawn[0] == drawn[1]

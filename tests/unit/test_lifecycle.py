@@ -17,7 +17,7 @@ from nr_serve.api.middleware.deadlines import Deadlines
 from nr_serve.api.work import Work
 from nr_serve.config import ServeConfig
 from nr_serve.engine.core import MAX_FAILED_STEPS
-from nr_serve.engine.messages import LoadAdapter
+from nr_serve.engine.messages import LoadAdapter, Output, Sampling, StepEvents, Submit
 from nr_serve.errors import NrError
 from nr_serve.metrics import Metrics
 from nr_serve.serve import HttpServer, serve
@@ -242,6 +242,22 @@ def test_an_engine_that_cannot_be_watched_counts_as_failed(monkeypatch, caplog):
 
     assert asyncio.run(main()) == "failed"
     assert "a bug" in caplog.text
+
+
+def test_what_a_step_gave_a_request_that_is_gone_takes_nothing_from_the_others():
+    async def main() -> str:
+        fake: list[fakes.FakeEngine] = []
+        engine = AsyncEngine(lambda deliver: fake.append(fakes.FakeEngine(deliver)) or fake[0], Metrics())
+        async with engine.running(), asyncio.timeout(PATIENCE):
+            while engine.status == "loading":
+                await asyncio.sleep(0)
+            fake[0].steps_may_run.clear()
+            answer = asyncio.create_task(anext(engine.generate([Submit("r", (1,), Sampling())])))
+            await asyncio.sleep(0)
+            fake[0].deliver(StepEvents((Output("gone", text="x"), Output("r", text="y"))))
+            return (await answer).text
+
+    assert asyncio.run(main()) == "y"
 
 
 def test_steps_that_fail_one_after_the_other_end_the_engine_and_everybody_is_answered(real, monkeypatch):

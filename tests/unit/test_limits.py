@@ -18,7 +18,7 @@ from nr_serve.keys import Key
 from nr_serve.metrics import Metrics
 from tests import fakes
 from tests.fakes import serving
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 
 class Clock:
@@ -82,8 +82,8 @@ def test_each_key_has_a_rate_of_its_own_and_is_told_when_to_come_back():
     assert [asked(fast)[0] for _ in range(6)] == [200] * 5 + [429]
     assert [asked(key("default"))[0] for _ in range(3)] == [200, 200, 429]
     assert [asked(None)[0] for _ in range(3)] == [200, 200, 429]
-    asked.clock.seconds += 31
-    assert (asked(slow)[0], asked(None)[0]) == (429, 200)
+    asked.clock.seconds += 30.5
+    assert (asked(slow), asked(None)[0]) == ((429, "30"), 200), "in 29.5 seconds"
 
 
 def test_looking_and_changing_adapters_costs_nothing():
@@ -104,10 +104,36 @@ def test_a_key_has_only_so_many_requests_under_way():
         assert response.json()["error"]["type"] == "RateLimitError"
         assert served.http.get("/v1/models").status_code == 200
         served.engine.steps_may_run.set()
-        assert [each.result(10).status_code for each in waiting] == [200, 200]
+        assert [each.result(PATIENCE).status_code for each in waiting] == [200, 200]
         assert served.complete().status_code == 200
         assert served.complete(n=0).status_code == served.complete(n=0).status_code == 400
         assert served.complete().status_code == 200, "what was refused is under way no more"
+
+
+def test_each_key_has_requests_under_way_of_its_own():
+    may_end = asyncio.Event()
+
+    async def app(scope, receive, send) -> None:
+        await may_end.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    limits = KeyLimits(app, ServeConfig(key_requests_at_once=1))
+
+    async def ask(of: Key | None) -> int:
+        sent: asyncio.Queue = asyncio.Queue()
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "state": {"key": of}}
+        await limits(scope, None, sent.put)
+        return sent.get_nowait()["status"]
+
+    async def main() -> tuple[list[int], list[int]]:
+        one, two = key("one"), key("two", requests_at_once=2)
+        under_way = [asyncio.create_task(ask(each)) for each in (None, one, two, two)]
+        await asyncio.sleep(0)
+        refused = [await ask(each) for each in (None, one, two)]
+        may_end.set()
+        return refused, await asyncio.gather(*under_way)
+
+    assert asyncio.run(asyncio.wait_for(main(), PATIENCE)) == ([429] * 3, [200] * 4)
 
 
 def test_the_largest_body_is_a_setting():

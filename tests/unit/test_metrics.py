@@ -11,6 +11,7 @@ from nr_serve.api import bridge
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.engine.messages import (
     GateStatistics,
+    Leak,
     Output,
     PrefixTokens,
     ReadGates,
@@ -189,6 +190,14 @@ def test_the_server_exports_every_metric_with_help():
             assert len(line.split(" ", 3)[3]) > 5
 
 
+def test_a_leak_measured_since_is_shown(monkeypatch):
+    monkeypatch.setattr(bridge, "_READ_SECONDS", PATIENCE)
+    with serving() as server:
+        server.engine.adapters["hu"] = view("hu", neutrality={"prose": Leak(2, 400, 100)})
+        got = read(server.http.get("/metrics").text)
+    assert got['nr_adapter_leak_ratio{adapter="hu",probe="prose"}'] == 0.005
+
+
 def test_metrics_do_not_wait_for_an_engine_that_loads():
     with serving(loading=True) as server:
         assert "nr_slots_used" not in server.http.get("/metrics").text
@@ -256,8 +265,7 @@ def test_a_scrape_does_not_wait_for_a_long_step(monkeypatch):
             monkeypatch.setattr(bridge, "_READ_SECONDS", 0.01)
             reader.fake.steps_may_run.clear()
             answer = asyncio.create_task(anext(reader.engine.generate([submit()])))
-            while reader.engine.metrics.in_flight.collect()[0].samples[0].value == 0:
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(reader.fake.stands.wait, PATIENCE)
             reader.fake.load = (9, 9, 9, 100)  # as the engine would say, could it be asked
             texts += [await reader.engine.scrape(), await reader.engine.scrape()]
             assert reader.fake.commands.count(ReadGates()) == 2, "what is not answered is not asked again"

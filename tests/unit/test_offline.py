@@ -26,7 +26,7 @@ from nr_serve.errors import (
 )
 from nr_serve.neutral.format import write_adapter
 from tests import tiny
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 PAGE = (Path(__file__).parents[2] / "docs" / "notebook.md").read_text(encoding="utf-8")
 SMALL = {"device": "cpu", "slots": 2, "slot_width": 16, "pages": 256, "threads": 1}
@@ -275,7 +275,7 @@ def left(before):
     """Threads begun since `before` that do not end."""
     begun = set(threading.enumerate()) - before
     for thread in begun:
-        thread.join(60)
+        thread.join(PATIENCE)
     return [thread.name for thread in begun if thread.is_alive()]
 
 

@@ -117,3 +117,13 @@ def test_what_was_counted_in_a_slot_belongs_to_whoever_left_it(leaves):
     bench.run(b, 4)
     assert (bench.seen("a"), bench.seen("b")) == {"evicted": (3, 4), "replaced": (8, 0), "unloaded": (0, 4)}[leaves]
     assert bench.registry.counts.cross() == {(name, "traffic"): n for name in "ab" if (n := bench.seen(name))}
+
+
+def test_what_an_unloaded_version_goes_on_to_count_is_not_its_names_that_is_loaded_again():
+    bench = Bench(2)
+    old = bench.loaded("a", "old")
+    bench.registry.hold((old,))
+    bench.registry.remove("a")
+    bench.run(old, 7)
+    bench.loaded("a", "new")
+    assert bench.seen("a") == 0

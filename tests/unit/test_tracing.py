@@ -21,7 +21,7 @@ from nr_serve.tracing import Tracing
 from tests.collector import collecting
 from tests.fakes import FakeEngine, tokenizer
 from tests.unit.test_imports import BLOCK
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -174,14 +174,13 @@ with serving() as server:
 own = ("nr_serve.tracing", "opentelemetry.sdk", "opentelemetry.exporter")  # FastAPI imports opentelemetry-api
 assert not [name for name in sys.modules if name.startswith(own)]
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_missing_extra_is_named():
     program = 'blocked = {"opentelemetry"}' + BLOCK.replace("raise ImportError(", "raise ModuleNotFoundError(")
-    done = subprocess.run(
-        [sys.executable, "-c", program + "import nr_serve.tracing"], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-c", program + "import nr_serve.tracing"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert "nr_serve.errors.NrError: tracing needs" in done.stderr
     assert "of the extra `otel`" in done.stderr

@@ -144,15 +144,18 @@ def test_gates_are_fitted_to_the_stream_as_the_neighbours_leave_it(tmp_path, bas
 
 
 def test_neighbours_of_the_same_text_and_text_that_is_read_already_add_no_more(tmp_path, base, corpus):
+    corpus = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    shutil.copy(corpus / "en.b.heldout.txt", corpus / "xx.a.train.txt")
     recipe = write_recipe(tmp_path, base, tokens=128, data__heldout=["hu.*.heldout.txt"])
     old = train(recipe, tmp_path / "hu", corpus)
     made, neighbours = read_adapter(old), []
-    for name, target in (("da", "da.a.train.txt"), ("one", "en.b.heldout.txt"), ("two", "en.b.heldout.txt")):
+    read = [("hu2", "hu.a.train.txt"), ("en", "en.a.train.txt"), ("da", "da.a.train.txt")]  # each in another part
+    for name, target in [*read, ("one", "xx.a.train.txt"), ("two", "xx.a.train.txt")]:
         its = made.info.recipe | {"data": {"target": [target], "original": ["hu.*.train.txt"]}}
         neighbours.append(tmp_path / f"{name}.safetensors")
         write_adapter(neighbours[-1], replace(made.info, recipe=its), made.blocks)
     new = calibrate(old, neighbours, corpus, tmp_path / "new.safetensors", base=str(base))
-    assert read_adapter(new).info.recipe["data"]["background"] == ["da.*.train.txt", "en.b.heldout.txt"]
+    assert read_adapter(new).info.recipe["data"]["background"] == ["da.*.train.txt", "xx.a.train.txt"]
 
 
 def as_jsonl(corpus: Path, folder: Path, field: str) -> Path:

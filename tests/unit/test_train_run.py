@@ -172,6 +172,8 @@ def test_what_others_read_of_a_run_has_the_gates_that_were_fitted_again(tmp_path
         made = read_adapter(train(write_recipe(tmp_path, base, lr=0.03, gate__refit=refit), out, corpus))
         loaded = load_run(out)[2].adapter.gates()
         exported = read_adapter(export_run(out, tmp_path / "x.safetensors"))
+        modes = [path.stat().st_mode & 0o777 for path in checkpoints.latest(out).glob("*.safetensors")]
+        assert modes == [0o644] * (1 + refit)
         for i, block in enumerate(made.blocks):
             assert torch.equal(block.gate, loaded[f"layers.{i}.gate"])
             assert torch.equal(block.gate, exported.blocks[i].gate)
