@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nr_serve.disk import check_ends, whole
-from nr_serve.errors import BadAdapterFile, TooLarge
+from nr_serve.errors import BadAdapterFile, TooLarge, faults
 from nr_serve.neutral import MAX_THRESHOLD
 
 FORMAT = "neutral-residues"
@@ -298,7 +298,8 @@ def _not_safetensors(start: bytes, error: Exception) -> BadAdapterFile:
     # Looked at only now: a safetensors file whose header has the right length begins with the same bytes.
     if start[:1] == b"\x80" or start == b"PK":
         return BadAdapterFile("this is a pickle or zip file, not safetensors; pickle is never loaded")
-    return BadAdapterFile(f"not a whole safetensors file: {_short(error)}")
+    what = faults(error) if isinstance(error, ValidationError) else error
+    return BadAdapterFile(f"not a whole safetensors file: {_short(what)}")
 
 
 def _version(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], between: Callable[[], None]) -> str:
