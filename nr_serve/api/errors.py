@@ -80,9 +80,11 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
     """What is wrong with a body, in one message that names the field."""
-    # An unknown field is what is wrong, in whichever branch of a union it was met.
-    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    first = errors[0]
     param = _param(first["loc"])
+    same_field = [each for each in errors if _param(each["loc"]) == param]
+    if _is_branch(first["loc"][-1]):  # that was not meant, perhaps: an unknown field in another says more
+        first = next((each for each in same_field if each["type"] == "extra_forbidden"), first)
     if first["type"] == "json_invalid":
         return BadRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', 'cannot be read')}")
     if first["type"] in ("model_attributes_type", "model_type") and param is None:
@@ -94,7 +96,6 @@ def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
         return BadRequest(f"Unrecognized request argument supplied: {param}", param=param)
     if first["type"] == "missing":
         return BadRequest(f"`{param}` is required" if param else "a JSON body is required", param=param)
-    same_field = [e for e in errors if _param(e["loc"]) == param]
     message = ", or: ".join(dict.fromkeys(_message(e) for e in same_field[:4]))
     named = _named(message)
     if named is not None:
@@ -112,13 +113,18 @@ def _named(message: str) -> str | None:
     return match[1] if match else None
 
 
+def _is_branch(part: str | int) -> bool:
+    """Whether a part of a place is pydantic's name for a branch of a union, which no client knows."""
+    return isinstance(part, str) and (part in _TYPE_NAMES or "-" in part or "[" in part)
+
+
 def _param(place: Sequence[str | int]) -> str | None:
     """`("body", "messages", 0, "content", "str")` as `messages[0].content`."""
     name = ""
     for part in place[1:]:
         if isinstance(part, int):
             name += f"[{part}]" if name else ""
-        elif part in _TYPE_NAMES or "-" in part or "[" in part:  # pydantic's names for branches of a union
+        elif _is_branch(part):
             break
         else:
             name += f".{part}" if name else part
