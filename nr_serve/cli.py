@@ -85,6 +85,11 @@ def _run(name: str, args: list[str]) -> int:
         return _fail(f"{error.message}; here: --key KEY, or $NR_ADMIN_KEY", 1)
     except NrError as error:
         return _fail(error.message, 1)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("nr_serve"):
+            raise
+        need = "the extra `train` has what training and measuring need: pip install '.[train]'"
+        return _fail(f"{error.name} is not installed; {need}", 1)
     except KeyboardInterrupt:
         return 130
 
@@ -116,12 +121,24 @@ class _Flags(CliSettingsSource[Any]):
         return json.dumps(parsed_list)
 
 
+VLLM_FLAGS = {
+    "--max-num-seqs": "--max-running",
+    "--max-num-batched-tokens": "--max-batch-tokens",
+    "--enable-prefix-caching": "--prefix-cache",
+    "--max-loras": "--slots",
+    "--lora-modules": "--adapter",
+}
+"""What some of vLLM's flags are called here."""
+
+
 def _wrong_usage(parser: ArgumentParser, message: str) -> NoReturn:
     """Print the usage and the error, with the flag that may have been meant, and exit."""
-    for word in message.split():
-        close = difflib.get_close_matches(word.partition("=")[0], parser._option_string_actions, 1)
-        if message.startswith("unrecognized arguments: ") and word.startswith("--") and close:
-            message += f"; is `{close[0]}` meant?"
+    known = parser._option_string_actions
+    for word in message.split() if message.startswith("unrecognized arguments: ") else ():
+        flag = word.partition("=")[0]
+        meant = VLLM_FLAGS.get(flag) or next(iter(difflib.get_close_matches(flag, known, 1)), None)
+        if flag.startswith("--") and meant in known:
+            message += f"; vLLM's `{flag}` is `{meant}` here" if flag in VLLM_FLAGS else f"; is `{meant}` meant?"
     ArgumentParser.error(parser, message)
 
 

@@ -15,6 +15,7 @@ import httpx
 from nr_serve.api.responses import Adapter, AdapterList, Completion, Model, ModelList
 from nr_serve.disk import check_ends
 from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooLarge, Unavailable
+from nr_serve.names import check_adapter_name
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _SECONDS = 600.0  # a large adapter on a slow disk, or a long answer
@@ -24,8 +25,8 @@ class Client:
     """Talks to one server. What the server refuses is raised as the NrError it stands for."""
 
     def __init__(self, url: str = DEFAULT_URL, key: str | None = None, *, timeout_s: float = _SECONDS) -> None:
-        """`url` may lack its scheme, which then is http."""
-        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        """`url` may lack its scheme, which then is http, and may end with the `/v1` of OpenAI's clients."""
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
         if key and not key.isprintable():
             raise BadRequest("the key holds characters that cannot be sent", param="key")
         try:
@@ -68,6 +69,7 @@ class Client:
             flags["pinned"] = str(pinned).lower()
         if threshold is not None:
             flags["threshold"] = repr(threshold)
+        check_adapter_name(name or path.stem)
         place = adapter_path(name or path.stem)
         try:
             check_ends(path)

@@ -130,6 +130,9 @@ def convert(gguf: Path, folder: Path) -> None:
     for config in (model.config, model.generation_config):
         # A turn of a chat ends with <|im_end|>, which the GGUF file names as its end of sequence.
         config.eos_token_id = config.pad_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    # As its card says; at temperature 1 so small a model rambles.
+    model.generation_config.do_sample = True
+    model.generation_config.temperature, model.generation_config.top_p = 0.2, 0.9
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
     tokenizer.save_pretrained(folder)

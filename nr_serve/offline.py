@@ -79,14 +79,15 @@ class Server:
     To be closed, or used in a `with` block.
     """
 
-    def __init__(self, adapters: Sequence[str | Path] | None = None, **settings: Any) -> None:
-        """Return once the base is loaded and `adapters`, each FILE or NAME=FILE, are attached.
+    def __init__(self, adapters: str | Path | Sequence[str | Path] | None = None, **settings: Any) -> None:
+        """Return once the base is loaded and `adapters`, one or several, each FILE or NAME=FILE, are attached.
 
         `settings` are those of `nr-serve serve`, less what concerns HTTP. Raises BadRequest if one is wrong, and
         NrError if the base or an adapter cannot be served.
         """
         if adapters is not None:
-            settings["adapter"] = [str(adapter) for adapter in adapters]
+            several = [adapters] if isinstance(adapters, str | Path) else adapters
+            settings["adapter"] = [str(adapter) for adapter in several]
         config = _checked(OfflineConfig, settings).serve_config()
         self._process = os.getpid()
         self._standing: set[AsyncGenerator[dict[str, Any], None]] = set()

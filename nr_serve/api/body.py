@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 
 
 def whole_characters(text: str) -> str:
@@ -35,6 +35,17 @@ JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
 MAX_FIELDS = 256
 """Fields of an object that are looked at."""
 NotSupported = Mapping[str, Sequence[Any]]
+
+
+def at_most(entries: int) -> BeforeValidator:
+    """For a dict: refuse more entries before any is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > entries:
+            raise ValueError(f"it has {len(value)} entries; at most {entries} are taken")
+        return value
+
+    return BeforeValidator(check)
 
 
 class Body(BaseModel):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
-from nr_serve.api.body import Body, JsonObject, NotSupported, Text, TokenIds
+from nr_serve.api.body import Body, JsonObject, NotSupported, Text, TokenIds, at_most
 from nr_serve.api.structured import FormFields
 from nr_serve.api.tools import MAX_TOOLS, Tool, ToolCall, ToolChoice
 from nr_serve.config import MAX_LOGPROBS
@@ -23,6 +23,8 @@ MAX_CALLS = 128
 MAX_PROMPTS = 2048
 
 _Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+_Key = Annotated[Text, Field(max_length=64)]
+_Value = Annotated[Text, Field(max_length=512)]
 _Stop = Annotated[Text, Field(min_length=1, max_length=1024)]
 
 
@@ -52,7 +54,7 @@ class GenerationBody(FormFields):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, at_most(1024)] = None
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[StrictInt], Field(max_length=256)] | None = None
@@ -70,7 +72,9 @@ class GenerationBody(FormFields):
     user: Text | None = Field(None, description="the caller's own name for its user; not used")
     safety_identifier: Text | None = Field(None, description="newer name of `user`; not used")
     prompt_cache_key: Text | None = Field(None, description="not used: equal beginnings are found without a key")
-    metadata: JsonObject | None = Field(None, description="for the caller's own books; not used")
+    metadata: Annotated[dict[_Key, _Value] | None, at_most(16)] = Field(
+        None, description="for the caller's own books; not used"
+    )
 
     # Of OpenAI's and vLLM's.
     not_supported: ClassVar[NotSupported] = {

@@ -59,11 +59,11 @@ class Sampling:
 class SamplingDefaults:
     """What holds where a request says nothing: OpenAI's, but for what the base brings along."""
 
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
+    temperature: Annotated[float, Field(strict=True, ge=0, le=2)] = 1.0
+    top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] = 0
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(strict=True, ge=0.01, le=10)] = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,8 @@ _MAX_LAYERS = 9999
 """Far above any base's."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_LONGEST_HEADER = 2**24
+_LONGEST_HEADER = 2**20
+"""Bytes; ours have some twenty thousand. The GIL is held while it is read."""
 
 
 def _printable(text: str) -> str:
@@ -180,7 +181,7 @@ def read_adapter(
         data_B = np.fromfile(path, np.uint8)
     try:
         tensors, metadata = _parse(data_B)
-    except (ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:  # RuntimeError is torch's
+    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:  # RuntimeError: torch's
         raise _not_safetensors(data_B[:2].tobytes(), error) from error
     info = _info(metadata)
     if base is not None:
@@ -232,6 +233,12 @@ def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...
     _blocks(tensors, _info(metadata), lambda: None)
     with whole(path) as part:
         safetensors.torch.save_file(tensors, part, metadata)
+        with part.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > _LONGEST_HEADER:
+            raise BadAdapterFile(
+                f"its recipe and results make a header of {size:,} bytes; {_LONGEST_HEADER:,} are read"
+            )
         part.chmod(0o644)  # the library leaves it readable by its owner alone
 
 
@@ -244,6 +251,9 @@ def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
         if max_bytes is not None and size > max_bytes:
             raise TooLarge(f"the file has {size:,} bytes; the limit is {max_bytes:,}")
         yield
+    except IsADirectoryError as error:
+        meant = min(path.glob("*.safetensors"), default=None)
+        raise BadAdapterFile("it is a folder" + (f"; is {meant} meant?" if meant else "")) from error
     except OSError as error:
         raise BadAdapterFile(f"cannot be read: {error.strerror or error}") from error
 
@@ -253,12 +263,11 @@ class _Stored:
     """Where a tensor is in the file, as its header has it."""
 
     dtype: str
-    shape: list[Annotated[int, Field(strict=True, ge=0)]]
+    shape: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(max_length=8, fail_fast=True)]
     data_offsets: tuple[Annotated[int, Field(strict=True)], Annotated[int, Field(strict=True)]]
 
 
-_STORED = TypeAdapter(dict[str, _Stored])
-_METADATA = TypeAdapter(dict[str, str])
+_STORED = TypeAdapter(_Stored)
 
 
 def _parse(data_B: NDArray[np.uint8]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -269,11 +278,13 @@ def _parse(data_B: NDArray[np.uint8]) -> tuple[dict[str, Tensor], dict[str, str]
     size = int.from_bytes(data_B[:8].tobytes(), "little")
     if len(data_B) < 8 or size > min(len(data_B) - 8, _LONGEST_HEADER):
         raise ValueError(f"its header would have {size:,} bytes")
-    header = json.loads(data_B[8 : 8 + size].tobytes())
+    header = json.loads(data_B[8 : 8 + size].tobytes().decode(), object_pairs_hook=_unique)
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
-    metadata = _METADATA.validate_python(header.pop("__metadata__", {}))
-    stored = _STORED.validate_python(header)
+    metadata = header.pop("__metadata__", None) or {}
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata are not strings")
+    stored = {name: _STORED.validate_python(each) for name, each in header.items()}  # one fault is enough
     end = 0
     for each in sorted(stored.values(), key=lambda each: each.data_offsets):
         if each.data_offsets[0] != end or each.data_offsets[1] < end:
@@ -285,12 +296,19 @@ def _parse(data_B: NDArray[np.uint8]) -> tuple[dict[str, Tensor], dict[str, str]
     return {name: _tensor(name, each, bytes_B) for name, each in stored.items()}, metadata
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return named
+
+
 def _tensor(name: str, stored: _Stored, bytes_B: Tensor) -> Tensor:
     if stored.dtype not in _DTYPES:
         raise BadAdapterFile(f"{_short(name)} has dtype {_short(stored.dtype)}; {', '.join(_DTYPES)} is needed")
-    own_B = bytes_B[slice(*stored.data_offsets)]
-    if own_B.data_ptr() % _DTYPES[stored.dtype].itemsize:
-        own_B = own_B.clone()  # as no writer has it, but a file may
+    own_B, itemsize = bytes_B[slice(*stored.data_offsets)], _DTYPES[stored.dtype].itemsize
+    if own_B.data_ptr() % itemsize or own_B.storage_offset() % itemsize:
+        own_B = own_B.clone()  # torch views whole numbers alone, and a file may have others
     return own_B.view(_DTYPES[stored.dtype]).view(stored.shape)
 
 

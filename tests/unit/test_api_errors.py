@@ -278,6 +278,9 @@ def test_many_streams_share_the_steps(server):
         ),
         ("/v1/completions", {"prompt": ["a"] * 4, "n": 128, "logprobs": 20, "max_tokens": 190}, "logprobs"),
         ("/v1/completions", {"prompt": "a", "repetition_penalty": 1e-300}, "repetition_penalty"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {f"x{i}": "y" for i in range(1_025)}}, "logit_bias"),
+        ("/v1/completions", {"prompt": "a", "metadata": {f"x{i}": "y" for i in range(17)}}, "metadata"),
+        ("/v1/completions", {"prompt": "a", "metadata": {"x": "y" * 513}}, "metadata.x"),
         ("/v1/completions", {"prompt": "a", "cache_salt": "x" * 257}, "cache_salt"),  # kept with its page
     ],
 )
@@ -321,6 +324,7 @@ def test_a_large_body_is_read_on_the_thread_of_texts(server, size, monkeypatch):
         (b'{"model": "\xff"}', "not UTF-8"),
         (b'{"model": ' + b"9" * 5000 + b"}", "too many digits"),
         (b"[1]", "a JSON object is required"),
+        (b'{"model": "base", "prompt": "x", "metadata": {"a": [' + b"[]," * 200_000 + b"[]]}}", "opening brackets"),
     ],
 )
 def test_a_body_that_cannot_be_read_is_refused_with_the_reason(server, body, message):

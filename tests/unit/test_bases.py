@@ -52,6 +52,9 @@ def runner(base, **settings):
 def test_a_bases_own_sampling_is_taken_up_unless_it_must_not_be():
     base = tiny.model("llama")
     assert runner(base).info.sampling == SamplingDefaults()
+    base.generation_config = GenerationConfig(temperature="0.5")
+    with pytest.raises(UnsupportedBase, match=r"temperature: Input should be a valid number"):
+        runner(base)
     base.generation_config = GenerationConfig(temperature=0.6, top_k=20, top_p=0.95, do_sample=True)
     assert runner(base).info.sampling == SamplingDefaults(temperature=0.6, top_k=20, top_p=0.95)
     assert runner(base, generation_config="none").info.sampling == SamplingDefaults()

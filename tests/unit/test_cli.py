@@ -382,7 +382,7 @@ def test_a_wrong_adapter_file_is_named_before_the_base_is_looked_for(tmp_path, h
     wrong = {
         none: "cannot be read: No such file",
         other: "not a neutral-residue adapter",
-        tmp_path: "cannot be read",
+        tmp_path: "it is a folder",
     }
     for path, reason in wrong.items():
         args = ["serve", "--port", "0", "--model", "/no/such", "--adapter", str(hu), "--adapter", f"x={path}"]
@@ -477,3 +477,13 @@ def test_a_closed_standard_stream_is_none_of_the_files_that_are_opened(hu, close
     assert int(Path(f"{hu}.fd").read_text()) > 2
     assert done.stderr == ""
     assert ("domain" in done.stdout) == (closed != "1")
+
+
+def test_a_package_that_is_not_installed_is_said_with_the_extra_that_has_it(monkeypatch, capsys):
+    def missing(command):
+        raise ModuleNotFoundError("No module named 'bs4'", name="bs4")
+
+    settings, _ = COMMANDS["fetch-corpus"]
+    monkeypatch.setitem(COMMANDS, "fetch-corpus", (settings, missing))
+    assert main(["fetch-corpus", "x.toml", "--out", "x"]) == 1
+    assert "error: bs4 is not installed; the extra `train` has" in capsys.readouterr().err

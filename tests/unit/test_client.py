@@ -67,6 +67,16 @@ def test_completions_and_models(client):
     assert client.models()[0]["id"] == "base"
 
 
+def test_a_url_may_end_as_openais_clients_have_it(server):
+    with Client(f"{server.url}/v1/") as client:
+        assert client.models()[0]["id"] == "base"
+
+
+def test_a_name_that_no_adapter_may_have_is_refused_before_anything_is_sent(client, tmp_path):
+    with pytest.raises(errors.BadRequest, match="1 to 64 letters"):
+        client.load(tmp_path / "none.safetensors", "a/b")
+
+
 def test_waiting_ends_when_the_server_is_ready():
     with serving(loading=True) as served, Client(served.url) as client:
         with pytest.raises(errors.Unavailable, match="not ready after"):
@@ -134,5 +144,5 @@ def test_what_can_be_no_upload_is_refused_before_a_server_is_asked(tmp_path):
         with pytest.raises(errors.BadRequest, match="it is a device or a pipe"):
             nowhere.load(pipe)
         for ask in (lambda: nowhere.load(tmp_path / "\udcff.safetensors"), lambda: nowhere.unload("\udcff")):
-            with pytest.raises(errors.BadRequest, match="cannot be an adapter's name"):
+            with pytest.raises(errors.BadRequest, match=r"an adapter's name"):
                 ask()

@@ -10,7 +10,7 @@ import pytest
 from pydantic_settings import BaseSettings
 
 from nr_serve.api.schemas import CompletionBody
-from nr_serve.cli import parse
+from nr_serve.cli import VLLM_FLAGS, main, parse
 from nr_serve.commands import COMMANDS
 from nr_serve.config import _OTHERS, ServeConfig, settings_tables
 from nr_serve.default_model import GGUF_NAME
@@ -196,3 +196,13 @@ def test_the_flags_that_the_readme_gives_for_vllms_are_there():
     named = re.findall(r"--(?:no-)?([a-z-]+)", "".join(line.split("|")[2] for line in table.splitlines()[1:]))
     assert len(named) >= 5
     assert {name.replace("-", "_") for name in named} <= ServeConfig.model_fields.keys()
+
+
+def test_vllms_flags_are_told_as_the_readme_has_them(capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for theirs, ours in VLLM_FLAGS.items():
+        [row] = [line for line in readme.splitlines() if line.startswith("| `") and f"`{theirs}" in line]
+        assert ours.removeprefix("--") in row.split("|")[2]
+        with pytest.raises(SystemExit):
+            main(["serve", theirs, "1"])
+        assert f"vLLM's `{theirs}` is `{ours}` here" in capsys.readouterr().err
