@@ -68,19 +68,21 @@ def find_sources(folder: Path, written: Iterable[str], field: str = "text") -> l
 def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
     """Files of `folder` that match, sorted; a glob after `!` leaves out of those before it.
 
-    Raises BadRecipe for a glob that matches none, and if none is left.
+    Raises BadRecipe for globs that match none, all of them at once, and if none is left.
     """
     if not folder.is_dir():
         raise BadRecipe(f"there is no folder {folder}: `nr-serve fetch-corpus` makes one")
-    found: list[Path] = []
+    globs, found = list(globs), list[Path]()
+    idle = [glob for glob in globs if not glob.startswith(NOT) and not match_files(folder, glob)]
+    if idle:
+        named = ", ".join(map(repr, idle))
+        raise BadRecipe(f"no text in {folder} matches {named}: `nr-serve fetch-corpus` puts text there")
     for pattern in globs:
         matches = match_files(folder, pattern.removeprefix(NOT))
         if pattern.startswith(NOT):
             found = [path for path in found if path not in matches]
-        elif matches:
-            found += matches
         else:
-            raise BadRecipe(f"no text in {folder} matches {pattern!r}: `nr-serve fetch-corpus` puts text there")
+            found += matches
         if not found:
             raise BadRecipe(f"no text in {folder} is left after {pattern!r}")
     return sorted(found)
