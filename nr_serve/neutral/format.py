@@ -253,7 +253,7 @@ def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
         yield
     except IsADirectoryError as error:
         meant = min(path.glob("*.safetensors"), default=None)
-        raise BadAdapterFile("it is a folder" + (f"; is {meant} meant?" if meant else "")) from error
+        raise BadAdapterFile("it is a folder" + (f"; is {meant.name} in it meant?" if meant else "")) from error
     except OSError as error:
         raise BadAdapterFile(f"cannot be read: {error.strerror or error}") from error
 
