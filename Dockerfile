@@ -38,6 +38,6 @@ WORKDIR /home/nr
 VOLUME ["/cache", "/adapters"]
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
-    CMD ["sh", "-c", "python3 -c \"import urllib.request as r; r.urlopen('http://127.0.0.1:$NR_PORT/health', timeout=2)\""]
+    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:%s/health' % os.environ['NR_PORT'], timeout=2)"]
 ENTRYPOINT ["nr-serve"]
 CMD ["serve"]

@@ -69,8 +69,9 @@ class Client:
             flags["pinned"] = str(pinned).lower()
         if threshold is not None:
             flags["threshold"] = repr(threshold)
-        check_adapter_name(name or path.stem)
-        place = adapter_path(name or path.stem)
+        name = name or path.stem
+        check_adapter_name(name)
+        place = adapter_path(name)
         try:
             check_ends(path)
             with path.open("rb") as file:
@@ -160,7 +161,13 @@ def told(error: Mapping[str, Any], status: int) -> NrError:
 
 def is_loopback(host: str) -> bool:
     """Whether `host` can be reached from this machine alone."""
+    found = address(host)
+    return host == "localhost" or (found is not None and found.is_loopback)
+
+
+def address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that `host` is; None for a name."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None

@@ -228,15 +228,18 @@ class Core:
         for piece, result in zip(pieces, results, strict=True):
             try:
                 output = self._apply_piece(piece, result)
+            except BadRequest as error:
+                output = self._fail(piece.request, error)
             except Exception:  # in a tokenizer, say: what cannot be written must not stop the others
                 log.exception("an answer could not be written")
-                error = NrError("this answer could not be written; the server's log says why")
-                output = self._fail(piece.request, error)
+                unwritten = NrError("this answer could not be written; the server's log says why")
+                output = self._fail(piece.request, unwritten)
             if output is not None:
                 outputs.append(output)
         return outputs
 
     def _apply_piece(self, piece: Piece, result: Result) -> Output | None:
+        """What the step gave one request, if anything. Raises BadRequest if its grammar cannot go on."""
         request = piece.request
         if result.error is not None:
             return self._fail(request, result.error)
@@ -248,10 +251,7 @@ class Core:
         tokens: tuple[Token, ...] = ()
         if result.token is not None:
             tokens = (self._token(result.token, result.logprob, gates[-1] if gates else None),)
-        try:
-            text, finish_reason, stop_reason = _append(request, result.token)
-        except BadRequest as error:
-            return self._fail(request, error)
+        text, finish_reason, stop_reason = _append(request, result.token)
         if finish_reason is not None:
             self._drop(request)
         return Output(

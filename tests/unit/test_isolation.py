@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nr_serve.engine.core import MAX_FAILED_STEPS
-from nr_serve.engine.messages import Sampling, Submit
+from nr_serve.engine.messages import Output, Sampling, Submit
 from nr_serve.engine.model import results
 from nr_serve.engine.request import Request
 from nr_serve.errors import BadRequest
@@ -18,12 +18,19 @@ def ask(request_id: str, prompt, adapters=(), **sampling) -> Submit:
     return Submit(request_id, tuple(prompt), Sampling(**{"max_tokens": 8, "temperature": 0} | sampling), adapters)
 
 
+def run(core) -> list[Output]:
+    """All that its requests are given, until none is left."""
+    outputs: list[Output] = []
+    while not core.idle:
+        outputs += core.step().outputs
+    core.check()
+    return outputs
+
+
 def answers(core) -> dict[str, list[int]]:
     got: dict[str, list[int]] = {}
-    while not core.idle:
-        for output in core.step().outputs:
-            got.setdefault(output.request_id, []).extend(token.id for token in output.tokens)
-    core.check()
+    for output in run(core):
+        got.setdefault(output.request_id, []).extend(token.id for token in output.tokens)
     return got
 
 
@@ -96,10 +103,7 @@ def test_a_request_that_cannot_be_sampled_fails_alone(monkeypatch):
         alone |= answers(core)
     for submit in (ask("bad", range(5), **drawn), *good):
         core.add(submit)
-    outputs = []
-    while not core.idle:
-        outputs += core.step().outputs
-    core.check()
+    outputs = run(core)
     assert [o.error is not None for o in outputs if o.request_id == "bad"] == [False, False, True]
     for name, tokens in alone.items():
         assert [token.id for o in outputs if o.request_id == name for token in o.tokens] == tokens
@@ -120,10 +124,7 @@ def test_an_answer_that_cannot_be_written_fails_alone(monkeypatch):
     monkeypatch.setattr(Request, "append", append_or_fail)
     for submit in (ask("bad", range(5)), ask("good", range(9))):
         core.add(submit)
-    outputs = []
-    while not core.idle:
-        outputs += core.step().outputs
-    core.check()
+    outputs = run(core)
     assert [o.error is not None for o in outputs if o.request_id == "bad"] == [False, False, True]
     assert [token.id for o in outputs if o.request_id == "good" for token in o.tokens] == alone
 

@@ -6,14 +6,13 @@ do is ask for an address instead of its name.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nr_serve.api.errors import error_response
-from nr_serve.client import is_loopback
+from nr_serve.client import address, is_loopback
 from nr_serve.config import ServeConfig
 from nr_serve.errors import BadRequest
 
@@ -38,7 +37,8 @@ class HostCheck:
 
     def _is_ours(self, header: str) -> bool:
         host = _name(header)
-        return host == "localhost" or _is_address(host) or host in self._allowed
+        # An address is no name that a site could point anywhere.
+        return host == "localhost" or address(host) is not None or host in self._allowed
 
 
 def checks_hosts(config: ServeConfig) -> bool:
@@ -46,15 +46,6 @@ def checks_hosts(config: ServeConfig) -> bool:
     if config.allowed_host:
         return ANY not in config.allowed_host
     return config.api_key is None and config.key_file is None and is_loopback(config.host)
-
-
-def _is_address(host: str) -> bool:
-    """Whether it is no name that a site could point anywhere."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _name(header: str) -> str:

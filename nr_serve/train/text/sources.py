@@ -72,13 +72,13 @@ def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
     """
     if not folder.is_dir():
         raise BadRecipe(f"there is no folder {folder}: `nr-serve fetch-corpus` makes one")
-    globs, found = list(globs), list[Path]()
-    idle = [glob for glob in globs if not glob.startswith(NOT) and not match_files(folder, glob)]
+    matched = [(glob, match_files(folder, glob.removeprefix(NOT))) for glob in globs]
+    idle = [glob for glob, matches in matched if not matches and not glob.startswith(NOT)]
     if idle:
         named = ", ".join(map(repr, idle))
         raise BadRecipe(f"no text in {folder} matches {named}: `nr-serve fetch-corpus` puts text there")
-    for pattern in globs:
-        matches = match_files(folder, pattern.removeprefix(NOT))
+    found: list[Path] = []
+    for pattern, matches in matched:
         if pattern.startswith(NOT):
             found = [path for path in found if path not in matches]
         else:
