@@ -24,12 +24,12 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nr_serve.disk import check_ends, whole
 from nr_serve.errors import BadAdapterFile, TooLarge, faults
-from nr_serve.neutral import MAX_THRESHOLD
+from nr_serve.neutral import MAX_THRESHOLD, safetensors_file
+from nr_serve.neutral.safetensors_file import DTYPES, LONGEST_HEADER
 
 FORMAT = "neutral-residues"
 FORMAT_VERSION = 1
@@ -43,9 +43,6 @@ _DEEPEST = 32
 _MAX_LAYERS = 9999
 """Far above any base's."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_LONGEST_HEADER = 2**20
-"""Bytes; ours have some twenty thousand. The GIL is held while it is read."""
 
 
 def _printable(text: str) -> str:
@@ -179,18 +176,16 @@ def read_adapter(
     """
     with _readable(path, max_bytes):
         data_B = np.fromfile(path, np.uint8)
-    try:
-        tensors, metadata = _parse(data_B)
-    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:  # RuntimeError: torch's
-        raise _not_safetensors(data_B[:2].tobytes(), error) from error
-    info = _info(metadata)
+    header = _header(data_B)
+    info = _info(header.metadata)
     if base is not None:
         _check_base(info, base)
+    tensors = _tensors(header, data_B)
     blocks = _blocks(tensors, info, between)
     return Adapter(
         info=info,
         blocks=blocks,
-        version=_version(tensors, metadata, between),
+        version=_version(tensors, header.metadata, between),
         nbytes=sum(t.nbytes for t in tensors.values()),
     )
 
@@ -200,13 +195,8 @@ def read_info(path: Path, *, max_bytes: int | None = None) -> AdapterInfo:
 
     Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
     """
-    with _readable(path, max_bytes), path.open("rb") as file:
-        start = file.read(2)
-        try:
-            with safe_open(path, framework="pt") as header:
-                return _info(header.metadata() or {})
-        except SafetensorError as error:
-            raise _not_safetensors(start, error) from error
+    with _readable(path, max_bytes):
+        return _info(_header(np.memmap(path, np.uint8, "r")).metadata)
 
 
 @contextmanager
@@ -235,9 +225,9 @@ def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...
         safetensors.torch.save_file(tensors, part, metadata)
         with part.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-        if size > _LONGEST_HEADER:
+        if size > LONGEST_HEADER:
             raise BadAdapterFile(
-                f"its recipe and results make a header of {size:,} bytes; {_LONGEST_HEADER:,} are read"
+                f"its recipe and results make a header of {size:,} bytes; {LONGEST_HEADER:,} are read"
             )
         part.chmod(0o644)  # the library leaves it readable by its owner alone
 
@@ -258,58 +248,24 @@ def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
         raise BadAdapterFile(f"cannot be read: {error.strerror or error}") from error
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor is in the file, as its header has it."""
-
-    dtype: str
-    shape: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(max_length=8, fail_fast=True)]
-    data_offsets: tuple[Annotated[int, Field(strict=True)], Annotated[int, Field(strict=True)]]
+def _header(data_B: NDArray[np.uint8]) -> safetensors_file.Header:
+    try:
+        return safetensors_file.read_header(data_B)
+    except ValueError as error:
+        raise _not_safetensors(data_B[:2].tobytes(), error) from error
 
 
-_STORED = TypeAdapter(_Stored)
-
-
-def _parse(data_B: NDArray[np.uint8]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, which are parts of `data_B`, and metadata of a safetensors file.
-
-    Not by the library, which holds the GIL while it copies all of them. Raises ValueError, and what torch raises.
-    """
-    size = int.from_bytes(data_B[:8].tobytes(), "little")
-    if len(data_B) < 8 or size > min(len(data_B) - 8, _LONGEST_HEADER):
-        raise ValueError(f"its header would have {size:,} bytes")
-    header = json.loads(data_B[8 : 8 + size].tobytes().decode(), object_pairs_hook=_unique)
-    if not isinstance(header, dict):
-        raise ValueError("its header is no object")
-    metadata = header.pop("__metadata__", None) or {}
-    if not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("its metadata are not strings")
-    stored = {name: _STORED.validate_python(each) for name, each in header.items()}  # one fault is enough
-    end = 0
-    for each in sorted(stored.values(), key=lambda each: each.data_offsets):
-        if each.data_offsets[0] != end or each.data_offsets[1] < end:
-            raise ValueError("its tensors do not lie end to end")
-        end = each.data_offsets[1]
-    if 8 + size + end != len(data_B):
-        raise ValueError(f"its tensors have {end:,} bytes; it holds {len(data_B) - 8 - size:,}")
-    bytes_B = torch.from_numpy(data_B[8 + size :])
-    return {name: _tensor(name, each, bytes_B) for name, each in stored.items()}, metadata
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    named = dict(pairs)
-    if len(named) < len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return named
-
-
-def _tensor(name: str, stored: _Stored, bytes_B: Tensor) -> Tensor:
-    if stored.dtype not in _DTYPES:
-        raise BadAdapterFile(f"{_short(name)} has dtype {_short(stored.dtype)}; {', '.join(_DTYPES)} is needed")
-    own_B, itemsize = bytes_B[slice(*stored.data_offsets)], _DTYPES[stored.dtype].itemsize
-    if own_B.data_ptr() % itemsize or own_B.storage_offset() % itemsize:
-        own_B = own_B.clone()  # torch views whole numbers alone, and a file may have others
-    return own_B.view(_DTYPES[stored.dtype]).view(stored.shape)
+def _tensors(header: safetensors_file.Header, data_B: NDArray[np.uint8]) -> dict[str, Tensor]:
+    """The tensors by name: parts of `data_B`."""
+    tensors = {}
+    for name, stored in header.tensors.items():
+        if stored.dtype not in DTYPES:
+            raise BadAdapterFile(f"{_short(name)} has dtype {_short(stored.dtype)}; {', '.join(DTYPES)} is needed")
+        try:
+            tensors[name] = safetensors_file.tensor(stored, header, data_B)
+        except ValueError as error:
+            raise _not_safetensors(b"", error) from error
+    return tensors
 
 
 def _not_safetensors(start: bytes, error: Exception) -> BadAdapterFile:
@@ -382,8 +338,8 @@ def _blocks(
         match = _TENSOR.fullmatch(name)
         if match is None or int(match[1]) >= info.layers:
             raise BadAdapterFile(f"unexpected tensor {_short(name)!r} for a base with {info.layers} layers")
-        if tensor.dtype not in _DTYPES.values():
-            raise BadAdapterFile(f"{name} has dtype {tensor.dtype}; {', '.join(_DTYPES)} is needed")
+        if tensor.dtype not in DTYPES.values():
+            raise BadAdapterFile(f"{name} has dtype {tensor.dtype}; {', '.join(DTYPES)} is needed")
         by_layer.setdefault(int(match[1]), {})[match[2]] = tensor
     if not by_layer:
         raise BadAdapterFile("the file holds no block")
