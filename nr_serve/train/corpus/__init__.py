@@ -4,7 +4,3 @@
 `split` holds some of it out, `files` writes it down, `build` puts these together. A *document* is a list of
 paragraphs; a paragraph is one line.
 """
-
-from nr_serve.train.corpus.build import Fetched, fetch_corpus
-
-__all__ = ["Fetched", "fetch_corpus"]
