@@ -46,13 +46,6 @@ class NrError(Exception):
         self.message = message
         self.param = param
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.message, self.param), self.__dict__)
-
-
-def _rebuild(kind: type[NrError], message: str, param: str | None) -> NrError:
-    return kind(message, param=param)
-
 
 class BadRequest(NrError):
     """The request cannot be carried out as it stands."""
