@@ -23,27 +23,22 @@ class Definition:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
-    @property
-    def family(self) -> str:
-        """The name as prometheus_client wants it: it adds a counter's `_total` itself."""
-        return self.name.removesuffix("_total") if self.kind == "counter" else self.name
-
     def counter(self, registry: CollectorRegistry) -> Counter:
         """A counter that counts events as they come."""
-        return Counter(self.family, self.meaning, self.labels, registry=registry)
+        return Counter(self.name, self.meaning, self.labels, registry=registry)
 
     def gauge(self, registry: CollectorRegistry) -> Gauge:
         """A gauge that is set."""
-        return Gauge(self.family, self.meaning, self.labels, registry=registry)
+        return Gauge(self.name, self.meaning, self.labels, registry=registry)
 
     def histogram(self, registry: CollectorRegistry) -> Histogram:
         """A histogram that observes events as they come."""
-        return Histogram(self.family, self.meaning, self.labels, buckets=self.buckets, registry=registry)
+        return Histogram(self.name, self.meaning, self.labels, buckets=self.buckets, registry=registry)
 
     def shown(self) -> CounterMetricFamily | GaugeMetricFamily:
         """An empty family, for totals that are kept elsewhere."""
         family = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
-        return family(self.family, self.meaning, labels=self.labels)
+        return family(self.name, self.meaning, labels=self.labels)
 
 
 DEFINITIONS: list[Definition] = []
