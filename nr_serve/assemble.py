@@ -14,7 +14,7 @@ from nr_serve.config import ServeConfig
 from nr_serve.default_model import model_folder
 from nr_serve.engine.loop import EngineLoop
 from nr_serve.errors import BadRequest, loading
-from nr_serve.metrics import Metrics, VllmCollector, VllmNames
+from nr_serve.metrics import Metrics, VllmCollector
 from nr_serve.names import adapter_entry, check_adapter_name
 from nr_serve.tokenizer import Tokenizer
 
@@ -78,8 +78,7 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
 def _metrics(config: ServeConfig, model: str | Path) -> Metrics:
     metrics = Metrics()
     if config.metrics_compat == "vllm":
-        names = VllmNames(config.base_name(model), config.page_size)
-        metrics.registry.register(VllmCollector(names, metrics))
+        metrics.registry.register(VllmCollector(metrics, config.base_name(model), config.page_size))
     return metrics
 
 

@@ -10,6 +10,6 @@ vllm          the same figures under vLLM's names, if asked for
 from nr_serve.metrics.clock import RequestClock
 from nr_serve.metrics.definitions import metrics_table
 from nr_serve.metrics.instruments import Metrics
-from nr_serve.metrics.vllm import VllmCollector, VllmNames
+from nr_serve.metrics.vllm import VllmCollector
 
-__all__ = ["Metrics", "RequestClock", "VllmCollector", "VllmNames", "metrics_table"]
+__all__ = ["Metrics", "RequestClock", "VllmCollector", "metrics_table"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,26 +17,13 @@ from nr_serve.engine.messages import FinishReason, GateStatistics
 from nr_serve.metrics.instruments import Metrics
 
 
-@dataclass(frozen=True, slots=True)
-class VllmNames:
-    """What vLLM's labels need to know."""
-
-    model: str
-    """Served name of the base."""
-    page_size: int
-    """Tokens in a page, which vLLM calls a block."""
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """The labels that nearly every metric of vLLM has; there is one engine here."""
-        return {"model_name": self.model, "engine": "0"}
-
-
 class VllmCollector(Collector):
     """Shows the metrics under vLLM's names."""
 
-    def __init__(self, names: VllmNames, metrics: Metrics) -> None:
-        self._names = names
+    def __init__(self, metrics: Metrics, model: str, page_size: int) -> None:
+        """`model`: the base's served name; `page_size`: tokens in a page, which vLLM calls a block."""
+        self._labels = {"model_name": model, "engine": "0"}  # nearly every metric has these; there is one engine
+        self._page_size = page_size
         self._metrics = metrics
         self._totals = metrics.totals
         self._renamed = {
@@ -67,7 +53,7 @@ class VllmCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every family; those that need the engine's word once it was read."""
         for name, source in self._renamed.items():
-            yield _renamed(source, name, self._names.labels)
+            yield _renamed(source, name, self._labels)
         yield self._request_success()
         if self._totals.statistics is not None:
             yield from self._cache(self._totals.statistics)
@@ -75,7 +61,7 @@ class VllmCollector(Collector):
 
     def _request_success(self) -> Metric:
         """vLLM counts by reason only; ours are told apart by selection, of which some are forgotten."""
-        labels = self._names.labels
+        labels = self._labels
         success = CounterMetricFamily(
             "vllm:request_success", "Answers ended, by why", labels=[*labels, "finished_reason"]
         )
@@ -84,13 +70,13 @@ class VllmCollector(Collector):
         return success
 
     def _cache(self, statistics: GateStatistics) -> Iterator[Metric]:
-        labels = self._names.labels
+        labels = self._labels
         used = statistics.pages_used / statistics.pages_total
         for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):  # new name, older name
             usage = GaugeMetricFamily(name, "Share of the KV cache's pages in use, 0 to 1", labels=[*labels])
             usage.add_metric([*labels.values()], used)
             yield usage
-        facts = {"block_size": str(self._names.page_size), "num_gpu_blocks": str(statistics.pages_total)}
+        facts = {"block_size": str(self._page_size), "num_gpu_blocks": str(statistics.pages_total)}
         facts |= {"engine": labels["engine"]}
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "Always 1; the labels describe the KV cache", labels=[*facts]

@@ -21,7 +21,7 @@ from nr_serve.engine.messages import (
     Token,
 )
 from nr_serve.errors import QueueFull, Unavailable
-from nr_serve.metrics import Metrics, RequestClock, VllmCollector, VllmNames, metrics_table
+from nr_serve.metrics import Metrics, RequestClock, VllmCollector, metrics_table
 from nr_serve.metrics import clock as clock_module
 from nr_serve.metrics.definitions import DEFINITIONS
 from tests.fakes import FakeEngine, serving, view
@@ -304,7 +304,7 @@ DASHBOARDS = {
 
 def vllm_metrics() -> Metrics:
     metrics = Metrics()
-    metrics.registry.register(VllmCollector(VllmNames("base", 16), metrics))
+    metrics.registry.register(VllmCollector(metrics, "base", 16))
     return metrics
 
 
