@@ -15,7 +15,6 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -88,6 +87,7 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=run.steps,
+        train_sampling_strategy="sequential",
         per_device_train_batch_size=1,  # a part of a step: see Batches
         gradient_accumulation_steps=run.accumulate,
         max_grad_norm=run.clip,
@@ -157,9 +157,6 @@ class RunTrainer(transformers.Trainer):
         self._sums: Sums = {}
         self._loss = torch.zeros((), device=arguments.device)
         self._since, self._logged_step = time.monotonic(), 0
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(self.batches)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
