@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import quote
 
 import httpx
 
+from nr_serve.addresses import is_loopback
 from nr_serve.api.responses import Adapter, AdapterList, Completion, Model, ModelList
 from nr_serve.disk import check_ends
 from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooLarge, Unavailable
@@ -157,17 +157,3 @@ def refusal(response: httpx.Response) -> NrError:
 def told(error: Mapping[str, Any], status: int) -> NrError:
     """The error that an `error` object in the API's form tells of."""
     return BY_STATUS.get(status, NrError)(str(error["message"]), param=error.get("param"))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` can be reached from this machine alone."""
-    found = address(host)
-    return host == "localhost" or (found is not None and found.is_loopback)
-
-
-def address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that `host` is; None for a name."""
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None

@@ -12,12 +12,12 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from nr_serve.addresses import is_loopback
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.http11 import Http11Protocol
 from nr_serve.api.middleware.deadlines import SEND_SECONDS
 from nr_serve.api.work import Work
 from nr_serve.assemble import assemble
-from nr_serve.client import is_loopback
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Status
 from nr_serve.errors import NrError

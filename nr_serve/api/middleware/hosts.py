@@ -11,8 +11,8 @@ import re
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from nr_serve.addresses import address, is_loopback
 from nr_serve.api.errors import error_response
-from nr_serve.client import address, is_loopback
 from nr_serve.config import ServeConfig
 from nr_serve.errors import BadRequest
 
