@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nr_serve.errors import NrError, faults
 from nr_serve.names import NAME
+from nr_serve.train import checkpoint as checkpoints
+from nr_serve.train import processes
+from nr_serve.train import run as training
+from nr_serve.train.export import result_path
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.recipe_file import parse_recipe, read_recipe, read_toml
+from nr_serve.train.run_text import read_run_text
+from nr_serve.train.trainer import TrainingStopped
 
+_say = partial(processes.say, "sweep")
 RunName = Annotated[str, Field(pattern=NAME)]
 """A run's folder has its name."""
 Changes = Mapping[str, str | int | float | bool | list[int] | list[str]]
@@ -53,8 +61,6 @@ def run_sweep(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> dict[st
     The text of the runs that are left is checked before the first one starts. A run that fails then does not stop
     the others: what it raised stands in its place. The failures are told at the end.
     """
-    from nr_serve.train import processes
-
     processes.from_first(lambda: _check_text(recipes, out, corpus))
     results: dict[str, Path | Exception] = {}
     for name, recipe in recipes.items():
@@ -76,8 +82,6 @@ def run_sweep(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> dict[st
 
 def _check_text(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> None:
     """Raise what keeps a run that is left from starting with its text; a BadRecipe names the run."""
-    from nr_serve.train.run_text import read_run_text
-
     for name, recipe in recipes.items():
         if finished(out / name, recipe) is not None:
             continue
@@ -89,37 +93,23 @@ def _check_text(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> None:
 
 
 def _run(name: str, recipe: Recipe, folder: Path, corpus: Path) -> Path:
-    from nr_serve.train.run import train
-
     done = finished(folder, recipe)
     if done is not None:
         return done
     _say(name)
-    return train(recipe, folder, corpus, resume=True)
+    return training.train(recipe, folder, corpus, resume=True)
 
 
 def _raised_by_all(error: Exception) -> bool:
     """Whether the other processes of the sweep, if there are any, are past the failed run too."""
-    from nr_serve.train import processes
-    from nr_serve.train.trainer import TrainingStopped
-
     return not processes.several() or (isinstance(error, NrError) and not isinstance(error, TrainingStopped))
 
 
 def finished(run: Path, recipe: Recipe) -> Path | None:
     """What a run made, if it is at the end of that very recipe."""
-    from nr_serve.train import checkpoint as checkpoints
-    from nr_serve.train.export import result_path
-
     found = checkpoints.latest(run)
     if found is None:
         return None
     saved, result = checkpoints.load(found), result_path(run, recipe)
     ended = saved.stopped or saved.step >= recipe.run.steps
     return result if ended and parse_recipe(saved.recipe) == recipe and result.exists() else None
-
-
-def _say(message: str) -> None:
-    from nr_serve.train import processes
-
-    processes.say("sweep", message)
