@@ -17,7 +17,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 def is_name(text: str) -> bool:
     """Whether it is a name as `NAME` has it, all of it."""
-    return re.fullmatch(NAME.removesuffix("$"), text) is not None  # `$` would match before a line break at the end
+    return re.fullmatch(NAME, text) is not None
 
 
 def check_adapter_name(name: str, base: str | None = None, *, param: str | None = "name") -> None:
