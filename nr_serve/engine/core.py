@@ -17,7 +17,6 @@ from nr_serve.engine.cache.pages import PagePool
 from nr_serve.engine.cache.reuse import Reuse
 from nr_serve.engine.messages import (
     EngineInfo,
-    FinishReason,
     GateStatistics,
     Output,
     StepEvents,
@@ -251,7 +250,9 @@ class Core:
         tokens: tuple[Token, ...] = ()
         if result.token is not None:
             tokens = (self._token(result.token, result.logprob, gates[-1] if gates else None),)
-        text, finish_reason, stop_reason = _append(request, result.token)
+            text, finish_reason, stop_reason = request.append(result.token)
+        else:  # a request that wants no token is at its length at once
+            text, finish_reason, stop_reason = "", "length", None
         if finish_reason is not None:
             self._drop(request)
         return Output(
@@ -296,11 +297,6 @@ class Core:
             preemptions=self.scheduler.preemptions - preempted,
             prefix=self.scheduler.take_prefix_counts(),
         )
-
-
-def _append(request: Request, token: int | None) -> tuple[str, FinishReason | None, int | str | None]:
-    """`Request.append`; a request that wanted no token is at its length at once."""
-    return ("", "length", None) if token is None else request.append(token)
 
 
 def _add_prompt_report(piece: Piece, result: Result, gates: Sequence[Gates]) -> None:

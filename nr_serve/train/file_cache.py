@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -88,16 +88,14 @@ class FileCache:
         for torn in self.folder.glob(".*.part"):
             if _used(torn) < time.time() - TORN_AFTER_S:
                 torn.unlink(missing_ok=True)
-        files = sorted((path for path in self._files() if path != newest), key=_used)
+        others = (path for path in self.folder.iterdir() if not path.name.startswith(".") and path != newest)
+        files = sorted(others, key=_used)
         total = newest.stat().st_size + sum(_size(path) for path in files)
         for path in files:
             if total <= self.most_bytes:
                 return
             total -= _size(path)
             path.unlink(missing_ok=True)
-
-    def _files(self) -> Iterator[Path]:
-        return (path for path in self.folder.iterdir() if not path.name.startswith("."))
 
 
 def _used(path: Path) -> float:

@@ -31,14 +31,13 @@ def load_base(path: Path | str, config: ServeConfig) -> Any:
     Raises UnsupportedBase if there is none, or no such device.
     """
     device = device_of(config)
-    dtype = _fastest(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    else:
+        dtype = fastest_dtype() if device == "cpu" else torch.bfloat16
     with loading(str(path)):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(device)
-
-
-def _fastest(device: str) -> torch.dtype:
-    return fastest_dtype() if device == "cpu" else torch.bfloat16
 
 
 def check_base(model: Any) -> Any:

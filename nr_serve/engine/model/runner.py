@@ -66,7 +66,8 @@ class Runner:
         self.kernels = self.device.type == "cuda" if kernels is None else kernels
         mark, check = fingerprint(model, tokenizer.hf), StartupCheck(model, tokenizer)
         self.page_size = config.page_size
-        self.operators = cpu_operators() if self._compiles(config) else None
+        compiles = config.compile and self.device.type == "cpu" and not self.kernels
+        self.operators = cpu_operators() if compiles else None
         with self._refused():
             self.pages, self.cache = self._kv_cache(config, shape)
         self.probe_row = config.max_running
@@ -270,9 +271,6 @@ class Runner:
     @torch.inference_mode()
     def _all_logits(self, piece: Piece) -> Tensor:
         return self._step([piece], [0], list(range(piece.count)))[0]
-
-    def _compiles(self, config: ServeConfig) -> bool:
-        return config.compile and self.device.type == "cpu" and not self.kernels
 
     def _attention(self) -> str:
         """Name of the attention function, now registered."""
