@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nr_serve.engine.model.forward import run_model
 from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.step import StepTokens
 
@@ -201,19 +202,7 @@ def model_step(model: Any, bank: GpuBank, cache: KVCache) -> Step:
     def step(batch: DecodeBatch, attached: bool) -> Outputs:
         if attached:
             bank.begin(batch.tokens, always=True)
-        try:
-            output = model(
-                input_ids=batch.input_ids_T[None],
-                position_ids=batch.positions_T[None],
-                use_cache=False,
-                nr_batch=batch,
-                nr_cache=cache,
-            )
-            logits_BV = output.logits[0].float()
-        except BaseException:
-            bank.drop()
-            raise
-        return logits_BV, bank.end()
+        return run_model(model, bank, cache, batch)
 
     return step
 

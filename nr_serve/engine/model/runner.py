@@ -29,6 +29,7 @@ from nr_serve.engine.model.base import check_base, end_tokens, load_base, max_mo
 from nr_serve.engine.model.batch import Batch, build_batch
 from nr_serve.engine.model.cpu_operators import cpu_operators
 from nr_serve.engine.model.device import placed, read
+from nr_serve.engine.model.forward import run_model
 from nr_serve.engine.model.fuse import prepare_layers
 from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.model.opened import opened_by_page
@@ -187,20 +188,8 @@ class Runner:
 
         The bank has begun the step.
         """
-        try:
-            output = self.model(
-                input_ids=batch.input_ids_T[None],
-                position_ids=batch.positions_T[None],
-                use_cache=False,
-                logits_to_keep=0 if batch.logits_N is None else batch.logits_N,
-                nr_batch=batch,
-                nr_cache=self.cache,
-            )
-            logits_NV = output.logits[0].float()
-        except BaseException:
-            self.bank.drop()
-            raise
-        return logits_NV, self.bank.end()
+        wanted = 0 if batch.logits_N is None else batch.logits_N
+        return run_model(self.model, self.bank, self.cache, batch, logits_to_keep=wanted)
 
     @torch.inference_mode()
     def warm_up(self, most: int) -> None:
