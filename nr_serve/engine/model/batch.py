@@ -131,46 +131,53 @@ def build_batch(
     cell_T = layout.cells(layout.piece_T, layout.position_T)
     ids = chain.from_iterable(p.request.tokens[p.start : p.start + p.count] for p in pieces)
     paged_groups = _paged_groups(pieces, layout) if paged else []
-    wanted = [] if positions is None else [np.array(positions, np.int64)]
-    input_ids_T, positions_T, cells_T, offset_T, row_T, last_P, selected_TS, label_T, end_E, page_E, *more = placed(
-        [
-            np.fromiter(ids, np.int64, len(layout.piece_T)),
-            layout.position_T,
-            cell_T,
-            layout.offset_T,
-            rows[layout.piece_T],
-            layout.end_P - 1,
-            _selected(pieces, slots)[layout.piece_T],
-            np.array(labels)[layout.piece_T],
-            page_ends,
-            cell_T[page_ends] // page_size,
-            *chain.from_iterable((group.page_BM, group.length_B) for group in paged_groups),
-            *wanted,
-        ],
-        device,
-    )
+    arrays: dict[str | tuple[str, int], np.ndarray] = {
+        "input_ids_T": np.fromiter(ids, np.int64, len(layout.piece_T)),
+        "positions_T": layout.position_T,
+        "cells_T": cell_T,
+        "offset_T": layout.offset_T,
+        "row_T": rows[layout.piece_T],
+        "last_P": layout.end_P - 1,
+        "selected_TS": _selected(pieces, slots)[layout.piece_T],
+        "label_T": np.array(labels)[layout.piece_T],
+    }
+    if len(page_ends):
+        arrays |= {"end_E": page_ends, "page_E": cell_T[page_ends] // page_size}
+    for i, group in enumerate(paged_groups):
+        arrays |= {("pages_BM", i): group.page_BM, ("length_B", i): group.length_B}
+    if positions is not None:
+        arrays["logits_N"] = np.array(positions, np.int64)
+    there = dict(zip(arrays, placed(list(arrays.values()), device), strict=True))
     tokens = StepTokens(
-        offset_T=offset_T,
-        row_T=row_T,
-        last_P=last_P,
-        selected_TS=selected_TS,
-        label_T=label_T,
+        offset_T=there["offset_T"],
+        row_T=there["row_T"],
+        last_P=there["last_P"],
+        selected_TS=there["selected_TS"],
+        label_T=there["label_T"],
         longest=max(piece.count for piece in pieces),
-        end_E=end_E if len(page_ends) else None,
-        page_E=page_E if len(page_ends) else None,
+        end_E=there.get("end_E"),
+        page_E=there.get("page_E"),
         trial=_trial(pieces[-1], int(layout.end_P[-1])),
     )
     return Batch(
-        input_ids_T,
-        positions_T,
-        cells_T,
+        there["input_ids_T"],
+        there["positions_T"],
+        there["cells_T"],
         tokens,
         groups=[] if paged else _groups(pieces, layout, apart, device),
         paged=[
-            PagedGroup(group.first, len(group.page_BM), group.count, pages_BM, length_B, group.longest, page_size)
-            for group, pages_BM, length_B in zip(paged_groups, more[::2], more[1::2], strict=False)
+            PagedGroup(
+                group.first,
+                len(group.page_BM),
+                group.count,
+                there["pages_BM", i],
+                there["length_B", i],
+                group.longest,
+                page_size,
+            )
+            for i, group in enumerate(paged_groups)
         ],
-        logits_N=more[-1] if wanted else None,
+        logits_N=there.get("logits_N"),
     )
 
 

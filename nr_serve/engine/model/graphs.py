@@ -193,7 +193,7 @@ class Graphs:
             page_E=ended,
         )
         pages_BM = packed_FB[_FIELDS + self._slots :].T
-        return DecodeBatch(ids, positions, cells, pages_BM, packed_FB[6], self._page_size, tokens)
+        return DecodeBatch(ids, positions, cells, pages_BM, packed_FB[_FIELDS - 1], self._page_size, tokens)
 
 
 def model_step(model: Any, bank: GpuBank, cache: KVCache) -> Step:
