@@ -90,8 +90,9 @@ def paged_attention(
     """
     refuse_unknown(attention_mask, dropout, unknown)
     keys_CKD, values_CKD = nr_cache.written(module, nr_batch.cells_T, key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out_THD = attend(
-        query[0].transpose(0, 1), keys_CKD, values_CKD, nr_batch, sliding_window, scaling, nr_cache.operators
+        query[0].transpose(0, 1), keys_CKD, values_CKD, nr_batch, scale, sliding_window, nr_cache.operators
     )
     return out_THD[None], None
 
@@ -101,16 +102,16 @@ def attend(
     keys_CKD: Tensor,
     values_CKD: Tensor,
     batch: Batch,
+    scale: float,
     window: int | None,
-    scaling: float | None,
     operators: CpuOperators | None,
 ) -> Tensor:
     """Attention of a step over a layer's keys and values, those of the step among them; [T, H, D].
 
-    No further back than `window` positions if given. Logits are multiplied by `scaling`, or by D ** -0.5.
+    Logits are multiplied by `scale`. No further back than `window` positions if given.
     """
     heads, D = keys_CKD.shape[1:]
-    repeats, scale = query_THD.shape[1] // heads, D**-0.5 if scaling is None else scaling
+    repeats = query_THD.shape[1] // heads
     singles = prompts = None
     if operators is not None:
         singles, prompts = operators.attend, operators.prompts_by(query_THD.dtype, D)

@@ -111,27 +111,30 @@ class FusedLayer(_Layer):
         query_THD = ops.rotate(
             qkv, cos, sin, keys_CKD, values_CKD, batch.cells_T, self.q_norm, self.k_norm, self.eps
         )
-        out_THD = attend(query_THD, keys_CKD, values_CKD, batch, self.window, self.scaling, ops)
-        residual: Tensor = stream + self.out(out_THD.flatten(1)[None])
-        y: Tensor = self.mlp(ops.rms_norm(residual, self.ffn_norm, self.eps))
+        out_THD = self._attend(query_THD, keys_CKD, values_CKD, batch)
+        return self._add_ffn(stream, self.out(out_THD.flatten(1)[None]))
+
+    def _attend(self, query_THD: Tensor, keys_CKD: Tensor, values_CKD: Tensor, batch: Batch) -> Tensor:
+        return attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window, self._operators)
+
+    def _add_ffn(self, stream: Tensor, out: Tensor) -> Tensor:
+        """The stream after the layer: what the attention gives is added, then what the FFN gives of that."""
+        residual = stream + out
+        y: Tensor = self.mlp(self._operators.rms_norm(residual, self.ffn_norm, self.eps))
         return residual + y
 
 
 class GpuLayer(FusedLayer):
     """A fused layer by `gpu_operators`: the sum before a norm is one with it."""
 
-    def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Any, cache: KVCache) -> Tensor:
-        """As `_Layer.run`; `batch` may be a graph's too."""
+    def _attend(self, query_THD: Tensor, keys_CKD: Tensor, values_CKD: Tensor, batch: Any) -> Tensor:
+        """`batch` may be a graph's too."""
         from nr_serve.engine.model.paged_attention import attend  # needs triton
 
-        ops = self._operators
-        keys_CKD, values_CKD = cache.keys_LCKD[self.layer_idx], cache.values_LCKD[self.layer_idx]
-        qkv = self.qkv(ops.rms_norm(stream, self.attention_norm, self.eps))
-        query_THD = ops.rotate(
-            qkv, cos, sin, keys_CKD, values_CKD, batch.cells_T, self.q_norm, self.k_norm, self.eps
-        )
-        out_THD = attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window)
-        residual, x = ops.add_rms_norm(stream, self.out(out_THD.flatten(1)[None]), self.ffn_norm, self.eps)
+        return attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window)
+
+    def _add_ffn(self, stream: Tensor, out: Tensor) -> Tensor:
+        residual, x = self._operators.add_rms_norm(stream, out, self.ffn_norm, self.eps)
         y: Tensor = self.mlp(x)
         return y.add_(residual)
 

@@ -90,7 +90,7 @@ def attend(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Attention of a step over a layer's keys and values, those of the step among them; [T, H, D]."""
+    """Attention of a step over a layer's keys and values, as `attention.attend`; [T, H, D]."""
     if isinstance(batch, DecodeBatch):
         table = Table(batch.pages_BM, batch.length_B, batch.page_size)
         return attend_one(query_THD, keys_CKD, values_CKD, table, scale, window)
