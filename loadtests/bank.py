@@ -30,12 +30,12 @@ from nr_serve.default_model import model_folder
 from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model.runner import Runner
-from nr_serve.engine.request import AnswerText, Request
+from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece
 from nr_serve.evaluate.tables import markdown
 from nr_serve.logs import say
 from nr_serve.neutral.format import Adapter, AdapterInfo
-from nr_serve.tokenizer import Detokenizer, Tokenizer
+from nr_serve.tokenizer import Tokenizer
 
 WIDTH = 128
 """Of a block: 5% of the default base's parameters."""
@@ -138,11 +138,8 @@ class Bench:
         vocabulary = self.runner.info.vocab_size
         ids = torch.randint(0, vocabulary, (length,), generator=self.generator).tolist()
         submit = Submit(str(row), tuple(ids), Sampling(temperature=0))
-        text = AnswerText(Detokenizer(self.tokenizer, ()), ())
-        request = Request(submit=submit, eos_ids=frozenset(), seed=0, text=text, arrival=row)
-        size = self.runner.page_size
-        pages = -(-length // size)
-        request.row, request.pages = row, list(range(row * pages, (row + 1) * pages))
+        pages = -(-length // self.runner.page_size)
+        request = Request.outside(submit, row=row, pages=range(row * pages, (row + 1) * pages))
         slots = [row % contender.attached] if contender.fired else range(contender.attached)
         request.selection = tuple(Version(str(slot), "", None, 0.0, slot=slot) for slot in slots)
         return request

@@ -206,7 +206,6 @@ class EngineLoop:
         self.info = runner.info
         requests = probe_requests(
             texts,
-            self._tokenizer,
             longest=runner.info.max_model_len,
             row=runner.probe_row,
             pages=runner.probe_pages,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from nr_serve.engine.adapters.registry import Selection
 from nr_serve.engine.cache.prefix import Chain
@@ -52,6 +53,12 @@ class Request:
     """Of the prompt's tokens, as far as computed."""
     progress: Progress | None = None
     """How far the answer is in its guide's grammar, if it has one."""
+
+    @classmethod
+    def outside(cls, submit: Submit, *, row: int, pages: Iterable[int]) -> Request:
+        """A request of the engine's own, which the scheduler never sees: it ends at nothing and writes no text."""
+        text: Any = None
+        return cls(submit, eos_ids=frozenset(), seed=0, text=text, arrival=0, row=row, pages=list(pages))
 
     def __post_init__(self) -> None:
         self.tokens = list(self.submit.prompt_ids)

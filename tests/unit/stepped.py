@@ -143,7 +143,7 @@ class Probed(Server):
         self.runner = self.core._runner
         self.run, self.runner.run = self.runner.run, self.watched
         row, pages = self.runner.probe_row, self.runner.probe_pages
-        texts |= probe_requests(TEXTS, tiny.tokenizer(), longest=512, row=row, pages=pages)
+        texts |= probe_requests(TEXTS, longest=512, row=row, pages=pages)
 
     def watched(self, pieces, labels):
         for piece in pieces:

@@ -26,9 +26,9 @@ def test_files_replace_the_texts_and_long_ones_are_cut(tmp_path):
     (tmp_path / "chat.txt").write_text("Hello.")
     texts = read_probe_texts([tmp_path / "law.txt", tmp_path / "chat.txt"], tiny.tokenizer())
     assert tiny.tokenizer().decode(texts["chat"]) == "Hello.", "a file is taken as it is"
-    made = probe_requests(texts, tiny.tokenizer(), longest=10_000, row=0, pages=range(4))
+    made = probe_requests(texts, longest=10_000, row=0, pages=range(4))
     assert {name: request.prompt_length for name, request in made.items()} == {"law": PROBE_TOKENS, "chat": 6}
-    made = probe_requests(texts, tiny.tokenizer(), longest=5, row=0, pages=range(4))
+    made = probe_requests(texts, longest=5, row=0, pages=range(4))
     assert {request.prompt_length for request in made.values()} == {5}
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from nr_serve.config import PROBE_TOKENS
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.request import AnswerText, Request
+from nr_serve.engine.request import Request
 from nr_serve.errors import BadRequest
-from nr_serve.tokenizer import Detokenizer, Tokenizer
+from nr_serve.tokenizer import Tokenizer
 
 _FOLDER = Path(__file__).parent / "probe_texts"
 _CHAT = _FOLDER / "chat.txt"
@@ -35,16 +35,13 @@ def read_probe_texts(files: Sequence[Path], tokenizer: Tokenizer) -> dict[str, l
 
 
 def probe_requests(
-    texts: Mapping[str, Sequence[int]], tokenizer: Tokenizer, *, longest: int, row: int, pages: Sequence[int]
+    texts: Mapping[str, Sequence[int]], *, longest: int, row: int, pages: Sequence[int]
 ) -> dict[str, Request]:
     """The first PROBE_TOKENS tokens of each text, `longest` at most, as requests outside the scheduler."""
     requests = {}
     for name, ids in texts.items():
         submit = Submit("probe", tuple(ids[: min(longest, PROBE_TOKENS)]), Sampling(max_tokens=0), gates=True)
-        text = AnswerText(Detokenizer(tokenizer, ()), ())
-        requests[name] = Request(
-            submit=submit, eos_ids=frozenset(), seed=0, text=text, arrival=0, row=row, pages=list(pages)
-        )
+        requests[name] = Request.outside(submit, row=row, pages=pages)
     return requests
 
 

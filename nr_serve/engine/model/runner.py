@@ -65,7 +65,7 @@ class Runner:
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.kernels = self.device.type == "cuda" if kernels is None else kernels
-        mark, check = fingerprint(model, tokenizer.hf), StartupCheck(model, tokenizer)
+        mark, check = fingerprint(model, tokenizer.hf), StartupCheck(model)
         self.page_size = config.page_size
         compiles = config.compile and self.device.type == "cpu" and not self.kernels
         self.operators = cpu_operators() if compiles else None
@@ -340,11 +340,9 @@ class Runner:
 def _of_nothing(tokens: int, page_size: int) -> Request:
     """A request that says nothing, and draws in every way there is."""
     sampling = Sampling(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1)
-    text: Any = None  # which it never gives
     submit = Submit("nothing", (0,) * tokens, sampling)
-    request = Request(submit, eos_ids=frozenset(), seed=0, text=text, arrival=0)
-    request.row, request.selection = 0, ()
-    request.pages = list(range(-(-tokens // page_size)))
+    request = Request.outside(submit, row=0, pages=range(-(-tokens // page_size)))
+    request.selection = ()
     return request
 
 

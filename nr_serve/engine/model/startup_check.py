@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.request import AnswerText, Request
+from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece
 from nr_serve.errors import UnsupportedBase
-from nr_serve.tokenizer import Detokenizer, Tokenizer
 
 _LENGTH = 24
 _CHUNKS = (10, 13, 1)
@@ -26,7 +25,7 @@ _CHUNKS = (10, 13, 1)
 class StartupCheck:
     """A prompt and the model's own logits for it, taken before the model is changed."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Any) -> None:
         vocabulary = model.config.get_text_config().vocab_size
         ids = torch.randint(0, vocabulary, (_LENGTH,), generator=torch.Generator().manual_seed(0))
         weight = next(model.parameters())
@@ -35,20 +34,16 @@ class StartupCheck:
         with torch.inference_mode():
             self._reference_TV = model(input_ids=ids[None].to(weight.device), use_cache=False).logits[0].float()
         self._ids = tuple(ids.tolist())
-        self._text = AnswerText(Detokenizer(tokenizer, ()), ())
 
     def run(self, logits: Callable[[Piece], Tensor], *, page_size: int, pages: int) -> None:
         """Compare with the logits [n, V] that an engine with such pages gives, piece by piece.
 
         Raises UnsupportedBase if they differ.
         """
-        request = Request(
-            submit=Submit("probe", self._ids, Sampling()), eos_ids=frozenset(), seed=0, text=self._text, arrival=0
-        )
-        request.row = 0
-        request.pages = list(range(-(-_LENGTH // page_size)))
-        if len(request.pages) > pages:
+        needed = -(-_LENGTH // page_size)
+        if needed > pages:
             raise UnsupportedBase(f"{pages} pages of KV cache cannot hold {_LENGTH} tokens; give it more")
+        request = Request.outside(Submit("probe", self._ids, Sampling()), row=0, pages=range(needed))
         starts = accumulate(_CHUNKS, initial=0)
         pieces = [Piece(request, start, count) for start, count in zip(starts, _CHUNKS, strict=False)]
         self._compare(torch.cat([logits(piece) for piece in pieces]))
