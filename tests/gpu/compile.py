@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nr_serve.engine.model import draws, gpu_operators, paged_attention
+from nr_serve.engine.model.batch import Table
 from nr_serve.neutral import kernels
 
 D, SLOTS, WIDTH, ROWS, PAGES = 4096, 8, 1024, 65, 100
@@ -71,7 +72,7 @@ def launch_all(T: int, head: int, type_of_stream: torch.dtype) -> None:
     fired = kernels.compact(g_TS)
     u_STH = kernels.hidden(x_Td, g_TS, fired, empty(SLOTS, 2 * WIDTH, D), width_S)
     kernels.add(x_Td, u_STH, fired, empty(SLOTS, WIDTH, D), width_S)
-    table = paged_attention.Table(empty(T, PAGES, dtype=torch.int32), empty(T, dtype=torch.int32), page_size=16)
+    table = Table(empty(T, PAGES, dtype=torch.int32), empty(T, dtype=torch.int32), page_size=16)
     keys_CKD = empty(PAGES * 16, 8, head)
     paged_attention.attend_one(empty(T, 32, head), keys_CKD, keys_CKD, table, 0.1)
     gpu_operators.add_rms_norm(empty(1, T, D), empty(1, T, D), empty(D), 1e-5)

@@ -19,7 +19,7 @@ from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model import draws, gpu_operators, graphs, paged_attention
 from nr_serve.engine.model.attention import KVCache
-from nr_serve.engine.model.batch import build_batch
+from nr_serve.engine.model.batch import Table, build_batch
 from nr_serve.engine.model.graphs import Graphs, Padding, size_of
 from nr_serve.engine.model.runner import Runner
 from nr_serve.engine.scheduler import Piece, spans
@@ -74,7 +74,7 @@ def test_single_tokens_attend_to_the_pages_of_their_table(H, K, D, page_size, wi
     keys_CKD[unread.to(DEVICE)], values_CKD[unread.to(DEVICE)] = NAN, NAN
     query_BHD = rand(4, H, D, seed=4)
     # As a graph has it: the table's rows are columns in memory.
-    table = paged_attention.Table(
+    table = Table(
         table_BM.T.contiguous().to(DEVICE).T, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), page_size
     )
     out_BHD = paged_attention.attend_one(query_BHD, keys_CKD, values_CKD, table, 0.3, window)

@@ -36,24 +36,32 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class PagedGroup:
-    """As `Group`, for attention that reads pages where they lie: single tokens, or one piece of several.
+class Table:
+    """Where contexts lie in the KV cache.
 
-    Shape suffixes: B pieces, M pages of the longest context.
+    Shape suffixes: B contexts, M pages of the longest.
     """
+
+    pages_BM: Tensor
+    """int32. Each context's pages, in order; what lies beyond its length is not to be read."""
+    length_B: Tensor
+    """int32. Tokens of each context, those of the step included."""
+    page_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PagedGroup:
+    """As `Group`, for attention that reads pages where they lie: single tokens, or one piece of several."""
 
     first: int
     """Index in the step of the group's first token."""
     pieces: int
     count: int
     """Tokens of each piece."""
-    pages_BM: Tensor
-    """int32. Each piece's pages, in order; what lies beyond its length is not to be read."""
-    length_B: Tensor
-    """int32. Tokens of each context up to the end of the piece."""
+    table: Table
+    """The pieces' contexts."""
     longest: int
     """Tokens of the longest of them."""
-    page_size: int
 
 
 @dataclass(slots=True)
@@ -170,10 +178,8 @@ def build_batch(
                 group.first,
                 len(group.page_BM),
                 group.count,
-                there["pages_BM", i],
-                there["length_B", i],
+                Table(there["pages_BM", i], there["length_B", i], page_size),
                 group.longest,
-                page_size,
             )
             for i, group in enumerate(paged_groups)
         ],

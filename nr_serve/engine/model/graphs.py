@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nr_serve.engine.model.batch import Table
 from nr_serve.engine.model.forward import run_model
 from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.step import StepTokens
@@ -37,11 +38,8 @@ class DecodeBatch:
     input_ids_T: Tensor
     positions_T: Tensor
     cells_T: Tensor
-    pages_BM: Tensor
-    """int32; each token's pages in order, up to the longest context; undefined beyond its own length."""
-    length_B: Tensor
-    """Tokens of each context, this one included."""
-    page_size: int
+    table: Table
+    """The tokens' contexts."""
     tokens: StepTokens
     """Its `page_E` is -1 for a token that ends no page."""
 
@@ -192,8 +190,8 @@ class Graphs:
             end_E=each,
             page_E=ended,
         )
-        pages_BM = packed_FB[_FIELDS + self._slots :].T
-        return DecodeBatch(ids, positions, cells, pages_BM, packed_FB[_FIELDS - 1], self._page_size, tokens)
+        table = Table(packed_FB[_FIELDS + self._slots :].T, packed_FB[_FIELDS - 1], self._page_size)
+        return DecodeBatch(ids, positions, cells, table, tokens)
 
 
 def model_step(model: Any, bank: GpuBank, cache: KVCache) -> Step:

@@ -14,7 +14,6 @@ Shape suffixes: as in `attention`; B single tokens, M longest table, I parts of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from nr_serve.engine.model.attention import KVCache, refuse_unknown
-from nr_serve.engine.model.batch import Batch, PagedGroup
+from nr_serve.engine.model.batch import Batch, PagedGroup, Table
 from nr_serve.engine.model.graphs import DecodeBatch
 from nr_serve.neutral.kernels import dot, precision
 
@@ -35,17 +34,6 @@ PROGRAMS = 512
 """Contexts are cut into parts until there are so many programs, or the parts are short."""
 LEAST_PART = 256
 """Tokens of a context that are worth a program of their own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Where the contexts of single tokens lie."""
-
-    pages_BM: Tensor
-    """int32. A context's pages in order; what lies beyond its length is not read."""
-    length_B: Tensor
-    """int32. Tokens of each context, the single token included."""
-    page_size: int
 
 
 def register() -> None:
@@ -92,8 +80,7 @@ def attend(
 ) -> Tensor:
     """Attention of a step over a layer's keys and values, as `attention.attend`; [T, H, D]."""
     if isinstance(batch, DecodeBatch):
-        table = Table(batch.pages_BM, batch.length_B, batch.page_size)
-        return attend_one(query_THD, keys_CKD, values_CKD, table, scale, window)
+        return attend_one(query_THD, keys_CKD, values_CKD, batch.table, scale, window)
     outputs = [_attend(query_THD, keys_CKD, values_CKD, group, scale, window) for group in batch.paged]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -104,17 +91,17 @@ def _attend(
     """One group's attention, [B * n, H, D]."""
     query_THD = query_THD[group.first : group.first + group.pieces * group.count]
     if group.count == 1:
-        table = Table(group.pages_BM, group.length_B, group.page_size)
-        return attend_one(query_THD, keys_CKD, values_CKD, table, scale, window)
+        return attend_one(query_THD, keys_CKD, values_CKD, group.table, scale, window)
     keys_NKD, values_NKD = (_gathered(cache, group) for cache in (keys_CKD, values_CKD))
     return attend_chunk(query_THD, keys_NKD, values_NKD, scale, window)
 
 
 def _gathered(cache_CKD: Tensor, group: PagedGroup) -> Tensor:
     """The context of a group of one piece, [N, K, D], page by page."""
-    C = len(cache_CKD) // group.page_size * group.page_size  # the spare cell is in no page
-    pages = cache_CKD[:C].view(-1, group.page_size * cache_CKD[0].numel())
-    return pages.index_select(0, group.pages_BM[0]).view(-1, *cache_CKD.shape[1:])[: group.longest]
+    page_size = group.table.page_size
+    C = len(cache_CKD) // page_size * page_size  # the spare cell is in no page
+    pages = cache_CKD[:C].view(-1, page_size * cache_CKD[0].numel())
+    return pages.index_select(0, group.table.pages_BM[0]).view(-1, *cache_CKD.shape[1:])[: group.longest]
 
 
 def attend_chunk(
