@@ -22,6 +22,7 @@ from nr_serve.engine.model.attention import KVCache
 from nr_serve.engine.model.batch import Table, build_batch
 from nr_serve.engine.model.graphs import Graphs, Padding, size_of
 from nr_serve.engine.model.runner import Runner
+from nr_serve.engine.model.warm_up import warm_up
 from nr_serve.engine.scheduler import Piece, spans
 from nr_serve.neutral import kernels
 from nr_serve.neutral.gpu_bank import GpuBank
@@ -341,6 +342,7 @@ def test_a_runner_on_a_cpu_needs_no_triton():
         sys.modules["triton"] = None  # as if it were not installed
         from nr_serve.config import ServeConfig
         from nr_serve.engine.model.runner import Runner
+from nr_serve.engine.model.warm_up import warm_up
         from tests import tiny
         runner = Runner(tiny.model(), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
         assert runner.graphs is None
@@ -399,7 +401,7 @@ def test_traffic_meets_no_variant_of_a_kernel_that_the_warm_up_did_not(by_kernel
     with torch.inference_mode():
         runner.graphs._graphs.clear()
         runner.graphs.warm_up()
-    runner.warm_up(70)
+    warm_up(runner, 70)
     known = set(met)
     for name in ("a0", "a1"):
         stepped.load(adapters, name, tiny.adapter(tiny.model(), seed=len(name)))

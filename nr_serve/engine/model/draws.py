@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nr_serve.engine.model.device import placed
+from nr_serve.engine.model.device import placed, read
 from nr_serve.engine.model.sampler import GREEDY, adjust, allow
 from nr_serve.engine.request import Request
 
@@ -54,6 +54,20 @@ def draw(logits_NV: Tensor, request_of: Mapping[int, Request]) -> tuple[list[int
         for part in (rows[i : i + most] for i in range(0, len(rows), most))
     ]
     return rows, torch.cat(tokens) if tokens else logits_NV.new_empty(0, dtype=torch.int64)
+
+
+def read_at_once(
+    logits_NV: Tensor, asking: Mapping[int, Request], open_TS: Tensor | None, selected_TS: Tensor
+) -> tuple[list[int], dict[int, int], Tensor | None, Tensor]:
+    """Likeliest tokens, -1 for a NaN; tokens of the requests `asking`, by row; the rest, in the host's memory."""
+    rows, drawn_n = draw(logits_NV, asking)
+    if open_TS is None:
+        likeliest_N, drawn_n, selected_TS = read(likeliest_or_nan(logits_NV), drawn_n, selected_TS)
+    else:
+        likeliest_N, drawn_n, selected_TS, open_TS = read(
+            likeliest_or_nan(logits_NV), drawn_n, selected_TS, open_TS
+        )
+    return likeliest_N.tolist(), dict(zip(rows, drawn_n.tolist(), strict=True)), open_TS, selected_TS
 
 
 def _draw(weights_nV: Tensor, requests: list[Request]) -> Tensor:

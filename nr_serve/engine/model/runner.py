@@ -6,8 +6,7 @@ Owns the model, the KV cache and the bank.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -22,13 +21,13 @@ from torch import Tensor
 from nr_serve.config import PROBE_TOKENS, ServeConfig
 from nr_serve.engine.adapters.gate_counts import label_count
 from nr_serve.engine.cache.neutrality import Opened
-from nr_serve.engine.messages import EngineInfo, Sampling, Submit
+from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.model import attention
 from nr_serve.engine.model.attention import KVCache
 from nr_serve.engine.model.base import check_base, end_tokens, load_base, max_model_len, sampling_defaults
 from nr_serve.engine.model.batch import Batch, build_batch
 from nr_serve.engine.model.cpu_operators import cpu_operators
-from nr_serve.engine.model.device import placed, read
+from nr_serve.engine.model.device import placed
 from nr_serve.engine.model.forward import run_model
 from nr_serve.engine.model.fuse import prepare_layers
 from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
@@ -36,7 +35,6 @@ from nr_serve.engine.model.opened import opened_by_page
 from nr_serve.engine.model.results import draws, guarded_result, logit_positions
 from nr_serve.engine.model.sampler import any_nan, likeliest
 from nr_serve.engine.model.startup_check import StartupCheck
-from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece, Result, spans
 from nr_serve.errors import BadAdapterFile, BadRequest, NrError, UnsupportedBase, raised_as
 from nr_serve.neutral import block_width
@@ -98,7 +96,9 @@ class Runner:
         if self.graphs is not None:
             check.run(self._all_logits, page_size=self.page_size, pages=self.pages)  # its last token by a graph
         if self.device.type == "cuda":
-            self.warm_up(max(config.max_batch_tokens, config.max_running))
+            from nr_serve.engine.model.warm_up import warm_up  # needs triton
+
+            warm_up(self, max(config.max_batch_tokens, config.max_running))
 
     def _refused(self) -> AbstractContextManager[None]:
         """Refuse a base of another make than was foreseen, whatever it fails with."""
@@ -132,7 +132,9 @@ class Runner:
         of_piece = list(accumulate(map(len, wanted), initial=0))
         asking = {end - 1: piece.request for piece, end in zip(pieces, of_piece[1:], strict=True) if draws(piece)}
         if self.kernels:
-            likeliest_N, drawn, open_TS, selected_TS = _read_at_once(logits_NV, asking, open_TS, selected_TS)
+            from nr_serve.engine.model.draws import read_at_once  # needs triton
+
+            likeliest_N, drawn, open_TS, selected_TS = read_at_once(logits_NV, asking, open_TS, selected_TS)
             nan_N = [token < 0 for token in likeliest_N]
         else:
             likeliest_N, drawn = likeliest(logits_NV), {}
@@ -174,7 +176,7 @@ class Runner:
         if self.graphs is not None and all(piece.count == 1 and piece.trial is None for piece in pieces):
             decoded = self.graphs.run(pieces, labels, attached=bool(self.bank.attached))
         if decoded is None:
-            batch = self._batch(pieces, labels, positions)
+            batch = self.batch(pieces, labels, positions)
             self.bank.begin(batch.tokens)
             return *self.forward(batch), batch.tokens.selected_TS
         logits_NV = decoded.logits_BV
@@ -183,6 +185,21 @@ class Runner:
             logits_NV = logits_NV.index_select(0, wanted_N)
         return logits_NV, decoded.open_BS, decoded.selected_BS
 
+    def batch(self, pieces: Sequence[Piece], labels: Sequence[int], positions: list[int]) -> Batch:
+        """The step's tensors; `positions`: the tokens whose logits are wanted, by index in the step."""
+        return build_batch(
+            pieces,
+            labels,
+            page_size=self.page_size,
+            spare_cell=self.cache.spare_cell,
+            slots=self.bank.slots,
+            recalls_pages=self.recalls_pages,
+            apart=self._apart(),
+            paged=self.kernels,
+            positions=positions,
+            device=self.device,
+        )
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The logits wanted of the step, float32 [N, V]; layers open by token and slot, None: none was.
 
@@ -190,33 +207,6 @@ class Runner:
         """
         wanted = 0 if batch.logits_N is None else batch.logits_N
         return run_model(self.model, self.bank, self.cache, batch, logits_to_keep=wanted)
-
-    @torch.inference_mode()
-    def warm_up(self, most: int) -> None:
-        """Run steps of up to `most` tokens, that no request waits while kernels are compiled or loaded.
-
-        A step of each size at which other variants begin: a prompt from its start, and a single token beside a
-        prompt that goes on. For before anything is served: it writes to row 0 and the first pages.
-        """
-        from nr_serve.neutral.gpu_bank import GpuBank
-        from nr_serve.neutral.kernels import FEW, MANY, MOST
-
-        assert isinstance(self.bank, GpuBank)
-        started, size = time.perf_counter(), self.page_size
-        longest = min(self.pages * size, self.info.max_model_len)
-        for count in sorted({2, FEW + 1, MANY + 1, MOST + 1, most}):
-            if count > min(most, longest - size - 1):
-                continue
-            request = _of_nothing(count + size + 1, size)
-            single, goes_on = Piece(request, 0, 1), Piece(request, size, count - 1)
-            for pieces in ([Piece(request, 0, count)], sorted([single, goes_on], key=lambda piece: piece.count)):
-                ends = [end - 1 for _, end in spans(pieces)]
-                batch = self._batch(pieces, [0] * len(pieces), ends)
-                self.bank.begin(batch.tokens, always=True)
-                logits_NV, open_TS = self.forward(batch)
-                _read_at_once(logits_NV, {0: request}, open_TS, batch.tokens.selected_TS)
-        self.bank.forget_row(0)
-        log.info("kernels warmed up in %.0f s", time.perf_counter() - started)
 
     def _set_rows(self, pieces: Sequence[Piece]) -> None:
         """What each request's first piece carries on: nothing, or the state at the end of the last page reused."""
@@ -235,20 +225,6 @@ class Runner:
         if open_TS is None or not self.recalls_pages:
             return [()] * len(pieces)
         return opened_by_page(pieces, open_TS, selected_TS, self.page_size)
-
-    def _batch(self, pieces: Sequence[Piece], labels: Sequence[int], positions: list[int]) -> Batch:
-        return build_batch(
-            pieces,
-            labels,
-            page_size=self.page_size,
-            spare_cell=self.cache.spare_cell,
-            slots=self.bank.slots,
-            recalls_pages=self.recalls_pages,
-            apart=self._apart(),
-            paged=self.kernels,
-            positions=positions,
-            device=self.device,
-        )
 
     def _apart(self) -> int | None:
         """Of how many tokens times context a piece attends as single tokens: measured, see docs/performance.md."""
@@ -335,31 +311,6 @@ class Runner:
             operators=self.operators,
         )
         return pages, cache
-
-
-def _of_nothing(tokens: int, page_size: int) -> Request:
-    """A request that says nothing, and draws in every way there is."""
-    sampling = Sampling(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1)
-    submit = Submit("nothing", (0,) * tokens, sampling)
-    request = Request.outside(submit, row=0, pages=range(-(-tokens // page_size)))
-    request.selection = ()
-    return request
-
-
-def _read_at_once(
-    logits_NV: Tensor, asking: Mapping[int, Request], open_TS: Tensor | None, selected_TS: Tensor
-) -> tuple[list[int], dict[int, int], Tensor | None, Tensor]:
-    """Likeliest tokens, -1 for a NaN; tokens of the requests `asking`, by row; the rest, in the host's memory."""
-    from nr_serve.engine.model.draws import draw, likeliest_or_nan  # needs triton
-
-    rows, drawn_n = draw(logits_NV, asking)
-    if open_TS is None:
-        likeliest_N, drawn_n, selected_TS = read(likeliest_or_nan(logits_NV), drawn_n, selected_TS)
-    else:
-        likeliest_N, drawn_n, selected_TS, open_TS = read(
-            likeliest_or_nan(logits_NV), drawn_n, selected_TS, open_TS
-        )
-    return likeliest_N.tolist(), dict(zip(rows, drawn_n.tolist(), strict=True)), open_TS, selected_TS
 
 
 def _probe_pages(page_size: int) -> int:
