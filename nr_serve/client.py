@@ -148,12 +148,12 @@ def adapter_path(name: str) -> str:
 def refusal(response: httpx.Response) -> NrError:
     """The error that an answer with an error status tells of."""
     try:
-        return told(response.json()["error"], response.status_code)
+        return error_from(response.json()["error"], response.status_code)
     except (ValueError, KeyError, TypeError, AttributeError):  # not an nr-serve, or something in between
         kind = BY_STATUS.get(response.status_code, NrError)
         return kind(f"{response.url} answered {response.status_code} {response.reason_phrase}")
 
 
-def told(error: Mapping[str, Any], status: int) -> NrError:
+def error_from(error: Mapping[str, Any], status: int) -> NrError:
     """The error that an `error` object in the API's form tells of."""
     return BY_STATUS.get(status, NrError)(str(error["message"]), param=error.get("param"))

@@ -26,7 +26,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from nr_serve.api.responses import Adapter, AdapterList, ChatCompletion, Completion, ModelList
 from nr_serve.asgi_transport import LocalTransport
-from nr_serve.client import adapter_path, refusal, told
+from nr_serve.client import adapter_path, error_from, refusal
 from nr_serve.config import FLAGS, GROUPS, AdapterSettings, EngineSettings, ModelSettings, ServeConfig
 from nr_serve.errors import BadRequest, NotFound, NrError, Unavailable, faults
 
@@ -204,7 +204,7 @@ class Server:
                 if event is None:
                     return
                 if "error" in event:
-                    raise told(event["error"], event["error"]["code"])
+                    raise error_from(event["error"], event["error"]["code"])
                 yield from event["choices"]
         finally:
             if events in self._standing:

@@ -16,7 +16,7 @@ from nr_serve.addresses import is_loopback
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.http11 import Http11Protocol
 from nr_serve.api.middleware.deadlines import SEND_SECONDS
-from nr_serve.api.work import Work
+from nr_serve.api.underway import Underway
 from nr_serve.assemble import assemble
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Status
@@ -47,16 +47,16 @@ def _serve(config: ServeConfig) -> int:
         quiet_progress_bars(config.log_level, config.log_format)
         log.info("starting with the base %s", config.model)
         engine, app = assemble(config)
-        server = HttpServer(app, app.state.context.work, config.grace_period)
-        watch = _Watch(engine, server, _address(listener), config.log_format)
-        engine.on_status = watch.turned
+        server = HttpServer(app, app.state.context.underway, config.grace_period)
+        announcer = _Announcer(engine, server, _address(listener), config.log_format)
+        engine.on_status = announcer.turned
         try:
             server.run(sockets=[listener])
         except SystemExit:  # by SIGTERM
-            if watch.failure is None:
+            if announcer.failure is None:
                 raise
-    if watch.failure is not None:
-        raise watch.failure
+    if announcer.failure is not None:
+        raise announcer.failure
     return 0
 
 
@@ -81,7 +81,7 @@ def bind(host: str, port: int) -> socket.socket:
 class HttpServer(uvicorn.Server):
     """Told to end, it refuses what is new and lets answers finish; told a second time, it ends at once."""
 
-    def __init__(self, app: FastAPI, work: Work, grace_s: float) -> None:
+    def __init__(self, app: FastAPI, underway: Underway, grace_s: float) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -94,7 +94,7 @@ class HttpServer(uvicorn.Server):
             )
         )
         self._engine: AsyncEngine = app.state.context.engine
-        self._work = work
+        self._underway = underway
         self._grace_s = grace_s
         self._told: str | None = None
 
@@ -108,9 +108,9 @@ class HttpServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain while the socket still takes connections, so that clients read 503; then close."""
         if self._told is not None:  # logged here: a signal may come in the middle of another line
-            running = self._work.running
+            running = self._underway.running
             log.info("stopping on %s: running requests: %d, grace: %g s", self._told, running, self._grace_s)
-        await self._work.drain(self._grace_s)
+        await self._underway.drain(self._grace_s)
         if self._engine.status == "loading":
             log.info("stopped")
             _leave()
@@ -118,7 +118,7 @@ class HttpServer(uvicorn.Server):
         log.info("stopped")
 
 
-class _Watch:
+class _Announcer:
     """Says when the server is ready, and ends it if the engine cannot start."""
 
     def __init__(self, engine: AsyncEngine, server: uvicorn.Server, address: str, form: str) -> None:

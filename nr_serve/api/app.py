@@ -56,7 +56,7 @@ def _add_middleware(app: FastAPI, context: Context) -> None:
     """What a request passes before its route: the last added is the first."""
     config = context.config
     app.add_middleware(BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
-    app.add_middleware(Deadlines, work=context.work, timeout_s=config.request_timeout)
+    app.add_middleware(Deadlines, underway=context.underway, timeout_s=config.request_timeout)
     app.add_middleware(KeyLimits, config=config)
     app.add_middleware(KeyCheck, keys=Keys(config))
     if context.engine.tracing is not None:

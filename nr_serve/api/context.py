@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar, cast
 from fastapi import Depends, Request
 
 from nr_serve.api.bridge import AsyncEngine
-from nr_serve.api.work import Work
+from nr_serve.api.underway import Underway
 from nr_serve.api.worker import Worker
 from nr_serve.config import ServeConfig
 from nr_serve.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ class Context:
     config: ServeConfig
     started: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""
-    work: Work = field(default_factory=Work)
+    underway: Underway = field(default_factory=Underway)
     texts: Worker = field(init=False)
     """Tokenises off the event loop, so that a long prompt does not hold up running streams."""
     grammars: Worker = field(init=False)
@@ -45,7 +45,7 @@ class Context:
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return self.engine.status == "ready" and not self.work.draining
+        return self.engine.status == "ready" and not self.underway.draining
 
     async def text(self, work: Callable[[], T]) -> T:
         """Run tokenizer work on its thread. Raises QueueFull."""

@@ -36,13 +36,13 @@ async def health(context: Ctx) -> Json[Health]:
     engine = context.engine
     if engine.status in ("failed", "stopped"):
         raise Unavailable(f"the engine {engine.status}; the server's log says why")
-    return Json({"status": "draining" if context.work.draining else engine.status})
+    return Json({"status": "draining" if context.underway.draining else engine.status})
 
 
 @router.get("/ready")
 async def ready(context: Ctx) -> Json[Ready]:
     """200 while requests are taken; 503 before, and once the server was told to end."""
-    if context.work.draining:
+    if context.underway.draining:
         raise Unavailable("the server is shutting down")
     return Json({"status": "ready", "model": context.engine.info.model})
 

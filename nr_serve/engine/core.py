@@ -1,6 +1,6 @@
 """The engine without its thread: takes requests, and steps. A step is three verbs: schedule, run, apply.
 
-Torch-free: everything with tensors is behind `Runs`.
+Torch-free: everything with tensors is behind `RunnerLike`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TRIAL_TOKENS = 64  # of a piece on trial in a pass of its own: who comes meanwhi
 TRIAL_TOKENS_BESIDE = 2  # in a running step: it may not be felt by those who read
 
 
-class Runs(Protocol):
+class RunnerLike(Protocol):
     """What the core needs of a runner."""
 
     info: EngineInfo
@@ -54,7 +54,7 @@ class Runs(Protocol):
 class Core:
     """Owns the requests. Not thread-safe: `EngineLoop` calls it from one thread."""
 
-    def __init__(self, runner: Runs, adapters: Adapters, tokenizer: Tokenizer, config: ServeConfig) -> None:
+    def __init__(self, runner: RunnerLike, adapters: Adapters, tokenizer: Tokenizer, config: ServeConfig) -> None:
         pool = PagePool(runner.pages, config.page_size)
         self.scheduler = Scheduler(
             pool,

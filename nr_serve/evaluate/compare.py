@@ -12,7 +12,7 @@ from nr_serve.disk import make_folder, write_text
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.comparison_report import Comparison, RunReport, page
 from nr_serve.evaluate.difference import difference, error_of_mean
-from nr_serve.evaluate.readings import in_turn, read_text
+from nr_serve.evaluate.readings import in_turn, measure_text
 from nr_serve.evaluate.tasks import Answer, Example, answer_tasks, score
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import Attached
@@ -51,7 +51,7 @@ class Benchmark:
         `versions` tell what is measured from all else, `of` does for people.
         """
         results = {
-            source: read_text(base, attached, versions, windows, f"{place}; {of}")
+            source: measure_text(base, attached, versions, windows, f"{place}; {of}")
             for source, windows, place in in_turn(self.texts)
         }
         with evaluating(base.model):

@@ -11,7 +11,7 @@ from typing import Any
 
 from nr_serve.evaluate.difference import Difference, difference
 from nr_serve.evaluate.hosted import Hosted
-from nr_serve.evaluate.readings import in_turn, read_hosted
+from nr_serve.evaluate.readings import in_turn, measure_hosted
 from nr_serve.train.measure import SourceResult
 from nr_serve.train.text.pack import Windows
 
@@ -65,8 +65,8 @@ def _attach(hosted: Hosted, texts: Mapping[str, Windows], names: Sequence[str]) 
     before: dict[str, SourceResult] = {}
     after: dict[str, SourceResult] = {}
     for source, windows, place in in_turn(texts):
-        before[source] = read_hosted(hosted, (), windows, place)
-        after[source] = read_hosted(hosted, names, windows, place)
+        before[source] = measure_hosted(hosted, (), windows, place)
+        after[source] = measure_hosted(hosted, names, windows, place)
     return report(hosted, names, texts, before, after)
 
 

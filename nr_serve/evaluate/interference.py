@@ -12,7 +12,7 @@ from typing import Any
 from nr_serve.evaluate.difference import Difference, difference
 from nr_serve.evaluate.heldout import Report, report
 from nr_serve.evaluate.hosted import Hosted
-from nr_serve.evaluate.readings import in_turn, read_hosted
+from nr_serve.evaluate.readings import in_turn, measure_hosted
 from nr_serve.evaluate.roles import Kind, Role, assign_roles
 from nr_serve.train.measure import SourceResult
 from nr_serve.train.text.pack import Windows
@@ -139,12 +139,12 @@ def interference(
     together: dict[str, SourceResult] = {}
     alone: dict[str, Alone] = {}
     for source, windows, place in in_turn(texts):
-        before[source] = read_hosted(hosted, (), windows, place)
-        together[source] = read_hosted(hosted, hosted.names, windows, place)
+        before[source] = measure_hosted(hosted, (), windows, place)
+        together[source] = measure_hosted(hosted, hosted.names, windows, place)
         own = roles[source].own
         if own:
             silent = _others_silent(hosted, own, together[source])
-            read = together[source] if silent else read_hosted(hosted, own, windows, place)
+            read = together[source] if silent else measure_hosted(hosted, own, windows, place)
             alone[source] = Alone(read.loss, difference(read, together[source]))
     return Interference(report(hosted, hosted.names, texts, before, together), roles, alone)
 

@@ -36,14 +36,14 @@ def in_turn(texts: Mapping[str, Windows]) -> Iterator[tuple[str, Windows, str]]:
         yield source, windows, f"text {i} of {len(texts)}: {source}"
 
 
-def read_hosted(hosted: Hosted, names: Sequence[str], windows: Windows, place: str) -> SourceResult:
+def measure_hosted(hosted: Hosted, names: Sequence[str], windows: Windows, place: str) -> SourceResult:
     """A text's reading with exactly the adapters `names` attached; `place` is the label to say on stderr."""
     hosted.attach(names)
     versions = [hosted.versions[name] for name in names]
-    return read_text(hosted.base, hosted.attached, versions, windows, f"{place}; {beside(names)}")
+    return measure_text(hosted.base, hosted.attached, versions, windows, f"{place}; {beside(names)}")
 
 
-def read_text(
+def measure_text(
     base: FrozenBase, attached: Attached, versions: Sequence[str], windows: Windows, place: str
 ) -> SourceResult:
     """A text's reading as the base and what is attached to it are now; `versions` tell that from all else."""

@@ -198,12 +198,12 @@ def _read(hosted: Hosted, names: Sequence[str], ids_NT: Tensor) -> _Reading:
     parts = []
     blocks = 0
 
-    def watch(_: int, __: int, g_M: Tensor) -> None:
+    def on_gates(_: int, __: int, g_M: Tensor) -> None:
         fired_T.add_((g_M > 0).view(-1, length).sum(0))
 
     with evaluating(model):
         windows = Windows(ids_NT, torch.arange(length).expand_as(ids_NT))
-        for record, nats_NT, _ in read_parts(model, attached, windows, watch):
+        for record, nats_NT, _ in read_parts(model, attached, windows, on_gates):
             blocks = sum(record.blocks)
             parts.append(nats_NT)
     rates = (fired_T / (count * max(1, blocks))).tolist()

@@ -16,7 +16,7 @@ from nr_serve.train.activations import GATES
 from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.losses import LayerOutput, LocalLoss, open_hinge
 
-Watch = Callable[[int, int, Tensor], None]
+OnGates = Callable[[int, int, Tensor], None]
 """Called with (adapter, layer, gates [T]) where the adapter has a block."""
 
 
@@ -40,7 +40,7 @@ class ForwardPass:
     """Sum of the local terms, over tokens and layers."""
     hinges: list[Tensor] | None = None
     """Gathers each layer's hinge on the target's gates, if it is a list."""
-    watch: Watch | None = None
+    on_gates: OnGates | None = None
 
     def on_target(self, adapter: int) -> tuple[int, int]:
         """Token-layers of the target that fired, and all of them, where the adapter has a block."""
@@ -59,8 +59,8 @@ class ForwardPass:
             self.fired_target[adapter][layer] = int(self.target_T[index_f].sum())
             if self.hinges is not None:
                 self.hinges.append(open_hinge(over_T, self.target_T))
-        if self.watch is not None:
-            self.watch(adapter, layer, g_T.detach())
+        if self.on_gates is not None:
+            self.on_gates(adapter, layer, g_T.detach())
 
     def add_local(self, local: LocalLoss, m_T: Tensor, r_fd: Tensor, ffn_Td: Tensor, index_f: Tensor) -> None:
         """Take a layer's local loss, of its residues on the tokens of `index_f`."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nr_serve.train.attach import Attached, ForwardPass, Watch
+from nr_serve.train.attach import Attached, ForwardPass, OnGates
 from nr_serve.train.losses import next_token_labels, token_nats
 from nr_serve.train.text.pack import Windows
 
@@ -58,16 +58,16 @@ def measure(model: Any, attached: Attached, sources: Mapping[str, Windows]) -> d
 
 
 def read_parts(
-    model: Any, attached: Attached, windows: Windows, watch: Watch | None = None
+    model: Any, attached: Attached, windows: Windows, on_gates: OnGates | None = None
 ) -> Iterator[tuple[ForwardPass, Tensor, Tensor]]:
     """A few windows at a time: what fired, each token's loss on the next in nats, and which have a next; [N, T].
 
-    The loss is 0 where there is no next one. `watch` is `ForwardPass.watch`.
+    The loss is 0 where there is no next one. `on_gates` is `ForwardPass.on_gates`.
     """
     for at in range(0, len(windows), BATCH_WINDOWS):
         part = windows.take(slice(at, at + BATCH_WINDOWS)).to(model.device)
         record = attached.begin(part.offset_NT)
-        record.watch = watch
+        record.on_gates = on_gates
         logits_NTV = model(part.ids_NT, use_cache=False, position_ids=part.offset_NT).logits
         labels_NT = next_token_labels(part.ids_NT, part.offset_NT)
         yield record, token_nats(logits_NTV, labels_NT).double(), labels_NT != -100

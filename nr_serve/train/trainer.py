@@ -124,7 +124,7 @@ class RunTrainer(transformers.Trainer):
         self,
         learner: Learner,
         batches: Batches,
-        plan: Run,
+        run: Run,
         arguments: TrainingArguments,
         *,
         validate: Callable[[int], float],
@@ -135,17 +135,17 @@ class RunTrainer(transformers.Trainer):
 
         `log` takes a line of the run's log, in every process.
         """
-        self.learner, self.plan, self.validate, self.describe, self.write = learner, plan, validate, describe, log
+        self.learner, self.run, self.validate, self.describe, self.write = learner, run, validate, describe, log
         self.out = Path(str(arguments.output_dir))
         self.batches = batches
-        callbacks: list[TrainerCallback] = [EarlyStoppingCallback(plan.patience)] if plan.patience else []
+        callbacks: list[TrainerCallback] = [EarlyStoppingCallback(run.patience)] if run.patience else []
         super().__init__(
             model=self.learner,
             args=arguments,
             train_dataset=self.batches,
             eval_dataset=[],  # measured by the run, in its own way
             data_collator=lambda parts: parts[0],
-            optimizers=make_optimizer(learner.trained(), plan),
+            optimizers=make_optimizer(learner.trained(), run),
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False
@@ -196,10 +196,10 @@ class RunTrainer(transformers.Trainer):
             totals = self._over_processes(torch.stack(list(self._sums.values()))).tolist()
             means = zip(self._sums, totals, strict=True)
             logs |= {name: total / over for name, (total, over) in means if over}
-            tokens = (step - self._logged_step) * self.plan.batch_tokens
+            tokens = (step - self._logged_step) * self.run.batch_tokens
             logs["tokens_a_second"] = tokens / (time.monotonic() - self._since)
             self._sums = {}
-            self.write({"event": "step", "step": step, "tokens": step * self.plan.batch_tokens} | _plain(logs))
+            self.write({"event": "step", "step": step, "tokens": step * self.run.batch_tokens} | _plain(logs))
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -227,7 +227,7 @@ class RunTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if self.args.should_save:
             step, best = self.state.global_step, self.state.best_global_step
-            stopped = bool(self.control.should_training_stop) and step < self.plan.steps
+            stopped = bool(self.control.should_training_stop) and step < self.run.steps
             described = self.describe(checkpoints.at_step(self.out, step), step)
             checkpoints.complete(replace(described, best_step=best, stopped=stopped))
             checkpoints.rotate(self.out, keep=best)
@@ -241,7 +241,7 @@ class RunTrainer(transformers.Trainer):
                 raise ValueError(f"{TRAINER_STATE_NAME} is of step {step}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them, but go on with this plan: a checkpoint has the rate and the intervals of the run it was of."""
+        """Load them, but go on by this recipe: a checkpoint has the rate and the intervals of the run it was of."""
         with checkpoints.reading(Path(checkpoint or "")):
             super()._load_optimizer_and_scheduler(checkpoint)
         state: Any = self.state

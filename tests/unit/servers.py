@@ -29,7 +29,7 @@ def running(build, tokenizer, **config):
 
     settings = ServeConfig(**config)
     app = create_app(AsyncEngine(remember, Metrics()), tokenizer, settings)
-    server = HttpServer(app, app.state.context.work, settings.grace_period)
+    server = HttpServer(app, app.state.context.underway, settings.grace_period)
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         served = Served(engines[0], "http://{}:{}".format(*listener.getsockname()))

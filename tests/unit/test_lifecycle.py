@@ -14,7 +14,7 @@ import pytest
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.middleware import deadlines
 from nr_serve.api.middleware.deadlines import Deadlines
-from nr_serve.api.work import Work
+from nr_serve.api.underway import Underway
 from nr_serve.config import ServeConfig
 from nr_serve.engine.core import MAX_FAILED_STEPS
 from nr_serve.engine.messages import LoadAdapter, Output, Sampling, StepEvents, Submit
@@ -71,18 +71,18 @@ def test_a_stream_that_takes_too_long_ends_with_an_error():
 
 
 def sent_by(app, timeout_s: float | None = None, then=None) -> list[dict]:
-    """What `Deadlines` over `app` sends; `then(work)` runs once the request has begun."""
-    sent, work = [], Work()
+    """What `Deadlines` over `app` sends; `then(underway)` runs once the request has begun."""
+    sent, underway = [], Underway()
 
     async def send(message) -> None:
         sent.append(message)
 
     async def main() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-        request = asyncio.create_task(Deadlines(app, work, timeout_s)(scope, None, send))
+        request = asyncio.create_task(Deadlines(app, underway, timeout_s)(scope, None, send))
         await asyncio.sleep(0)
         if then is not None:
-            await then(work)
+            await then(underway)
         await request
 
     asyncio.run(main())
@@ -95,17 +95,17 @@ def test_a_request_that_ends_in_the_turn_of_the_drain_does_not_disturb_it():
     async def app(scope, receive, send) -> None:
         await may_end.wait()
 
-    async def end_and_drain(work) -> None:
+    async def end_and_drain(underway) -> None:
         may_end.set()  # wakes the request's task before the drain begins; its callbacks run a turn later
-        await asyncio.create_task(work.drain(PATIENCE))
-        drained.append(work.draining)
+        await asyncio.create_task(underway.drain(PATIENCE))
+        drained.append(underway.draining)
 
     sent_by(app, then=end_and_drain)
     assert drained == [True]
 
 
 def test_a_request_that_has_not_arrived_is_refused_as_soon_as_the_drain_begins():
-    sent, work = [], Work()
+    sent, underway = [], Underway()
 
     async def app(scope, receive, send) -> None:
         while (await receive())["more_body"]:
@@ -119,10 +119,10 @@ def test_a_request_that_has_not_arrived_is_refused_as_soon_as_the_drain_begins()
         parts.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
         scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
         scope["headers"] = [(b"content-length", b"100")]
-        request = asyncio.create_task(Deadlines(app, work, None)(scope, parts.get, send))
+        request = asyncio.create_task(Deadlines(app, underway, None)(scope, parts.get, send))
         while not parts.empty():
             await asyncio.sleep(0)
-        await asyncio.wait_for(work.drain(grace_s=1e6), PATIENCE)
+        await asyncio.wait_for(underway.drain(grace_s=1e6), PATIENCE)
         await request
 
     asyncio.run(main())
@@ -162,7 +162,7 @@ def test_a_client_that_does_not_read_keeps_its_request_no_longer_than_its_time(d
 
     async def main() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-        await asyncio.wait_for(Deadlines(_streaming, Work(), deadline)(scope, None, _blocked), PATIENCE)
+        await asyncio.wait_for(Deadlines(_streaming, Underway(), deadline)(scope, None, _blocked), PATIENCE)
 
     asyncio.run(main())
 
@@ -349,7 +349,7 @@ def test_the_exit_code_says_whether_the_engine_had_failed(failure, monkeypatch, 
 
     engine = SimpleNamespace(failure=None, info=SimpleNamespace(model="m", device="d", dtype="t"), adapters={})
     engine.status = "ready"
-    app = SimpleNamespace(state=SimpleNamespace(context=SimpleNamespace(work=Work(), engine=engine)))
+    app = SimpleNamespace(state=SimpleNamespace(context=SimpleNamespace(underway=Underway(), engine=engine)))
     monkeypatch.setattr("nr_serve.serve.assemble", lambda config: (engine, app))
     monkeypatch.setattr(HttpServer, "run", run)
     monkeypatch.setattr(signal, "signal", lambda *args: None)

@@ -183,7 +183,7 @@ def test_above_a_trained_block_the_percentile_is_of_the_tokens_it_does_not_act_o
             )
 
         attached.before = look
-        record.watch = lambda _, __, g_T, name=name: moved[name].logical_or_(g_T > 0)
+        record.on_gates = lambda _, __, g_T, name=name: moved[name].logical_or_(g_T > 0)
         with torch.no_grad():
             model.model(odd.ids_NT, use_cache=False, position_ids=odd.offset_NT)
         attached.before = None

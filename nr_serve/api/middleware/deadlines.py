@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nr_serve.api.errors import error_body, error_response
 from nr_serve.api.paths import asks_model, is_guarded
 from nr_serve.api.sse import event
-from nr_serve.api.work import Work
+from nr_serve.api.underway import Underway
 from nr_serve.errors import BadRequest, NrError, TimedOut, Unavailable
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ _LAST_SECONDS = 1.0
 class Deadlines:
     """ASGI middleware that ends what takes too long, and refuses what comes while the server drains."""
 
-    def __init__(self, app: ASGIApp, work: Work, timeout_s: float | None) -> None:
+    def __init__(self, app: ASGIApp, underway: Underway, timeout_s: float | None) -> None:
         self._app = app
-        self._work = work
+        self._underway = underway
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,7 +40,7 @@ class Deadlines:
             await self._app(scope, receive, send)
             return
         try:
-            if self._work.draining:
+            if self._underway.draining:
                 raise Unavailable("the server is shutting down")
             seconds = _shorter(self._timeout_s, Headers(scope=scope).get(HEADER)) if asks_model(scope) else None
         except NrError as error:
@@ -66,14 +66,14 @@ class Deadlines:
         async def heard() -> Message:
             message = await receive()
             if not message.get("more_body", False):
-                self._work.arrived(deadline)
+                self._underway.arrived(deadline)
             return message
 
         try:
             async with deadline:
-                with self._work.until(deadline):
+                with self._underway.until(deadline):
                     if _has_body(scope):
-                        self._work.arriving(deadline)
+                        self._underway.arriving(deadline)
                     await self._app(scope, heard, watched)
         except TimeoutError:
             if not deadline.expired():
@@ -90,7 +90,7 @@ class Deadlines:
                 await last({"type": "http.response.body", "body": event(error_body(error)), "more_body": False})
 
     def _reason(self, seconds: float | None) -> NrError:
-        if self._work.draining or seconds is None:
+        if self._underway.draining or seconds is None:
             return Unavailable("the server is shutting down")
         return TimedOut(f"the answer was not ready within {seconds:g} seconds")
 

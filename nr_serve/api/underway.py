@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Work:
+class Underway:
     """What is under way, and whether more is taken."""
 
     def __init__(self) -> None:
