@@ -6,13 +6,11 @@ code.
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +23,10 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from nr_serve.api.responses import Adapter, AdapterList, ChatCompletion, Completion, ModelList
-from nr_serve.asgi_transport import LocalTransport
 from nr_serve.client import adapter_path, error_from, refusal
 from nr_serve.config import FLAGS, GROUPS, AdapterSettings, EngineSettings, ModelSettings, ServeConfig
-from nr_serve.errors import BadRequest, NotFound, NrError, Unavailable, faults
+from nr_serve.errors import BadRequest, NotFound, Unavailable, faults
+from nr_serve.in_process import local_http, post, stream
 
 C = TypeVar("C", bound=BaseSettings)
 T = TypeVar("T")
@@ -255,67 +253,6 @@ class _Loop:
     def __exit__(self, *_: object) -> None:
         self._portal.call(self._portal.stop)
         self._thread.join()
-
-
-async def post(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> httpx.Response:
-    """POST `body`; when the queue is full, wait and ask again. Raises BadRequest for what cannot be JSON."""
-    async with _posted(http, path, body) as response:
-        await response.aread()
-        return response
-
-
-async def stream(
-    http: httpx.AsyncClient, path: str, body: Mapping[str, Any]
-) -> AsyncGenerator[dict[str, Any], None]:
-    """POST `body` as `post` does; the events of the answer. Raises the refusal if it is refused."""
-    async with _posted(http, path, body) as response:
-        if response.is_error:
-            await response.aread()
-            raise refusal(response)
-        try:
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    yield json.loads(line.removeprefix("data: "))
-        except httpx.ReadError as error:
-            raise NrError(str(error)) from error
-
-
-@asynccontextmanager
-async def _posted(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
-    try:
-        content = json.dumps(body, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadRequest(f"this cannot be sent as JSON: {error}") from error
-    while True:
-        async with http.stream(
-            "POST", path, content=content, headers={"Content-Type": "application/json"}
-        ) as response:
-            if response.status_code != 429:
-                yield response
-                return
-            wait_s = float(response.headers["Retry-After"])
-        await asyncio.sleep(wait_s)
-
-
-@asynccontextmanager
-async def local_http(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the server's app, run in this process: its base loaded, its adapters attached.
-
-    Raises NrError if they cannot be.
-    """
-    from nr_serve.assemble import assemble  # not for help, which must start at once
-
-    engine, app = await asyncio.to_thread(assemble, config)
-    settled = asyncio.Event()
-    engine.on_status = lambda status: settled.set()
-    async with app.router.lifespan_context(app):
-        await settled.wait()
-        if engine.status != "ready":
-            raise NrError(engine.failure or "the engine failed to start")
-        async with httpx.AsyncClient(
-            transport=LocalTransport(app), base_url="http://localhost", timeout=None
-        ) as http:
-            yield http
 
 
 def _messages(given: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -18,8 +18,9 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from nr_serve.batch_file import BatchRequest, WrongLine, answer_line, error_line, read_request, take_up
 from nr_serve.errors import BadRequest, NrError, Unavailable
+from nr_serve.in_process import local_http, post
 from nr_serve.logs import bar_interval, configure_logging
-from nr_serve.offline import OfflineConfig, local_http, post
+from nr_serve.offline import OfflineConfig
 
 STANDARD = "-"
 """Names standard input or output instead of a file."""

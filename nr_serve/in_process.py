@@ -1,21 +1,92 @@
-"""An httpx transport that calls an app in this event loop, and hands answers on as they come."""
+"""The app asked in this process, without HTTP: a client of it, and the requests that are made through one."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 from starlette.types import ASGIApp, Message, Scope
+
+from nr_serve.client import refusal
+from nr_serve.config import ServeConfig
+from nr_serve.errors import BadRequest, NrError
 
 log = logging.getLogger(__name__)
 
 _Parts = asyncio.Queue[bytes | None]  # None: there are no more
 
 
+@asynccontextmanager
+async def local_http(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the server's app, run in this process: its base loaded, its adapters attached.
+
+    Raises NrError if they cannot be.
+    """
+    from nr_serve.assemble import assemble  # not for help, which must start at once
+
+    engine, app = await asyncio.to_thread(assemble, config)
+    settled = asyncio.Event()
+    engine.on_status = lambda status: settled.set()
+    async with app.router.lifespan_context(app):
+        await settled.wait()
+        if engine.status != "ready":
+            raise NrError(engine.failure or "the engine failed to start")
+        async with httpx.AsyncClient(
+            transport=LocalTransport(app), base_url="http://localhost", timeout=None
+        ) as http:
+            yield http
+
+
+async def post(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> httpx.Response:
+    """POST `body`; when the queue is full, wait and ask again. Raises BadRequest for what cannot be JSON."""
+    async with _posted(http, path, body) as response:
+        await response.aread()
+        return response
+
+
+async def stream(
+    http: httpx.AsyncClient, path: str, body: Mapping[str, Any]
+) -> AsyncGenerator[dict[str, Any], None]:
+    """POST `body` as `post` does; the events of the answer. Raises the refusal if it is refused."""
+    async with _posted(http, path, body) as response:
+        if response.is_error:
+            await response.aread()
+            raise refusal(response)
+        try:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    yield json.loads(line.removeprefix("data: "))
+        except httpx.ReadError as error:
+            raise NrError(str(error)) from error
+
+
+@asynccontextmanager
+async def _posted(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
+    try:
+        content = json.dumps(body, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRequest(f"this cannot be sent as JSON: {error}") from error
+    while True:
+        async with http.stream(
+            "POST", path, content=content, headers={"Content-Type": "application/json"}
+        ) as response:
+            if response.status_code != 429:
+                yield response
+                return
+            wait_s = float(response.headers["Retry-After"])
+        await asyncio.sleep(wait_s)
+
+
 class LocalTransport(httpx.AsyncBaseTransport):
-    """Asks `app`. An answer that is closed before its end ends the request, as a client that goes away does."""
+    """Asks `app` in this event loop, and hands answers on as they come.
+
+    An answer that is closed before its end ends the request, as a client that goes away does.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
