@@ -295,11 +295,15 @@ class Served:
         return self.http.get(path)
 
 
-@contextmanager
 def listening(app: FastAPI):
     """Serve the app in a thread until the block ends; its address."""
     config = uvicorn.Config(app, http=Http11Protocol, ws="none", log_config=None, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
+    return in_thread(uvicorn.Server(config))
+
+
+@contextmanager
+def in_thread(server: uvicorn.Server):
+    """Run the server in a thread until the block ends; its address."""
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

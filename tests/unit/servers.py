@@ -14,7 +14,7 @@ from nr_serve.engine.loop import EngineLoop
 from nr_serve.metrics import Metrics
 from nr_serve.serve import HttpServer, bind
 from tests import tiny
-from tests.fakes import Served
+from tests.fakes import Served, in_thread
 from tests.waiting import PATIENCE, until
 
 
@@ -30,18 +30,13 @@ def running(build, tokenizer, **config):
     settings = ServeConfig(**config)
     app = create_app(AsyncEngine(remember, Metrics()), tokenizer, settings)
     server = HttpServer(app, app.state.context.underway, settings.grace_period)
-    with bind("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        served = Served(engines[0], "http://{}:{}".format(*listener.getsockname()))
-        thread.start()
+    with in_thread(server) as url:
+        served = Served(engines[0], url)
         try:
             until(lambda: served.http.get("/ready").status_code == 200)
             yield served, server
         finally:
-            server.should_exit = True
-            thread.join(PATIENCE)
             served.http.close()
-            assert not thread.is_alive()
 
 
 @contextmanager
