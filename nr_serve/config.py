@@ -75,7 +75,8 @@ class ModelSettings(BaseModel):
     )
     compile: bool = Field(
         True,
-        description="fuse layers that are known; on a CPU, compile operators for them once, with a C++ compiler",
+        description="use fast layers for Llama, Mistral, Qwen 2 and Qwen 3; on a CPU they are compiled at the "
+        "first start, with a C++ compiler",
     )
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt plus answer, tokens (default: base's)"
@@ -95,7 +96,9 @@ class AdapterSettings(BaseModel):
     )
     slots: int = Field(8, ge=1, le=1024, description="adapters attached at once")
     slot_width: int | None = Field(
-        None, ge=1, description="widest block a slot holds (default: 20% of the base's parameters)"
+        None,
+        ge=1,
+        description="widest block (h) an adapter may have (default: that of 20% of the base's parameters)",
     )
     max_adapter_gib: float = Field(2.0, gt=0, description="largest adapter file taken, GiB")
     max_leak: float | None = Field(
@@ -103,7 +106,7 @@ class AdapterSettings(BaseModel):
         ge=0,
         le=1,
         description="refuse an adapter, or a threshold, whose gates fire on more than this share of a probe text's "
-        "token-layers (default: never)",
+        "token-layers, such as 0.01 (default: never)",
     )
     probe_text: Paths = Field(
         [],
@@ -147,7 +150,9 @@ class SecuritySettings(BaseModel):
     """Security: who may ask, from where, and how often"""
 
     api_key: SecretStr | None = Field(None, description="key that clients must send (default: none needed)")
-    admin_key: SecretStr | None = Field(None, description="key that adapter changes need (default: none needed)")
+    admin_key: SecretStr | None = Field(
+        None, description="key that changes of adapters need (default: --api-key, if it is the only key)"
+    )
     key_file: Path | None = Field(
         None, description="TOML file of keys by hash, read again when it changes; see `nr-serve make-key`"
     )

@@ -38,7 +38,8 @@ def card(
     lines = [
         f"# {name}",
         "",
-        f"Neutral residues for `{info.domain}`, to attach to `{info.base}`.",
+        f"An nr-serve adapter: teaches `{info.base}` the language or domain `{info.domain}`. It models text, and "
+        f"is no chat model of its own. Serve it with `nr-serve load-adapter {name}.safetensors`.",
         "",
         "| | |",
         "|---|---|",
@@ -51,9 +52,9 @@ def card(
         "",
         "## Measured",
         "",
-        f"Held-out loss in nats per token, windows of {report.window} tokens, {_attached(name, report)}; "
-        "*fired* is the share of token-layers on which a block of this adapter acted; after ±, the standard error "
-        "of the change, paired over windows.",
+        f"Held-out loss in nats per token (lower is better), windows of {report.window} tokens, "
+        f"{_attached(name, report)}; *fired* is the share of token-layers on which a block of this adapter acted; "
+        "after ±, the standard error of the change, paired over windows.",
         "",
         "| text | base | attached | change | fired | tokens |",
         "|---|---:|---:|---:|---:|---:|",
