@@ -19,7 +19,7 @@ from nr_serve.train.gates import FittedGates, LayerFit, fit_gates, gate_classes
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.text.mix import Classes
 
-GATE_FORMAT = 7
+GATE_FORMAT = 8
 """Raised when the fit or what is kept of it changes: files of another format are never read again."""
 
 

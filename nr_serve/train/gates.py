@@ -78,8 +78,9 @@ def causal_mean(x_NTd: Tensor, offset_NT: Tensor, a: float) -> Tensor:
 class Fitter:
     """Fits the gates of one adapter while a forward pass over all classes runs.
 
-    Even windows of a class fit, odd ones calibrate: a threshold set on the text of the fit would be too low. In the
-    fit a token weighs as much as it has evidence; calibrated are the carried logits as they are in serving.
+    The first half of a class's windows fits, the second calibrates: a threshold set on the text of the fit would be
+    too low. In the fit a token weighs as much as it has evidence; calibrated are the carried logits as they are in
+    serving.
 
     Tokens of other classes on which a trained block of a lower layer acts take no further part: it has moved them
     among the target's, and a gate that kept shut on them would have to shut on those.
@@ -99,7 +100,8 @@ class Fitter:
         self.names = list(classes)
         device, length = self.offset_NT.device, self.offset_NT.shape[1]
         per_window = torch.cat([torch.full((len(c),), i, device=device) for i, c in enumerate(classes.values())])
-        fits = torch.cat([torch.arange(len(c), device=device) % 2 == 0 for c in classes.values()])
+        # Not every other window, which is often of the same document as the one before.
+        fits = torch.cat([torch.arange(len(c), device=device) < (len(c) + 1) // 2 for c in classes.values()])
         self.class_T = per_window.repeat_interleave(length)
         self.evidence_T = evidence(self.offset_NT, adapter.carry).flatten()
         told_T = self.evidence_T > 0
@@ -170,8 +172,9 @@ def gate_classes(classes: Classes, tokens: int) -> dict[str, Windows]:
     """About `tokens` tokens of every class, and four times that of the target, which is told from all of them."""
     count = max(2, tokens // classes.target.ids_NT.shape[1])
     others = dict(classes.original) | dict(classes.background)
-    fitted = {name: windows.take(slice(count)) for name, windows in others.items()}
-    return {"target": classes.target.take(slice(4 * count))} | fitted
+    return {"target": classes.target.spread(4 * count)} | {
+        name: each.spread(count) for name, each in others.items()
+    }
 
 
 def refit_gates(model: Any, attached: Attached, classes: Classes, gate: Gate) -> FittedGates:

@@ -29,6 +29,11 @@ def classes(count: int = 60, length: int = 16) -> dict[str, Windows]:
     return made
 
 
+def second_half(windows: Windows) -> Windows:
+    """Those that calibrate a gate."""
+    return windows.take(slice(len(windows) // 2, None))
+
+
 @pytest.mark.parametrize(("tokens", "dtype"), [(500, np.float64), (2 * CHUNK_TOKENS + 7, np.float32)])
 def test_ridge_equals_weighted_least_squares_in_float64(tokens, dtype):
     g = np.random.default_rng(0)
@@ -146,12 +151,12 @@ def test_fitted_gates_hold_the_percentile_and_find_the_target():
     gate = Gate(percentile=95.0, background_percentile=95.0)
     report = fit_gates(model, attached, named, gate).report
     for name, windows in named.items():
-        odd = windows.take(slice(1, None, 2))
-        record = attached.begin(odd.offset_NT)
+        checked = second_half(windows)
+        record = attached.begin(checked.offset_NT)
         with torch.no_grad():
-            model.model(odd.ids_NT, use_cache=False, position_ids=odd.offset_NT)
+            model.model(checked.ids_NT, use_cache=False, position_ids=checked.offset_NT)
         for layer in range(tiny.LAYERS):
-            share = record.fired[0][layer] / int((odd.offset_NT > 0).sum())  # not on a text's first token
+            share = record.fired[0][layer] / int((checked.offset_NT > 0).sum())  # not on a text's first token
             fit = report[layer]
             assert share == pytest.approx(fit.found if name == "target" else fit.misfired[name], abs=0.02)
             assert name == "target" or share <= 0.06
@@ -170,13 +175,13 @@ def test_above_a_trained_block_the_percentile_is_of_the_tokens_it_does_not_act_o
 
     moved, opened = {name: torch.zeros(0) for name in named}, {name: [] for name in named}
     for name, windows in named.items():
-        odd = windows.take(slice(1, None, 2))
-        told = odd.offset_NT.flatten() > 0
+        checked = second_half(windows)
+        told = checked.offset_NT.flatten() > 0
         moved[name] = torch.zeros_like(told)
-        record = attached.begin(odd.offset_NT)
+        record = attached.begin(checked.offset_NT)
 
-        def look(layer, x_Td, odd=odd, told=told, name=name):
-            m_T = adapter.layer(layer).carried(x_Td, odd.offset_NT.flatten(), 0.5).detach()
+        def look(layer, x_Td, checked=checked, told=told, name=name):
+            m_T = adapter.layer(layer).carried(x_Td, checked.offset_NT.flatten(), 0.5).detach()
             opened[name].append((m_T[told & ~moved[name]] > 0).float().mean())
             assert (m_T[told] > 0).float().mean() == pytest.approx(
                 report[layer].found if name == "target" else report[layer].misfired[name], abs=0.02
@@ -185,7 +190,7 @@ def test_above_a_trained_block_the_percentile_is_of_the_tokens_it_does_not_act_o
         attached.before = look
         record.on_gates = lambda _, __, g_T, name=name: moved[name].logical_or_(g_T > 0)
         with torch.no_grad():
-            model.model(odd.ids_NT, use_cache=False, position_ids=odd.offset_NT)
+            model.model(checked.ids_NT, use_cache=False, position_ids=checked.offset_NT)
         attached.before = None
     for layer in range(tiny.LAYERS):
         worst = max(opened[name][layer] for name in ("en", "da"))
@@ -251,15 +256,15 @@ def test_the_carried_logit_averages_the_steepness_where_it_opens_on_the_target(g
     seen = {}
     attached = Attached(model, [adapter])
     fit_gates(model, attached, named, gate)
-    odd = named["target"].take(slice(1, None, 2))
+    checked = second_half(named["target"])
 
     def look(layer, x):
-        m_T = adapter.layer(layer).carried(x, odd.offset_NT.flatten(), 0.5).detach()
+        m_T = adapter.layer(layer).carried(x, checked.offset_NT.flatten(), 0.5).detach()
         seen[layer] = torch.relu(m_T)
 
     attached.before = look
-    attached.begin(odd.offset_NT)
-    model.model(odd.ids_NT, use_cache=False, position_ids=odd.offset_NT)
+    attached.begin(checked.offset_NT)
+    model.model(checked.ids_NT, use_cache=False, position_ids=checked.offset_NT)
     for g in seen.values():
         assert float(g[g > 0].mean()) == pytest.approx(mean, rel=0.01)
 
@@ -273,25 +278,27 @@ def test_a_fit_reads_so_many_tokens_of_each_class_and_four_times_that_of_the_tar
         "en": windows,
         "da": windows,
     }
-    assert all(torch.equal(each.ids_NT, named[name].ids_NT[: len(each)]) for name, each in read.items())
+    for name, each in read.items():
+        places = [i * 60 // len(each) for i in range(len(each))]
+        assert torch.equal(each.ids_NT, named[name].ids_NT[places]), "they are spread over the text"
 
 
 @pytest.mark.parametrize("init", list(SOLVERS))
-def test_a_gates_direction_is_that_of_the_even_windows_alone(init):
+def test_a_gates_direction_is_that_of_the_first_half_alone(init):
     named = classes()
     adapters = [AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0) for _ in range(3)]
     fitters = [Fitter(adapter, named, "target", Gate(init=init)) for adapter in adapters]
     length = named["target"].ids_NT.shape[1]
-    odd_T = torch.cat([torch.arange(len(c)) % 2 == 1 for c in named.values()]).repeat_interleave(length)
-    x_Td = torch.randn(len(odd_T), tiny.D, generator=torch.Generator().manual_seed(0))
+    second_T = torch.cat([torch.arange(len(c)) >= len(c) // 2 for c in named.values()]).repeat_interleave(length)
+    x_Td = torch.randn(len(second_T), tiny.D, generator=torch.Generator().manual_seed(0))
     x_Td[fitters[0].target_T, 0] += 2.0
-    for fitter, moved_T in zip(fitters, (torch.zeros_like(odd_T), odd_T, ~odd_T), strict=True):
+    for fitter, moved_T in zip(fitters, (torch.zeros_like(second_T), second_T, ~second_T), strict=True):
         fitter.fit(0, torch.where(moved_T[:, None], x_Td.flip(1) + 1.0, x_Td))
-    whole, other_odd, other_even = (
+    whole, other_second, other_first = (
         torch.nn.functional.normalize(a.layer(0).gate.detach(), dim=0) for a in adapters
     )
-    assert torch.allclose(whole, other_odd, atol=1e-6)
-    assert float(whole @ other_even) < 0.9
+    assert torch.allclose(whole, other_second, atol=1e-6)
+    assert float(whole @ other_first) < 0.9
 
 
 def test_a_layer_without_a_block_gets_no_gate():

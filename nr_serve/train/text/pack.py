@@ -41,6 +41,11 @@ class Windows:
         """Those windows."""
         return Windows(self.ids_NT[rows], self.offset_NT[rows])
 
+    def spread(self, count: int) -> Windows:
+        """At most `count` windows, evenly from all of them: neighbours are often of one document."""
+        count = min(count, len(self))
+        return self.take([i * len(self) // count for i in range(count)])
+
     def to(self, device: torch.device) -> Windows:
         """The same on a device."""
         return Windows(self.ids_NT.to(device), self.offset_NT.to(device))
