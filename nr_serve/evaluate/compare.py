@@ -67,11 +67,10 @@ class Benchmark:
     ) -> tuple[float | None, float | None]:
         """Standard errors of the changes of those two means, in nats per token."""
 
-        def error(source: str) -> float | None:
-            share = difference(before[source], after[source]).standard_error
-            return None if share is None else share * before[source].loss
-
-        target, original = ([error(source) for source in part] for part in (self.target, self.original))
+        target, original = (
+            [difference(before[source], after[source]).nats_error for source in part]
+            for part in (self.target, self.original)
+        )
         return error_of_mean(target), error_of_mean(original)
 
 

@@ -31,10 +31,12 @@ class Difference:
 
     nats: float
     """Nats a token; above 0 the text got harder."""
+    nats_error: float | None
+    """Standard error of `nats`, paired over windows; None for a single window."""
     share: float
     """`nats` as a share of the loss before."""
     standard_error: float | None
-    """Standard error of `share`, paired over windows; None for a single window."""
+    """Standard error of `share`, likewise."""
 
     def __str__(self) -> str:
         return percent(self.share, self.standard_error, "+")
@@ -54,20 +56,24 @@ def percent(share: float, error: float | None, sign: str = "") -> str:
 def difference(before: Losses, after: Losses) -> Difference:
     """How the loss changed between two measurements of the same windows.
 
-    Both measurements read the same windows, so the windows' own difficulty cancels. The loss is a ratio, nats over
-    predicted tokens, and windows may predict unequal numbers of tokens, hence the standard error of a ratio:
-    sqrt(n / (n - 1) sum_i (d_i - D l_i)^2) / sum_i l_i, with d_i the change of window i in nats, l_i its predicted
-    tokens and D = sum d / sum l. Source: Cochran, "Sampling Techniques", 3rd edition, section 2.11. Windows are
-    taken for independent; those that follow each other in one document are not quite, so it is at the low end.
+    Both measurements read the same windows, so the windows' own difficulty cancels. Both figures are ratios of
+    sums over windows, R = sum_i d_i / sum_i l_i, with d_i the change of window i in nats and l_i its predicted
+    tokens; for the share, its nats before. Hence the standard error of a ratio, sqrt(n / (n - 1) sum_i (d_i - R
+    l_i)^2) / sum_i l_i. Source: Cochran, "Sampling Techniques", 3rd edition, section 2.11. Windows are taken for
+    independent; those of one document are not quite, so it is at the low end.
     """
     d_N = [b - a for a, b in zip(before.nats_N, after.nats_N, strict=True)]
-    n, labels = len(d_N), sum(after.labels_N)
-    nats = sum(d_N) / labels
-    error = None
-    if n > 1:
-        squares = sum((d - nats * count) ** 2 for d, count in zip(d_N, after.labels_N, strict=True))
-        error = math.sqrt(n / (n - 1) * squares) / labels / before.loss
-    return Difference(nats, nats / before.loss, error)
+    return Difference(*_ratio(d_N, after.labels_N), *_ratio(d_N, before.nats_N))
+
+
+def _ratio(above_N: Sequence[float], below_N: Sequence[float]) -> tuple[float, float | None]:
+    """The ratio of two sums and its standard error; None for a single term."""
+    n, below = len(below_N), sum(below_N)
+    ratio = sum(above_N) / below
+    if n == 1:
+        return ratio, None
+    squares = sum((a - ratio * b) ** 2 for a, b in zip(above_N, below_N, strict=True))
+    return ratio, math.sqrt(n / (n - 1) * squares) / below
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

@@ -19,6 +19,10 @@ AddResidues = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, x, y) -> y plus the residues; x is the FFN's input and y its output, both [..., d]."""
 
 
+# The frequencies of these depend on the longest sequence in the batch: a request would feel its neighbours.
+_ROPE_BY_LENGTH = {"dynamic", "longrope"}
+
+
 class HostFFN(nn.Module):
     """A layer's FFN with residues added to its output; without residues it computes what the FFN computes."""
 
@@ -31,6 +35,29 @@ class HostFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """FFN(x) + residues, same shape as x."""
         return self.add_residues(self.layer, x, self.ffn(x))
+
+
+def check_base(model: Any) -> Any:
+    """The model's text configuration, if it can be served and trained beside.
+
+    Raises UnsupportedBase with the reason.
+    """
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedBase(f"{name} has an encoder; only decoder-only models are served")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise UnsupportedBase(f"{name} has layers of kind {', '.join(sorted(kinds))}, which are not supported")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UnsupportedBase(f"{name} caps its attention logits, which is not supported")
+    ropes = _rope_types(getattr(config, "rope_parameters", None)) & _ROPE_BY_LENGTH
+    if ropes:
+        raise UnsupportedBase(f"{name} has {', '.join(sorted(ropes))} rotary embeddings, which are not supported")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedBase(f"{name} does not take transformers' attention interface")
+    decoder_layers(model)
+    return config
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -107,3 +134,12 @@ def _sample(weight: Tensor) -> bytes:
     flat = weight.detach().flatten()
     picked = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).cpu().contiguous()
     return picked.view(torch.uint8).numpy().tobytes()
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """The kinds of rotary embedding in a configuration; some have a set of parameters for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = [_rope_types(value) for value in parameters.values()]
+    own = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
+    return own.union(*nested)

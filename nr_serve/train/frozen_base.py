@@ -84,6 +84,7 @@ def load_base(base: str, dtype: str = "float32", device: torch.device | str = "c
             source, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
+    host.check_base(model)
     model.requires_grad_(False)
     model.eval()
     fingerprint = host.fingerprint(model, tokenizer)

@@ -119,7 +119,7 @@ def test_one_adapter_alone_is_all_attached(adapters):
     base = FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f")
     measured = interference(Hosted(base, {"hu": adapters["hu"]}), {"hu.a": TEXTS["hu.a"]})
     assert measured.alone["hu.a"].loss == measured.report.sources["hu.a"].after
-    assert measured.alone["hu.a"].difference == Difference(0.0, 0.0, 0.0)
+    assert measured.alone["hu.a"].difference == Difference(0.0, 0.0, 0.0, 0.0)
 
 
 def test_what_is_attached_for_one_measurement_is_not_for_the_next(adapters, tmp_path, monkeypatch):
@@ -198,21 +198,23 @@ def test_the_standard_error_of_a_difference_is_paired_over_windows():
     a_token = [(b - a) / 10 for a, b in zip(before, after, strict=True)]
     assert one.nats == pytest.approx(statistics.mean(a_token))
     assert one.share == pytest.approx(9 / 180)
-    assert one.standard_error == pytest.approx(statistics.stdev(a_token) / 3**0.5 / 6)
-    assert difference(result([30.0], [10]), result([33.0], [10])).standard_error is None
+    assert one.nats_error == pytest.approx(statistics.stdev(a_token) / 3**0.5)
+    single = difference(result([30.0], [10]), result([33.0], [10]))
+    assert (single.nats_error, single.standard_error) == (None, None)
 
 
 def test_the_standard_error_of_unequal_windows_is_the_jackknifes():
     g = random.Random(0)
     labels = [g.randint(150, 255) for _ in range(200)]
-    before = [4 * n + g.gauss(0, 30) for n in labels]
-    after = [b + 0.02 * n + g.gauss(0, 5) for b, n in zip(before, labels, strict=True)]
+    before = [4 * n + g.gauss(0, 60) for n in labels]
+    after = [0.6 * b + 0.02 * n + g.gauss(0, 5) for b, n in zip(before, labels, strict=True)]
     found = difference(result(before, labels), result(after, labels))
-    d = [b - a for a, b in zip(before, after, strict=True)]
-    left_out = [(sum(d) - x) / (sum(labels) - n) for x, n in zip(d, labels, strict=True)]
-    spread = sum((x - statistics.mean(left_out)) ** 2 for x in left_out)
-    jackknife = ((len(d) - 1) / len(d) * spread) ** 0.5
-    assert found.standard_error * sum(before) / sum(labels) == pytest.approx(jackknife, rel=0.02)
+    d = [a - b for a, b in zip(after, before, strict=True)]
+    for error, below in ((found.nats_error, labels), (found.standard_error, before)):
+        left_out = [(sum(d) - x) / (sum(below) - n) for x, n in zip(d, below, strict=True)]
+        spread = sum((x - statistics.mean(left_out)) ** 2 for x in left_out)
+        assert error == pytest.approx(((len(d) - 1) / len(d) * spread) ** 0.5, rel=0.02)
+    assert found.standard_error * sum(before) / sum(labels) < 0.5 * found.nats_error
 
 
 def made_up() -> Interference:
@@ -232,7 +234,7 @@ def made_up() -> Interference:
         name: SourceReport(
             before=4.0,
             after=4 * (1 + change),
-            difference=Difference(4 * change, change, 0.001),
+            difference=Difference(4 * change, 0.004, change, 0.001),
             tokens=100,
             fired={"hu": hu, "da": da},
             fired_by_layer={"hu": (hu, hu), "da": (da, None)},
@@ -241,9 +243,9 @@ def made_up() -> Interference:
     }
     report = Report("b", "f", {"hu": "1", "da": "2"}, 16, sources)
     alone = {
-        "hu.a": Alone(2.4, Difference(0.1, 0.04, 0.002)),
-        "da.a": Alone(2.8, Difference(-0.1, -0.03, 0.002)),
-        "en.c": Alone(2.0, Difference(0.0, 0.0, None)),
+        "hu.a": Alone(2.4, Difference(0.1, 0.01, 0.04, 0.002)),
+        "da.a": Alone(2.8, Difference(-0.1, 0.01, -0.03, 0.002)),
+        "en.c": Alone(2.0, Difference(0.0, None, 0.0, None)),
     }
     return Interference(report, {name: role for name, (role, *_) in rows.items()}, alone)
 
@@ -302,7 +304,7 @@ def test_gate_rates_weigh_the_sources_of_a_language_by_their_tokens():
     sources["en.b"] = SourceReport(
         before=4.0,
         after=4.0,
-        difference=Difference(0, 0, None),
+        difference=Difference(0, None, 0, None),
         tokens=300,
         fired={"hu": 0, "da": 0},
         fired_by_layer={"hu": (0.1, 0.2), "da": (0.0, None)},

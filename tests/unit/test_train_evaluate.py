@@ -204,3 +204,12 @@ def test_a_damaged_base_is_refused_in_a_line_wherever_it_is_loaded(tmp_path, bas
         with pytest.raises(UnsupportedBase, match=r"cannot load .*base: .") as refused:
             loads(damaged)
         assert "\n" not in refused.value.message
+
+
+def test_a_base_that_cannot_be_served_is_refused_before_anything_is_trained_beside_it(tmp_path, base):
+    refused = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((refused / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    (refused / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedBase, match="dynamic rotary"):
+        load_base(str(refused))

@@ -16,13 +16,9 @@ from nr_serve.engine.messages import SamplingDefaults
 from nr_serve.engine.model.auto_dtype import fastest_dtype
 from nr_serve.engine.model.device import device_of
 from nr_serve.errors import UnsupportedBase, faults, loading
-from nr_serve.neutral.host import decoder_layers
 from nr_serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-# The frequencies of these depend on the longest sequence in the batch: a request would feel its neighbours.
-_ROPE_BY_LENGTH = {"dynamic", "longrope"}
 
 
 def load_base(path: Path | str, config: ServeConfig) -> Any:
@@ -38,26 +34,6 @@ def load_base(path: Path | str, config: ServeConfig) -> Any:
     with loading(str(path)):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(device)
-
-
-def check_base(model: Any) -> Any:
-    """The model's text configuration, if it can be served. Raises UnsupportedBase with the reason."""
-    config = model.config.get_text_config()
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedBase(f"{name} has an encoder; only decoder-only models are served")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise UnsupportedBase(f"{name} has layers of kind {', '.join(sorted(kinds))}, which are not supported")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise UnsupportedBase(f"{name} caps its attention logits, which is not supported")
-    ropes = _rope_types(getattr(config, "rope_parameters", None)) & _ROPE_BY_LENGTH
-    if ropes:
-        raise UnsupportedBase(f"{name} has {', '.join(sorted(ropes))} rotary embeddings, which are not supported")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedBase(f"{name} does not take transformers' attention interface")
-    decoder_layers(model)
-    return config
 
 
 def max_model_len(shape: Any, config: ServeConfig, cells: int) -> int:
@@ -103,12 +79,3 @@ def sampling_defaults(model: Any, config: ServeConfig) -> SamplingDefaults:
     if named:
         log.info("sampling, where a request says nothing: %s", asdict(defaults))
     return defaults
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    """The kinds of rotary embedding in a configuration; some have a set of parameters for each kind of layer."""
-    if not isinstance(parameters, dict):
-        return set()
-    nested = [_rope_types(value) for value in parameters.values()]
-    own = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
-    return own.union(*nested)

@@ -24,7 +24,7 @@ from nr_serve.engine.cache.neutrality import Opened
 from nr_serve.engine.messages import EngineInfo
 from nr_serve.engine.model import attention
 from nr_serve.engine.model.attention import KVCache
-from nr_serve.engine.model.base import check_base, end_tokens, load_base, max_model_len, sampling_defaults
+from nr_serve.engine.model.base import end_tokens, load_base, max_model_len, sampling_defaults
 from nr_serve.engine.model.batch import Batch, build_batch
 from nr_serve.engine.model.cpu_operators import cpu_operators
 from nr_serve.engine.model.device import placed
@@ -40,7 +40,7 @@ from nr_serve.errors import BadAdapterFile, BadRequest, NrError, UnsupportedBase
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
-from nr_serve.neutral.host import decoder_layers, fingerprint
+from nr_serve.neutral.host import check_base, decoder_layers, fingerprint
 from nr_serve.neutral.torch_bank import TorchBank
 from nr_serve.tokenizer import Tokenizer
 

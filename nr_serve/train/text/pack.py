@@ -76,14 +76,15 @@ def pack(
 ) -> Packed:
     """Documents in a shuffled order, laid end to end and cut into windows; at most about `limit` tokens.
 
-    A document cut by a window's end goes on in the next window as a piece of its own, from offset 0, at its next
-    word, as no text that is served starts in the middle of one: if the tokenizer tells words and one begins within
-    `NEAR` tokens, which are left out.
+    A document cut by a window's end goes on in the next window as a piece of its own, from offset 0. As no text
+    that is served starts otherwise, a piece begins with the tokenizer's BOS, if it has one, and at the next word
+    of its document: if the tokenizer tells words and one begins within `NEAR` tokens, which are left out.
 
     `special_tokens`: whether the tokenizer adds its own, such as BOS; a chat template has written them already.
     """
     order = list(documents)
     random.Random(seed).shuffle(order)
+    beginning = _beginning(tokenizer)
     ids, starts = array("i"), array("q")  # 4 bytes a token: a list of ints takes ten times that
     used = 0
     while used < len(order) and (limit is None or len(ids) < limit):
@@ -92,6 +93,8 @@ def pack(
             words, at = encoded.word_ids(i) if encoded.is_fast else [None] * len(tokens), 0
             while at < len(tokens):
                 starts.append(len(ids))
+                if at:
+                    ids.extend(beginning)
                 room = window - len(ids) % window
                 ids.extend(tokens[at : at + room])
                 at = _next_word(words, at + room)
@@ -99,6 +102,13 @@ def pack(
     count = (len(ids) if limit is None else min(limit, len(ids))) // window
     ids_NT = torch.from_numpy(np.array(ids[: count * window], np.int64)).view(count, window)
     return Packed(Windows(ids_NT, _offsets(starts, count, window)), overlap.grams(order[:used]))
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The special tokens, such as BOS, that the tokenizer begins every text with."""
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    return whole[: whole.index(plain[0])]
 
 
 def _next_word(words: Sequence[int | None], at: int) -> int:

@@ -21,7 +21,7 @@ from nr_serve.train.text.sources import Source, find_sources, read_in_turn
 from nr_serve.train.text.token_cache import TokenCache, tokenizer_key
 
 CLASS_TOKENS = 65_536
-"""Tokens of a class that only keeps the gates shut."""
+"""Tokens read of a class that is not learned: the windows that are used are spread over them."""
 
 POOL_CHARACTERS = 2**24
 """A limited class is drawn from the first so many characters of its sources, not from the very first documents."""
@@ -81,17 +81,19 @@ def read_heldout(
 ) -> dict[str, Windows]:
     """Up to `windows` windows of each class of the sources `written` in a recipe's way, by the class's name.
 
+    They are spread over the class's text, of which `CLASS_TOKENS` tokens are read, more if so many are asked for.
     Raises BadRecipe if a source is missing, empty or damaged, if a class fills no window or has documents of one
     token only, or if its text is also in the training text `apart_from`: what is measured on learned text tells
     nothing, and a warning in the log of a long run is not read.
     """
     packer = _Packer(tokenizer, window, 0, cache or TokenCache(), fewest=1)
     classes = _by_class((source.name, source) for source in find_sources(folder, written, text_field))
-    packed = {name: packer.pack(name, sources, windows * window) for name, sources in classes.items()}
+    limit = max(CLASS_TOKENS, windows * window)
+    packed = {name: packer.pack(name, sources, limit) for name, sources in classes.items()}
     for name, held in packed.items():
         for other, grams in {} if apart_from is None else apart_from.grams.items():
             _check_overlap(f"the held-out text of {name}", held.grams, _text_of(other), grams)
-    return _windows(packed)
+    return {name: each.windows.spread(windows) for name, each in packed.items()}
 
 
 def find_roles(folder: Path, data: Data) -> dict[str, list[Source]]:
