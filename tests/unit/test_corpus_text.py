@@ -168,6 +168,14 @@ def test_prose_has_words_and_mostly_letters(paragraph, prose):
 
 
 @pytest.mark.parametrize(
+    "sentence",
+    ["यह हिन्दी में एक वाक्य है", "இது தமிழில் ஒரு வாக்கியம்", "ఇది తెలుగులో ఒక వాక్యం", "এটি বাংলায় একটি বাক্য", "Ô̂ng ấy"],
+)
+def test_a_word_keeps_the_signs_that_it_is_spelt_with(sentence):
+    assert clean.words(sentence) == sentence.lower().split()
+
+
+@pytest.mark.parametrize(
     ("paragraph", "english"),
     [
         ("Click the button to open this dialog.", True),

@@ -89,7 +89,7 @@ def test_only_as_many_documents_are_tokenised_as_the_limit_needs(limit, read):
     seen = []
 
     def counting(documents, **how):
-        seen.extend(documents)
+        seen.extend(documents if isinstance(documents, list) else [])
         return hf(documents, **how)
 
     pack(counting, ["x" * 100] * 5000, 8, limit, seed=0)
@@ -109,6 +109,15 @@ def test_overlap_is_the_share_of_the_shorter_texts_8_grams():
     assert overlap(a, grams([prose(500, 2000)])) == overlap(grams([prose(500, 2000)]), a) == 1
     assert overlap(a, grams([prose(0, 20_000).replace(" ", ",  ").upper()])) == 1
     assert overlap(a, grams(prose(i, 7) for i in range(0, 20_000, 7))) == 0
+
+
+def test_a_gram_is_of_eight_words_whatever_signs_they_are_spelt_with():
+    g = random.Random(0)
+    text = [f"कि{chr(g.randint(0x0915, 0x0939))}ा{chr(g.randint(0x0915, 0x0939))}ी" for _ in range(8000)]
+    found = len(grams([" ".join(text)]))
+    in_parts = grams([" ".join(text[i : i + 7]) for i in range(0, 8000, 7)])
+    assert found > 500
+    assert len(in_parts) == 0, "no part has eight words"
 
 
 @pytest.mark.parametrize("first", [0x4E00, 0x3041, 0x0E01], ids=["Chinese", "Japanese", "Thai"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 
-UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f"
+UNSPACED = "\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 """Characters of scripts that are written without spaces: each counts as a word."""
+MARKS = "".join(c for c in map(chr, range(2**16)) if unicodedata.category(c)[0] == "M")
+"""Combining marks, such as the vowel signs of Hindi: parts of a word, though `\\w` does not match them."""
 # A word is a run of letters.
-WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_{UNSPACED}]+")
+WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W\d_{UNSPACED}]|[{MARKS}])+")
 INVISIBLE = re.compile(
     r"[\u0000-\u0008\u000e-\u001b\u007f-\u0084\u0086-\u009f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffd]"
 )

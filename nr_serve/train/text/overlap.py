@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nr_serve.train.corpus.clean import UNSPACED
+from nr_serve.train.corpus.clean import MARKS, UNSPACED
 
 GRAM_WORDS = 8
 
@@ -24,7 +24,7 @@ SAMPLED = 8
 FEWEST_GRAMS = 32
 """Texts with fewer kept 8-grams than this (some 250 words) are too short to tell."""
 
-_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")  # with digits, which tell tables apart
+_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]|[{MARKS}])+")  # with digits, which tell tables apart
 
 
 def grams(documents: Iterable[str]) -> Tensor:
