@@ -40,6 +40,13 @@ def field_text(row: Any, field: str, where: str) -> str:
     return text
 
 
+def texts(paragraphs: list[str], end: str) -> Iterator[str]:
+    """The text of a document's pieces, with `end` after the last of them."""
+    joined = ["\n".join(piece) for piece in pieces(paragraphs)]
+    yield from joined[:-1]
+    yield from (text + end for text in joined[-1:])
+
+
 def pieces(paragraphs: list[str]) -> Iterator[list[str]]:
     """A document of these paragraphs, cut between two where it grows longer than PIECE_CHARACTERS."""
     piece: list[str] = []

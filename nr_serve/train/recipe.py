@@ -73,6 +73,11 @@ class Data(_Section):
         description="Read no more of the target than this many tokens (default: all of it). A run reads them again "
         "and again, however long it is, so that it can be continued with a larger budget.",
     )
+    end_of_text: bool = Field(
+        default=False,
+        description="End each document of the text trained on with the tokenizer's end-of-text token, so that "
+        "answers learn where to end.",
+    )
     chat: bool = Field(
         default=True,
         description="Also keep the gates shut on original text wrapped in the base's chat template, if it has one.",

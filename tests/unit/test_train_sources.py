@@ -105,7 +105,7 @@ class Endless:
     def __init__(self, name: str, last: int | None = None) -> None:
         self.name, self.last, self.read = name, last, 0
 
-    def documents(self):
+    def documents(self, end=""):
         while self.last is None or self.read < self.last:
             self.read += 1
             yield f"{self.name}{self.read:09}"

@@ -14,6 +14,7 @@ from nr_serve.train.text.mix import Classes, Mix
 from nr_serve.train.text.overlap import grams
 from nr_serve.train.text.pack import BATCH_DOCUMENTS, Windows, join, pack
 from nr_serve.train.text.read import chat_documents, read_classes, read_heldout
+from nr_serve.train.text.sources import find_sources
 from tests import tiny
 
 RUN = Run(tokens=4096, window=32, batch_tokens=128, original_share=0.125, background_share=0.125, seed=3)
@@ -148,6 +149,34 @@ def test_what_begins_a_text_stands_once_before_each(corpus):
         assert torch.equal(is_bos_NT, begins_NT), "what is cut by a window's end begins anew"
         assert begins_NT[:, 0].all()
         assert (begins_NT.sum(dim=1) < 3).any(), "some document is longer than what is left of its window"
+
+
+def test_documents_end_as_the_recipe_says(corpus):
+    hf = tiny.tokenizer().hf
+    ending = DATA.model_copy(update={"end_of_text": True})
+    plain, ended = (read_classes(corpus, data, hf, RUN) for data in (DATA, ending))
+    assert not any((windows.ids_NT == 299).any() for windows in (plain.target, plain.original["en.b"]))
+    documents = (corpus / "en.b.train.txt").read_text().strip().split("\n\n")
+    ids = ended.original["en.b"].ids_NT.flatten().tolist()
+    assert ids.count(299) >= len(documents) - 1  # the last may be cut off
+    ends = [hf.decode(ids[max(0, at - 3) : at]) for at, token in enumerate(ids) if token == 299]
+    assert all(any(document.endswith(end) for document in documents) for end in ends)
+    offsets = ended.original["en.b"].offset_NT.flatten().tolist()
+    after = [offsets[at + 1] for at, token in enumerate(ids[:-1]) if token == 299]
+    assert set(after) == {0}, "what follows is another document"
+    assert torch.equal(read_heldout(corpus, ["xx.*"], hf, 32, 5)["xx.a"].ids_NT == 299, torch.zeros(5, 32).bool())
+    hf.eos_token = None
+    with pytest.raises(BadRecipe, match="has no end-of-text token"):
+        read_classes(corpus, ending, hf, RUN)
+
+
+def test_a_long_document_ends_once(corpus):
+    long = "\n".join(" ".join(words("hu", i, 500)) for i in range(9))
+    add(corpus, "fi.a.train.txt", long + "\n")
+    pieces = list(find_sources(corpus, ["fi.*"])[0].documents("<299>"))
+    assert len(pieces) > 1
+    assert [piece.endswith("<299>") for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert "\n".join(pieces) == long + "<299>"
 
 
 def test_too_little_text_is_refused(tmp_path: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nr_serve.errors import DownloadFailed
-from nr_serve.train.documents import document_lines, field_text, pieces
+from nr_serve.train.documents import document_lines, field_text, texts
 from nr_serve.train.entries import DATASETS
 from nr_serve.train.recipe import BadRecipe
 
@@ -93,8 +93,11 @@ class Dataset:
         files = {str(split): [*map(str, found), *found.origin_metadata] for split, found in data_files.items()}
         return json.dumps(["datasets", self.split, self.field, builder.hash, builder.config_id, files])
 
-    def documents(self) -> Iterator[str]:
-        """The documents, as they arrive. Raises BadRecipe, naming the row; DownloadFailed if the hub fails."""
+    def documents(self, end: str = "") -> Iterator[str]:
+        """The documents, with `end` after each, as they arrive.
+
+        Raises BadRecipe, naming the row; DownloadFailed if the hub fails.
+        """
         import httpx
         from datasets.exceptions import DatasetsError
 
@@ -102,7 +105,7 @@ class Dataset:
         try:
             for number, row in enumerate(builder.as_streaming_dataset(split=self.split)):
                 text = field_text(row, self.field, f"{self}, row {number}")
-                yield from map("\n".join, pieces(document_lines(text)))
+                yield from texts(document_lines(text), end)
         except (ConnectionError, httpx.HTTPError) as error:
             raise DownloadFailed(f"{self} broke off: {error}") from error
         except (OSError, ValueError, DatasetsError) as error:

@@ -55,7 +55,7 @@ def read_classes(
     original = _by_class((source.name, source) for source in roles["original"])
     others = _by_class((source.language, source) for source in (*roles["background"], *background))
     _check_names([*original, *others])
-    packer = _Packer(tokenizer, run.window, run.seed, cache or TokenCache())
+    packer = _Packer(tokenizer, run.window, run.seed, cache or TokenCache(), end=_end(data, tokenizer))
     target = packer.pack("target", roles["target"], data.target_tokens)
     packed_original = {name: packer.pack(name, sources, CLASS_TOKENS) for name, sources in original.items()}
     packed_background = {name: packer.pack(name, sources, CLASS_TOKENS) for name, sources in others.items()}
@@ -134,17 +134,20 @@ def chat_documents(tokenizer: Any, documents: Iterable[str]) -> list[str]:
 class _Packer:
     """Packs sources for one tokenizer, window and seed, through the cache."""
 
-    def __init__(self, tokenizer: Any, window: int, seed: int, cache: TokenCache, fewest: int = 2) -> None:
-        self.tokenizer, self.window, self.seed, self.cache, self.fewest = tokenizer, window, seed, cache, fewest
+    def __init__(
+        self, tokenizer: Any, window: int, seed: int, cache: TokenCache, *, fewest: int = 2, end: str = ""
+    ) -> None:
+        self.tokenizer, self.window, self.seed, self.cache = tokenizer, window, seed, cache
+        self.fewest, self.end = fewest, end
         self.key = [tokenizer_key(tokenizer), window, seed, PIECE_CHARACTERS]
 
     def pack(self, name: str, sources: Sequence[Source], limit: int | None) -> Packed:
         """The text of a class, at most `limit` tokens of it; None is all."""
         pool = None if limit is None else max(POOL_CHARACTERS, POOL_CHARACTERS_A_TOKEN * limit)
-        key = ["text", pool, [source.fingerprint() for source in sources]]
+        key = ["text", self.end, pool, [source.fingerprint() for source in sources]]
 
         def make() -> Packed:
-            return pack(self.tokenizer, read_in_turn(sources, pool), self.window, limit, self.seed)
+            return pack(self.tokenizer, read_in_turn(sources, pool, self.end), self.window, limit, self.seed)
 
         return self._packed(name, key, limit, make)
 
@@ -168,6 +171,15 @@ class _Packer:
         if not packed.windows.labelled:
             raise BadRecipe(f"the text of {name} is of documents of one token each: none can be predicted")
         return packed
+
+
+def _end(data: Data, tokenizer: Any) -> str:
+    """What ends a document, as the tokenizer reads it. Raises BadRecipe if it has no such token."""
+    if not data.end_of_text:
+        return ""
+    if tokenizer.eos_token is None:
+        raise BadRecipe("data.end_of_text: the base's tokenizer has no end-of-text token")
+    return str(tokenizer.eos_token)
 
 
 def _firsts(classes: Iterable[Sequence[Source]]) -> Iterable[str]:

@@ -44,8 +44,11 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Decided by everything its documents depend on."""
 
-    def documents(self) -> Iterator[str]:
-        """Its documents, the longest cut. Raises BadRecipe, saying where, for what is not text."""
+    def documents(self, end: str = "") -> Iterator[str]:
+        """Its documents, the longest cut, with `end` after each.
+
+        Raises BadRecipe, saying where, for what is not text.
+        """
 
 
 def find_sources(folder: Path, written: Iterable[str], field: str = "text") -> list[Source]:
@@ -88,10 +91,10 @@ def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
     return sorted(found)
 
 
-def read_in_turn(sources: Sequence[Source], characters: int | None = None) -> list[str]:
+def read_in_turn(sources: Sequence[Source], characters: int | None = None, end: str = "") -> list[str]:
     """Documents by source: all of them or, one of each source in turn, the first `characters` characters.
 
-    Raises BadRecipe for a source without text.
+    `end` is put after each. Raises BadRecipe for a source without text.
     """
     read: list[list[str]] = [[] for _ in sources]
     waiting = iter(enumerate(sources))
@@ -99,7 +102,7 @@ def read_in_turn(sources: Sequence[Source], characters: int | None = None) -> li
     taken = 0
     while characters is None or taken < characters:
         while len(reading) < OPEN_SOURCES and (following := next(waiting, None)) is not None:
-            reading[following[0]] = following[1].documents()
+            reading[following[0]] = following[1].documents(end)
         if not reading:
             break
         for i, stream in list(reading.items()):

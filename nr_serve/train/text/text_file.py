@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nr_serve.train.documents import document_lines, json_text, pieces
+from nr_serve.train.documents import document_lines, json_text, texts
 from nr_serve.train.entries import is_heldout
 from nr_serve.train.recipe import BadRecipe
 
@@ -74,11 +74,14 @@ class TextFile:
             raise BadRecipe(f"cannot read {self.path}: {error.strerror}") from error
         return f"jsonl {self.field} {content}" if self.is_jsonl else f"text {content}"
 
-    def documents(self) -> Iterator[str]:
-        """The documents. Raises BadRecipe, naming the line, for what is not UTF-8 or not the JSON expected."""
+    def documents(self, end: str = "") -> Iterator[str]:
+        """The documents, with `end` after each.
+
+        Raises BadRecipe, naming the line, for what is not UTF-8 or not the JSON expected.
+        """
         lines = (document_lines(text) for text in self._jsonl()) if self.is_jsonl else self._paragraphs()
         for paragraphs in lines:
-            yield from map("\n".join, pieces(paragraphs))
+            yield from texts(paragraphs, end)
 
     def _paragraphs(self) -> Iterator[list[str]]:
         document: list[str] = []
