@@ -13,7 +13,7 @@ __all__ = ["Server", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Server`, imported when it is first used: commands that need none start at once."""
+    """`Server`, imported on first use, so that commands that do not need it start at once."""
     if name == "Server":
         from nr_serve.offline import Server
 

@@ -1,4 +1,4 @@
-"""The app over its engine, from the settings: what serving over HTTP and answering in this process share."""
+"""Builds the engine and its app from the settings, for serving over HTTP and for answering in this process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
     """Return the engine, not yet started, and the app whose lifespan starts it.
 
-    Fetches the default base if that is asked for. Raises NrError for a wrong adapter or folder.
+    Fetches the default base if it is asked for. Raises NrError for a wrong adapter or folder.
     """
     _check_adapters(config)
     _begin_compiling(config)
@@ -43,10 +43,10 @@ def assemble(config: ServeConfig) -> tuple[AsyncEngine, FastAPI]:
 
 
 def _begin_compiling(config: ServeConfig) -> None:
-    """Operators for a CPU take longer than all else at a first start, so they are begun first."""
+    """Start to compile the CPU operators, first of all: at a first start this takes longer than anything else."""
     if not config.compile or config.device == "cuda":
         return
-    from nr_serve.engine.model.cpu_operators import begin  # with torch: help must start at once
+    from nr_serve.engine.model.cpu_operators import begin  # imports torch, which help must not wait for
     from nr_serve.engine.model.device import device_of
 
     if device_of(config) == "cpu":
@@ -54,12 +54,12 @@ def _begin_compiling(config: ServeConfig) -> None:
 
 
 def _check_adapters(config: ServeConfig) -> None:
-    """Refuse a wrong folder or file before the base, which takes longer; whether a file fits is seen with it."""
+    """Refuse wrong folders and files before the base is loaded; whether an adapter fits it is checked later."""
     for folder in config.adapter_dir:
         if not folder.is_dir():
             raise BadRequest(f"--adapter-dir {folder}: there is no such folder", param="adapter_dir")
     if config.adapter:
-        from nr_serve.neutral.format import naming, read_info  # torch: help must start at once
+        from nr_serve.neutral.format import naming, read_info  # imports torch, which help must not wait for
 
         for entry in config.adapter:
             _, path = adapter_entry(entry)
@@ -70,7 +70,7 @@ def _check_adapters(config: ServeConfig) -> None:
 def load_tokenizer(model: str | Path) -> Tokenizer:
     """The base's tokenizer. Raises UnsupportedBase if there is none."""
     if not Path(model).is_dir():
-        log.info("%s is no folder here: it is looked for on the hub, and in what was fetched from there", model)
+        log.info("%s is not a folder here: looking for it on the hub and among earlier downloads from there", model)
     with loading(f"the tokenizer of {model}"):
         return Tokenizer.load(model)
 

@@ -1,4 +1,4 @@
-"""OpenAI's batch files: a request a line in, an answer a line out, in any order, told apart by `custom_id`."""
+"""OpenAI's batch files: one request per line in, one answer per line out, in any order, matched by `custom_id`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from nr_serve.errors import BadRequest, faults
 
 _OPENING = b'{"id":"batch_req_'
-"""Every line of answers begins so; a shorter line that was cut begins with a part of it."""
+"""Beginning of every line of answers; a line cut shorter than this is a prefix of it."""
 
 
 class BatchRequest(BaseModel):
@@ -31,7 +31,7 @@ class BatchRequest(BaseModel):
 
 
 class WrongLine(Exception):
-    """A line that is no request; `code` is OpenAI's for it, `custom_id` None if it has none."""
+    """A line that is not a request. `code`: OpenAI's error code; `custom_id`: None if the line has none."""
 
     def __init__(self, code: str, message: str, custom_id: str | None = None) -> None:
         super().__init__(message)
@@ -53,24 +53,24 @@ def read_request(line: bytes) -> BatchRequest:
 
 
 def answer_line(custom_id: str, status: int, body: Any) -> bytes:
-    """The line for a request that was answered, or refused, with this HTTP status and body."""
+    """The output line for a request that was answered, or refused, with this HTTP status and body."""
     return _line(custom_id, {"status_code": status, "request_id": f"req_{uuid4().hex}", "body": body}, None)
 
 
 def error_line(wrong: WrongLine, number: int) -> bytes:
-    """The line for line `number` of the requests, counted from 1, which is none."""
+    """The output line for an invalid input line; `number` is its line number, counted from 1."""
     return _line(wrong.custom_id, None, {"code": wrong.code, "message": wrong.message, "line": number})
 
 
 def take_up(path: Path) -> tuple[BinaryIO, set[str]]:
-    """A file for answers, open to go on writing, and the custom_ids that an earlier run answered in it.
+    """Open a file of answers for appending; also returns the custom_ids that an earlier run answered in it.
 
-    What failed, and a last line cut short, is dropped from the file: it is to be done again. The file is replaced
-    whole or not at all, and locked until it is closed. Raises BadRequest for a file of something else or one that
-    another run writes to, and OSError.
+    Failed requests, and a last line that was cut short, are dropped from the file, to be done again. The file is
+    replaced completely or not at all, and locked until it is closed. Raises BadRequest for a file that holds
+    something else or that another run writes to, and OSError.
     """
     file = path.open("ab")
-    if not path.is_file():  # nothing that could be taken up, such as a pipe
+    if not path.is_file():  # has no earlier answers, such as a pipe
         return file, set()
     try:
         _lock(file, path)
@@ -85,7 +85,7 @@ def take_up(path: Path) -> tuple[BinaryIO, set[str]]:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep other runs from the file. Raises BadRequest if one has it."""
+    """Lock the file against other runs. Raises BadRequest if another run has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _replaced(file, path):
@@ -95,12 +95,12 @@ def _lock(file: BinaryIO, path: Path) -> None:
 
 
 def _replaced(file: BinaryIO, path: Path) -> bool:
-    """Whether another run has put a new file in the place of this one since it was opened."""
+    """Whether another run has replaced this file since it was opened."""
     return not os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _without_failures(path: Path) -> tuple[BinaryIO | None, set[str]]:
-    """The custom_ids answered in a file, and the new file in its place, locked; None if it could stay."""
+    """The locked file without failures that replaced this one (None: unchanged), and the answered custom_ids."""
     kept: set[str] = set()
     part = path.with_name(f".{path.name}.part")
     new = part.open("wb")
@@ -127,7 +127,7 @@ def _without_failures(path: Path) -> tuple[BinaryIO | None, set[str]]:
 
 
 def _answered(line: bytes, path: Path, number: int) -> str | None:
-    """The custom_id of a line that holds an answer; None if the request failed or the line was cut short."""
+    """The custom_id of a successful answer's line; None if the request failed or the line was cut short."""
     if not line.endswith(b"\n") and _OPENING.startswith(line[: len(_OPENING)]):
         return None
     try:

@@ -28,7 +28,7 @@ from nr_serve.errors import NrError, Unauthorized
 
 _MOST_IN_USAGE = 15
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What an output that cannot be written raises, with no file's name."""
+"""Errors, without a file name, of writing to an output with no room."""
 _LIST_DEFAULT = re.compile(r"(?<=\(default: )\[(.+)\](?=\))")
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         _drop_output()
         return 1
     except OSError as error:
@@ -50,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Put /dev/null where a standard stream is closed: else the next file opened takes its place, and its text."""
+    """Open /dev/null for each closed standard stream: else the next file opened would receive its output."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _drop_output() -> None:
-    """Write what is left of the output nowhere: Python would complain once more when it flushes at exit."""
+    """Send the rest of the output to /dev/null: Python would raise the error again when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -112,9 +112,9 @@ def parse(settings: type[BaseSettings], name: str, args: list[str]) -> BaseSetti
 
 
 class _Flags(CliSettingsSource[Any]):
-    """Flags whose values are taken as they are written, but that a server's settings cut lists at commas.
+    """Flags whose values are taken literally; only a server's settings split lists at commas.
 
-    pydantic-settings would cut all that may be repeated, and read `[ab]*`, `12` or `true` as JSON.
+    pydantic-settings would split every repeatable flag, and read `[ab]*`, `12` or `true` as JSON.
     """
 
     def _merge_parsed_list(self, parsed_list: list[str], field_name: str) -> str:
@@ -128,11 +128,11 @@ VLLM_FLAGS = {
     "--max-loras": "--slots",
     "--lora-modules": "--adapter",
 }
-"""What some of vLLM's flags are called here."""
+"""Some of vLLM's flags, with this server's names for them."""
 
 
 def _wrong_usage(parser: ArgumentParser, message: str) -> NoReturn:
-    """Print the usage and the error, with the flag that may have been meant, and exit."""
+    """Print the usage and the error, with a suggestion for a misspelled flag, and exit."""
     known = parser._option_string_actions
     for word in message.split() if message.startswith("unrecognized arguments: ") else ():
         flag = word.partition("=")[0]
@@ -146,7 +146,7 @@ _GROUP_OF = {f"--{name.replace('_', '-')}": group.__doc__ for group in GROUPS fo
 
 
 def _add_grouped(parser: ArgumentParser, *flags: str, **options: Any) -> Any:
-    """Add a flag of `serve` to its group of the help."""
+    """Add a flag of `serve` to its group in the help."""
     title = _GROUP_OF.get(flags[0])
     if title is None:  # --help
         return parser.add_argument(*flags, **options)
@@ -155,7 +155,7 @@ def _add_grouped(parser: ArgumentParser, *flags: str, **options: Any) -> Any:
 
 
 class _Formatter(RawDescriptionHelpFormatter):
-    """Help on few lines: no usage of many flags, no idle --no-x, no types, no empty defaults."""
+    """Compact help: short usage for many flags, no useless --no-x, no types, no empty defaults."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
@@ -171,7 +171,7 @@ class _Formatter(RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: Any) -> str:
         shown = copy(action)
-        if "(default: True)" not in (action.help or ""):  # there --no-x changes nothing
+        if "(default: True)" not in (action.help or ""):  # where the default is off, --no-x changes nothing
             shown.option_strings = [each for each in action.option_strings if not each.startswith("--no-")]
         return super()._format_action_invocation(shown)
 

@@ -22,10 +22,10 @@ _SECONDS = 600.0  # a large adapter on a slow disk, or a long answer
 
 
 class Client:
-    """Talks to one server. What the server refuses is raised as the NrError it stands for."""
+    """Talks to one server. Error responses are raised as the NrError that they stand for."""
 
     def __init__(self, url: str = DEFAULT_URL, key: str | None = None, *, timeout_s: float = _SECONDS) -> None:
-        """`url` may lack its scheme, which then is http, and may end with the `/v1` of OpenAI's clients."""
+        """`url` may lack its scheme (then http is used), and may end with the `/v1` of OpenAI's clients."""
         self.url = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
         if key and not key.isprintable():
             raise BadRequest("the key holds characters that cannot be sent", param="key")
@@ -62,7 +62,7 @@ class Client:
     ) -> Adapter:
         """Upload an adapter's file and load it; `name` defaults to the file's. Return the adapter.
 
-        With `pinned` None it is pinned if the adapter it replaces is.
+        With `pinned` None, the adapter is pinned if the one that it replaces is.
         """
         flags = {"replace": str(replace).lower()}
         if pinned is not None:
@@ -87,7 +87,7 @@ class Client:
             raise type(error)(f"{path}: {error.message}") from error
 
     def unload(self, name: str) -> Adapter:
-        """Unload an adapter; return it as it was."""
+        """Unload an adapter; return its last state."""
         adapter: Adapter = self._json("DELETE", adapter_path(name))
         return adapter
 
@@ -109,11 +109,11 @@ class Client:
     def wait_ready(
         self, timeout_s: float = 300.0, *, poll_s: float = 0.2, alive: Callable[[], bool] = lambda: True
     ) -> None:
-        """Return once the server takes requests. Raises Unavailable after `timeout_s`, or if not `alive`."""
+        """Return once the server accepts requests. Raises Unavailable after `timeout_s`, or if not `alive`."""
         end = time.monotonic() + timeout_s
         while True:
             try:
-                # A server that loads takes connections, and answers once it can.
+                # A server that is still loading accepts connections, and answers once it can.
                 self._json("GET", "/ready", timeout=max(poll_s, end - time.monotonic()))
                 return
             except Unavailable as error:
@@ -138,7 +138,7 @@ class Client:
 
 
 def adapter_path(name: str) -> str:
-    """Where the server has an adapter."""
+    """The server's path for an adapter."""
     try:
         return f"/v1/adapters/{quote(name, safe='')}"
     except UnicodeEncodeError as error:
@@ -146,14 +146,14 @@ def adapter_path(name: str) -> str:
 
 
 def refusal(response: httpx.Response) -> NrError:
-    """The error that an answer with an error status tells of."""
+    """The error that an error response stands for."""
     try:
         return error_from(response.json()["error"], response.status_code)
-    except (ValueError, KeyError, TypeError, AttributeError):  # not an nr-serve, or something in between
+    except (ValueError, KeyError, TypeError, AttributeError):  # not an nr-serve, or a proxy in between
         kind = BY_STATUS.get(response.status_code, NrError)
         return kind(f"{response.url} answered {response.status_code} {response.reason_phrase}")
 
 
 def error_from(error: Mapping[str, Any], status: int) -> NrError:
-    """The error that an `error` object in the API's form tells of."""
+    """The error that an `error` object in the API's format stands for."""
     return BY_STATUS.get(status, NrError)(str(error["message"]), param=error.get("param"))

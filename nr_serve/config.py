@@ -29,22 +29,22 @@ from nr_serve.names import adapter_entry, base_name, check_adapter_name
 FLAGS = SettingsConfigDict(
     extra="forbid", cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True, cli_avoid_json=True
 )
-"""How every command's fields become flags."""
+"""How the fields of every command become flags."""
 
 MAX_LOGPROBS = 20
-"""As OpenAI's API has it."""
+"""The limit in OpenAI's API."""
 PROBE_TOKENS = 512
-"""Longest probe text; what a file holds beyond is not read."""
+"""Longest probe text, in tokens; the rest of a file is not read."""
 
 _PREFIX = "NR_"
 _OTHERS = ("NR_CACHE", "NR_URL")
-"""Environment variables that are no settings of the server: the cache folder, and the client's server."""
+"""Environment variables that are not settings of the server: the cache folder, and the client's server."""
 _KUBERNETES = re.compile(r"NR_SERVE_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_(ADDR|PORT|PROTO))?)?)")
-"""Kubernetes gives every container these if a Service is called nr-serve."""
+"""Variables that Kubernetes sets in every container if a Service is called nr-serve."""
 
 
 def _split(value: Any) -> Any:
-    """Lists come as one text, from the environment and from repeated flags."""
+    """Split a list that is given as one string, as in the environment and in repeated flags."""
     if not isinstance(value, str):
         return value
     return [part.strip() for part in value.split(",") if part.strip()]
@@ -212,7 +212,7 @@ GROUPS: tuple[type[BaseModel], ...] = (
     ObservabilitySettings,
     FileSettings,
 )
-"""The settings in the order of the help and of the documentation."""
+"""The groups of settings, in the order of the help and of the documentation."""
 
 
 class ServeConfig(
@@ -243,24 +243,24 @@ class ServeConfig(
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then the environment, then the file that one of them names."""
+        """Sources by priority: flags, the environment, then the file that one of them names."""
         return (init_settings, env_settings, _SettingsFile(settings_cls, {}))
 
     def base_name(self, model: str | Path) -> str:
-        """What clients call the base that was loaded from `model`."""
+        """Name that clients use for the base loaded from `model`."""
         return self.served_model_name or base_name(model)
 
 
 class _SettingsFile(InitSettingsSource):
-    """The settings of the file that a flag or NR_CONFIG names."""
+    """The settings in the file that a flag or NR_CONFIG names."""
 
     def __call__(self) -> dict[str, Any]:
-        """Read it. Raises SettingsError."""
+        """Read the file, if one is named. Raises SettingsError."""
         path = self.current_state.get("config")
         return {} if path is None else _read_file(Path(path))
 
 
-_MOST_BYTES = 2**20  # of a settings file: a device has no end
+_MOST_BYTES = 2**20  # largest settings file; guards against devices, which have no end
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Raise SettingsError if a variable looks like a setting but is none: it would be ignored."""
+    """Raise SettingsError for a variable that looks like a setting but is not one: it would be ignored."""
     known = {f"{_PREFIX}{name.upper()}" for name in ServeConfig.model_fields} | set(_OTHERS)
     named = [name.upper() for name in environment if name.upper().startswith(_PREFIX)]
     _refuse_unknown([name for name in named if not _KUBERNETES.fullmatch(name)], known, "the environment")
@@ -293,7 +293,7 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], place: str) -> N
 
 
 def settings_tables() -> str:
-    """The settings as Markdown, a table per group; docs/settings.md holds it."""
+    """The settings as Markdown, one table per group; docs/settings.md contains it."""
     sections = []
     for group in GROUPS:
         rows = [f"### {group.__doc__}", "", "| flag | environment | meaning |", "| --- | --- | --- |"]

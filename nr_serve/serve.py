@@ -25,7 +25,7 @@ from nr_serve.logs import configure_logging, quiet_progress_bars
 
 log = logging.getLogger(__name__)
 _CLOSING_SECONDS = 2
-"""For what is still being sent once every answer has ended."""
+"""Time for sending the last data after every answer has ended."""
 
 
 def serve(config: ServeConfig) -> int:
@@ -36,7 +36,7 @@ def serve(config: ServeConfig) -> int:
         return _serve(config)
     try:
         return _serve(config)
-    except NrError as error:  # the command line would print it as text
+    except NrError as error:  # the command line would print it as text, not JSON
         log.error(error.message)
         return 1
 
@@ -61,13 +61,14 @@ def _serve(config: ServeConfig) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address. Raises NrError if the port is taken or the host is not ours."""
+    """A socket bound to the address. Raises NrError if the port is taken or the host is not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's delay off only on sockets that name TCP: without it, each chunk could wait 40 ms.
+    # asyncio disables Nagle's algorithm only on sockets created with IPPROTO_TCP; else each chunk could wait 40
+    # ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a client that reads nothing loses its connection
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: closes the connection of a client that reads nothing
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_SECONDS * 1000))
         listener.bind((host, port))
         # Listening from the start keeps a second server off the port; clients wait until this one accepts.
@@ -79,7 +80,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class HttpServer(uvicorn.Server):
-    """Told to end, it refuses what is new and lets answers finish; told a second time, it ends at once."""
+    """On the first signal, refuses new requests and lets answers finish; on a second one, ends at once."""
 
     def __init__(self, app: FastAPI, underway: Underway, grace_s: float) -> None:
         super().__init__(
@@ -99,15 +100,15 @@ class HttpServer(uvicorn.Server):
         self._told: str | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal to end came."""
+        """Handle a signal to end."""
         if self.should_exit:
             os._exit(128 + sig)
         self._told = signal.Signals(sig).name
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain while the socket still takes connections, so that clients read 503; then close."""
-        if self._told is not None:  # logged here: a signal may come in the middle of another line
+        """Drain while the socket still accepts connections, so that new clients get 503; then close."""
+        if self._told is not None:  # not logged in the signal handler, which may interrupt another log line
             running = self._underway.running
             log.info("stopping on %s: running requests: %d, grace: %g s", self._told, running, self._grace_s)
         await self._underway.drain(self._grace_s)
@@ -119,7 +120,7 @@ class HttpServer(uvicorn.Server):
 
 
 class _Announcer:
-    """Says when the server is ready, and ends it if the engine cannot start."""
+    """Reports when the server is ready, and ends it if the engine cannot start."""
 
     def __init__(self, engine: AsyncEngine, server: uvicorn.Server, address: str, form: str) -> None:
         self._engine = engine
@@ -130,7 +131,7 @@ class _Announcer:
         self.failure: NrError | None = None
 
     def turned(self, status: Status) -> None:
-        """The engine's status changed."""
+        """Handle a change of the engine's status."""
         if status == "ready":
             self._was_ready = True
             self._say_ready()
@@ -138,7 +139,7 @@ class _Announcer:
             self.failure = NrError(self._engine.failure or "the engine failed to start")
             self._server.should_exit = True
         elif status == "failed":
-            # The process lives on, answering 503: what restarts it reads /health.
+            # The process stays alive and answers 503: a supervisor that restarts it reads /health.
             self.failure = NrError(f"the engine failed: {self._engine.failure}")
             if self._form == "json":
                 log.error(self.failure.message)
@@ -164,7 +165,7 @@ def _address(listener: socket.socket) -> str:
 
 
 def _check_reach(config: ServeConfig) -> None:
-    """Log who can reach the server without a key; raise NrError if others can and nobody allowed it."""
+    """Log who can reach the server without a key; raise NrError if other machines can and it was not allowed."""
     if config.api_key is not None or config.key_file is not None:
         return
     if is_loopback(config.host):
@@ -180,12 +181,12 @@ def _check_reach(config: ServeConfig) -> None:
 
 
 def _leave() -> None:
-    """End the process at once, in order: a base that is being loaded cannot be stopped, and nobody waits for it."""
+    """End the process at once with success: loading a base cannot be interrupted, and nobody waits for it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def _end(signum: int, frame: object) -> None:
-    # uvicorn raises the signal again once it has shut down in order: that is a normal end.
+    # uvicorn raises the signal again after an orderly shutdown: that is a normal end.
     raise SystemExit(0)

@@ -17,10 +17,10 @@ _END_SECONDS = 60.0
 
 @contextmanager
 def local_server(*flags: str) -> Iterator[Client]:
-    """Run `nr-serve serve` with `flags` on a free port until the block ends; a client of it, once it is ready.
+    """Run `nr-serve serve` with `flags` on a free port for the block; yields a client once the server is ready.
 
-    Of the environment's NR_* variables only the cache folder's reaches it. Raises Unavailable if the server ends
-    before it is ready, NrError if it does not end in order.
+    Of the environment's NR_* variables, only NR_CACHE is passed on. Raises Unavailable if the server ends before
+    it is ready, and NrError if its exit code is not 0.
     """
     port = _free_port()
     command = [sys.executable, "-m", "nr_serve.cli", "serve", "--port", str(port), *flags]

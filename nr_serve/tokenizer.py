@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 _REPLACEMENT = "�"
-_MOST_HELD = 16  # tokens decoded again with each further one while they give no whole character
-_CONTEXT = 6  # tokens of prompt kept before the answer: decoders that merge or strip spaces look back a little
+_MOST_HELD = 16  # most tokens held back while they give no complete character
+_CONTEXT = 6  # prompt tokens kept before the answer: decoders that merge or strip spaces look back a little
 
 
 class Tokenizer:
-    """A thin, typed face of a `transformers` tokenizer."""
+    """A thin, typed wrapper of a `transformers` tokenizer."""
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
         self._special = frozenset[int](hf.all_special_ids)
-        self._texts: dict[int, str] = {}  # log probabilities ask for the same tokens over and over
+        self._texts: dict[int, str] = {}  # log probabilities need the same tokens many times
         self._for_grammars: LLTokenizer | None = None
 
     @classmethod
@@ -49,17 +49,17 @@ class Tokenizer:
         return text
 
     def is_special(self, token_id: int) -> bool:
-        """Whether a token is one of the tokenizer's own, which an answer's text leaves out."""
+        """Whether a token is one of the tokenizer's special tokens, which are left out of an answer's text."""
         return token_id in self._special
 
     def token_text(self, token_id: int) -> str:
-        """One token decoded alone, special tokens by name."""
+        """The text of one token decoded alone; special tokens by name."""
         if token_id not in self._texts:
             self._texts[token_id] = self.decode([token_id], special_tokens=True)
         return self._texts[token_id]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for, also where they are only part of a character; special tokens by name."""
+        """The bytes that a token stands for, even if only a part of a character; special tokens by name."""
         text = self.token_text(token_id)
         if _REPLACEMENT not in text:
             return text.encode()
@@ -70,9 +70,9 @@ class Tokenizer:
         return bytes(by_letter[letter] for letter in token) if by_letter.keys() >= set(token) else text.encode()
 
     def for_grammars(self, vocab_size: int, eos_ids: Sequence[int]) -> LLTokenizer:
-        """This tokenizer as grammars see it. Made once, which stops all threads for a second.
+        """This tokenizer in the form that grammars need. Made once, which blocks all threads for a second.
 
-        Raises BadRequest if it has no fast form, or no token that ends an answer.
+        Raises BadRequest if the tokenizer has no fast version, or no token that ends an answer.
         """
         if self._for_grammars is None:
             from llguidance.hf import from_tokenizer
@@ -92,10 +92,10 @@ class Tokenizer:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """Messages, and tools to call, as the prompt text the model was trained on.
+        """The chat template's prompt text for messages and tools.
 
-        `variables` are further ones of the template. Raises BadRequest if the template refuses, has no place for
-        tools or for the calls in the messages, or if a variable is not free to be set.
+        `variables` are additional template variables. Raises BadRequest if the template refuses the messages, if
+        it does not use the tools or the calls in the messages, or if a variable's name is reserved.
         """
         if variables:
             reserved = inspect.signature(self.hf.apply_chat_template).parameters.keys() | {"self", "messages"}
@@ -125,11 +125,11 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]],
         options: Mapping[str, Any],
     ) -> bool:
-        """Whether the template writes something else than `text` of these, or refuses them."""
+        """Whether the template gives another text than `text` for these arguments, or refuses them."""
         try:
             return text != self._templated(messages, tools, options)
         except BadRequest:
-            return True  # with a part left out they may be no conversation any more
+            return True  # with a part left out, they may no longer be a valid conversation
 
     def _templated(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
@@ -140,14 +140,14 @@ class Tokenizer:
             text: str = self.hf.apply_chat_template(
                 list(messages), tools=list(tools) or None, tokenize=False, **options
             )
-        except Exception as error:  # a template is the model author's program: whatever it raises is its refusal
+        except Exception as error:  # a template is a program: whatever it raises counts as refusal
             raise BadRequest(f"the chat template refused the messages: {error}", param="messages") from error
         return text
 
 
 @cache
 def _bytes_by_letter() -> dict[str, int]:
-    """The bytes that the letters of byte-level vocabularies stand for, as in GPT-2's."""
+    """The bytes that the letters of a byte-level vocabulary stand for, as in GPT-2's."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {letter: byte for byte, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
@@ -158,10 +158,10 @@ def _without_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 class Detokenizer:
-    """Turns a growing answer into text, releasing only whole characters.
+    """Turns a growing answer into text, releasing only complete characters.
 
-    Owns a request's answer as text. `ids[:shown]` is out already, and `out` characters of what follows; decoding
-    starts at `start`, a little before, because a token's text can depend on the ones just before it.
+    `ids[:shown]` have been released, and `out` characters of the text after them. Decoding starts at `start`, a
+    little before `shown`, because a token's text can depend on the tokens just before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, special_tokens: bool = False) -> None:
@@ -172,12 +172,12 @@ class Detokenizer:
         self._out = 0
 
     def push(self, token_id: int) -> str:
-        """Add a token; the text it completes, "" while a character is incomplete."""
+        """Add a token; return the text it completes, "" while a character is incomplete."""
         self._ids.append(token_id)
         text = self._new_text()
         whole = text.rstrip(_REPLACEMENT)
         released = whole[self._out :]
-        stuck = len(self._ids) - self._shown > _MOST_HELD  # no character is that long: these bytes are no text
+        stuck = len(self._ids) - self._shown > _MOST_HELD  # no character is that long: these bytes are not text
         if stuck:
             whole, released = text, text[self._out :]
         if stuck or (text and whole == text):
@@ -187,7 +187,7 @@ class Detokenizer:
         return released
 
     def flush(self) -> str:
-        """What is still held back, incomplete characters as U+FFFD."""
+        """The text still held back, with incomplete characters as U+FFFD."""
         text = self._new_text()[self._out :]
         self._shown, self._out = len(self._ids), 0
         return text

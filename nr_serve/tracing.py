@@ -1,7 +1,7 @@
 """OpenTelemetry traces: a span for each request, a child of the caller's. Needs the extra `otel`.
 
-Imported only when tracing is on. Attributes follow OpenTelemetry's semantic conventions for generative AI; what a
-prompt or an answer says is never among them.
+Imported only when tracing is on. Attributes follow OpenTelemetry's semantic conventions for generative AI; they
+never include the text of a prompt or an answer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completi
 
 @dataclass(frozen=True, slots=True)
 class _Caller:
-    """Who asked, and for what: from the HTTP request at hand."""
+    """The caller's trace context, and the operation asked for, from the current HTTP request."""
 
     context: Context
     operation: str
@@ -47,14 +47,14 @@ _caller: ContextVar[_Caller] = ContextVar("caller", default=_NOBODY)
 
 
 class TraceCaller:
-    """ASGI middleware that takes the caller's place in a trace from the W3C headers `traceparent`, `tracestate`."""
+    """ASGI middleware that reads the caller's trace context from the W3C headers `traceparent` and `tracestate`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._propagator = TraceContextTextMapPropagator()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Note the caller, then pass the request on."""
+        """Record the caller's context, then pass the request on."""
         operation = _OPERATIONS.get(scope.get("path", ""))
         if scope["type"] == "http" and operation is not None:
             context = self._propagator.extract(dict(Headers(scope=scope)), Context())
@@ -63,7 +63,7 @@ class TraceCaller:
 
 
 class Tracing:
-    """Makes spans and sends them off, in batches and on a thread of its own."""
+    """Makes spans and exports them, in batches and on a thread of its own."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         name = os.environ.get("OTEL_SERVICE_NAME", "nr-serve")
@@ -78,11 +78,11 @@ class Tracing:
         return cls(OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces"))
 
     def begin(self) -> RequestTrace:
-        """Note who asked for the request that is about to be submitted."""
+        """Start the trace of a request that is about to be submitted, with the current caller as its parent."""
         return RequestTrace(self, _caller.get())
 
     def close(self) -> None:
-        """Send what is left, and stop."""
+        """Send the remaining spans, and stop."""
         self._provider.shutdown()
 
     def span(

@@ -1,1 +1,1 @@
-"""The HTTP face of the server. Never imports torch: it talks to the engine in plain messages."""
+"""The server's HTTP API. Never imports torch: it talks to the engine in plain messages."""

@@ -66,7 +66,7 @@ async def put_adapter(
 ) -> Json[Adapter]:
     """Load the adapter in the body: the bytes of its file."""
     check_name(context, name)
-    _check_free(context, name, query.replace)  # before the upload: it may be long
+    _check_free(context, name, query.replace)  # checked before the upload, which may take long
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nr-serve-")))
         path = folder / f"{name}.safetensors"
@@ -103,7 +103,7 @@ async def patch_adapter(context: Ctx, name: str, body: PatchBody) -> Json[Adapte
 @router.delete("/v1/adapters/{name}", responses=refusals(Forbidden))
 async def delete_adapter(context: Ctx, name: str) -> Json[Adapter]:
     """Unload an adapter; requests in flight keep it until they end."""
-    statistics = await context.engine.call(ReadGates())  # before: they go with it
+    statistics = await context.engine.call(ReadGates())  # read first: unloading drops them
     view = await _change(context, UnloadAdapter(name))
     return Json({**adapter_body(view, statistics), "deleted": True})
 
@@ -143,7 +143,7 @@ async def unload_lora_adapter(context: Ctx, body: UnloadLoraBody) -> PlainTextRe
 
 
 async def _answer(context: Context, view: AdapterView, status: int = 200) -> Json[Adapter]:
-    """One adapter, with whose traffic it fired on."""
+    """The response for one adapter, with the traffic that it fired on."""
     return Json(adapter_body(view, await context.engine.call(ReadGates())), status)
 
 
@@ -158,14 +158,14 @@ async def _load_allowed(
 
 
 async def _load(context: Context, command: LoadAdapter, file: AbstractContextManager[object]) -> AdapterView:
-    """Have the engine load an adapter from a file that is there until `file` ends."""
+    """Have the engine load an adapter from a file that exists until `file` is exited."""
 
     async def load() -> AdapterView:
         with file:
             view: AdapterView = await context.engine.call(command)
             return view
 
-    # The file must stay until the engine has read it, also if this request is given up meanwhile.
+    # The file must exist until the engine has read it, even if this request is cancelled.
     return await asyncio.shield(asyncio.ensure_future(load()))
 
 
@@ -180,7 +180,7 @@ def _max_bytes(context: Context) -> int:
 async def _change(context: Context, command: PatchAdapter | UnloadAdapter) -> AdapterView:
     try:
         view: AdapterView = await context.engine.call(command)
-    except NotFound as error:  # the engine does not know where in the request the name stood
+    except NotFound as error:  # the engine does not know which field of the request held the name
         raise _unknown(command.name) from error
     return view
 

@@ -30,31 +30,31 @@ Chunk = Completion | ChatChunk
 
 
 class Writer(Protocol):
-    """Writes one answer in one API's form, from one output (whole) or many (in chunks)."""
+    """Writes one answer in one API's format, from one output (whole) or from many (in chunks)."""
 
     def parts(self, output: Output) -> list[Output]:
-        """The output as the API shows it, one after the other; each is then written before the next output."""
+        """Split an output into the parts that the API shows one by one; each is written before the next output."""
 
     def opening(self, envelope: Envelope) -> Chunk | None:
-        """What to send before the first output of a stream, if the API has it."""
+        """The chunk to send before a stream's first output; None if the API has none."""
 
     def shows(self, output: Output) -> bool:
-        """Whether an output is worth a chunk."""
+        """Whether an output needs a chunk."""
 
     def chunk(self, envelope: Envelope, output: Output) -> Chunk:
         """The chunk for an output."""
 
     def closing(self, envelope: Envelope) -> Chunk:
-        """A chunk without choices, for the usage in its envelope."""
+        """A chunk without choices that carries the usage in its envelope."""
 
 
 class Tally:
-    """Tokens read and written so far; a prompt counts once, however many answers it gets."""
+    """Counts tokens read and written; each prompt counts once, however many answers it gets."""
 
     def __init__(self, ask: Ask) -> None:
         self._prompt = ask.prompt_tokens
         self._completion = 0
-        # Of each prompt's first answer: the others may find what that one computed.
+        # Only each prompt's first answer counts: the others may reuse what the first one computed.
         self._cached = {submit.request_id: 0 for submit in ask.submits[:: ask.tries]}
 
     def count(self, output: Output) -> None:
@@ -74,7 +74,7 @@ class Tally:
 
 
 def envelope(ask: Ask, body: GenerationBody, fingerprint: str) -> Envelope:
-    """The fields around the choices, now; the service tier only if the client named one."""
+    """The fields around the choices, as of now; with a service tier only if the client named one."""
     around: Envelope = {
         "id": ask.id,
         "created": int(time.time()),
@@ -95,7 +95,7 @@ async def collect(ask: Ask, outputs: AsyncIterator[Output]) -> list[Output]:
 
 
 def join(outputs: Sequence[Output]) -> Output:
-    """Outputs of one answer as if it had come in one step."""
+    """Join one answer's outputs into one, as if it had come in a single step."""
     return replace(
         outputs[-1],
         tokens=tuple(token for output in outputs for token in output.tokens),
@@ -105,7 +105,7 @@ def join(outputs: Sequence[Output]) -> Output:
 
 
 def best(ask: Ask, outputs: Sequence[Output]) -> list[Output]:
-    """The `n` answers to each prompt with the highest log probability a token, the best first."""
+    """The `n` answers to each prompt with the highest mean log probability per token, best first."""
     if ask.tries == ask.n:
         return list(outputs)
     groups = [outputs[at : at + ask.tries] for at in range(0, len(outputs), ask.tries)]
@@ -117,13 +117,13 @@ def _mean_logprob(output: Output) -> float:
 
 
 def finish_reason(output: Output) -> FinishReason | None:
-    """Why an answer ended, if it has; never for an error, which `AsyncEngine.generate` raises."""
+    """Why the answer ended; None while it goes on. Never "error": `AsyncEngine.generate` raises errors instead."""
     assert output.finish_reason != "error"
     return output.finish_reason
 
 
 def legacy_logprobs(tokens: Iterable[Token], k: int, offsets: Iterable[int]) -> LegacyLogprobs:
-    """The completions API's parallel lists; `offsets`: where each token's text begins."""
+    """The completions API's parallel lists. `offsets`: where each token's text begins."""
     lists: LegacyLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, offset in zip(tokens, offsets, strict=True):
         lists["tokens"].append(token.text)
@@ -138,14 +138,14 @@ def _legacy_top(token: Token, k: int) -> dict[str, float] | None:
         return None
     top: dict[str, float] = {}
     for token_id, text, logprob in token.top[:k]:
-        if text != token.text or token_id == token.id:  # parts of characters all show as U+FFFD
+        if text != token.text or token_id == token.id:  # different parts of characters all show as U+FFFD
             top.setdefault(text, logprob)
     top.setdefault(token.text, token.logprob)
     return top
 
 
 def prompt_logprobs(tokens: Iterable[Token], k: int) -> PromptLogprobs:
-    """vLLM's form: for each prompt token, ids with log probability, rank (if among the likeliest) and text."""
+    """vLLM's format: for each prompt token, id -> log probability, rank (if among the likeliest) and text."""
     return [_ranked(token, k) for token in tokens]
 
 
@@ -161,7 +161,7 @@ def _ranked(token: Token, k: int) -> dict[str, PromptLogprob] | None:
 
 
 class Reporter:
-    """What the body asks to be told of one answer, beside its text."""
+    """Makes the extra fields, beside the text, that the request body asks for; one per answer."""
 
     def __init__(self, tokenizer: Tokenizer, body: GenerationBody, prompt: Prompt) -> None:
         self._tokenizer = tokenizer
@@ -170,7 +170,7 @@ class Reporter:
         self._answer = Detokenizer(tokenizer, prompt.ids, special_tokens=not body.skip_special_tokens)
 
     def prompt(self, output: Output, *, first: bool) -> PromptReport:
-        """What an output brings of the prompt. `first`: it is the answer's first that is shown."""
+        """Report on the prompt. `first`: this is the first output that the answer shows."""
         report: PromptReport = {}
         if self._body.prompt_logprobs is not None and output.prompt is not None:
             report["prompt_logprobs"] = prompt_logprobs(output.prompt, self._body.prompt_logprobs)
@@ -179,7 +179,7 @@ class Reporter:
         return report
 
     def tokens(self, output: Output) -> TokenReport:
-        """Of an output's tokens."""
+        """Report on an output's tokens: ids and gates."""
         report: TokenReport = {}
         if self._body.return_token_ids:
             report["token_ids"] = [token.id for token in output.tokens]
@@ -188,7 +188,7 @@ class Reporter:
         return report
 
     def _gates(self, output: Output) -> Gates:
-        """Of its tokens, and of the prompt's if it brings them; beside text, so that a page can colour it."""
+        """Gates and texts of the output's tokens, and of the prompt's if included: a page can colour the text."""
         gates: Gates = {
             "tokens": [dict(token.gates or {}) for token in output.tokens],
             "token_text": [self._answer.push(token.id) for token in output.tokens],

@@ -1,4 +1,4 @@
-"""The app, built from its collaborators: tests pass others."""
+"""Builds the app from its collaborators; tests pass others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nr_serve.tokenizer import Tokenizer
 
 
 def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServeConfig) -> FastAPI:
-    """Return the app. Its lifespan starts the engine and stops it. Raises BadRequest if the key file is wrong."""
+    """Return the app. Its lifespan starts and stops the engine. Raises BadRequest if the key file is wrong."""
     context = Context(engine, tokenizer, config)
     engine.metrics.ready.set_function(lambda: context.ready)
 
@@ -38,11 +38,11 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServeConfig) -
             yield
         context.stop_threads()
 
-    # The interactive pages load scripts from elsewhere; /openapi.json alone stays.
+    # FastAPI's interactive pages load scripts from other sites, so only /openapi.json stays.
     app = _App(title="nr-serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.router.redirect_slashes = False  # a client would send its key again, perhaps in clear
+    app.router.redirect_slashes = False  # after a redirect a client would send its key again, perhaps unencrypted
     app.state.context = context
-    # For the document alone, so that generated clients send a key: KeyCheck looks at it, before any route.
+    # Only for the OpenAPI document, so that generated clients send a key; KeyCheck checks it before any route.
     key = Depends(HTTPBearer(auto_error=False, description="where the server has keys"))
     for router in (openai.router, adapters.router):
         app.include_router(router, dependencies=[key])
@@ -53,7 +53,7 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServeConfig) -
 
 
 def _add_middleware(app: FastAPI, context: Context) -> None:
-    """What a request passes before its route: the last added is the first."""
+    """Add the middleware that a request passes before its route; the last one added runs first."""
     config = context.config
     app.add_middleware(BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
     app.add_middleware(Deadlines, underway=context.underway, timeout_s=config.request_timeout)
@@ -68,7 +68,7 @@ def _add_middleware(app: FastAPI, context: Context) -> None:
             CORSMiddleware,
             allow_origins=config.cors_origin,
             allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-            allow_headers=["*"],  # OpenAI's own client sends a dozen; a key is a header too, never a cookie
+            allow_headers=["*"],  # OpenAI's client sends a dozen; keys are headers, never cookies
             expose_headers=[access_log.HEADER, "Retry-After"],
         )
     if checks_hosts(config):
@@ -77,7 +77,7 @@ def _add_middleware(app: FastAPI, context: Context) -> None:
 
 
 class _App(FastAPI):
-    """FastAPI, but its document says what is true here: a wrong body is answered with 400, not 422."""
+    """FastAPI with a correct OpenAPI document: this server answers an invalid body with 400, not 422."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -87,7 +87,7 @@ class _App(FastAPI):
                     operation["responses"].pop("422", None)  # every route documents its 400
             for name in ("HTTPValidationError", "ValidationError"):
                 document.get("components", {}).get("schemas", {}).pop(name, None)
-            for name, example in EXAMPLES.items():  # FastAPI would leave out what is null in them
+            for name, example in EXAMPLES.items():  # FastAPI would drop their null values
                 document["components"]["schemas"][name]["example"] = example
             self.openapi_schema = document
         return self.openapi_schema

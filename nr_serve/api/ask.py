@@ -1,4 +1,4 @@
-"""From a request's body to what the engine is asked: prompts as ids, sampling, one `Submit` an answer."""
+"""From a request's body to what the engine is asked: prompts as ids, sampling, one `Submit` per answer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nr_serve.engine.guide import Guide
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.errors import BadRequest
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
+DEFAULT_MAX_TOKENS = 16  # as in OpenAI's API, for completions
 MAX_REPORTED = 2**20
-"""Log probabilities and gates in one response; each takes some 300 bytes until it is sent."""
+"""Most log probabilities and gates in one response; each takes about 300 bytes until it is sent."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the engine reads it; `text` is what was sent, or None if ids were or a part is read."""
+    """A prompt as the engine reads it. `text`: the text sent; None if ids were sent or the prompt was truncated."""
 
     ids: tuple[int, ...]
     text: str | None
@@ -32,14 +32,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Ask:
-    """One HTTP request's answers to be: answer i belongs to prompt i // tries."""
+    """What one HTTP request asks for: answer i belongs to prompt i // tries."""
 
     id: str
     model: str
     n: int
-    """Answers to a prompt that the client gets."""
+    """Number of answers per prompt that the client gets."""
     tries: int
-    """Answers to a prompt that are written."""
+    """Number of answers per prompt that are generated."""
     prompts: tuple[Prompt, ...]
     submits: tuple[Submit, ...]
     calls_tools: bool = False
@@ -67,7 +67,7 @@ async def completion_ask(context: Context, body: CompletionBody) -> Ask:
     prompts = await context.text(lambda: _prompts(context, body, given))
     sampling = replace(_sampling(context, body), logprobs=body.logprobs)
     if tries > body.n:
-        sampling = replace(sampling, logprobs=body.logprobs or 0)  # to rank by
+        sampling = replace(sampling, logprobs=body.logprobs or 0)  # needed for ranking the answers
     if body.echo and body.logprobs is not None:
         sampling = replace(sampling, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
     max_tokens = body.max_tokens
@@ -81,7 +81,7 @@ async def completion_ask(context: Context, body: CompletionBody) -> Ask:
 
 
 async def chat_ask(context: Context, body: ChatBody) -> Ask:
-    """Check a chat request and put its messages through the template. Raises BadRequest or NotFound."""
+    """Check a chat request and apply the chat template to its messages. Raises BadRequest or NotFound."""
     adapters = select(context, body.model, body.adapters)
     if body.top_logprobs is not None and not body.logprobs:
         raise BadRequest("`logprobs` must be true when `top_logprobs` is given", param="top_logprobs")
@@ -122,7 +122,8 @@ def _ask(
         Submit(
             request_id=f"{name}-{i}",
             prompt_ids=prompts[i // tries].ids,
-            # Answer i of n gets a seed of its own; asked again with the same seed, it is the same.
+            # Each of the n answers gets its own seed; repeating the request with the same seed gives the same
+            # answers.
             sampling=sampling if body.seed is None else replace(sampling, seed=body.seed + i % tries),
             adapters=adapters,
             selected=selected,
@@ -155,7 +156,7 @@ def _several(body: CompletionBody) -> list[str | list[int]]:
 
 
 def _place(given: list[str | list[int]], i: int) -> str:
-    """Where prompt i stands in the body."""
+    """Path of prompt i in the body."""
     return "prompt" if len(given) == 1 else f"prompt[{i}]"
 
 
@@ -176,7 +177,7 @@ def _prompts(context: Context, body: CompletionBody, given: list[str | list[int]
 
 
 def chat_text(context: Context, body: ChatBody | TokenizeBody, tools: Toolbox) -> str:
-    """The messages of a body, and tools to call, as the template writes them. Raises BadRequest."""
+    """The chat template's text for a body's messages and tools. Raises BadRequest."""
     if body.add_generation_prompt and body.continue_final_message:
         raise BadRequest(
             "`add_generation_prompt` must be false when `continue_final_message` is true",
@@ -198,7 +199,7 @@ def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
     text = chat_text(context, body, tools)
     if body.truncate_prompt_tokens is None:
         check_size(context, text, "messages")
-    ids = context.tokenizer.encode(text, special_tokens=False)  # the template wrote its own
+    ids = context.tokenizer.encode(text, special_tokens=False)  # the template adds its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
     return _truncated(body, Prompt(tuple(ids), text))
@@ -208,11 +209,11 @@ def _truncated(body: GenerationBody, prompt: Prompt) -> Prompt:
     most = body.truncate_prompt_tokens
     if most is None or len(prompt.ids) <= most:
         return prompt
-    return Prompt(prompt.ids[-most:], None)  # the text is not what was sent any more
+    return Prompt(prompt.ids[-most:], None)  # the text sent no longer matches
 
 
 def _check_count(context: Context, prompts: int, n: int, param: str) -> None:
-    """Refuse what could never be queued, before anything of it is built."""
+    """Refuse more answers than could ever be queued, before any of them is built."""
     most = context.config.max_answers or context.config.max_waiting
     if prompts * n > most:
         raise BadRequest(
@@ -225,12 +226,12 @@ def _check_logprobs(context: Context, body: GenerationBody) -> None:
     most = context.config.max_logprobs
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         asked = getattr(body, name, None)
-        if asked is not None and asked is not True and asked > most:  # in a chat, `logprobs` is a switch
+        if asked is not None and asked is not True and asked > most:  # in a chat body, `logprobs` is a boolean
             raise BadRequest(f"{name}: at most {most} are given here", param=name)
 
 
 def _check_report(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, tries: int) -> None:
-    """Refuse what would report more than memory holds, of every token of every answer."""
+    """Refuse a request whose reports on all tokens would take too much memory."""
     prompt_k, answer_k = (0 if k is None else k + 1 for k in (sampling.prompt_logprobs, sampling.logprobs))
     of_prompts = (prompt_k + gates) * sum(len(prompt.ids) for prompt in prompts)
     of_answers = (answer_k + gates) * sampling.max_tokens * len(prompts)
@@ -244,7 +245,7 @@ def _check_report(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, 
 
 
 def check_size(context: Context, text: str, what: str) -> None:
-    """Refuse text too long for the model whatever its tokens are, before the work of finding them."""
+    """Refuse text that is too long for the model however it is tokenised, before tokenising it."""
     limit = context.engine.info.max_model_len
     size, most = len(text.encode()), limit * context.token_bytes
     if size > most:
@@ -308,7 +309,7 @@ def _with_length(sampling: Sampling, max_tokens: int) -> Sampling:
 
 
 def _room(context: Context, prompts: tuple[Prompt, ...]) -> int:
-    """Tokens left for the answer to the longest prompt; at least 1, so that a full prompt is refused as such."""
+    """Tokens left for the answer to the longest prompt; at least 1, so that the prompt's length is the error."""
     return max(1, context.engine.info.max_model_len - max(len(prompt.ids) for prompt in prompts))
 
 

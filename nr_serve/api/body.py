@@ -1,4 +1,4 @@
-"""What every JSON body is made of. Types are strict, unknown fields are errors."""
+"""Common types and base class of all JSON bodies. Types are strict, unknown fields are errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 def whole_characters(text: str) -> str:
-    """Return `text`; ValueError if it is none: JSON can spell half a surrogate pair, which nothing else takes."""
+    """Return `text`; raise ValueError if it holds half a surrogate pair, which JSON can spell but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -29,16 +29,16 @@ def _is_json(value: dict[str, Any]) -> dict[str, Any]:
 Text = Annotated[str, AfterValidator(whole_characters)]
 TokenIds = Annotated[list[StrictInt], Field(fail_fast=True, max_length=2**20)]
 Name = Annotated[Text, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-"""What OpenAI takes as the name of a function or a schema."""
+"""What OpenAI accepts as the name of a function or a schema."""
 JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
-"""An object that is passed on as it is."""
+"""An object that is passed on unchanged."""
 MAX_FIELDS = 256
-"""Fields of an object that are looked at."""
+"""Most fields that an object may have."""
 NotSupported = Mapping[str, Sequence[Any]]
 
 
 def at_most(entries: int) -> BeforeValidator:
-    """For a dict: refuse more entries before any is looked at."""
+    """For a dict: refuse more entries than this before any of them is checked."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > entries:
@@ -54,14 +54,14 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     not_supported: ClassVar[NotSupported] = {}
-    """Known fields this server does not have, and the values of each that ask for nothing."""
+    """Known fields that are not supported, with the values of each that ask for nothing: these are accepted."""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        if len(data) > MAX_FIELDS:  # each unknown one would be named
+        if len(data) > MAX_FIELDS:  # the error would name each unknown field
             raise ValueError(f"it has {len(data)} fields; at most {MAX_FIELDS} are read")
         for name, harmless in cls.not_supported.items():
             if data.get(name) is not None and data[name] not in harmless:
@@ -74,6 +74,6 @@ class Body(BaseModel):
 
     @classmethod
     def _is_unset(cls, name: str, value: Any) -> bool:
-        """Whether a client spells out that it leaves a field at its default, which is not null: OpenAI's may."""
+        """Whether the value is null for a field whose default is not null: OpenAI's clients may send that."""
         field = cls.model_fields.get(name)
         return value is None and field is not None and not field.is_required() and field.default is not None

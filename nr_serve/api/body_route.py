@@ -1,4 +1,4 @@
-"""Routes that take JSON: large bodies are read on the thread of texts, so that running streams do not wait."""
+"""Routes that take JSON: large bodies are read on the tokenizer's thread, so that running streams do not wait."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from nr_serve.api.openapi import AnswerRoute
 from nr_serve.errors import BadRequest, NrError
 
 LARGE_BYTES = 2**18
-"""Below, reading a body takes less than 10 ms or so."""
+"""From this size on a body is read on another thread; smaller ones take less than about 10 ms."""
 MOST_BRACKETS = 200_000
-"""In a body: JSON is read under the GIL, a million empty lists in two seconds. Those within its text count too."""
+"""Most opening brackets in a body, even inside strings: parsing holds the GIL, 2 s for a million empty lists."""
 
 
 class BodyRoute(AnswerRoute):
     """A route whose body, if it is large, is read on another thread."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler of the route."""
+        """The route's handler."""
         handle = super().get_route_handler()
         model = None if self.body_field is None else self.body_field.field_info.annotation
 
@@ -43,7 +43,7 @@ class BodyRoute(AnswerRoute):
 
 
 class _Refused(HTTPException):
-    """A refusal in the only form that FastAPI lets through while it reads a body."""
+    """Carries a refusal: the only kind of error that FastAPI passes on while it reads a body."""
 
     def __init__(self, error: NrError) -> None:
         super().__init__(error.status)
@@ -51,14 +51,14 @@ class _Refused(HTTPException):
 
 
 class _BodyRequest(Request):
-    """A request whose body is one of `model`."""
+    """A request whose body must be a `model`."""
 
     def __init__(self, request: Request, model: type[BaseModel]) -> None:
         super().__init__(request.scope, request.receive)
         self._model = model
 
     async def json(self) -> Any:
-        """The body as JSON; as a `model`, if it is large."""
+        """The body as parsed JSON, or as a `model` if it is large."""
         data = await self.body()
         context: Context = self.app.state.context
         try:
@@ -70,7 +70,7 @@ class _BodyRequest(Request):
 
 
 def parse_json(data: bytes) -> Any:
-    """What a body holds. Raises JSONDecodeError if it is no JSON, and BadRequest if it cannot be read at all."""
+    """Parse a body. Raises JSONDecodeError if it is not JSON, and BadRequest if it cannot be read at all."""
     try:
         return json.loads(data)
     except RecursionError as error:
@@ -78,7 +78,7 @@ def parse_json(data: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadRequest("the body is not JSON: it is not UTF-8") from error
     except json.JSONDecodeError:
-        raise  # FastAPI tells where
+        raise  # FastAPI reports the position
     except ValueError as error:
         raise BadRequest("the body holds a number of too many digits") from error
 

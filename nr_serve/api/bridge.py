@@ -1,7 +1,7 @@
-"""Between asyncio and the engine's thread.
+"""The bridge between asyncio and the engine's thread.
 
-Requests go in through the engine's own thread-safe queue. What they give comes back once a step, as one
-`call_soon_threadsafe`, and is dealt out here to an asyncio queue for each HTTP request.
+Requests go in through the engine's own thread-safe queue. The outputs of a step come back in one
+`call_soon_threadsafe`, and are distributed here to one asyncio queue per HTTP request.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ log = logging.getLogger(__name__)
 
 Deliver = Callable[[StepEvents], None]
 _POLL_SECONDS = 0.05
-_READ_SECONDS = 2.0  # for the engine to say how it stands; less than a scrape may take
+_READ_SECONDS = 2.0  # to wait for the engine's statistics; less than a scrape's own time limit
 
 
 class Engine(Protocol):
-    """What the API needs of an engine: all of it may be called from any thread."""
+    """What the API needs from an engine. All of it may be called from any thread."""
 
     @property
     def status(self) -> Status:
-        """Where the engine is in its life."""
+        """The engine's current state."""
 
     @property
     def failure(self) -> str | None:
-        """Why it failed, if it did."""
+        """Why the engine failed, if it did."""
 
     @property
     def info(self) -> EngineInfo | None:
-        """What it serves, once ready."""
+        """What the engine serves; None until it is ready."""
 
     def start(self) -> None:
-        """Begin loading, on a thread of its own."""
+        """Start loading, on a thread of its own."""
 
     def stop(self) -> None:
-        """End the thread."""
+        """Stop the engine and its thread."""
 
     def submit(self, request: Submit) -> None:
-        """Queue a request; what it gives goes to `deliver`."""
+        """Queue a request; its outputs go to `deliver`."""
 
     def abort(self, request_id: str) -> None:
         """Drop a request; unknown ids are ignored."""
@@ -82,26 +82,26 @@ class _Live:
     trace: RequestTrace | None
 
     def output(self, output: Output) -> None:
-        """Hand on what one step gave."""
+        """Hand on one step's output."""
         self.clock.output(output)
         if output.finish_reason is not None and self.trace is not None:
             self.trace.end(self.clock, output.finish_reason, output.error)
         self.inbox.put_nowait(output)
 
     def abort(self) -> None:
-        """Nobody waits for it any more."""
+        """Record that the request was aborted."""
         self.clock.end("abort")
         if self.trace is not None:
             self.trace.end(self.clock, "abort")
 
 
 class AsyncEngine:
-    """An engine as coroutines see it. `build` gets the function that the engine must call once a step."""
+    """Async interface to an engine. `build` gets the function that the engine must call once per step."""
 
     def __init__(
         self, build: Callable[[Deliver], Engine], metrics: Metrics, tracing: Tracing | None = None
     ) -> None:
-        """Without `tracing` no spans are made."""
+        """Without `tracing`, no spans are made."""
         self._engine = build(self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._live: dict[str, _Live] = {}
@@ -112,7 +112,7 @@ class AsyncEngine:
         self.tracing = tracing
         self.status: Status = "loading"
         self.adapters: dict[str, AdapterView] = {}
-        """Registered adapters as they were when last changed; the names are always right."""
+        """Registered adapters as of their last change; the set of names is always current."""
         self.on_status: Callable[[Status], None] = lambda status: None
         """Called on the event loop when the status changes."""
 
@@ -130,7 +130,7 @@ class AsyncEngine:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Start the engine and keep watch over it; stop it on the way out."""
+        """Start the engine and watch its status; stop it at the end of the block."""
         self._loop = asyncio.get_running_loop()
         self._engine.start()
         watch = asyncio.create_task(self._watch())
@@ -146,7 +146,7 @@ class AsyncEngine:
     async def generate(self, requests: Sequence[Submit]) -> AsyncGenerator[Output, None]:
         """Run requests together, yielding their outputs as they come.
 
-        Raises the error of the first that fails. However it ends, requests still running are aborted.
+        Raises the error of the first that fails. However the generator ends, requests still running are aborted.
         """
         self._check_ready()
         inbox: asyncio.Queue[Output] = asyncio.Queue()
@@ -170,14 +170,14 @@ class AsyncEngine:
                 self._abort(request_id)
 
     async def call(self, command: Command) -> Any:
-        """Have the engine carry out a command between two steps, and return its answer."""
+        """Have the engine run a command between two steps, and return its answer."""
         self._check_ready()
-        # A task of its own, shielded: a client that goes away does not undo what the engine is at work on,
-        # and what it did must still be noted.
+        # A shielded task: if the client goes away, the engine still finishes the command, and its effect must be
+        # recorded.
         return await asyncio.shield(self._keep(asyncio.create_task(self._carry_out(command))))
 
     async def scrape(self) -> bytes:
-        """The metrics as text. An engine that is long at one step is shown as it was last read."""
+        """The metrics as text. While the engine is busy with a long step, its last known statistics are shown."""
         if self.status == "ready":
             if self._reading is None or self._reading.done():
                 self._reading = asyncio.create_task(self._read())
@@ -186,20 +186,20 @@ class AsyncEngine:
         return self.metrics.render(statistics, tuple(self.adapters.values()))
 
     def _check_ready(self) -> None:
-        """Raise Unavailable unless requests are taken."""
+        """Raise Unavailable unless requests are accepted."""
         if self.status == "failed":
             raise Unavailable("the engine failed; the server's log says why")
         if self.status != "ready":
             raise Unavailable(f"the server is not ready: {self.status}")
 
     def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
-        """Hold a task until it ends: nobody else may."""
+        """Keep a reference to a task until it ends, as asyncio itself does not."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def _list(self) -> None:
-        """Note which adapters there are; asked for as a command, so that what was noted before is older."""
+        """Refresh the list of adapters. By a command, so that the answer is newer than anything recorded before."""
         try:
             await self.call(ListAdapters())
         except NrError as error:
@@ -209,7 +209,7 @@ class AsyncEngine:
         try:
             self._statistics = await self.call(ReadGates())
             await self.call(ListAdapters())
-        except NrError as error:  # it failed just now: `nr_ready` says so
+        except NrError as error:  # the engine has just failed: `nr_ready` shows it
             log.debug("the engine cannot be read: %s", error)
 
     async def _carry_out(self, command: Command) -> Any:
@@ -232,12 +232,12 @@ class AsyncEngine:
             self.metrics.unloaded(command.name)
         elif isinstance(command, ListAdapters):
             before, self.adapters = self.adapters, {view.name: view for view in answer}
-            for name in before.keys() - self.adapters.keys():  # rejected by the engine
+            for name in before.keys() - self.adapters.keys():  # unloaded by the engine itself
                 self.metrics.unloaded(name)
 
     def _track(self, request: Submit, inbox: asyncio.Queue[Output]) -> _Live:
         if any(name not in self.adapters for name in request.adapters or ()):
-            # Unloaded since it was asked for: its name must not come back as a time series.
+            # An adapter was unloaded since the request came: its name must not come back as a time series.
             request = replace(request, selected=OTHER)
         trace = None if self.tracing is None else self.tracing.begin()
         return _Live(inbox, RequestClock(self.metrics, request), trace)
@@ -276,7 +276,7 @@ class AsyncEngine:
                 if status != self.status:
                     await self._turn(status)
                 await asyncio.sleep(_POLL_SECONDS)
-        except Exception:  # unseen, an engine that fails would leave its requests waiting
+        except Exception:  # an engine failure that nobody notices would leave its requests waiting
             log.exception("the engine cannot be watched any more")
             self.status = "failed"
             self._end_all(NrError("the engine cannot be watched any more; the server's log says why"))
@@ -285,8 +285,8 @@ class AsyncEngine:
         if status == "ready":
             try:
                 views = await asyncio.wrap_future(self._engine.call(ListAdapters()))
-            except NrError as error:  # it failed just now: the next look shows it
-                log.debug("ready no more: %s", error)
+            except NrError as error:  # the engine has just failed: the next poll shows it
+                log.debug("no longer ready: %s", error)
                 return
             self._note(ListAdapters(), views)
             for view in views:

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: the answer's form, whole and in chunks."""
+"""POST /v1/chat/completions: the answer's format, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nr_serve.tokenizer import Tokenizer
 
 
 def chat_completion(envelope: Envelope, writers: Sequence[ChatWriter], outputs: Sequence[Output]) -> ChatCompletion:
-    """The whole answer: a choice of each writer, for its output."""
+    """The whole answer, with one choice for each writer and its output."""
     report = writers[0].prompt_report(outputs[0])
     choices = [writer.choice(output) for writer, output in zip(writers, outputs, strict=True)]
     return {**envelope, "object": "chat.completion", "choices": choices, **report}
@@ -44,13 +44,13 @@ class ChatWriter:
         self._body = body
         self._index = index
         self._reader = ToolReader() if calls_tools else None
-        self._calls: list[Call] = []  # read, not yet written
-        self._called = 0  # read in all
+        self._calls: list[Call] = []  # calls read but not yet written
+        self._called = 0  # number of calls read so far
         self._report = Reporter(tokenizer, body, prompt)
         self._first = True
 
     def opening(self, envelope: Envelope) -> ChatChunk:
-        """The role comes before the text."""
+        """The chunk with the role, which comes before the text."""
         choice: ChatChunkChoice = {
             "index": self._index,
             "delta": {"role": "assistant", "content": ""},
@@ -61,7 +61,7 @@ class ChatWriter:
         return _chunk(envelope, [choice], {})
 
     def parts(self, output: Output) -> list[Output]:
-        """The output with the tool calls taken out of its text."""
+        """The output with tool calls taken out of its text; split if the finish reason needs a chunk of its own."""
         if self._reader is None:
             return [output]
         content, self._calls = self._reader.push(output.text)
@@ -71,12 +71,12 @@ class ChatWriter:
         output = replace(output, text=content)
         if not (self._calls and output.finish_reason and self._body.stream):
             return [output]
-        # As OpenAI does: its clients look for the reason in a chunk after the last call.
+        # As OpenAI does: clients look for the finish reason in a chunk after the last call.
         last = Output(output.request_id, finish_reason=output.finish_reason, stop_reason=output.stop_reason)
         return [replace(output, finish_reason=None, stop_reason=None), last]
 
     def shows(self, output: Output) -> bool:
-        """Whether the output has anything the client asked for."""
+        """Whether the output has anything that the client asked for."""
         reported = self._body.logprobs or self._body.gates or self._body.return_token_ids
         opens = self._first and output.prompt is not None
         return bool(output.text or self._calls or output.finish_reason or opens or (reported and output.tokens))
@@ -92,7 +92,7 @@ class ChatWriter:
         return _chunk(envelope, [choice], report)
 
     def closing(self, envelope: Envelope) -> ChatChunk:
-        """A chunk without choices."""
+        """A chunk without choices, for the usage."""
         return _chunk(envelope, [], {})
 
     def choice(self, output: Output) -> ChatChoice:
@@ -104,7 +104,7 @@ class ChatWriter:
         }
 
     def prompt_report(self, output: Output) -> PromptReport:
-        """What vLLM reports of the prompt, beside the choices; asked before `choice`."""
+        """vLLM's prompt report, which goes beside the choices; call it before `choice`."""
         return self._report.prompt(output, first=self._first)
 
     def _choice(self, output: Output) -> Choice:

@@ -1,4 +1,4 @@
-"""POST /v1/completions: the answer's form, whole and in chunks."""
+"""POST /v1/completions: the answer's format, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nr_serve.tokenizer import Detokenizer, Tokenizer
 
 
 def completion(envelope: Envelope, writers: Sequence[CompletionWriter], outputs: Sequence[Output]) -> Completion:
-    """The whole answer: a choice of each writer, for its output."""
+    """The whole answer, with one choice for each writer and its output."""
     choices = [writer.choice(output) for writer, output in zip(writers, outputs, strict=True)]
     return {**envelope, "object": "text_completion", "choices": choices}
 
 
 class CompletionWriter:
-    """Writes one answer. Owns where it is in the text, for `text_offset`, and whether the prompt is out."""
+    """Writes one answer. Tracks its place in the text, for `text_offset`, and whether the prompt is sent."""
 
     def __init__(self, tokenizer: Tokenizer, body: CompletionBody, prompt: Prompt, index: int) -> None:
         self._tokenizer = tokenizer
@@ -27,21 +27,21 @@ class CompletionWriter:
         self._prompt = prompt
         self._index = index
         self._report = Reporter(tokenizer, body, prompt)
-        # As the text is: an echoed prompt shows its special tokens, an answer only if asked to.
+        # Special tokens as in the text: an echoed prompt shows them, an answer only if asked to.
         self._echo = Detokenizer(tokenizer, (), special_tokens=True)
         self._shown = Detokenizer(tokenizer, prompt.ids, special_tokens=not body.skip_special_tokens)
         self._offset = 0
         self._first = True
 
     def opening(self, envelope: Envelope) -> None:
-        """Completions begin with their text."""
+        """None: completions start with their text."""
 
     def parts(self, output: Output) -> list[Output]:
-        """The output as it is."""
+        """The output, unsplit."""
         return [output]
 
     def shows(self, output: Output) -> bool:
-        """Whether the output has anything the client asked for."""
+        """Whether the output has anything that the client asked for."""
         body = self._body
         reported = body.logprobs is not None or body.gates or body.return_token_ids
         opens = self._first and (body.echo or output.prompt is not None)
@@ -52,7 +52,7 @@ class CompletionWriter:
         return {**envelope, "object": "text_completion", "choices": [self.choice(output)]}
 
     def closing(self, envelope: Envelope) -> Completion:
-        """A chunk without choices."""
+        """A chunk without choices, for the usage."""
         return {**envelope, "object": "text_completion", "choices": []}
 
     def choice(self, output: Output) -> CompletionChoice:
@@ -85,7 +85,7 @@ class CompletionWriter:
         return legacy_logprobs((*echoed, *output.tokens), self._body.logprobs, offsets)
 
     def _echo_of(self, token: Token) -> str:
-        """What the text echoes of a prompt's token: nothing of one that the tokenizer put before the text."""
+        """The echoed text of a prompt token; "" for a token that the tokenizer added before the text."""
         text = self._echo.push(token.id)
         written = self._prompt.text
         if written is None or not self._tokenizer.is_special(token.id):
@@ -93,7 +93,7 @@ class CompletionWriter:
         return text if written.startswith(text, self._offset) else ""
 
     def _moves(self, text: str) -> int:
-        """Where a token begins that shows this text; a part of a character begins where the character does."""
+        """Offset where a token with this text begins; a token with part of a character begins where that does."""
         begins = self._offset
         self._offset += len(text)
         return begins

@@ -1,4 +1,4 @@
-"""What every route needs, handed to it by FastAPI."""
+"""The objects that every route needs, injected by FastAPI."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ class Context:
     tokenizer: Tokenizer
     config: ServeConfig
     started: int = field(default_factory=lambda: int(time.time()))
-    """Unix time."""
+    """When the app was created, in Unix time."""
     underway: Underway = field(default_factory=Underway)
     texts: Worker = field(init=False)
-    """Tokenises off the event loop, so that a long prompt does not hold up running streams."""
+    """Thread for tokenising, so that a long prompt does not hold up running streams."""
     grammars: Worker = field(init=False)
-    """Compiles grammars, so that other prompts do not wait for one."""
+    """Thread for compiling grammars, so that prompts without a grammar do not wait for it."""
     token_bytes: int = field(init=False)
-    """No token stands for more bytes of text."""
+    """Upper bound of the bytes of text that one token stands for."""
 
     def __post_init__(self) -> None:
-        # Vocabularies spell some bytes with two or three: this is an upper bound.
+        # Vocabularies spell some bytes with two or three bytes, so this is an upper bound.
         self.token_bytes = max(len(token.encode()) for token in self.tokenizer.hf.get_vocab())
-        # Of each caller, as much may wait for each as for the model.
+        # Each caller may have as many jobs waiting for each thread as requests for the model.
         self.texts = Worker("nr-text", self.config.max_waiting)
         self.grammars = Worker("nr-guide", self.config.max_waiting)
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self.engine.status == "ready" and not self.underway.draining
 
     async def text(self, work: Callable[[], T]) -> T:
-        """Run tokenizer work on its thread. Raises QueueFull."""
+        """Run tokenizer work on its thread, in turn. Raises QueueFull."""
         async with self.texts.turn("texts wait to be tokenised"):
             return await self.texts.run(work)
 
     def stop_threads(self) -> None:
-        """Let no more work start."""
+        """Start no further work on the threads."""
         self.texts.stop()
         self.grammars.stop()
 

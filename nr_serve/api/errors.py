@@ -18,11 +18,11 @@ from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooManyRequests, Una
 
 _TYPES = {status: kind.type for status, kind in BY_STATUS.items()} | {405: "MethodNotAllowedError"}
 GONE = 499
-"""For the access log: the client went away, and nobody reads the answer."""
+"""Status for the access log: the client went away, and nobody reads the answer."""
 _LONGEST_MESSAGE, _LONGEST_PARAM = 2000, 200
-"""What a client sent may be part of either."""
+"""In characters; both may contain text that the client sent."""
 _TYPE_NAMES = {"str", "int", "float", "bool", "dict", "none", "nullable"}
-"""Names that pydantic puts in an error's place for the branch of a union, and that no field of ours has."""
+"""Names of union branches in pydantic's error locations; no field of ours has such a name."""
 
 
 def error_body(error: NrError) -> ErrorAnswer:
@@ -31,7 +31,7 @@ def error_body(error: NrError) -> ErrorAnswer:
 
 
 def error_response(error: NrError) -> JSONResponse:
-    """The error as an HTTP answer."""
+    """The error as an HTTP response."""
     headers = {}
     if isinstance(error, TooManyRequests):
         headers["Retry-After"] = str(error.retry_after_s)
@@ -41,12 +41,12 @@ def error_response(error: NrError) -> JSONResponse:
 
 
 def error_type(status: int) -> str:
-    """The type of every error with this HTTP status."""
+    """The `type` of every error with this HTTP status."""
     return _TYPES.get(status, "InvalidRequestError")
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make `app` answer every error in that form, but for bugs: those are AccessLog's."""
+    """Make `app` answer every error in this format, except bugs, which `AccessLog` answers."""
     app.add_exception_handler(NrError, _nr_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -79,11 +79,11 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
-    """What is wrong with a body, in one message that names the field."""
+    """One message for the faults of a body, naming the field."""
     first = errors[0]
     param = _param(first["loc"])
     same_field = [each for each in errors if _param(each["loc"]) == param]
-    if _is_branch(first["loc"][-1]):  # that was not meant, perhaps: an unknown field in another says more
+    if _is_branch(first["loc"][-1]):  # an unknown field in another branch of the union says more
         first = next((each for each in same_field if each["type"] == "extra_forbidden"), first)
     if first["type"] == "json_invalid":
         return BadRequest(f"the body is not JSON: {first.get('ctx', {}).get('error', 'cannot be read')}")
@@ -108,18 +108,18 @@ def _message(error: Mapping[str, Any]) -> str:
 
 
 def _named(message: str) -> str | None:
-    """The field a message of ours names in backquotes: a rule over several fields has no place of its own."""
+    """The field that a message of ours names first, in backquotes: rules over several fields have no location."""
     match = re.match(r"`(\w+)`", message)
     return match[1] if match else None
 
 
 def _is_branch(part: str | int) -> bool:
-    """Whether a part of a place is pydantic's name for a branch of a union, which no client knows."""
+    """Whether a part of a location is pydantic's name for a union's branch, which clients do not know."""
     return isinstance(part, str) and (part in _TYPE_NAMES or "-" in part or "[" in part)
 
 
 def _param(place: Sequence[str | int]) -> str | None:
-    """`("body", "messages", 0, "content", "str")` as `messages[0].content`."""
+    """A location as a path: `("body", "messages", 0, "content", "str")` becomes `messages[0].content`."""
     name = ""
     for part in place[1:]:
         if isinstance(part, int):
@@ -143,5 +143,5 @@ def _body(message: str, kind: str, param: str | None, status: int) -> ErrorAnswe
 
 
 def _sendable(text: str) -> str:
-    """An unknown field's name, or a path, may hold what UTF-8 cannot."""
+    """Replace what UTF-8 cannot encode: the name of an unknown field, or a path, may hold anything."""
     return text.encode(errors="replace").decode()

@@ -13,17 +13,17 @@ from nr_serve.errors import BadRequest, Forbidden, NotFound, TooLarge
 
 @contextmanager
 def allowed_file(folders: Sequence[Path], given: str, param: str, max_bytes: int) -> Iterator[Path]:
-    """A path to the very file that was checked, valid until the block ends, whoever moves what meanwhile.
+    """A path to exactly the file that was checked; valid until the block ends, even if files are moved meanwhile.
 
-    A folder stands for the one .safetensors file in it. Raises Forbidden outside the folders, saying nothing of
-    what is there, NotFound, BadRequest or TooLarge.
+    A folder stands for the only .safetensors file in it. Raises Forbidden outside the allowed folders, without
+    saying what exists there; or NotFound, BadRequest or TooLarge.
     """
     if not folders:
         raise Forbidden("this server loads from no folder; start it with --adapter-dir, or upload", param=param)
     try:
         root, path = _find([folder.resolve() for folder in folders], given, param)
         handle = _open_beneath(root, path)
-    # Too long or changed, a zero byte, a circle of links.
+    # The path is too long, was changed meanwhile, has a zero byte, or a cycle of links.
     except (OSError, ValueError, RuntimeError) as error:
         raise BadRequest("this is not a usable path", param=param) from error
     try:
@@ -36,7 +36,7 @@ def allowed_file(folders: Sequence[Path], given: str, param: str, max_bytes: int
 
 
 def _find(roots: Sequence[Path], given: str, param: str) -> tuple[Path, Path]:
-    """The folder and, without links, the file in it."""
+    """The allowed folder, and the file in it with links resolved."""
     inside = [(root, path) for root in roots if (path := (root / given).resolve()).is_relative_to(root)]
     if not inside:
         raise Forbidden("the path is outside the folders this server may load from", param=param)
@@ -48,9 +48,9 @@ def _find(roots: Sequence[Path], given: str, param: str) -> tuple[Path, Path]:
 
 
 def _open_beneath(root: Path, path: Path) -> int:
-    """Open `path`, step by step from `root`, following no link put there since it was found. Raises OSError."""
-    passing = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW  # a folder need not be readable
-    reading = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # what was a file may be a pipe by now
+    """Open `path` one folder at a time from `root`, following no link created since the check. Raises OSError."""
+    passing = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW  # folders need not be readable
+    reading = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a file may have become a pipe since
     parts = path.relative_to(root).parts
     handle = os.open(root, passing)
     for i, part in enumerate(parts, start=1):

@@ -1,6 +1,6 @@
-"""From what a body asks for to a guide. Grammars are compiled on a thread of their own.
+"""Compiles the guide (grammar) that a request body asks for, on a thread for grammars only.
 
-Neither running streams nor other prompts wait for them, and a request without a grammar never does.
+Neither running streams nor other prompts wait for a grammar, and a request without one never does.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from nr_serve.engine.guide import Guide
 from nr_serve.errors import BadRequest, QueueFull
 
 COMPILE_SECONDS = 10
-"""For one grammar; and as long at most it waits for its turn."""
+"""Time limit for compiling one grammar, and again for waiting for its turn."""
 _KEPT = 32
-"""Compiled grammars that are kept, of some MB at most: clients ask for the same again and again."""
+"""Number of compiled grammars kept, some MB at most: clients often ask for the same one again."""
 
 
 async def guide_for(context: Context, body: GenerationBody, tools: Toolbox = NO_TOOLS) -> Guide | None:
-    """The guide for the form asked for, or for calls of tools.
+    """The guide for the answer's format, or for tool calls; None if the body asks for neither.
 
-    Raises BadRequest that names the field to blame, or QueueFull if other grammars take too long.
+    Raises BadRequest that names the field at fault, or QueueFull if other grammars take too long.
     """
     if not has_form(body) and not tools.guided:
         return None
@@ -39,7 +39,7 @@ async def guide_for(context: Context, body: GenerationBody, tools: Toolbox = NO_
 
 
 async def _in_turn(grammars: Worker, compile_: Callable[[], Guide | None]) -> Guide | None:
-    """Compile when the turn comes. A grammar is to blame for its own time alone."""
+    """Compile when the caller's turn comes. Only the grammar's own compile time counts against it."""
     loop, begun = asyncio.get_running_loop(), asyncio.Event()
 
     def work() -> Guide | None:
@@ -51,8 +51,8 @@ async def _in_turn(grammars: Worker, compile_: Callable[[], Guide | None]) -> Gu
             async with asyncio.timeout(COMPILE_SECONDS):
                 await stack.enter_async_context(grammars.turn("grammars wait to be compiled"))
                 guide = grammars.run(work)
-                stack.callback(guide.cancel)  # whoever gave up before it began needs no guide
-                await begun.wait()  # the last turn's grammar may have been given up, and still be at work
+                stack.callback(guide.cancel)  # if this request gives up before the work began, it is not run
+                await begun.wait()  # a grammar that was given up in an earlier turn may still be compiling
         except TimeoutError as error:
             raise QueueFull("other grammars take long to compile; try again later") from error
         try:
@@ -78,7 +78,7 @@ def _guide(grammar: str, tokenizer: LLTokenizer) -> Guide:
 
 
 def _form(body: GenerationBody, tools: Toolbox) -> Form | None:
-    """The form of the answer, or of the calls it may make instead."""
+    """The format of the answer, or of the tool calls it may make instead."""
     form = form_of(body)
     if not tools.tools:
         return form

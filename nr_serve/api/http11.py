@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it. A client that sends no HTTP, or stops sending, is told so in the API's form."""
+"""uvicorn's HTTP/1.1 protocol with read timeouts, and with errors in the API's format."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from nr_serve.api.errors import error_body
 from nr_serve.errors import BadRequest, NrError, SentTooSlowly
 
 READ_SECONDS = 30.0
-"""For the whole head of a request, and between two parts of its body."""
+"""Time limit for a request's whole head, and for each further part of its body."""
 _THEY_SEND = (h11.IDLE, h11.SEND_BODY)
 
 
 class Http11Protocol(H11Protocol):
-    """One connection. It ends if a request is not sent in time: a server has only so many."""
+    """One connection. It is closed if a request is not sent in time, because connections are limited."""
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client came."""
+        """Start the timer for a new connection."""
         super().connection_made(transport)
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """A client sent something."""
+        """Handle received data, and restart or stop the timer."""
         in_head = self.conn.their_state is h11.IDLE
         super().data_received(data)
         if self._timer is not None and in_head and self.conn.their_state is h11.IDLE:
-            return  # a head that comes in drops has no more time than another
+            return  # a head sent in small parts gets no more time than another
         self._stop_waiting()
         if self.conn.their_state in _THEY_SEND:
             self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client, or we, ended it."""
+        """Stop the timer when the connection is closed, by either side."""
         self._stop_waiting()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
+        """Answer data that is not HTTP with an error."""
         self._refuse(BadRequest("this is not an HTTP/1.1 request"))
 
     def _should_upgrade(self) -> bool:
-        return False  # an upgrade may be ignored: it is answered as the request that it is
+        return False  # HTTP allows ignoring an upgrade and answering the request itself
 
     def _wait(self) -> None:
         self._timer = self.loop.call_later(READ_SECONDS, self._too_slow)
@@ -59,15 +59,15 @@ class Http11Protocol(H11Protocol):
 
     def _too_slow(self) -> None:
         self._timer = None
-        if self.flow.read_paused:  # the client would send, if we would read
+        if self.flow.read_paused:  # we do not read: the client is not to blame
             self._wait()
         elif self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
-            self.transport.close()  # it asked nothing
+            self.transport.close()  # no request was begun
         else:
             self._refuse(SentTooSlowly(f"the request did not come within {READ_SECONDS:g} seconds"))
 
     def _refuse(self, error: NrError) -> None:
-        """Answer, unless an answer has begun, and close."""
+        """Send an error, unless a response has begun, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error_body(error)).encode()
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]

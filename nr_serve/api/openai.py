@@ -35,7 +35,7 @@ A = TypeVar("A", Completion, ChatCompletion)
 router = APIRouter(route_class=BodyRoute)
 
 FOR_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message")
-"""Fields of a body for /tokenize that say nothing of a `prompt`."""
+"""Fields of a /tokenize body that apply to `messages` only."""
 
 
 @router.post("/v1/completions", responses=streamed(COMPLETION_EVENTS))
@@ -100,7 +100,7 @@ async def _respond(
     around = envelope(ask, body, context.engine.info.fingerprint)
     outputs = context.engine.generate(ask.submits)
     if body.stream:
-        # The first output is awaited before the answer begins: a refusal still becomes an HTTP status.
+        # Wait for the first output before the response begins, so that a refusal still becomes an HTTP status.
         first = await while_connected(request, anext(outputs))
         options = body.stream_options or StreamOptions()
         chunks = _chunks(ask, writers, around, options, _chain(first, outputs))

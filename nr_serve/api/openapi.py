@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of answers: taken from what routes are annotated to return, with examples."""
+"""Answers in the OpenAPI document: taken from the routes' return annotations, with examples."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _ANYWHERE: tuple[type[NrError], ...] = (
 
 
 class Json(JSONResponse, Generic[F]):
-    """An answer in a form. It is sent as it is: that it has the form is the type checker's to say."""
+    """A JSON response with a body of type F. Only the type checker checks the body; it is sent as it is."""
 
     def __init__(self, body: F, status: int = 200) -> None:
         super().__init__(body, status)
 
 
 class AnswerRoute(APIRoute):
-    """A route whose document has the form of the `Json` that its endpoint returns, and what any may refuse with."""
+    """A route documented with the body type of the `Json` that its endpoint returns, and with possible errors."""
 
     def __init__(
         self, path: str, endpoint: Callable[..., Any], *, responses: Responses | None = None, **settings: Any
@@ -52,12 +52,12 @@ class AnswerRoute(APIRoute):
         form = _form(endpoint)
         if form is not None:
             documented[200] = answer(form) | documented.get(200, {})
-        settings["response_model"] = None  # FastAPI would check the answer against it
+        settings["response_model"] = None  # else FastAPI would validate each response
         super().__init__(path, endpoint, responses=documented, **settings)
 
 
 def _form(endpoint: Callable[..., Any]) -> type | None:
-    """What the `Json` holds that an endpoint returns, perhaps among other answers."""
+    """The body type of the `Json` in an endpoint's return annotation (maybe in a union); None without one."""
     returned = get_type_hints(endpoint)["return"]
     for kind in (returned, *get_args(returned)):
         if get_origin(kind) is Json:
@@ -67,18 +67,18 @@ def _form(endpoint: Callable[..., Any]) -> type | None:
 
 
 def answer(form: type) -> dict[str, Any]:
-    """An answer of a form, which describes it."""
+    """OpenAPI response with this body type, described by the type's docstring."""
     return {"model": form, "description": form.__doc__}
 
 
 def streamed(events: str) -> Responses:
-    """An answer that may also be a stream, such as `events`."""
+    """OpenAPI response that may also be a stream; `events` is an example."""
     schema = {"type": "string", "description": "events; the data of each is a chunk, of the last [DONE]"}
     return {200: {"content": {"text/event-stream": {"schema": schema, "example": events}}}}
 
 
 def refusals(*kinds: type[NrError]) -> Responses:
-    """The errors that any route may answer with, and those of `kinds`, by their status."""
+    """OpenAPI responses, by status, for the errors of any route and those of `kinds`."""
     return {kind.status: _refusal(kind) for kind in (*_ANYWHERE, *kinds)}
 
 
@@ -151,6 +151,6 @@ EXAMPLES: dict[str, Mapping[str, object]] = {
     "Tokens": _TOKENS,
     "Detokenized": _DETOKENIZED,
 }
-"""By the name of their form."""
+"""Examples, by schema name."""
 COMPLETION_EVENTS = (event(_COMPLETION) + DONE).decode()
 CHAT_EVENTS = (event(_CHAT_CHUNK) + DONE).decode()

@@ -1,4 +1,4 @@
-"""Which requests are what: guarded by keys, changing adapters, or asking the model."""
+"""Classifies requests by path: guarded by keys, changing adapters, or asking the model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _READS = ("GET", "HEAD", "OPTIONS")
 
 
 def is_guarded(scope: Scope) -> bool:
-    """Whether a request is for the model or the adapters; the rest is for operators and the playground page."""
+    """Whether a request concerns the model or the adapters; the rest is for operators and the playground page."""
     return _under(scope["path"], _GUARDED)
 
 
 def changes_adapters(scope: Scope) -> bool:
-    """Whether a request may change which adapters are served."""
+    """Whether a request may change the set of adapters that is served."""
     return scope["method"] not in _READS and _under(scope["path"], _CHANGES)
 
 
 def asks_model(scope: Scope) -> bool:
-    """Whether a request gives the model or its tokenizer work."""
+    """Whether a request makes work for the model or its tokenizer."""
     return scope["method"] not in _READS and is_guarded(scope) and not changes_adapters(scope)
 
 

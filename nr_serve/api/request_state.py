@@ -1,4 +1,4 @@
-"""What is known of the request at work in this task: the middleware writes it, what lies within it adds to it."""
+"""State of the request that the current task handles: the middleware creates it, inner layers add to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nr_serve.engine.messages import Output, Submit
 
 @dataclass
 class Entry:
-    """What the log says of one request."""
+    """What the access log says about one request."""
 
     status: int | None = None
     submits: Sequence[Submit] = ()
@@ -22,11 +22,11 @@ class Entry:
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
-        """Each prompt once, however many answers it gets."""
+        """Token ids of each prompt, once per prompt, however many answers it gets."""
         return list({id(submit.prompt_ids): submit.prompt_ids for submit in self.submits}.values())
 
     def fields(self) -> dict[str, Any]:
-        """Its numbers."""
+        """The entry's fields for the log line."""
         fields: dict[str, Any] = {"status": self.status, "seconds": round(time.perf_counter() - self.started, 4)}
         if self.submits:
             fields["selection"] = self.submits[0].selected
@@ -36,20 +36,20 @@ class Entry:
 
 
 ENTRY: ContextVar[Entry | None] = ContextVar("entry", default=None)
-"""Of the request at work here."""
+"""Log entry of the request that this task handles."""
 CALLER: ContextVar[str] = ContextVar("caller", default="")
-"""Who sent it: the name of a key, or an address."""
+"""Who sent the request: the name of a key, or an address."""
 
 
 def note_submits(submits: Sequence[Submit]) -> None:
-    """The request at work here asks this of the engine."""
+    """Record what the current request asks of the engine."""
     entry = ENTRY.get()
     if entry is not None:
         entry.submits = submits
 
 
 def note_output(output: Output) -> None:
-    """The engine gave the request at work here an output."""
+    """Record an output that the engine gave the current request."""
     entry = ENTRY.get()
     if entry is not None:
         entry.completion_tokens += len(output.tokens)

@@ -1,4 +1,4 @@
-"""Response bodies: what is built, what the client reads, and what the OpenAPI document says, in one."""
+"""Response bodies: one definition for building them, for the client and for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class PromptLogprob(ResponseModel):
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-"""For each token of the prompt, by token id; None for the first, which nothing comes before."""
+"""For each prompt token, by token id; None for the first token, as nothing comes before it."""
 
 
 class PromptReport(ResponseModel):
@@ -228,7 +228,7 @@ class Model(ResponseModel):
 
 
 class ModelList(ResponseModel):
-    """All of them."""
+    """Every name that `model` may be."""
 
     object: Literal["list"]
     data: list[Model]
@@ -300,7 +300,7 @@ class Adapter(ResponseModel):
 
 
 class AdapterList(ResponseModel):
-    """All of them."""
+    """Every registered adapter."""
 
     object: Literal["list"]
     data: list[Adapter]

@@ -1,6 +1,6 @@
 """Request bodies. What is not supported is refused by name.
 
-Every field that is accepted is honoured, or its description says what becomes of it.
+Every accepted field is honoured, or its description says what happens with it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class GenerationBody(FormFields):
         None, description="for the caller's own books; not used"
     )
 
-    # Of OpenAI's and vLLM's.
+    # Fields of OpenAI's and vLLM's APIs.
     not_supported: ClassVar[NotSupported] = {
         **FormFields.not_supported,
         "allowed_token_ids": [],
@@ -101,7 +101,7 @@ class GenerationBody(FormFields):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
+        """The stop strings as a tuple."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -170,7 +170,7 @@ class Message(Body):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """The message as chat templates take it: one string, and `system` for OpenAI's `developer`."""
+        """The message as chat templates take it: one string of text, `system` for OpenAI's `developer`."""
         text = self.content if not isinstance(self.content, list) else "\n".join(part.text for part in self.content)
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,

@@ -14,7 +14,7 @@ NONE = "@none"
 
 
 def select(context: Context, model: str, adapters: Sequence[str] | None = None) -> tuple[str, ...] | None:
-    """The adapters to use: None is every attached one, () none. Raises NotFound for an unknown name.
+    """The adapters to use: None for every attached one, () for none. Raises NotFound for an unknown name.
 
     `adapters`, if given, overrides what `model` stands for.
     """
@@ -30,26 +30,26 @@ def select(context: Context, model: str, adapters: Sequence[str] | None = None) 
 
 
 def selection_name(context: Context, adapters: Sequence[str] | None) -> str:
-    """One name for a selection, however it was asked for; the metrics' label."""
-    base = context.engine.info.model.replace("+", "-")  # which joins adapters here
+    """Name of a selection in the metrics' labels; the same however the selection was asked for."""
+    base = context.engine.info.model.replace("+", "-")  # "+" joins the names of adapters
     if adapters is None:
         return base
     return "+".join(sorted(adapters)) or base + NONE
 
 
 def check_model(context: Context, model: str | None) -> None:
-    """Raise NotFound unless `model` is served or left out."""
+    """Raise NotFound unless `model` is None or the name of a served model."""
     if model is not None:
         _implied(context, model)
 
 
 def check_name(context: Context, name: str, param: str | None = "name") -> None:
-    """Raise BadRequest unless `name` may be an adapter's."""
+    """Raise BadRequest unless an adapter may have this name."""
     check_adapter_name(name, context.engine.info.model, param=param)
 
 
 def model_cards(context: Context) -> list[Model]:
-    """Everything that `model` may be, as /v1/models shows it."""
+    """Everything that `model` may be, as /v1/models lists it."""
     base = context.engine.info.model
     bare: Model = {**_card(context, base + NONE), "parent": base}
     adapters = [_adapter_card(context, view) for view in context.engine.adapters.values()]

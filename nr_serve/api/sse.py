@@ -20,12 +20,12 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(body: Body) -> bytes:
-    """One event. In ASCII: clients by httpx end a line at U+2028 and its like too."""
+    """One event, in ASCII: httpx's clients also end lines at U+2028 and similar characters."""
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends `bodies` as events; at the end, or when the client goes away, closes them and their `source`."""
+    """Sends `bodies` as events; at the end, or when the client goes away, closes `bodies` and `source`."""
 
     media_type = "text/event-stream"
 
@@ -36,14 +36,14 @@ class EventStream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, watching for the client to go."""
+        """Send the events; stop when the client goes away."""
         try:
             await while_connected(receive, self._send(_to_client(send)))
         except ClientDisconnect:
-            return  # nobody is left to tell
+            return  # there is nobody to report it to
         finally:
             await self._bodies.aclose()
-            await self._source.aclose()  # if not one event was asked for, `bodies` has not taken it over
+            await self._source.aclose()  # `bodies` closes it only if it was started
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -57,7 +57,7 @@ class EventStream(Response):
 
 
 def _to_client(send: Send) -> Send:
-    """`send`, but what the connection raises becomes ClientDisconnect; an error of ours stays what it is."""
+    """`send`, with the connection's errors as ClientDisconnect; our own errors pass unchanged."""
 
     async def sent(message: Message) -> None:
         try:
@@ -69,9 +69,9 @@ def _to_client(send: Send) -> Send:
 
 
 async def while_connected(receive: Receive | Request, work: Awaitable[T]) -> T:
-    """Await `work`, but cancel it and raise ClientDisconnect as soon as the client is gone.
+    """Await `work`, but cancel it and raise ClientDisconnect as soon as the client goes away.
 
-    To be used once the request's body has been read: what comes after it can only be the disconnect.
+    Call it only once the request's body has been read: then the next message can only be the disconnect.
     """
     gone = asyncio.ensure_future(_disconnect(receive.receive if isinstance(receive, Request) else receive))
     task = asyncio.ensure_future(work)

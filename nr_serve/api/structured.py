@@ -1,4 +1,4 @@
-"""The form an answer must have: OpenAI's `response_format`, vLLM's `structured_outputs` and older `guided_*`."""
+"""Structured answers: OpenAI's `response_format`, vLLM's `structured_outputs` and older `guided_*`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nr_serve.errors import BadRequest
 
 ANY_OBJECT = {"type": "object"}
 WHITESPACE = r"[ \n\t]{0,24}"
-"""What may stand between two tokens of JSON, unless the client says otherwise: unsure models fill pages with it."""
+"""White space allowed between two JSON tokens by default; limited, as unsure models fill pages with it."""
 
 Pattern = Annotated[Text, Field(max_length=MAX_GRAMMAR_BYTES)]
 Schema = Pattern | JsonObject
@@ -82,23 +82,23 @@ class FormFields(Body):
 
 @dataclass(frozen=True)
 class Form:
-    """A form as a grammar."""
+    """A required answer format as a grammar."""
 
     grammar: str
     param: str
-    """The field that asked for it."""
+    """The request field that asked for it."""
     rule: str | None = None
-    """The same as a rule of a larger grammar, if it is JSON."""
+    """If the format is JSON, its grammar as a rule for use in a larger grammar."""
 
 
 def has_form(fields: FormFields) -> bool:
-    """Whether the fields ask for anything at all."""
+    """Whether the fields ask for any format."""
     given = {name for name in FormFields.model_fields if getattr(fields, name) is not None}
     return bool(given - {"response_format"} or (fields.response_format and fields.response_format.type != "text"))
 
 
 def form_of(fields: FormFields) -> Form | None:
-    """The form asked for, if one. Raises BadRequest if it has no grammar, or if there are several."""
+    """The format asked for, if any. Raises BadRequest if it has no grammar, or if several are given."""
     asked = _asked(fields)
     _check_one(asked)
     if not asked and fields.structured_outputs is not None:
@@ -119,9 +119,9 @@ def form_of(fields: FormFields) -> Form | None:
 
 
 def json_rule(schema: Any, whitespace: str = WHITESPACE, *, lenient: bool = False) -> str:
-    """JSON of a schema as the right side of a Lark rule; `whitespace` "": none.
+    """A JSON schema as the right side of a Lark rule; no white space between tokens if `whitespace` is "".
 
-    With `lenient`, keywords that a grammar cannot express ask for nothing; else they are errors.
+    With `lenient`, keywords that a grammar cannot express are ignored; otherwise they are errors.
     """
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema must be an object")
@@ -132,7 +132,7 @@ def json_rule(schema: Any, whitespace: str = WHITESPACE, *, lenient: bool = Fals
 
 
 def _asked(fields: FormFields) -> dict[str, tuple[str, Any]]:
-    """Kind and value of every form asked for, by field."""
+    """Every format asked for, by request field, as (kind, value)."""
     asked: dict[str, tuple[str, Any]] = {}
     response, outputs = fields.response_format, fields.structured_outputs or _NOTHING
     if response is not None and response.type == "json_object":
@@ -156,7 +156,7 @@ def _asked(fields: FormFields) -> dict[str, tuple[str, Any]]:
 
 
 def _whitespace(fields: FormFields) -> str | None:
-    """What the client wants between tokens of JSON, if it says so; "": nothing."""
+    """Pattern for the white space between JSON tokens, if the client gives one; "" forbids white space."""
     outputs = fields.structured_outputs or _NOTHING
     asked = {
         "structured_outputs.disable_any_whitespace": "" if outputs.disable_any_whitespace else None,
@@ -169,7 +169,7 @@ def _whitespace(fields: FormFields) -> str | None:
 
 
 def _check_one(given: Mapping[str, Any]) -> None:
-    """Raise BadRequest, at the second, if several fields ask for the same."""
+    """Raise BadRequest, naming the second field, if several fields are given."""
     if len(given) > 1:
         raise BadRequest(f"give one of {', '.join(f'`{name}`' for name in given)}", param=list(given)[1])
 

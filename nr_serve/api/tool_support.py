@@ -1,4 +1,4 @@
-"""Whether a base calls tools in the form that is read here."""
+"""Checks whether a base writes tool calls in the format that this server reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nr_serve.errors import BadRequest
 from nr_serve.tokenizer import Tokenizer
 
 _CALL = re.compile(rf'{OPEN}\s*{{\s*"(name|arguments)":')
-"""How a call begins. What follows need not be JSON: instructions have placeholders there."""
+"""How a call begins. The rest need not be JSON: a template's instructions have placeholders there."""
 _FUNCTION = {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}
 _ASKED: dict[str, Any] = {"role": "user", "content": "f"}
 _CALLED: dict[str, Any] = {
@@ -22,7 +22,7 @@ _CALLED: dict[str, Any] = {
 
 
 def check_tools(tokenizer: Tokenizer) -> None:
-    """Raise BadRequest if this base would write calls that cannot be read."""
+    """Raise BadRequest if this base would write tool calls that cannot be read."""
     fault = _fault(tokenizer)
     if fault is not None:
         raise BadRequest(fault, param="tools")
@@ -30,21 +30,21 @@ def check_tools(tokenizer: Tokenizer) -> None:
 
 @cache
 def _fault(tokenizer: Tokenizer) -> str | None:
-    """Why a base with this tokenizer would write calls that cannot be read; None: it would not.
+    """Why a base with this tokenizer would write calls that cannot be read; None if it would not.
 
-    Its chat template must write a call as it is read here, in its instructions or as one made earlier, and its
-    tokenizer must not lose the tags on the way from tokens to text.
+    The chat template must write calls in the expected format, in its instructions or for an earlier call. The
+    tokenizer must keep the call tags when decoding.
     """
     if not any(_CALL.search(_written(tokenizer, messages)) for messages in ([_ASKED], [_ASKED, _CALLED])):
         form = f'{OPEN}{{"name": ..., "arguments": ...}}{CLOSE}'
         return f"`tools` are not supported: this base's chat template does not write calls as {form}"
     if tokenizer.decode(tokenizer.encode(OPEN + CLOSE, special_tokens=False)) != OPEN + CLOSE:
-        return f"`tools` are not supported: {OPEN} is no text to this base's tokenizer"
+        return f"`tools` are not supported: this base's tokenizer does not keep {OPEN} as text"
     return None
 
 
 def _written(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
-    """What the template makes of the messages and a tool; "" if it refuses them."""
+    """The template's text for the messages and a tool; "" if the template refuses them."""
     tool = {"type": "function", "function": _FUNCTION}
     try:
         return tokenizer.chat_prompt(messages, tools=[tool], add_generation_prompt=False)

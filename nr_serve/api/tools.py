@@ -21,8 +21,8 @@ from nr_serve.errors import BadRequest
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MOST_CLOSES = 32
-"""Closing tags tried for one call: each try reads all of it."""
-MAX_TOOLS = 128  # OpenAI's
+"""Closing tags tried for one call: each try parses the whole call."""
+MAX_TOOLS = 128  # as in OpenAI's API
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -35,7 +35,7 @@ class FunctionDefinition(Body):
     strict: bool | None = Field(None, description="hold the arguments to the schema also where calling is free")
 
     def schema_rule(self) -> str:
-        """Its arguments as a rule. What a schema says beyond grammars counts only if it is `strict`."""
+        """The arguments' schema as a grammar rule. Keywords that grammars cannot express are errors if `strict`."""
         schema = _NO_PARAMETERS if self.parameters is None else self.parameters
         return json_rule(schema, lenient=not self.strict)
 
@@ -89,7 +89,7 @@ class FunctionCall(Body):
         return self
 
     def parsed(self) -> dict[str, Any]:
-        """The arguments. Raises ValueError if they are no JSON object."""
+        """The arguments as an object. Raises ValueError if they are not a JSON object."""
         try:
             return _arguments(json.loads(self.arguments or "{}"))
         except (ValueError, RecursionError) as error:
@@ -104,7 +104,7 @@ class ToolCall(Body):
     function: FunctionCall
 
     def plain(self) -> dict[str, Any]:
-        """The call as chat templates take it."""
+        """The call in the form that chat templates take."""
         function = {"name": self.function.name, "arguments": self.function.parsed()}
         return {"id": self.id, "type": "function", "function": function}
 
@@ -114,25 +114,25 @@ ToolChoice = Literal["none", "auto", "required"] | ToolName | AllowedToolChoice
 
 @dataclass(frozen=True)
 class Toolbox:
-    """The tools one answer may use."""
+    """The tools that one answer may call."""
 
     tools: tuple[Tool, ...] = ()
     must_call: bool = False
     at_most_one: bool = False
 
     def plain(self) -> list[dict[str, Any]]:
-        """The tools as chat templates take them."""
+        """The tools in the form that chat templates take."""
         return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
     @property
     def guided(self) -> bool:
-        """Whether calls need a grammar: they are made as the model likes if nothing is required of them."""
+        """Whether calls need a grammar; without requirements the model writes them freely."""
         return bool(self.tools) and (
             self.must_call or self.at_most_one or any(tool.function.strict for tool in self.tools)
         )
 
     def grammar(self, answer: str | None = None) -> str | None:
-        """What the answer must be; None if it is free. `answer`: the rule of an answer that calls nothing."""
+        """Grammar of the answer; None if the answer is free. `answer`: rule for an answer without calls."""
         free = not self.must_call and answer is None
         if free and not self.guided:
             return None
@@ -144,15 +144,15 @@ class Toolbox:
         return "\n".join([*(self._free() if free else self._bound(answer)), *rules])
 
     def _bound(self, answer: str | None) -> list[str]:
-        """Calls and nothing else, or, if nothing must be called, an answer of the given form."""
+        """Rules for calls only, or, if none is required, for an answer of the given form instead."""
         more = "" if self.at_most_one else ' ("\\n" tagged)*'
         start = f"start: tagged{more}" + ("" if self.must_call else " | answer")
         return [start, f'tagged: "{OPEN}" call', *([] if self.must_call else [f"answer: {answer}"])]
 
     def _free(self) -> list[str]:
-        """Any text, but after every opening tag a call."""
+        """Rules for any text in which every opening tag starts a call."""
         start = "start: tagged | rest" if self.at_most_one else "start: tagged* rest"
-        # Lazy: the text ends at the first tag, so that what follows can only be a call.
+        # Lazy: the text ends at the first tag, so that only a call can follow.
         text = ["rest: TEXT", "TEXT: /(.|\\n)*/", f'opened[lazy]: TEXT "{OPEN}"']
         return [start, "tagged: opened call", *text]
 
@@ -161,7 +161,7 @@ NO_TOOLS = Toolbox()
 
 
 def toolbox(tools: Sequence[Tool], choice: Any, parallel: bool | None) -> Toolbox:
-    """The tools as `tool_choice` (one of `ToolChoice`) narrows them down. Raises BadRequest."""
+    """The tools that `tool_choice` (one of `ToolChoice`) leaves. Raises BadRequest."""
     if not tools:
         if choice not in (None, "none"):
             raise BadRequest("`tool_choice` is only allowed with `tools`", param="tool_choice")
@@ -191,11 +191,11 @@ def _pick(by_name: dict[str, Tool], chosen: Sequence[ToolName]) -> tuple[Tool, .
 
 @dataclass(frozen=True)
 class Call:
-    """A call the model made."""
+    """A tool call that the model made."""
 
     name: str
     arguments: str
-    """A JSON object."""
+    """A JSON object, as text."""
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex}")
 
     def body(self) -> ToolCalled:
@@ -204,20 +204,20 @@ class Call:
 
 
 class ToolReader:
-    """Splits a growing answer into content and calls. What looks like a call but is none stays content.
+    """Splits a growing answer into content and calls. What looks like a call but is not one stays content.
 
-    Holds back whatever may still become a call, and space before it. A call whose arguments hold more than
-    `MOST_CLOSES` closing tags is not read, nor is any after it.
+    Holds back whatever may still become a call, and the white space before it. A call whose arguments hold more
+    than `MOST_CLOSES` closing tags is not read, and no call after it is.
     """
 
     def __init__(self) -> None:
         self._held = ""
-        self._looked = 0  # in what is held, no call ends before here
+        self._looked = 0  # in the held text, no call ends before this position
         self._called = False
-        self._closes = 0  # tried for the call that is held
+        self._closes = 0  # closing tags tried for the held call
 
     def push(self, text: str) -> tuple[str, list[Call]]:
-        """Content and calls that are certain now."""
+        """Add text; return the content and calls that are certain now."""
         self._held += text
         content, calls = "", []
         while (found := self._next_call()) is not None:
@@ -228,17 +228,17 @@ class ToolReader:
         return content + self._release(), calls
 
     def finish(self) -> str:
-        """The rest of the content, once the answer has ended."""
+        """The rest of the content; call it once the answer has ended."""
         rest, self._held = self._held, ""
         return "" if self._called and rest.isspace() else rest
 
     def _next_call(self) -> tuple[str, Call] | None:
-        """Take the next call, and the content before it, from what is held."""
+        """Take the next call, and the content before it, from the held text."""
         start = self._held.find(OPEN)
         if start < 0 or self._gave_up:
             return None
         inside = start + len(OPEN)
-        # The arguments may hold the closing tag too: the call ends at the first that makes JSON of it.
+        # Arguments may contain the closing tag: the call ends at the first one that makes it valid JSON.
         while (end := self._held.find(CLOSE, max(inside, self._looked))) >= 0:
             call = _read(self._held[inside:end])
             self._looked = end + len(CLOSE)
@@ -257,7 +257,7 @@ class ToolReader:
         return self._closes > MOST_CLOSES
 
     def _release(self) -> str:
-        """Content that cannot be part of a call, less the space at its end."""
+        """Take the content that cannot be part of a call, except trailing white space, from the held text."""
         at = self._held.find(OPEN)
         if self._gave_up:
             at = len(self._held)
@@ -271,7 +271,7 @@ class ToolReader:
 
 
 def _read(text: str) -> Call | None:
-    """The call that stands between two tags, if one does."""
+    """The call between two tags; None if the text is not a call."""
     try:
         call = json.loads(text)
         if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):

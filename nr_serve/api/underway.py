@@ -1,4 +1,4 @@
-"""The requests under way, and how they end soon once the server is told to."""
+"""Tracks the requests under way, and ends them when the server shuts down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Underway:
-    """What is under way, and whether more is taken."""
+    """The requests under way, and whether new ones are accepted."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -19,7 +19,7 @@ class Underway:
 
     @contextmanager
     def until(self, deadline: asyncio.Timeout) -> Iterator[None]:
-        """The current task works on a request, in this block until `deadline`."""
+        """Register the current task as handling a request, for the block, with this `deadline`."""
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -28,27 +28,27 @@ class Underway:
         try:
             yield
         finally:
-            # At once, and not when the task is done: a timeout that was left cannot be set any more.
+            # Removed here, not when the task is done: a timeout cannot be rescheduled once its block was left.
             self._deadlines.discard(deadline)
             self._arriving.discard(deadline)
 
     def arriving(self, deadline: asyncio.Timeout) -> None:
-        """The request's body is still on its way."""
+        """Note that the request's body is still being received."""
         self._arriving.add(deadline)
 
     def arrived(self, deadline: asyncio.Timeout) -> None:
-        """All of it is here."""
+        """Note that the request's body has been received in full."""
         self._arriving.discard(deadline)
 
     @property
     def running(self) -> int:
-        """Requests under way."""
+        """Number of requests under way."""
         return len(self._deadlines)
 
     async def drain(self, grace_s: float) -> None:
-        """Take nothing new; return when all has ended, which is after `grace_s` seconds at the latest.
+        """Accept nothing new; return when all requests have ended, after `grace_s` seconds at the latest.
 
-        What has not arrived in full is new.
+        A request whose body has not been received in full counts as new.
         """
         self.draining = True
         now = asyncio.get_running_loop().time()
@@ -57,5 +57,5 @@ class Underway:
             if not deadline.expired() and (deadline.when() or math.inf) > end:
                 deadline.reschedule(end)
         if self._tasks:
-            # A client that reads nothing may keep its connection; its request is aborted all the same.
+            # A client that reads nothing may keep its connection open; its request is aborted all the same.
             await asyncio.wait(self._tasks, timeout=grace_s + 1)

@@ -29,7 +29,7 @@ async def receive_file(request: Request, path: Path, max_bytes: int) -> None:
 
 
 async def _write(request: Request, path: Path, max_bytes: int) -> int:
-    """Write the body; the bytes written."""
+    """Write the body; return the number of bytes written."""
     taken, held = 0, bytearray()
     with path.open("wb") as file:
         async for chunk in request.stream():

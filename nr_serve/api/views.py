@@ -7,7 +7,7 @@ from nr_serve.engine.messages import AdapterView, GateStatistics
 
 
 def adapter_body(view: AdapterView, statistics: GateStatistics) -> Adapter:
-    """An adapter as clients see it; the statistics say on whose traffic it fired."""
+    """An adapter as clients see it; `statistics` says on whose traffic it fired."""
     cross = statistics.cross.items()
     return {
         "name": view.name,

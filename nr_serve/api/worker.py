@@ -16,19 +16,19 @@ T = TypeVar("T")
 
 
 class Worker:
-    """A thread beside the event loop. Callers take turns at it, so that none shuts out another."""
+    """A thread beside the event loop. Callers take turns, so that none can shut out the others."""
 
     def __init__(self, name: str, most: int) -> None:
-        """Of each caller, `most` may wait or be at work."""
+        """Each caller may have up to `most` jobs waiting or running."""
         self._most = most
         self._asked: Counter[str] = Counter()
         self._busy = False
-        self._turns: dict[str, deque[asyncio.Future[None]]] = {}  # the next caller first
+        self._turns: dict[str, deque[asyncio.Future[None]]] = {}  # the caller whose turn comes next is first
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     @asynccontextmanager
     async def turn(self, what: str) -> AsyncIterator[None]:
-        """Wait for the caller's turn. Raises QueueFull, which counts `what` waits, if the caller asks too much."""
+        """Wait for the caller's turn. Raises QueueFull, counting its `what`, if the caller has too many jobs."""
         caller = CALLER.get()
         if self._asked[caller] >= self._most:
             raise QueueFull(f"{self._asked[caller]} {what} already; try again later")
@@ -41,7 +41,7 @@ class Worker:
                 self._pass_on()
         finally:
             self._asked[caller] -= 1
-            self._asked += Counter()  # forgets who asks nothing
+            self._asked += Counter()  # drops callers with no job
 
     async def _wait(self, caller: str) -> None:
         if self._busy:
@@ -50,13 +50,13 @@ class Worker:
             try:
                 await turn
             except asyncio.CancelledError:
-                if not turn.cancelled():  # it came just now
+                if not turn.cancelled():  # the turn came at the same moment
                     self._pass_on()
                 raise
         self._busy = True
 
     def _pass_on(self) -> None:
-        """The next caller's turn; whoever has more waiting goes to the end."""
+        """Give the turn to the next caller; a caller with more jobs waiting goes to the end of the queue."""
         self._busy = False
         while self._turns and not self._busy:
             caller = next(iter(self._turns))
@@ -69,9 +69,9 @@ class Worker:
                 self._busy = True
 
     def run(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        """Run work, to be called in a turn; cancelled before it began, it is not run."""
+        """Run work; call it during a turn. If cancelled before it started, it does not run."""
         return asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def stop(self) -> None:
-        """Let no more work start."""
+        """Start no further work."""
         self._thread.shutdown(wait=False, cancel_futures=True)

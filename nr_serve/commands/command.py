@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Base classes and checks that the commands share."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Remote(Command):
     key: SecretStr | None = Field(None, description="its key (default: $NR_ADMIN_KEY, or $NR_API_KEY)")
 
     def client(self) -> Client:
-        """A client of that server."""
+        """A client of the server."""
         key = self.key.get_secret_value() if self.key else None
         key = key or os.environ.get("NR_ADMIN_KEY") or os.environ.get("NR_API_KEY")
         return Client(self.url or os.environ.get("NR_URL") or DEFAULT_URL, key)
 
 
 def check_flags(command: Command, needs: Mapping[str, str], packages: Mapping[str, str]) -> None:
-    """Refuse a flag that would do nothing without another, or that needs a package which is not there."""
+    """Refuse a flag that has no effect without another one, or that needs a package which is not installed."""
     for flag, needed in needs.items():
         if flag in command.model_fields_set and getattr(command, flag) and not getattr(command, needed):
             raise BadRequest(f"{spelled(flag)} does nothing without {spelled(needed)}", param=flag)
@@ -56,5 +56,5 @@ def check_flags(command: Command, needs: Mapping[str, str], packages: Mapping[st
 
 
 def spelled(flag: str) -> str:
-    """A field's name as a flag."""
+    """A field's name, spelled as a flag."""
     return "--" + flag.replace("_", "-")

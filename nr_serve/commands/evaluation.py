@@ -65,13 +65,13 @@ NEEDS = {
     "limit": "tasks",
     "plot_format": "plots",
 }
-"""Flag -> the flag without which it would do nothing."""
+"""Flag -> the flag without which it has no effect."""
 
 ALL_ATTACHED = ("interference", "card", "tasks")
-"""Flags that measure all adapters attached, which `alone` does not."""
+"""Flags that measure all adapters attached together, which `alone` does not do."""
 
 PACKAGES = {"plots": "matplotlib", "tasks": "lm_eval"}
-"""Flag -> the package it needs besides those of every command."""
+"""Flag -> the package it needs, in addition to what every command needs."""
 
 
 def evaluate(command: Evaluate) -> int:
@@ -109,7 +109,7 @@ def evaluate(command: Evaluate) -> int:
 
 
 def _check(command: Evaluate) -> None:
-    """Refuse, before anything long is done, flags that would do nothing and places that take no file."""
+    """Before any long work, refuse flags that have no effect, and files and folders that cannot be written."""
     from nr_serve.disk import check_file, make_folder
     from nr_serve.evaluate.card import check_card
     from nr_serve.neutral.format import naming, read_info

@@ -23,7 +23,7 @@ from nr_serve.logs import bar_interval, configure_logging
 from nr_serve.offline import OfflineConfig
 
 STANDARD = "-"
-"""Names standard input or output instead of a file."""
+"""In place of a file: standard input or output."""
 
 
 class Generate(OfflineConfig):
@@ -42,7 +42,7 @@ class Generate(OfflineConfig):
 
 
 def generate(command: Generate) -> int:
-    """Answer what is not answered yet; return 1 if a request failed."""
+    """Answer the requests that are not answered yet; return 1 if a request failed."""
     from tqdm import tqdm
 
     configure_logging("warning", "text")
@@ -54,10 +54,10 @@ def generate(command: Generate) -> int:
         run = _Run(answers, bar)
         unanswered = run.unanswered(lines, answered)
         first = next(unanswered, None)
-        if first is not None:  # else no base is loaded
+        if first is not None:  # without a request, no base is loaded
             portal = stack.enter_context(start_blocking_portal(name="nr-generate"))
             http = stack.enter_context(portal.wrap_async_context_manager(local_http(config)))
-            # As many again as the engine runs at once: it finds the next ones tokenised.
+            # Twice what the engine runs at once, so that it finds the next requests tokenised.
             run.answer(chain([first], unanswered), portal, http, at_once=2 * config.max_running)
     where = "the output" if command.answers == STANDARD else command.answers
     failed = f"{run.failed} failed (error in their lines of {where})" if run.failed else "0 failed"
@@ -66,7 +66,7 @@ def generate(command: Generate) -> int:
 
 
 class _Run:
-    """Answers requests beside each other. Owns the file of answers, and counts."""
+    """Answers requests concurrently. Owns the file of answers, and counts the outcomes."""
 
     def __init__(self, answers: BinaryIO, bar: Any) -> None:
         self.ok = self.failed = self.skipped = 0
@@ -86,7 +86,7 @@ class _Run:
     def answer(
         self, requests: Iterable[BatchRequest], portal: BlockingPortal, http: httpx.AsyncClient, *, at_once: int
     ) -> None:
-        """Answer all `requests`, `at_once` of them beside each other.
+        """Answer all `requests`, `at_once` of them concurrently.
 
         Raises Unavailable if the engine fails, and NrError if an answer cannot be written.
         """
@@ -101,7 +101,7 @@ class _Run:
             future.result()
 
     def _requests(self, lines: Iterable[bytes]) -> Iterator[BatchRequest]:
-        """The requests in `lines`; for a line that is none, an error is written."""
+        """The requests in `lines`; for a line that is not a request, an error is written."""
         seen: set[str] = set()
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -119,7 +119,7 @@ class _Run:
 
     async def _answer(self, http: httpx.AsyncClient, request: BatchRequest) -> None:
         status, body = await self._ask(http, request)
-        if status == Unavailable.status:  # it would be for all that follow: they are left for the next run
+        if status == Unavailable.status:  # all later requests would fail too: leave them for the next run
             raise Unavailable(body["error"]["message"])
         self._write(answer_line(request.custom_id, status, body), ok=status == 200)
 
@@ -135,12 +135,12 @@ class _Run:
         return response.status_code, response.json()
 
     def _write(self, line: bytes, *, ok: bool) -> None:
-        """Write one line, whole, at once: what was written before the process is killed is not done again."""
-        with self._writing:  # wrong lines come from the thread that reads
+        """Write one whole line at once, so that a killed process loses no finished answer."""
+        with self._writing:  # errors of invalid lines are written by the reading thread
             try:
                 self._answers.write(line)
                 self._answers.flush()
-            except BrokenPipeError:  # the reader has enough
+            except BrokenPipeError:  # the reader closed the pipe
                 raise
             except OSError as error:
                 raise NrError(f"cannot write the answers: {error.strerror}") from error
@@ -150,7 +150,7 @@ class _Run:
 
 
 def _over(future: Future[None]) -> bool:
-    """Whether a request is done. Raises what it raised."""
+    """Whether a request is done. Raises the request's exception."""
     if not future.done():
         return False
     future.result()
@@ -174,13 +174,13 @@ def _requests(name: str) -> Iterator[BinaryIO]:
 def _close(file: BinaryIO, name: str) -> None:
     try:
         file.close()
-    except OSError as error:  # what could not be written before cannot be now
+    except OSError as error:  # buffered data that could not be written before
         raise NrError(f"cannot write {name}: {error.strerror}") from error
 
 
 @contextmanager
 def _answers(command: Generate) -> Iterator[tuple[BinaryIO, set[str]]]:
-    """Where the answers go, and what an earlier run has answered. Raises BadRequest."""
+    """The file for the answers, and the custom_ids that an earlier run answered. Raises BadRequest."""
     if command.answers == STANDARD:
         yield sys.stdout.buffer, set()
         return
@@ -198,7 +198,7 @@ def _answers(command: Generate) -> Iterator[tuple[BinaryIO, set[str]]]:
 
 
 def _count(name: str) -> int | None:
-    """Lines of a file; None for what can be read only once."""
+    """Number of lines in a file; None for something that can be read only once."""
     path = Path(name)
     if name == STANDARD or not path.is_file():
         return None

@@ -23,7 +23,7 @@ class Inspect(Command):
 
 
 def inspect(command: Inspect) -> int:
-    """Read the file whole, as the server would; print it."""
+    """Read the whole file, as the server would; print its content."""
     from nr_serve.neutral.format import naming, read_adapter
 
     with naming(command.file):
@@ -67,7 +67,7 @@ def _summary(adapter: Adapter) -> dict[str, Any]:
 
 
 def _lines(value: Any, path: str = "") -> list[str]:
-    """A tree as lines of `path: leaf`."""
+    """A nested dict as lines of `path: value`."""
     if isinstance(value, dict):
         return [line for key, each in value.items() for line in _lines(each, f"{path}.{key}" if path else str(key))]
     shown = f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -19,7 +19,7 @@ class MakeKey(Command):
 
 
 def make_key(command: MakeKey) -> int:
-    """Print the key, and what the key file says of it: `nr-serve make-key NAME >> keys.toml`."""
+    """Print the key, and its entry for the key file: `nr-serve make-key NAME >> keys.toml`."""
     secret, key = keys.make_key(command.name, command.role)
     print(f"the key, shown only here: {secret}", file=sys.stderr)
     print(f'\n[[key]]\nname = "{key.name}"\nrole = "{key.role}"\nsha256 = "{key.sha256}"')

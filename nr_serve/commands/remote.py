@@ -40,7 +40,7 @@ def load_adapter(command: LoadAdapter) -> int:
             adapter = client.load(
                 command.file, command.name, replace=command.replace, pinned=command.pin, threshold=command.threshold
             )
-        except Conflict as error:  # the server does not know what its caller's flags are called
+        except Conflict as error:  # the server does not know the command's flags
             raise Conflict(f"{error.message} (--replace, --name)", param=error.param) from error
     print(
         f"{adapter['name']}: version {adapter['version']}, {_place(adapter)}, "
@@ -87,7 +87,7 @@ def _row(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _leak(adapter: Adapter) -> str:
-    """The worst on any probe text, and the text's name if there is anything to see on it."""
+    """The highest leak on any probe text, with the text's name if it is visibly above 0."""
     if adapter["neutrality"] is None:
         return "measuring" if adapter["measuring"] else "-"
     name, worst = max(adapter["neutrality"].items(), key=lambda item: item[1]["leak"])

@@ -120,7 +120,7 @@ def sweep(command: Sweep) -> int:
 
 
 def _written(command: Sweep, made: Mapping[str, Path], *, compares: bool) -> list[Path]:
-    """What a sweep leaves: the comparison of its runs, written now, else what each made. In the first process."""
+    """What a sweep leaves: its comparison, written now, or each run's result. Empty but in the first process."""
     from nr_serve.evaluate.compare import compare_runs, write_comparison
     from nr_serve.train import processes
 
@@ -174,10 +174,10 @@ def fetch_model(command: FetchModel) -> int:
 
 
 def fetch_corpus(command: FetchCorpus) -> int:
-    """Fetch; print what lies in the folder then."""
+    """Fetch; print the sources now in the folder."""
     from nr_serve.train.corpus.build import fetch_corpus as fetch
 
-    with _ended_in_order():  # so that what is unpacked does not stay behind
+    with _ended_in_order():  # so that unpacked files are removed
         fetched = fetch(command.recipe, command.out, command.only)
     rows = [(each.name, f"{each.train_chars:,}", f"{each.heldout_chars:,}") for each in fetched]
     for line in table([("SOURCE", "TRAIN CHARS", "HELD-OUT CHARS"), *rows]):
@@ -186,7 +186,7 @@ def fetch_corpus(command: FetchCorpus) -> int:
 
 
 def _left(out: Path) -> str:
-    """Where the run in `out` can go on."""
+    """From where the run in `out` can be resumed."""
     from nr_serve.train import checkpoint
 
     newest = checkpoint.latest(out)
@@ -195,7 +195,7 @@ def _left(out: Path) -> str:
 
 @contextmanager
 def _told_if_stopped(command: str, left: Callable[[], str]) -> Iterator[None]:
-    """Say how the command can go on, if a signal ends the program inside."""
+    """Say how the command can be continued, if a signal ends the program inside the block."""
     from nr_serve.train import processes
 
     try:
@@ -207,9 +207,9 @@ def _told_if_stopped(command: str, left: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """SIGTERM and SIGHUP inside end the program as an exception does, so that what is temporary is removed.
+    """In the block, SIGTERM and SIGHUP end the program by an exception, so that temporary files are removed.
 
-    One that is ignored, as SIGHUP is under nohup, stays so.
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
     """
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
     caught = [each for each, handler in before.items() if handler is not signal.SIG_IGN]

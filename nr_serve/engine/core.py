@@ -30,24 +30,24 @@ from nr_serve.errors import BadRequest, NrError, QueueFull
 from nr_serve.tokenizer import Detokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
-MAX_FAILED_STEPS = 5  # in a row
+MAX_FAILED_STEPS = 5  # in a row, before the engine gives up
 _NOT_RUN = Result(None, error=NrError("it could not be run on the probe texts; the log says why"))
-TRIAL_TOKENS = 64  # of a piece on trial in a pass of its own: who comes meanwhile should not wait long
-TRIAL_TOKENS_BESIDE = 2  # in a running step: it may not be felt by those who read
+TRIAL_TOKENS = 64  # of a piece on trial in its own forward pass: new requests should not wait long
+TRIAL_TOKENS_BESIDE = 2  # of a piece on trial in a step with requests: too few to slow their streams
 
 
 class RunnerLike(Protocol):
-    """What the core needs of a runner."""
+    """What the core needs from a runner."""
 
     info: EngineInfo
     pages: int
     recalls_pages: bool
-    """Whether it keeps what a request needs to begin with pages that another one computed."""
+    """Whether it keeps the gate states that a request needs to reuse pages that another request computed."""
     tries_apart: bool
-    """Whether a piece on trial needs a pass of its own."""
+    """Whether a piece on trial needs a forward pass of its own."""
 
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
-        """One forward pass, a piece on trial last or alone; a result for each piece."""
+        """Run one forward pass, with a piece on trial last or alone. Returns one result per piece."""
         ...
 
 
@@ -76,11 +76,11 @@ class Core:
 
     @property
     def idle(self) -> bool:
-        """No request waits or runs."""
+        """Whether no request waits or runs."""
         return not self._requests
 
     def add(self, submit: Submit) -> Output | None:
-        """Queue a request; an output, at once, if it is refused."""
+        """Queue a request. Returns an output only if the request is refused at once."""
         try:
             self._check(submit)
         except NrError as error:
@@ -100,7 +100,7 @@ class Core:
         return None
 
     def abort(self, request_id: str) -> Output | None:
-        """Drop a request; what it held comes back. None if it is not known (any more)."""
+        """Drop a request and take back what it holds. Returns None if the request is not known (any more)."""
         request = self._requests.get(request_id)
         if request is None:
             return None
@@ -108,19 +108,19 @@ class Core:
         return Output(request_id, finish_reason="abort")
 
     def abort_all(self, error: NrError) -> StepEvents:
-        """Answer every request with `error`. Takes nothing back, which could fail too: the engine is at its end."""
+        """Fail every request with `error`. Frees nothing, as that could fail too: the engine is ending."""
         outputs = tuple(Output(name, finish_reason="error", error=error) for name in self._requests)
         self._requests.clear()
         return StepEvents(outputs)
 
     def step(self, *, measures: bool = True) -> StepEvents:
-        """One forward pass over a mixed batch; outputs of all that it moved on.
+        """Run one forward pass over a mixed batch. Returns the outputs of all requests that it advanced.
 
-        Without `measures` no adapter is measured beside requests.
+        Without `measures`, no adapter's leak is measured in the same step as requests.
         """
         started, preempted = time.perf_counter(), self.scheduler.preemptions
         schedule = self.scheduler.schedule()
-        # Single tokens first, then chunks by length: the batch wants pieces of one length together.
+        # Single tokens first, then chunks by length: the batch groups pieces of the same length.
         pieces = sorted(schedule.pieces, key=lambda piece: piece.count)
         probe = None
         if measures or not pieces:
@@ -135,7 +135,7 @@ class Core:
         return StepEvents(tuple(outputs), report, changed, loads_failed)
 
     def statistics(self) -> GateStatistics:
-        """Gate totals and gauges, as they are between two steps."""
+        """Gate counts and gauges, as they are between two steps."""
         gates, cross = self._adapters.gates()
         scheduler, registry = self.scheduler, self._adapters.registry
         return GateStatistics(
@@ -150,7 +150,7 @@ class Core:
         )
 
     def check(self) -> None:
-        """Integrity while idle: no page, row or slot is lost. Raises RuntimeError."""
+        """Check, while idle, that no page, row or slot is lost. Raises RuntimeError."""
         self.scheduler.check()
         self._adapters.registry.check()
 
@@ -176,17 +176,17 @@ class Core:
         self._adapters.check_selection(submit.adapters)
 
     def _run(self, pieces: list[Piece], trial: Piece | None) -> tuple[list[Result] | NrError, Result | None]:
-        """Results of the pieces, and of the one on trial."""
+        """Run the pieces, and the piece on trial. Returns the pieces' results and the trial's."""
         labels = self._adapters.labels([piece.request for piece in pieces])
         if trial is None or not pieces or self._runner.tries_apart:
             results = self._run_requests(pieces, labels) if pieces else []
             return results, None if trial is None else self._try(trial)
         try:
             *together, tried = self._runner.run([*pieces, trial], [*labels, 0])
-        except Exception:  # it must take nobody with it: the others run again, without it
+        except Exception:  # the trial must not fail other requests: they run again without it
             log.exception("a step with an adapter on trial failed")
             again = self._run_requests(pieces, labels)
-            # If they fail without it too, it is not to blame: it is tried again.
+            # If they fail without the trial too, the trial is not to blame: it is repeated later.
             return again, None if isinstance(again, NrError) else _NOT_RUN
         self._failed_steps = 0
         return together, tried
@@ -203,8 +203,8 @@ class Core:
         try:
             results = self._runner.run(pieces, labels)
         except Exception:
-            # Whatever went wrong with this batch must not stop the server: its requests are failed, others go
-            # on. Unless it goes wrong every time: then the device is lost, and only a new process will help.
+            # A failure of this batch must not stop the server: the batch's requests fail, others go on. If every
+            # step fails, the device is lost, and only a new process will help.
             self._failed_steps += 1
             if self._failed_steps == MAX_FAILED_STEPS:
                 raise
@@ -220,7 +220,8 @@ class Core:
             outputs.append(Output(request.id, finish_reason="error", error=error))
         if isinstance(results, NrError):
             return outputs + [self._fail(piece.request, results) for piece in pieces]
-        # All of them first: a request that ends may free a slot, and what opened in it would have no name any more.
+        # Advance all pieces first: a request that ends may free a slot, which then no longer names what opened in
+        # it.
         for piece, result in zip(pieces, results, strict=True):
             if result.error is None:
                 self.scheduler.advance(piece, result.opened)
@@ -229,7 +230,7 @@ class Core:
                 output = self._apply_piece(piece, result)
             except BadRequest as error:
                 output = self._fail(piece.request, error)
-            except Exception:  # in a tokenizer, say: what cannot be written must not stop the others
+            except Exception:  # in a tokenizer, say: one answer must not stop the others
                 log.exception("an answer could not be written")
                 unwritten = NrError("this answer could not be written; the server's log says why")
                 output = self._fail(piece.request, unwritten)
@@ -238,7 +239,7 @@ class Core:
         return outputs
 
     def _apply_piece(self, piece: Piece, result: Result) -> Output | None:
-        """What the step gave one request, if anything. Raises BadRequest if its grammar cannot go on."""
+        """Apply one request's result; returns its output, if any. Raises BadRequest if its grammar is stuck."""
         request = piece.request
         if result.error is not None:
             return self._fail(request, result.error)
@@ -251,7 +252,7 @@ class Core:
         if result.token is not None:
             tokens = (self._token(result.token, result.logprob, gates[-1] if gates else None),)
             text, finish_reason, stop_reason = request.append(result.token)
-        else:  # a request that wants no token is at its length at once
+        else:  # a request that asked for no token ends at once, by length
             text, finish_reason, stop_reason = "", "length", None
         if finish_reason is not None:
             self._drop(request)
@@ -300,7 +301,7 @@ class Core:
 
 
 def _add_prompt_report(piece: Piece, result: Result, gates: Sequence[Gates]) -> None:
-    """Keep what is known of the prompt's tokens; a preempted request computes some of them again."""
+    """Keep the prompt's log probabilities and gates; a preempted request computes some of them twice."""
     request = piece.request
     for position, logprob in enumerate(result.prompt_logprobs, start=piece.start):
         if position == len(request.prompt_logprobs):

@@ -1,7 +1,7 @@
 """Guided decoding: which tokens a grammar allows next. Owns the matchers; torch-free, and knows nothing of HTTP.
 
-A grammar is text in llguidance's form. It is compiled once a request, off the engine's thread, into a `Guide`;
-every answer then has a `Progress` of its own in it, which outlives a preemption as the answer's tokens do.
+A grammar is text in llguidance's format. It is compiled once per request, off the engine's thread, into a `Guide`.
+Each answer then has its own `Progress` in the grammar, which survives preemption as the answer's tokens do.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from nr_serve.errors import BadRequest
 
 MAX_GRAMMAR_BYTES = 32 * 2**10
-"""Longest grammar. With the limits below it compiles in some 0.1 s, and a token costs at most some 6 ms."""
+"""Longest grammar. With the limits below it compiles in about 0.1 s, and a token costs at most about 6 ms."""
 
-# A short grammar can be the most expensive: with llguidance's default of 50,000 items, the 150th token of an
-# ambiguous one takes 0.4 s, in which no other answer goes on.
+# A short grammar can be the most expensive. With llguidance's default of 50,000 items, the 150th token of an
+# ambiguous grammar takes 0.4 s, and no other answer advances meanwhile.
 _LIMITS = LLParserLimits(step_max_items=6_000, max_lexer_states=50_000, verbose_errors=False)
 
 
 class Guide:
-    """A grammar, compiled for one tokenizer. It never changes: n answers may begin in it."""
+    """A grammar compiled for one tokenizer. It never changes, so several answers can start from it."""
 
     def __init__(self, grammar: str, tokenizer: LLTokenizer) -> None:
         """Compile. Raises BadRequest if the grammar is wrong, too long or too complex, or matches nothing."""
@@ -28,37 +28,37 @@ class Guide:
             raise BadRequest(f"the grammar has {size} bytes; at most {MAX_GRAMMAR_BYTES} are taken")
         self._start = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
         if not self._start.is_error():
-            self._start.compute_bitmask()  # the first is the most expensive, and some errors show only here
+            self._start.compute_bitmask()  # the first mask is the most expensive, and some errors show only here
         if self._start.is_error():
             raise BadRequest(f"the grammar cannot be used: {_reason(self._start)}")
 
     def begin(self) -> Progress:
-        """The start of an answer."""
+        """The progress of a new answer."""
         return Progress(self._start.deep_copy())
 
 
 class Progress:
-    """How far one answer is in its grammar."""
+    """Position of one answer in its grammar."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     @property
     def complete(self) -> bool:
-        """Whether nothing can follow: the answer is whole."""
+        """Whether nothing can follow: the grammar is complete."""
         return self._matcher.is_stopped()
 
     def allowed_bits(self) -> bytes:
-        """Which tokens may come next, a bit each, lowest first; the end of sequence only where the answer may end.
+        """Which tokens may come next, one bit each, lowest id first; end of sequence only if the answer may end.
 
-        Raises BadRequest if the grammar has grown too complex to say.
+        Raises BadRequest if the grammar has become too complex.
         """
         bits = self._matcher.compute_bitmask()
         self._check()
         return bits
 
     def take(self, token_id: int) -> None:
-        """Go on by an allowed token. Raises BadRequest if it is not, or if the grammar has grown too complex."""
+        """Advance by a token. Raises BadRequest if it is not allowed, or if the grammar has become too complex."""
         self._matcher.consume_token(token_id)
         self._check()
 
@@ -68,5 +68,5 @@ class Progress:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """The first line says it; the rest shows the grammar."""
+    """The first line of llguidance's message, which states the error; the rest shows the grammar."""
     return matcher.get_error().split("\n", 1)[0][:500]

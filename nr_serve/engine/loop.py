@@ -1,4 +1,4 @@
-"""The engine's thread: one queue in, one hand-over a step out. Nothing else touches the engine's state.
+"""The engine's thread: one queue in, one hand-over per step out. Nothing else touches the engine's state.
 
 Torch-free.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from nr_serve.neutral.format import Adapter
 
 log = logging.getLogger(__name__)
-_READ_PAUSE = 0.001  # seconds, after each tensor: so that reading takes less than a tenth of a step
+_READ_PAUSE = 0.001  # seconds after each tensor, so that reading takes less than a tenth of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A load whose file was read and found good."""
+    """A load whose file was read and checked."""
 
     message: LoadAdapter
     adapter: Adapter
@@ -75,7 +75,7 @@ class EngineLoop:
         tokenizer: Tokenizer,
         deliver: Callable[[StepEvents], None],
     ) -> None:
-        """`deliver` is called on the engine's thread, once a step."""
+        """`deliver` is called on the engine's thread, once per step."""
         self.status: Status = "loading"
         self.failure: str | None = None
         self.info: EngineInfo | None = None
@@ -84,10 +84,10 @@ class EngineLoop:
         self._tokenizer = tokenizer
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Submit | Abort | _Call | _Checked | _Stop] = queue.SimpleQueue()
-        self._closing = threading.Lock()  # held to enqueue and to close, so that no message is left unanswered
+        self._closing = threading.Lock()  # held to enqueue and to close, so that every message is answered
         self._closed = False
         self._running = False  # whether there are requests
-        self._reading = False  # whether a file is read
+        self._reading = False  # whether an adapter file is being read
         self._readers = ThreadPoolExecutor(1, "nr-adapter-reader")
         self._thread = threading.Thread(target=self._main, name="nr-engine", daemon=True)
 
@@ -96,7 +96,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the current step and wait; whoever still waits is answered with Unavailable."""
+        """Stop after the current step and wait for it; open requests and commands get Unavailable."""
         with self._closing:
             if not self._closed:
                 self._inbox.put(_Stop())
@@ -109,20 +109,20 @@ class EngineLoop:
         self._put(request)
 
     def abort(self, request_id: str) -> None:
-        """Drop a request whose client is gone. Harmless if it, or the engine, is gone already."""
+        """Drop a request whose client is gone. Harmless if the request has ended or the engine has stopped."""
         with self._closing:
             if not self._closed:
                 self._inbox.put(Abort(request_id))
 
     def call(self, command: Command) -> Future[Any]:
-        """Carry out a command between two steps; the future gets its answer or an NrError. Raises Unavailable."""
+        """Run a command between two steps; the future gets its answer or an NrError. Raises Unavailable."""
         answer: Future[Any] = Future()
-        answer.set_running_or_notify_cancel()  # from here on it cannot be cancelled under the engine's hands
+        answer.set_running_or_notify_cancel()  # no longer cancellable, so that the engine can set it
         if isinstance(command, LoadAdapter):
             self._require_ready()
             try:
                 self._readers.submit(self._read, command, answer, time.perf_counter())
-            except RuntimeError as error:  # stopped since the line above
+            except RuntimeError as error:  # the engine stopped since the check above
                 raise Unavailable("the server stopped") from error
         else:
             self._put(_Call(command, answer))
@@ -155,7 +155,7 @@ class EngineLoop:
             self._reading = False
 
     def _let_steps_run(self) -> None:
-        """Reading takes the interpreter, and maybe a core, from the steps; so it takes little at a time."""
+        """Pause while requests run: reading takes the interpreter lock, and maybe a core, from the steps."""
         if self._running:
             time.sleep(_READ_PAUSE)
 
@@ -186,7 +186,7 @@ class EngineLoop:
             log.exception("the engine failed")
             self.failure = f"{type(failure).__name__}; the server's log has the details"
         finally:
-            # Whoever waits gets the reason first: once the status turns, all are told that nothing is served.
+            # Answer everybody with the reason before the status changes: then all further calls are refused.
             try:
                 self._close(core, adapters, error)
             finally:
@@ -200,7 +200,7 @@ class EngineLoop:
         from nr_serve.engine.model.runner import Runner
 
         config = self._config
-        texts = read_probe_texts(config.probe_text, self._tokenizer)  # first: a wrong file is said at once
+        texts = read_probe_texts(config.probe_text, self._tokenizer)  # first: a wrong file is reported at once
         name = config.base_name(self._model_path)
         runner = Runner.load(self._model_path, self._tokenizer, config, name)
         self.info = runner.info
@@ -225,9 +225,9 @@ class EngineLoop:
             adapters.load(message, self._read_file(message.path), answer, time.perf_counter())
             while adapters.busy:
                 adapters.copy_some()
-                core.step()  # measures it
+                core.step()  # measures the adapter
             view = answer.result()
-        if all(each.version != view.version for each in adapters.views()):  # rejected since it was answered
+        if all(each.version != view.version for each in adapters.views()):  # rejected after the answer
             raise BadAdapterFile(f"{message.path}: on the probe texts it was not finite; the log says more")
         log.info("adapter %s: version %s, %s", view.name, view.version, view.state)
 
@@ -241,12 +241,12 @@ class EngineLoop:
                 return
             adapters.copy_some()
             if not core.idle or adapters.busy:
-                events = core.step(measures=not self._reading)  # one of the two is enough for a step
+                events = core.step(measures=not self._reading)  # a step should not be slowed by both
                 if events.outputs or events.report is not None or events.adapters_changed:
                     self._deliver(events)
 
     def _take_messages(self, core: Core, adapters: Adapters, *, wait: bool) -> bool:
-        """Handle what is in the queue; with `wait`, at least one message. False once told to stop."""
+        """Handle the queued messages, with `wait` at least one. Returns False once told to stop."""
         outputs: list[Output | None] = []
         try:
             message = self._inbox.get(block=wait)
@@ -267,7 +267,7 @@ class EngineLoop:
         return False
 
     def _close(self, core: Core | None, adapters: Adapters | None, error: NrError) -> None:
-        """Answer everybody who still waits; nothing can be enqueued any more."""
+        """Close the queue, and answer everybody who still waits."""
         with self._closing:
             self._closed = True
         if core is not None and not core.idle:
@@ -301,4 +301,4 @@ def _carry_out(call: _Call | _Checked, core: Core, adapters: Adapters) -> None:
     except Exception as error:
         if not answer.done():
             answer.set_exception(NrError(f"the command failed: {type(error).__name__}"))
-        raise  # half of it may be done: the engine stops rather than go on from there
+        raise  # the command may be half done: the engine stops rather than continue from there

@@ -1,6 +1,6 @@
 """What goes in and out of the engine: plain values and a guide, no tensors.
 
-In: `Submit` and `Abort`, and commands, each answered through a future. Out: one `StepEvents` a step.
+In: `Submit`, `Abort`, and commands, each of which is answered through a future. Out: one `StepEvents` a step.
 Torch-free.
 """
 
@@ -28,7 +28,7 @@ class Sampling:
     """How one request's tokens are chosen and when it ends. Defaults are OpenAI's."""
 
     max_tokens: int = 16
-    """0: only read the prompt (for scoring it)."""
+    """0: only read the prompt, to score it."""
     min_tokens: int = 0
     temperature: float = 1.0
     """0: greedy."""
@@ -41,23 +41,23 @@ class Sampling:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
-    """Same seed, same request: same tokens, whatever else is in the batch."""
+    """The same request with the same seed gets the same tokens, whatever else is in the batch."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop: bool = False
-    """Show the stop string, or the token, that ends the answer."""
+    """Show the stop string or stop token that ends the answer."""
     special_tokens: bool = False
     """Show special tokens."""
     logprobs: int | None = None
-    """Report each new token's log probability and this many of the likeliest."""
+    """Report each generated token's log probability, and this many of the likeliest tokens at its position."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens."""
+    """Report each prompt token's log probability, and this many of the likeliest tokens at its position."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What holds where a request says nothing: OpenAI's, but for what the base brings along."""
+    """Values for parameters that a request leaves out: OpenAI's, unless the base brings its own."""
 
     temperature: Annotated[float, Field(strict=True, ge=0, le=2)] = 1.0
     top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] = 0
@@ -68,34 +68,34 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A request. `adapters` None: every attached adapter, the gates route; (): the frozen base alone."""
+    """A request. `adapters`: names; None for every attached adapter (the gates route); () for the base alone."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     adapters: tuple[str, ...] | None = None
     selected: str = ""
-    """Label of the selection in the metrics."""
+    """Name of the selection in the metrics' labels."""
     priority: int = 0
     """Lower runs first."""
     gates: bool = False
     """Report, per token and adapter, the share of its blocks that fired."""
     guide: Guide | None = None
-    """The answer follows this grammar, and ends when it is complete."""
+    """Grammar that the answer follows; the answer ends when the grammar is complete."""
     cache_salt: str | None = None
-    """No page is shared with requests of another salt."""
+    """Pages of the prefix cache are shared only between requests with the same salt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """The client is gone: drop the request, give its pages back. Unknown ids are ignored."""
+    """The client is gone: drop the request and give back its pages. Unknown ids are ignored."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token and what was asked about it."""
+    """One token, with what the request asked to be told of it."""
 
     id: int
     text: str
@@ -105,45 +105,45 @@ class Token:
     top: tuple[tuple[int, str, float], ...] = ()
     """(id, text, logprob) of the likeliest tokens, best first."""
     gates: Mapping[str, float] | None = None
-    """Share of an adapter's blocks that fired: at this token if it is in the prompt, else while it was written."""
+    """Share of each adapter's blocks that fired: at this prompt token, or while this answer token was chosen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one step gave one request."""
+    """One step's output for one request."""
 
     request_id: str
     tokens: tuple[Token, ...] = ()
     text: str = ""
-    """Text to show now; a tail that may become a stop string, or half a character, is held back."""
+    """Text to show now. A tail that may become a stop string, or an incomplete character, is held back."""
     prompt: tuple[Token, ...] | None = None
-    """The prompt's tokens, once, with the first output, if `prompt_logprobs` or `gates` asked for them."""
+    """The prompt's tokens, in the first output only, if `prompt_logprobs` or `gates` asks for them."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    """The stop string or token id that ended it, if one did (None for the end-of-sequence token)."""
+    """The stop string or token id that ended the answer; None if none did, or the end-of-sequence token did."""
     error: NrError | None = None
-    """Why it ended, if finish_reason is "error"."""
+    """Why the request failed, if `finish_reason` is "error"."""
     started: float | None = None
-    """`time.monotonic()` at its first step, in seconds; in every output of its steps."""
+    """`time.monotonic()` at the request's first step, in seconds; in every output that a step makes."""
     cached_tokens: int = 0
-    """Tokens of its prompt that were not computed when it was first admitted, but found in the prefix cache."""
+    """Prompt tokens found in the prefix cache, so not computed, when the request was first admitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixTokens:
-    """Tokens of requests that were looked up in the prefix cache."""
+    """Counts of prompt tokens looked up in the prefix cache."""
 
     asked: int = 0
-    """All tokens of requests as they were admitted."""
+    """Tokens looked up: all those of the requests admitted."""
     found: int = 0
-    """Those that were not computed again."""
+    """Tokens found in the prefix cache."""
     neutral: int = 0
-    """Those of them in pages that were computed under another selection."""
+    """Tokens found in pages that were computed under another selection."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step in figures."""
+    """Counts and time of one step."""
 
     seconds: float
     prefill_tokens: int
@@ -157,14 +157,14 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class StepEvents:
-    """The one hand-over a step. `report` is None when outputs came without a forward pass."""
+    """Everything a step hands over. `report` is None when the outputs came without a forward pass."""
 
     outputs: tuple[Output, ...]
     report: StepReport | None = None
     adapters_changed: bool = False
-    """An adapter turned out to diverge, and was unloaded or put back, without a command."""
+    """Whether an adapter that diverged was unloaded, or put back as it was, without a command."""
     loads_failed: int = 0
-    """Loads that were answered well, and turned out to be of such an adapter."""
+    """Loads answered with success whose adapter was then found to diverge."""
 
 
 # Commands: each is answered through a future with the value named in its docstring, or with an NrError.
@@ -172,27 +172,27 @@ class StepEvents:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Read, check, attach, publish. Answer: `AdapterView` once published. A failure leaves names as they were."""
+    """Read, check, attach and publish an adapter. Answer: `AdapterView`. A failure leaves names as they were."""
 
     name: str
     path: Path
     replace: bool = False
     pinned: bool | None = None
-    """None: as the version it replaces."""
+    """None: as the version that it replaces."""
     threshold: float | None = None
-    """None: the file's own."""
+    """None: the file's own threshold."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadAdapter:
-    """Detach and forget; requests in flight keep their version. Answer: `AdapterView` as it was."""
+    """Detach and forget an adapter; requests in flight keep their version. Answer: its last `AdapterView`."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class PatchAdapter:
-    """Change the dials given (None: leave). Answer: `AdapterView`, once a new threshold acts."""
+    """Change an adapter's settings (None: leave). Answer: `AdapterView`, once a new threshold acts."""
 
     name: str
     pinned: bool | None = None
@@ -201,12 +201,12 @@ class PatchAdapter:
 
 @dataclass(frozen=True, slots=True)
 class ListAdapters:
-    """Answer: `tuple[AdapterView, ...]`, by name."""
+    """List the adapters. Answer: `tuple[AdapterView, ...]`, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadGates:
-    """Answer: `GateStatistics`, totals since the start."""
+    """Read the gate counts. Answer: `GateStatistics`, totals since the start."""
 
 
 Command = LoadAdapter | UnloadAdapter | PatchAdapter | ListAdapters | ReadGates
@@ -214,7 +214,7 @@ Command = LoadAdapter | UnloadAdapter | PatchAdapter | ListAdapters | ReadGates
 
 @dataclass(frozen=True, slots=True)
 class AdapterView:
-    """A registered adapter as people see it."""
+    """A registered adapter, as clients see it."""
 
     name: str
     version: str
@@ -227,20 +227,20 @@ class AdapterView:
     threshold: float
     pinned: bool
     requests: int
-    """Requests in flight that selected any version of it."""
+    """Requests in flight that selected any version of the adapter."""
     loaded_at: float
     """Unix time."""
     load_seconds: float
     gates: AdapterGates
     neutrality: Neutrality | None = None
-    """Its leak on each probe text; None until it was measured at its threshold."""
+    """Leak on each probe text; None until measured at the current threshold."""
     measuring: bool = False
-    """Whether that is under way."""
+    """Whether the leak is being measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """What an adapter's gates did on one probe text."""
+    """How often an adapter's gates fired on one probe text."""
 
     fired: int
     """Token-layers on which a gate fired."""
@@ -261,10 +261,10 @@ Neutrality = Mapping[str, Leak]
 
 @dataclass(frozen=True, slots=True)
 class AdapterGates:
-    """One adapter's gate totals, over tokens that selected it. Lists have one entry per layer group."""
+    """One adapter's gate counts over the tokens that selected it. Lists have one entry per layer group."""
 
     layer_groups: tuple[str, ...] = ()
-    """Names such as "0-9"."""
+    """Names of the layer groups, such as "0-9"."""
     fired: tuple[int, ...] = ()
     """Token-layers whose gate fired."""
     seen: tuple[int, ...] = ()
@@ -275,11 +275,11 @@ class AdapterGates:
 
 @dataclass(frozen=True, slots=True)
 class GateStatistics:
-    """Totals for the metrics."""
+    """Counts since the start, and current numbers, for the metrics."""
 
     adapters: Mapping[str, AdapterGates]
     cross: Mapping[tuple[str, str], int]
-    """(adapter, selected) -> token-layers on which the adapter's gate was open on that selection's traffic."""
+    """(adapter, selected) -> token-layers where the adapter's gate fired on tokens of the selection `selected`."""
     slots_used: int
     slots_total: int
     running: int
@@ -290,10 +290,10 @@ class GateStatistics:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine serves; fixed once it is ready."""
+    """What the engine serves; constant once it is ready."""
 
     model: str
-    """Served name of the base."""
+    """Name under which the base is served."""
     fingerprint: str
     layers: int
     d: int

@@ -13,46 +13,46 @@ from nr_serve.engine.messages import FinishReason, Sampling, Submit
 from nr_serve.tokenizer import Detokenizer
 
 Gates = Mapping[str, float]
-"""Share of an adapter's blocks that fired at a token, by adapter."""
+"""Share of each adapter's blocks that fired at one token, by adapter name."""
 
 TopLogprobs = tuple[float, tuple[tuple[int, float], ...]]
-"""A token's log probability, and (id, log probability) of the likeliest in its place."""
+"""A token's log probability, and (id, log probability) of the likeliest tokens at its position."""
 
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """Tokens [0, computed) have their keys and values in `pages`; the rest are still to be fed."""
+    """A request's state. Tokens [0, computed) have keys and values in `pages`; the rest are still to be fed."""
 
     submit: Submit
     eos_ids: frozenset[int]
     seed: int
-    """The one asked for, or one drawn for it."""
+    """The seed the client asked for, or one drawn at random."""
     text: AnswerText
     arrival: int
     tokens: list[int] = field(default_factory=list)
-    """Prompt and answer so far."""
+    """The prompt's tokens, then the answer's so far."""
     computed: int = 0
     reused: int = 0
-    """Tokens that were in the prefix cache when it was last admitted: it starts after them."""
+    """Prompt tokens found in the prefix cache when it was last admitted: computing starts after them."""
     cached_tokens: int = 0
-    """The same when it was first admitted."""
+    """Prompt tokens found in the prefix cache when it was first admitted."""
     pages: list[int] = field(default_factory=list)
     chain: Chain | None = None
-    """Where its pages are in the prefix cache while it runs; None: they are not put there."""
+    """Where its pages are in the prefix cache while it runs; None if its pages are not added there."""
     row: int | None = None
-    """Row of its carried gate state while it runs."""
+    """Its row of carried gate states in the bank, while it runs."""
     started: float | None = None
     """`time.monotonic()` when it was first admitted; None while it waits."""
     overtaken: int = 0
-    """Requests admitted before it while it waited for a slot."""
+    """Requests admitted before this one while it waited for a slot."""
     selection: Selection | None = None
-    """Fixed when its turn first comes, also if it must wait for pages then; kept over preemptions."""
+    """Fixed at the first attempt to admit it, even if it must then wait for pages; kept over preemptions."""
     prompt_logprobs: list[TopLogprobs] = field(default_factory=list)
-    """Of the prompt's tokens from the second on, as far as computed."""
+    """Log probabilities of the prompt's tokens, from the second on, as far as computed."""
     prompt_gates: list[Gates] = field(default_factory=list)
-    """Of the prompt's tokens, as far as computed."""
+    """Gates of the prompt's tokens, as far as computed."""
     progress: Progress | None = None
-    """How far the answer is in its guide's grammar, if it has one."""
+    """Position of the answer in its guide's grammar; None without a guide."""
 
     @classmethod
     def outside(cls, submit: Submit, *, row: int, pages: Iterable[int]) -> Request:
@@ -66,43 +66,43 @@ class Request:
 
     @property
     def id(self) -> str:
-        """The client's id for it."""
+        """The request id of its `Submit`."""
         return self.submit.request_id
 
     @property
     def sampling(self) -> Sampling:
-        """How its tokens are chosen."""
+        """How its tokens are chosen and when it ends."""
         return self.submit.sampling
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of prompt."""
+        """Number of tokens in the prompt."""
         return len(self.submit.prompt_ids)
 
     @property
     def generated(self) -> int:
-        """Tokens of answer so far."""
+        """Number of tokens generated so far."""
         return len(self.tokens) - self.prompt_length
 
     @property
     def remaining(self) -> int:
-        """Known tokens still to be fed; 1 while it decodes."""
+        """Known tokens still to be fed; 1 while it decodes, more while it reads its prompt."""
         return len(self.tokens) - self.computed
 
     @property
     def order(self) -> tuple[int, int]:
-        """Who goes first, and who is preempted last."""
+        """Sort key: the lowest is admitted first and preempted last."""
         return (self.submit.priority, self.arrival)
 
     @property
     def reports_prompt(self) -> bool:
-        """Whether the prompt's tokens are part of the answer."""
+        """Whether the answer reports something about each prompt token."""
         return self.sampling.prompt_logprobs is not None or self.submit.gates
 
     def append(self, token_id: int) -> tuple[str, FinishReason | None, int | str | None]:
-        """Take a new token: the text it releases, and why the request ends here, if it does.
+        """Add a new token. Returns the text it releases, the finish reason and the stop reason (None: goes on).
 
-        Raises BadRequest if its grammar cannot be followed any further.
+        Raises BadRequest if the guide's grammar has no continuation.
         """
         self.tokens.append(token_id)
         if self.progress is not None:
@@ -138,7 +138,7 @@ class AnswerText:
         self._held = ""
 
     def push(self, token_id: int, *, may_stop: bool) -> tuple[str, str | None]:
-        """Text released by a token, and the stop string it completed, if one."""
+        """Add a token; returns the text it releases and the stop string it completed, if any."""
         self._held += self._detokenizer.push(token_id)
         return self._release(may_stop)
 
@@ -148,7 +148,7 @@ class AnswerText:
         return text
 
     def finish_at_length(self, *, may_stop: bool) -> tuple[str, str | None]:
-        """The rest of the text when the length ends it; the last characters may complete a stop string."""
+        """The rest of the text at the token limit, and the stop string that it completes, if any."""
         self._held += self._detokenizer.flush()
         shown, stop = self._release(may_stop)
         return (shown, stop) if stop is not None else (shown + self.finish(), None)
@@ -166,5 +166,5 @@ class AnswerText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

@@ -1,10 +1,10 @@
 """The scheduler: which tokens of which requests go into the next step. Torch-free.
 
-Every running request that decodes gets its one token; prompts get what is left of the step's token budget, or less
-where many decodes would wait for them, in chunks, oldest first; then waiting requests are admitted while there is
-budget, a row and pages for all their tokens. They start after the tokens that the prefix cache has. When a decode
-needs a page and none is free, the request that comes last is preempted: it gives everything back and is computed
-again from its tokens later.
+Every running request that decodes gets one token. Prompts share the rest of the step's token budget, in chunks,
+oldest first; while many requests decode, prompts get less of it, because a long step delays every decode. Then
+waiting requests are admitted while there is budget, a free row and pages for all their tokens; a request starts
+after the tokens that the prefix cache holds. When a decode needs a page and none is free, the last request in
+order is preempted: it gives back all its pages and is later computed again from its tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from nr_serve.engine.messages import PrefixTokens
 from nr_serve.engine.request import Request, TopLogprobs
 from nr_serve.errors import NrError
 
-MAX_OVERTAKEN = 64  # requests that may go before one that waits for a slot
-_FEW_DECODES = 8  # beside more of them, prompts get less of a step, down to a quarter
+MAX_OVERTAKEN = 64  # requests that may be admitted before one that waits for a slot
+_FEW_DECODES = 8  # with more decodes than this, prompts get less of the budget, down to a quarter
 
 
 class Admit(Protocol):
-    """Fixes a request's selection; False while its adapters are not attached. Raises NrError to refuse it."""
+    """Fixes a request's selection. Returns False while its adapters are not attached; raises NrError to refuse."""
 
     def __call__(self, request: Request, *, may_copy: bool) -> bool:
-        """With `may_copy` it may set about attaching them, taking slots that are idle."""
+        """With `may_copy`, it may start to attach the request's adapters, which takes idle slots."""
         ...
 
 
@@ -43,7 +43,7 @@ class Piece:
     start: int
     count: int
     trial: float | None = None
-    """Threshold on trial: that of the one adapter selected, on these tokens alone, which are not counted."""
+    """Threshold on trial for the one selected adapter, on these tokens only; their gates are not counted."""
 
     @property
     def samples(self) -> bool:
@@ -52,31 +52,31 @@ class Piece:
 
 
 def spans(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
-    """Tokens [first, end) of a step that are each piece's, laid end to end."""
+    """The range [first, end) of each piece's tokens, with the step's pieces laid end to end."""
     return list(pairwise(accumulate((piece.count for piece in pieces), initial=0)))
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What running a piece gave."""
+    """Output of running one piece."""
 
     token: int | None
     """The next token, if the piece samples and the request wants one."""
     logprob: TopLogprobs | None = None
-    """Of that token, if asked for."""
+    """Log probability of `token`, if the request asks for it."""
     prompt_logprobs: tuple[TopLogprobs, ...] = ()
-    """Of the prompt's tokens [start + 1, start + count + 1), if asked for."""
+    """Log probabilities of the prompt's tokens [start + 1, start + count + 1), if the request asks for them."""
     fired: tuple[tuple[int, ...], ...] = ()
-    """Layers fired, for each token of the piece by slot, if asked for."""
+    """Number of layers whose gate fired, for each token of the piece and each slot, if the request asks for it."""
     opened: tuple[Opened, ...] = ()
-    """Gates that opened, for each page that the piece's tokens lie in; empty if none did."""
+    """Which gates opened, for each page that the piece's tokens lie in; empty if none opened."""
     error: NrError | None = None
-    """Why there is no token, if something went wrong with this request alone."""
+    """Why there is no token, if this request alone failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step's work, and the requests that were refused on the way."""
+    """One step's work, and the requests refused while choosing it."""
 
     pieces: list[Piece]
     refused: list[tuple[Request, NrError]]
@@ -88,7 +88,7 @@ class Scheduler:
     def __init__(
         self, pool: PagePool, *, max_running: int, max_batch_tokens: int, admit: Admit, reuse: Reuse | None = None
     ) -> None:
-        """Without `reuse` every request computes all its tokens."""
+        """Without `reuse`, nothing is taken from the prefix cache: every request computes all its tokens."""
         self.pool = pool
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -104,7 +104,7 @@ class Scheduler:
         insort(self.waiting, request, key=lambda r: r.order)
 
     def schedule(self) -> Schedule:
-        """Choose the next step's pieces; takes pages and rows as needed."""
+        """Choose the next step's pieces, taking pages and rows as needed."""
         preempted = self._grow_decodes()
         pieces = [Piece(r, r.computed, 1) for r in self.running if r.remaining == 1]
         budget = self._prompt_budget(len(pieces))
@@ -116,17 +116,17 @@ class Scheduler:
         return Schedule(pieces, refused)
 
     def advance(self, piece: Piece, opened: Sequence[Opened] = ()) -> None:
-        """The piece's tokens are computed, and these gates opened on them, page by page."""
+        """Record that the piece's tokens are computed. `opened`: the gates that opened on them, page by page."""
         piece.request.computed = piece.start + piece.count
         if self._reuse is not None:
             self._reuse.advance(piece.request, piece.start, opened)
 
     def take_prefix_counts(self) -> PrefixTokens:
-        """What was looked up in the prefix cache since the last time."""
+        """Counts of prefix cache lookups since the last call."""
         return self._reuse.take_counts() if self._reuse is not None else PrefixTokens()
 
     def drop(self, request: Request) -> None:
-        """The request ended, wherever it was: take everything back."""
+        """Remove a request that ended, running or waiting, and take back its pages and row."""
         if request in self.running:
             self.running.remove(request)
             self._take_back(request)
@@ -134,13 +134,13 @@ class Scheduler:
             self.waiting.remove(request)
 
     def check(self) -> None:
-        """Integrity while nothing runs. Raises RuntimeError."""
+        """Check that no page or row is lost; call it while nothing runs. Raises RuntimeError."""
         self.pool.check()
         if sorted(self._rows) != list(range(self._max_running)):
             raise RuntimeError("rows of carried state are lost")
 
     def _prompt_budget(self, decodes: int) -> int:
-        """Tokens of prompts that so many decodes may be held up by."""
+        """How many prompt tokens a step may hold beside `decodes` decoding requests."""
         whole = self._max_batch_tokens
         if decodes <= _FEW_DECODES:
             return whole - decodes
@@ -150,7 +150,7 @@ class Scheduler:
         return Piece(request, request.computed, min(request.remaining, budget))
 
     def _grow_decodes(self) -> bool:
-        """Give each decoding request a page for its next token; True if somebody was preempted for it."""
+        """Give each decoding request a page for its next token; True if a request was preempted for one."""
         before = self.preemptions
         for request in list(self.running):
             while request in self.running and len(request.pages) < self.pool.needed(len(request.tokens)):
@@ -194,7 +194,7 @@ class Scheduler:
         return refused
 
     def _start(self, request: Request) -> bool:
-        """Give an admitted request its pages and a row; False, giving nothing, if there are too few pages."""
+        """Give an admitted request its pages and a row; with too few pages, give nothing and return False."""
         matched = self._reuse.match(request) if self._reuse is not None else []
         shared = [record.page for record in matched]
         self.pool.share(shared)
@@ -221,10 +221,10 @@ class Scheduler:
 
 
 def _may_overtake(request: Request, blocked: Request) -> bool:
-    """Whether `request` may be admitted before `blocked`, which waits for its adapters to get slots.
+    """Whether `request` may be admitted before `blocked`, which waits for a slot for its adapters.
 
-    The base alone needs no slot, and preempted requests may hold the very slot that is waited for. Others may
-    keep slots busy, so only so many of them go first: the waiting one must get its turn.
+    A request for the base alone needs no slot, and a preempted request may hold the very slot that is waited for.
+    Other requests may keep slots busy, so at most MAX_OVERTAKEN of them go first: `blocked` must get its turn.
     """
     needs_no_slot = request.submit.adapters == () or request.selection is not None
     return needs_no_slot or blocked.overtaken < MAX_OVERTAKEN

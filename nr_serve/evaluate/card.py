@@ -14,7 +14,7 @@ from nr_serve.neutral.format import Adapter, AdapterInfo
 
 
 def check_card(info: AdapterInfo) -> None:
-    """Raise BadAdapterFile if a file says of its training what no card can show."""
+    """Raise BadAdapterFile if the file's recipe or results cannot be shown on a card."""
     try:
         _gate(info)
         _training_rows(info.recipe, info.results)
@@ -30,7 +30,7 @@ def card(
     tasks: Mapping[str, TaskScores] | None = None,
     links: Sequence[str] = (),
 ) -> str:
-    """The card of `adapter`, which `report` calls `name`. The text that it learned comes first.
+    """The card of `adapter`, which is called `name` in `report`. Text that the adapter learned comes first.
 
     `links` are lines of Markdown that show its plots.
     """
@@ -79,7 +79,7 @@ def _gate(info: AdapterInfo) -> str:
 
 
 def _always_open(recipe: Mapping[str, Any]) -> bool:
-    """Whether the recipe makes blocks without gates, whatever else it says of gates."""
+    """Whether the recipe makes blocks without gates, whatever else it says about gates."""
     return recipe.get("method") == "adapter" or recipe.get("gate", {}).get("kind") == "none"
 
 
@@ -94,7 +94,7 @@ def _training_rows(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> lis
             rows.append(f"| gates | {recipe['gate']['init']}, {moved} |")
         rows.append(f"| target text | {_globs(data['target'])} |")
         rows.append(f"| original text | {_globs(data['original'])} |")
-        if recipe.get("method") != "adapter":  # which reads no background
+        if recipe.get("method") != "adapter":  # this method reads no background text
             rows.append(f"| background text | {_globs(data['background'])} |")
     return rows
 

@@ -34,21 +34,21 @@ Tasks = Mapping[str, Sequence[Example]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What the base and every run are measured on."""
+    """The texts and tasks that the base and every run are measured on."""
 
     texts: Mapping[str, Windows]
     target: tuple[str, ...]
-    """The texts of the target."""
+    """Names of the target's texts."""
     original: tuple[str, ...]
-    """Those of the base's own language that no run read."""
+    """Names of texts in the base's own language that no run read."""
     tasks: Tasks
 
     def measure(
         self, base: FrozenBase, attached: Attached, versions: Sequence[str], of: str
     ) -> tuple[dict[str, SourceResult], dict[str, list[Answer]]]:
-        """Results by text and answers by task.
+        """Results by text, and answers by task.
 
-        `versions` tell what is measured from all else, `of` does for people.
+        `versions` identify what is measured, for the cache; `of` names it in messages.
         """
         results = {
             source: measure_text(base, attached, versions, windows, f"{place}; {of}")
@@ -58,14 +58,14 @@ class Benchmark:
             return results, answer_tasks(base, attached, versions, self.tasks, of)
 
     def means(self, losses: Mapping[str, float]) -> tuple[float, float]:
-        """Mean loss over the target's texts, and over the base's own language's."""
+        """Mean losses: over the target's texts, and over the base's own language's texts."""
         target, original = ([losses[source] for source in part] for part in (self.target, self.original))
         return fmean(target), fmean(original)
 
     def errors(
         self, before: Mapping[str, SourceResult], after: Mapping[str, SourceResult]
     ) -> tuple[float | None, float | None]:
-        """Standard errors of the changes of those two means, in nats per token."""
+        """Standard errors of the changes of the two means, in nats per token."""
 
         target, original = (
             [difference(before[source], after[source]).nats_error for source in part]
@@ -82,11 +82,11 @@ def compare_runs(
     windows: int = 32,
     tasks: Tasks | None = None,
 ) -> Comparison:
-    """Measure runs of one domain and base, in their folders, on held-out text and on tasks.
+    """Measure runs of one domain and base, given their folders, on held-out text and on tasks.
 
-    `sources` are globs of files in `corpus` (none: what the runs' recipes hold out), `windows` the most windows
-    of each. Raises BadRequest if the runs are of several domains or bases, or if there is no source of the
-    target or none of the base's own language that no run read; Conflict for a folder without a run.
+    `sources` are globs of files in `corpus` (none: what the runs' recipes hold out); at most `windows` windows of
+    each are read. Raises BadRequest if the runs have several domains or bases, or if there is no source of the
+    target or none in the base's own language that no run read; Conflict for a folder without a run.
     """
     recipes = [read_run(folder)[0] for folder in runs.values()]
     if len({(recipe.base, recipe.domain) for recipe in recipes}) != 1:
@@ -99,7 +99,7 @@ def compare_runs(
     losses = {source: result.loss for source, result in results.items()}
     target, original = benchmark.means(losses)
     name = base.name
-    del base  # each run loads its own: never two at once
+    del base  # each run loads its own base: never two at once
     return Comparison(
         base=name,
         domain=recipes[0].domain,
@@ -115,7 +115,7 @@ def compare_runs(
 
 
 def write_comparison(comparison: Comparison, runs: Mapping[str, Path], folder: Path) -> list[Path]:
-    """Write comparison.json and comparison.md, the Pareto plot and the loss curves of training."""
+    """Write comparison.json, comparison.md, the Pareto plot and the loss curves of training; return the paths."""
     from nr_serve.evaluate.plots import loss_curves, pareto
 
     make_folder(folder)
@@ -131,7 +131,7 @@ def write_comparison(comparison: Comparison, runs: Mapping[str, Path], folder: P
 
 
 def check_sources(recipes: Sequence[Recipe], corpus: Path, sources: Sequence[str] = ()) -> None:
-    """Raise what `compare_runs` would for its sources, of runs that are not trained yet."""
+    """Raise the errors that `compare_runs` would raise for its sources, before the runs are trained."""
     found = find_sources(corpus, _measured(recipes, sources), _text_field(recipes))
     _parts([source.name for source in found], recipes)
 
@@ -145,12 +145,12 @@ def _text_field(recipes: Sequence[Recipe]) -> str:
 
 
 def _measured(recipes: Sequence[Recipe], sources: Sequence[str]) -> list[str]:
-    """The sources asked for or, if none are, what the recipes hold out."""
+    """The sources asked for or, if none are, those that the recipes hold out."""
     return list(sources) or list(dict.fromkeys(entry for recipe in recipes for entry in recipe.data.heldout))
 
 
 def _parts(texts: Sequence[str], recipes: Sequence[Recipe]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The sources of the target, and those of the base's own language that no run read. Raises BadRequest."""
+    """Sources of the target, and sources in the base's own language that no run read. Raises BadRequest."""
     target = tuple(name for name in texts if all(recipe.owns(name) for recipe in recipes))
     original = tuple(name for name in texts if all(_is_unread_original(name, recipe) for recipe in recipes))
     for what, found in (("the target", target), ("the base's own language, unread by every run,", original)):
@@ -160,7 +160,7 @@ def _parts(texts: Sequence[str], recipes: Sequence[Recipe]) -> tuple[tuple[str, 
 
 
 def _is_unread_original(source: str, recipe: Recipe) -> bool:
-    """Whether a source is of the base's own language, and not among the text that the recipe trains on."""
+    """Whether a source is in the base's own language and not in the recipe's training text."""
     data = recipe.data
     is_original = names_language(data.original, language_of(source))
     parts = (data.target, data.original, data.background)
@@ -174,7 +174,7 @@ def _measure_run(
     base_results: Mapping[str, SourceResult],
     base_answers: Mapping[str, Sequence[Answer]],
 ) -> RunReport:
-    recipe, base, learner, saved = load_run(folder, "float32")  # as the base is measured
+    recipe, base, learner, saved = load_run(folder, "float32")  # like the base
     results, answers = benchmark.measure(base, learner.attached, _versions(saved), f"run {name}")
     losses = {source: result.loss for source, result in results.items()}
     target, original = benchmark.means(losses)
@@ -196,6 +196,6 @@ def _measure_run(
 
 
 def _versions(saved: checkpoints.Checkpoint) -> list[str]:
-    """What tells a run's weights, and what they are put in, from all else."""
+    """Identifies a run's weights and recipe, for the cache."""
     content = digest(tensor for _, tensor in sorted(saved.final().items()))
     return [json.dumps(saved.recipe, sort_keys=True), content]

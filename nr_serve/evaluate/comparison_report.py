@@ -1,8 +1,8 @@
 """Training runs beside each other, as values and as tables: what each learned of its target, and what it forgot.
 
-With T the mean loss over the target's sources and E that over sources of the base's own language that no run read:
-learned = (base_T - run_T) / (base_T - finetune_T), forgotten = (run_E - base_E) / (finetune_E - base_E), as in the
-tables of arXiv 2410.02744. Without a finetune run both are left out.
+Let T be the mean loss over the target's sources, and E that over sources of the base's own language that no run
+read. Then learned = (base_T - run_T) / (base_T - finetune_T) and forgotten = (run_E - base_E) /
+(finetune_E - base_E), as in the tables of arXiv 2410.02744. Without a finetune run both are left out.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from nr_serve.train.entries import language_of
 
 @dataclass(frozen=True)
 class RunReport:
-    """One run, measured."""
+    """Measurements of one run."""
 
     method: str
     tokens: int
-    """Tokens of its steps, of all windows."""
+    """Training tokens of all its windows and steps."""
     parameters: int
-    """Trained parameters."""
+    """Number of trained parameters."""
     lr: float
     seconds: float
-    """Time of its steps, by its log."""
+    """Training time, from its log."""
     losses: Mapping[str, float]
     """Held-out loss by source, nats per token."""
     fired: Mapping[str, float]
-    """Share of token-layers that fired by source; empty for a method without blocks."""
+    """Share of token-layers that fired, by source; empty for a method without blocks."""
     target: float
     """Mean loss over the target's sources."""
     target_error: float | None
-    """Standard error of its change against the base, paired over windows; None if a source has a single one."""
+    """Standard error of `target`'s change against the base, paired over windows; None if a source has one."""
     original: float
     """Mean loss over sources of the base's own language that no run read."""
     original_error: float | None
-    """Of it the same."""
+    """Standard error of `original`'s change against the base."""
     tasks: Mapping[str, TaskScores]
-    """By task: the base's scores and, as what is attached, the run's."""
+    """Scores of the base and (as `attached`) of the run, by task."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The base and some runs on it."""
+    """The base and several runs on it, measured on the same text."""
 
     base: str
     domain: str
     window: int
-    """Tokens a window."""
+    """Tokens per window."""
     target_sources: tuple[str, ...]
     original_sources: tuple[str, ...]
     """Sources of the base's own language that no run read."""
@@ -60,7 +60,7 @@ class Comparison:
     base_target: float
     base_original: float
     windows: Mapping[str, int]
-    """Windows read, by source."""
+    """Number of windows read, by source."""
     runs: Mapping[str, RunReport]
 
     def learned(self, name: str) -> float | None:
@@ -74,9 +74,10 @@ class Comparison:
         return None if tuned is None else _share(-self.base_original, -self.runs[name].original, -tuned.original)
 
     def points(self) -> tuple[list[Point], str]:
-        """What was forgotten and learned, as points of a Pareto plot, and what it is in shares of.
+        """Forgotten and learned as points of a Pareto plot, and the name of the unit.
 
-        In shares of finetuning's or, where there is none or it forgot or learned nothing, of the base's losses.
+        Both are shares of what finetuning forgot and learned. Without a finetune run, or if it forgot or learned
+        nothing, they are shares of the base's losses.
         """
         shares = [(name, self.forgotten(name), self.learned(name)) for name in self.runs]
         points = [Point(name, f, learned) for name, f, learned in shares if f is not None and learned is not None]
@@ -89,34 +90,34 @@ class Comparison:
         return points, "the base's loss"
 
     def _finetune(self) -> RunReport | None:
-        """The finetune run that learned most."""
+        """The finetune run that learned most; None if there is none."""
         tuned = [run for run in self.runs.values() if run.method == "finetune"]
         return min(tuned, key=lambda run: run.target) if tuned else None
 
     @property
     def unread(self) -> str:
-        """What the sources in `original_sources` are called: `en unread`."""
+        """Label of the mean over `original_sources`, such as `en unread`."""
         return f"{', '.join(sorted({language_of(source) for source in self.original_sources}))} unread"
 
     def to_json(self) -> str:
-        """Everything, as one JSON document."""
+        """All results as one JSON document."""
         shares = {name: {"learned": self.learned(name), "forgotten": self.forgotten(name)} for name in self.runs}
         return document_json(asdict(self) | {"shares": shares})
 
 
 def _share(before: float, after: float, finetuned: float) -> float | None:
-    """How far `after` is on the way down from `before` to `finetuned`; None if that is no way down."""
+    """How far `after` is on the way from `before` down to `finetuned`; None if that is not below `before`."""
     return (before - after) / (before - finetuned) if before > finetuned else None
 
 
 def tables(comparison: Comparison) -> list[Rows]:
-    """The runs, the sources, and the tasks if there are any."""
+    """Tables of the runs, of the sources, and of the tasks if there are any."""
     found = [run_rows(comparison), source_rows(comparison)]
     return [*found, run_task_rows(comparison)] if _tasks(comparison) else found
 
 
 def run_rows(comparison: Comparison) -> Rows:
-    """A row for the base, and one a run."""
+    """A row for the base, and one row per run."""
     header = ["RUN", "METHOD", "LR", "TOKENS", "TRAINED PARAMETERS", "MINUTES", "TARGET", comparison.unread.upper()]
     losses = [f"{comparison.base_target:.4f}", f"{comparison.base_original:.4f}"]
     base = ["base", "-", "-", "0", "0", "0", *losses, "-", "-"]
@@ -144,7 +145,7 @@ def _loss(loss: float, error: float | None) -> str:
 
 
 def source_rows(comparison: Comparison) -> Rows:
-    """Held-out loss by source and run: those that the means are over first."""
+    """Held-out loss by source and run; the sources that the means are over come first."""
     means = {"target": comparison.target_sources, comparison.unread: comparison.original_sources}
     listed = [(source, mean) for mean, sources in means.items() for source in sources]
     listed += [(source, "-") for source in comparison.base_losses if source not in dict(listed)]
@@ -162,7 +163,7 @@ def source_rows(comparison: Comparison) -> Rows:
 
 
 def run_task_rows(comparison: Comparison) -> Rows:
-    """Two rows per task: accuracy, and accuracy by the choices' length; in brackets the change from the base."""
+    """Two rows per task: accuracy, and accuracy normalised by length; in brackets the change from the base."""
     body = [
         [task, f"{scores.examples:,}", which, str(getattr(scores.base, which))]
         + [_scored(run.tasks[task], which) for run in comparison.runs.values()]

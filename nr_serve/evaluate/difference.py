@@ -10,11 +10,11 @@ from typing import Protocol
 
 
 class Losses(Protocol):
-    """Losses of one text, such as a `SourceResult` holds."""
+    """Losses of one text, as in a `SourceResult`."""
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Mean loss, nats per token."""
 
     @property
     def nats_N(self) -> Sequence[float]:
@@ -22,19 +22,19 @@ class Losses(Protocol):
 
     @property
     def labels_N(self) -> Sequence[int]:
-        """Tokens predicted in each window."""
+        """Number of tokens predicted in each window."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The loss of one source under one selection of adapters, less its loss under another."""
+    """Change of one source's loss between two selections of adapters."""
 
     nats: float
-    """Nats a token; above 0 the text got harder."""
+    """Change in nats per token; above 0, the text became harder."""
     nats_error: float | None
     """Standard error of `nats`, paired over windows; None for a single window."""
     share: float
-    """`nats` as a share of the loss before."""
+    """`nats` as a share of the earlier loss."""
     standard_error: float | None
     """Standard error of `share`, likewise."""
 
@@ -43,24 +43,25 @@ class Difference:
 
 
 def error_of_mean(errors: Sequence[float | None]) -> float | None:
-    """The standard error of the mean of values that are independent, from theirs; None if one has none."""
+    """Standard error of the mean of independent values, given their standard errors; None if one is unknown."""
     known = [error for error in errors if error is not None]
     return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
 
 def percent(share: float, error: float | None, sign: str = "") -> str:
-    """`0.12% ± 0.05%` of a share and its standard error, if it has one; with `sign` "+" as `+0.12% ± 0.05%`."""
+    """A share and its standard error, if known, such as `0.12% ± 0.05%`; with `sign` "+", `+0.12% ± 0.05%`."""
     return f"{share:{sign}.2%}" + ("" if error is None else f" ± {error:.2%}")
 
 
 def difference(before: Losses, after: Losses) -> Difference:
     """How the loss changed between two measurements of the same windows.
 
-    Both measurements read the same windows, so the windows' own difficulty cancels. Both figures are ratios of
-    sums over windows, R = sum_i d_i / sum_i l_i, with d_i the change of window i in nats and l_i its predicted
-    tokens; for the share, its nats before. Hence the standard error of a ratio, sqrt(n / (n - 1) sum_i (d_i - R
-    l_i)^2) / sum_i l_i. Source: Cochran, "Sampling Techniques", 3rd edition, section 2.11. Windows are taken for
-    independent; those of one document are not quite, so it is at the low end.
+    Both measurements read the same windows, so the windows' own difficulty cancels out. Both figures are ratios of
+    sums over windows, R = sum_i d_i / sum_i l_i, where d_i is the change of window i in nats, and l_i its number of
+    predicted tokens or, for the share, its nats before. So the standard error is that of a ratio:
+    sqrt(n / (n - 1) sum_i (d_i - R l_i)^2) / sum_i l_i. Source: Cochran, "Sampling Techniques", 3rd edition,
+    section 2.11. The formula assumes independent windows; windows of one document are not quite independent, so
+    the error is somewhat underestimated.
     """
     d_N = [b - a for a, b in zip(before.nats_N, after.nats_N, strict=True)]
     return Difference(*_ratio(d_N, after.labels_N), *_ratio(d_N, before.nats_N))

@@ -32,7 +32,7 @@ from nr_serve.train.text import read_heldout
 from nr_serve.train.text.sources import find_sources
 
 Attach = Literal["all", "alone", "both"]
-"""How adapters are attached to read text: all at once, each alone or, to see who disturbs whom, both."""
+"""How adapters are attached to read text: all at once, each alone, or both (to measure interference)."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +40,26 @@ class Plots:
     """Files of plots, by caption."""
 
     gates: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
-    """By adapter."""
+    """Plots of each adapter's gates: adapter name -> caption -> file."""
     matrix: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured; None or empty where it was not asked for."""
+    """Results of an evaluation; None or empty for what was not asked for."""
 
     hosted: Hosted
     report: Report | None
-    """With all adapters attached."""
+    """Results on text with all adapters attached."""
     interference: Interference | None
-    """What they do to each other, `report` among it."""
+    """How the adapters affect each other; its report is `report`."""
     alone: Mapping[str, Report]
-    """With each alone, by its name."""
+    """Results on text with one adapter attached, by the adapter's name."""
     switched: SwitchReport | None
     tasks: Mapping[str, TaskScores]
 
     def document(self) -> dict[str, Any]:
-        """All of it as plain values, for JSON."""
+        """All results as plain values, for JSON."""
         text = self.interference or self.report
         document: dict[str, Any] = {"adapters": self.hosted.versions} if text is None else text.document()
         if self.alone:
@@ -71,7 +71,7 @@ class Evaluation:
         return document
 
     def tables(self) -> list[Rows]:
-        """All of it as tables."""
+        """All results as tables."""
         tables = []
         if self.interference is not None:
             tables += [interference_rows(self.interference), summary_rows(self.interference.summary())]
@@ -86,7 +86,7 @@ class Evaluation:
         return tables
 
     def plot(self, folder: Path, suffix: str) -> Plots:
-        """Write who fires on what, in which layer, and when."""
+        """Write plots of who fires on what, in which layer, and at language switches; returns the files."""
         reports = dict(self.alone)
         if self.report is not None:
             reports = dict.fromkeys(self.hosted.names, self.report)
@@ -94,7 +94,7 @@ class Evaluation:
             return Plots()
         from nr_serve.evaluate.report_plots import plot_gates, plot_matrix, plot_switches  # matplotlib: an extra
 
-        sources = next(iter(reports.values())).sources  # every report is of the same text
+        sources = next(iter(reports.values())).sources  # every report is on the same text
         roles = assign_roles(sources, self.hosted.adapters, {})
         gates = {name: plot_gates(folder, report, roles, name, suffix) for name, report in reports.items()}
         if self.switched is not None:
@@ -131,19 +131,19 @@ def evaluate(
     near: Mapping[str, Sequence[str]],
     stretch: int | None = None,
 ) -> Evaluation:
-    """Measure the adapters in `files` on the base `model`; what is missing is said before anything is measured.
+    """Measure the adapters in `files` on the base `model`; missing files are reported before anything is measured.
 
-    The text is up to `windows` windows of `window` tokens from each file of `corpus` that one of `sources`, globs,
-    names; a document of JSON lines is in the field `text_field`. With `attach` "both", `near` names the close
-    relatives of a language, to be summed up apart. `stretch` is how many tokens lie between switches of language,
-    if they are measured.
+    The text is up to `windows` windows of `window` tokens from each file of `corpus` that matches one of the globs
+    `sources`; a document of JSON lines is in the field `text_field`. With `attach` "both", `near` names, for a
+    language, its close relatives, which are summarised apart. `stretch`: tokens between switches of language, if
+    switches are measured.
     """
     if near and attach != "both":
         raise BadRequest(
             "relatives are summed up only where adapters are attached both at once and alone", param="near"
         )
     if corpus is not None:
-        find_sources(corpus, sources, text_field)  # a wrong name is said before the base is loaded
+        find_sources(corpus, sources, text_field)  # a wrong name is reported before the base is loaded
     hosted = load(files, model)
     report, disturbed, alone, switching = None, None, {}, {}
     if corpus is not None:

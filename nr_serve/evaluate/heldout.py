@@ -1,6 +1,6 @@
 """Held-out loss and fired shares of attached adapters, by source of text.
 
-Measured through the same hosted blocks that train.
+Measured through the same hosted blocks that are trained.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from nr_serve.train.text.pack import Windows
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One source of text, before and after the adapters were attached."""
+    """Measurements of one source of text, without and with the adapters attached."""
 
     before: float
     """Loss of the base alone, nats per token."""
     after: float
-    """Loss with every adapter attached, nats per token."""
+    """Loss with the adapters attached, nats per token."""
     difference: Difference
-    """`after` less `before`."""
+    """Change from `before` to `after`."""
     tokens: int
-    """Tokens read."""
+    """Number of tokens read."""
     fired: Mapping[str, float]
-    """Share of token-layers that fired, by adapter's name."""
+    """Share of token-layers that fired, by adapter name."""
     fired_by_layer: Mapping[str, Sequence[float | None]]
-    """Share of tokens that fired in each layer, by adapter's name; None where it has no block."""
+    """Share of tokens that fired in each layer, by adapter name; None for a layer without a block."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What attaching some adapters does to each source of text."""
+    """How attaching some adapters changes each source of text."""
 
     base: str
     base_fingerprint: str
     adapters: Mapping[str, str]
     """Version of each adapter, by name."""
     window: int
-    """Tokens a window."""
+    """Tokens per window."""
     sources: Mapping[str, SourceReport]
 
     def document(self) -> dict[str, Any]:
@@ -52,12 +52,12 @@ class Report:
 
 
 def each_alone(hosted: Hosted, texts: Mapping[str, Windows]) -> dict[str, Report]:
-    """The report of each adapter, by its name, with no other attached."""
+    """A report for each adapter, by name, with no other adapter attached."""
     return {name: _attach(hosted, texts, (name,)) for name in hosted.names}
 
 
 def attach_all(hosted: Hosted, texts: Mapping[str, Windows]) -> Report:
-    """Loss and fired shares of `texts`, by source, with none and with all of the adapters attached."""
+    """Loss and fired shares of `texts`, by source, with no adapter and with all adapters attached."""
     return _attach(hosted, texts, hosted.names)
 
 
@@ -77,7 +77,7 @@ def report(
     before: Mapping[str, SourceResult],
     after: Mapping[str, SourceResult],
 ) -> Report:
-    """The report of `texts` measured with none and with the adapters `names` attached."""
+    """The report of `texts`, measured with no adapter and with the adapters `names` attached."""
     sources = {
         source: SourceReport(
             before=before[source].loss,

@@ -12,7 +12,7 @@ from nr_serve.train.frozen_base import FrozenBase, best_device, load_base, read_
 
 
 class Hosted:
-    """Adapters by name beside one base; none is attached at first. The base must be unhosted."""
+    """Adapters by name beside one base; none is attached at first. The base must not host blocks yet."""
 
     def __init__(self, base: FrozenBase, adapters: Mapping[str, Adapter]) -> None:
         self.base, self.adapters = base, dict(adapters)
@@ -30,12 +30,12 @@ class Hosted:
         return {name: adapter.version for name, adapter in self.adapters.items()}
 
     def attach(self, names: Iterable[str]) -> None:
-        """Attach exactly these adapters."""
+        """Attach exactly the adapters with these names."""
         self.attached.adapters = [self._modules[name] for name in names]
 
 
 def load(files: Sequence[Path], base: str) -> Hosted:
-    """Load a base and adapters for it, on a GPU if there is one. An adapter's name is its file's.
+    """Load a base, and adapters for it, on a GPU if there is one. An adapter has its file's name.
 
     Raises BadRequest if two have the same name, UnsupportedBase, BadAdapterFile for a file that does not fit.
     """

@@ -1,6 +1,6 @@
 """Interference: what adapters attached together do to each other's text, to the base's, and to everyone else's.
 
-Each source of text is read with none attached, with the adapters that learned it alone, and with all attached.
+Each source of text is read with no adapter attached, with the adapters that learned it, and with all attached.
 """
 
 from __future__ import annotations
@@ -20,61 +20,64 @@ from nr_serve.train.text.pack import Windows
 
 @dataclass(frozen=True)
 class Alone:
-    """A source with the adapters that learned it attached alone."""
+    """A source measured with only the adapters that learned it attached."""
 
     loss: float
-    """Nats a token."""
+    """Mean loss, nats per token."""
     difference: Difference
-    """The loss with all attached, less this."""
+    """Change of the loss when all adapters are attached."""
 
 
 @dataclass(frozen=True)
 class Worst:
-    """The worst of some rows, and where it was found."""
+    """The worst value among some sources and adapters, and where it was found."""
 
     value: float
-    """A change of the loss as a share, or a share of token-layers fired."""
+    """Relative change of the loss, or share of token-layers that fired."""
     source: str
     adapter: str | None = None
-    """The adapter that fired."""
+    """The adapter that fired; None for a change of the loss."""
     standard_error: float | None = None
-    """Of a change."""
+    """Standard error of the value, for a change of the loss."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The worst of every kind; None where no row is of that kind. Changes are of the loss with all attached."""
+    """The worst value of each kind; None where nothing is of that kind.
+
+    Each change compares the loss with all adapters attached to the loss it is measured against.
+    """
 
     own_against_alone: Worst | None
-    """Of text that an adapter learned, against that adapter alone."""
+    """Worst change on text that an adapter learned, against that adapter attached alone."""
     original_against_base: Worst | None
-    """Of the base's own language, unless an adapter learned the text."""
+    """Worst change on the base's own language, where no adapter learned the text, against the base."""
     seen_against_base: Worst | None
-    """Of other languages in some adapter's recipe."""
+    """Worst change on other languages that are in some adapter's recipe, against the base."""
     unseen_against_base: Worst | None
-    """Of languages in no adapter's recipe."""
+    """Worst change on languages in no adapter's recipe, against the base."""
     near_against_base: Worst | None
-    """Of close relatives of a language learned."""
+    """Worst change on close relatives of a learned language, against the base."""
     original_fired: Worst | None
-    """Of an adapter on text of the base's language that it did not learn."""
+    """Highest share fired by an adapter on text of the base's language that it did not learn."""
     foreign_fired: Worst | None
-    """Of an adapter on text of another language that it did not learn, close relatives left out."""
+    """Highest share fired by an adapter on another language that it did not learn, close relatives left out."""
     near_fired: Worst | None
-    """Of an adapter on a close relative of what it learned."""
+    """Highest share fired by an adapter on a close relative of a language that it learned."""
 
 
 @dataclass(frozen=True)
 class Interference:
-    """Every source with none, its own and all of the adapters attached."""
+    """Every source, read with no adapter, with those that learned it, and with all."""
 
     report: Report
-    """None against all attached."""
+    """No adapter attached, compared to all attached."""
     roles: Mapping[str, Role]
     alone: Mapping[str, Alone]
-    """The sources that some adapter learned."""
+    """Results of each source that some adapter learned, with only those adapters attached."""
 
     def summary(self) -> Summary:
-        """The worst of every kind."""
+        """The worst value of each kind."""
         sources = self.report.sources
         alone = [
             Worst(a.difference.share, source, standard_error=a.difference.standard_error)
@@ -119,7 +122,7 @@ class Interference:
         )
 
     def document(self) -> dict[str, Any]:
-        """All of it as plain values, for JSON."""
+        """The results as plain values, for JSON."""
         document = self.report.document()
         for source, row in document["sources"].items():
             row |= {"role": asdict(self.roles[source])}
@@ -130,9 +133,9 @@ class Interference:
 def interference(
     hosted: Hosted, texts: Mapping[str, Windows], near: Mapping[str, Sequence[str]] | None = None
 ) -> Interference:
-    """Measure `texts` with none attached, with the adapters that learned each alone, and with all attached.
+    """Measure `texts` with no adapter, with the adapters that learned each text, and with all adapters attached.
 
-    `near` names, for a language, those it is a close relative of. Raises BadRequest for one that does not apply.
+    `near` names, for a language, its close relatives. Raises BadRequest for an entry that does not apply.
     """
     roles = assign_roles(texts, hosted.adapters, near or {})
     before: dict[str, SourceResult] = {}
@@ -150,7 +153,7 @@ def interference(
 
 
 def _others_silent(hosted: Hosted, own: Collection[str], together: SourceResult) -> bool:
-    """Whether no adapter but those of `own` fired: then they alone give the very same."""
+    """Whether no adapter outside `own` fired; then those of `own` alone would give exactly the same loss."""
     return not any(fired for name, fired in zip(hosted.names, together.fired, strict=True) if name not in own)
 
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Point:
-    """One way of training: what it learned and what it forgot."""
+    """One training run: what it learned and what it forgot."""
 
     label: str
     forgotten: float
-    """Rise of the loss on the base's own text, as a share."""
+    """Relative rise of the loss on the base's own text."""
     learned: float
-    """Fall of the loss on the text learned, as a share."""
+    """Relative fall of the loss on the target's text."""
 
 
 def unbeaten(points: Sequence[Point]) -> list[Point]:
-    """The Pareto front, by what was forgotten: those of which no other learned more and forgot no more."""
+    """The Pareto front, sorted by `forgotten`: points that no other beats in both learned and forgotten."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.forgotten, -p.learned)):
         if not front or point.learned > front[-1].learned:

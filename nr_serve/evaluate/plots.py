@@ -24,11 +24,11 @@ Line = Sequence[tuple[float, float]]
 matplotlib.rcParams["text.parse_math"] = False  # names may hold a $
 
 METADATA: Mapping[str, dict[str, str | None]] = {".svg": {"Date": None}, ".png": {"Software": None}}
-"""What keeps time and version out of a file, by its suffix."""
+"""Metadata that keeps the time and the version out of a file, by file suffix."""
 
 
 def pareto(path: Path, points: Sequence[Point], *, title: str) -> None:
-    """Learning against forgetting: upper left is better; a line joins the points that no other beats in both."""
+    """Learned against forgotten: upper left is better; a line joins the points that no other beats in both."""
     figure, axes = _axes(6.4, 4.8, title)
     for point in points:
         axes.plot(point.forgotten, point.learned, "o", color="C0")
@@ -54,12 +54,12 @@ def heat_map(
     x_label: str = "",
     written: bool = False,
 ) -> None:
-    """Shares by row and column; None is left blank. With `written`, each cell also holds its value in percent.
+    """A heat map of shares by row and column; None is left blank. With `written`, cells also show percentages.
 
-    Colours follow the square root of the share, so that a leak of 1% is seen beside 80%.
+    Colours follow the square root of the share, so that a leak of 1% is visible beside 80%.
     """
     shares = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
-    cell, fits = (0.62, 9) if written else (0.24, 2)  # inches a column, and characters that fit in one
+    cell, fits = (0.62, 9) if written else (0.24, 2)  # inches per column, and characters that fit in it
     width = max(2.6 + cell * len(columns), 0.09 * len(title))
     figure, axes = _axes(width, 1.5 + 0.22 * len(rows), title)
     image = axes.imshow(shares, aspect="auto", interpolation="nearest", cmap="viridis", norm=PowerNorm(0.5, 0, 1))
@@ -78,7 +78,7 @@ def heat_map(
 
 
 def loss_curves(path: Path, curves: Mapping[str, Line], *, title: str) -> None:
-    """Loss over the tokens trained on, a curve per name."""
+    """Loss over tokens trained on, one curve per name."""
     figure, axes = _axes(7.2, 4.2, title)
     for i, (name, curve) in enumerate(curves.items()):
         tokens, losses = [t for t, _ in curve], [loss for _, loss in curve]
@@ -95,7 +95,7 @@ def loss_curves(path: Path, curves: Mapping[str, Line], *, title: str) -> None:
 def panels(
     path: Path, panels: Mapping[str, Mapping[str, Line]], *, title: str, x_label: str, columns: int = 2
 ) -> None:
-    """Shares as lines, a panel a heading; a line's name has the same colour in every panel."""
+    """Shares as lines, one panel per heading; a line's name has the same colour in every panel."""
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 0.6 + 2.8 * rows), layout="constrained")
@@ -126,7 +126,7 @@ def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 def _save(figure: Figure, path: Path) -> None:
     if path.suffix not in METADATA:
         raise BadRequest(f"cannot write {path}: a plot is a {' or '.join(METADATA)} file")
-    # The ids inside an SVG are random unless salted.
+    # Ids inside an SVG are random unless a salt is set.
     salted = matplotlib.rc_context({"svg.hashsalt": "nr-serve"})
     with refused(f"cannot write {path}"), whole(path) as part, salted:
         figure.savefig(part, format=path.suffix[1:], dpi=120, metadata=METADATA[path.suffix])

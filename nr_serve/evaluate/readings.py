@@ -1,7 +1,8 @@
-"""What a text gives with some adapters attached: measured once, then kept in the user's cache.
+"""Measurements of a text with some adapters attached: made once, then kept in the user's cache.
 
-A reading is kept under all that decides it: the base, what is attached, the windows, and the arithmetic. So the
-base is measured once for all adapters, and a measurement that was stopped goes on where it was.
+The cache key contains everything that a reading depends on: the base, the attached adapters, the windows and the
+arithmetic. So the base is measured once for all adapters, and a measurement that was stopped continues where it
+was.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nr_serve.train.measure import SourceResult, measure
 from nr_serve.train.text.pack import Windows
 
 FORMAT = 3
-"""Raised when measuring changes: readings kept by another format are not taken."""
+"""Increased when measuring changes, so that readings of another format are not used."""
 _Reading = TypeVar("_Reading")
 
 
@@ -37,7 +38,7 @@ def in_turn(texts: Mapping[str, Windows]) -> Iterator[tuple[str, Windows, str]]:
 
 
 def measure_hosted(hosted: Hosted, names: Sequence[str], windows: Windows, place: str) -> SourceResult:
-    """A text's reading with exactly the adapters `names` attached; `place` is the label to say on stderr."""
+    """A text's reading with exactly the adapters `names` attached; `place` is printed on stderr."""
     hosted.attach(names)
     versions = [hosted.versions[name] for name in names]
     return measure_text(hosted.base, hosted.attached, versions, windows, f"{place}; {beside(names)}")
@@ -46,7 +47,7 @@ def measure_hosted(hosted: Hosted, names: Sequence[str], windows: Windows, place
 def measure_text(
     base: FrozenBase, attached: Attached, versions: Sequence[str], windows: Windows, place: str
 ) -> SourceResult:
-    """A text's reading as the base and what is attached to it are now; `versions` tell that from all else."""
+    """A text's reading with the base and adapters as they are now; `versions` identify these in the cache."""
     what = ["text", list(windows.ids_NT.shape), digest((windows.ids_NT, windows.offset_NT))]
 
     def make() -> SourceResult:
@@ -63,9 +64,9 @@ def once(
     form: TypeAdapter[_Reading],
     place: str,
 ) -> _Reading:
-    """What `make` measures of `what` (plain values), or measured in an earlier call under these `versions`.
+    """The result of `make`, or that of an earlier call for the same `what` (plain values) and `versions`.
 
-    It is kept as JSON, and `form` reads it.
+    The result is kept as JSON; `form` reads it.
     """
     fresh = False
 
@@ -85,9 +86,9 @@ def once(
 
 
 def _dump(reading: object) -> bytes:
-    return to_json(reading, inf_nan_mode="constants")  # an adapter that gives NaN is measured like any other
+    return to_json(reading, inf_nan_mode="constants")  # an adapter may give NaN, which is kept
 
 
 def beside(names: Sequence[str]) -> str:
-    """What is attached, for a message."""
+    """Names what is attached, for a message."""
     return f"attached: {', '.join(names) or 'none'}"

@@ -51,9 +51,9 @@ def plot_switches(folder: Path, report: SwitchReport, suffix: str) -> dict[str, 
 
 
 def gate_rates(report: Report, roles: Mapping[str, Role], adapter: str) -> dict[str, list[float | None]]:
-    """Share of tokens on which the adapter fired, by layer, for each language; what it learned first.
+    """Share of tokens on which the adapter fired, by language and layer; languages it learned come first.
 
-    The text that it learned is a row of its own, such as `en (own)` for an adapter to a domain of English.
+    Text that the adapter learned has its own row, such as `en (own)` for an adapter to a domain of English.
     """
     groups: dict[tuple[bool, str], list[str]] = {}
     for source in report.sources:
@@ -65,7 +65,7 @@ def gate_rates(report: Report, roles: Mapping[str, Role], adapter: str) -> dict[
 
 
 def _rate(report: Report, sources: list[str], adapter: str) -> list[float | None]:
-    """Mean over the sources, each as heavy as its tokens; None where the adapter has no block."""
+    """Mean over the sources, weighted by their tokens, for each layer; None where the adapter has no block."""
     tokens = sum(report.sources[source].tokens for source in sources)
     layers = zip(*(report.sources[source].fired_by_layer[adapter] for source in sources), strict=True)
     weights = [report.sources[source].tokens / tokens for source in sources]

@@ -13,39 +13,40 @@ from nr_serve.train.entries import language_of, names_language, names_source
 Kind = Literal["own", "near", "original", "seen", "unseen"]
 
 ORIGINAL = ("en.*",)
-"""Text of the base's language where no recipe tells."""
+"""Globs of text in the base's language, used where no recipe names any."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """One source's role."""
+    """What a source of text is to the adapters."""
 
     kind: Kind
     """own: an adapter learned it; near: its language is a close relative of one that an adapter learned; original:
-    of the base's own language; seen: its language is in some recipe; unseen: in none."""
+    it is in the base's own language; seen: its language is in some recipe; unseen: its language is in no
+    recipe."""
     own: tuple[str, ...] = ()
     """The adapters that learned it."""
     near: tuple[str, ...] = ()
     """The adapters that learned a close relative of its language."""
     original: bool = False
-    """Whether it is in the base's own language; text that an adapter learned may be."""
+    """Whether the source is in the base's own language; this can be true of text that an adapter learned too."""
 
 
 @dataclass(frozen=True)
 class RecipeText:
-    """The entries that an adapter's recipe names its text by."""
+    """The entries by which an adapter's recipe names its text."""
 
     target: tuple[str, ...]
     original: tuple[str, ...] = ()
     background: tuple[str, ...] = ()
 
     def parts(self) -> tuple[tuple[str, ...], ...]:
-        """Each role's."""
+        """The entries of each role."""
         return self.target, self.original, self.background
 
 
 def _recipe_text(info: AdapterInfo) -> RecipeText:
-    """The text an adapter's recipe names; for a file without a recipe, the language its domain names.
+    """The text that an adapter's recipe names; for a file without a recipe, all text in its domain's language.
 
     Raises BadAdapterFile for a recipe whose data are not lists of sources.
     """
@@ -61,9 +62,9 @@ def _recipe_text(info: AdapterInfo) -> RecipeText:
 def assign_roles(
     sources: Iterable[str], adapters: Mapping[str, Adapter], near: Mapping[str, Sequence[str]]
 ) -> dict[str, Role]:
-    """The role of each source. `near` names, for a language, those it is a close relative of.
+    """The role of each source. `near` names, for a language, its close relatives.
 
-    Raises BadRequest for a relative that no adapter learned, or whose language has no text here.
+    Raises BadRequest for a relative that no adapter learned, or for a language without text here.
     """
     listed = list(sources)
     texts = {name: _recipe_text(adapter.info) for name, adapter in adapters.items()}

@@ -1,9 +1,9 @@
 """Language switches inside a text: how many tokens late a gate opens and shuts, and what the lateness costs.
 
-Each window is one document: a stretch of the base's own language, a stretch of text that the adapter learned, and
-the first text again where it broke off. The carry runs through both switches.
+Each window is one document: a stretch of the base's own language, then a stretch of text that the adapter learned,
+then the continuation of the first text. The carry runs through both switches.
 
-Shape suffixes: N windows, S tokens a stretch, T = 3 S tokens per window.
+Shape suffixes: N windows, S tokens per stretch, T = 3 S tokens per window.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from nr_serve.train.measure import evaluating, read_parts
 from nr_serve.train.text.pack import Windows
 
 OPEN = 0.9
-"""A gate is open when its rate reaches this share of its steady rate on the text that it learned."""
+"""A gate counts as open once its rate reaches this share of its steady rate on text that it learned."""
 
 SHUT = 0.05
-"""It is shut when fewer than this share of its layers fire."""
+"""A gate counts as shut once less than this share of its layers fires."""
 
 SUPPLY = 4
-"""Times as many stretches are read of a source as windows are wanted: each window takes two of the base's own."""
+"""Stretches read of each source per window wanted: a window takes two stretches of the base's own language."""
 
 Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True)
 class SwitchText:
-    """The windows that switch to one adapter's text and back."""
+    """Windows that switch to one adapter's text and back."""
 
     ids_NT: Tensor
     original: tuple[str, ...]
-    """Sources of the first and the last stretch."""
+    """Sources of the first and the last stretches."""
     own: tuple[str, ...]
-    """Sources of the stretch in the middle."""
+    """Sources of the middle stretches."""
 
 
 @dataclass(frozen=True)
 class Steady:
-    """Mean rate over the second half of each stretch."""
+    """Mean gate rate over the second half of each stretch."""
 
     original: float
     own: float
@@ -59,28 +59,28 @@ class Steady:
 
 @dataclass(frozen=True)
 class Switch:
-    """One adapter, attached alone."""
+    """Measurements of one adapter, attached alone."""
 
     windows: int
     original: Sequence[str]
-    """Sources of the first and the last stretch."""
+    """Sources of the first and the last stretches."""
     own: Sequence[str]
-    """Sources of the stretch in the middle."""
+    """Sources of the middle stretches."""
     rates: Sequence[float]
-    """Share of the adapter's layers that fired, by the token's place in its window."""
+    """Share of the adapter's layers that fired, by the token's position in its window."""
     steady: Steady
     tokens_to_open: int | None
-    """Tokens of its own text read before one at which the gate is open; None if there is none."""
+    """Tokens of the adapter's text read before the first token with an open gate; None if it never opens."""
     tokens_to_shut: int | None
-    """Tokens read after its own text before one at which the gate is shut; None if there is none."""
+    """Tokens read after the adapter's text before the first token with a shut gate; None if it never shuts."""
     own_difference: Difference
-    """Change of the loss on the stretch in the middle, without its first token: less where the gate opens late."""
+    """Change of the loss on the middle stretch, without its first token; smaller if the gate opens late."""
     before: float
     """Loss of the base alone on the last stretch, without its first token; nats per token."""
     after: float
-    """The same with the adapter."""
+    """Loss with the adapter attached on the last stretch, without its first token; nats per token."""
     difference: Difference
-    """`after` less `before`."""
+    """Change from `before` to `after`."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class SwitchReport:
     """Every adapter's switches."""
 
     stretch: int
-    """Tokens a stretch."""
+    """Tokens per stretch."""
     adapters: Mapping[str, Switch]
 
     def document(self) -> dict[str, Any]:
@@ -99,8 +99,8 @@ class SwitchReport:
 def switch_texts(hosted: Hosted, stretches: Mapping[str, Windows], windows: int) -> dict[str, SwitchText]:
     """The switching windows of each adapter, up to `windows` for each source that it learned.
 
-    `stretches` are windows of S tokens by source, `SUPPLY` times `windows` of each if there is so much text. Raises
-    BadRequest if a source of the base's own language, or of an adapter's text, is missing.
+    `stretches`: windows of S tokens by source, `SUPPLY` times `windows` of each if there is enough text. Raises
+    BadRequest if there is no source of the base's own language, or none of an adapter's text.
     """
     roles = assign_roles(stretches, hosted.adapters, {})
     original = {name: stretches[name] for name, role in roles.items() if role.kind == "original"}
@@ -124,12 +124,12 @@ def _splice(adapter: str, original: Mapping[str, Windows], own: Mapping[str, Win
 
 
 def _pairs(text: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each two stretches that follow one another."""
+    """Pairs of consecutive stretches."""
     return zip(text.ids_NT[::2], text.ids_NT[1::2], strict=False)
 
 
 def _round_robin(sources: Iterable[Iterator[Piece]]) -> Iterator[Piece]:
-    """One of each source in turn, until all have ended."""
+    """One item of each source in turn, until all have ended."""
     return (piece for turn in zip_longest(*sources) for piece in turn if piece is not None)
 
 
@@ -144,7 +144,7 @@ def switches(hosted: Hosted, texts: Mapping[str, SwitchText]) -> SwitchReport:
 
 @dataclass(frozen=True)
 class _Losses:
-    """Of one stretch, without its first token."""
+    """Losses on one stretch, without its first token."""
 
     loss: float
     nats_N: tuple[float, ...]
@@ -212,7 +212,7 @@ def _read(hosted: Hosted, names: Sequence[str], ids_NT: Tensor) -> _Reading:
 
 
 def _losses(nats_NT: Tensor, place: int) -> _Losses:
-    """The losses on stretch 0, 1 or 2, of those of each token on the next."""
+    """Losses on stretch 0, 1 or 2 of each window, given each token's loss on the next token."""
     stretch = nats_NT.shape[1] // 3
     nats = nats_NT[:, place * stretch : (place + 1) * stretch - 1].sum(1).tolist()
     labels = (stretch - 1,) * len(nats)

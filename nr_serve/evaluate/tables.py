@@ -16,7 +16,7 @@ from nr_serve.evaluate.switches import SwitchReport
 from nr_serve.evaluate.tasks import TaskScores
 
 Rows = list[list[str]]
-"""A header, then a row each."""
+"""A header row, then one row per entry."""
 
 SUMMARY = {
     "own_against_alone": "change on own text, all attached against its adapter alone",
@@ -28,11 +28,11 @@ SUMMARY = {
     "foreign_fired": "fired on other languages",
     "near_fired": "fired on close relatives",
 }
-"""What each line of the summary says."""
+"""Description of each line of the summary, by field of `Summary`."""
 
 
 def heldout_rows(report: Report) -> Rows:
-    """A row per source: without and with the adapters."""
+    """One row per source: losses without and with the adapters."""
     header = ["SOURCE", "TOKENS", "BASE LOSS", "LOSS", "CHANGE", *_fired_header(report)]
     rows = [
         [name, f"{s.tokens:,}", f"{s.before:.4f}", f"{s.after:.4f}", str(s.difference), *_fired(report, name)]
@@ -42,7 +42,7 @@ def heldout_rows(report: Report) -> Rows:
 
 
 def interference_rows(measured: Interference) -> Rows:
-    """A row per source: none, own alone and all attached, and who fired when all were: the interference matrix."""
+    """The interference matrix, one row per source: losses with no, own and all adapters, and who fired with all."""
     report = measured.report
     header = ["SOURCE", "ROLE", "TOKENS", "BASE", "OWN ALONE", "ALL", "ALL / BASE", "ALL / ALONE"]
     rows = []
@@ -66,7 +66,7 @@ def interference_rows(measured: Interference) -> Rows:
 
 
 def summary_rows(summary: Summary) -> Rows:
-    """A row for the worst of every kind that was measured."""
+    """One row for the worst value of every kind that was measured."""
     rows = [
         [text, _worst(worst), _where(worst)]
         for name, text in SUMMARY.items()
@@ -76,7 +76,7 @@ def summary_rows(summary: Summary) -> Rows:
 
 
 def switch_rows(report: SwitchReport) -> Rows:
-    """A row per adapter: rates in the three stretches, tokens until it opens and shuts, changes of the loss."""
+    """One row per adapter: rates in the three stretches, tokens until it opens and shuts, changes of the loss."""
     header = ["ADAPTER", "WINDOWS", "FIRED BEFORE", "FIRED IN", "FIRED AFTER", "TOKENS TO OPEN", "TOKENS TO SHUT"]
     rows = [
         [
@@ -95,7 +95,7 @@ def switch_rows(report: SwitchReport) -> Rows:
 
 
 def task_rows(tasks: Mapping[str, TaskScores]) -> Rows:
-    """Two rows per task: accuracy, and accuracy by the choices' length."""
+    """Two rows per task: accuracy, and accuracy normalised by length."""
     header = ["TASK", "EXAMPLES", "SCORE", "BASE", "ATTACHED", "CHANGE"]
     rows = [
         [
@@ -114,7 +114,7 @@ def task_rows(tasks: Mapping[str, TaskScores]) -> Rows:
 
 
 def markdown(rows: Rows) -> list[str]:
-    """Rows as the lines of a Markdown table; columns of numbers are set right."""
+    """Rows as the lines of a Markdown table; columns of numbers are aligned right."""
     header, *body = ([cell.replace("|", "&#124;") for cell in row] for row in rows)
     rules = ["---:" if all(row[i][0] in "+-0123456789" for row in body) else "---" for i in range(len(header))]
     return [
@@ -144,12 +144,12 @@ def interference_page(measured: Interference, links: Sequence[str] = ()) -> str:
 
 
 def document_json(document: object) -> str:
-    """A report as JSON, which has no NaN: where an adapter gave one, null."""
+    """A report as JSON; NaN, which JSON lacks, becomes null."""
     return json.dumps(to_jsonable_python(document, inf_nan_mode="null"), indent=1, sort_keys=True)
 
 
 def links(plots: Mapping[str, Path], page: Path) -> list[str]:
-    """Lines of Markdown that show plots, by caption, on a page."""
+    """Lines of Markdown that show plots on a page, given by caption."""
     places = {caption: Path(os.path.relpath(path, page.parent)).as_posix() for caption, path in plots.items()}
     return [f"![{caption}]({place})" for caption, place in places.items()]
 
@@ -163,7 +163,7 @@ def _fired(report: Report, source: str) -> list[str]:
 
 
 def _worst(worst: Worst) -> str:
-    if worst.adapter is not None:  # a share fired, and not a change of the loss
+    if worst.adapter is not None:  # a share fired, not a change of the loss
         return f"{worst.value:.2%}"
     return percent(worst.value, worst.standard_error, "+")
 

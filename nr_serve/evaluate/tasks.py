@@ -1,11 +1,11 @@
 """Multiple-choice tasks from local files, scored by lm-evaluation-harness on the hosted base.
 
-A task is a JSONL file, a question per line, with the place of the right choice (0 is the first) as `gold`:
+A task is a JSONL file with one question per line; `gold` is the index of the right choice, from 0:
 
     {"context": "Question: What is the capital of France?\\nAnswer:", "choices": ["Lyon", "Paris"], "gold": 1}
 
-Its name is the file's. The model reads the context, a space and a choice; the choice of the highest log-likelihood
-is its answer (`acc`), or the highest log-likelihood a character (`acc_norm`).
+A task has its file's name. The model reads the context, a space and a choice; its answer is the choice with the
+highest log-likelihood (`acc`), or with the highest log-likelihood per character (`acc_norm`).
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Example(BaseModel):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over examples."""
+    """A mean over examples, with its standard error."""
 
     value: float
     standard_error: float | None
-    """None for a single example."""
+    """Standard error of the mean; None for a single example."""
 
     def __str__(self) -> str:
         return percent(self.value, self.standard_error)
@@ -67,32 +67,32 @@ class Score:
     """How well a task was answered."""
 
     acc: Estimate
-    """Share answered right by log-likelihood."""
+    """Share answered correctly by log-likelihood."""
     acc_norm: Estimate
-    """Share answered right by log-likelihood a character of the choice."""
+    """Share answered correctly by log-likelihood per character of the choice."""
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """One task, answered by the base and with the adapters attached."""
+    """Scores of one task, for the base and with the adapters attached."""
 
     examples: int
     base: Score
     attached: Score
     change: Score
-    """Attached less base; its standard errors are paired over examples."""
+    """Attached minus base; the standard errors are paired over examples."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One example, answered."""
+    """The answer to one example."""
 
     logprobs: tuple[float, ...]
     """Log-likelihood of each choice."""
     acc: float
-    """1 if right by log-likelihood."""
+    """1 if the answer by log-likelihood is right, else 0."""
     acc_norm: float
-    """1 if right by log-likelihood a character."""
+    """1 if the answer by log-likelihood per character is right, else 0."""
 
 
 def read_tasks(paths: Sequence[Path], limit: int | None = None) -> dict[str, list[Example]]:
@@ -109,7 +109,7 @@ def read_tasks(paths: Sequence[Path], limit: int | None = None) -> dict[str, lis
 
 
 def score_tasks(hosted: Hosted, tasks: Mapping[str, Sequence[Example]]) -> dict[str, TaskScores]:
-    """Score every task with none and with all of the adapters attached."""
+    """Score every task with no adapter and with all adapters attached."""
     hosted.attach(())
     base = answer_tasks(hosted.base, hosted.attached, (), tasks, beside(()))
     hosted.attach(hosted.names)
@@ -125,10 +125,10 @@ def answer_tasks(
     tasks: Mapping[str, Sequence[Example]],
     of: str,
 ) -> dict[str, list[Answer]]:
-    """Answer every example, by task, as the base and what is attached to it are now.
+    """Answer every example, by task, with the base and adapters as they are now.
 
-    `versions` tell what is attached from all else, `of` does for people: answers are kept, and those of an earlier
-    call taken.
+    `versions` identify these in the cache of answers, from which an earlier call's answers are taken; `of` names
+    them in messages.
     """
     answers = {}
     for i, (name, examples) in enumerate(tasks.items(), start=1):
@@ -147,10 +147,10 @@ def answer(
     *,
     batch_rows: int = BATCH_ROWS,
 ) -> list[Answer]:
-    """Answer the examples of one task as the base and what is attached to it are now.
+    """Answer the examples of one task with the base and adapters as they are now.
 
-    `batch_rows` choices share a forward pass. A context longer than the base reads is cut on the left, with a
-    warning. Raises BadRequest for a choice as long as that, before which nothing could be read.
+    `batch_rows` choices share a forward pass. A context longer than the base can read is cut on the left, with a
+    warning. Raises BadRequest for a choice as long as that, which would leave no room for context.
     """
     from lm_eval.api.task import ConfigurableTask  # type: ignore[import-untyped, unused-ignore]
     from lm_eval.evaluator import evaluate  # type: ignore[import-untyped, unused-ignore]
@@ -159,7 +159,7 @@ def answer(
     with _quiet():
         model = HFLM(
             pretrained=base.model,
-            tokenizer=copy.deepcopy(base.tokenizer),  # the harness gives it a padding token
+            tokenizer=copy.deepcopy(base.tokenizer),  # the harness adds a padding token to it
             backend="causal",
             batch_size=batch_rows,
         )
@@ -175,7 +175,7 @@ def answer(
 
 
 def score(base: Sequence[Answer], attached: Sequence[Answer]) -> TaskScores:
-    """The scores of one task as the base answered it, and as it did with something attached."""
+    """The scores of one task from the base's answers, and from the answers with something attached."""
 
     def estimates(which: str) -> tuple[Estimate, Estimate, Estimate]:
         before = [float(getattr(answer, which)) for answer in base]
@@ -200,7 +200,7 @@ def _task_files(paths: Sequence[Path]) -> Iterator[Path]:
 
 def _read_examples(path: Path) -> list[Example]:
     try:
-        # Not splitlines(): it also cuts at characters that may stand inside a JSON string.
+        # Not splitlines(), which also splits at characters that may be inside a JSON string.
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise BadRequest(f"cannot read {path}: {error.strerror}", param="tasks") from error
@@ -231,7 +231,7 @@ def _check_choices(name: str, examples: Sequence[Example], tokenizer: Any, most:
 def _config(name: str, examples: Sequence[Example]) -> dict[str, Any]:
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
-    # From memory, not by the harness's `dataset_path`: that would copy each file into a cache that outlives it.
+    # From memory, not by the harness's `dataset_path`, which would copy each file into a permanent cache.
     rows = datasets.Dataset.from_list([example.model_dump() for example in examples])
     return {
         "task": name,
@@ -248,9 +248,9 @@ def _config(name: str, examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def _begin(attached: Attached) -> Any:
-    """A hook that starts the carried gates anew in every row of a batch.
+    """A hook that restarts the gates' carry in every row of a batch.
 
-    Rows are padded on the right, after every token that is read, so a causal model's answers do not see it.
+    Rows are padded on the right, after every token that is read, so a causal model's answers do not depend on it.
     """
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -268,7 +268,7 @@ def _answer(sample: Mapping[str, Any]) -> Answer:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out the harness's warnings that a model and a data set come from memory, as here they should."""
+    """Silence the harness's warnings that model and data set come from memory, which is intended here."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ KINDS = ("OWN TEXT", "BASE'S LANGUAGE", "OTHER TEXT")
 
 
 def variant_rows(reports: Mapping[str, Report], adapters: Mapping[str, Adapter]) -> Rows:
-    """A row per adapter, measured alone: change of the loss and share fired, means over each kind's sources."""
+    """One row per adapter, attached alone: change of the loss and share fired, means over each kind's sources."""
     measured = [f"{kind}: {what}" for kind in KINDS for what in ("CHANGE", "FIRED")]
     rows = [_row(name, report, adapters[name]) for name, report in reports.items()]
     return [["ADAPTER", "CARRY", "THRESHOLD", *measured], *rows]

@@ -1,10 +1,10 @@
 """The server's Prometheus metrics. Fed by the engine's steps and outputs; knows no HTTP, no tensors.
 
 definitions   every metric by name, once; docs/metrics.md is made from it
-instruments   `Metrics`: counters and histograms that grow as events come in
+instruments   `Metrics`: counters and histograms updated as events come in
 clock         `RequestClock`: one request's times and tokens
-totals        what the engine counts itself, shown as it was last read
-vllm          the same figures under vLLM's names, if asked for
+totals        statistics that the engine counts itself, shown as of the last read
+vllm          the same metrics under vLLM's names, if asked for
 """
 
 from nr_serve.metrics.clock import RequestClock

@@ -13,22 +13,22 @@ class RequestClock:
     """Times one request and counts its tokens. All times are `time.monotonic()`, in seconds."""
 
     def __init__(self, metrics: Metrics, request: Submit) -> None:
-        """Start, as the request is about to be submitted."""
+        """Start the clock; call it when the request is about to be submitted."""
         self.request = request
         self.arrived = time.monotonic()
         self.started: float | None = None
-        """Its first step began; None while it waits."""
+        """When its first step began; None while it waits."""
         self.first_token: float | None = None
         self.last_token: float | None = None
         self.generated = 0
-        """Tokens written so far."""
+        """Number of tokens generated so far."""
         self._read = False
         self._metrics = metrics
         self._selected = metrics.selected(request.selected)
         metrics.began(request)
 
     def output(self, output: Output) -> None:
-        """Count what one step gave the request."""
+        """Record one step's output for the request."""
         if not self._read and output.finish_reason not in ("abort", "error"):
             self._prompt_read(output)
         if output.tokens:
@@ -37,7 +37,7 @@ class RequestClock:
             self.end(output.finish_reason, output.error)
 
     def end(self, reason: FinishReason, error: NrError | None = None) -> None:
-        """The request is over: `reason` is why."""
+        """Record that the request ended, and why."""
         metrics = self._metrics
         metrics.ended(self.request, self._selected, reason)
         if reason == "error":

@@ -15,7 +15,7 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """One metric; `buckets` are a histogram's upper bounds, in its unit."""
+    """One metric. `buckets`: a histogram's upper bounds, in the metric's unit."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -28,7 +28,7 @@ class Definition:
         return Counter(self.name, self.meaning, self.labels, registry=registry)
 
     def gauge(self, registry: CollectorRegistry) -> Gauge:
-        """A gauge that is set."""
+        """A gauge whose value is set."""
         return Gauge(self.name, self.meaning, self.labels, registry=registry)
 
     def histogram(self, registry: CollectorRegistry) -> Histogram:
@@ -36,7 +36,7 @@ class Definition:
         return Histogram(self.name, self.meaning, self.labels, buckets=self.buckets, registry=registry)
 
     def shown(self) -> CounterMetricFamily | GaugeMetricFamily:
-        """An empty family, for totals that are kept elsewhere."""
+        """An empty metric family, for values that are kept elsewhere."""
         family = CounterMetricFamily if self.kind == "counter" else GaugeMetricFamily
         return family(self.name, self.meaning, labels=self.labels)
 

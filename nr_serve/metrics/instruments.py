@@ -17,7 +17,7 @@ from nr_serve.names import MOST_JOINED, OTHER
 
 
 class Metrics:
-    """The server's metrics, in a registry of their own."""
+    """The server's metrics, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -25,16 +25,16 @@ class Metrics:
         self.totals = EngineTotals()
         self._selected: set[str] = set()
         self.named: Tally[str] = Tally()
-        """Adapters that requests in flight chose by name, and by how many."""
+        """How many requests in flight chose each adapter by name."""
         self.ended_by: Tally[FinishReason] = Tally()
-        """Answers ended by each reason, whatever was selected: `requests` forgets selections."""
+        """Number of answers ended by each reason, over all selections; `requests` drops some selections."""
         self.registry.register(self.totals)
         self._define_requests()
         self._define_steps()
         self._define_adapters()
 
     def serves(self, info: EngineInfo) -> None:
-        """Say what the engine, ready now, serves."""
+        """Set the labels that describe what the engine serves; call it once the engine is ready."""
         self.info.labels(__version__, info.model, info.device, info.dtype).set(1)
 
     def began(self, request: Submit) -> None:
@@ -61,14 +61,14 @@ class Metrics:
         self.load_seconds.observe(view.load_seconds)
 
     def unloaded(self, name: str) -> None:
-        """Count an unload, and forget the labels that only this adapter needed."""
+        """Count an unload, and drop the label values that name this adapter."""
         self.unloads.inc()
         for selected in [each for each in self._selected if name in each.split("+")]:
             self.requests.remove_by_labels({"selected": selected})
             self._selected.discard(selected)
 
     def selected(self, name: str) -> str:
-        """The label of a selection; of joined names only so many are told apart."""
+        """The label value for a selection; joined names beyond `MOST_JOINED` share the value `OTHER`."""
         joined = sum("+" in each for each in self._selected)
         if "+" in name and name not in self._selected and joined >= MOST_JOINED:
             return OTHER
@@ -76,14 +76,14 @@ class Metrics:
         return name
 
     def ended(self, request: Submit, selected: str, reason: FinishReason) -> None:
-        """Count an answer. One whose adapter was unloaded meanwhile must not bring its name back."""
+        """Count an ended answer. If its adapter was unloaded meanwhile, it counts as `OTHER`."""
         self.in_flight.dec()
         self.named -= Tally(request.adapters or ())
         self.requests.labels(selected if selected in self._selected else OTHER, reason).inc()
         self.ended_by[reason] += 1
 
     def render(self, gates: GateStatistics | None, adapters: Sequence[AdapterView]) -> bytes:
-        """Return the exposition text; `gates` is None until the engine can be asked."""
+        """Return the metrics as text; `gates` is None until the engine can be asked."""
         if gates is not None:
             self.running.set(gates.running)
             self.waiting.set(gates.waiting)

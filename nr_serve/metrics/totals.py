@@ -1,4 +1,4 @@
-"""What the engine counts itself, shown as it was last read."""
+"""Statistics that the engine counts itself, shown as of the last read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nr_serve.metrics import definitions
 
 
 class EngineTotals(Collector):
-    """Adapters, slots and gates. Only registered adapters are named: a name goes when its adapter does."""
+    """Metrics of adapters, slots and gates. Only registered adapters appear: the name goes with the adapter."""
 
     def __init__(self) -> None:
         self.statistics: GateStatistics | None = None
         self.adapters: Sequence[AdapterView] = ()
 
     def collect(self) -> Iterator[Metric]:
-        """Every family; those of gates and slots once the engine was read."""
+        """Every metric family; those of gates and slots only once the engine's statistics were read."""
         yield from self._adapters()
         if self.statistics is not None:
             yield from self._gates(self.statistics)

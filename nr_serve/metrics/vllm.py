@@ -1,6 +1,6 @@
-"""The same figures under vLLM's names, as dashboards and the Kubernetes inference gateway read them.
+"""The same metrics under vLLM's names, as dashboards and the Kubernetes inference gateway read them.
 
-Names, labels and meaning are those of vLLM's metrics and of the Gateway API inference extension's model server
+Names, labels and meanings are those of vLLM's metrics and of the Gateway API inference extension's model server
 protocol. The values are those of our own instruments at the time of the scrape.
 """
 
@@ -21,7 +21,7 @@ class VllmCollector(Collector):
     """Shows the metrics under vLLM's names."""
 
     def __init__(self, metrics: Metrics, model: str, page_size: int) -> None:
-        """`model`: the base's served name; `page_size`: tokens in a page, which vLLM calls a block."""
+        """`model`: name under which the base is served; `page_size`: tokens per page, which vLLM calls a block."""
         self._labels = {"model_name": model, "engine": "0"}  # nearly every metric has these; there is one engine
         self._page_size = page_size
         self._metrics = metrics
@@ -39,7 +39,7 @@ class VllmCollector(Collector):
             "vllm:request_generation_tokens": metrics.request_generated_tokens,
             "vllm:time_to_first_token_seconds": metrics.first_token_seconds,
             "vllm:inter_token_latency_seconds": metrics.inter_token_seconds,
-            "vllm:time_per_output_token_seconds": metrics.inter_token_seconds,  # its older name
+            "vllm:time_per_output_token_seconds": metrics.inter_token_seconds,  # the metric's older name
             "vllm:e2e_request_latency_seconds": metrics.request_seconds,
             "vllm:request_queue_time_seconds": metrics.queue_seconds,
             "vllm:request_prefill_time_seconds": metrics.prefill_seconds,
@@ -47,11 +47,11 @@ class VllmCollector(Collector):
         }
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: the values are taken from instruments that are registered already."""
+        """No families: the values come from instruments that are registered already."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        """Every family; those that need the engine's word once it was read."""
+        """Every metric family; those that need the engine's statistics only once these were read."""
         for name, source in self._renamed.items():
             yield _renamed(source, name, self._labels)
         yield self._request_success()
@@ -60,7 +60,7 @@ class VllmCollector(Collector):
             yield self._adapters(self._totals.statistics)
 
     def _request_success(self) -> Metric:
-        """vLLM counts by reason only; ours are told apart by selection, of which some are forgotten."""
+        """Ended answers by reason only, as in vLLM; our own counter is by selection, and drops some of them."""
         labels = self._labels
         success = CounterMetricFamily(
             "vllm:request_success", "Answers ended, by why", labels=[*labels, "finished_reason"]
@@ -85,12 +85,12 @@ class VllmCollector(Collector):
         yield info
 
     def _adapters(self, statistics: GateStatistics) -> Metric:
-        """Which adapters are in slots, for a gateway that sends a request where its adapter is.
+        """The attached adapters, for a gateway that routes a request to a server that has its adapter.
 
-        Adapters act here without being chosen (the gates route), so the requests that run do not say which are at
-        work. `running` therefore names every attached adapter: the protocol asks for those that are loaded and
-        ready. `waiting` names those that a request in flight chose by name and that have no slot yet. Both change
-        with the adapters and not with each request, so they make few series.
+        By default every attached adapter may act (the gates route), so running requests do not say which adapters
+        are in use. `running` therefore names every attached adapter, as the protocol asks for those loaded and
+        ready. `waiting` names adapters without a slot that a request in flight chose by name. Both change when
+        adapters do, not with each request, so they create few time series.
         """
         views, named = self._totals.adapters, self._metrics.named
         attached = sorted(view.name for view in views if view.state == "attached")
@@ -105,7 +105,7 @@ class VllmCollector(Collector):
 
 
 def _renamed(source: Collector, name: str, labels: dict[str, str]) -> Metric:
-    """The source's one family under another name, with more labels."""
+    """The source's only metric family, with another name and more labels."""
     (family,) = source.collect()
     renamed = Metric(name, family.documentation, family.type)
     for sample in family.samples:

@@ -1,7 +1,7 @@
 """Neutral-residue adapters: the definition, the file, the slots. Knows nothing of the engine that hosts it."""
 
 MAX_THRESHOLD = 1e6
-"""Largest threshold that a gate may have: far above any logit, far below float32's end."""
+"""Largest threshold a gate may have: far above any logit, far below float32's maximum."""
 
 
 def block_width(capacity: float, *, parameters: int, d: int, layers: int) -> int:

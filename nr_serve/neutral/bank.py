@@ -1,14 +1,14 @@
 """The bank: slots of adapter weights in device memory, and what steps leave in them.
 
-A step's residues are computed by one of three: `cpu_bank.py` by compiled operators, `gpu_bank.py` by kernels, and
-`torch_bank.py` by torch alone where there are neither.
+A step's residues are computed by one of three subclasses: `cpu_bank.py` with compiled operators, `gpu_bank.py`
+with Triton kernels, and `torch_bank.py` with torch alone where there are neither.
 
-Owns the stacked weights, the carried gate state of each request (by row) and at the end of each KV page, and the
-gate statistics. It takes flattened hidden states and a per-token selection; it knows no request and no HTTP,
-and rows and pages by their numbers, so that another engine can host it.
+Owns the stacked weights, the carried gate states (one per row, that is per running request, and one at the end of
+each KV page), and the gate statistics. It takes flattened hidden states and a per-token selection. It knows
+nothing of requests or HTTP, and rows and pages only by number, so that another engine can host it.
 
-Shape suffixes: T tokens of a step, P pieces (runs of tokens of one request), E ends of pages in a step, S slots,
-R rows, N pages, L layers, K labels, d width of the stream, h width of a slot.
+Shape suffixes: T tokens of a step, P pieces (runs of tokens of one request), E tokens at page ends in a step, S
+slots, R rows, N pages, L layers, K labels, d width of the stream, h width of a slot.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from nr_serve.errors import BadAdapterFile
 from nr_serve.neutral.format import Adapter
 from nr_serve.neutral.step import StepTokens, Totals
 
-_SHUT = -1e30  # bias of a layer without a block: finite, so that the carry of it stays finite
-_COPIED = 2**18  # numbers of a block copied between two yields: some tenths of a millisecond
+_SHUT = -1e30  # bias of a layer without a block: finite, so that its carry stays finite
+_COPIED = 2**18  # weights copied between two yields, which takes some tenths of a millisecond
 
 
 class Bank(ABC):
-    """Slots allocated once; adapters come and go in place, so device pointers stay valid."""
+    """Slots are allocated once. Adapters come and go in place, so device pointers stay valid."""
 
     def __init__(
         self,
@@ -55,12 +55,12 @@ class Bank(ABC):
         self.carry_S = zeros(slots)
         self.threshold_S = torch.full((slots,), torch.inf, device=device)  # inf: detached, can never fire
         self.ceiling_S = torch.full((slots,), torch.inf, device=device)
-        # Of a block of width h the first 2h rows: W_in, then W_gate, so that one product does both.
+        # A block of width h uses the first 2h rows: W_in, then W_gate, so that one product computes both.
         self.w_up_SLud = zeros(slots, layers, 2 * width, d, dtype=dtype)
-        self.w_out_SLhd = zeros(slots, layers, width, d, dtype=dtype)  # transposed, as rows of h are filled
+        self.w_out_SLhd = zeros(slots, layers, width, d, dtype=dtype)  # transposed: a block fills the first h rows
         self.width_LS = zeros(layers, slots, dtype=torch.int32)  # 0: no block
         self.attached: set[int] = set()
-        # NaN: nothing came before. A row belongs to one running request.
+        # NaN: the sequence starts here. A row belongs to one running request.
         self.state_LRS = torch.full((layers, rows, slots), torch.nan, device=device)
         self.page_state_LNS = torch.full((layers, pages, slots), torch.nan, device=device)
 
@@ -80,10 +80,10 @@ class Bank(ABC):
             )
 
     def attach(self, slot: int, adapter: Adapter, threshold: float) -> Iterator[None]:
-        """Copy an adapter into a slot, a layer or a part of one between yields; it can fire once that is exhausted.
+        """Copy an adapter into a slot, a layer or a part of one between yields.
 
-        Steps may run between yields: until the end the slot's threshold is infinite. With an infinite `threshold`
-        the slot is filled and stays shut, until `set_threshold`.
+        The adapter can fire once the iterator is exhausted. Steps may run between yields: until the end the slot's
+        threshold is infinite. With an infinite `threshold` the slot stays shut until `set_threshold`.
         """
         self.check_fits(adapter)
         self.detach(slot)
@@ -108,12 +108,12 @@ class Bank(ABC):
         self.attached.add(slot)
 
     def detach(self, slot: int) -> None:
-        """Shut a slot at once; its memory is reused by the next attach."""
+        """Shut a slot at once; its memory is reused by the next `attach`."""
         self.threshold_S[slot] = torch.inf
         self.attached.discard(slot)
 
     def set_threshold(self, slot: int, threshold: float) -> None:
-        """Turn an attached adapter's dial; takes effect with the next step."""
+        """Change an attached adapter's threshold, from the next step on."""
         self.threshold_S[slot] = threshold
 
     def forget_row(self, row: int) -> None:
@@ -121,35 +121,36 @@ class Bank(ABC):
         self.state_LRS[:, row] = torch.nan
 
     def recall_row(self, row: int, page: int) -> None:
-        """Set a row's carried state to that at a page's end, for all slots: its next token follows that page."""
+        """Set a row's carried state, for all slots, to that at a page's end: its next token follows that page."""
         self.state_LRS[:, row] = self.page_state_LNS[:, page]
 
     # Steps
 
     @abstractmethod
     def begin(self, tokens: StepTokens) -> None:
-        """Start a step; `add_residues` follows once for every layer, in order.
+        """Start a step; `add_residues` must follow once for every layer, in order.
 
-        If it fails, no step is under way and all is as before.
+        If it fails, no step is under way and nothing has changed.
         """
 
     @abstractmethod
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """y plus the residues of the selected adapters whose gate fired; x and y are [..., d], y may be reused.
 
-        Where no gate fired y is returned as it came, to the bit.
+        Tokens on which no gate fired keep their y, bit for bit.
         """
 
     @abstractmethod
     def end(self) -> Tensor | None:
-        """Finish the step. Layers whose gate was open by token and slot, int32 [T, S]; None: no gate was.
+        """Finish the step; returns the number of layers with an open gate, by token and slot, int32 [T, S].
 
-        Slots that were not selected are observed too: times `selected_TS` it is what acted. Not to be written to.
+        Returns None if no gate was open. Slots that were not selected are observed too: multiply by `selected_TS`
+        for those that acted. The tensor must not be written to.
         """
 
     @abstractmethod
     def drop(self) -> None:
-        """Leave a step that failed: all states and statistics are as before it, except on a GPU: see `GpuBank`."""
+        """Abandon a step that failed; states and statistics are as before it, except on a GPU: see `GpuBank`."""
 
     def read_totals(self) -> Totals:
         """Read the statistics and set them to zero."""
@@ -161,7 +162,7 @@ class Bank(ABC):
 
 
 def _copy_rows(to_hd: Tensor, from_hd: Tensor) -> Iterator[None]:
-    """Copy a block's rows, with a yield between one part of them and the next."""
+    """Copy a block's rows, part by part, with a yield between parts."""
     rows = max(1, _COPIED // to_hd.shape[1])
     for first in range(0, len(to_hd), rows):
         if first:

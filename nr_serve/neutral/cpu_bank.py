@@ -12,7 +12,7 @@ from nr_serve.neutral.step import StepTokens, Trial
 
 
 class Residues(Protocol):
-    """The operator, in `engine/model/cpu/residues.h`. It reads and writes the bank's tensors in their place."""
+    """The compiled operator, `engine/model/cpu/residues.h`. It reads and writes the bank's tensors in place."""
 
     def begin(
         self,
@@ -24,30 +24,30 @@ class Residues(Protocol):
         slot: int,
         threshold: float,
     ) -> None:
-        """Start a step that evaluates the first `columns` slots; from token `first` on a slot is on trial."""
+        """Start a step that evaluates the first `columns` slots; from token `first` on, `slot` is on trial."""
 
     def add(self, layer: int, x: Tensor, y: Tensor) -> None:
         """Add a layer's residues to y, in place; x and y [..., d], contiguous."""
 
     def end(self, label_T: Tensor, counted: int, end_E: Tensor | None, page_E: Tensor | None) -> Tensor | None:
-        """End a step: states are kept, the first tokens counted, but of a step cut short nothing. As `Bank.end`."""
+        """End a step as `Bank.end` does, counting `counted` tokens. A step cut short changes nothing."""
 
 
 class CpuBank(Bank):
-    """A bank whose gates, carry and blocks cost a call a layer."""
+    """A bank whose gates, carry and blocks take one call per layer."""
 
     def __init__(self, residues: Callable[..., Residues], **shape: Any) -> None:
-        """`residues` is that of `cpu_operators`."""
+        """`residues` is `CpuOperators.residues`."""
         super().__init__(**shape)
-        # By name: some have one shape.
+        # Passed by name, because some tensors have the same shape.
         self._residues = residues({name: value for name, value in vars(self).items() if isinstance(value, Tensor)})
-        self._tokens: StepTokens | None = None  # of the step under way
+        self._tokens: StepTokens | None = None  # of the current step
 
     def begin(self, tokens: StepTokens) -> None:
         """As `Bank.begin`."""
         if not self.attached:
             return
-        trial = tokens.trial or Trial(len(tokens.row_T), 0, 0.0)  # of none of them
+        trial = tokens.trial or Trial(len(tokens.row_T), 0, 0.0)  # a trial of no tokens
         self._residues.begin(
             tokens.row_T,
             tokens.offset_T,
@@ -61,7 +61,7 @@ class CpuBank(Bank):
 
     @property
     def under_way(self) -> Residues | None:
-        """The operator, in a step in which adapters may act: who calls its `add` need not call `add_residues`."""
+        """The operator, in a step in which adapters may act; a caller of its `add` need not call `add_residues`."""
         return None if self._tokens is None else self._residues
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
@@ -84,9 +84,9 @@ class CpuBank(Bank):
         self._tokens = None
 
     def _columns(self) -> int:
-        """Gates are evaluated in slots 0 to the highest attached, rounded up to a multiple of eight.
+        """Number of slots to evaluate: 0 to the highest attached, rounded up to a multiple of eight.
 
-        A product's rounding changes with its width, and a load should not move the gates of others; nor is a
-        narrower product faster.
+        Rounding of a product changes with its width, and loading an adapter should not change the gates of others.
+        A narrower product would not be faster.
         """
         return min(self.slots, (max(self.attached) + 8) // 8 * 8)

@@ -34,14 +34,14 @@ from nr_serve.neutral.safetensors_file import DTYPES, LONGEST_HEADER
 FORMAT = "neutral-residues"
 FORMAT_VERSION = 1
 ServedGate = Literal["relu", "relu1"]
-"""The gates that can be served."""
+"""The kinds of gate that can be served."""
 CEILINGS: Mapping[ServedGate, float] = {"relu": math.inf, "relu1": 1.0}
-"""What they are cut off at."""
+"""The ceiling of each kind of gate."""
 _LONGEST_TEXT = 200
 _DEEPEST = 32
-"""Levels of lists and tables in a recipe or in results; ours have five."""
+"""Deepest nesting of lists and tables in a recipe or in results; ours have five levels."""
 _MAX_LAYERS = 9999
-"""Far above any base's."""
+"""Largest number of layers accepted, far above any base's."""
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.(block_gate|block_gate_bias|w_in|w_gate|w_out)")
 
 
@@ -52,7 +52,7 @@ def _printable(text: str) -> str:
 
 
 def _flat(table: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Refuse what would end the recursion of those who read or show it."""
+    """Refuse nesting so deep that code which reads or shows the table would exceed the recursion limit."""
     level: list[Any] = [table]
     for _ in range(_DEEPEST):
         nested = [each for each in level if isinstance(each, dict | list)]
@@ -68,10 +68,10 @@ _Table = Annotated[Mapping[str, Any], Field(strict=True), AfterValidator(_flat)]
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter's file says about it besides its tensors.
+    """An adapter file's metadata: what it says about itself besides its tensors.
 
-    In the file strings stand as they are, everything else as JSON. What the fields demand is checked when a file is
-    read.
+    In the file, strings are stored as they are, everything else as JSON. The fields' constraints are checked on
+    reading.
     """
 
     base: _Line
@@ -87,7 +87,7 @@ class AdapterInfo:
     threshold: Annotated[FiniteFloat, Field(strict=True, ge=0, le=MAX_THRESHOLD)] = 0.0
     """The gate is min(relu(m - threshold), ceiling)."""
     gate: ServedGate = "relu"
-    """relu, or relu1, which is at most 1."""
+    """The kind of gate: relu, or relu1, which is at most 1."""
     domain: _Line = ""
     """What it was trained for: a language tag such as `hu`, or a domain's name."""
     recipe: _Table = field(default_factory=dict)
@@ -129,18 +129,18 @@ class Adapter:
     blocks: tuple[Block | None, ...]
     """One entry per layer of the base; None where the layer has no block."""
     version: str
-    """First 12 hex digits of a SHA-256 over the metadata and the tensors; the file may hold them in any order."""
+    """First 12 hex digits of a SHA-256 over the metadata and the tensors, whatever their order in the file."""
     nbytes: int
-    """Size of the tensors."""
+    """Size of the tensors in bytes."""
 
     @property
     def depth(self) -> int:
-        """Layers with a block."""
+        """Number of layers with a block."""
         return sum(block is not None for block in self.blocks)
 
     @property
     def parameters(self) -> int:
-        """Numbers in all its tensors."""
+        """Number of parameters in all its tensors."""
         present = [b for b in self.blocks if b is not None]
         return sum(t.numel() for b in present for t in (b.gate, b.bias, b.w_in, b.w_gate, b.w_out))
 
@@ -167,10 +167,10 @@ def read_adapter(
     max_bytes: int | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Adapter:
-    """Read and check an adapter file; with `base`, also that it was made for it.
+    """Read and check an adapter file; with `base`, also check that it was made for that base.
 
-    `between` is called after every tensor and every layer. Other threads run all the while: the file is read once,
-    its tensors are parts of what was read, and their bytes are gone through by what lets go of the GIL.
+    `between` is called after every tensor and every layer. Other threads can run meanwhile: the file is read once,
+    its tensors are views of the bytes read, and long work on the bytes releases the GIL.
 
     Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
     """
@@ -191,7 +191,7 @@ def read_adapter(
 
 
 def read_info(path: Path, *, max_bytes: int | None = None) -> AdapterInfo:
-    """What an adapter file says about itself. Its header is read and checked, its tensors are not.
+    """An adapter file's metadata. The header is read and checked, the tensors are not.
 
     Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
     """
@@ -201,7 +201,7 @@ def read_info(path: Path, *, max_bytes: int | None = None) -> AdapterInfo:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have what is wrong with a file say which file it is, where the reader did not name it."""
+    """Put the file's path in front of the messages of BadAdapterFile and TooLarge raised inside."""
     try:
         yield
     except (BadAdapterFile, TooLarge) as error:
@@ -209,7 +209,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...]) -> None:
-    """Write an adapter file whole or not at all. Raises BadAdapterFile if it would not be read back."""
+    """Write an adapter file completely or not at all. Raises BadAdapterFile if it could not be read back."""
     tensors: dict[str, Tensor] = {}
     for i, block in enumerate(blocks):
         if block is None:
@@ -229,12 +229,12 @@ def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...
             raise BadAdapterFile(
                 f"its recipe and results make a header of {size:,} bytes; {LONGEST_HEADER:,} are read"
             )
-        part.chmod(0o644)  # the library leaves it readable by its owner alone
+        part.chmod(0o644)  # the library makes it readable by its owner only
 
 
 @contextmanager
 def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
-    """Refuse what is no file or too large before it is read, and what cannot be read."""
+    """Refuse what is not a file, is too large or cannot be read."""
     try:
         check_ends(path)
         size = path.stat().st_size
@@ -256,7 +256,7 @@ def _header(data_B: NDArray[np.uint8]) -> safetensors_file.Header:
 
 
 def _tensors(header: safetensors_file.Header, data_B: NDArray[np.uint8]) -> dict[str, Tensor]:
-    """The tensors by name: parts of `data_B`."""
+    """The tensors by name, as views of `data_B`."""
     tensors = {}
     for name, stored in header.tensors.items():
         if stored.dtype not in DTYPES:
@@ -269,7 +269,7 @@ def _tensors(header: safetensors_file.Header, data_B: NDArray[np.uint8]) -> dict
 
 
 def _not_safetensors(start: bytes, error: Exception) -> BadAdapterFile:
-    # Looked at only now: a safetensors file whose header has the right length begins with the same bytes.
+    # Checked only now: a safetensors file whose header has a certain length begins with the same bytes.
     if start[:1] == b"\x80" or start == b"PK":
         return BadAdapterFile("this is a pickle or zip file, not safetensors; pickle is never loaded")
     what = faults(error) if isinstance(error, ValidationError) else error
@@ -307,7 +307,7 @@ def _info(metadata: Mapping[str, str]) -> AdapterInfo:
 
 
 def _short(text: object) -> str:
-    """Text of a file's author, cut to what a message may hold."""
+    """Text from a file's author, cut to the length that a message may have."""
     return str(text)[:_LONGEST_TEXT]
 
 
@@ -355,7 +355,7 @@ def _block(layer: int, named: Mapping[str, Tensor], d: int) -> Block:
     if missing:
         raise BadAdapterFile(f"layer {layer} lacks {', '.join(missing)}")
     bias = named.get("block_gate_bias", torch.zeros(()))
-    h = (named["w_in"].shape[0] if named["w_in"].dim() == 2 else 0) or "h"  # which no size is
+    h = (named["w_in"].shape[0] if named["w_in"].dim() == 2 else 0) or "h"  # "h" never equals a size
     wanted = {"w_in": (h, d), "block_gate": (d,), "w_gate": (h, d), "w_out": (d, h)}
     for name, shape in wanted.items():
         found = tuple(named[name].shape)
@@ -366,7 +366,7 @@ def _block(layer: int, named: Mapping[str, Tensor], d: int) -> Block:
     if bias.numel() != 1:
         raise BadAdapterFile(f"layers.{layer}.block_gate_bias has shape {list(bias.shape)}, wanted []")
     bias = bias.reshape(())
-    # After the shapes: torch computes nothing of more than 64 dimensions.
+    # After the shapes were checked: torch cannot compute with more than 64 dimensions.
     for name, tensor in {**named, "block_gate_bias": bias}.items():
         if not _finite(tensor):
             raise BadAdapterFile(f"layers.{layer}.{name} holds NaN or infinite values")
@@ -374,9 +374,9 @@ def _block(layer: int, named: Mapping[str, Tensor], d: int) -> Block:
 
 
 def _finite(tensor: Tensor) -> bool:
-    """By numpy: it takes a tenth of torch's time, and none of the threads that compute a step meanwhile."""
+    """Whether all values are finite. With numpy: it takes a tenth of torch's time and no threads from the step."""
     if tensor.dtype is not torch.bfloat16:
         return bool(np.isfinite(tensor.numpy()).all())
-    # numpy has no bfloat16. Infinite and NaN are the numbers whose exponent is all ones.
+    # numpy has no bfloat16. Infinity and NaN are the values whose exponent bits are all ones.
     exponents = tensor.view(torch.int16).numpy() & 0x7F80
     return not bool((exponents == 0x7F80).any())

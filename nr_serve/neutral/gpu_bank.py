@@ -14,10 +14,10 @@ from nr_serve.neutral.step import StepTokens, Totals
 
 
 class GpuBank(Bank):
-    """A bank whose step a CUDA graph can hold.
+    """A bank whose step can be captured in a CUDA graph.
 
-    A step that is cut short leaves the carried states and the statistics of its first layers moved on. A token's
-    page may be -1: it ends none. A token of label `labels` is not counted among the cross statistics. A trial must
+    A step cut short leaves the carried states and the statistics of its first layers changed. A token's page may
+    be -1: the token ends no page. A token with label `labels` does not count in the cross statistics. A trial must
     be a step of its own.
     """
 
@@ -26,17 +26,17 @@ class GpuBank(Bank):
         self._cross_KS = torch.zeros((self.labels + 1, self.slots), dtype=torch.int64, device=self.device)
         self._pieces: kernels.Pieces | None = None
         self._label_T = self._open_TS = torch.empty(0)
-        self._trial: tuple[int, Tensor] | None = None  # its slot, and the threshold there otherwise
+        self._trial: tuple[int, Tensor] | None = None  # the slot, and its usual threshold
 
     def begin(self, tokens: StepTokens, *, always: bool = False) -> None:
-        """As `Bank.begin`; with `always` also while nothing is attached, for a graph that is captured before."""
+        """As `Bank.begin`; with `always` also while nothing is attached, to capture a graph beforehand."""
         if not (self.attached or always):
             return
         page_T = torch.full_like(tokens.row_T, -1)
         if tokens.end_E is not None and tokens.page_E is not None:
             page_T.index_copy_(0, tokens.end_E, tokens.page_E)
         first_P = tokens.last_P - tokens.offset_T[tokens.last_P]
-        # The kernels go by rows, and a step's selection may lie in memory by columns.
+        # The kernels need rows to be contiguous, and a step's selection may be stored by columns.
         selected_TS = tokens.selected_TS.contiguous()
         pieces = kernels.Pieces(first_P, tokens.last_P, tokens.row_T, selected_TS, page_T, tokens.longest)
         self._label_T, self._open_TS = tokens.label_T, torch.zeros_like(selected_TS, dtype=torch.int32)
@@ -47,7 +47,7 @@ class GpuBank(Bank):
             slot = tokens.trial.slot
             self._trial = slot, self.threshold_S[slot].clone()
             self.threshold_S[slot] = tokens.trial.threshold
-        self._pieces = pieces  # last, when nothing can fail any more: from here on a step is under way
+        self._pieces = pieces  # last, when nothing can fail any more: marks the step as begun
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         """As `Bank.add_residues`; y is reused."""

@@ -1,6 +1,6 @@
 """The host model: where an adapter's blocks go in a `transformers` decoder, for serving and training alike.
 
-Knows the model's module tree and nothing about what a block does.
+Knows the model's module tree, and nothing about what a block computes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ AddResidues = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, x, y) -> y plus the residues; x is the FFN's input and y its output, both [..., d]."""
 
 
-# The frequencies of these depend on the longest sequence in the batch: a request would feel its neighbours.
+# These scale their frequencies by the longest sequence in the batch, so requests would affect each other.
 _ROPE_BY_LENGTH = {"dynamic", "longrope"}
 
 
 class HostFFN(nn.Module):
-    """A layer's FFN with residues added to its output; without residues it computes what the FFN computes."""
+    """A layer's FFN with residues added to its output; without residues it computes the same as the FFN."""
 
     def __init__(self, ffn: nn.Module, layer: int, add_residues: AddResidues) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class HostFFN(nn.Module):
 
 
 def check_base(model: Any) -> Any:
-    """The model's text configuration, if it can be served and trained beside.
+    """The model's text configuration, if the model can be served and adapters can be trained for it.
 
     Raises UnsupportedBase with the reason.
     """
@@ -94,7 +94,7 @@ def host_blocks(model: nn.Module, add_residues: AddResidues) -> None:
 
 
 def unhost_blocks(model: nn.Module) -> None:
-    """Put every layer's own FFN back, in place; what hosts no blocks stays as it is."""
+    """Put every layer's own FFN back, in place; layers without hosted blocks stay as they are."""
     for layer in decoder_layers(model):
         if isinstance(layer.mlp, HostFFN):
             layer.mlp = layer.mlp.ffn
@@ -137,7 +137,7 @@ def _sample(weight: Tensor) -> bytes:
 
 
 def _rope_types(parameters: Any) -> set[str]:
-    """The kinds of rotary embedding in a configuration; some have a set of parameters for each kind of layer."""
+    """The kinds of rotary embedding in a configuration, which may nest a set of parameters per kind of layer."""
     if not isinstance(parameters, dict):
         return set()
     nested = [_rope_types(value) for value in parameters.values()]

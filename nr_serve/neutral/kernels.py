@@ -1,22 +1,22 @@
 """The bank's step on a GPU, in Triton: what `math.py` defines, for all slots of one layer at once.
 
-Four functions, called in this order. None synchronises with the host, so a CUDA graph can hold them; shapes and
-grids depend on the step's size alone. What is fired is decided on the device: programs of a grid that find no open
-gate end at once, so that where every gate is shut no block's weight is read.
-Triton compiles a kernel anew for each block size, and for integers that are 1 or divisible by 16. So there are few
-sizes of blocks, and what changes from step to step is not specialised on: a short warm-up meets every variant.
+There are four functions, called in this order. None synchronises with the host, so a CUDA graph can hold them;
+shapes and grids depend only on the step's size. The device decides what is computed: programs of a grid that find
+no open gate end at once, so where every gate is shut no block's weight is read. Triton compiles a kernel again for
+each block size, and for integers that are 1 or divisible by 16. So there are few block sizes, and kernels are not
+specialised on what changes from step to step: a short warm-up meets every variant.
 
     gates     logits, carry, threshold, selection, statistics, carried state           2 launches
     compact   for each slot, the tokens whose gate fired, laid end to end              1 launch
     hidden    u = g silu(W_gate x) * (W_in x) of those tokens                          1 launch
-    add       y += W_out u, slot by slot in their order: the same sum every time       1 launch
+    add       y += W_out u, one slot after another, so that sums are reproducible      1 launch
 
 Sums are float32.
-Shape suffixes: T tokens of a step, P pieces, S slots, R rows, N pages, H width of a slot (h of a block), d width of
-the stream, K parts of d.
+Shape suffixes: T tokens of a step, P pieces, S slots, R rows, N pages, H width of a slot (h of a block), d width
+of the stream, K parts of d.
 """
 
-# Parameters of Triton's functions are pointers, sizes and strides; annotating them would tell nothing.
+# Parameters of Triton functions are pointers, sizes and strides; type annotations would say nothing.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, unused-ignore"
 # ruff: noqa: ANN001, ANN201, ANN202
 
@@ -36,14 +36,14 @@ except ImportError as missing:
     raise NrError("the GPU kernels need triton, of the extra `gpu`") from missing
 
 PARTS_OF_D = 32
-"""The gates' products are cut along d into at most so many parts, that few tokens still occupy the device."""
+"""The gates' products are split along d into at most so many parts, so that few tokens still occupy the device."""
 FEW, MANY, MOST = 16, 64, 1024
-"""Steps of more tokens than each of these run other variants of the kernels; so do pieces of over 1 and `MANY`."""
+"""Steps with more tokens than each of these use other kernel variants; so do pieces of over 1 and `MANY` tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """What the gates must know of a step's tokens. Integer tensors on the device; see `step.StepTokens`."""
+    """What the gates must know about a step's tokens. Integer tensors on the device; see `step.StepTokens`."""
 
     first_P: Tensor
     """Index of each piece's first token."""
@@ -52,18 +52,18 @@ class Pieces:
     row_T: Tensor
     """State row of the token's request."""
     selected_TS: Tensor
-    """Bool, contiguous: may this slot act on this token."""
+    """Bool, contiguous: whether the slot may act on the token."""
     page_T: Tensor
-    """The page that the token ends and whose state is to be kept, -1 for none."""
+    """The page that the token ends, if its carried state must be kept; -1 for none."""
     longest: int
-    """Tokens of the longest piece, or more."""
+    """Number of tokens in the longest piece, or an upper bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """One layer's gates, for all slots, and what carries over from token to token and step to step.
+    """One layer's gates, for all slots, with the states carried from token to token and step to step.
 
-    All float32 but for the two counters; every tensor below `ceiling_S` is written to.
+    All float32 except the two counters; every tensor after `ceiling_S` is written to.
     """
 
     w_Sd: Tensor
@@ -72,41 +72,41 @@ class Gate:
     threshold_S: Tensor
     ceiling_S: Tensor
     state_RS: Tensor
-    """m of each row's last token; NaN: nothing came before."""
+    """m of each row's last token; NaN: the sequence starts here."""
     page_state_NS: Tensor
     """m at the end of each page."""
     open_TS: Tensor
-    """int32, contiguous; plus 1 where the gate is open, selected or not."""
+    """int32, contiguous; increased by 1 where the gate is open, selected or not."""
     fired_S: Tensor
-    """int64; plus the tokens on which a selected gate fired."""
+    """int64; increased by the number of tokens on which a selected gate fired."""
     mass_S: Tensor
-    """float64; plus the sum of the gates, but for those that are infinite."""
+    """float64; increased by the sum of the finite gates."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fired:
-    """For each slot, the tokens that fired on it."""
+    """The tokens that fired, by slot."""
 
     token_ST: Tensor
-    """int32; the first `count_S` of a row are the tokens that fired, in order, the others undefined."""
+    """int32; the first `count_S` entries of a row are the tokens that fired, in order; the rest are undefined."""
     place_ST: Tensor
-    """int32; the place of a token among them, -1 where the gate is shut."""
+    """int32; index of each token in its row of `token_ST`, -1 where the gate is shut."""
     count_S: Tensor
-    """int32."""
+    """int32; number of tokens that fired."""
 
 
 def gates(x_Td: Tensor, gate: Gate, pieces: Pieces, *, counts: bool = True) -> Tensor:
-    """Block gates g of every slot, float32 [T, S], 0 where not selected; moves the state and the statistics on.
+    """Block gates g of every slot, float32 [T, S], 0 where not selected; updates the states and the statistics.
 
-    As `math.gate_logit`, `math.carry` and `math.block_gate`, with relu(m - threshold) written as 0 unless
-    m > threshold, so that a NaN is shut. Without `counts` the statistics of fired gates stay as they are.
+    As `math.gate_logit`, `math.carry` and `math.block_gate`, except that relu(m - threshold) is 0 unless
+    m > threshold, so that a NaN is shut. Without `counts` the statistics of fired gates are not changed.
     """
     T, d = x_Td.shape
     S, many = gate.b_S.numel(), T > MOST
     block_S, block_d = _block(S, most=32), 128
-    # Many tokens are many programs already, and all parts of a piece are summed by one.
+    # With many tokens there are enough programs already, and one program sums all parts of a piece.
     most_parts = 1 if many else max(1, PARTS_OF_D // triton.cdiv(S, block_S))
-    part_size = block_d * triton.cdiv(triton.cdiv(d, block_d), most_parts)  # whole blocks: aligned loads
+    part_size = block_d * triton.cdiv(triton.cdiv(d, block_d), most_parts)  # whole blocks, for aligned loads
     parts = triton.cdiv(d, part_size)
     block_T = _block_of(T)
     z_KTS = x_Td.new_empty((parts, T, S), dtype=torch.float32)
@@ -127,7 +127,7 @@ def gates(x_Td: Tensor, gate: Gate, pieces: Pieces, *, counts: bool = True) -> T
 
 
 def compact(g_TS: Tensor) -> Fired:
-    """The tokens that fired, slot by slot."""
+    """The tokens that fired, by slot."""
     T, S = g_TS.shape
     token_ST = torch.empty((S, T), dtype=torch.int32, device=g_TS.device)
     fired = Fired(token_ST, torch.empty_like(token_ST), torch.empty_like(token_ST[:, 0]))
@@ -136,11 +136,10 @@ def compact(g_TS: Tensor) -> Fired:
 
 
 def hidden(x_Td: Tensor, g_TS: Tensor, fired: Fired, w_up_Sud: Tensor, width_S: Tensor) -> Tensor:
-    """u = g silu(W_gate x) * (W_in x) in x's dtype, [S, T, H]: row n of slot s is the n-th token that fired on it.
+    """u = g silu(W_gate x) * (W_in x) in x's dtype, [S, T, H]; row n of slot s is the n-th token that fired on s.
 
-    `width_S`, int32, is the width of each slot's block in this layer, and `w_up_Sud` its rows of W_in, then those
-    of W_gate, in a slot of 2H rows. Undefined beyond `fired.count_S` tokens and
-    `width_S` columns.
+    `width_S`, int32: the width h of each slot's block in this layer. `w_up_Sud`: each block's h rows of W_in, then
+    its h rows of W_gate, in a slot of 2H rows. u is undefined beyond `fired.count_S` tokens and `width_S` columns.
     """
     T, d = x_Td.shape
     S, H = len(w_up_Sud), w_up_Sud.shape[1] // 2
@@ -156,9 +155,9 @@ def hidden(x_Td: Tensor, g_TS: Tensor, fired: Fired, w_up_Sud: Tensor, width_S: 
 
 
 def add(y_Td: Tensor, u_STH: Tensor, fired: Fired, w_out_SHd: Tensor, width_S: Tensor) -> None:
-    """Add W_out u of every slot to y, in place; rows of y on which nothing fired are left alone, to the bit.
+    """Add W_out u of every slot to y, in place; rows of y on which nothing fired keep every bit.
 
-    `w_out_SHd` is transposed, as the bank keeps it.
+    `w_out_SHd` is transposed, as in the bank.
     """
     T, d = y_Td.shape
     S, _, H = u_STH.shape
@@ -169,24 +168,24 @@ def add(y_Td: Tensor, u_STH: Tensor, fired: Fired, w_out_SHd: Tensor, width_S: T
         T, d, S, H, y_Td.stride(0), w_out_SHd.stride(0), w_out_SHd.stride(1),
         BLOCK_T=block_T, BLOCK_H=128 if T <= MANY else 64, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(S),
         PRECISION=precision(y_Td),
-        num_stages=4 if T <= MANY else 3,  # few programs: each must have much of its weights on the way
+        num_stages=4 if T <= MANY else 3,  # few programs: each must prefetch much of its weights
     )  # fmt: skip
 
 
 def _block(size: int, most: int) -> int:
-    """A power of two, at least 16, the least that Triton's matrix product takes."""
+    """A power of two, at least 16, which is the least that Triton's matrix product takes, and at most `most`."""
     return min(most, max(16, int(triton.next_power_of_2(size))))
 
 
 def _block_of(tokens: int) -> int:
-    """Tokens that a product's program takes on in a step of so many."""
+    """Number of tokens per program of a product, in a step of `tokens` tokens."""
     return FEW if tokens <= FEW else MANY
 
 
 def precision(x: Tensor) -> str:
-    """How `dot` multiplies: float32 as it is (else Triton would take TF32), narrower numbers on the tensor cores.
+    """`dot`'s precision: float32 for float32 (Triton's default would be TF32), tensor cores for narrower types.
 
-    On the CPU there is only Triton's interpreter, which cannot multiply bfloat16: it goes by float32 too.
+    On a CPU there is only Triton's interpreter, which cannot multiply bfloat16, so that is float32 too.
     """
     return "ieee" if x.dtype == torch.float32 or x.device.type == "cpu" else "tf32"
 
@@ -204,7 +203,7 @@ def _logits(
     x, w, z, T, d, S, x_stride, w_stride, part_size,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z_KTS: the products of one part of d each, without the bias."""
+    """Each program: z_KTS for one part of d, without the bias."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     part = tl.program_id(2)
@@ -216,7 +215,7 @@ def _logits(
         of_w = (c < end)[:, None] & (s < S)[None, :]
         x_tc = tl.load(x + t.to(tl.int64)[:, None] * x_stride + c[None, :], mask=of_x, other=0.0)
         w_cs = tl.load(w + s[None, :] * w_stride + c[:, None], mask=of_w, other=0.0)
-        # A gate's threshold lies close to the logits: neither bfloat16 nor TF32 will do.
+        # A gate's threshold lies close to the logits: bfloat16 or TF32 would be too coarse.
         total = dot(x_tc, w_cs, total, "ieee")
     at = (part.to(tl.int64) * T + t[:, None]) * S + s[None, :]
     tl.store(z + at, total, mask=(t < T)[:, None] & (s < S)[None, :])
@@ -224,7 +223,7 @@ def _logits(
 
 @triton.jit
 def _then(a_first, b_first, a_next, b_next):
-    """The map m -> a_next (a_first m + b_first) + b_next, as its two numbers."""
+    """Compose m -> a_first m + b_first with m -> a_next m + b_next; returns the two coefficients."""
     return a_first * a_next, b_first * a_next + b_next
 
 
@@ -234,7 +233,7 @@ def _carry(
     T, S, state_stride, page_state_stride, counts,
     PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One piece and some slots: m along the piece, BLOCK_T tokens at a time, and all that follows from m."""
+    """Each program: one piece and some slots; m in blocks of BLOCK_T tokens, and what follows from m."""
     piece = tl.program_id(0)
     s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     there = s < S
@@ -245,7 +244,7 @@ def _carry(
     threshold_s = tl.load(threshold + s, mask=there, other=float("inf"))
     ceiling_s = tl.load(ceiling + s, mask=there, other=0.0)
     m_s = tl.load(state + own_row * state_stride + s, mask=there, other=0.0)
-    fresh_s = m_s != m_s  # NaN: nothing came before
+    fresh_s = m_s != m_s  # NaN: the sequence starts here
     m_s = tl.where(fresh_s, 0.0, m_s)
     fired_s = tl.zeros((BLOCK_S,), tl.int64)
     mass_s = tl.zeros((BLOCK_S,), tl.float64)
@@ -267,7 +266,7 @@ def _carry(
         is_open = inside & (m_ts > threshold_s[None, :])
         tl.store(opened + at, tl.load(opened + at, mask=inside, other=0) + is_open.to(tl.int32), mask=inside)
         acts = is_open & (tl.load(selected + at, mask=inside, other=0) != 0)
-        # where, not a product: the threshold of a detached slot is infinite.
+        # `where`, not a product: the threshold of a detached slot is infinite.
         g_ts = tl.where(acts, tl.minimum(m_ts - threshold_s[None, :], ceiling_s[None, :]), 0.0)
         tl.store(g + at, g_ts, mask=inside)
         fired_s += tl.sum(acts.to(tl.int64), 0)
@@ -283,7 +282,7 @@ def _carry(
 
 @triton.jit(do_not_specialize=["T"])
 def _compact(g, token, place, count, T, S, BLOCK_T: tl.constexpr):
-    """One slot: its fired tokens, in order."""
+    """Each program: one slot's fired tokens, in order."""
     s = tl.program_id(0)
     before = tl.sum(tl.zeros((BLOCK_T,), tl.int32), 0)
     for block in range(0, T, BLOCK_T):
@@ -301,7 +300,7 @@ def _hidden(
     x, g, token, count, w_up, width, u, T, d, S, H, x_stride, w_slot, w_stride,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some fired tokens of a slot, and some rows of its block."""
+    """Each program: some fired tokens of a slot, and some rows of its block."""
     s = tl.program_id(2)
     n = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -334,7 +333,7 @@ def _add(
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some tokens and some columns of y: what every slot adds there."""
+    """Each program: what all slots add to some tokens and some columns of y."""
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     slots = tl.arange(0, BLOCK_S)

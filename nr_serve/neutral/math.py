@@ -1,19 +1,19 @@
 """The definition of a neutral residue, in plain torch: every fast path is tested against this file.
 
-For the token's normalised FFN input x, in one layer, for one adapter:
+For a token's normalised FFN input x, in one layer and for one adapter:
 
     logit      z_t = w · x_t + b
-    carried    m_t = a m_(t-1) + (1 - a) z_t,   m_0 = 0 whatever z_0, as tokens count from 0
+    carried    m_t = a m_(t-1) + (1 - a) z_t,   m_0 = 0 whatever z_0 is; tokens count from 0
     block gate g_t = min(relu(m_t - threshold), ceiling)
     residue    r_t = g_t W_out(silu(W_gate x_t) * (W_in x_t))
 
-and the layer's output is FFN(x) + the sum of r over the selected adapters. g is exactly 0 wherever m is at
-most the threshold, so leaving the block out there changes nothing.
+The layer's output is FFN(x) + the sum of r over the selected adapters. g is exactly 0 wherever m is at most the
+threshold, so leaving the block out there changes nothing.
 
 Source: "Neutral Residues", arXiv 2410.02744, section 3. The carry (a > 0) and the ceiling are this project's own:
-the paper's gate has a = 0 and no ceiling (infinity). A text's first token has no say and gets no block: what stands
-there tells of the place, not of the language, and all later tokens attend to it (an attention sink: Xiao et al.,
-arXiv 2309.17453).
+the paper's gate has a = 0 and no ceiling (infinity). A text's first token does not affect the carry and gets no
+block: its stream depends on its position, not on the language, and all later tokens attend to it (an attention
+sink: Xiao et al., arXiv 2309.17453).
 Shape suffixes: T tokens, d width of the residual stream, h width of the block.
 """
 
@@ -32,9 +32,9 @@ def gate_logit(x_Td: Tensor, w_d: Tensor, b: Tensor) -> Tensor:
 
 
 def carry(z_T: Tensor, a: float, state: float | Tensor = math.nan) -> Tensor:
-    """Carried logits m of one sequence, [T], continuing from `state` (scalar; NaN: nothing came before).
+    """Carried logits m of one sequence, [T], continuing from `state` (scalar; NaN: the sequence starts here).
 
-    The last value is the state to continue from, so any split of a sequence gives the same m while it is finite.
+    The last value is the state to continue from, so splitting a sequence gives the same m as long as it is finite.
     """
     m_T = torch.empty_like(z_T)
     for t, z in enumerate(z_T):
@@ -44,10 +44,10 @@ def carry(z_T: Tensor, a: float, state: float | Tensor = math.nan) -> Tensor:
 
 
 def block_gate(m_T: Tensor, threshold: float | Tensor = 0.0, ceiling: float | Tensor = math.inf) -> Tensor:
-    """Block gate g = min(relu(m - threshold), ceiling), [T]. The gate *fired* where g > 0.
+    """Block gate g = min(relu(m - threshold), ceiling), [T]. The gate *fires* where g > 0.
 
-    A ceiling of 1 makes it a block that is fully on for most of its own text: how far m is above the threshold is
-    noise there, which would multiply the residue.
+    With a ceiling of 1 the block is fully on for most of its own text. There, how far m is above the threshold is
+    noise, and without a ceiling the residue would be multiplied by it.
     """
     return torch.relu(m_T - threshold).clamp(max=ceiling)
 
@@ -58,5 +58,5 @@ def block(x_Td: Tensor, w_in_hd: Tensor, w_gate_hd: Tensor, w_out_dh: Tensor) ->
 
 
 def residue(x_Td: Tensor, g_T: Tensor, w_in_hd: Tensor, w_gate_hd: Tensor, w_out_dh: Tensor) -> Tensor:
-    """What one adapter adds to one layer's FFN output, [T, d]."""
+    """The residue that one adapter adds to one layer's FFN output, [T, d]."""
     return g_T[:, None].to(x_Td.dtype) * block(x_Td, w_in_hd, w_gate_hd, w_out_dh)

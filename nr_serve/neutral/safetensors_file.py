@@ -1,6 +1,6 @@
 """Reading a safetensors file without making other threads wait.
 
-The library holds the GIL while it copies every tensor; here the tensors are parts of what was read.
+The safetensors library holds the GIL while it copies tensors; here tensors are views of the bytes read.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 LONGEST_HEADER = 2**20
-"""Bytes; ours have some twenty thousand. The GIL is held while it is read."""
+"""In bytes; our headers have about twenty thousand. The GIL is held while a header is read."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The types read here, as files name them."""
+"""The types read here, by their names in the file."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is, in bytes after the header, and what it is."""
+    """Type, shape and place of a tensor in the file; offsets in bytes after the header."""
 
     dtype: str
     shape: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(max_length=8, fail_fast=True)]
@@ -33,7 +33,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file's header says of it: its metadata, its tensors, and where their bytes begin."""
+    """A file's header: its metadata, its tensors, and where their bytes begin."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, Stored]
@@ -44,7 +44,7 @@ _STORED = TypeAdapter(Stored)
 
 
 def read_header(data_B: NDArray[np.uint8]) -> Header:
-    """The header of a file with these bytes, which are exactly its tensors'. Raises ValueError."""
+    """Parse the header of a whole file; its tensors must fill the rest of the file exactly. Raises ValueError."""
     size = int.from_bytes(data_B[:8].tobytes(), "little")
     if len(data_B) < 8 or size > min(len(data_B) - 8, LONGEST_HEADER):
         raise ValueError(f"its header would have {size:,} bytes")
@@ -53,11 +53,11 @@ def read_header(data_B: NDArray[np.uint8]) -> Header:
     except RecursionError as error:
         raise ValueError("its header is nested too deep") from error
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its metadata are not strings")
-    tensors = {name: _STORED.validate_python(each) for name, each in header.items()}  # one fault is enough
+    tensors = {name: _STORED.validate_python(each) for name, each in header.items()}  # the first fault is reported
     end = 0
     for each in sorted(tensors.values(), key=lambda each: each.data_offsets):
         if each.data_offsets[0] != end or each.data_offsets[1] < end:
@@ -69,9 +69,9 @@ def read_header(data_B: NDArray[np.uint8]) -> Header:
 
 
 def tensor(stored: Stored, header: Header, data_B: NDArray[np.uint8]) -> Tensor:
-    """A tensor of the file, a part of `data_B` unless it lies askew.
+    """A tensor of the file: a view of `data_B`, or a copy if its bytes are not aligned.
 
-    Its type must be of DTYPES. Raises ValueError if its shape is not of its bytes.
+    Its type must be in DTYPES. Raises ValueError if its shape does not fit its bytes.
     """
     dtype = DTYPES[stored.dtype]
     first, end = stored.data_offsets
@@ -81,7 +81,7 @@ def tensor(stored: Stored, header: Header, data_B: NDArray[np.uint8]) -> Tensor:
     try:
         return own_B.view(dtype).view(stored.shape)
     except (RuntimeError, TypeError) as error:  # TypeError: a size of more than 64 bits
-        raise ValueError(f"its {end - first:,} bytes are no tensor of that type and shape: {error}") from error
+        raise ValueError(f"its {end - first:,} bytes do not fit its type and shape: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,14 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-_NEGLIGIBLE = 1e-9  # below float32's resolution: terms of less weight cannot change the sum
+_NEGLIGIBLE = 1e-9  # below float32's resolution: terms of less weight do not change the sum
 
 
 def segmented_carry(z_TA: Tensor, a_A: Tensor, offset_T: Tensor, state: float | Tensor = math.nan) -> Tensor:
-    """Carried logits m, [T, A], float32 and differentiable in z.
+    """Carried logits m, [T, A], float32 and differentiable in z; the same recurrence as `math.carry`.
 
-    `a_A` is the carry of each gate. `offset_T` counts a token's place in its piece (0 starts one). Each piece
-    continues from `state`, [P, A] or the same for all (NaN: nothing came before). Same recurrence as `math.carry`.
+    `a_A`: the carry of each gate. `offset_T`: each token's offset in its piece (0 starts one). Each piece
+    continues from `state`, [P, A] or one for all (NaN: the sequence starts here).
     """
     if not len(offset_T):
         return z_TA
@@ -29,8 +29,8 @@ def segmented_carry(z_TA: Tensor, a_A: Tensor, offset_T: Tensor, state: float | 
     longest, largest = int(offset_T.max()) + 1, float(a_A.max())
     shift, power_A = 1, a_A
     while shift < longest and largest**shift > _NEGLIGIBLE:
-        beyond_T1 = (offset_T[shift:] < shift)[:, None]  # what stands `shift` rows before is another piece's
-        # Filled, not times 0: another piece's NaN must not come over.
+        beyond_T1 = (offset_T[shift:] < shift)[:, None]  # the row `shift` rows before belongs to another piece
+        # Masked, not multiplied by 0: another piece's NaN must not spread.
         m_TA[shift:] += (power_A * m_TA[:-shift]).masked_fill(beyond_T1, 0.0)
         shift, power_A = 2 * shift, power_A * power_A
     return m_TA

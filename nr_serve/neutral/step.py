@@ -1,4 +1,4 @@
-"""What the bank is told of a step's tokens, and what it tells of them.
+"""A step's tokens as the bank needs them, and the statistics that it returns.
 
 Shape suffixes as in `bank.py`.
 """
@@ -12,45 +12,45 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A step's last tokens, on which a slot has another threshold, and which are not counted."""
+    """The last tokens of a step, on which one slot has another threshold, and which are not counted."""
 
     first: int
-    """Index of the first of them."""
+    """Index of the first token on trial."""
     slot: int
     threshold: float
 
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """What the bank must know of a step's tokens. Integer tensors on the bank's device."""
+    """What the bank must know about a step's tokens. Integer tensors on the bank's device."""
 
     offset_T: Tensor
-    """Place of a token in its piece; 0 starts one."""
+    """Offset of each token in its piece; 0 starts a piece."""
     row_T: Tensor
     """State row of the token's request."""
     last_P: Tensor
     """Index of each piece's last token."""
     selected_TS: Tensor
-    """Bool: may this slot act on this token."""
+    """Bool: whether the slot may act on the token."""
     label_T: Tensor
-    """Which selection the token counts under in the cross statistics, below the bank's `labels`."""
+    """Row of the cross statistics that the token counts in, below the bank's `labels`."""
     longest: int
-    """Tokens of the longest piece; 1 in a step of decodes alone."""
+    """Number of tokens in the longest piece; 1 if all pieces are decodes."""
     end_E: Tensor | None = None
-    """Index of each token that ends a page whose state is to be kept; None: there is none."""
+    """Index of each token that ends a page whose carried state must be kept; None if there is none."""
     page_E: Tensor | None = None
-    """The pages those tokens end, below the bank's `pages`."""
+    """The page that each of these tokens ends, below the bank's `pages`."""
     trial: Trial | None = None
 
     @property
     def counted(self) -> int:
-        """Tokens that are counted: the first so many."""
+        """Number of tokens that count in the statistics: those before the trial."""
         return len(self.row_T) if self.trial is None else self.trial.first
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Gate statistics since they were last read."""
+    """Gate statistics since the last read."""
 
     fired_LS: list[list[int]]
     seen_LS: list[list[int]]

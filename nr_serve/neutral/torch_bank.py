@@ -14,12 +14,12 @@ from nr_serve.neutral.step import StepTokens
 
 
 class TorchBank(Bank):
-    """A bank that evaluates the gates of all slots, and computes a block for the tokens whose gate fired."""
+    """A bank that evaluates the gates of all slots, and computes blocks for the tokens whose gate fired."""
 
     def __init__(self, **shape: Any) -> None:
         super().__init__(**shape)
-        self._tokens: StepTokens | None = None  # of the step under way
-        self._m_L: list[Tensor] = []  # the carried logits of its layers so far, [T, S] each
+        self._tokens: StepTokens | None = None  # of the current step
+        self._m_L: list[Tensor] = []  # carried logits of the layers so far, [T, S] each
 
     def begin(self, tokens: StepTokens) -> None:
         """As `Bank.begin`."""
@@ -37,7 +37,7 @@ class TorchBank(Bank):
         m_TS = segmented_carry(z_TS, self.carry_S, tokens.offset_T, state_PS)
         self._m_L.append(m_TS)
         g_TS = self._gates(m_TS, tokens)
-        fired_TS = g_TS > 0  # as NaN is not
+        fired_TS = g_TS > 0  # False for NaN
         for slot in fired_TS.any(0).nonzero().flatten().tolist():
             token_f = fired_TS[:, slot].nonzero().flatten()
             y_Td.index_add_(0, token_f, self._residue(layer, slot, x_Td[token_f], g_TS[token_f, slot]))
@@ -62,7 +62,7 @@ class TorchBank(Bank):
         self._tokens = None
 
     def _thresholds(self, tokens: StepTokens) -> Tensor:
-        """[S], or [T, S] with a trial."""
+        """Thresholds [S], or [T, S] with a trial."""
         trial = tokens.trial
         if trial is None:
             return self.threshold_S
@@ -71,9 +71,9 @@ class TorchBank(Bank):
         return threshold_TS
 
     def _gates(self, m: Tensor, tokens: StepTokens) -> Tensor:
-        """Gates g of carried logits [..., T, S]; 0 where not selected."""
+        """Gates g of carried logits [..., T, S]; 0 where the slot is not selected."""
         g = math.block_gate(m, self._thresholds(tokens), self.ceiling_S)
-        # where, not a product: the threshold of a detached slot is infinite and its weights may be anything.
+        # `where`, not a product: the threshold of a detached slot is infinite and its weights may be anything.
         return torch.where(tokens.selected_TS, g, 0.0)
 
     def _residue(self, layer: int, slot: int, x_fd: Tensor, g_f: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class TorchBank(Bank):
         return math.residue(x_fd, g_f, w_in_hd, w_gate_hd, self.w_out_SLhd[slot, layer, :h].T)
 
     def _count(self, g_LTS: Tensor, open_TS: Tensor, tokens: StepTokens) -> None:
-        """Add a step's gates, and the layers open, to the statistics."""
+        """Add a step's gates and open layers to the statistics."""
         counted = slice(tokens.counted)
         g_LTS = g_LTS[:, counted]
         self._seen_LS += (self.width_LS > 0) * tokens.selected_TS[counted].sum(0)

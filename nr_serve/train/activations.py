@@ -1,7 +1,7 @@
 """Block gates by kind: from the carried logit m to the gate g.
 
-relu is the paper's. It and relu1 can be exactly 0, so they are served; the others are the alternatives of
-arXiv 2410.02744, section 4, to be compared with.
+relu is the paper's gate. relu and relu1 can be exactly 0, so they can be served; the others are the alternatives
+that arXiv 2410.02744, section 4, compares.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-"""The gates by the recipe's name; of the paper's first version is elu: m where m > 0, exp(m) - 1 elsewhere.
+"""The gates by the recipe's name. elu, in the paper's first version, is m where m > 0 and exp(m) - 1 elsewhere.
 
-With the cross-entropy local loss the sigmoid is a domain classifier. `none` is relu with w = 0 and b = 1: always 1.
+With the cross-entropy local loss, sigmoid is a domain classifier. `none` is relu with w = 0 and b = 1: always 1.
 """

@@ -1,6 +1,6 @@
 """Adapters attached to a base for training and measuring: what their blocks add in a pass, and what fired.
 
-Shape suffixes: B windows, T tokens (of all windows laid end to end), d width of the stream, f fired tokens.
+Shape suffixes: B windows, T tokens (all windows laid end to end), d stream width, f tokens that fired.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ OnGates = Callable[[int, int, Tensor], None]
 
 @dataclass
 class ForwardPass:
-    """What one forward pass reads and gathers: per adapter and layer, how many tokens fired."""
+    """Input and counts of one forward pass: how many tokens fired, for each adapter and layer."""
 
     offset_T: Tensor
-    """Each token's place in its document's piece, all windows laid end to end."""
+    """Each token's offset in its document's piece, all windows laid end to end."""
     local: LocalLoss | None = None
-    """Gathers the local loss."""
+    """If given, computes each layer's local loss; the terms are summed in `local_sum`."""
     target_T: Tensor | None = None
-    """Which tokens are of the target (None: none), bool [T]."""
+    """Which tokens are target text, bool [T]; None: no token is."""
     fired: list[list[int]] = field(default_factory=list)
-    """Tokens that fired, by adapter and layer."""
+    """Number of tokens that fired, by adapter and layer."""
     fired_target: list[list[int]] = field(default_factory=list)
-    """Those of the target among them."""
+    """Number of target tokens that fired, by adapter and layer."""
     blocks: list[int] = field(default_factory=list)
-    """Layers with a block, by adapter."""
+    """Number of layers with a block, by adapter."""
     local_sum: Tensor | None = None
     """Sum of the local terms, over tokens and layers."""
     hinges: list[Tensor] | None = None
-    """Gathers each layer's hinge on the target's gates, if it is a list."""
+    """If a list, each layer's hinge loss on the target's gates is appended to it."""
     on_gates: OnGates | None = None
 
     def on_target(self, adapter: int) -> tuple[int, int]:
-        """Token-layers of the target that fired, and all of them, where the adapter has a block."""
+        """Token-layers of target text where the adapter has a block: (fired, all)."""
         target = 0 if self.target_T is None else int(self.target_T.sum())
         return sum(self.fired_target[adapter]), self.blocks[adapter] * target
 
     def on_others(self, adapter: int) -> tuple[int, int]:
-        """The same of all other text."""
+        """Token-layers of all other text where the adapter has a block: (fired, all)."""
         fired, seen = self.on_target(adapter)
         return sum(self.fired[adapter]) - fired, self.blocks[adapter] * self.offset_T.numel() - seen
 
     def add_gates(self, adapter: int, layer: int, over_T: Tensor, g_T: Tensor, index_f: Tensor) -> None:
-        """Take a layer's gates, those of `index_f` open; `over_T` is m less the threshold."""
+        """Record a layer's gates; `index_f` are the tokens with an open gate, `over_T` is m less the threshold."""
         self.fired[adapter][layer] = index_f.numel()
         if self.target_T is not None:
             self.fired_target[adapter][layer] = int(self.target_T[index_f].sum())
@@ -63,7 +63,7 @@ class ForwardPass:
             self.on_gates(adapter, layer, g_T.detach())
 
     def add_local(self, local: LocalLoss, m_T: Tensor, r_fd: Tensor, ffn_Td: Tensor, index_f: Tensor) -> None:
-        """Take a layer's local loss, of its residues on the tokens of `index_f`."""
+        """Add a layer's local loss, from its residues on the tokens `index_f`."""
         target_T = torch.zeros_like(m_T, dtype=torch.bool) if self.target_T is None else self.target_T
         other_f = ~target_T[index_f]
         term = local(LayerOutput(m_T, target_T, r_fd[other_f], ffn_Td.detach()[index_f[other_f]]))
@@ -72,9 +72,9 @@ class ForwardPass:
 
 
 class Attached:
-    """The residues of every attached adapter, added to each layer's FFN; hosted once on a model.
+    """Adds the residues of every attached adapter to each layer's FFN. Created once per model.
 
-    The block is computed for fired tokens alone: elsewhere the gate is exactly 0, so leaving it out changes
+    The block is computed for fired tokens only. Elsewhere the gate is exactly 0, so skipping the block changes
     neither the output nor any gradient.
     """
 
@@ -88,14 +88,14 @@ class Attached:
     def begin(
         self, offset_BT: Tensor, local: LocalLoss | None = None, target_BT: Tensor | None = None
     ) -> ForwardPass:
-        """Start a forward pass over those windows; the returned record fills up as the model runs."""
+        """Start a forward pass over these windows; the model fills the returned record as it runs."""
         self.now = ForwardPass(offset_BT.flatten(), local, None if target_BT is None else target_BT.flatten())
         self.now.fired = [[0] * adapter.depth for adapter in self.adapters]
         self.now.fired_target = [[0] * adapter.depth for adapter in self.adapters]
         self.now.blocks = [len(adapter.layers) for adapter in self.adapters]
         return self.now
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # its shapes are what fired
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # shapes depend on what fired
     def _add(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         x_Td, y_Td = x.flatten(0, -2), y.flatten(0, -2)
         if self.before is not None:

@@ -1,4 +1,4 @@
-"""What the loop reads: the parts of each step, a function of the step alone."""
+"""What the training loop reads: the parts of each step, a function of the step alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nr_serve.train.text.pack import Windows
 
 
 class Batches(Dataset[Batch]):
-    """The parts of all steps, in order: each step is cut in as many parts as processes and accumulation need."""
+    """The parts of all steps, in order. Each step is divided among all processes and accumulation parts."""
 
     def __init__(self, classes: Classes, run: Run, processes: int) -> None:
         parts = processes * run.accumulate

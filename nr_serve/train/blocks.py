@@ -1,6 +1,6 @@
 """An adapter's blocks as modules: what trains.
 
-Shape suffixes: T tokens (of all windows laid end to end), d width of the stream, h of a block, f fired tokens.
+Shape suffixes: T tokens (all windows laid end to end), d stream width, h block width, f tokens that fired.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from nr_serve.neutral.math import gate_logit, residue
 from nr_serve.neutral.scan import segmented_carry
 
 Variance = Callable[[int, int], float]
-"""(width d, layers L) -> variance of a weight at its start."""
+"""(stream width d, number of layers L) -> initial variance of a weight."""
 
 
 def paper_variance(d: int, layers: int) -> float:
-    """1 / (d L), the start of arXiv 2410.02744, section 3."""
+    """1 / (d L), the initial variance in arXiv 2410.02744, section 3."""
     return 1 / (d * layers)
 
 
 def he_variance(d: int, layers: int) -> float:
-    """2 / d, for layers followed by a ReLU (He et al., arXiv 1502.01852); `layers` is not read."""
+    """2 / d, for layers followed by a ReLU (He et al., arXiv 1502.01852); `layers` is not used."""
     return 2 / d
 
 
 VARIANCE: dict[str, Variance] = {"paper": paper_variance, "he": he_variance}
-"""The starts by the recipe's name."""
+"""Initial variances, by the recipe's names for them."""
 
 
 class BlockModule(nn.Module):
@@ -45,8 +45,8 @@ class BlockModule(nn.Module):
         self.w_out = nn.Parameter(block.w_out.clone())
 
     def carried(self, x_Td: Tensor, offset_T: Tensor, carry: float) -> Tensor:
-        """Carried logit of every token, [T], float32; the carry starts anew where the offset is 0."""
-        with torch.autocast(x_Td.device.type, enabled=False):  # which would make the product bfloat16
+        """Carried logit of every token, float32 [T]; the carry restarts where the offset is 0."""
+        with torch.autocast(x_Td.device.type, enabled=False):  # autocast would compute the product in bfloat16
             z_T1 = gate_logit(x_Td, self.gate, self.bias)[:, None]
         return segmented_carry(z_T1, z_T1.new_tensor([carry]), offset_T)[:, 0]
 
@@ -55,26 +55,26 @@ class BlockModule(nn.Module):
         return residue(x_fd, g_f, *(w.to(x_fd.dtype) for w in (self.w_in, self.w_gate, self.w_out)))
 
     def export(self, dtype: torch.dtype) -> Block:
-        """The block as an adapter file holds it: weights in `dtype`, gate in float32.
+        """The block for an adapter file: weights in `dtype`, gate in float32.
 
-        The gate's threshold lies close to the logits it must tell apart; bfloat16 would move it.
+        A gate's threshold lies close to the logits that it must separate; bfloat16 would shift it.
         """
         weights = (w.detach().to(dtype).clone() for w in (self.w_in, self.w_gate, self.w_out))
         return Block(self.gate.detach().float().clone(), self.bias.detach().float().clone(), *weights)
 
 
 def is_gate(name: str) -> bool:
-    """Whether a parameter of an adapter is a gate's, by its name."""
+    """Whether a parameter of an adapter belongs to a gate, by its name."""
     return name.rsplit(".", 1)[-1] in ("gate", "bias")
 
 
 def is_out(name: str) -> bool:
-    """Whether a parameter is a block's W_out or LoRA's B, by its name: what starts at 0."""
+    """Whether a parameter is a block's W_out or LoRA's B, by its name; these start at 0."""
     return name.rsplit(".", 1)[-1] == "w_out" or ".lora_B." in name
 
 
 class AdapterModule(nn.Module):
-    """One adapter: a block per layer, None where a layer has none."""
+    """One adapter: a block per layer; some layers may have none."""
 
     def __init__(
         self, blocks: Sequence[Block | None], carry: float, threshold: float = 0.0, kind: str = "relu"
@@ -97,10 +97,10 @@ class AdapterModule(nn.Module):
         gate_variance: Variance = paper_variance,
         kind: str = "relu",
     ) -> AdapterModule:
-        """Blocks before training, of width h a layer (0: no block): W_out = 0, all else normal, mean 0.
+        """Blocks before training, of width h for each layer (0: no block): W_out = 0, all else normal with mean 0.
 
-        The variance of W_in and W_gate is `variance(d, layers)`, that of the gate's w `gate_variance(d, layers)`.
-        A `kind` of `none` has w = 0, b = 1 and no carry: a gate that is 1 on all but a text's first token.
+        W_in and W_gate have the variance `variance(d, layers)`, the gate's w has `gate_variance(d, layers)`. The
+        kind `none` has w = 0, b = 1 and no carry: its gate is 1, except on a text's first token.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -134,25 +134,25 @@ class AdapterModule(nn.Module):
         return module
 
     def gates(self) -> dict[str, Tensor]:
-        """Every gate's w and b, by name."""
+        """Every gate's w and b, by parameter name."""
         return {name: p.detach().cpu() for name, p in self.named_parameters() if is_gate(name)}
 
     def set_gates(self, gates: Mapping[str, Tensor]) -> None:
-        """Put those in the gates' place; a layer without one among them loses its block."""
+        """Replace the gates; a layer whose gate is not in `gates` loses its block."""
         self.keep(gates)
         self.load_state_dict(dict(gates), strict=False)
 
     def keep(self, names: Collection[str]) -> None:
-        """Leave without a block every layer whose gate is not among `names` (of parameters)."""
+        """Drop the block of every layer whose gate is not among `names` (of parameters)."""
         for layer in list(self.layers):
             if f"layers.{layer}.gate" not in names:
                 self.drop(int(layer))
 
     def drop(self, i: int) -> None:
-        """Leave layer i without a block."""
+        """Drop the block of layer i."""
         del self.layers[str(i)]
 
     def export(self, dtype: torch.dtype) -> tuple[Block | None, ...]:
-        """The blocks as an adapter file holds them."""
+        """The blocks for an adapter file."""
         modules = [self.layer(i) for i in range(self.depth)]
         return tuple(None if module is None else module.export(dtype) for module in modules)

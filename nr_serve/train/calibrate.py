@@ -1,6 +1,6 @@
 """Calibration: the gates of a trained adapter fitted anew, so that it can live beside adapters made since.
 
-Forward passes only; the blocks stay as they are.
+Runs forward passes only; the blocks do not change.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ def calibrate(
     carry: float | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Fit the gates of the adapter in `new` on the stream as it and those in `beside` leave it; write to `out`.
+    """Fit the gates of the adapter in `new` on the stream that it and those in `beside` produce; write to `out`.
 
-    The classes are those of its recipe and the target text of every adapter beside it; gates are fitted as the
-    recipe says, in the type it was trained in, by logistic regression if they were random there, and every block
-    keeps one, however little it finds. `changes` replaces keys of the recipe's [gate], `carry` its carry; the new
-    file's recipe tells of both. The file keeps its threshold, if they do not name another.
-    Raises BadAdapterFile for a file that does not fit the base, BadRequest for an adapter without a recipe or
-    without gates and for two of the same name, BadRecipe if text is missing, CannotWrite.
+    The classes are those of its recipe, and the target text of every adapter in `beside`. Gates are fitted as the
+    recipe says, in the type the adapter was trained in; if its gates were random, by logistic regression. Every
+    block keeps a gate, however little the gate finds. `changes` replaces keys of the recipe's [gate], and `carry`
+    its carry; the new file's recipe has both. The file's threshold stays, unless `changes` has another.
+
+    Raises BadAdapterFile for a file that does not fit the base; BadRequest for an adapter without a recipe or
+    without gates, and for two with the same name; BadRecipe if text is missing; CannotWrite.
     """
     with naming(new):
         recipe = _new_recipe(new, read_info(new), carry, changes or {})
@@ -54,7 +55,7 @@ def calibrate(
     adapter = neighbours.pop(new.stem)
     added = _target_text(recipe, neighbours, corpus)
     written = [source for source in added if source.reads_alike(recipe.data.text_field)]
-    unwritten = [source for source in added if source not in written]  # a recipe has one field for all its text
+    unwritten = [source for source in added if source not in written]  # a recipe has one `text_field`
     recipe = _with_background(recipe, [source.entry(corpus) for source in written])
     _say("reading and packing the text")
     classes = text.read_classes(corpus, recipe.data, frozen.tokenizer, recipe.run, background=unwritten)
@@ -78,7 +79,7 @@ def calibrate(
 def _refit(
     base: FrozenBase, module: AdapterModule, neighbours: Mapping[str, Adapter], classes: Classes, gate: Gate
 ) -> None:
-    """Fit the gates of `module` anew, in place, with the neighbours attached."""
+    """Fit the gates of `module` again, in place, with the neighbours attached."""
     modules = [module, *map(AdapterModule.from_file, neighbours.values())]
     attached = Attached(base.model, [each.to(base.device) for each in modules])
     _say("fitting the gates")
@@ -86,13 +87,13 @@ def _refit(
 
 
 def _results(adapter: Adapter, neighbours: Mapping[str, Adapter]) -> dict[str, Any]:
-    """What the old file tells that is true of the new one too, and what the new gates were fitted beside."""
+    """The old file's results that still hold, and the adapters that the new gates were fitted beside."""
     kept = {name: value for name, value in adapter.info.results.items() if name != "heldout"}
     return kept | {"calibrated": {"beside": {name: each.version for name, each in neighbours.items()}}}
 
 
 def _new_recipe(file: Path, info: AdapterInfo, carry: float | None, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe of the new gates: the file's threshold unless `changes` name one, and gates that are fitted."""
+    """The recipe of the new, fitted gates, with the file's threshold unless `changes` has another."""
     recipe = _recipe(file.stem, info)
     if not recipe.has_gates:
         raise BadRequest(f"{file} was trained without gates: its blocks know no text but their own", param="file")
@@ -111,7 +112,7 @@ def _with_background(recipe: Recipe, entries: Sequence[str]) -> Recipe:
 
 
 def _target_text(recipe: Recipe, neighbours: Mapping[str, Adapter], corpus: Path) -> list[Source]:
-    """The neighbours' target text that has no part in the recipe's fit yet, read as their own recipes say."""
+    """The neighbours' target text that the recipe does not name yet, read as their own recipes say."""
     data = recipe.data
     parts = (data.target, data.original, data.background)
     listed = [source for part in parts for source in find_sources(corpus, part, data.text_field)]

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: a folder each, complete or not seen, so that a killed run goes on exactly where it was.
+"""Checkpoints of a run: one folder each, seen only when complete, so that a killed run resumes exactly.
 
-The loop (`transformers.Trainer`) writes the optimizer, the schedule and the random states; this module adds what
-it is that trains, and marks the folder complete by writing `state.json` last.
+The loop (`transformers.Trainer`) writes the optimizer, the schedule and the random states. This module adds the
+trained weights, and marks the folder complete by writing `state.json` last.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ PREFIX = "checkpoint-"
 KEPT = 2
 STATE = "state.json"
 LOG = "log.jsonl"
-"""Of the run whose checkpoints these are; it has a line before there is any."""
+"""Name of a run's log in its folder; the log has a line before there is any checkpoint."""
 WEIGHTS = "trained.safetensors"
 REFITTED = "refitted.safetensors"
 REMEDY = "without this file the gates are fitted again when the run is resumed"
 
 
 class BadCheckpoint(NrError):
-    """A checkpoint that cannot be read back."""
+    """A checkpoint cannot be read back."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run was when it was saved."""
+    """State of a run when it was saved."""
 
     folder: Path
     step: Annotated[int, Field(ge=0)]
-    """Gradient steps taken."""
+    """Number of gradient steps taken."""
     recipe: dict[str, Any]
     base_fingerprint: str
     text_digest: str
-    """`Classes.digest` of the text that it trained on and measured."""
+    """`Classes.digest` of the text that the run trained on and measured."""
     results: dict[str, dict[str, float]]
-    """The newest measurements on held-out text."""
+    """The latest measurements on held-out text."""
     measured_step: int | None = None
-    """Gradient steps taken when they were made; None if unknown."""
+    """Number of gradient steps taken when `results` were measured; None if unknown."""
     best_step: int | None = None
-    """Step of the least loss so far on the target's held-out text; None if the run does not watch it."""
+    """Step with the lowest loss so far on the target's held-out text; None if the run does not watch it."""
     stopped: bool = False
-    """Whether that loss has not fallen for so long that the run takes no further step."""
+    """Whether the run has ended early, because that loss has not fallen for too long."""
 
     def weights(self) -> dict[str, Tensor]:
         """The trained tensors, by the learner's names. Raises BadCheckpoint."""
@@ -69,9 +69,9 @@ class Checkpoint:
         return (self.folder / REFITTED).exists()
 
     def final(self) -> dict[str, Tensor]:
-        """The tensors that the run's file is made of: the trained ones, with gates fitted again in their place.
+        """The tensors for the run's adapter file: the trained ones, with refitted gates in place of the gates.
 
-        Raises BadCheckpoint, also if those are not of the very layers that were trained.
+        Raises BadCheckpoint; also if the refitted gates are not of exactly the trained layers.
         """
         weights = self.weights()
         if not self.is_refitted:
@@ -84,7 +84,7 @@ class Checkpoint:
         return weights | gates
 
     def keep_refitted(self, gates: Mapping[str, Tensor]) -> None:
-        """Keep gates fitted again beside the trained tensors, from which a longer run may still go on."""
+        """Keep refitted gates in a separate file: a longer run may still continue from the trained tensors."""
         path = self.folder / REFITTED
         with writing(path), whole(path) as part:
             _save(part, gates)
@@ -114,12 +114,12 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def at_step(out: Path, step: int) -> Path:
-    """Where the run in `out` has its checkpoint of a step."""
+    """Folder of the checkpoint of a step of the run in `out`."""
     return out / f"{PREFIX}{step}"
 
 
 def complete(checkpoint: Checkpoint) -> None:
-    """Mark a checkpoint complete, all else being written: from here on a resumed run starts there."""
+    """Mark a checkpoint complete, once all else is written: from now on a resumed run starts from it."""
     folder = checkpoint.folder
     files = [path for path in folder.iterdir() if path.is_file() and path.name != STATE]
     for path in files:
@@ -133,9 +133,9 @@ def complete(checkpoint: Checkpoint) -> None:
 
 
 def rotate(out: Path, keep: int | None = None) -> None:
-    """Remove all complete checkpoints but the newest two and that of step `keep`.
+    """Remove all complete checkpoints except the newest two and that of step `keep`.
 
-    A killed removal leaves an incomplete one.
+    `state.json` is removed first, so that a killed removal leaves an incomplete checkpoint.
     """
     for folder in _complete(out)[:-KEPT]:
         if _step(folder) != keep:
@@ -145,10 +145,10 @@ def rotate(out: Path, keep: int | None = None) -> None:
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the run in `out`, and clear what a killed process left half-written.
+    """Lock the run in `out`, and remove checkpoints that a killed process left incomplete.
 
-    Raises Conflict if another process holds it (a killed process lets go), or if it has checkpoints but no log:
-    they are somebody else's, such as a plain `transformers.Trainer`'s.
+    Raises Conflict if another process has the lock (a killed process frees it), or if there are incomplete
+    checkpoints but no log: then they belong to something else, such as a plain `transformers.Trainer`.
     """
     with held(out, "trains in"):
         torn = sorted(set(_own(out)) - set(_complete(out)))
@@ -160,13 +160,13 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def latest(out: Path) -> Path | None:
-    """The newest complete checkpoint below `out`, if there is one."""
+    """The newest complete checkpoint in `out`; None if there is none."""
     folders = _complete(out)
     return folders[-1] if folders else None
 
 
 def kept(out: Path) -> Checkpoint | None:
-    """The checkpoint whose weights the run in `out` keeps as it stands: the best one measured, else the newest.
+    """The checkpoint whose weights the run in `out` currently keeps: the best measured one, else the newest.
 
     Raises BadCheckpoint.
     """
@@ -178,7 +178,7 @@ def kept(out: Path) -> Checkpoint | None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint. Raises BadCheckpoint, naming the folder, also if a file of it is missing or cut."""
+    """Read a checkpoint. Raises BadCheckpoint, naming the folder; also if a file is missing or has another size."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         files = state.pop("files")
@@ -193,9 +193,9 @@ def load(folder: Path) -> Checkpoint:
 
 
 def reading(folder: Path) -> AbstractContextManager[None]:
-    """Raise what goes wrong as torch and transformers read their files of a checkpoint as BadCheckpoint.
+    """Raise any error of torch or transformers reading their checkpoint files as BadCheckpoint.
 
-    Those are checked by their sizes alone, so they may hold anything, and then anything may be raised.
+    Only the sizes of these files are checked, so they may hold anything, and reading them may raise anything.
     """
     return raised_as(BadCheckpoint, f"cannot read the checkpoint {folder}")
 
@@ -205,7 +205,7 @@ def _complete(out: Path) -> list[Path]:
 
 
 def _own(out: Path) -> list[Path]:
-    """The folders that a run made for checkpoints; `checkpoint-8.bak` is somebody else's. Raises BadCheckpoint."""
+    """Folders named like a run's checkpoints (not, say, `checkpoint-8.bak`). Raises BadCheckpoint."""
     try:
         found = [path for path in out.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
         return [path for path in found if path.is_dir()]
@@ -219,7 +219,7 @@ def _step(folder: Path) -> int:
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     safetensors.torch.save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
-    path.chmod(0o644)  # as the files beside it: the library leaves it readable by its owner alone
+    path.chmod(0o644)  # like the files beside it: the library makes it readable by its owner only
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hash of tensors, for keys and for what must be the same text or the same weights."""
+"""Hash of tensors, for cache keys and for checking that text or weights are the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """Hash of the content of tensors on the CPU, one after another; what depends on shapes or names adds them."""
+    """Hash of the contents of tensors on the CPU, in order; shapes and names are not included."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.reshape(-1).numpy().data)

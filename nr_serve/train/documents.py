@@ -1,4 +1,4 @@
-"""What a document is: paragraphs, a line each, cut into pieces where it is long. Knows nothing of tokens."""
+"""What a document is: paragraphs, one per line, cut into pieces if it is long. Knows nothing of tokens."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from nr_serve.train.recipe import BadRecipe
 
 PIECE_CHARACTERS = 8000
-"""Longer documents are cut at paragraphs, so that one long book does not crowd out the other documents."""
+"""Documents longer than this are cut between paragraphs, so that one long book does not crowd out others."""
 
 
 def document_lines(text: str) -> list[str]:
-    """The paragraphs of one document: its lines that are not blank."""
+    """One document's paragraphs: its lines that are not blank."""
     return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
 
 
 def json_text(line: str, field: str, where: str) -> str:
-    """The text in a line of JSON. Raises BadRecipe, saying `where`, if there is none."""
+    """The text in a line of JSON. Raises BadRecipe, naming `where`, if there is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -27,7 +27,7 @@ def json_text(line: str, field: str, where: str) -> str:
 
 
 def field_text(row: Any, field: str, where: str) -> str:
-    """The text in a row. Raises BadRecipe, saying `where`, if there is none."""
+    """The text in a row. Raises BadRecipe, naming `where`, if there is none."""
     if not isinstance(row, dict) or field not in row:
         raise BadRecipe(f"{where} has no field {field!r}")
     text = row[field]
@@ -48,7 +48,7 @@ def texts(paragraphs: list[str], end: str) -> Iterator[str]:
 
 
 def pieces(paragraphs: list[str]) -> Iterator[list[str]]:
-    """A document of these paragraphs, cut between two where it grows longer than PIECE_CHARACTERS."""
+    """Pieces of a document with these paragraphs, cut between two of them where it exceeds PIECE_CHARACTERS."""
     piece: list[str] = []
     length = 0
     for paragraph in paragraphs:

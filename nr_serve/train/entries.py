@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 DATASETS = "datasets:"
-"""What a data set starts with: `datasets:NAME[:CONFIG][@SPLIT]`. Other entries are globs of files."""
+"""Prefix of a data set, `datasets:NAME[:CONFIG][@SPLIT]`; other entries are globs of files."""
 
 
 NOT = "!"
-"""What a glob starts with whose files are left out of what the entries before it name."""
+"""Prefix of a glob that removes files matched by the entries before it."""
 
 
 def names_source(entries: Iterable[str], source: str) -> bool:
-    """Whether entries name a source such as `hu.lohelp`, by its name or by the name of its file to train on."""
+    """Whether entries name a source such as `hu.lohelp`, by its name or by its training file's name."""
     named = False
     for glob, named_here in _globs(entries):
         if _is_source(glob, source):
@@ -32,7 +32,7 @@ def names_language(entries: Iterable[str], language: str) -> bool:
 
 
 def language_of(source: str) -> str:
-    """`hu` of `hu.lohelp`; a data set's name does not tell its language, so each is one of its own."""
+    """`hu` for `hu.lohelp`; a data set's name does not tell its language, so the name itself is returned."""
     return source if "/" in source else source.split(".")[0]
 
 
@@ -42,7 +42,7 @@ def is_heldout(glob: str) -> bool:
 
 
 def _globs(entries: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Each glob or data set, and whether it is named or left out; not the held-out files that are left out."""
+    """Each glob or data set, and whether it is named (else removed); removed held-out files are skipped."""
     for entry in entries:
         glob = entry.removeprefix(NOT)
         if glob == entry or not is_heldout(glob):
@@ -72,6 +72,6 @@ def _file(pattern: str) -> str:
 
 
 def _is_dataset(source: str, entry: str) -> bool:
-    """Whether a source is an entry's data set, be it that of a folder that is a name here and a path there."""
+    """Whether `source` is the entry's data set; a folder may be a name in one and a path in the other."""
     name = entry.removeprefix(DATASETS).split("@")[0]
     return source == name or source.endswith(f"/{name}")

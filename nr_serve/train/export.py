@@ -1,4 +1,4 @@
-"""What comes of a run: an adapter file, or the folder of a baseline; from its end or from its newest checkpoint."""
+"""Writes a run's result: an adapter file, or a baseline's folder; from the run's end or its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from nr_serve.train.restore import load_run
 
 
 def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path:
-    """Write the adapter that the run in folder `run` keeps so far to `path`; the run may still be going.
+    """Write to `path` the adapter that the run in folder `run` has so far; the run may still be going.
 
-    `threshold` replaces the recipe's `gate.threshold`. Raises Conflict if there is no checkpoint, BadRequest if the
-    run makes no adapter.
+    `threshold` replaces the recipe's `gate.threshold`. Raises Conflict if there is no checkpoint, BadRequest if
+    the run makes no adapter.
     """
     recipe, base, learner, saved = load_run(run)
     gate = _served_gate(recipe)
@@ -44,9 +44,9 @@ def export_run(run: Path, path: Path, *, threshold: float | None = None) -> Path
 
 
 def write_result(out: Path, recipe: Recipe, base: FrozenBase, learner: Learner, results: Mapping[str, Any]) -> Path:
-    """Write what a finished run made: an adapter file, else a folder that PEFT or transformers reads.
+    """Write a finished run's result: an adapter file, or else a folder for PEFT or transformers.
 
-    It is there whole or not at all. Raises CannotWrite.
+    It is written completely or not at all. Raises CannotWrite.
     """
     path, gate = result_path(out, recipe), _served_gate(recipe)
     if learner.adapter is not None and gate is not None:
@@ -62,7 +62,7 @@ def _write_folder(path: Path, recipe: Recipe, base: FrozenBase, learner: Learner
     if learner.adapter is not None:
         checkpoints.save_weights(part, learner.trained_state())
     else:
-        host.unhost_blocks(base.model)  # so that the layers have their own names again
+        host.unhost_blocks(base.model)  # so that the layers get their original names back
         if recipe.method == "lora":
             save_lora(part, base)
         else:
@@ -78,7 +78,7 @@ def _clear(folder: Path) -> None:
 
 
 def result_path(out: Path, recipe: Recipe) -> Path:
-    """Where a run in `out` leaves what it made."""
+    """Path of the result of a run in `out`."""
     return out / (f"{recipe.domain}.safetensors" if _served_gate(recipe) else recipe.method)
 
 
@@ -109,11 +109,11 @@ def _write_blocks(
 
 
 def _served_gate(recipe: Recipe) -> ServedGate | None:
-    """The gate as an adapter file names it; None if no such file can hold what the recipe makes."""
+    """The kind of gate in an adapter file's metadata; None if the recipe makes no adapter file."""
     if recipe.method not in ("neutral", "adapter"):
         return None
     if not recipe.has_gates:
-        return "relu"  # a block without gate: it is 1 by its bias
+        return "relu"  # a block without a gate: w = 0 and b = 1 make it 1
     return recipe.gate.kind if recipe.gate.kind in ("relu", "relu1") else None
 
 

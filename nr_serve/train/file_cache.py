@@ -1,7 +1,7 @@
-"""Values kept in a folder under a key, so that what is slow to make is made once: a file each, whole or not there.
+"""A cache of values in a folder, by key: one file per value, written completely or not at all.
 
-A file's name is a hash of its key, which holds everything its content depends on. When the folder grows over a
-bound, the files that were used longest ago go.
+A file's name is a hash of its key, which contains everything that the value depends on. When the folder exceeds
+its bound, the least recently used files are removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nr_serve.logs import say
 _say = partial(say, "cache")
 MOST_BYTES = 8 * 2**30
 TORN_AFTER_S = 24 * 3600
-"""A temporary file this old was left by a killed process."""
+"""A temporary file older than this was left by a killed process."""
 
 _Value = TypeVar("_Value")
 _DIGEST = hashlib.sha256
@@ -30,7 +30,7 @@ _DIGEST_BYTES = _DIGEST().digest_size
 
 
 class FileCache:
-    """A folder of values."""
+    """A folder of cached values."""
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
         self.folder = folder
@@ -43,10 +43,10 @@ class FileCache:
         dump: Callable[[_Value], bytes],
         load: Callable[[bytes], _Value],
     ) -> _Value:
-        """What `make` returns, read from the folder if it was made before under `key` (plain values).
+        """The result of `make`, read from the folder if it was made before under `key` (plain values).
 
-        `dump` and `load` say how it lies in its file. A file that is damaged is made again. A folder that cannot be
-        written costs time, so that is said.
+        `dump` and `load` convert a value to and from its file's bytes. A damaged file is made again. If the folder
+        cannot be written, that is reported, because it costs time.
         """
         path = self.folder / _DIGEST(json.dumps(list(key)).encode()).hexdigest()[:32]
         found = self._read(path)
@@ -68,11 +68,11 @@ class FileCache:
             _say(f"{path} cannot be read, and is made again: {error}")
             return None
         digest, content = kept[:_DIGEST_BYTES], kept[_DIGEST_BYTES:]
-        # A crash of the machine can leave a file of the right size, full of zeros.
+        # A crash of the machine can leave a file of the right size that is full of zeros.
         if digest != _DIGEST(content).digest():
             _say(f"{path} is damaged, and is made again: its content is not what was written")
             return None
-        with suppress(OSError):  # another user's, or on a read-only disk: it is only not marked as used
+        with suppress(OSError):  # another user's file, or a read-only disk: it is just not marked as used
             os.utime(path)
         return content
 
@@ -84,7 +84,7 @@ class FileCache:
         self._make_room(path)
 
     def _make_room(self, newest: Path) -> None:
-        """Remove what was used longest ago until the folder fits its bound; never `newest`."""
+        """Remove the least recently used files until the folder fits its bound; never `newest`."""
         for torn in self.folder.glob(".*.part"):
             if _used(torn) < time.time() - TORN_AFTER_S:
                 torn.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ class FileCache:
 
 
 def _used(path: Path) -> float:
-    """When a file was last read or written; long ago if another process has just removed it."""
+    """When a file was last read or written; 0 if another process has just removed it."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

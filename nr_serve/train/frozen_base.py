@@ -20,7 +20,7 @@ from nr_serve.neutral.format import Adapter, Base, naming, read_adapter
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """A causal language model that takes no gradient, in evaluation mode."""
+    """A causal language model in evaluation mode whose weights take no gradient."""
 
     name: str
     model: Any
@@ -29,7 +29,7 @@ class FrozenBase:
 
     @property
     def layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return len(host.decoder_layers(self.model))
 
     @property
@@ -39,30 +39,30 @@ class FrozenBase:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, tied ones once."""
+        """Number of parameters; tied ones count once."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
     def identity(self) -> Base:
-        """What an adapter's file must say of its base to fit this one."""
+        """What an adapter's file must name as its base to fit this one."""
         return Base(self.name, self.fingerprint, self.layers, self.d)
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are, and its inputs must be."""
+        """The device of the weights, where inputs must be too."""
         device: torch.device = self.model.device
         return device
 
 
 def best_device() -> torch.device:
-    """The first CUDA device, or the CPU where there is none."""
+    """The first CUDA device, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_adapters(files: Sequence[Path], base: FrozenBase) -> dict[str, Adapter]:
-    """Adapters for a base, by the names of their files.
+    """Adapters for a base, by their file names.
 
-    Raises BadRequest if two have the same name, BadAdapterFile for a file that does not fit.
+    Raises BadRequest if two have the same name, BadAdapterFile for a file that does not fit the base.
     """
     names = [path.stem for path in files]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -92,7 +92,7 @@ def load_base(base: str, dtype: str = "float32", device: torch.device | str = "c
 
 
 def load_hf_tokenizer(base: str) -> Any:
-    """A base's tokenizer as transformers has it, without the model. Raises UnsupportedBase with the reason."""
+    """A base's tokenizer from transformers, without loading the model. Raises UnsupportedBase with the reason."""
     from transformers import AutoTokenizer
 
     with _loading(base) as source:
@@ -101,7 +101,7 @@ def load_hf_tokenizer(base: str) -> Any:
 
 @contextmanager
 def _loading(base: str) -> Iterator[str]:
-    """Where a base is, fetched if it is the default; what keeps it from being loaded is an UnsupportedBase."""
+    """The folder or hub name of a base, fetched if it is the default; errors of loading become UnsupportedBase."""
     source = str(model_folder(base))
     quiet_hub()
     quiet_progress_bars("info", "text")

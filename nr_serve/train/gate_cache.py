@@ -20,11 +20,11 @@ from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.text.mix import Classes
 
 GATE_FORMAT = 8
-"""Raised when the fit or what is kept of it changes: files of another format are never read again."""
+"""Increased when the fit or the file format changes, so that files of another format are never read."""
 
 
 def kept(key: Mapping[str, Any], fit: Callable[[], FittedGates]) -> FittedGates:
-    """What `fit` returns, or the cache folder has, made before under `key` (plain values)."""
+    """The result of `fit`, read from the cache folder if it was made before under `key` (plain values)."""
     return FileCache(cache_folder() / "gates").get([GATE_FORMAT, key], fit, _dump, _load)
 
 
@@ -39,7 +39,7 @@ def _load(content: bytes) -> FittedGates:
 
 
 def fit_once(base: FrozenBase, attached: Attached, classes: Classes, recipe: Recipe) -> FittedGates:
-    """The gates of the adapter attached, untrained yet: fitted now, or before to the same text.
+    """The gates for the attached, untrained adapter: fitted now, or read if fitted to the same text before.
 
     Raises BadRecipe if no layer's gate finds `gate.min_found` of the target.
     """

@@ -1,11 +1,11 @@
 """Fitted gates: each layer's gate tells the target's tokens from every other class, by a convex problem.
 
-The carry is linear, so the carried logit of a token is m_t = e_t (w · u_t + b), with u the causal mean of its
-inputs but the first and e_t = 1 - a^t the weight of the evidence so far (the bias correction of Adam, arXiv
-1412.6980, section 3): a gate can be fitted on u as if it were not carried. Layers are fitted in one forward pass,
-first to last: each sees the stream as the gates below it, already fitted, leave it.
+The carry is linear, so a token's carried logit is m_t = e_t (w · u_t + b). u is the causal mean of the inputs,
+without the first, and e_t = 1 - a^t is the weight of the evidence so far (the bias correction of Adam, arXiv
+1412.6980, section 3). So a gate can be fitted on u as if there were no carry. All layers are fitted in one forward
+pass, first to last: each layer sees the stream that the already fitted layers below produce.
 
-Shape suffixes: N windows, T tokens (of all windows laid end to end), d width of the stream.
+Shape suffixes: N windows, T tokens (all windows laid end to end), d stream width.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from nr_serve.train.text.pack import Windows, join
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How well one layer's gate tells the classes apart at threshold 0, on the windows that calibrated it."""
+    """How well one layer's gate separates the classes at threshold 0, on the windows that calibrated it."""
 
     found: float
-    """Share of the target's tokens that would fire."""
+    """Share of the target's tokens on which the gate would fire."""
     misfired: Mapping[str, float]
-    """Share of each other class's tokens that would fire."""
+    """For each other class, the share of its tokens on which the gate would fire."""
 
 
 @dataclass(frozen=True)
 class FittedGates:
-    """The gates of an adapter as they were fitted."""
+    """An adapter's fitted gates."""
 
     gates: Mapping[str, Tensor]
-    """`AdapterModule.gates`: those of the layers that have a block."""
+    """`AdapterModule.gates` of the layers that have a block."""
     report: Mapping[int, LayerFit]
-    """How well each layer's was fitted, of blocks that were dropped for it too."""
+    """How well each layer's gate fits, including layers whose block was dropped."""
 
     def summary(self) -> str:
-        """In a line, for people."""
+        """The report in one line, for people."""
         found = fmean(fit.found for fit in self.report.values())
         worst = max(max(fit.misfired.values()) for fit in self.report.values())
         finds = f"gates find {found:.1%} of the target, misfire on at most {worst:.2%} of a class in a layer"
@@ -57,14 +57,14 @@ class FittedGates:
 
 
 def evidence(offset_NT: Tensor, a: float) -> Tensor:
-    """e_t = 1 - a^t, [N, T]: the weight of the tokens read so far in the carried logit, from 0 up to 1."""
+    """e_t = 1 - a^t, [N, T]: weight in the carried logit of the tokens read so far, from 0 up to 1."""
     return 1 - a ** offset_NT.float()
 
 
 def causal_mean(x_NTd: Tensor, offset_NT: Tensor, a: float) -> Tensor:
     """u_t = sum over 1 <= i <= t of (1 - a) a^(t-i) x_i / e_t along each window; u_0 = x_0; [N, T, d].
 
-    A text begins where the offset is 0. In one pass: u_t = u_(t-1) + (1 - a) / e_t (x_t - u_(t-1)).
+    A text begins where the offset is 0. Computed in one pass: u_t = u_(t-1) + (1 - a) / e_t (x_t - u_(t-1)).
     """
     if a == 0:
         return x_NTd
@@ -78,12 +78,12 @@ def causal_mean(x_NTd: Tensor, offset_NT: Tensor, a: float) -> Tensor:
 class Fitter:
     """Fits the gates of one adapter while a forward pass over all classes runs.
 
-    The first half of a class's windows fits, the second calibrates: a threshold set on the text of the fit would be
-    too low. In the fit a token weighs as much as it has evidence; calibrated are the carried logits as they are in
-    serving.
+    The first half of a class's windows fits the gates, the second half calibrates them: a threshold set on the
+    fitted text would be too low. In the fit a token is weighted by its evidence; the calibration uses carried
+    logits as in serving.
 
-    Tokens of other classes on which a trained block of a lower layer acts take no further part: it has moved them
-    among the target's, and a gate that kept shut on them would have to shut on those.
+    Once a trained block of a lower layer acts on tokens of other classes, those tokens are left out: the block has
+    moved them among the target's tokens, so a gate that stays shut on them would have to stay shut on the target.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Fitter:
         self.report: dict[int, LayerFit] = {}
 
     def fit(self, layer: int, x_Td: Tensor) -> None:
-        """Fit, calibrate and scale the layer's gate; drop the block if it finds too little of the target."""
+        """Fit, calibrate and scale the layer's gate; drop the block if the gate finds too little of the target."""
         module = self.adapter.layer(layer)
         if module is None:
             return
@@ -134,7 +134,7 @@ class Fitter:
         return causal_mean(x_NTd, self.offset_NT, self.adapter.carry).flatten(0, 1)
 
     def _weights(self, fits_T: Tensor) -> Tensor:
-        """The target's share of the weight, and the rest in equal parts to the other classes."""
+        """Weight of each token: `gate.target_weight` for the target, the rest shared equally by other classes."""
         told_T = self.evidence_T.double()
         counts = torch.bincount(self.class_T[fits_T], told_T[fits_T], minlength=len(self.names))
         share = torch.full_like(counts, (1 - self.gate.target_weight) / (len(self.names) - 1))
@@ -169,7 +169,7 @@ def _set(module: BlockModule, w_d: Tensor, b: Tensor) -> None:
 
 
 def gate_classes(classes: Classes, tokens: int) -> dict[str, Windows]:
-    """About `tokens` tokens of every class, and four times that of the target, which is told from all of them."""
+    """About `tokens` tokens of every class, but four times as many of the target, which faces all the others."""
     count = max(2, tokens // classes.target.ids_NT.shape[1])
     others = dict(classes.original) | dict(classes.background)
     return {"target": classes.target.spread(4 * count)} | {
@@ -178,9 +178,9 @@ def gate_classes(classes: Classes, tokens: int) -> dict[str, Windows]:
 
 
 def refit_gates(model: Any, attached: Attached, classes: Classes, gate: Gate) -> FittedGates:
-    """Fit the gates of the first attached adapter, trained already, on the stream as its blocks leave it.
+    """Fit the gates of the first attached adapter, which is trained, on the stream that its blocks produce.
 
-    None is dropped, as its block is trained.
+    No block is dropped, because all are trained.
     """
     gate = gate.model_copy(update={"min_found": 0.0})
     return fit_gates(model, attached, gate_classes(classes, gate.fit_tokens), gate, original=classes.original)
@@ -194,11 +194,11 @@ def fit_gates(
     *,
     original: Collection[str] = (),
 ) -> FittedGates:
-    """Fit the gates of the first attached adapter in a single forward pass; returns them with how well they fit.
+    """Fit the gates of the first attached adapter in one forward pass; return them with how well they fit.
 
-    The stream is as the residues of that adapter, by the gates already fitted below, and of the others attached
-    leave it. `original` names the classes that `background_percentile` does not touch. Memory: all classes'
-    tokens at once.
+    The stream includes the residues of that adapter, through the gates fitted so far, and of the other attached
+    adapters. `original` names the classes that `percentile` applies to, not `background_percentile`. All classes'
+    tokens are in memory at once.
     """
     fitter = Fitter(attached.adapters[0], classes, "target", gate, original)
     windows, depth = fitter.windows, attached.adapters[0].depth

@@ -8,7 +8,7 @@ from nr_serve.train.recipe import BadRecipe
 
 
 def match_files(folder: Path, glob: str) -> list[Path]:
-    """Files below `folder` that a glob matches, in no order. Raises BadRecipe for what is not a relative glob."""
+    """Files below `folder` that match a glob, unordered. Raises BadRecipe for what is not a relative glob."""
     try:
         return [path for path in folder.glob(glob) if path.is_file()]
     except (ValueError, NotImplementedError) as error:

@@ -22,35 +22,35 @@ from nr_serve.train.text.pack import Windows, join
 Batch = Mapping[str, Any]
 """Role (target, original, background) -> its windows' ids and offsets, both [B, T]; a role may be missing.
 
-`step`, if there, is the `StepCounts` of the gradient step that the batch is a part of.
+`step`, if present, is the `StepCounts` of the gradient step that the batch is a part of.
 """
 
 Sums = dict[str, Tensor]
-"""Name -> a sum and what it is over, [2], float64: added up over batches and divided, they are means."""
+"""Name -> (sum, count), float64 [2]; added up over batches and divided, they give means."""
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """A gradient step, counted: its means are over all of it, so that they do not depend on how it is cut."""
+    """Token counts of a whole gradient step: losses are means over all of it, however it is divided into parts."""
 
     tokens: Mapping[str, int]
-    """Tokens, by role."""
+    """Number of tokens, by role."""
     labelled: Mapping[str, int]
-    """Tokens that have a label, by role."""
+    """Number of tokens with a label, by role."""
     parts: int = 1
-    """Batches that the step is cut in."""
+    """Number of batches that the step is divided into."""
 
     @classmethod
     def of(cls, windows: Mapping[str, Windows], parts: int = 1) -> StepCounts:
-        """The step that reads these windows."""
+        """The counts of a step that reads these windows."""
         tokens = {role: each.ids_NT.numel() for role, each in windows.items()}
         return cls(tokens, {role: each.labelled for role, each in windows.items()}, parts)
 
 
 class Learner(nn.Module):
-    """A base and an adapter beside it, or none where the method trains the base's own layers.
+    """A base with an adapter beside it, or without one if the method trains the base's own layers.
 
-    `local` is None for a method without a loss on the gates.
+    `local` is None for a method without a local loss.
     """
 
     def __init__(
@@ -62,34 +62,34 @@ class Learner(nn.Module):
         self.attached = Attached(base, [adapter] if adapter is not None else [])
         self.local = local
         self.lm_roles = ("target", "original") if lm_on_original else ("target",)
-        """Roles whose windows the LM loss is over."""
+        """Roles whose windows have the LM loss."""
         self.local_roles = _local_roles(local)
-        """Roles whose windows the local loss is over."""
+        """Roles whose windows have the local loss."""
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that gradient steps move, by name."""
+        """The parameters that are trained, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: the adapter, or what else is trained, by name."""
+        """The tensors that a checkpoint must hold, by name: the adapter's, or else all trained ones."""
         if self.adapter is not None:
             return {f"adapter.{name}": tensor for name, tensor in self.adapter.state_dict().items()}
         return {name: p.detach() for name, p in self.trained().items()}
 
     def forward(self, step: StepCounts | None = None, **batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
-        """`loss` = LM loss + alpha * local loss + open * hinge, and the `sums` of the first two and of what fired.
+        """`loss` = LM loss + alpha * local loss + open * hinge; `sums`: the first two losses and what fired.
 
-        Each loss is a mean over the tokens of the whole `step` (None: the batch is all of it), scaled so that the
-        mean over its parts is the step's loss: over labelled tokens of -log p(label), over tokens and layers of the
-        local terms. The local loss is gathered first, since gradient checkpointing runs the LM pass once more in
-        the backward pass, and must then find what that pass was given.
+        Each loss is a mean over the whole `step` (None: the batch is the step), scaled so that the mean over the
+        step's parts is the step's loss. The LM loss is a mean of -log p(label) over labelled tokens, the local
+        loss a mean of its terms over tokens and layers. The local loss is computed first: gradient checkpointing
+        repeats the LM pass in the backward pass, which must then still find that pass's record attached.
         """
         windows = {role: Windows(*tensors) for role, tensors in batch.items()}
         step = StepCounts.of(windows) if step is None else step
         local, local_sums = self._local_loss(windows, step)
         lm, lm_sums = self._lm_loss(windows, step)
         loss = lm if local is None or self.local is None else lm + self.local.alpha * local
-        if not loss.requires_grad:  # no gate fired at all
+        if not loss.requires_grad:  # no gate fired, so no trained parameter was used
             loss = loss + 0.0 * sum(p.sum() for p in self.trained().values())
         return {"loss": loss * step.parts, "sums": lm_sums | local_sums}
 
@@ -109,10 +109,10 @@ class Learner(nn.Module):
         return loss, sums
 
     def _local_loss(self, windows: Mapping[str, Windows], step: StepCounts) -> tuple[Tensor | None, Sums]:
-        """The local loss; its sums, those of the text that is not the target's.
+        """The local loss, with its sums, which are over text other than the target's.
 
-        Each block answers for its own residue: the gradient does not run down the stream, so these windows
-        cost a forward pass and the few tokens that fired.
+        Each block's loss depends only on its own residue: no gradient flows through the stream, so these windows
+        cost a forward pass, and a backward pass only for the few tokens that fired.
         """
         nothing = next(iter(windows.values())).ids_NT.new_zeros(2, dtype=torch.float64)
         if self.local is None or self.adapter is None or not windows.keys() & set(self.local_roles):
@@ -134,12 +134,12 @@ class Learner(nn.Module):
 def _local_roles(local: Loss | None) -> tuple[str, ...]:
     if local is None or not local.alpha:
         return ()
-    # As a classifier a gate needs both sides.
+    # A classifier needs both positive and negative tokens.
     return ("target", "original", "background") if local.kind == "cross-entropy" else ("original", "background")
 
 
 def _join(windows: Mapping[str, Windows], roles: tuple[str, ...]) -> tuple[Windows, Tensor]:
-    """The windows of those roles, laid one after another, and which tokens are of the target, bool [B, T]."""
+    """The windows of these roles, one after another, and which tokens are target text, bool [B, T]."""
     named = {role: windows[role] for role in roles if role in windows}
     read = join(named.values())
     target_B = torch.cat([torch.full((len(each),), role == "target") for role, each in named.items()])

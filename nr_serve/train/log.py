@@ -1,4 +1,4 @@
-"""A run's log, one JSON object a line, each with its `event`; and what it tells afterwards."""
+"""A run's log, one JSON object per line, each with its `event`; and what is read from it afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _START = b'{"event"'
 
 
 class Log:
-    """Writes a log, after what is in it already. A line that a killed process left half-written goes."""
+    """Appends to a log. A line that a killed process left half-written is removed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,15 +32,15 @@ class Log:
 
 
 def is_log(path: Path) -> bool:
-    """Whether a file starts as a log does; a killed process may have left a part of its first line, or nothing."""
+    """Whether a file starts like a log; a killed process may have left a part of its first line, or nothing."""
     with path.open("rb") as log:
         return _START.startswith(log.read(len(_START)))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, in order, without a last one that is half-written.
+    """The entries of a log, in order, without a last line that is half-written.
 
-    Raises BadRequest for a file that cannot be read or is not such a log, with the number of the line.
+    Raises BadRequest, with the line's number, for a file that cannot be read or is not a log.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
@@ -50,9 +50,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def training_losses(path: Path) -> Curve:
-    """The LM loss of a run's steps as its `log.jsonl` has them; of a step that was repeated the later line counts.
+    """The LM loss of a run's steps, from its `log.jsonl`; if a step was repeated, its last entry counts.
 
-    Raises BadRequest for a file that is not such a log.
+    Raises BadRequest for a file that is not a run's log.
     """
     curve: dict[int, float] = {}
     for number, entry in enumerate(read(path), start=1):
@@ -63,7 +63,7 @@ def training_losses(path: Path) -> Curve:
 
 
 def training_seconds(path: Path) -> float:
-    """Time of a run's steps: the tokens between two lines over their rate; repeated steps count once.
+    """Time of a run's steps: the tokens between two entries over their rate; repeated steps count once.
 
     Raises BadRequest for a file that is not a run's log.
     """

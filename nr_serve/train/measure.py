@@ -23,12 +23,12 @@ BATCH_WINDOWS = 8
 
 @dataclass(frozen=True)
 class SourceResult:
-    """One source of text, with every attached adapter in place."""
+    """Measurements of one source of text, with the attached adapters."""
 
     loss: float
     """Mean held-out loss, nats per token."""
     tokens: int
-    """Tokens read."""
+    """Number of tokens read."""
     fired: tuple[float, ...]
     """Share of token-layers that fired, by adapter."""
     fired_by_layer: tuple[tuple[float | None, ...], ...]
@@ -36,12 +36,12 @@ class SourceResult:
     nats_N: tuple[float, ...]
     """Summed loss of each window, in nats."""
     labels_N: tuple[int, ...]
-    """Tokens predicted in each window."""
+    """Number of tokens predicted in each window."""
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, no gradient checkpointing and no gradient inside."""
+    """No dropout, no gradient checkpointing and no gradients in the block."""
     training = model.training
     model.eval()
     try:
@@ -52,7 +52,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def measure(model: Any, attached: Attached, sources: Mapping[str, Windows]) -> dict[str, SourceResult]:
-    """Loss and fired shares of every source as the attached adapters are now; the text may be on any device."""
+    """Loss and fired shares of every source with the currently attached adapters; the text may be on any device."""
     with evaluating(model):
         return {name: _measure_one(model, attached, windows) for name, windows in sources.items()}
 
@@ -60,9 +60,10 @@ def measure(model: Any, attached: Attached, sources: Mapping[str, Windows]) -> d
 def read_parts(
     model: Any, attached: Attached, windows: Windows, on_gates: OnGates | None = None
 ) -> Iterator[tuple[ForwardPass, Tensor, Tensor]]:
-    """A few windows at a time: what fired, each token's loss on the next in nats, and which have a next; [N, T].
+    """For a few windows at a time: the pass's record, next-token losses in nats, and a mask; both [N, T].
 
-    The loss is 0 where there is no next one. `on_gates` is `ForwardPass.on_gates`.
+    The mask is True for tokens that have a next token; elsewhere the loss is 0. `on_gates` is
+    `ForwardPass.on_gates`.
     """
     for at in range(0, len(windows), BATCH_WINDOWS):
         part = windows.take(slice(at, at + BATCH_WINDOWS)).to(model.device)

@@ -1,4 +1,4 @@
-"""The training methods: what each adds to a base and trains in it, of equal size but for finetuning.
+"""The training methods: what each adds to a base and trains in it, of equal size except finetuning.
 
 neutral     gated blocks (arXiv 2410.02744)
 adapter     the same blocks with a gate that is always 1 and no local loss: a parallel adapter (arXiv 2110.04366)
@@ -22,7 +22,7 @@ from nr_serve.train.recipe import BadRecipe, Recipe
 
 
 def make_learner(recipe: Recipe, base: FrozenBase) -> Learner:
-    """The learner of a recipe's method, with the parameters that it trains marked so. Changes the base in place.
+    """The learner of a recipe's method, whose trained parameters require a gradient. Changes the base in place.
 
     Raises BadRecipe if the blocks do not fit the base.
     """
@@ -45,14 +45,14 @@ def make_learner(recipe: Recipe, base: FrozenBase) -> Learner:
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Keep of each layer in training its input alone, and compute the rest anew in the backward pass."""
-    # The old name, deprecated where there is the new one, is the only one in transformers 5.17.
+    """In training, store only each layer's input and compute the rest again in the backward pass."""
+    # The old name, deprecated where the new one exists, is the only one in transformers 5.17.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def fresh_blocks(recipe: Recipe, base: FrozenBase) -> AdapterModule:
-    """The blocks as training starts with them; their gates take a gradient only if the recipe trains them."""
+    """The blocks as training starts; their gates take a gradient only if the recipe trains them."""
     blocks, gate = recipe.blocks, recipe.gate
     kind = "none" if recipe.method == "adapter" else gate.kind
     adapter = AdapterModule.fresh(
@@ -71,14 +71,14 @@ def fresh_blocks(recipe: Recipe, base: FrozenBase) -> AdapterModule:
 
 
 def block_parameters(recipe: Recipe, base: FrozenBase) -> int:
-    """Parameters of the recipe's blocks, without their gates."""
+    """Number of parameters in the recipe's blocks, without their gates."""
     return sum(3 * h * base.d for h in recipe.blocks.widths(base.parameters, base.d, base.layers))
 
 
 def lora_rank(recipe: Recipe, base: FrozenBase) -> int:
-    """The recipe's rank, or that with which LoRA has as many parameters as the blocks.
+    """The recipe's rank; by default the rank at which LoRA has as many parameters as the blocks.
 
-    Raises BadRecipe for a rank above the base's width: its update would not be of low rank.
+    Raises BadRecipe for a rank above the base's width, because the update would not be of low rank.
     """
     rank = recipe.lora.rank
     if rank is not None:
@@ -92,11 +92,11 @@ def lora_rank(recipe: Recipe, base: FrozenBase) -> int:
 
 
 def add_lora(recipe: Recipe, base: FrozenBase) -> None:
-    """Give every linear layer but the output head a low-rank update, in place, by PEFT.
+    """Give every linear layer except the output head a low-rank update, in place, by PEFT.
 
-    The update is scaled by alpha / rank. B starts at 0, so the model starts as the base.
+    The update is scaled by alpha / rank. B starts at 0, so the model starts out equal to the base.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # transformers' own way asks for a peft of its choice
+    from peft import LoraConfig, inject_adapter_in_model  # transformers' own way demands certain peft versions
 
     config = LoraConfig(
         r=lora_rank(recipe, base),
@@ -110,11 +110,11 @@ def add_lora(recipe: Recipe, base: FrozenBase) -> None:
         inject_adapter_in_model(config, base.model)
     for parameter in base.model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # in bfloat16 small updates would be lost
+            parameter.data = parameter.data.float()  # in bfloat16, small updates would be lost
 
 
 def save_lora(folder: Path, base: FrozenBase) -> None:
-    """Write the update that `add_lora` gave a base as a folder that PEFT reads."""
+    """Write a base's `add_lora` update as a folder that PEFT can read."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(base.model)

@@ -15,30 +15,30 @@ T = TypeVar("T")
 
 
 def is_first() -> bool:
-    """Whether this is the process that measures, writes and tells."""
+    """Whether this is the process that measures, writes files and prints."""
     return bool(accelerate.PartialState().is_main_process)
 
 
 def say(command: str, message: str) -> None:
-    """As `logs.say`, in the first process."""
+    """Call `logs.say` in the first process only."""
     if is_first():
         logs.say(command, message)
 
 
 def count() -> int:
-    """How many there are."""
+    """Number of processes."""
     return int(accelerate.PartialState().num_processes)
 
 
 def several() -> bool:
-    """Whether there are more than one."""
+    """Whether there is more than one process."""
     return count() > 1
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, in all of them; the others wait for it and do not call it.
+    """Call `make` in the first process only; return its result in all processes, which wait for it.
 
-    An NrError or OSError that it raises is raised in all of them.
+    An NrError or OSError that it raises is raised in all processes.
     """
     if not several():
         return make()

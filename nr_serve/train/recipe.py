@@ -1,6 +1,6 @@
 """The recipe of one adapter, as frozen models. Unknown keys are refused.
 
-Knows nothing of torch, so that a recipe can be checked without loading a model.
+Does not import torch, so that a recipe can be checked without loading a model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nr_serve.train.entries import DATASETS, names_source
 
 
 def _at_most(most: int) -> AfterValidator:
-    """Refuses a number that torch and transformers cannot count to; not worth a place in the table of the keys."""
+    """Refuses numbers too large for torch and transformers; a validator does not show in the table of keys."""
 
     def check(value: int) -> int:
         if value > most:
@@ -38,7 +38,7 @@ Entries = tuple[str, ...]
 
 
 class BadRecipe(BadRequest):
-    """A recipe that cannot be followed as it stands."""
+    """A recipe cannot be followed as it stands."""
 
 
 class _Section(BaseModel):
@@ -118,7 +118,7 @@ class Blocks(_Section):
         return self
 
     def widths(self, parameters: int, d: int, layers: int) -> tuple[int, ...]:
-        """Width h of each layer's block, for a base with that many parameters, width d and layers.
+        """Width h of each layer's block, for a base with this many parameters, width d and this many layers.
 
         Raises BadRecipe if the recipe lists widths for another number of layers, or if the blocks would be larger
         than the base.
@@ -138,7 +138,7 @@ class Blocks(_Section):
 
 @dataclass(frozen=True)
 class ResolvedGate:
-    """What a `Gate` comes to in the keys that other keys bear on; their texts are there."""
+    """Values of the keys of `Gate` whose defaults or effect depend on other keys; described there."""
 
     steepness: float
     threshold: float
@@ -209,7 +209,7 @@ class Gate(_Section):
 
     @property
     def resolved(self) -> ResolvedGate:
-        """The keys whose defaults, or whose effect, other keys decide."""
+        """The keys whose defaults, or whose effect, depend on other keys."""
         steepness = self.steepness or (3.0 if self.kind == "relu1" else 1.0)
         threshold = steepness / 5 if self.kind == "relu1" and self.fitted else 0.0
         return ResolvedGate(
@@ -335,36 +335,36 @@ class Run(_Section):
 
     @property
     def windows_a_step(self) -> int:
-        """Windows in one batch."""
+        """Number of windows in one batch."""
         return self.batch_tokens // self.window
 
     @property
     def fewest_targets(self) -> int:
-        """Target windows that every batch has at least."""
+        """Least number of target windows in any batch."""
         windows = self.windows_a_step
-        # 100 * 0.07 is a little more than 7.
+        # Subtracts a little before rounding up: in floating point, 100 * 0.07 is slightly more than 7.
         others = (ceil(windows * share - 1e-9) for share in (self.original_share, self.background_share))
         return windows - sum(others)
 
     @property
     def steps(self) -> int:
-        """Gradient steps in the budget."""
+        """Number of gradient steps in the budget."""
         return self.tokens // self.batch_tokens
 
     @property
     def decay_start(self) -> int:
-        """Tokens after which the learning rate depends on the budget."""
+        """Number of tokens after which the learning rate depends on the budget."""
         if self.schedule == "cosine":
             return self.warmup_tokens
         return self.tokens if self.schedule == "constant" else round(self.tokens * (1 - self.decay_share))
 
     def every(self, tokens: int) -> int:
-        """Those tokens in steps, at least one."""
+        """A number of tokens as a number of steps, at least one."""
         return max(1, tokens // self.batch_tokens)
 
 
 class Recipe(_Section):
-    """Everything that decides what an adapter becomes, besides the text itself."""
+    """Everything that decides what an adapter becomes, except the text itself."""
 
     base: str = Field(default="default", description="`default` (SmolLM2-135M), a folder or a model hub's name.")
     method: Literal["neutral", "adapter", "lora", "finetune"] = Field(
@@ -396,12 +396,12 @@ class Recipe(_Section):
 
     @property
     def lm_on_original(self) -> bool:
-        """Whether original windows carry the LM loss."""
+        """Whether original windows have an LM loss."""
         return self.method != "neutral" or self.loss.lm_on_original
 
     @property
     def has_gates(self) -> bool:
-        """Whether its blocks have gates that can shut."""
+        """Whether the blocks have gates that can shut."""
         return self.method == "neutral" and self.gate.kind != "none"
 
     @property
@@ -411,7 +411,7 @@ class Recipe(_Section):
 
     @property
     def plan(self) -> Run:
-        """The gradient steps, in which text that no loss reads takes no share of the tokens."""
+        """The gradient steps, without shares for text that no loss reads."""
         shares = {
             "original_share": self.run.original_share if self.lm_on_original or self.has_local_loss else 0.0,
             "background_share": self.run.background_share if self.has_local_loss else 0.0,
@@ -420,20 +420,20 @@ class Recipe(_Section):
 
     @property
     def base_dtype(self) -> str:
-        """Type the base's weights are held in: float32 if they train."""
+        """Type of the base's weights: float32 if they train."""
         return "float32" if self.method == "finetune" else self.run.dtype
 
     @property
     def threshold(self) -> float:
-        """The threshold in training and of the adapter file."""
+        """The threshold, in training and in the adapter file."""
         return self.gate.resolved.threshold if self.method == "neutral" else 0.0
 
     def with_gate(self, **changes: Any) -> Recipe:
-        """The recipe with some keys of [gate] replaced, by values that were checked."""
+        """The recipe with some keys of [gate] replaced; the values must have been checked."""
         return self.model_copy(update={"gate": self.gate.model_copy(update=changes)})
 
     def owns(self, source: str) -> bool:
-        """Whether a source such as `hu.lohelp` is of the target."""
+        """Whether a source such as `hu.lohelp` belongs to the target."""
         return names_source(self.data.target, source)
 
     def dump(self) -> dict[str, Any]:
@@ -441,11 +441,11 @@ class Recipe(_Section):
         return self.model_dump(mode="json")
 
     def changed(self, earlier: Recipe, tokens: int) -> dict[str, tuple[Any, Any]]:
-        """The keys for which a run of `earlier` that has seen `tokens` is not the start of this recipe's run.
+        """The keys because of which a run of `earlier` that has read `tokens` tokens cannot go on as this recipe.
 
-        Each with its value here and there; none are changed if it is.
-        The budget may differ while the learning rate has not depended on it; what is only logged may differ, as
-        measurements are unless a run may stop by them.
+        Returns each with its value here and its value there; an empty dict if the run can continue. The budget may
+        differ as long as the learning rate has not depended on it. Keys that affect only logging may differ, and
+        so may those of measurements, unless the run may stop because of these.
         """
         free = {"run.log_every", "run.checkpoint_every", "run.accumulate"}
         if self.run.patience is None:
@@ -457,7 +457,7 @@ class Recipe(_Section):
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """The values by key, such as `run.lr`."""
+    """The values by full key, such as `run.lr`."""
     flat: dict[str, Any] = {}
     for section, value in values.items():
         if isinstance(value, dict):

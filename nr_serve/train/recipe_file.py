@@ -25,7 +25,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Read and check a recipe, with the keys in `changes` (such as `run.tokens`) set anew.
+    """Read and check a recipe, with the keys in `changes` (such as `run.tokens`) replaced.
 
     Raises BadRecipe, naming the key at fault.
     """
@@ -36,7 +36,7 @@ def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
 
 
 def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:
-    """`["run.lr=1e-3", "method=lora"]` as keys and values; values as in TOML, or plain words. Raises BadRecipe."""
+    """Keys and values of `["run.lr=1e-3", "method=lora"]`; values are TOML, or plain words. Raises BadRecipe."""
     changes: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -44,7 +44,7 @@ def parse_changes(pairs: Iterable[str]) -> dict[str, Any]:
             raise BadRecipe(f"{pair!r} is not KEY=VALUE")
         try:
             changes[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except (ValueError, RecursionError):  # no TOML: a word
+        except (ValueError, RecursionError):  # not TOML: a plain word
             changes[key.strip()] = value.strip()
     return changes
 
@@ -63,7 +63,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _check_key(key: str) -> None:
-    """Raise BadRecipe, with the key that may be meant, for one that recipes do not have."""
+    """Raise BadRecipe, with a suggestion, for a key that recipes do not have."""
     known = list(_keys(Recipe))
     if key in known:
         return
@@ -73,7 +73,7 @@ def _check_key(key: str) -> None:
 
 
 def _keys(model: type[BaseModel], before: str = "") -> Iterator[str]:
-    """Every key of a recipe, its sections too, such as `run` and `run.lr`."""
+    """Every key of a recipe, including its sections: `run`, `run.lr`, ..."""
     for name, field in model.model_fields.items():
         yield before + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

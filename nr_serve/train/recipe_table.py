@@ -8,11 +8,11 @@ from typing import Any
 from nr_serve.train.recipe import Recipe
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-"""JSON Schema's names of bounds, and their signs."""
+"""JSON Schema's names of bounds, with their signs."""
 
 
 def recipe_tables() -> str:
-    """Every key of a recipe: a table of those at the top, then one a section with what the section is."""
+    """Every key of a recipe: a table of the top-level keys, then a description and a table for each section."""
     schema = Recipe.model_json_schema()
     top, parts = {}, []
     for name, field in schema["properties"].items():
@@ -25,7 +25,7 @@ def recipe_tables() -> str:
 
 
 def _section(field: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The schema of the section that a field is, if it is one."""
+    """The section's schema if a field is a section, else None."""
     name = field.get("$ref", "").removeprefix("#/$defs/")
     return schema["$defs"][name] if name else None
 

@@ -1,4 +1,4 @@
-"""A run read back from its folder: its recipe, its base, and a learner with the weights that it keeps so far."""
+"""Reads a run back from its folder: its recipe, its base, and a learner with the weights it currently keeps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nr_serve.train.recipe_file import parse_recipe
 
 
 def read_run(run: Path) -> tuple[Recipe, checkpoints.Checkpoint]:
-    """A run's recipe, and the checkpoint whose weights it keeps so far. Raises Conflict if there is none."""
+    """A run's recipe, and the checkpoint whose weights it currently keeps. Raises Conflict if there is none."""
     saved = checkpoints.kept(run)
     if saved is None:
         raise Conflict(f"{run} holds no checkpoint")
@@ -26,14 +26,14 @@ def read_run(run: Path) -> tuple[Recipe, checkpoints.Checkpoint]:
 
 
 def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, Learner, checkpoints.Checkpoint]:
-    """A run with the weights that it keeps so far, on a GPU if there is one.
+    """A run with the weights that it currently keeps, on a GPU if there is one.
 
-    Those are of its newest checkpoint, or of the best one if the run has patience, with the gates that were fitted
-    again after the last step. The base's weights are in `dtype` (default: as it trained). Raises Conflict if there
-    is no checkpoint, or if the base has changed; BadCheckpoint.
+    These are the newest checkpoint's weights, or the best one's if the run has patience, with the gates that were
+    fitted again after the last step. The base's weights are in `dtype` (default: as in training). Raises Conflict
+    if there is no checkpoint or the base has changed; BadCheckpoint.
     """
     recipe, saved = read_run(run)
-    weights = saved.final()  # now: the run may be going on, and remove this checkpoint while the base is loaded
+    weights = saved.final()  # read now: a run that is still going may remove this checkpoint while the base loads
     base = load_base(recipe.base, dtype or recipe.base_dtype, best_device())
     if saved.base_fingerprint != base.fingerprint:
         raise Conflict(f"the base differs from that of the run in {run}")
@@ -43,9 +43,9 @@ def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, L
 
 
 def load_weights(learner: Learner, weights: Mapping[str, Tensor]) -> None:
-    """Put the tensors of a checkpoint in a fresh learner; layers it has no block for lose theirs.
+    """Load a checkpoint's tensors into a fresh learner; layers without a block in the checkpoint lose theirs.
 
-    Raises BadCheckpoint if they are not the learner's.
+    Raises BadCheckpoint if names or shapes do not match.
     """
     adapter = learner.adapter
     if adapter is not None:

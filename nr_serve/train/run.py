@@ -1,8 +1,8 @@
 """Training: a recipe and a corpus in, an adapter file out. The loop itself is `transformers.Trainer`.
 
-A run is a function of its recipe, corpus and base: a batch depends on the step alone, so a resumed run takes
-exactly the steps that an uninterrupted one takes. Of several processes the first one fits, measures, writes and
-tells; the others take their parts of the steps.
+A run is a function of its recipe, corpus and base. A batch depends on the step alone, so a resumed run takes
+exactly the steps of an uninterrupted one. If several processes share a run, the first one fits gates, measures,
+writes files and prints; the others only compute their parts of the steps.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _say = partial(processes.say, "train")
 
 
 def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tensorboard: bool = False) -> Path:
-    """Train as `recipe` says, on the text in `corpus`; returns what came of it.
+    """Train as `recipe` says, on the text in `corpus`; return the path of the result.
 
-    That is a file, `out`/<domain>.safetensors, for a method with blocks, else a folder, `out`/<method>. `out` also
-    receives checkpoints and `log.jsonl`, and with `tensorboard` its event files. Processes started by
+    The result is a file, `out`/<domain>.safetensors, for a method with blocks, else a folder, `out`/<method>.
+    `out` also gets checkpoints, `log.jsonl` and, with `tensorboard`, its event files. Processes started by
     `accelerate launch` share each step. Raises BadRecipe; Conflict if `out` holds another run or another process
-    trains there; TrainingDiverged if the loss stops being finite; TrainingStopped or CannotWrite if the
-    disk is full.
+    trains there; TrainingDiverged if the loss is no longer finite; TrainingStopped or CannotWrite if the disk is
+    full.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        arguments = training_arguments(recipe.run, out, tensorboard=tensorboard)  # joins the processes
+        arguments = training_arguments(recipe.run, out, tensorboard=tensorboard)  # joins the other processes
         with ExitStack() as stack:
             processes.from_first(lambda: stack.enter_context(checkpoints.alone(out)))
             found = checkpoints.latest(out)
@@ -57,7 +57,7 @@ def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tens
             if found is None:
                 processes.from_first(lambda: _check_free(out, recipe))
             if found is None and resume:
-                _say(f"there is no checkpoint in {out}: the run begins anew")
+                _say(f"there is no checkpoint in {out}: the run starts from the beginning")
             saved = None if found is None else checkpoints.load(found)
             return TrainingRun(recipe, arguments, out, corpus, saved).train()
     except OSError as error:
@@ -65,7 +65,7 @@ def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tens
 
 
 class TrainingRun:
-    """One run: its text, its learner, and what it has measured."""
+    """One run: its text, its learner and its measurements."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class TrainingRun:
             whole = f"{run.steps:,} steps of {run.batch_tokens:,}"
             _say(f"run.tokens {run.tokens:,} is rounded down to {run.steps * run.batch_tokens:,}, {whole}")
         _say("reading and packing the text")
-        with arguments.main_process_first():  # the others find what it leaves in the caches
+        with arguments.main_process_first():  # the others find its results in the caches
             self.text = read_run_text(recipe, corpus)
         self.digest = self.text.classes.digest(self.text.heldout)
         _same("corpus", saved is None or saved.text_digest == self.digest)
@@ -93,16 +93,16 @@ class TrainingRun:
         self.results: dict[str, Any] = saved.results if saved else {}
         self.log = Log(out / checkpoints.LOG) if processes.is_first() else None
         self._measured = saved.measured_step if saved else None
-        """The step at which `results` were measured; None if the weights have changed since without a step."""
+        """Step at which `results` were measured; None if the weights have changed since, other than by a step."""
 
     def train(self) -> Path:
-        """Take the steps that are left; returns the adapter file or the folder of the trained model."""
+        """Take the remaining steps; return the adapter file or the folder of the trained model."""
         if self.saved is None:
             if self.recipe.method == "neutral" and self.recipe.gate.fitted:
                 self._fit_gates()
             self._validate(0)
         else:
-            load_weights(self.learner, self.saved.weights())  # before the optimizer: a fit may have dropped layers
+            load_weights(self.learner, self.saved.weights())  # first: a fit may have dropped layers
             _say(f"resuming after step {self.saved.step}")
         if self.saved is None or not self.saved.stopped:
             self._take_steps()
@@ -124,7 +124,7 @@ class TrainingRun:
             trainer.bar.close()
 
     def _finish(self) -> Path:
-        """Write what came of the run: the weights after its last step, or the best if it has patience."""
+        """Write the run's result, from the weights after its last step or, if it has patience, the best ones."""
         kept = self._take_kept()
         if self.recipe.method == "neutral" and self.recipe.gate.resolved.refit:
             self._refit_gates(kept)
@@ -136,16 +136,16 @@ class TrainingRun:
         return write_result(self.out, self.recipe, self.base, self.learner, results)
 
     def _take_kept(self) -> checkpoints.Checkpoint:
-        """Take the weights that the run keeps, with what was measured of them; the learner has the newest."""
+        """Load the weights that the run keeps, and their measurements; until now the learner has the newest."""
         kept = checkpoints.kept(self.out)
-        assert kept is not None  # the loop leaves one after its last step
+        assert kept is not None  # the loop writes a checkpoint after its last step
         if kept.folder != checkpoints.latest(self.out):
             load_weights(self.learner, kept.weights())
             self.results, self._measured = kept.results, kept.measured_step
         return kept
 
     def _fit_gates(self) -> None:
-        """Fit the gates on the stream as it is, or take those fitted to the same text before; tell how well."""
+        """Fit the gates on the current stream, or reuse a fit to the same text; report how well they fit."""
         adapter = self.learner.adapter
         assert adapter is not None
 
@@ -157,8 +157,8 @@ class TrainingRun:
         adapter.set_gates(processes.from_first(fitted).gates)
 
     def _refit_gates(self, kept: checkpoints.Checkpoint) -> None:
-        """Fit the gates again, on the stream as the trained blocks leave it, and keep them with the checkpoint."""
-        self._measured = None  # with these gates
+        """Fit the gates again on the stream that the trained blocks produce; keep them with the checkpoint."""
+        self._measured = None  # no measurement was made with the new gates
         if kept.is_refitted:
             load_weights(self.learner, kept.final())
             return
@@ -173,7 +173,7 @@ class TrainingRun:
         _say(fitted.summary())
 
     def _validate(self, step: int) -> float:
-        """Measure the held-out sources as they are now and log them; returns the mean loss on the target's."""
+        """Measure and log the held-out sources with the current weights; return the target's mean loss."""
         return processes.from_first(lambda: self._measure(step))
 
     def _measure(self, step: int) -> float:
@@ -212,7 +212,7 @@ class TrainingRun:
 
 
 def _check_free(out: Path, recipe: Recipe) -> None:
-    """Raise Conflict if a new run in `out` would write over what no run there has left."""
+    """Raise Conflict if a new run in `out` would overwrite files that are not a run's."""
     log, result = out / checkpoints.LOG, result_path(out, recipe)
     if log.exists():
         if not is_log(log):
@@ -222,7 +222,7 @@ def _check_free(out: Path, recipe: Recipe) -> None:
 
 
 def _check_same_recipe(recipe: Recipe, saved: checkpoints.Checkpoint) -> None:
-    """Raise Conflict, naming the keys, if the run of a checkpoint is not the start of this recipe's."""
+    """Raise Conflict, naming the keys, if the checkpoint's run cannot continue with this recipe."""
     changed = recipe.changed(parse_recipe(saved.recipe), saved.step * recipe.run.batch_tokens)
     if list(changed) == ["run.tokens"]:
         why = "the learning rate of the run to resume depends on it by now"

@@ -14,27 +14,28 @@ from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.pack import Windows
 from nr_serve.train.text.read import find_roles
 
-_NAMED = 8  # sources of the target
+_NAMED = 8  # most target sources to name in a message
 
 
 @dataclass(frozen=True)
 class RunText:
-    """What a run reads."""
+    """The text that a run reads."""
 
     classes: Classes
     heldout: Mapping[str, Windows]
     batches: Batches
-    """The classes' windows in the order of the steps."""
+    """The classes' windows, in the order of the steps."""
 
 
 def read_run_text(recipe: Recipe, corpus: Path) -> RunText:
-    """The text that a recipe names, in its base's tokens.
+    """The text that a recipe names, as tokens of its base.
 
-    Raises BadRecipe for text that is missing, empty, damaged or in two parts, for a target that is another class's
-    text too, and for a recipe that this text does not suit; DownloadFailed; UnsupportedBase without a tokenizer.
+    Raises BadRecipe for text that is missing, empty, damaged or has two roles, for a target whose text is also
+    another class's, and for a recipe that does not suit this text; DownloadFailed; UnsupportedBase without a
+    tokenizer.
     """
     data, run = recipe.data, recipe.run
-    roles = find_roles(corpus, data)  # what is missing is said before a base is fetched for its tokenizer
+    roles = find_roles(corpus, data)  # missing text is reported before a base is fetched for its tokenizer
     target = [str(source) for source in roles["target"]]
     more = f" and {len(target) - _NAMED} more" if len(target) > _NAMED else ""
     processes.say("train", f"the target's text: {', '.join(target[:_NAMED])}{more}")

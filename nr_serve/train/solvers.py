@@ -12,14 +12,14 @@ from torch import Tensor
 CHUNK_TOKENS = 8192
 NEWTON_STEPS = 20
 CURVATURE = 0.99
-"""Share of a loss's curvature that a step reckons with."""
+"""Share of the loss's curvature that a Newton step takes into account."""
 
 
 def solve_ridge(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """w [d] and b [] that minimise sum_t weight_t (w · u_t + b - y_t)^2 + ridge v |w|^2, in float64.
 
-    v is the mean weighted variance of a feature (weights sum to 1). The bias is not penalised. With two values
-    of y this is Fisher's linear discriminant with shrinkage.
+    v is the mean weighted variance of a feature; weights are normalised to sum to 1. The bias is not penalised. If
+    y has two values, this is Fisher's linear discriminant with shrinkage.
     """
     d = u_Td.shape[1]
     total = weight_T.double().sum()
@@ -41,10 +41,10 @@ def solve_ridge(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tu
 def solve_logistic(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """w [d] and b [] that minimise sum_t weight_t CE(sigmoid(w · u_t + b), y_t) + ridge v |w|^2 / 2.
 
-    v is the mean weighted variance of a feature (weights sum to 1); y is 0 or 1. Newton's method with step halving
-    (iteratively reweighted least squares: Hastie, Tibshirani, Friedman, "The Elements of Statistical Learning",
-    section 4.4.1); the problem is convex. Unlike least squares it spends nothing on tokens that are already far on
-    their side: the direction is decided by those that are easily confused.
+    v is the mean weighted variance of a feature; weights are normalised to sum to 1; y is 0 or 1. The problem is
+    convex and is solved by Newton's method with step halving (iteratively reweighted least squares: Hastie,
+    Tibshirani, Friedman, "The Elements of Statistical Learning", section 4.4.1). Unlike least squares, it does not
+    penalise tokens that are already far on the right side: the easily confused tokens decide the direction.
     """
     p_T = (weight_T / weight_T.sum()).float()
     y_T = y_T.float()
@@ -53,14 +53,14 @@ def solve_logistic(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) ->
     scale = (p_T[:, None] * centred_Td.square()).sum(0).mean().sqrt()
     x_Te = torch.cat([centred_Td / scale, torch.ones_like(centred_Td[:, :1])], dim=1)
     v_e = torch.zeros_like(x_Te[0])
-    for every in (8, 1):  # most steps on a part of the tokens, the last few on all
+    for every in (8, 1):  # most steps use an eighth of the tokens, the last few use all
         v_e = _newton(x_Te[::every], y_T[::every], p_T[::every] / p_T[::every].sum(), ridge, v_e)
     w_d = v_e[:-1].double() / scale
     return w_d, v_e[-1].double() - w_d @ mean_d.double()
 
 
 def _newton(x_Te: Tensor, y_T: Tensor, p_T: Tensor, ridge: float, v_e: Tensor) -> Tensor:
-    """From v_e, the minimum of sum_t p_t CE(sigmoid(x_t · v), y_t) + ridge |v|^2 / 2, the last of v unpenalised."""
+    """From v_e, the minimum of sum_t p_t CE(sigmoid(x_t · v), y_t) + ridge |v|^2 / 2; v's last is unpenalised."""
     penalty_e = torch.full_like(v_e, ridge)
     penalty_e[-1] = 0.0
     floor_ee = 1e-12 * torch.eye(len(v_e), dtype=torch.float64, device=v_e.device)
@@ -87,10 +87,10 @@ def _newton(x_Te: Tensor, y_T: Tensor, p_T: Tensor, ridge: float, v_e: Tensor) -
 
 
 def _curvature(x_Te: Tensor, bend_T: Tensor) -> Tensor:
-    """The sum of bend_t x_t x_t^T, [e, e], over the tokens with the most of it.
+    """The sum of bend_t x_t x_t^T, [e, e], over the tokens that have CURVATURE of the total bend.
 
-    The others, three of four, are so far on their side that they hardly bend the loss. Its slope is that of all, so
-    its minimum stays where it was.
+    The other tokens, about three quarters, are so far on their side that they hardly curve the loss. The gradient
+    uses all tokens, so the minimum does not change.
     """
     most_T, order_T = bend_T.sort(descending=True)
     count = int(torch.searchsorted(most_T.cumsum(0), CURVATURE * most_T.sum())) + 1
@@ -99,4 +99,4 @@ def _curvature(x_Te: Tensor, bend_T: Tensor) -> Tensor:
 
 
 SOLVERS = {"closed-form": solve_ridge, "logistic": solve_logistic}
-"""By the recipe's name."""
+"""Solvers, by the recipe's name for them."""

@@ -23,12 +23,12 @@ from nr_serve.train.trainer import TrainingStopped
 
 _say = partial(processes.say, "sweep")
 RunName = Annotated[str, Field(pattern=NAME)]
-"""A run's folder has its name."""
+"""Name of a run, and of its folder."""
 Changes = Mapping[str, str | int | float | bool | list[int] | list[str]]
 
 
 class Sweep(BaseModel):
-    """A sweep file: which recipe, what is changed in every run, and the runs."""
+    """A sweep file: a recipe, changes for every run, and the runs with their own changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +38,7 @@ class Sweep(BaseModel):
 
 
 def read_sweep(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Recipe]:
-    """The recipe of each run of a sweep file, by name; `changes` come last, in every run.
+    """The recipe of each run in a sweep file, by run name; `changes` are applied last, in every run.
 
     Raises BadRecipe, naming the key or the run at fault.
     """
@@ -56,10 +56,10 @@ def read_sweep(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str
 
 
 def run_sweep(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> dict[str, Path | Exception]:
-    """Train every run of a sweep in its folder below `out`, in order, going on where an earlier call stopped.
+    """Train every run of a sweep in its folder below `out`, in order, continuing where an earlier call stopped.
 
-    The text of the runs that are left is checked before the first one starts. A run that fails then does not stop
-    the others: what it raised stands in its place. The failures are told at the end.
+    The text of all remaining runs is checked before the first one starts. After that a run that fails does not
+    stop the others: its exception is its result. All failures are printed at the end.
     """
     processes.from_first(lambda: _check_text(recipes, out, corpus))
     results: dict[str, Path | Exception] = {}
@@ -71,7 +71,7 @@ def run_sweep(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> dict[st
                 raise
             if not isinstance(error, NrError):
                 traceback.print_exc()
-            # A traceback holds on to the model, and so does that of what an error was raised from.
+            # A traceback keeps the model alive, and so do the tracebacks of the exception's cause and context.
             error.__cause__ = error.__context__ = None
             results[name] = error.with_traceback(None)
     failed = {name: result for name, result in results.items() if isinstance(result, Exception)}
@@ -81,7 +81,7 @@ def run_sweep(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> dict[st
 
 
 def _check_text(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> None:
-    """Raise what keeps a run that is left from starting with its text; a BadRecipe names the run."""
+    """Check the text of every remaining run; a BadRecipe names the run."""
     for name, recipe in recipes.items():
         if finished(out / name, recipe) is not None:
             continue
@@ -101,12 +101,12 @@ def _run(name: str, recipe: Recipe, folder: Path, corpus: Path) -> Path:
 
 
 def _raised_by_all(error: Exception) -> bool:
-    """Whether the other processes of the sweep, if there are any, are past the failed run too."""
+    """Whether every process of the sweep raised this error, so that all can go on to the next run."""
     return not processes.several() or (isinstance(error, NrError) and not isinstance(error, TrainingStopped))
 
 
 def finished(run: Path, recipe: Recipe) -> Path | None:
-    """What a run made, if it is at the end of that very recipe."""
+    """A run's result, if the run has finished exactly this recipe; else None."""
     found = checkpoints.latest(run)
     if found is None:
         return None

@@ -37,15 +37,15 @@ from nr_serve.train.recipe import Run
 
 
 class TrainingDiverged(NrError):
-    """The loss is no longer a number; the last checkpoint is from before."""
+    """The loss is no longer a finite number; the last checkpoint is from before that."""
 
 
 class TrainingStopped(NrError):
-    """Training could not go on, and the last good checkpoint is kept."""
+    """Training could not go on; the last good checkpoint is kept."""
 
 
 def diverged(out: Path, step: int, what: str, number: float) -> TrainingDiverged:
-    """The error of a number that is not finite after so many steps of the run in `out`."""
+    """The error for a number that is not finite, after `step` steps of the run in `out`."""
     return TrainingDiverged(f"step {step}: the {what} is {number}; {_kept(out)}")
 
 
@@ -65,7 +65,7 @@ def learning_rate(run: Run, step: int) -> float:
 
 
 def make_optimizer(trained: Mapping[str, nn.Parameter], run: Run) -> tuple[AdamW, LambdaLR]:
-    """The optimizer of what is trained, and its schedule; what starts at 0 has a learning rate of its own."""
+    """The optimizer and its schedule; parameters that start at 0 (W_out, LoRA's B) have their own learning rate."""
     out = [p for name, p in trained.items() if is_out(name)]
     rest = [p for name, p in trained.items() if not is_out(name)]
     groups = [{"params": rest, "lr": run.lr}, {"params": out, "lr": run.lr * run.out_lr_ratio}]
@@ -75,9 +75,9 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], run: Run) -> tuple[AdamW
 
 
 def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArguments:
-    """The recipe's steps in the words of `transformers.Trainer`.
+    """The recipe's gradient steps as arguments of `transformers.Trainer`.
 
-    Raises BadRequest if the launcher splits the model among the processes: a checkpoint would hold a part of it.
+    Raises BadRequest if the launcher splits the model among processes: a checkpoint would hold only a part of it.
     """
     for name in ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -88,22 +88,22 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
         output_dir=str(out),
         max_steps=run.steps,
         train_sampling_strategy="sequential",
-        per_device_train_batch_size=1,  # a part of a step: see Batches
+        per_device_train_batch_size=1,  # one part of a step: see `Batches`
         gradient_accumulation_steps=run.accumulate,
         max_grad_norm=run.clip,
         bf16=run.dtype == "bfloat16",
-        use_cpu=best_device().type == "cpu",  # not said, bf16 asks for a GPU
+        use_cpu=best_device().type == "cpu",  # without it, bf16 requires a GPU
         torch_compile=run.compile,
-        ddp_find_unused_parameters=True,  # a block whose gate stayed shut takes no part in a step
+        ddp_find_unused_parameters=True,  # a block whose gate stays shut gets no gradient in a step
         logging_steps=run.log_every,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=validate if stops else save,  # the best checkpoint is one that was measured
-        save_total_limit=None,  # checkpoints go when a newer one is complete: see RunTrainer
+        save_steps=validate if stops else save,  # so that every measured step has a checkpoint
+        save_total_limit=None,  # old checkpoints are removed once a newer one is complete: see RunTrainer
         eval_strategy="steps",
         eval_steps=validate,
         load_best_model_at_end=stops,
-        restore_callback_states_from_checkpoint=stops,  # how often the loss has not fallen
+        restore_callback_states_from_checkpoint=stops,  # the count of measurements without a better loss
         metric_for_best_model="loss" if stops else None,
         greater_is_better=False if stops else None,
         remove_unused_columns=False,
@@ -111,8 +111,8 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
         report_to=["tensorboard"] if tensorboard else [],
         seed=run.seed,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs: one process each, never DataParallel
-    # `accelerate launch` has a precision of its own, which would take the place of the recipe's.
+    arguments._n_gpu = min(1, arguments.n_gpu)  # with several GPUs: one process each, never DataParallel
+    # `accelerate launch` has its own precision setting, which would override the recipe's.
     arguments.mixed_precision = "bf16" if run.dtype == "bfloat16" else "no"
     return arguments
 
@@ -131,9 +131,9 @@ class RunTrainer(transformers.Trainer):
         describe: Callable[[Path, int], checkpoints.Checkpoint],
         log: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        """`validate` measures after so many steps, `describe` says what a checkpoint then in a folder is.
+        """`validate` measures after a number of steps; `describe` makes the `Checkpoint` for a folder at a step.
 
-        `log` takes a line of the run's log, in every process.
+        `log` writes a line of the run's log; it is called in every process.
         """
         self.learner, self.run, self.validate, self.describe, self.write = learner, run, validate, describe, log
         self.out = Path(str(arguments.output_dir))
@@ -143,13 +143,13 @@ class RunTrainer(transformers.Trainer):
             model=self.learner,
             args=arguments,
             train_dataset=self.batches,
-            eval_dataset=[],  # measured by the run, in its own way
+            eval_dataset=[],  # the run measures by itself
             data_collator=lambda parts: parts[0],
             optimizers=make_optimizer(learner.trained(), run),
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False
-        self.remove_callback(PrinterCallback)  # it and the plain bar print every log line on stdout
+        self.remove_callback(PrinterCallback)  # it and the default bar print every log line on stdout
         self.pop_callback(ProgressCallback)
         self.bar = Bar()
         self.add_callback(self.bar)
@@ -162,7 +162,7 @@ class RunTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The learner's loss on one part of a step."""
-        if not self._sums:  # the first since the last line of the log: measuring takes no part in the rate
+        if not self._sums:  # first batch since the last log line: time for measuring does not count in the rate
             self._since, self._logged_step = time.monotonic(), self.state.global_step
         output = model(**inputs)
         for name, pair in output["sums"].items():
@@ -171,7 +171,7 @@ class RunTrainer(transformers.Trainer):
         return (output["loss"], output) if return_outputs else output["loss"]
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Scale the gradients; raises TrainingDiverged, in all processes, if they or the loss are not finite."""
+        """Clip the gradients. Raises TrainingDiverged in all processes if they or the loss are not finite."""
         norm: Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         self._check(self._over_processes(self._loss) / self.batches.parts, "loss")
         self._loss = torch.zeros_like(self._loss)
@@ -179,7 +179,7 @@ class RunTrainer(transformers.Trainer):
         return norm
 
     def _over_processes(self, value: Tensor) -> Tensor:
-        """The sum of that of each process."""
+        """The sum of a value over all processes."""
         summed: Tensor = self.accelerator.reduce(value, "sum")
         return summed
 
@@ -190,7 +190,7 @@ class RunTrainer(transformers.Trainer):
             raise diverged(self.out, step, what, number)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the means since the last time over all that was read, with the rate; no mean of what was not read."""
+        """Log the means over everything read since the last line, and the rate; no mean over nothing."""
         if self._sums and "loss" in logs:
             step = self.state.global_step
             totals = self._over_processes(torch.stack(list(self._sums.values()))).tolist()
@@ -203,7 +203,7 @@ class RunTrainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the held-out sources; the time that takes is no training time."""
+        """Measure the held-out sources; this does not count as training time."""
         began = time.monotonic()
         metrics = {"eval_loss": self.validate(self.state.global_step)}
         self._since += time.monotonic() - began
@@ -213,7 +213,7 @@ class RunTrainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         assert output_dir is not None
-        if self.args.should_save:  # one process of all
+        if self.args.should_save:  # True in one process only
             checkpoints.save_weights(Path(output_dir), self.learner.trained_state())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -224,7 +224,7 @@ class RunTrainer(transformers.Trainer):
                 raise
             fault = f"cannot write a checkpoint in {self.out}: {error}"
             raise TrainingStopped(f"{fault}; {_kept(self.out)}") from error
-        self.accelerator.wait_for_everyone()  # each process has written its random state
+        self.accelerator.wait_for_everyone()  # wait until each process has written its random state
         if self.args.should_save:
             step, best = self.state.global_step, self.state.best_global_step
             stopped = bool(self.control.should_training_stop) and step < self.run.steps
@@ -233,7 +233,7 @@ class RunTrainer(transformers.Trainer):
             checkpoints.rotate(self.out, keep=best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Only check what is read next without a check: the run has loaded the weights."""
+        """Only check the step in a file that is read next: the run has loaded the weights already."""
         folder = Path(resume_from_checkpoint)
         with checkpoints.reading(folder):
             step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
@@ -241,7 +241,7 @@ class RunTrainer(transformers.Trainer):
                 raise ValueError(f"{TRAINER_STATE_NAME} is of step {step}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them, but go on by this recipe: a checkpoint has the rate and the intervals of the run it was of."""
+        """Load them, with this recipe's rates and intervals: a checkpoint has those of the run that wrote it."""
         with checkpoints.reading(Path(checkpoint or "")):
             super()._load_optimizer_and_scheduler(checkpoint)
         state: Any = self.state
@@ -256,14 +256,14 @@ class RunTrainer(transformers.Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
-        """Left to the run, which also knows what it keeps where no step was left to take."""
+        """Do nothing: the run loads the best weights itself, also when no step was left to take."""
 
 
 class LastStepLogged(TrainerCallback):
-    """Has the last steps logged too where their number is no multiple of `log_every`."""
+    """Makes the trainer log after the last step too, where the steps are not a multiple of `log_every`."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for a line after the last step."""
+        """Ask for a log line after the last step."""
         if state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -272,21 +272,21 @@ class Bar(ProgressCallback):
     """A progress bar on stderr with the latest losses."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **how: Any) -> None:
-        """Begin the bar."""
+        """Start the bar at the current step."""
         super().on_train_begin(args, state, control, **how)  # type: ignore[no-untyped-call]
-        bar: Any = self.training_bar  # None in the other processes
+        bar: Any = self.training_bar  # None in all processes but the first
         if bar is not None:
             bar.mininterval = bar_interval()
-            self.current_step = bar.n = bar.initial = state.global_step  # else steps of before count as fast ones
+            self.current_step = bar.n = bar.initial = state.global_step  # else earlier steps count as fast
 
     def close(self) -> None:
-        """Draw it a last time, so that it does not appear after an error message."""
+        """Draw the bar a last time, so that it does not reappear after an error message."""
         bar: Any = self.training_bar
         if bar is not None:
             bar.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Show the losses and how much fired."""
+        """Show the latest losses and fired shares."""
         bar: Any = self.training_bar
         if bar is not None and "lm" in logs:
             fired = [f"{logs['target_fired']:.0%} of target"] if "target_fired" in logs else []

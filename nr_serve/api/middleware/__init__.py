@@ -1,1 +1,1 @@
-"""What a request passes before its route, a layer each; `app.py` puts them in their order."""
+"""Middleware that a request passes before its route, one layer per file; `app.py` sets their order."""

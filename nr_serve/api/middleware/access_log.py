@@ -26,7 +26,7 @@ _LONGEST_PATH = 200
 
 
 class AccessLog:
-    """ASGI middleware, the outermost: names the request, logs it, counts refusals, and answers for bugs below."""
+    """The outermost ASGI middleware: names and logs requests, counts errors, answers for bugs in inner layers."""
 
     def __init__(self, app: ASGIApp, config: ServeConfig, tokenizer: Tokenizer, metrics: Metrics) -> None:
         self._app = app
@@ -54,23 +54,23 @@ class AccessLog:
             await self._app(scope, receive, named)
         except Exception:
             if entry.status is not None:
-                raise  # half an answer is out: closing the connection is all that is left to say
+                raise  # a part of the answer is sent: all that is left is to close the connection
             log.exception("a bug")
-            # The client learns only that it is not to blame.
+            # The client learns only that the fault is not its own.
             await error_response(NrError("internal error; the server's log has the details"))(scope, receive, named)
         finally:
             self._count(scope, entry.status)
             self._write(scope, entry)
 
     def _count(self, scope: Scope, status: int | None) -> None:
-        """Count an error. A probe that comes too early is none, nor is a client that went away."""
+        """Count an error response, except of health probes and of clients that went away."""
         if status is not None and status >= 400 and status != GONE and scope["path"] not in _HEALTH:
             self._errors.labels(status, error_type(status)).inc()
 
     def _write(self, scope: Scope, entry: Entry) -> None:
         if scope["path"] in _HEALTH and not self._log_health:
             return
-        # As sent: decoded, a path may hold line breaks, and look like entries of its own.
+        # Logged undecoded: a decoded path may hold line breaks and forge log entries.
         path = scope["raw_path"].decode("ascii", "backslashreplace")[:_LONGEST_PATH]
         key = scope.get("state", {}).get("key")
         fields = {"method": scope["method"], "path": path, **entry.fields()}

@@ -1,4 +1,4 @@
-"""Lets a request through only with the key it needs. Checked before anything of a body is read."""
+"""Lets a request through only with the key it needs. Checked before any of the body is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nr_serve.keys import Key, Keys
 
 
 class KeyCheck:
-    """ASGI middleware; leaves the request's key, or None, in `scope["state"]["key"]`."""
+    """ASGI middleware that checks keys; puts the request's key, or None, in `scope["state"]["key"]`."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
@@ -49,11 +49,11 @@ class KeyCheck:
 
 def _address(scope: Scope) -> str:
     client = scope.get("client")
-    return f"[{client[0] if client else ''}]"  # in brackets, which no key's name has
+    return f"[{client[0] if client else ''}]"  # in brackets, so that it differs from every key's name
 
 
 def _bearer(header: str) -> bytes | None:
     scheme, _, key = header.partition(" ")
-    # Header values are bytes, shown as latin-1; a key that is not ASCII is sent as UTF-8.
+    # Header values are bytes, decoded as latin-1; clients send a key that is not ASCII as UTF-8.
     key = key.strip(" \t")
     return key.encode("latin-1") if scheme.lower() == "bearer" and key else None

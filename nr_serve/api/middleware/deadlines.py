@@ -1,4 +1,4 @@
-"""Deadlines: a request ends by its own, and nothing new is taken once the server is told to end."""
+"""Deadlines: ends requests after their time limit, and refuses new ones once the server shuts down."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from nr_serve.errors import BadRequest, NrError, TimedOut, Unavailable
 log = logging.getLogger(__name__)
 
 HEADER = "X-Request-Timeout"
-"""Seconds; it may shorten the server's own limit."""
+"""Header with a number of seconds; it may only shorten the server's own limit."""
 SEND_SECONDS = 30.0
-"""A client that takes nothing for so long is gone."""
+"""A client that reads nothing for so long is considered gone."""
 _LAST_SECONDS = 1.0
-"""For the error that ends a stream: its time is over already."""
+"""Time for sending the error that ends a stream whose time is over."""
 
 
 class Deadlines:
-    """ASGI middleware that ends what takes too long, and refuses what comes while the server drains."""
+    """ASGI middleware that ends requests after their time, and refuses new ones while the server drains."""
 
     def __init__(self, app: ASGIApp, underway: Underway, timeout_s: float | None) -> None:
         self._app = app
@@ -35,7 +35,7 @@ class Deadlines:
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, for as long as it may take."""
+        """Pass the request on, with a deadline."""
         if scope["type"] != "http" or not is_guarded(scope):
             await self._app(scope, receive, send)
             return
@@ -78,7 +78,7 @@ class Deadlines:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            # The task was cancelled, which aborted what it had asked of the engine.
+            # The task was cancelled, which also aborted its requests in the engine.
             error = self._reason(seconds)
 
             async def last(message: Message) -> None:
@@ -96,7 +96,7 @@ class Deadlines:
 
 
 async def _send(send: Send, message: Message, seconds: float) -> None:
-    """Send to a client that reads. Raises ClientDisconnect if it takes nothing for so long."""
+    """Send a message. Raises ClientDisconnect if the client does not take it within `seconds`."""
     try:
         async with asyncio.timeout(seconds):
             await send(message)
@@ -114,7 +114,7 @@ def _streams(start: Message) -> bool:
 
 
 def _shorter(timeout_s: float | None, header: str | None) -> float | None:
-    """The server's limit or the client's, whichever ends first. Raises BadRequest."""
+    """The shorter of the server's and the client's limits. Raises BadRequest for an invalid header."""
     if header is None:
         return timeout_s
     try:

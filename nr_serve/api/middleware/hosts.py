@@ -1,7 +1,7 @@
-"""Under which names the server may be asked: a page of another site that has its name point here is turned away.
+"""Checks the Host header, so that pages of other sites cannot read answers by DNS rebinding.
 
-A browser lets such a page read the answers (DNS rebinding): it takes the server for the page's own. What it cannot
-do is ask for an address instead of its name.
+A page of another site can have its own host name point at this server. The browser then takes the server for that
+site, and lets the page read the answers. The page cannot make the browser send an IP address as the host instead.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/]+)(:[0-9]*)?")
 
 
 class HostCheck:
-    """ASGI middleware that refuses requests for another host than the allowed ones."""
+    """ASGI middleware that refuses requests whose host is not allowed."""
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self._app = app
         self._allowed = {_bare(name) for name in (config.host, *config.allowed_host)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, if it is for this server."""
+        """Pass the request on if its host is allowed."""
         if scope["type"] == "http" and not self._is_ours(Headers(scope=scope).get("host", "")):
             error = BadRequest("this server is not asked under this name (--allowed-host)", param="Host")
             await error_response(error)(scope, receive, send)
@@ -37,23 +37,23 @@ class HostCheck:
 
     def _is_ours(self, header: str) -> bool:
         host = _name(header)
-        # An address is no name that a site could point anywhere.
+        # No site can make an IP address point elsewhere.
         return host == "localhost" or address(host) is not None or host in self._allowed
 
 
 def checks_hosts(config: ServeConfig) -> bool:
-    """Whether hosts are checked: where names are set, or where the loopback is all that keeps others out."""
+    """Whether hosts are checked: if names are set, or if listening on the loopback is the only protection."""
     if config.allowed_host:
         return ANY not in config.allowed_host
     return config.api_key is None and config.key_file is None and is_loopback(config.host)
 
 
 def _name(header: str) -> str:
-    """The host of a Host header, without its port; "" if that is no host."""
+    """The host of a Host header, without its port; "" if the header is not valid."""
     found = _HOST.fullmatch(header)
     return "" if found is None else _bare(found[1])
 
 
 def _bare(host: str) -> str:
-    """A host as it is compared: names have no case, and addresses no brackets."""
+    """A host in the form used for comparing: lower case, and without an address's brackets."""
     return host.lower().strip("[]")

@@ -1,4 +1,4 @@
-"""How large a body may be, and how much one key may ask."""
+"""Limits on how large a body may be, and on how much one key may ask."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class BodyLimit:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, counting its body."""
+        """Pass the request on, counting the bytes of its body."""
         if scope["type"] == "http" and {"content-length", "transfer-encoding"}.issubset(Headers(scope=scope)):
-            # Which of them counts, a proxy before us may see otherwise: what follows could be smuggled past it.
+            # A proxy before us may use the other header: what follows the body could be smuggled past it as a
+            # request.
             refusal = error_response(BadRequest("a body has either Content-Length or Transfer-Encoding"))
             refusal.headers["Connection"] = "close"
             await refusal(scope, receive, send)
@@ -47,7 +48,7 @@ class BodyLimit:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self._max_bytes:
-                # FastAPI hides other errors raised while it reads a body behind a plain 400.
+                # FastAPI turns other errors raised while it reads a body into a plain 400.
                 raise HTTPException(TooLarge.status, self._message())
             return message
 
@@ -63,9 +64,9 @@ def _announced(scope: Scope) -> int:
 
 
 class KeyLimits:
-    """ASGI middleware that refuses what one key asks of the model beyond its limits.
+    """ASGI middleware that refuses requests to the model beyond a key's limits.
 
-    All who ask without a key share one set of limits.
+    All callers without a key share one set of limits.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, now: Callable[[], float] = time.monotonic) -> None:
@@ -77,7 +78,7 @@ class KeyLimits:
         self._buckets: dict[str, TokenBucket] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, if the key may."""
+        """Pass the request on if its key's limits allow it."""
         if scope["type"] != "http" or not asks_model(scope):
             await self._app(scope, receive, send)
             return
@@ -108,15 +109,15 @@ class KeyLimits:
 
 
 class TokenBucket:
-    """Holds a minute's worth of requests at most, and fills steadily."""
+    """Holds at most one minute's worth of requests, and refills steadily."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._tokens = math.inf  # full, whatever its size
+        self._tokens = math.inf  # full, whatever the bucket's size
         self._at = now()
 
     def take(self, per_minute: float) -> float:
-        """Take a token and return 0, or return the seconds until there is one."""
+        """Take a token and return 0, or return the number of seconds until one is there."""
         now = self._now()
         filled = self._tokens + (now - self._at) * per_minute / 60
         self._tokens, self._at = min(filled, max(per_minute, 1.0)), now

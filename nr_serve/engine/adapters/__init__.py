@@ -1,1 +1,1 @@
-"""The adapters as the engine has them: versions in slots, changes between steps, their measured leak."""
+"""The adapters in the engine: versions in slots, changes between steps, their measured leak."""

@@ -1,4 +1,4 @@
-"""The adapters as the engine has them: what requests hold, commands, changes under way and views. Torch-free.
+"""The adapters in the engine: what requests hold, commands, changes under way, and views. Torch-free.
 
 Everything here runs on the engine's thread, between steps.
 """
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from nr_serve.neutral.format import Adapter
 
 log = logging.getLogger(__name__)
-COPY_SECONDS = 0.001  # of copying weights between two steps: small beside a step, so that no stream feels it
+COPY_SECONDS = 0.001  # spent copying weights between two steps: too short to slow a stream
 
 
 class Adapters:
     """Loads, replaces, unloads and attaches adapters while steps run."""
 
     def __init__(self, bank: Bank, canary: Canary | None = None) -> None:
-        """Without a `canary` nothing is measured."""
+        """Without a `canary`, no leak is measured."""
         self._bank = bank
         self._canary = canary or Canary({})
         self.registry = Registry(bank)
@@ -53,11 +53,11 @@ class Adapters:
             raise BadRequest(f"at most {self._bank.slots} adapters can act at once", param="adapters")
 
     def admit(self, request: Request, *, may_copy: bool) -> bool:
-        """Fix the request's selection and hold it; False while some of it is not attached.
+        """Fix the request's selection and hold it; False while some of its adapters are not attached.
 
-        With `may_copy` what is missing is set about to be attached.
+        With `may_copy`, missing adapters start to be attached.
 
-        Raises NotFound if a name is gone, Unavailable if pinned adapters leave the selection no room.
+        Raises NotFound if a name is gone, Unavailable if pinned adapters leave too few slots for the selection.
         """
         selection = request.selection
         if selection is None:
@@ -73,15 +73,15 @@ class Adapters:
         return True
 
     def release(self, request: Request) -> None:
-        """The request ended: its versions may leave their slots."""
+        """The request ended: release its versions, so that they may leave their slots."""
         if request.selection is not None:
             self.registry.release(request.selection)
             self._changes.fill()
             request.selection = None
 
     def labels(self, requests: Sequence[Request]) -> list[int]:
-        """Rows of the cross statistics that the requests' tokens count under."""
-        # A name that was unloaded meanwhile must not come back as a time series.
+        """Row of the cross statistics that each request's tokens are counted in."""
+        # The label of a name that was unloaded meanwhile must not come back as a time series.
         retired = self.registry.retired
         names = [
             OTHER if retired and not retired.isdisjoint(r.selection or ()) else r.submit.selected for r in requests
@@ -89,7 +89,7 @@ class Adapters:
         return [self.registry.counts.row(name) for name in names]
 
     def shares(self, fired_TS: Sequence[tuple[int, ...]], selection: Selection) -> list[dict[str, float]]:
-        """Share of an adapter's blocks that fired, by adapter, at each of a piece's tokens."""
+        """For each token of a piece, the share of each adapter's blocks that fired, by adapter name."""
         at = [(v.name, v.slot, v.payload.depth) for v in selection if v.slot is not None]
         return [{name: fired_S[slot] / depth for name, slot, depth in at if fired_S} for fired_S in fired_TS]
 
@@ -111,7 +111,8 @@ class Adapters:
         if self._canary.max_leak is not None:
             answer.set_exception(_unmeasured(version))
             return
-        # Every slot is in use: it is registered, and attached when one comes free or somebody asks for it.
+        # Every slot is in use: register the adapter now; it is attached when a slot is free or a request selects
+        # it.
         self._changes.publish(version, order)
 
     def unload(self, name: str) -> AdapterView:
@@ -124,9 +125,9 @@ class Adapters:
         return view
 
     def patch(self, message: PatchAdapter, answer: Future[AdapterView]) -> None:
-        """Turn an adapter's dials; `answer` gets its view, or the error.
+        """Change an adapter's settings; `answer` gets its view, or the error.
 
-        With a limit a new threshold acts only once the leak at it is known.
+        With a leak limit, a new threshold acts only once the leak at that threshold is known.
         """
         try:
             version = self.registry.get(message.name)
@@ -144,24 +145,24 @@ class Adapters:
 
     @property
     def busy(self) -> bool:
-        """Whether weights are on their way into a slot, or an adapter is being measured."""
+        """Whether weights are being copied into a slot, or an adapter is to be measured."""
         return bool(self._changes or self._watch)
 
     def copy_some(self, seconds: float = COPY_SECONDS) -> None:
-        """Copy weights for about so long, at least a part of a layer; publish what is ready."""
+        """Copy weights for about so many seconds, at least a part of a layer; publish what is ready."""
         self._changes.copy_some(seconds)
 
     def trial(self, most: int) -> Probe | None:
-        """What to run of the probe texts with the next step, at most so many tokens; `tried` takes its result.
+        """The piece of a probe text to run with the next step, of at most `most` tokens; `tried` takes its result.
 
-        What waits to act goes before what acts already, and nothing is measured while weights are copied.
+        Adapters that wait to act are measured before those that act already. Nothing is measured while copying.
         """
         measurement = self._changes.to_measure() if self._changes else self._watch.next()
         return None if measurement is None else self._canary.probe(measurement, most)
 
     def tried(self, probe: Probe, result: Result) -> None:
-        """Take what running the probe gave; an adapter that diverges is refused, or unloaded."""
-        probe.piece.request.selection = None  # the texts stay: weights must not stay with them
+        """Take the result of a probe; an adapter that diverges is refused, or unloaded if it already acts."""
+        probe.piece.request.selection = None  # the request is kept for later probes and must not hold the weights
         if probe.measurement.acts:
             self._try_in_background(probe, result)
             return
@@ -171,28 +172,28 @@ class Adapters:
             self._changes.refuse(error)
 
     def take_rejected(self) -> tuple[bool, int]:
-        """Whether adapters were changed with no command since the last time, and how many loads failed by that."""
+        """Whether adapters changed without a command since the last call, and how many loads failed that way."""
         found, self._changed_itself, self._loads_failed = (self._changed_itself, self._loads_failed), False, 0
         return found
 
     def abandon(self, error: NrError) -> None:
-        """Answer every load and patch under way with `error`: the engine is at its end."""
+        """Fail every load and patch under way with `error`: the engine is ending."""
         self._changes.abandon(error)
 
     # Reading
 
     def view(self, version: Version) -> AdapterView:
-        """What people see of a version."""
+        """A version as clients see it."""
         self.registry.counts.read()
         return self._view(version)
 
     def views(self) -> tuple[AdapterView, ...]:
-        """Every registered adapter, by name."""
+        """Every registered adapter as clients see it, by name."""
         self.registry.counts.read()
         return tuple(self._view(version) for version in self.registry)
 
     def gates(self) -> tuple[dict[str, AdapterGates], dict[tuple[str, str], int]]:
-        """Gate totals of every registered adapter, and who fired on whose traffic."""
+        """Gate counts of every registered adapter, and the cross counts of `GateStatistics.cross`."""
         self.registry.counts.read()
         counts = self.registry.counts
         return {version.name: counts.of(version.name) for version in self.registry}, counts.cross()
@@ -200,7 +201,7 @@ class Adapters:
     # Inside
 
     def _view(self, version: Version) -> AdapterView:
-        """With the gate totals as they were last read."""
+        """The view, with gate counts as of the last read."""
         adapter = version.payload
         copying = version.slot is not None and not version.attached
         return AdapterView(
@@ -225,7 +226,7 @@ class Adapters:
     def _try_in_background(self, probe: Probe, result: Result) -> None:
         measurement = probe.measurement
         if not self._watch.wants(measurement):
-            return  # it went with a request that ended
+            return  # its slot was freed with a request that ended
         try:
             self._canary.add(probe, result)
         except NrError as error:
@@ -236,31 +237,31 @@ class Adapters:
                 self._watch.done(measurement)
 
     def _must_wait(self, version: Version, threshold: float) -> bool:
-        """Whether dials turn only once the leak at this threshold is known, and those before them have turned.
+        """Whether a change must wait: for the leak at this threshold, or for earlier changes of the version.
 
-        If any leak is taken it is measured afterwards, in a slot.
+        Without a leak limit nothing waits: the leak is measured afterwards.
         """
         if self._canary.max_leak is None:
             return False
         if self._changes.patches(version):
-            return True  # the last to ask must be the last to act
+            return True  # changes must act in the order they were asked for
         return threshold != version.threshold and self._canary.must_measure(version, threshold)
 
     def _check_room(self, selection: Selection) -> None:
-        """Raise Unavailable if the selection can get its slots only once somebody unpins or unloads."""
+        """Raise Unavailable if the selection can get its slots only after an adapter is unpinned or unloaded."""
         pinned = sum(v.pinned and v.slot is not None and v not in selection for v in self.registry)
         if len(selection) + pinned > self._bank.slots:
             names = ", ".join(v.name for v in selection)
             raise Unavailable(f"no slot for {names}: {pinned} of {self._bank.slots} hold pinned adapters")
 
     def _reject_served(self, version: Version, error: NrError) -> None:
-        """An adapter that is served could not be measured: if it diverges, what acted before it is put back."""
+        """Handle a served adapter that could not be measured: if it diverged, put back what acted before it."""
         log.error("adapter %s, version %s: %s", version.name, version.digest, error.message)
         if not isinstance(error, BadAdapterFile):
             return
         self._changed_itself = True
         before = self._watch.put_back(version)
-        # Else it diverged at another threshold only.
+        # If the same version is put back, it diverged only at another threshold: no load failed.
         self._loads_failed += before is None or before.digest != version.digest
         if before is None:
             self.unload(version.name)

@@ -1,8 +1,8 @@
 """The canary: how far an adapter leaks on the probe texts, measured on the base as served. Torch-free.
 
-The texts are read through the adapter alone, in its slot, in pieces that share the steps of running requests: a
-piece on trial has a threshold of its own and is not counted. The gates see the stream that earlier residues of the
-same adapter moved.
+Each text is read with only that adapter selected, in its slot, in pieces that share the steps of running requests.
+A piece on trial has its own threshold, and its gates are not counted in the statistics. The gates see the stream
+with the same adapter's earlier residues in it.
 """
 
 from __future__ import annotations
@@ -23,50 +23,50 @@ MOST_REPORTS = 1024
 
 @dataclass(eq=False)
 class Measurement:
-    """One version's measurement on the probe texts at one threshold."""
+    """Measurement of one version's leak on the probe texts, at one threshold."""
 
     version: Version
     threshold: float
     begun: bool = False
-    """Whether some tokens were read, and nothing became NaN."""
+    """Whether some tokens were read without NaN."""
     attachment: int | None = None
-    """What is measured, once it acts: another attachment of the version is not meant."""
+    """The measured attachment, if it acts already; None while the version waits to act."""
     leaks: dict[str, Leak] = field(default_factory=dict)
-    """On the texts that were read to their end."""
+    """Leak on each text that was read to its end."""
     start: int = 0
-    """Tokens read of the next text."""
+    """Number of tokens read of the current text."""
     fired: int = 0
-    """Token-layers of it on which a gate fired."""
+    """Token-layers of the current text on which a gate fired."""
 
     @property
     def acts(self) -> bool:
-        """Whether the version acts already; else it waits for what comes of this."""
+        """Whether the version acts already; if not, it waits for the result."""
         return self.attachment is not None
 
 
 class Probe(NamedTuple):
-    """A piece of probe text on its way through a step."""
+    """A piece of a probe text to run in a step."""
 
     measurement: Measurement
-    """What it is a part of."""
+    """The measurement that the piece belongs to."""
     piece: Piece
 
 
 class Canary:
-    """Owns the probe texts and what was measured on them. Without texts nothing is measured."""
+    """Owns the probe texts and the leaks measured on them. Without texts nothing is measured."""
 
     def __init__(self, texts: Mapping[str, Request], max_leak: float | None = None) -> None:
-        """`texts` by name, outside the scheduler, with a row and pages that nobody else gets.
+        """`texts`: requests by name, outside the scheduler, with a row and pages that only they use.
 
-        `max_leak`: the largest leak that is taken, as a share; None takes any.
+        `max_leak`: the largest share of token-layers that may fire; None: no limit.
         """
         self.max_leak = max_leak
         self._texts = texts
-        self._reports: dict[tuple[str, float], Neutrality] = {}  # by content and threshold: a reload is known
-        self._last: ref[Measurement] | None = None  # weak: it holds weights, and may be given up at any time
+        self._reports: dict[tuple[str, float], Neutrality] = {}  # keyed by content and threshold: a reload is known
+        self._last: ref[Measurement] | None = None  # weak: a measurement holds weights and may be dropped any time
 
     def report(self, version: Version) -> Neutrality | None:
-        """The leak on each probe text; None until it was measured at the version's threshold."""
+        """Leak on each probe text; None until measured at the version's threshold."""
         return self._reports.get((version.digest, version.threshold))
 
     def must_measure(self, version: Version, threshold: float) -> bool:
@@ -74,7 +74,7 @@ class Canary:
         return bool(self._texts) and (version.digest, threshold) not in self._reports
 
     def begin(self, version: Version, threshold: float) -> Measurement | None:
-        """A measurement of the version at this threshold; None if there is none to make."""
+        """A new measurement of the version at this threshold; None if the leak is known."""
         return Measurement(version, threshold) if self.must_measure(version, threshold) else None
 
     def done(self, measurement: Measurement) -> bool:
@@ -82,13 +82,13 @@ class Canary:
         return len(measurement.leaks) == len(self._texts)
 
     def may_act(self, measurement: Measurement) -> bool:
-        """Whether what is measured may act: below a limit, or, without one, if it begins without NaN."""
+        """Whether the version may act: with a limit, once all texts are read; else after a piece without NaN."""
         return measurement.begun if self.max_leak is None else self.done(measurement)
 
     def probe(self, measurement: Measurement, most: int) -> Probe:
-        """The measurement's next piece, of at most so many tokens."""
+        """The measurement's next piece, of at most `most` tokens."""
         if self._last is None or self._last() is not measurement:
-            # Its row and pages were another's meanwhile: the text begins again.
+            # Another measurement used the row and pages meanwhile: the text starts again.
             self._last, measurement.start, measurement.fired = ref(measurement), 0, 0
         request = self._texts[self._text(measurement)]
         request.selection = (measurement.version,)
@@ -96,9 +96,9 @@ class Canary:
         return Probe(measurement, Piece(request, measurement.start, count, trial=measurement.threshold))
 
     def add(self, probe: Probe, result: Result) -> None:
-        """Take what running the probe gave.
+        """Take the result of a probe.
 
-        Raises the result's error, and BadRequest if the adapter leaks more than is allowed; then nothing is noted.
+        Raises the result's error, or BadRequest if the adapter leaks more than allowed; then no report is kept.
         """
         if result.error is not None:
             raise result.error

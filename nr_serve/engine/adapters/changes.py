@@ -1,4 +1,4 @@
-"""Changes under way: versions into slots or to other thresholds, a little at a time between steps. Torch-free."""
+"""Changes under way: versions get slots or other thresholds, a little at a time between steps. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A load as it was asked for."""
+    """A load command, with where to send its answer."""
 
     message: LoadAdapter
     answer: Future[AdapterView]
     """Gets the version's view once it is published, or the error."""
     started: float
-    """In seconds, by `time.perf_counter`."""
+    """When the load began, in seconds by `time.perf_counter`."""
 
 
 class Change(ABC):
-    """A version on its way: it is copied first, then measured as far as it must be, then it acts."""
+    """A change of one version: its weights are copied, then it is measured if it must be, then it acts."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Change(ABC):
         measurement: Measurement | None,
         answer: Future[AdapterView] | None = None,
     ) -> None:
-        """`answer` gets the version's view once it acts, or the error; None: nobody waits."""
+        """`answer` gets the version's view once it acts, or the error; None if nobody waits for it."""
         self.version, self.copying, self.measurement = version, copying, measurement
         self.answer: Future[AdapterView] = answer or Future()
         self.copied = False
@@ -49,32 +49,32 @@ class Change(ABC):
 
     @abstractmethod
     def act(self) -> None:
-        """From the next step on it acts."""
+        """Let the version act from the next step on."""
 
     @abstractmethod
     def refuse(self, error: NrError) -> None:
-        """It must not act: leave everything as it was."""
+        """Leave everything as it was: the version must not act."""
 
     def abandon(self, error: NrError) -> None:
-        """The engine is at its end: whoever waits gets `error`, unless the change failed once it was answered."""
+        """End with `error`, because the engine is ending; does nothing if the change has been answered."""
         if not self.answer.done():
             self.answer.set_exception(error)
 
 
 class Attach(Change):
-    """A registered version, into a slot. Nobody waits for an answer."""
+    """Copies a registered version into a slot. Nobody waits for an answer."""
 
     def __init__(self, changes: Changes, version: Version, slot: int) -> None:
         super().__init__(changes, version, *changes.place(version, slot))
 
     def act(self) -> None:
-        """It goes at once if it was retired meanwhile."""
+        """Let the version act; its slot is freed at once if it was retired meanwhile."""
         self._changes.open(self.version, self.measurement)
         self._changes.registry.attach(self.version)
         self._changes.fill()
 
     def refuse(self, error: NrError) -> None:
-        """It was registered before it could be measured, so it is served; unless it diverges."""
+        """Drop the version only if it diverges: it was registered before it could be measured, so it is served."""
         if isinstance(error, BadAdapterFile):
             self._changes.registry.displace(self.version)
             if not self.version.retired:
@@ -83,12 +83,12 @@ class Attach(Change):
             return
         log.error("adapter %s, version %s: %s", self.version.name, self.version.digest, error.message)
         if self.measurement is not None and not self._changes.canary.done(self.measurement):
-            self.measurement = None  # it begins again: the carry of the piece that failed is lost
+            self.measurement = None  # measure again from the start: the failed piece's carry is lost
         self.act()
 
 
 class Load(Change):
-    """A new version, into a slot; then it takes its name."""
+    """Copies a new version into a slot, then gives it its name."""
 
     def __init__(self, changes: Changes, version: Version, slot: int, order: Order) -> None:
         self._evicted = changes.registry.in_slot(slot)
@@ -96,7 +96,7 @@ class Load(Change):
         self._order = order
 
     def act(self) -> None:
-        """Publish it, unless somebody else took the name meanwhile."""
+        """Publish the version, unless its name was taken meanwhile."""
         try:
             self._changes.registry.check_name(self.version.name, replace=self._order.message.replace)
         except NrError as error:
@@ -106,7 +106,7 @@ class Load(Change):
         self._changes.publish(self.version, self._order)
 
     def refuse(self, error: NrError) -> None:
-        """Empty the slot, for whoever was there before."""
+        """Free the slot, and give it back to the version that was in it before."""
         self._changes.registry.displace(self.version)
         before = self._evicted
         if before is not None and before.slot is None and not before.retired:
@@ -116,7 +116,7 @@ class Load(Change):
 
 
 class Patch(Change):
-    """A version to another threshold, which is measured before it acts; the version stays in its slot meanwhile."""
+    """Changes a version's threshold after measuring at the new one; the version stays in its slot meanwhile."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Patch(Change):
         changes.registry.keep(version)
 
     def act(self) -> None:
-        """Turn the dials, unless the version is not meant any more."""
+        """Apply the new settings, unless the version was retired meanwhile."""
         self._let_go()
         if self.version.retired:
             name = self.version.name
@@ -141,7 +141,7 @@ class Patch(Change):
         self.answer.set_result(self._changes.view(self.version))
 
     def refuse(self, error: NrError) -> None:
-        """Nothing turns."""
+        """Leave the settings as they are."""
         self._let_go()
         self.answer.set_exception(error)
 
@@ -151,7 +151,7 @@ class Patch(Change):
 
 
 class Changes:
-    """Owns what is under way, first come first served, and what becomes of it."""
+    """Owns the changes under way, handled in order of arrival, and applies their outcome."""
 
     def __init__(
         self,
@@ -161,19 +161,19 @@ class Changes:
         view: Callable[[Version], AdapterView],
         reject_served: Callable[[Version, NrError], None],
     ) -> None:
-        """`view`: what people see of a version; `reject_served` takes one that is served and must not be."""
+        """`view` makes a version's view; `reject_served` is called with a served version that failed."""
         self.registry, self.canary, self.view, self.reject_served = registry, canary, view, reject_served
         self._watch = watch
         self._queue: deque[Change] = deque()
 
     def __bool__(self) -> bool:
-        """Whether something is under way."""
+        """Whether any change is under way."""
         return bool(self._queue)
 
-    # Begun
+    # Starting changes
 
     def attach(self, version: Version, beside: Selection = ()) -> bool:
-        """Start to attach a registered version; False if there is no slot but those of `beside` and in use."""
+        """Start to attach a registered version; False if all slots are in use or hold versions of `beside`."""
         slot = self.registry.find_slot(beside)
         if slot is not None:
             self._queue.append(Attach(self, version, slot))
@@ -187,28 +187,28 @@ class Changes:
         return slot is not None
 
     def patch(self, version: Version, message: PatchAdapter, threshold: float, answer: Future[AdapterView]) -> bool:
-        """Start to measure a threshold, in a slot; False if the version is in none and every slot is in use."""
+        """Start to measure a threshold, in a slot; False if the version has no slot and every slot is in use."""
         if version.slot is None and not self.attach(version):
             return False
         self._queue.append(Patch(self, version, message, threshold, answer))
         return True
 
     def patches(self, version: Version) -> bool:
-        """Whether the version is on its way to another threshold."""
+        """Whether a change of the version's threshold is under way."""
         return any(isinstance(change, Patch) and change.version is version for change in self._queue)
 
     def fill(self) -> None:
-        """Attach registered versions that found no slot before, the newest first, if slots came free."""
+        """Attach registered versions that found no slot before, newest first, while slots are free."""
         while self.registry.slots_used < self.registry.slots:
             waiting = [version for version in self.registry if version.slot is None]
             if not waiting:
                 return
             self.attach(max(waiting, key=lambda version: version.loaded_at))
 
-    # Under way
+    # Changes under way
 
     def copy_some(self, seconds: float) -> None:
-        """Copy weights for about so long, at least a part of a layer; what is ready acts."""
+        """Copy weights for about so many seconds, at least a part of a layer; then let what is ready act."""
         end = time.perf_counter() + seconds
         while self._queue:
             change = self._queue[0]
@@ -221,22 +221,22 @@ class Changes:
             self._end(lambda change: change.act())
 
     def to_measure(self) -> Measurement | None:
-        """What the first change waits for, if it is copied; there must be a change."""
+        """The measurement that the first change waits for, if it is copied. There must be a change."""
         change = self._queue[0]
         return change.measurement if change.copied and not self._may_act(change) else None
 
     def refuse(self, error: NrError) -> None:
-        """The canary said no to the first."""
+        """Refuse the first change: the canary measured too much leak, or an error."""
         self._end(lambda change: change.refuse(error))
 
     def abandon(self, error: NrError) -> None:
-        """The engine is at its end: answer whoever waits with `error`."""
+        """Fail every change with `error`: the engine is ending."""
         for change in self._queue:
             change.abandon(error)
         self._queue.clear()
 
     def _end(self, how: Callable[[Change], None]) -> None:
-        """Take the first off the queue and end it; if that fails it is there again, so that it can be abandoned."""
+        """Take the first change off the queue and end it. If that fails, put it back, to be abandoned later."""
         change = self._queue.popleft()
         try:
             how(change)
@@ -247,18 +247,18 @@ class Changes:
     def _may_act(self, change: Change) -> bool:
         return change.measurement is None or self.canary.may_act(change.measurement)
 
-    # What they come to
+    # Effects of changes
 
     def place(self, version: Version, slot: int) -> tuple[Iterator[None], Measurement | None]:
-        """Give the version a slot: the weights to be copied, and what is to be measured then."""
+        """Give the version a slot. Returns an iterator that copies the weights, and the measurement to make."""
         return self.registry.place(version, slot), self.canary.begin(version, version.threshold)
 
     def open(self, version: Version, measurement: Measurement | None = None) -> None:
-        """What is in the version's slot acts from the next step on; its leak, if not known, is measured then."""
+        """Let the version in its slot act from the next step on; its leak is then measured, if not yet known."""
         self._watch.opened(version, self.registry.open(version), measurement)
 
     def turn(self, version: Version, patch: PatchAdapter) -> None:
-        """Turn the dials; a new threshold acts from the next step on."""
+        """Apply new settings; a new threshold acts from the next step on."""
         if patch.pinned is not None:
             version.pinned = patch.pinned
             self._watch.pins(version, patch.pinned)
@@ -269,11 +269,11 @@ class Changes:
                 self.open(version)
 
     def publish(self, version: Version, order: Order) -> None:
-        """The version takes its name, and the pin of whoever had it, unless another was asked for."""
+        """Give the version its name and, unless the order says otherwise, the pin of the version before it."""
         before = self.registry.get(version.name) if version.name in self.registry else None
         if order.message.pinned is not None:
             version.pinned = order.message.pinned
-        elif before is not None:  # read now: it may have been turned while this was copied
+        elif before is not None:  # read now: it may have changed while this version was copied
             version.pinned = before.pinned
         if version.slot is not None:
             self.registry.attach(version)
@@ -284,6 +284,6 @@ class Changes:
         order.answer.set_result(self.view(version))
 
     def take_name(self, version: Version) -> None:
-        """From now on the version is what its name means."""
+        """Make the version the one that its name means from now on."""
         self.registry.publish(version)
         self.fill()

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from nr_serve.engine.adapters.registry import Registry
     from nr_serve.neutral.bank import Bank
 
-LAYER_GROUPS = 4  # layers are counted in a few groups, to bound the number of time series
+LAYER_GROUPS = 4  # layers are summed in a few groups, to bound the number of time series
 
 
 def label_count(slots: int) -> int:
-    """Rows of the cross statistics: the base, the bare base, `OTHER`, an adapter a slot, some joined names."""
+    """Rows of the cross statistics: the base, the base alone, `OTHER`, one adapter per slot, some joined names."""
     return 3 + slots + MOST_JOINED
 
 
@@ -29,7 +29,7 @@ class _Totals:
 
 
 class GateCounts:
-    """Owns the totals since the start, and which row of the bank's cross statistics stands for which selection."""
+    """Owns the totals since the start, and the row of the bank's cross statistics that each selection counts in."""
 
     def __init__(self, bank: Bank, registry: Registry) -> None:
         self._bank = bank
@@ -38,7 +38,7 @@ class GateCounts:
         self._rows: dict[str, int] = {OTHER: 0}
 
     def row(self, selected: str) -> int:
-        """Row of a selection's name; joined names beyond `MOST_JOINED`, and what finds no row, share one."""
+        """Row of a selection's name. Joined names beyond `MOST_JOINED`, and names that find no row, share one."""
         if selected not in self._rows:
             free = set(range(self._bank.labels)) - set(self._rows.values())
             joined = sum("+" in each for each in self._rows)
@@ -48,9 +48,9 @@ class GateCounts:
         return self._rows[selected]
 
     def read(self) -> None:
-        """Add what the bank counted since the last time to the totals of whoever sits in each slot.
+        """Add what the bank counted since the last call to the totals of the version in each slot.
 
-        Must come before a slot changes hands.
+        Call it before a slot changes hands.
         """
         read = self._bank.read_totals()
         for slot in range(self._bank.slots):
@@ -68,9 +68,9 @@ class GateCounts:
                     totals.cross[selected] = totals.cross.get(selected, 0) + read.cross_KS[row][slot]
 
     def forget(self, name: str) -> None:
-        """Drop an unloaded adapter: its totals, and the selections that named it."""
+        """Drop an unloaded adapter's totals, and the selections that named it."""
         self._totals.pop(name, None)
-        # The shared row stays, even for an adapter that bears its name.
+        # The shared row `OTHER` stays, even if an adapter has that name.
         for selected in [s for s in self._rows if s != OTHER and name in s.split("+")]:
             del self._rows[selected]
             for totals in self._totals.values():
@@ -89,7 +89,7 @@ class GateCounts:
         )
 
     def cross(self) -> dict[tuple[str, str], int]:
-        """(adapter, selected) -> token-layers on which the adapter's gate was open on that selection's traffic."""
+        """(adapter, selected) -> token-layers where the adapter's gate fired on that selection's tokens."""
         return {(n, s): count for n, totals in self._totals.items() for s, count in totals.cross.items()}
 
 

@@ -13,17 +13,17 @@ from nr_serve.tokenizer import Tokenizer
 
 _FOLDER = Path(__file__).parent / "probe_texts"
 _CHAT = _FOLDER / "chat.txt"
-# By name: a folder that is not there must be an error, not no text.
+# Files by name: a missing folder must be an error, not an empty list of texts.
 BUILT_IN = (_CHAT, *(_FOLDER / f"{kind}.txt" for kind in ("code", "documentation", "prose", "questions")))
-"""English of several kinds; used unless the operator names other files."""
+"""English texts of several kinds; used unless the operator names other files."""
 
-_MOST_CHARACTERS = 128 * PROBE_TOKENS  # read of a file: more than PROBE_TOKENS tokens of any text
+_MOST_CHARACTERS = 128 * PROBE_TOKENS  # how much of a file is read: more than PROBE_TOKENS tokens of any text
 
 
 def read_probe_texts(files: Sequence[Path], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Each file's token ids, by its name without the ending; those of `BUILT_IN` if no file is given.
+    """Each file's token ids, by file name without suffix; uses `BUILT_IN` if no file is given.
 
-    Raises BadRequest for a file that cannot be read, holds no text, or has another's name.
+    Raises BadRequest for a file that cannot be read, holds no text, or has the same name as another.
     """
     texts: dict[str, list[int]] = {}
     for path in files or BUILT_IN:
@@ -59,9 +59,9 @@ def _read(path: Path) -> str:
 
 
 def _chat_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The text as a user's turn, if the base has a chat template."""
+    """The text as a user's turn if the base has a chat template, else as it is."""
     try:
         prompt = tokenizer.chat_prompt([{"role": "user", "content": text}])
-    except BadRequest:  # no template, or one that takes no plain turn: the text alone will do
+    except BadRequest:  # no template, or one that takes no plain turn: use the text alone
         return tokenizer.encode(text)
-    return tokenizer.encode(prompt, special_tokens=False)  # the template wrote its own
+    return tokenizer.encode(prompt, special_tokens=False)  # the template adds its own

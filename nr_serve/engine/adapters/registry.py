@@ -1,9 +1,9 @@
 """The registry: names, versions, slots, pins, and which requests hold what. Torch-free.
 
 A version is *registered* (in host memory), then *attached* (in a slot and published). More versions can be
-registered than there are slots: a wanted one takes the slot of the least recently used that is neither pinned
-nor in use, held by a request or kept for a change of it. A version that was replaced or unloaded is *retired*:
-new requests cannot select it, and its slot is freed once it is in use no more.
+registered than there are slots. A version that is wanted takes the slot of the least recently used version that is
+not pinned and not in use (held by a request, or needed by a change under way). A version that was replaced or
+unloaded is *retired*: new requests cannot select it, and its slot is freed when it is no longer in use.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class Version:
-    """One adapter's content under a name. Compared by identity: the same file loaded twice is two versions."""
+    """One adapter's content under a name. Compared by identity: one file loaded twice makes two versions."""
 
     name: str
     digest: str
     payload: Adapter
-    """The weights in host memory; opaque here."""
+    """The weights in host memory; this module does not look into them."""
     threshold: float
     pinned: bool = False
     slot: int | None = None
     attached: bool = False
-    """Published: its slot holds all of it."""
+    """Whether it is published: its slot holds all its weights."""
     retired: bool = False
     requests: int = 0
-    """Admitted requests that hold it."""
+    """Number of admitted requests that hold it."""
     kept: int = 0
-    """Changes under way that need it in its slot. No request, so people do not see them."""
+    """Number of changes under way that need it in its slot. Not requests, so clients do not see them."""
     used: int = 0
-    """When it was last selected or attached, as a count of both."""
+    """When it was last selected or attached, in ticks of the registry's counter of uses."""
     loaded_at: float = field(default_factory=time.time)
     load_seconds: float = 0.0
 
     @property
     def in_use(self) -> bool:
-        """Whether somebody needs it to stay in its slot."""
+        """Whether it must stay in its slot."""
         return self.requests > 0 or self.kept > 0
 
     def again(self) -> Version:
-        """The same, not in a slot."""
+        """A copy that is in no slot."""
         return Version(self.name, self.digest, self.payload, self.threshold, pinned=self.pinned)
 
 
@@ -61,10 +61,10 @@ Selection = tuple[Version, ...]
 
 
 class Registry:
-    """Owns who is called what, who is in which slot of the bank, and what goes with a slot.
+    """Owns which version each name means and which is in each slot, and the slots' attachments and gate counts.
 
-    What was counted in a slot belongs to whoever leaves it, so the counts are read before. A slot that came free is
-    shut at once.
+    Gates counted in a slot belong to the version that leaves it, so the counts are read before it leaves. A freed
+    slot's gates are shut at once.
     """
 
     def __init__(self, bank: Bank) -> None:
@@ -89,13 +89,13 @@ class Registry:
         return self._by_name[name]
 
     def resolve(self, names: Sequence[str] | None) -> Selection:
-        """The versions meant by a request: those named, or (None) every attached one. Raises NotFound."""
+        """The versions a request asks for: those named, or (None) every attached one. Raises NotFound."""
         if names is None:
             return tuple(v for v in self._by_name.values() if v.attached)
         return tuple(self.get(name) for name in dict.fromkeys(names))
 
     def in_slot(self, slot: int) -> Version | None:
-        """Who sits in a slot, retired or not."""
+        """The version in a slot, retired or not; None if the slot is free."""
         return self._in_slot[slot]
 
     def requests(self, name: str) -> int:
@@ -104,12 +104,12 @@ class Registry:
 
     @property
     def retired(self) -> set[Version]:
-        """Retired versions that are in their slots yet."""
+        """Retired versions that still have a slot."""
         return {v for v in self._in_slot if v is not None and v.retired}
 
     @property
     def slots_used(self) -> int:
-        """Slots that hold or receive a version."""
+        """Number of slots that hold a version or are being filled."""
         return sum(v is not None for v in self._in_slot)
 
     # Names
@@ -120,15 +120,15 @@ class Registry:
             raise Conflict(f"an adapter called {name!r} is loaded already; use replace to load a new version")
 
     def publish(self, version: Version) -> None:
-        """Make `version` what its name means; the one before it is retired."""
-        self.counts.read()  # what one that was unloaded counted is not the new one's
+        """Make `version` the one its name means; the version before it is retired."""
+        self.counts.read()  # an unloaded version's counts do not belong to the new one
         old = self._by_name.get(version.name)
         self._by_name[version.name] = version
         if old is not None:
             self._retire(old)
 
     def remove(self, name: str) -> None:
-        """Unload a name, and what was counted of it. Raises NotFound."""
+        """Unload a name and forget its counts. Raises NotFound."""
         version = self.get(name)
         self.counts.read()
         del self._by_name[name]
@@ -138,7 +138,7 @@ class Registry:
     # Slots
 
     def find_slot(self, beside: Selection = ()) -> int | None:
-        """A free slot, or the least recently used one that may be taken; None if there is none.
+        """A free slot, or that of the least recently used version that may be moved; None if there is neither.
 
         Versions in `beside` are not moved.
         """
@@ -149,9 +149,9 @@ class Registry:
         return min(idle, key=lambda v: v.used).slot if idle else None
 
     def place(self, version: Version, slot: int) -> Iterator[None]:
-        """Give `version` a slot that `find_slot` found; its weights are there once the iterator is exhausted.
+        """Copy `version` into a slot from `find_slot`; its weights are complete once the iterator is exhausted.
 
-        It stays shut even then, until `open`: what is measured may be refused, and must not be observed meanwhile.
+        Its gates stay shut until `open`: it may be refused after measuring, and must not act on answers before.
         """
         occupant = self._in_slot[slot]
         if occupant is not None:
@@ -161,49 +161,49 @@ class Registry:
         return self._bank.attach(slot, version.payload, math.inf)
 
     def open(self, version: Version) -> int:
-        """What is in the version's slot acts, at its threshold, from the next step on: a new attachment."""
+        """Let the version in its slot act, at its threshold, from the next step on. Returns its new attachment."""
         assert version.slot is not None
         self._bank.set_threshold(version.slot, version.threshold)
         return self.attachments.put(version.slot)
 
     def attach(self, version: Version) -> None:
-        """Note that its slot holds all of it; it goes at once if it was retired meanwhile."""
+        """Note that the slot holds the whole version; free the slot if the version was retired meanwhile."""
         version.attached = True
         self._uses += 1
         version.used = self._uses
         self._free_if_done(version)
 
     def displace(self, version: Version) -> None:
-        """Take back the slot, if it has one, of a version that will not be published."""
+        """Free the slot, if it has one, of a version that will not be published."""
         if version.slot is not None:
             self._vacate(version)
 
     # Use
 
     def hold(self, selection: Selection) -> None:
-        """A request starts to use these versions."""
+        """Note that a request starts to use these versions."""
         self._uses += 1
         for version in selection:
             version.requests += 1
             version.used = self._uses
 
     def release(self, selection: Selection) -> None:
-        """A request stops using them."""
+        """Note that a request stopped using these versions."""
         for version in selection:
             version.requests -= 1
             self._free_if_done(version)
 
     def keep(self, version: Version) -> None:
-        """A change of this version begins: it stays in its slot meanwhile."""
+        """Note that a change of this version begins: it stays in its slot until `let_go`."""
         version.kept += 1
 
     def let_go(self, version: Version) -> None:
-        """The change has ended."""
+        """Note that a change of this version ended."""
         version.kept -= 1
         self._free_if_done(version)
 
     def check(self) -> None:
-        """Integrity while no request runs: nothing is held, no slot is lost. Raises RuntimeError."""
+        """Check, while no request runs, that no version is held and no slot lost. Raises RuntimeError."""
         for slot, version in enumerate(self._in_slot):
             if version is None:
                 continue
@@ -215,7 +215,7 @@ class Registry:
         self._free_if_done(version)
 
     def _free_if_done(self, version: Version) -> None:
-        # One whose copy is under way keeps its slot until the copy ends: the slot is being written.
+        # A version that is still being copied keeps its slot until the copy ends: the slot is being written.
         if version.retired and version.attached and not version.in_use:
             self._vacate(version)
 

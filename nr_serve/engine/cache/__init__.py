@@ -1,1 +1,1 @@
-"""What a request's pages hold, and which of them others may use. No torch."""
+"""The KV cache's pages: what they hold, and which of them other requests may use. No torch."""

@@ -8,18 +8,18 @@ from typing import Protocol
 
 
 class Content(Protocol):
-    """What a page that is kept is known by."""
+    """Identifies what a kept page holds."""
 
     def forget(self) -> None:
-        """The page is about to hold something else."""
+        """Called when the page is about to hold something else."""
         ...
 
 
 class PagePool:
     """A fixed number of pages of `page_size` tokens each.
 
-    A page is held by any number of requests. One that nobody holds is free; if its content is kept, it is taken
-    for something else only when no other page is free, the least recently held first.
+    A page may be held by any number of requests. A page that nobody holds is free. A free page whose content is
+    kept is evicted only when there is no other free page, the least recently held first.
     """
 
     def __init__(self, pages: int, page_size: int) -> None:
@@ -28,29 +28,29 @@ class PagePool:
         self._holders = [0] * pages
         self._empty = list(range(pages - 1, -1, -1))
         self._contents: dict[int, Content] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # kept and held by nobody, least recently held first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # kept, held by nobody; least recently held first
 
     @property
     def free(self) -> int:
-        """Pages nobody holds."""
+        """Number of pages that nobody holds."""
         return len(self._empty) + len(self._idle)
 
     @property
     def used(self) -> int:
-        """Pages somebody holds."""
+        """Number of pages that somebody holds."""
         return self.total - self.free
 
     @property
     def kept(self) -> int:
-        """Pages whose content is kept."""
+        """Number of pages whose content is kept."""
         return len(self._contents)
 
     def needed(self, tokens: int) -> int:
-        """Pages that hold so many tokens."""
+        """Number of pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
     def take(self, pages: int) -> list[int] | None:
-        """So many free pages, or None, taking nothing, if there are not enough."""
+        """Take that many free pages; None, taking nothing, if there are not enough."""
         if pages > self.free:
             return None
         taken = [self._empty.pop() if self._empty else self._evict() for _ in range(pages)]
@@ -58,15 +58,15 @@ class PagePool:
         return taken
 
     def share(self, pages: Sequence[int]) -> None:
-        """One holder more for each of these pages."""
+        """Add one holder to each of these pages."""
         for page in pages:
             self._holders[page] += 1
             self._idle.pop(page, None)
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """One holder fewer for each of a request's pages, given in the order of its tokens.
+        """Remove one holder from each of a request's pages, given in the order of its tokens.
 
-        The last goes first, so that nothing is kept longer than what it follows.
+        The last page is given back first, so that no page is kept longer than the one before it.
         """
         for page in reversed(pages):
             self._holders[page] -= 1
@@ -76,11 +76,11 @@ class PagePool:
                 self._empty.append(page)
 
     def keep(self, page: int, content: Content) -> None:
-        """A page that somebody holds has content that is worth keeping."""
+        """Keep the content of a page that somebody holds."""
         self._contents[page] = content
 
     def check(self) -> None:
-        """Integrity while nothing runs: every page is empty or kept, once, and not held. Raises RuntimeError."""
+        """Check, while nothing runs, that every page is empty or kept, and held by nobody. Raises RuntimeError."""
         there = {*self._empty, *self._idle}
         if len(there) != self.total:
             raise RuntimeError(f"{self.total - len(there)} of {self.total} pages are lost")

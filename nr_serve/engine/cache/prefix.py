@@ -1,7 +1,7 @@
 """The prefix cache: full pages by their tokens, as a tree. Torch-free.
 
-A page is known by its tokens and by the page before it, so a match compares the tokens themselves: no two prefixes
-can be taken for each other, whatever clients send.
+A page is identified by its tokens and by the page before it. A match compares the tokens themselves, so no two
+prefixes can be confused, whatever clients send.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from nr_serve.engine.cache.neutrality import NONE, Footprint
 from nr_serve.engine.cache.pages import PagePool
 
 Key = tuple[str | None, bytes]
-"""A page's tokens and, for a sequence's first page, its salt. Python's hash of bytes cannot be foreseen."""
+"""A page's tokens and, for a sequence's first page, its salt. Python randomises the hash of bytes."""
 
 
 @dataclass(eq=False, slots=True)
 class Record:
-    """A full page. Its parent is held by whoever holds it, and so is evicted after it."""
+    """A full page. Whoever holds it holds its parent too, so the parent is evicted later."""
 
     page: int
     parent: Record | None
     key: Key
     footprint: Footprint
-    """Of the tokens up to its end. It serves no selection that its parent does not serve."""
+    """Footprint of all tokens up to the page's end. It serves no selection that the parent's does not serve."""
     selection: frozenset[int]
-    """Under which it was computed."""
+    """Attachments selected when the page was computed."""
     children: dict[Key, list[Record]] = field(default_factory=dict)
-    """The pages after it; several of one key differ in their footprints."""
+    """The pages that follow this one, by key; pages with the same key differ in their footprints."""
 
     def forget(self) -> None:
-        """The page is about to hold something else."""
+        """Remove the record from the tree: its page is about to hold something else."""
         assert self.parent is not None
         assert not self.children
         siblings = self.parent.children[self.key]
@@ -46,13 +46,13 @@ class Chain:
     """How far a running request's tokens are in the tree."""
 
     last: Record
-    """Its last full page, or the root."""
+    """Record of the request's last full page, or the root."""
     footprint: Footprint
-    """Of all tokens it computed, those after the last full page included."""
+    """Footprint of all tokens computed so far, including those after the last full page."""
 
 
 class PrefixCache:
-    """Owns the tree. Its pages are the pool's, which evicts those that nobody holds."""
+    """Owns the tree of records. The pages belong to the pool, which evicts those that nobody holds."""
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
@@ -61,7 +61,7 @@ class PrefixCache:
     def match(self, tokens: Sequence[int], salt: str | None, selection: frozenset[int]) -> list[Record]:
         """The longest chain of pages with these tokens that is exact under the selection.
 
-        At least one token is left over, for the next one is sampled from what the model says of the last.
+        At least one token is left to compute, because the next token is sampled from the last token's logits.
         """
         size = self._pool.page_size
         reached = [self._root]
@@ -76,7 +76,7 @@ class PrefixCache:
         return _path(max(reached, key=lambda record: len(record.footprint.attached)))
 
     def begin(self, matched: Sequence[Record], attached: frozenset[int]) -> Chain:
-        """The chain of a request that starts with the matched pages while so much is attached."""
+        """A chain for a request that starts with the matched pages; `attached` are all attachments now."""
         if not matched:
             return Chain(self._root, Footprint(attached))
         return Chain(matched[-1], matched[-1].footprint)
@@ -84,13 +84,13 @@ class PrefixCache:
     def add(
         self, chain: Chain, tokens: Sequence[int], page: int, salt: str | None, selection: frozenset[int]
     ) -> int:
-        """Put the chain's next page, which holds these tokens, into the tree.
+        """Add the chain's next page, which holds these tokens, to the tree.
 
-        Returns the page to go on with, held: another one if the same was computed before.
+        Returns the page to use from now on, held by the request: another one if the same page was computed before.
         """
         key = _key(tokens, salt if chain.last is self._root else None)
         siblings = chain.last.children.setdefault(key, [])
-        # The same tokens, attachments and openings: whatever was selected, the same was added to the stream.
+        # Same tokens, attachments and opened gates: the same residues were added, whatever was selected.
         record = next((r for r in siblings if r.footprint == chain.footprint), None)
         if record is None:
             record = Record(page, chain.last, key, chain.footprint, selection)
@@ -116,7 +116,7 @@ def _key(tokens: Sequence[int], salt: str | None) -> Key:
 
 
 def _path(record: Record) -> list[Record]:
-    """The records from the first page to this one."""
+    """The records from the sequence's first page to this one."""
     path = []
     while record.parent is not None:
         path.append(record)

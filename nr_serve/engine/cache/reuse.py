@@ -12,7 +12,7 @@ from nr_serve.engine.request import Request
 
 
 class Reuse:
-    """Lets requests begin with pages that others computed, where that is exact."""
+    """Lets requests begin with pages that other requests computed, where that is exact."""
 
     def __init__(self, pool: PagePool, attachments: Attachments) -> None:
         self.cache = PrefixCache(pool)
@@ -21,26 +21,25 @@ class Reuse:
         self._counted = PrefixTokens()
 
     def match(self, request: Request) -> list[Record]:
-        """The pages that an admitted request may begin with.
+        """The pages of the prefix cache that an admitted request may begin with.
 
-        None of them if its prompt's tokens are part of the answer: what is said of each is known only when it is
-        computed.
+        There are none if the answer reports on the prompt's tokens: a report needs each token to be computed.
         """
         if request.reports_prompt:
             return []
         return self.cache.match(request.tokens, request.submit.cache_salt, self._selection(request))
 
     def begin(self, request: Request, matched: Sequence[Record]) -> None:
-        """The request starts, with the pages matched, and goes on from their end."""
+        """Start a request with the matched pages: it computes the tokens after them."""
         request.computed = request.reused = len(matched) * self._pool.page_size
         request.chain = self.cache.begin(matched, self._attachments.all)
         if not request.reports_prompt:
             self._count(request, matched)
 
     def advance(self, request: Request, start: int, opened: Sequence[Opened]) -> None:
-        """Tokens [start, computed) were computed: put the pages they filled into the cache.
+        """Put the pages filled by tokens [start, computed) into the cache.
 
-        `opened` has an entry for each page that they lie in, or none if no gate opened.
+        `opened` has one entry for each page that these tokens lie in; it is empty if no gate opened.
         """
         size = self._pool.page_size
         for i, page in enumerate(range(start // size, self._pool.needed(request.computed))):
@@ -55,7 +54,7 @@ class Reuse:
                 self._add(request, chain, page, end)
 
     def take_counts(self) -> PrefixTokens:
-        """What was looked up since the last time."""
+        """Counts of lookups since the last call."""
         counted, self._counted = self._counted, PrefixTokens()
         return counted
 

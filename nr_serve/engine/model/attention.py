@@ -1,9 +1,9 @@
 """Paged attention as one of transformers' attention functions, so that no model is rewritten.
 
-Registered as "nr_paged" without a mask function, so that no mask is made: who may attend to whom is the batch's
-business.
-Shape suffixes: T tokens of a step, H query heads, K key heads, G = H / K, D head size, B, n, N as in `Group`,
-Z = B * K, Q = n * G.
+Registered as "nr_paged" without a mask function, so that transformers makes no mask: the batch knows who may
+attend to whom.
+Shape suffixes: T tokens of a step, H query heads, K key heads, G = H / K, D head size, C cells; B, n, N as in
+`Group`; Z = B * K, Q = n * G.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from nr_serve.engine.model.cpu_operators import CpuOperators
 from nr_serve.errors import UnsupportedBase
 
 NAME = "nr_paged"
-_TOKENS_AT_ONCE = 128  # their logits stay in a core's cache
-_WORTH_PRODUCTS = 512  # tokens times context: below, calling several operators costs more than it saves
+_TOKENS_AT_ONCE = 128  # their attention logits stay in a core's cache
+_WORTH_PRODUCTS = 512  # tokens times context; with less, the extra operator calls cost more than they save
 NO_WINDOW = 2**62
 _KNOWN = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 
 
 class KVCache:
-    """Keys and values of every layer, in cells of one token; pages are runs of cells."""
+    """Keys and values of every layer, in cells of one token each; a page is a run of cells."""
 
     def __init__(
         self,
@@ -42,15 +42,15 @@ class KVCache:
         operators: CpuOperators | None = None,
     ) -> None:
         self.operators = operators
-        """What tokens attend by, where there is one for them; None: torch's own operators."""
+        """Attention operators, used where one fits the tokens; None: torch's own are used."""
         shape = (layers, cells + 1, heads, head_size)
         self.keys_LCKD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LCKD = torch.zeros(shape, device=device, dtype=dtype)
         self.spare_cell = cells
-        """A cell that is never written: it stands in where there is nothing to attend to."""
+        """A cell that is never written: padding where there is nothing to attend to."""
 
     def written(self, module: nn.Module, cells_T: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values, [C, K, D], those of a step, [1, K, T, D], now in its cells."""
+        """Write the step's keys and values, [1, K, T, D], to their cells; returns the layer's, [C, K, D]."""
         layer: Any = module.layer_idx
         keys_CKD, values_CKD = self.keys_LCKD[layer], self.values_LCKD[layer]
         keys_CKD.index_copy_(0, cells_T, key[0].transpose(0, 1))
@@ -59,7 +59,7 @@ class KVCache:
 
 
 def register() -> None:
-    """Make the attention known to transformers; again is harmless."""
+    """Register the attention function with transformers; calling it again is harmless."""
     AttentionInterface.register(NAME, paged_attention)
 
 
@@ -84,7 +84,7 @@ def paged_attention(
     nr_cache: KVCache,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer over a step. query [1, H, T, D], key and value [1, K, T, D]; gives [1, T, H, D].
+    """Attention of one layer over a step: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D].
 
     Raises UnsupportedBase if the model asks for something this function does not compute.
     """
@@ -106,9 +106,9 @@ def attend(
     window: int | None,
     operators: CpuOperators | None,
 ) -> Tensor:
-    """Attention of a step over a layer's keys and values, those of the step among them; [T, H, D].
+    """Attention of a step over a layer's keys and values, which include the step's own; [T, H, D].
 
-    Logits are multiplied by `scale`. No further back than `window` positions if given.
+    Logits are multiplied by `scale`. With `window`, each token attends only to its last `window` positions.
     """
     heads, D = keys_CKD.shape[1:]
     repeats = query_THD.shape[1] // heads
@@ -146,19 +146,19 @@ def _attend(
     bias_ZQN: Tensor,
     scale: float,
 ) -> Tensor:
-    """One group's attention by torch's operators; queries [B * n, H, D] to the same."""
+    """One group's attention by torch's operators; queries and result [B * n, H, D]."""
     B, n, (_, H, D) = group.pieces, group.count, query_BnHD.shape
     K = keys_CKD.shape[1]
-    # The G query heads of a key head become further queries of it, so keys are not repeated.
+    # The G query heads of a key head are treated as extra queries of that head, so keys are not repeated.
     query_ZQD = query_BnHD.view(B, n, K, H // K, D).transpose(1, 2).reshape(B * K, n * (H // K), D)
     keys_ZND, values_ZND = (
         cache.view(-1, D).index_select(0, rows_X).view(B * K, -1, D) for cache in (keys_CKD, values_CKD)
     )
-    on_cpu = query_BnHD.device.type == "cpu"  # a GPU's fused attention is the faster one
+    on_cpu = query_BnHD.device.type == "cpu"  # on a GPU fused attention is faster
     if on_cpu and query_BnHD.dtype is torch.bfloat16 and B * n * keys_ZND.shape[1] >= _WORTH_PRODUCTS:
         out_ZQD = _by_products(query_ZQD, keys_ZND, values_ZND, bias_ZQN, scale, n)
     else:
-        # One head each: torch has no fused attention for three dimensions.
+        # A head dimension of 1 is added: torch has no fused attention for three dimensions.
         out_ZQD = F.scaled_dot_product_attention(
             query_ZQD[:, None], keys_ZND[:, None], values_ZND[:, None], attn_mask=bias_ZQN[:, None], scale=scale
         )
@@ -169,10 +169,10 @@ def _attend(
 def _by_products(
     query_ZQD: Tensor, keys_ZND: Tensor, values_ZND: Tensor, bias_ZQN: Tensor, scale: float, n: int
 ) -> Tensor:
-    """Attention of n tokens, some at a time and with what stands before them only, [Z, Q, D].
+    """Attention of n tokens by matrix products, [Z, Q, D]: some tokens at a time, over the context up to them.
 
-    A CPU's bfloat16 products are many times as fast as torch's fused attention. Logits are rounded to bfloat16, as
-    in transformers' own attention.
+    On a CPU, bfloat16 products are many times as fast as torch's fused attention. Logits are rounded to bfloat16,
+    as in transformers' own attention.
     """
     Q, N = bias_ZQN.shape[1:]
     outputs = []

@@ -1,6 +1,6 @@
 """Which dtype the CPU at hand computes faster: measured at the first start, and kept.
 
-A machine that is busy now and idle at the next start must not change what it answers, so it is asked once.
+Measured once only: a server that starts while its machine is busy must not give other answers than when idle.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from nr_serve.engine.model.packed_linear import PackedLinear, can_pack
 from nr_serve.engine.model.processor import cpuinfo
 
 log = logging.getLogger(__name__)
-_SIZE = 2048  # a weight no core holds in its own cache
+_SIZE = 2048  # a weight too large for a core's own cache
 _TOKENS = (8, 256)  # a small decode step, and a prefill chunk
 _ROUNDS = 30
-_MARGIN = 1.2  # so that machines of one kind do not choose differently
+_MARGIN = 1.2  # so that machines of the same kind choose alike
 _FORMAT = 1
-"""Raised when the measurement changes: what was measured otherwise is not read again."""
-_TELLING = ("model name", "flags", "CPU part", "Features")  # the last two on ARM
+"""Increased when the measurement changes, so that older results are not read."""
+_TELLING = ("model name", "flags", "CPU part", "Features")  # the names on x86, then on ARM
 
 
 def fastest_dtype() -> torch.dtype:
-    """bfloat16 if it is clearly faster, for decode and prefill alike; else float32.
+    """bfloat16 if it is clearly faster for both decode and prefill, else float32.
 
-    Kept in the cache folder for this processor, its number of cores and this torch; measured if it is not there.
+    The choice is kept in the cache folder for this processor, number of cores and version of torch; it is measured
+    if it is not there.
     """
     path = _kept_at()
     kept = _read(path)
     if kept is not None:
         log.info("dtype auto: %s, as measured at an earlier start (%s)", _name(kept), path)
         return kept
-    log.info("dtype auto: measuring whether bfloat16 is faster here, which is done once")
+    log.info("dtype auto: measuring whether bfloat16 is faster here (only at the first start)")
     chosen = _measured()
     try:
         _write(path, chosen)
@@ -63,7 +64,7 @@ def _read(path: Path) -> torch.dtype | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("dtype auto: %s is damaged and made again: %r", path, error)
+        log.warning("dtype auto: %s is damaged and will be written again: %r", path, error)
         return None
 
 
@@ -79,13 +80,13 @@ def _name(dtype: torch.dtype) -> str:
 
 @torch.inference_mode()
 def _measured() -> torch.dtype:
-    """Takes half a second of computing, once a machine.
+    """Measure now, which takes half a second of computing.
 
-    Measured on one core, by the time that it computes: what else the machine is at does not count.
+    One core is measured, by CPU time, so other load on the machine does not count.
     """
     layers = {dtype: _layer(dtype) for dtype in (torch.float32, torch.bfloat16)}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several wait for each other, and on a loaded machine for little else
+    torch.set_num_threads(1)  # threads wait for each other, on a loaded machine most of the time
     try:
         ratios = [_ratio(layers, tokens) for tokens in _TOKENS]
     finally:
@@ -97,7 +98,7 @@ def _measured() -> torch.dtype:
 
 
 def _ratio(layers: dict[torch.dtype, Callable[[Tensor], Tensor]], tokens: int) -> float:
-    """CPU time in float32 to that in bfloat16; rounds alternate, the best of each counts."""
+    """CPU time in float32 over CPU time in bfloat16; rounds alternate, and each dtype's best round counts."""
     x_Td = {dtype: torch.full((tokens, _SIZE), 0.5, dtype=dtype) for dtype in layers}
     times: dict[torch.dtype, list[float]] = {dtype: [] for dtype in layers}
     for _ in range(_ROUNDS):
@@ -109,6 +110,6 @@ def _ratio(layers: dict[torch.dtype, Callable[[Tensor], Tensor]], tokens: int) -
 
 
 def _layer(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """A linear layer as a base's are run."""
+    """A linear layer, run as a base's layers are."""
     weight = torch.full((_SIZE, _SIZE), 0.5, dtype=dtype)
     return PackedLinear(weight, None, keep=False) if can_pack(dtype) else partial(F.linear, weight=weight)

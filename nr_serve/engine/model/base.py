@@ -1,4 +1,4 @@
-"""The base model: loaded as transformers has it, and checked before it is served."""
+"""The base model: loaded with transformers, and checked before it is served."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def load_base(path: Path | str, config: ServeConfig) -> Any:
     """Load a model from a folder or the hub, on the configured device, in the configured dtype.
 
-    Raises UnsupportedBase if there is none, or no such device.
+    Raises UnsupportedBase if there is no such model or device.
     """
     device = device_of(config)
     if config.dtype != "auto":
@@ -37,9 +37,9 @@ def load_base(path: Path | str, config: ServeConfig) -> Any:
 
 
 def max_model_len(shape: Any, config: ServeConfig, cells: int) -> int:
-    """Longest prompt plus answer: as configured, else what the base was made for and the KV cache holds.
+    """Longest prompt plus answer: as configured; else the longest that both the base and the KV cache allow.
 
-    Raises UnsupportedBase if more was asked for than either.
+    Raises UnsupportedBase if more is configured than either allows.
     """
     longest = int(getattr(shape, "max_position_embeddings", None) or cells)
     if config.max_model_len is None:
@@ -54,7 +54,7 @@ def max_model_len(shape: Any, config: ServeConfig, cells: int) -> int:
 
 
 def end_tokens(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that end an answer."""
+    """Ids of the tokens that end an answer."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [ids]
     vocabulary = model.config.get_text_config().vocab_size
@@ -62,9 +62,9 @@ def end_tokens(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def sampling_defaults(model: Any, config: ServeConfig) -> SamplingDefaults:
-    """What the base's `generation_config.json` names, as vLLM takes it up; with `--generation-config none` nothing.
+    """Defaults from the base's `generation_config.json`, as in vLLM; none of them with `--generation-config none`.
 
-    Raises UnsupportedBase for a value that no request may ask for.
+    Raises UnsupportedBase for a value that no request could ask for.
     """
     if config.generation_config == "none":
         return SamplingDefaults()
@@ -77,5 +77,5 @@ def sampling_defaults(model: Any, config: ServeConfig) -> SamplingDefaults:
             f"the base's generation_config.json: {faults(error)}; --generation-config none leaves it out"
         ) from error
     if named:
-        log.info("sampling, where a request says nothing: %s", asdict(defaults))
+        log.info("sampling defaults for requests that set nothing: %s", asdict(defaults))
     return defaults

@@ -15,77 +15,78 @@ from nr_serve.engine.model.device import placed
 from nr_serve.engine.scheduler import Piece
 from nr_serve.neutral.step import StepTokens, Trial
 
-_FEW_IN_PIECE = 8  # a group more for a piece of so few costs more than reading its context for each of them
+_FEW_IN_PIECE = 8  # a separate group for so few tokens costs more than reading the context once per token
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Pieces of one length, whose attention is computed together.
+    """Pieces of the same length, whose attention is computed together.
 
-    Shape suffixes: B pieces, n tokens of each, N longest context.
+    Shape suffixes: B pieces, n tokens per piece, N longest context.
     """
 
     first: int
-    """Index in the step of the group's first token; the tokens of its pieces lie end to end."""
+    """Index in the step of the group's first token; the pieces' tokens lie end to end."""
     pieces: int
     count: int
     cells_BN: Tensor
-    """KV cells of each piece's context, in order; the spare cell stands in where a context is shorter."""
+    """KV cells of each piece's context, in order; a shorter context is padded with the spare cell."""
     positions_Bn: Tensor
-    """Places of the tokens in the contexts: each may attend to those up to its own."""
+    """Positions of the tokens in their contexts: each attends to positions up to its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Where contexts lie in the KV cache.
+    """Page table: where contexts lie in the KV cache.
 
     Shape suffixes: B contexts, M pages of the longest.
     """
 
     pages_BM: Tensor
-    """int32. Each context's pages, in order; what lies beyond its length is not to be read."""
+    """int32. Each context's pages, in order; entries beyond its length must not be read."""
     length_B: Tensor
-    """int32. Tokens of each context, those of the step included."""
+    """int32. Length of each context in tokens, those of the step included."""
     page_size: int
 
 
 @dataclass(frozen=True, slots=True)
 class PagedGroup:
-    """As `Group`, for attention that reads pages where they lie: single tokens, or one piece of several."""
+    """Like `Group`, for attention through page tables: many single tokens, or one piece of several tokens."""
 
     first: int
     """Index in the step of the group's first token."""
     pieces: int
     count: int
-    """Tokens of each piece."""
+    """Tokens per piece."""
     table: Table
-    """The pieces' contexts."""
+    """Page table of the pieces' contexts."""
     longest: int
-    """Tokens of the longest of them."""
+    """Length of the longest context, in tokens."""
 
 
 @dataclass(slots=True)
 class Batch:
-    """One step, laid end to end: T tokens, decodes first."""
+    """One step's tokens, laid end to end: T tokens, decodes first."""
 
     input_ids_T: Tensor
     positions_T: Tensor
     cells_T: Tensor
-    """KV cell each token's key and value go to: page * page_size + place in the page."""
+    """KV cell that each token's key and value are written to: page * page_size + offset in the page."""
     tokens: StepTokens
     groups: list[Group] = field(default_factory=list)
     paged: list[PagedGroup] = field(default_factory=list)
-    """In the place of `groups` where attention is paged."""
+    """Used instead of `groups` if attention is paged."""
     logits_N: Tensor | None = None
-    """Indices of the tokens whose logits are wanted; None: of all."""
+    """Indices of the tokens whose logits are wanted; None: all tokens."""
     _biases: dict[tuple[int, int | None, int, int], Tensor] = field(default_factory=dict)
     _rows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def bias(self, group: int, window: int | None, heads: int, repeats: int, dtype: torch.dtype) -> Tensor:
-        """What is added to a group's attention logits: 0 where a query may look, else -inf; [Z, n * repeats, N].
+        """Bias added to a group's attention logits: 0 where a query may attend, else -inf; [Z, n * repeats, N].
 
-        Only the last `window` positions if given. Z = B * heads: it is the same for all key heads, and for the
-        `repeats` query heads that each has. Made once a step, as every layer of a kind asks for the same.
+        With `window`, a query attends only to its last `window` positions. Z = B * heads. The bias is the same for
+        all key heads, and for the `repeats` query heads of each. Cached, because layers with the same window share
+        it.
         """
         key = (group, window, heads, repeats)
         if key not in self._biases:
@@ -96,7 +97,7 @@ class Batch:
         return self._biases[key]
 
     def rows(self, group: int, heads: int) -> Tensor:
-        """Where a group's context stands among a layer's keys [C * K, D], head by head; [B * K * N]."""
+        """Indices of a group's context among a layer's keys viewed as [C * K, D], head by head; [B * K * N]."""
         if (group, heads) not in self._rows:
             first_B1N = self.groups[group].cells_BN[:, None] * heads
             head_K1 = torch.arange(heads, device=first_B1N.device)[:, None]
@@ -124,14 +125,13 @@ def build_batch(
     positions: Sequence[int] | None = None,
     device: torch.device,
 ) -> Batch:
-    """Lay the pieces end to end. They must be ordered by length, but one on trial comes last.
+    """Lay the pieces end to end. They must be sorted by length; a piece on trial comes last.
 
-    `labels` has one entry per piece.
-
-    `spare_cell` is a KV cell that is never written and holds zeros. With `recalls_pages` the bank is told where
-    pages end, to keep the carried state there. Pieces of up to 8 tokens, and of up to `apart` tokens times context,
-    attend as so many single tokens (None: none do): it pays where these attend by an operator of their own. With
-    `paged` the batch has groups of pages. `positions`: the tokens whose logits are wanted, by index in the step.
+    `labels` has one entry per piece. `spare_cell` is a KV cell that is never written and holds zeros. With
+    `recalls_pages` the bank is told where pages end, to keep the carried state there. `apart`: pieces of up to 8
+    tokens, and those with up to `apart` tokens times context, attend as single tokens (None: none do); this pays
+    where single tokens have their own attention operator. With `paged` the batch has `paged` groups. `positions`:
+    indices in the step of the tokens whose logits are wanted.
     """
     layout = _Layout.of(pieces, page_size, spare_cell)
     rows = np.array([p.request.row for p in pieces])
@@ -188,7 +188,7 @@ def build_batch(
 
 
 def _selected(pieces: Sequence[Piece], slots: int) -> np.ndarray:
-    """Which slots each piece may use, [P, S]. Most pieces of a step share a selection, which may be long."""
+    """Which slots each piece may use, bool [P, S]. Computed once per selection: most pieces of a step share one."""
     selections = [piece.request.selection or () for piece in pieces]
     masks = {selection: _mask(selection, slots) for selection in set(selections)}
     return np.stack([masks[selection] for selection in selections])
@@ -212,16 +212,16 @@ def _trial(piece: Piece, end: int) -> Trial | None:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where the tokens of the pieces stand. G: pages of a request."""
+    """Positions of the pieces' tokens. P pieces, G pages of a request."""
 
     piece_T: np.ndarray
     offset_T: np.ndarray
-    """Place in its piece."""
+    """Offset of each token in its piece."""
     position_T: np.ndarray
-    """Place in its request."""
+    """Position of each token in its request."""
     end_P: np.ndarray
     page_PG: np.ndarray
-    """Pages of each piece's request, in order, filled up with 0."""
+    """Pages of each piece's request, in order, padded with 0."""
     page_size: int
     spare_cell: int
 
@@ -237,21 +237,22 @@ class _Layout:
         return cls(piece_T, offset_T, start_P[piece_T] + offset_T, end_P, page_PG, page_size, spare_cell)
 
     def cells(self, piece: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """KV cells of those positions in the requests of those pieces."""
+        """KV cells of these positions in the requests of these pieces."""
         found: np.ndarray = self.page_PG[piece, position // self.page_size] * self.page_size
         found += position % self.page_size
         return found
 
     def contexts(self, piece_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-        """KV cells of the first so many positions, [B, N]; after a shorter context the spare cell."""
-        # Not a cell in use: what is masked out still meets a weight of 0, and 0 times another request's NaN is NaN.
+        """KV cells of each piece's first `length_B` positions, [B, N], padded with the spare cell."""
+        # The padding must not be a used cell: masked positions have weight 0, but 0 times another request's NaN is
+        # NaN.
         position_N = np.arange(length_B.max())
         inside_BN = position_N < length_B[:, None]
         return np.where(inside_BN, self.cells(piece_B[:, None], position_N), self.spare_cell)
 
 
 def _groups(pieces: Sequence[Piece], layout: _Layout, apart: int | None, device: torch.device) -> list[Group]:
-    """Groups of single tokens, and one for each longer piece: prompts' chunks differ too much in context."""
+    """Groups of single tokens, and one group for each longer piece: prompt chunks differ too much in context."""
     groups: list[Group] = []
     first = 0
     for kind, run in groupby(range(len(pieces)), key=lambda i: _kind(i, pieces[i], apart)):
@@ -268,7 +269,7 @@ def _groups(pieces: Sequence[Piece], layout: _Layout, apart: int | None, device:
 
 @dataclass(frozen=True, slots=True)
 class _Paged:
-    """A `PagedGroup` that is not on the device yet."""
+    """A `PagedGroup` whose tensors are not on the device yet."""
 
     first: int
     count: int
@@ -278,7 +279,7 @@ class _Paged:
 
 
 def _paged_groups(pieces: Sequence[Piece], layout: _Layout) -> list[_Paged]:
-    """One group of the single tokens, which come first, and one for each longer piece."""
+    """One group for all single tokens, which come first, and one for each longer piece."""
     length_P = np.array([piece.start + piece.count for piece in pieces], np.int32)
     page_PG, singles = layout.page_PG.astype(np.int32), sum(piece.count == 1 for piece in pieces)
     bounds = [(0, singles)] if singles else []
@@ -293,8 +294,8 @@ def _paged_groups(pieces: Sequence[Piece], layout: _Layout) -> list[_Paged]:
 
 
 def _kind(i: int, piece: Piece, apart: int | None) -> str | int:
-    """The key of a piece's group: single tokens and pieces of few tokens; short prompts, which would pad those far;
-    else the piece's own index.
+    """Key of a piece's group: "few" for single tokens and pieces of few tokens, "short" for short prompts (apart
+    from "few", whose contexts they would pad far), else the piece's own index.
     """
     if piece.count == 1 or (apart is not None and piece.count <= _FEW_IN_PIECE):
         return "few"

@@ -34,7 +34,7 @@ _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-stric
 
 @dataclass(frozen=True, slots=True)
 class CpuOperators:
-    """The compiled operators; shapes and formulas stand in their source."""
+    """The compiled operators; their shapes and formulas are documented in the C++ sources."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
@@ -42,26 +42,26 @@ class CpuOperators:
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
     residues: Callable[..., Residues]
     multiply: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor] | None
-    """None where oneDNN's products are the faster ones."""
+    """Matrix product with packed weights; None where oneDNN's products are faster."""
     attend_prompts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None
-    """By such products; None where there are none."""
+    """Prompt attention by `multiply`'s products; None if `multiply` is None."""
     layer: Callable[..., Any] | None
-    """A decoder layer by such products, in one call; None where there are none."""
+    """A whole decoder layer in one call, by `multiply`'s products; None if `multiply` is None."""
     share_among: Callable[[int], None]
-    """What the calling thread calls is shared among so many threads of our own from now on; 0: torch's.
+    """Set how many threads of our own share the calling thread's work from now on; 0: torch's threads share it.
 
-    While they are not 0, torch's own operators get one thread there."""
+    While it is not 0, torch's own operators run on one thread when called from there."""
 
     def prompts_by(
         self, dtype: torch.dtype, head_size: int
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None:
-        """The operator by which prompts attend with heads of that type and size; None: torch's own."""
+        """The attention operator for prompts with heads of this type and size; None: use torch's own."""
         return self.attend_prompts if dtype is torch.bfloat16 and head_size % 16 == 0 else None
 
 
 @cache
 def begin() -> Future[Path]:
-    """Begin to compile the operators, if need be, beside what is done until `cpu_operators` waits for them."""
+    """Start to compile the operators, if need be, in the background; `cpu_operators` waits for the result."""
     library: Future[Path] = Future()
 
     def make() -> None:
@@ -70,21 +70,21 @@ def begin() -> Future[Path]:
         except Exception as error:  # noqa: BLE001 - raised where it is waited for
             library.set_exception(error)
 
-    # A daemon: nobody who mistyped a folder waits for the compiler.
+    # A daemon thread, so that a command that fails early does not wait for the compiler.
     threading.Thread(target=make, name="nr-compiler", daemon=True).start()
     return library
 
 
 @cache
 def cpu_operators() -> CpuOperators | None:
-    """The operators. Waits until they are compiled, if this machine has not done so before.
+    """The operators. Waits until they are compiled, if this machine has not compiled them before.
 
-    None, and the reason in the log, where they cannot be had: torch's own do the work then, more slowly.
+    Returns None, and logs the reason, where they cannot be had; torch's own operators are then used, more slowly.
     """
     try:
         torch.ops.load_library(begin().result())  # type: ignore[no-untyped-call]
     except FileNotFoundError as error:
-        log.warning("no C++ compiler (%s): steps take up to twice as long; g++ would do", error.filename)
+        log.warning("no C++ compiler (%s): steps take up to twice as long; install g++, say", error.filename)
         return None
     except subprocess.CalledProcessError as error:
         log.warning("the operators for this processor cannot be compiled; torch's own are used: %s", error.stderr)
@@ -107,26 +107,26 @@ def cpu_operators() -> CpuOperators | None:
 
 
 def _library() -> Path:
-    """The compiled file, in the cache folder. Raises CalledProcessError, FileNotFoundError or another OSError."""
+    """Path of the compiled library in the cache folder. Raises CalledProcessError, or OSError."""
     compiler = os.environ.get("CXX", "c++")
     sources = (path.read_bytes() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
-    # A cache folder may be shared by several machines.
+    # The key names the machine too: several machines may share a cache folder.
     machine = (compiler, *_FLAGS, torch.__version__, " ".join([platform.machine(), *cpuinfo("flags", "Features")]))
     key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, machine)])).hexdigest()[:16]
     library = cache_folder() / "operators" / f"{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        log.info("compiling operators for this processor, which is done once")
+        log.info("compiling operators for this processor (only at the first start)")
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            # Whole or not at all, whoever else does the same.
+            # Moved into place when complete, so that other processes never load half a file.
             os.replace(_compiled(compiler, Path(folder)), library)
         log.info("operators compiled in %.0f s", time.perf_counter() - started)
     return library
 
 
 def _compiled(compiler: str, folder: Path) -> Path:
-    """Compile and link apart: linking with -fopenmp would bring a second pool of threads beside torch's."""
+    """Compile and link in separate steps: linking with -fopenmp would add a second thread pool beside torch's."""
     torch_folder, library = Path(torch.__file__).parent, folder / "operators.so"
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     compiling = (compiler, *_FLAGS, abi, "-isystem", torch_folder / "include", "-c")
@@ -138,7 +138,7 @@ def _compiled(compiler: str, folder: Path) -> Path:
 
 
 def _run(*commands: Sequence[str | Path]) -> None:
-    """Run commands at once and wait for all. Raises CalledProcessError for one that failed."""
+    """Run commands in parallel and wait for all. Raises CalledProcessError if one failed."""
     running = [
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for command in commands

@@ -1,7 +1,7 @@
-"""Which device a base runs on, and how little is said to it and asked of it in a step.
+"""Chooses a base's device, and moves a step's data to and from it with as few waits as possible.
 
-Each copy from memory that is not pinned waits for the device, as does each value read. So what a step needs goes
-there as one block, of pinned memory, and what it gives comes back at one wait.
+Each copy from unpinned memory waits for the device, as does each value read. So a step's inputs go to the device
+as one block of pinned memory, and its outputs come back with a single wait.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def device_of(config: ServeConfig) -> str:
 
 
 def placed(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays as tensors on the device; on a CPU without a copy. Nothing waits.
+    """The arrays as tensors on the device, on a CPU without a copy. Does not wait for the device.
 
-    They share one block of memory, each aligned as kernels like it. Torch keeps the pinned block from other use
-    until the copy is done.
+    The tensors share one block of memory, each aligned as kernels need it. Torch reuses the pinned block only when
+    the copy is done.
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
@@ -52,10 +52,10 @@ def _as_block(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor
 
 
 def read(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the host's memory; on a CPU as they are. The device is waited for once."""
+    """The tensors in the host's memory, on a CPU as they are. Waits for the device once."""
     if all(tensor.is_cpu for tensor in tensors):
         return list(tensors)
-    # Without blocking, torch copies to pinned memory of its own.
+    # With non_blocking, torch copies into pinned memory of its own.
     copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
     torch.cuda.current_stream(tensors[0].device).synchronize()
     return copies

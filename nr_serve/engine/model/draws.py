@@ -1,11 +1,11 @@
-"""On a GPU the tokens of all requests of a step are chosen at once, and then read at once.
+"""Sampling on a GPU: the next tokens of all requests of a step are drawn at once, and read at once.
 
-As `sampler.py` has it, but for the source of the noise: still it depends on a request's seed and the place in its
-answer alone.
-Shape suffixes: N rows of logits, n rows that are drawn from, c of them cut by top_k or top_p, V vocabulary.
+Works like `sampler.py`, but with another source of noise. The noise still depends only on a request's seed and on
+the position in its answer.
+Shape suffixes: N rows of logits, n rows to draw from, c rows that top_k or top_p truncate, V vocabulary.
 """
 
-# Parameters of Triton's functions are pointers, sizes and strides; annotating them would tell nothing.
+# Parameters of Triton functions are pointers, sizes and strides; type annotations would say nothing.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, unused-ignore"
 # ruff: noqa: ANN001, ANN202
 
@@ -27,25 +27,25 @@ from nr_serve.engine.request import Request
 
 log = logging.getLogger(__name__)
 _NUMBERS_AT_ONCE = 2**22
-"""Logits that are drawn from together: sorting takes ten times their memory."""
+"""Logits drawn from in one batch: sorting takes ten times their memory."""
 
 
 def likeliest_or_nan(logits_NV: Tensor) -> Tensor:
-    """Each row's likeliest token, the first of equals, int64 [N]; -1 where a NaN is among its logits."""
+    """Each row's likeliest token, the first one if several are equal, int64 [N]; -1 if the row has a NaN."""
     best_N, token_N = logits_NV.max(-1)
     return token_N.masked_fill(best_N.isnan(), -1)
 
 
 def draw(logits_NV: Tensor, request_of: Mapping[int, Request]) -> tuple[list[int], Tensor]:
-    """The next token of the request of each row: rows, and their tokens, int64 [n].
+    """Draw the next token for each row's request. Returns the rows, and their tokens, int64 [n].
 
-    A row that could not be made ready, by a guide that cannot be followed, say, is left out.
+    A row whose logits cannot be prepared is left out, for example if its guide fails.
     """
     ready = {}
     for row, request in request_of.items():
         try:
             ready[row] = adjust(allow(logits_NV[row], request.progress), request)
-        except Exception as error:  # noqa: BLE001 - `sample` meets it again, where it is told
+        except Exception as error:  # noqa: BLE001 - `sample` raises it again, where it is reported
             log.debug("row %d is not drawn with the others: %r", row, error)
     rows = list(ready)
     most = max(1, _NUMBERS_AT_ONCE // logits_NV.shape[-1])
@@ -59,7 +59,7 @@ def draw(logits_NV: Tensor, request_of: Mapping[int, Request]) -> tuple[list[int
 def read_at_once(
     logits_NV: Tensor, asking: Mapping[int, Request], open_TS: Tensor | None, selected_TS: Tensor
 ) -> tuple[list[int], dict[int, int], Tensor | None, Tensor]:
-    """Likeliest tokens, -1 for a NaN; tokens of the requests `asking`, by row; the rest, in the host's memory."""
+    """On the host: likeliest tokens (-1 for NaN), drawn tokens by row of `asking`, `open_TS`, `selected_TS`."""
     rows, drawn_n = draw(logits_NV, asking)
     if open_TS is None:
         likeliest_N, drawn_n, selected_TS = read(likeliest_or_nan(logits_NV), drawn_n, selected_TS)
@@ -71,7 +71,7 @@ def read_at_once(
 
 
 def _draw(weights_nV: Tensor, requests: list[Request]) -> Tensor:
-    """One token of each row of adjusted logits, [n]."""
+    """One token for each row of adjusted logits, int64 [n]."""
     n, V = weights_nV.shape
     samplings = [request.sampling for request in requests]
     hot = [sampling.temperature >= GREEDY for sampling in samplings]
@@ -96,7 +96,7 @@ def _draw(weights_nV: Tensor, requests: list[Request]) -> Tensor:
         lowest_c1 = _lowest(of_cut_cV, k_c1, p_c1)
         heated_nV.index_copy_(0, cut_c, of_cut_cV.masked_fill(of_cut_cV < lowest_c1, -torch.inf))
     if any(sampling.min_p > 0 for sampling in samplings):
-        # A probability is too small where its logit is too far below the highest.
+        # A probability is below min_p times the highest if its logit is far enough below the highest logit.
         heated_nV.masked_fill_(heated_nV < heated_nV.amax(-1, keepdim=True) + least_n1, -torch.inf)
     noise_nV = torch.empty((n, V), dtype=torch.float32, device=weights_nV.device)
     block = 1024
@@ -106,24 +106,24 @@ def _draw(weights_nV: Tensor, requests: list[Request]) -> Tensor:
 
 
 def _lowest(logits_cV: Tensor, k_c1: Tensor, p_c1: Tensor) -> Tensor:
-    """The lowest logit that top_k and then top_p leave in, [c, 1]; `k_c1` counts from 0."""
+    """The lowest logit that top_k and then top_p keep, [c, 1]. `k_c1` is top_k - 1, the rank of the last kept."""
     ordered_cV = logits_cV.sort(-1, descending=True).values
     kth_c1 = ordered_cV.gather(-1, k_c1)
     probabilities_cV = ordered_cV.masked_fill(ordered_cV < kth_c1, -torch.inf).softmax(-1)
     before_cV = probabilities_cV.cumsum(-1, dtype=torch.float64) - probabilities_cV
     count_c1 = (before_cV < p_c1).sum(-1, keepdim=True).clamp(min=1)
-    # With a top_p of 1 rounding must not take the rarest.
+    # With a top_p of 1, rounding errors must not drop the rarest token.
     return torch.where(p_c1 < 1, torch.maximum(ordered_cV.gather(-1, count_c1 - 1), kth_c1), kth_c1)
 
 
 @triton.jit
 def _exponential(seeds, places, noise, V, BLOCK: tl.constexpr):
-    """Noise of an exponential distribution for some tokens of a row: of its seed, its place and the token alone."""
+    """Exponential noise for a block of a row's tokens; depends only on the seed, the position and the token id."""
     row = tl.program_id(0)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     nothing = v * 0
     place = tl.load(places + row).to(tl.int32) + nothing
     bits, _, _, _ = tl.philox(tl.load(seeds + row), v, place, nothing, nothing)
-    # Between the ends, in float64: a noise of 0 would choose its token whatever the logits.
+    # Strictly between 0 and 1, in float64: noise of 0 would choose its token whatever the logits.
     uniform = (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10
     tl.store(noise + row.to(tl.int64) * V + v, (-tl.log(uniform)).to(tl.float32), mask=v < V)

@@ -1,4 +1,4 @@
-"""The model run over a step's tokens, with the bank's residues and the KV cache."""
+"""Runs the model over a step's tokens, with the bank's residues and the KV cache."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 def run_model(
     model: Any, bank: Bank, cache: KVCache, batch: Batch | DecodeBatch, **more: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The logits, float32 [N, V], and the layers open by token and slot; None: none was.
+    """Logits, float32 [N, V], and open layers by token and slot (None: none was open).
 
-    The bank has begun the step, or takes no part in it; it ends here, also if the model fails.
-    `more`: what else the model is to be called with.
+    `bank.begin` must have been called for the step, unless nothing is attached; the bank's step ends here, even if
+    the model fails. `more` are further arguments of the model.
     """
     try:
         output = model(

@@ -1,7 +1,7 @@
-"""Decoder layers in eleven operators or, on a CPU, in one: what lies between two products costs as much as they do.
+"""Fuses a decoder layer into eleven operators, on a CPU into one: work between products costs as much as products.
 
-Only for layers of transformers that are known to compute just this; all others stay as they are. The start-up check
-(`startup_check.py`) holds the result against the model's own.
+Only layers of transformers that are known to compute exactly this are replaced. The start-up check
+(`startup_check.py`) compares the result to the model's own.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _SILUS = {"SiLU", "SiLUActivation"}
 
 
 def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None, *, kernels: bool = False) -> None:
-    """Have a frozen model's layers add the bank's residues and compute as fast as they can, in place.
+    """Make a frozen model's layers add the bank's residues, and compute as fast as they can, in place.
 
-    On a CPU with `operators`, on a GPU with its `kernels`. The order counts: what is fused hosts no blocks yet,
-    what is packed is fused, what is compiled is packed. Raises UnsupportedBase as `host_blocks` does.
+    Uses `operators` on a CPU, or `gpu_operators` with `kernels`. The order matters: layers are fused before they
+    host blocks, packed after they are fused, compiled after they are packed. Raises UnsupportedBase as
+    `host_blocks` does.
     """
     if kernels:
         from nr_serve.engine.model import gpu_operators  # needs triton
@@ -44,22 +45,22 @@ def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None,
 
 
 class FusedFFN(nn.Module):
-    """SwiGLU (Shazeer, 2020): gate and up are one product."""
+    """SwiGLU FFN (Shazeer, 2020) with the gate and up projections as one product."""
 
     def __init__(self, ffn: Any, silu_mul: Callable[[Tensor], Tensor]) -> None:
-        """Take the FFN over. `silu_mul`: of gate and up side by side."""
+        """Take the FFN over. `silu_mul` takes gate and up side by side."""
         super().__init__()
         self.gate_up, self.down = _joined(ffn.gate_proj, ffn.up_proj), ffn.down_proj
         self._silu_mul = silu_mul
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] to the same."""
+        """[..., d] to [..., d]."""
         y: Tensor = self.down(self._silu_mul(self.gate_up(x)))
         return y
 
 
 class _Layer(nn.Module, ABC):
-    """What stands in for a layer of the model's own."""
+    """A replacement for one of the model's own layers."""
 
     def forward(
         self,
@@ -71,19 +72,19 @@ class _Layer(nn.Module, ABC):
         nr_cache: KVCache,
         **unknown: Any,
     ) -> Tensor:
-        """[1, T, d] to the same, called as the model calls its own layers."""
+        """[1, T, d] to [1, T, d], called as the model calls its own layers."""
         refuse_unknown(attention_mask, 0.0, unknown)
         return self.run(hidden_states, *position_embeddings, nr_batch, nr_cache)
 
     @abstractmethod
     def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """The residual stream after the layer, given that before it, [1, T, d]; cos and sin [1, T, D]."""
+        """The residual stream after the layer, from `stream` before it, both [1, T, d]; cos and sin [1, T, D]."""
 
 
 class FusedLayer(_Layer):
     """A layer of attention and FFN, each after an RMSNorm (Zhang and Sennrich, 2019) and added to the stream.
 
-    Queries, keys and values are one product; Qwen 3's have norms of their own.
+    Queries, keys and values are one product. Qwen 3 also normalises queries and keys.
     """
 
     def __init__(self, layer: Any, operators: Any) -> None:
@@ -104,7 +105,7 @@ class FusedLayer(_Layer):
         self._operators = operators
 
     def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """As `_Layer.run`."""
+        """Run the layer; see `_Layer.run`."""
         ops = self._operators
         keys_CKD, values_CKD = cache.keys_LCKD[self.layer_idx], cache.values_LCKD[self.layer_idx]
         qkv = self.qkv(ops.rms_norm(stream, self.attention_norm, self.eps))
@@ -118,17 +119,17 @@ class FusedLayer(_Layer):
         return attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window, self._operators)
 
     def _add_ffn(self, stream: Tensor, out: Tensor) -> Tensor:
-        """The stream after the layer: what the attention gives is added, then what the FFN gives of that."""
+        """The stream after the layer: `out` of the attention is added to it, then the FFN's output."""
         residual = stream + out
         y: Tensor = self.mlp(self._operators.rms_norm(residual, self.ffn_norm, self.eps))
         return residual + y
 
 
 class GpuLayer(FusedLayer):
-    """A fused layer by `gpu_operators`: the sum before a norm is one with it."""
+    """A fused layer on `gpu_operators`, where the residual sum and the norm after it are one operator."""
 
     def _attend(self, query_THD: Tensor, keys_CKD: Tensor, values_CKD: Tensor, batch: Any) -> Tensor:
-        """`batch` may be a graph's too."""
+        """`batch` may also be a CUDA graph's `DecodeBatch`."""
         from nr_serve.engine.model.paged_attention import attend  # needs triton
 
         return attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window)
@@ -140,7 +141,7 @@ class GpuLayer(FusedLayer):
 
 
 def fuse(model: nn.Module, operators: Any, kind: type[FusedLayer] = FusedLayer) -> None:
-    """Replace, in place, the layers of a frozen model that are known and host no blocks yet."""
+    """Replace, in place, the layers of a frozen model that are known and do not host blocks yet."""
     layers: Any = model.get_submodule("model.layers")
     for i, layer in enumerate(decoder_layers(model)):
         if _is_known(layer):
@@ -148,7 +149,7 @@ def fuse(model: nn.Module, operators: Any, kind: type[FusedLayer] = FusedLayer) 
 
 
 class CompiledLayer(_Layer):
-    """A fused layer, its FFN's residues included, in one call: by products of our own."""
+    """A fused layer with its FFN's residues, in one call of the C++ operator `layer`."""
 
     def __init__(self, layer: FusedLayer, make: Callable[..., Any], bank: CpuBank) -> None:
         """Take the layer over. `make`: `CpuOperators.layer`."""
@@ -160,7 +161,7 @@ class CompiledLayer(_Layer):
         self._bank = bank
 
     def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """As `_Layer.run`."""
+        """Run the layer; see `_Layer.run`."""
         y: Tensor = self._layer.forward(
             stream,
             cos,
@@ -176,10 +177,10 @@ class CompiledLayer(_Layer):
 
 
 def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> None:
-    """Replace, in place, the fused layers whose products are packed and all our own; residues come from `bank`.
+    """Replace, in place, fused layers whose products are all `PairedLinear`; residues come from `bank`.
 
-    If all products are our own then, the calling thread, which is to run the model, shares its work with threads of
-    our own.
+    If all layers and the output head are replaced, the calling thread, which must be the one that runs the model,
+    shares its work with our own threads instead of torch's.
     """
     if operators.layer is None:
         return
@@ -197,7 +198,7 @@ def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> 
 
 
 def _products(layer: FusedLayer) -> dict[str, Any]:
-    """A layer's linear layers, by the names they have in `CpuOperators.layer`."""
+    """A layer's linear layers, by their names in `CpuOperators.layer`."""
     ffn: Any = layer.mlp.ffn if isinstance(layer.mlp, HostFFN) else layer.mlp
     return {"qkv": layer.qkv, "out": layer.out, "gate_up": ffn.gate_up, "down": ffn.down}
 
@@ -206,14 +207,14 @@ def _is_known(layer: Any) -> bool:
     kind = type(layer)
     if kind.__name__ not in _LAYERS or not kind.__module__.startswith("transformers.models."):
         return False
-    # Quantised or otherwise changed, a linear layer is of another class.
+    # A quantised or otherwise changed linear layer is of another class.
     children = (*layer.self_attn.named_children(), *layer.mlp.named_children())
     linears = [child for name, child in children if "proj" in name]
     return type(layer.mlp.act_fn).__name__ in _SILUS and all(type(linear) is nn.Linear for linear in linears)
 
 
 def _window(attention: Any) -> int | None:
-    """How many positions back a layer's attention looks, its own included."""
+    """How many positions a layer's attention looks back, its own included; None: all."""
     if type(attention).__name__ == "MistralAttention":
         return getattr(attention.config, "sliding_window", None)
     return getattr(attention, "sliding_window", None)
@@ -221,7 +222,7 @@ def _window(attention: Any) -> int | None:
 
 @torch.no_grad()
 def _joined(*linears: nn.Linear) -> nn.Linear:
-    """One linear layer whose outputs are those of several, in order."""
+    """One linear layer whose outputs are those of several, concatenated."""
     weight = torch.cat([linear.weight for linear in linears])
     joined = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)

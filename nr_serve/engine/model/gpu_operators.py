@@ -1,12 +1,13 @@
-"""Operators of a decoder layer on a GPU, in Triton: what lies between two products, each in one launch.
+"""Operators of a decoder layer on a GPU, in Triton: the work between two matrix products, each in one launch.
 
-Of transformers' own operators a layer takes some forty launches, and in a step of few tokens each costs as much as
-the products of a small layer. None waits for the host, and no variant depends on the step.
+With transformers' own operators a layer takes about forty kernel launches, and in a step of few tokens each launch
+costs as much as a product of a small layer. None of these operators waits for the host, and their compiled
+variants do not depend on the step.
 
-Shape suffixes: T tokens, H query heads, K key heads, D head size, C cells, d width of the stream, f of the FFN.
+Shape suffixes: T tokens, H query heads, K key heads, D head size, C cells, d stream width, f FFN width.
 """
 
-# Parameters of Triton's functions are pointers, sizes and strides; annotating them would tell nothing.
+# Parameters of Triton functions are pointers, sizes and strides; type annotations would say nothing.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, unused-ignore"
 # ruff: noqa: ANN001, ANN202
 
@@ -19,17 +20,17 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, [..., d] to the same (Zhang and Sennrich, 2019)."""
+    """RMSNorm over the last dimension, [..., d] to [..., d] (Zhang and Sennrich, 2019)."""
     return _normed(x, None, weight_d, eps)[1]
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight_d: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y, and its RMSNorm, each [..., d]."""
+    """x + y and the RMSNorm of that sum, each [..., d]."""
     return _normed(x, y, weight_d, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu of the first half of the last dimension times the second, [..., 2f] to [..., f]."""
+    """SiLU of the first half of the last dimension times the second half, [..., 2f] to [..., f]."""
     gate_up = gate_up.contiguous()
     f, block = gate_up.shape[-1] // 2, 1024
     out = gate_up.new_empty((*gate_up.shape[:-1], f))
@@ -48,9 +49,9 @@ def rotate(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Split a product [1, T, (H + 2K) D] into heads: queries [T, H, D]; keys and values go to the tokens' cells.
+    """Split a product [1, T, (H + 2K) D] into heads; returns queries [T, H, D], caches keys and values.
 
-    Queries and keys are turned by cos and sin, [1, T, D] (Su et al., 2021), after their RMSNorm over D, if any.
+    Queries and keys are rotated by cos and sin, [1, T, D] (Su et al., 2021), after their RMSNorm over D, if any.
     """
     K, D = keys_CKD.shape[1:]
     qkv = qkv.contiguous()
@@ -78,13 +79,13 @@ def _normed(x: Tensor, y: Tensor | None, weight_d: Tensor, eps: float) -> tuple[
 
 @triton.jit
 def _scaled(x, weight, mean_of_squares, eps, dtype: tl.constexpr):
-    """Normalised as transformers does it: rounded to the stream's type before the weight."""
+    """RMSNorm as transformers computes it: rounded to the stream's type before the weight is applied."""
     return (x * tl.rsqrt(mean_of_squares + eps)).to(dtype).to(tl.float32) * weight.to(tl.float32)
 
 
 @triton.jit
 def _rms_norm(x, y, weight, added, out, d, eps, ADDS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One token."""
+    """Each program: the sum, if ADDS, and the RMSNorm of one token."""
     c = tl.arange(0, BLOCK_D)
     at = tl.program_id(0).to(tl.int64) * d + c
     x_d = tl.load(x + at, mask=c < d, other=0.0)
@@ -99,7 +100,7 @@ def _rms_norm(x, y, weight, added, out, d, eps, ADDS: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def _silu_mul(gate_up, out, f, BLOCK: tl.constexpr):
-    """Some columns of one token."""
+    """Each program: a block of columns of one token."""
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     t = tl.program_id(0).to(tl.int64)
     gate_c = tl.load(gate_up + t * 2 * f + c, mask=c < f, other=0.0).to(tl.float32)
@@ -112,7 +113,7 @@ def _rotate(
     qkv, cos, sin, query, keys, values, cells, q_norm, k_norm, eps, cell_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, NORMED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One token, and one of its query heads, then key heads, then value heads."""
+    """Each program: one head of one token, numbered query heads first, then key heads, then value heads."""
     t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.arange(0, BLOCK_D)
     there = c < D
@@ -122,7 +123,7 @@ def _rotate(
     if head >= H + K:
         tl.store(values + cell * cell_stride + (head - H - K) * D + c, x_c, mask=there)
         return
-    other_c = (c + D // 2) % D  # the other number of each pair that is turned
+    other_c = (c + D // 2) % D  # the other element of each rotated pair
     x_c, pair_c = x_c.to(tl.float32), tl.load(own + other_c, mask=there, other=0.0).to(tl.float32)
     if NORMED:
         weight = q_norm

@@ -1,10 +1,10 @@
 """CUDA graphs of decode steps: captured once a size, replayed on buffers that stay where they are.
 
-A graph holds addresses, not contents. The bank fills its slots in place and the cache its cells, so swaps of
-adapters, thresholds and pages leave every graph valid. A step of fewer tokens than a graph's size is padded with
-tokens that write to a row, a cell and a page that nobody reads, and act on nothing.
+A graph records addresses, not contents. The bank fills its slots in place, and the cache its cells, so a change of
+adapters, thresholds or pages leaves every graph valid. A step with fewer tokens than a graph's size is padded with
+tokens that write to a row, a cell and a page that nobody reads, and that select no slot.
 
-Shape suffixes: B tokens of a graph, M pages of the longest context, S slots, F integers a token.
+Shape suffixes: B tokens of a graph, M pages of the longest context, S slots, F integers per token.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ if TYPE_CHECKING:
     from nr_serve.neutral.gpu_bank import GpuBank  # needs triton
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_FIELDS = 7  # token id, position, cell, row, label, page that the token ends or -1, length of the context
-# Then come the slots, 1 where selected, and the pages of the context.
+_FIELDS = 7  # token id, position, cell, row, label, page that the token fills up or -1, context length
+# After these fields come the slots (1 where selected), then the pages of the context.
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """One step of single tokens, on tensors of one graph size."""
+    """One step of single tokens, as tensors of one graph size."""
 
     input_ids_T: Tensor
     positions_T: Tensor
     cells_T: Tensor
     table: Table
-    """The tokens' contexts."""
+    """Page table of the tokens' contexts."""
     tokens: StepTokens
-    """Its `page_E` is -1 for a token that ends no page."""
+    """Here `page_E` is -1 for a token that does not fill up a page."""
 
 
 Outputs = tuple[Tensor, Tensor | None]
-"""Logits [B, V], and layers open by token and slot [B, S], or None where nothing is attached."""
+"""Logits [B, V]; open layers by token and slot [B, S], or None if nothing is attached."""
 
 Step = Callable[[DecodeBatch, bool], Outputs]
-"""(batch, whether the bank acts in it) -> outputs."""
+"""(batch, whether any adapter is attached) -> outputs."""
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
-"""(function) -> (replay, the tensors that each replay fills anew)."""
+"""(function) -> (replay function, the output tensors that each replay overwrites)."""
 
 
 class Decoded(NamedTuple):
-    """What a step gave; good until the next step."""
+    """Outputs of a step; valid until the next step."""
 
     logits_BV: Tensor
     open_BS: Tensor | None
-    """Layers open by token and slot; None: nothing is attached."""
+    """Number of open layers by token and slot; None if nothing is attached."""
     selected_BS: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """What the tokens write to that only fill a graph up: nobody reads it."""
+    """Where a graph's padding tokens write: nobody reads it."""
 
     row: int
     page: int
@@ -72,12 +72,12 @@ class Padding:
 
 
 def size_of(tokens: int, sizes: Sequence[int] = SIZES) -> int | None:
-    """The smallest graph that holds so many tokens; None if none does."""
+    """The smallest graph size that holds so many tokens; None if none does."""
     return next((size for size in sorted(sizes) if size >= tokens), None)
 
 
 class Graphs:
-    """Owns the graphs and their buffers. From one thread."""
+    """Owns the graphs and their buffers. Use from one thread only."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Graphs:
         sizes: Sequence[int] = SIZES,
         capture: Capture | None = None,
     ) -> None:
-        """`step` runs the model on a batch, on the device alone; `longest` is the longest context in tokens."""
+        """`step` runs the model on a batch without waiting for the host; `longest`: longest context in tokens."""
         self.sizes = tuple(sorted(sizes))
         self._step = step
         self._capture = capture or (capture_cuda() if device.type == "cuda" else uncaptured)
@@ -103,19 +103,20 @@ class Graphs:
 
     @property
     def captured(self) -> int:
-        """Graphs captured so far."""
+        """Number of graphs captured so far."""
         return len(self._graphs)
 
     def warm_up(self) -> None:
-        """Capture every size, with the bank and without, so that no request waits for it."""
-        for size in reversed(self.sizes):  # the largest first, whose memory the others can share
+        """Capture every size, with and without the bank, so that no request waits for it."""
+        for size in reversed(self.sizes):  # the largest first: the others can share its memory
             for attached in (True, False):
                 self._graph(size, attached)
 
     def run(self, pieces: Sequence[Piece], labels: Sequence[int], *, attached: bool) -> Decoded | None:
-        """One step of single tokens; None if they are more than the largest graph holds.
+        """Run one step of single tokens; None if there are more than the largest graph holds.
 
-        `attached`: whether any adapter is. Without one the bank adds no work, which is another graph.
+        `attached`: whether any adapter is attached. Without one, another graph runs, in which the bank does no
+        work.
         """
         size, n = size_of(len(pieces), self.sizes), len(pieces)
         if size is None:
@@ -127,9 +128,10 @@ class Graphs:
         return Decoded(logits_BV[:n], None if open_BS is None else open_BS[:n], selected_BS[:n])
 
     def _graph(self, size: int, attached: bool) -> tuple[Callable[[], None], Outputs]:
-        """The graph of a size, captured if this is the first time.
+        """The graph of a size, captured on first use.
 
-        Capturing runs the step, so it is one of padding: a request's carried state must move on once a token.
+        Capturing runs the step, so it runs on padding only: a real token must advance its request's carried state
+        once.
         """
         key = (size, attached)
         if key not in self._graphs:
@@ -146,12 +148,12 @@ class Graphs:
         packed = np.zeros(shape, dtype=np.int32)
         used = _FIELDS + self._slots + self._write(packed, pieces, labels)
         step = torch.from_numpy(packed[:used])
-        # Pinned, so that nobody waits; torch keeps it from other use until the copy is done.
+        # Pinned, so that the copy does not block; torch reuses the pinned memory only when the copy is done.
         step = step.pin_memory() if self._device.type == "cuda" else step
         self._buffers[size][:used].copy_(step, non_blocking=True)
 
     def _write(self, packed_FB: np.ndarray, pieces: Sequence[Piece], labels: Sequence[int]) -> int:
-        """Fill zeros; returns the pages of the longest context."""
+        """Write the step into zeros; returns the number of pages of the longest context."""
         n, size, padding = len(pieces), self._page_size, self._padding
         table_MB = packed_FB[_FIELDS + self._slots :]
         padded = (0, 0, padding.page * size, padding.row, padding.label, -1, 1)
@@ -173,11 +175,11 @@ class Graphs:
         return longest
 
     def _selected(self, packed_FB: Tensor) -> Tensor:
-        """Bool [B, S]."""
+        """Which slots each token selects, bool [B, S]."""
         return packed_FB[_FIELDS : _FIELDS + self._slots].T != 0
 
     def _batch(self, packed_FB: Tensor) -> DecodeBatch:
-        """The buffer as a batch. Part of what is captured: the graph unpacks whatever the buffer holds."""
+        """The buffer as a batch. This is part of the capture: a replay unpacks what the buffer then holds."""
         ids, positions, cells, rows, labels, ended = packed_FB[: _FIELDS - 1].long()
         each = torch.arange(packed_FB.shape[1], device=packed_FB.device)
         tokens = StepTokens(
@@ -195,7 +197,7 @@ class Graphs:
 
 
 def model_step(model: Any, bank: GpuBank, cache: KVCache) -> Step:
-    """A step as graphs capture it: the model with its bank and its KV cache, all on the device."""
+    """The step that graphs capture: the model with its bank and its KV cache, without waiting for the host."""
 
     def step(batch: DecodeBatch, attached: bool) -> Outputs:
         if attached:
@@ -206,7 +208,7 @@ def model_step(model: Any, bank: GpuBank, cache: KVCache) -> Step:
 
 
 def uncaptured(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-    """In the place of a capture where there is no CUDA: each replay calls the function."""
+    """Stands in for a capture where there is no CUDA: each replay calls the function."""
     outputs = function()
 
     def replay() -> None:
@@ -218,15 +220,15 @@ def uncaptured(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Out
 
 
 def capture_cuda() -> Capture:
-    """Captures on the current device, into one pool of memory: graphs run one after the other."""
+    """Captures on the current device, into one memory pool, which is safe because graphs run one after another."""
     pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]  # one: cuBLAS keeps memory for each
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]  # one: cuBLAS allocates for each
 
     def capture(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         here = torch.cuda.current_stream()
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
-            function()  # kernels compile, and libraries take their memory, the first time
+            function()  # on the first call kernels compile and libraries allocate memory
         here.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -234,7 +236,7 @@ def capture_cuda() -> Capture:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 outputs = function()
         finally:
-            torch.cuda.set_stream(here)  # which a capture that fails leaves at its own
+            torch.cuda.set_stream(here)  # a failed capture leaves its own stream set
         return graph.replay, outputs
 
     return capture

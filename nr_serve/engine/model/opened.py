@@ -15,10 +15,11 @@ from nr_serve.engine.scheduler import Piece, spans
 def opened_by_page(
     pieces: Sequence[Piece], open_TS: Tensor, selected_TS: Tensor, page_size: int
 ) -> list[tuple[Opened, ...]]:
-    """For each piece, what opened in each page that its tokens lie in; nothing if the whole step opened nothing.
+    """For each piece, the gates that opened in each page its tokens lie in; empty if nothing opened in the step.
 
-    `open_TS` counts the layers whose gate was open, by token of the step and slot, whether selected or not. Shape
-    suffixes: T tokens, S slots, N gates open at a token.
+    `open_TS`: number of layers whose gate was open, by token of the step and slot, whether the slot was selected
+    or not.
+    Shape suffixes: T tokens, S slots, N (token, slot) pairs with an open gate.
     """
     token_N, slot_N = np.nonzero(open_TS.cpu().numpy())
     if not len(token_N):
@@ -36,5 +37,5 @@ def opened_by_page(
 
 
 def _page_starts(piece: Piece, first: int, end: int, page_size: int) -> list[int]:
-    """Which of the step's tokens [first, end), the piece's, are its first in a page."""
+    """The first token in each page, among the piece's tokens [first, end) of the step."""
     return [first, *range(first + page_size - piece.start % page_size, end, page_size)]

@@ -1,6 +1,6 @@
-"""Linear layers on a CPU, their weights laid out for a product: batches of a few tokens gain most.
+"""Linear layers on a CPU with packed weights, which speed up batches of a few tokens most.
 
-In torch's plain layout a weight is rearranged anew in every product.
+With torch's plain layout a weight is rearranged in every product.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
-"""`multiply` of `cpu_operators`."""
+"""Type of `CpuOperators.multiply`."""
 
 _PACKED_FOR = 8
-"""Tokens a product is laid out for; oneDNN gave the same layout for 8 and for 32."""
+"""Number of tokens that oneDNN's layout is chosen for; 8 and 32 gave the same layout."""
 _BLOCK = 48
-"""Outputs that our own product computes together."""
+"""Number of outputs that our own product computes together."""
 _KEEP_BYTES = 2**30
-"""Bases up to this size keep the plain float32 weights too: a single token's products are a quarter faster."""
+"""Bases up to this size also keep the plain float32 weights: they make products of one token a quarter faster."""
 
 
 class PackedLinear(nn.Module):
-    """What an `nn.Linear` of this weight and bias computes, up to rounding, by oneDNN."""
+    """Computes what an `nn.Linear` with this weight and bias does, up to rounding, by oneDNN."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, keep: bool) -> None:
-        """Pack the weight [out, in]; with `keep` the plain one stays, for single tokens. See `can_pack`."""
+        """Pack the weight [out, in]. With `keep` the plain weight stays, for single tokens. Requires `can_pack`."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
@@ -43,12 +43,12 @@ class PackedLinear(nn.Module):
 
 
 class PairedLinear(nn.Module):
-    """What an `nn.Linear` of this bfloat16 weight and bias computes, up to rounding, by our own product."""
+    """Computes what an `nn.Linear` with this bfloat16 weight and bias does, up to rounding, by our own product."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, multiply: Multiply, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        """Pack the weight [out, in]; what comes out is of `dtype`, float32 or bfloat16. See `can_pair`."""
+        """Pack the weight [out, in]. Outputs are of `dtype`, float32 or bfloat16. Requires `can_pair`."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
@@ -61,12 +61,12 @@ class PairedLinear(nn.Module):
 
 
 def can_pair(weight: Tensor) -> bool:
-    """Whether our own product takes a weight [out, in]."""
+    """Whether our own product supports a weight [out, in]."""
     return weight.dtype is torch.bfloat16 and weight.shape[0] % 16 == 0 and weight.shape[1] % 2 == 0
 
 
 def _pairs(weight: Tensor) -> Tensor:
-    """The weight as `multiply` reads it, end to end: blocks of outputs, a pair's weights side by side."""
+    """The weight in `multiply`'s layout, flattened: blocks of outputs, in each the inputs' pairs side by side."""
     blocks = (weight.detach()[first : first + _BLOCK] for first in range(0, len(weight), _BLOCK))
     return torch.cat([block.reshape(len(block), -1, 2).transpose(0, 1).flatten() for block in blocks])
 
@@ -83,11 +83,12 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def pack_linears(model: nn.Module, multiply: Multiply | None = None) -> None:
-    """Pack every plain `nn.Linear` of a frozen model on a CPU, in place; leave all as it is if that cannot be done.
+    """Pack every plain `nn.Linear` of a frozen model on a CPU, in place; change nothing if that is unsupported.
 
-    With `multiply` for our own product where it takes them, else for oneDNN. Single tokens in bfloat16 are faster
-    packed too, so nothing is kept. A weight that the embedding shares is there anyway. Our own product leaves
-    logits in float32: rounded to bfloat16 the likeliest tokens are often equal.
+    Weights are packed for `multiply` where it supports them, else for oneDNN. In bfloat16, single tokens are
+    faster with packed weights too, so no plain weight is kept; in float32, a weight shared with the embedding
+    exists anyway and is kept. Our own product leaves the output head's logits in float32: rounded to bfloat16, the
+    likeliest tokens are often equal.
     """
     weight = next(model.parameters())
     if weight.device.type != "cpu" or not can_pack(weight.dtype):

@@ -1,13 +1,13 @@
 """Paged attention on a GPU, with the contract of `attention.paged_attention`.
 
-Single tokens read their context where it lies, through a table of pages, by a Triton kernel that cuts long contexts
-into parts; it never waits for the host, so a CUDA graph can hold it. A prompt's chunk gathers its context once a
-layer, which is little beside its own products, and goes through torch's SDPA.
+Single tokens read their context in place, through a page table, by a Triton kernel that splits long contexts into
+parts. It never waits for the host, so it can be part of a CUDA graph. For a prompt's chunk the context is gathered
+once per layer, which costs little beside the layer's own products, and passed to torch's SDPA.
 
-Shape suffixes: as in `attention`; B single tokens, M longest table, I parts of a context.
+Shape suffixes: as in `attention`; B single tokens, M pages of the longest context, I parts of a context.
 """
 
-# Parameters of Triton's functions are pointers, sizes and strides; annotating them would tell nothing.
+# Parameters of Triton functions are pointers, sizes and strides; type annotations would say nothing.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, unused-ignore"
 # ruff: noqa: ANN001, ANN202
 
@@ -31,16 +31,16 @@ from nr_serve.neutral.kernels import dot, precision
 
 NAME = "nr_paged_gpu"
 PROGRAMS = 512
-"""Contexts are cut into parts until there are so many programs, or the parts are short."""
+"""Contexts are split into parts until there are this many programs, or the parts are LEAST_PART long."""
 LEAST_PART = 256
-"""Tokens of a context that are worth a program of their own."""
+"""Fewest tokens of a context that are worth a program of their own."""
 
 
 def register() -> None:
-    """Make the attention known to transformers; again is harmless.
+    """Register the attention function with transformers; calling it again is harmless.
 
-    Not its mask: without one by this name transformers makes none, and asks the device nothing. And torch's SDPA is
-    kept from cuDNN's attention, which it prefers on Hopper: that plans anew, for some 30 ms, for every new length.
+    No mask function is registered, so transformers makes no mask and does not wait for the device. cuDNN's
+    attention, which torch's SDPA prefers on Hopper, is disabled: it plans for some 30 ms for every new length.
     """
     AttentionInterface.register(NAME, paged_attention)
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -60,7 +60,7 @@ def paged_attention(
     nr_cache: KVCache,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer over a step. query [1, H, T, D], key and value [1, K, T, D]; gives [1, T, H, D].
+    """Attention of one layer over a step: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D].
 
     Raises UnsupportedBase if the model asks for something this function does not compute.
     """
@@ -78,7 +78,7 @@ def attend(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Attention of a step over a layer's keys and values, as `attention.attend`; [T, H, D]."""
+    """Attention of a step over a layer's keys and values, like `attention.attend`; [T, H, D]."""
     if isinstance(batch, DecodeBatch):
         return attend_one(query_THD, keys_CKD, values_CKD, batch.table, scale, window)
     outputs = [_attend(query_THD, keys_CKD, values_CKD, group, scale, window) for group in batch.paged]
@@ -97,7 +97,7 @@ def _attend(
 
 
 def _gathered(cache_CKD: Tensor, group: PagedGroup) -> Tensor:
-    """The context of a group of one piece, [N, K, D], page by page."""
+    """The context of a group with one piece, [N, K, D], gathered page by page."""
     page_size = group.table.page_size
     C = len(cache_CKD) // page_size * page_size  # the spare cell is in no page
     pages = cache_CKD[:C].view(-1, page_size * cache_CKD[0].numel())
@@ -107,13 +107,14 @@ def _gathered(cache_CKD: Tensor, group: PagedGroup) -> Tensor:
 def attend_chunk(
     query_nHD: Tensor, keys_NKD: Tensor, values_NKD: Tensor, scale: float, window: int | None = None
 ) -> Tensor:
-    """Attention of the last n of N tokens of one sequence, each to those up to itself, [n, H, D].
+    """Causal attention of the last n of one sequence's N tokens, [n, H, D].
 
-    With `window` to the last so many of them.
+    With `window`, each token attends only to its last `window` positions.
     """
     n, N = len(query_nHD), len(keys_NKD)
     mask: Any = causal_lower_right(n, N)
-    # Flash attention knows grouped heads; where a mask or float32 leaves torch to other ways, keys are repeated.
+    # Flash attention supports grouped heads. With a mask or in float32 torch uses other kernels: keys are
+    # repeated.
     grouped = query_nHD.dtype != torch.float32
     if window is not None and window < N:
         position_n = torch.arange(N - n, N, device=query_nHD.device)[:, None]
@@ -138,16 +139,16 @@ def attend_one(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Attention of single tokens, each to the whole context that the table gives it, [B, H, D].
+    """Attention of single tokens, each to its whole context in the table, [B, H, D].
 
-    With `window` to the last so many tokens of it. Two launches, whose shapes depend on the table's alone.
+    With `window`, only to the last `window` tokens. Two kernel launches, whose shapes depend only on the table's.
     """
     B, H, D = query_BHD.shape
     K, M = keys_CKD.shape[1], table.pages_BM.shape[1]
     longest = M * table.page_size
     parts = max(1, min(triton.cdiv(PROGRAMS, B * K), triton.cdiv(longest, LEAST_PART)))
     block_D = max(16, triton.next_power_of_2(D))
-    block_N = 64 if block_D * keys_CKD.itemsize <= 512 else 32  # what a program of three stages can hold
+    block_N = 64 if block_D * keys_CKD.itemsize <= 512 else 32  # what fits a program with three pipeline stages
     query_BHD = query_BHD.contiguous()
     sums_BHID = torch.empty((B, H, parts, D), dtype=torch.float32, device=query_BHD.device)
     scales_BHI2 = torch.empty((B, H, parts, 2), dtype=torch.float32, device=query_BHD.device)
@@ -164,7 +165,7 @@ def attend_one(
     return out_BHD
 
 
-# What changes with the step is not specialised on: each variant would be compiled while everybody waits.
+# Not specialised on values that change with the step: compiling each variant would hold up every request.
 @triton.jit(do_not_specialize=["table_stride", "page_stride"], do_not_specialize_on_alignment=["pages", "length"])
 def _parts_of_contexts(
     query, keys, values, pages, length, sums, scales, cell_stride, head_stride, table_stride, page_stride,
@@ -172,10 +173,10 @@ def _parts_of_contexts(
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One token, one key head and its query heads, one part of the context.
+    """Each program: one token, one key head with its query heads, one part of the context.
 
-    Sums are softmax's numerators; `scales` holds the largest logit, in powers of 2, and the denominator. A part
-    without tokens leaves a denominator of 0 and its sum unwritten.
+    `sums` are the numerators of the softmax; `scales` holds the largest logit, in powers of 2, and the
+    denominator. A part without tokens stores a denominator of 0 and leaves its `sums` unwritten.
     """
     b, k, part, parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     heads = tl.arange(0, BLOCK_G)
@@ -220,7 +221,7 @@ def _parts_of_contexts(
 
 @triton.jit(do_not_specialize=["parts"])
 def _joined(sums, scales, out, parts, D: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One token and query head: the parts brought to one scale, summed, divided."""
+    """Each program: one token and query head. Rescales the parts to one maximum, adds them up and divides."""
     at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     c = tl.arange(0, BLOCK_D)
     best = tl.full((), float("-inf"), tl.float32)
@@ -229,8 +230,8 @@ def _joined(sums, scales, out, parts, D: tl.constexpr, BLOCK_I: tl.constexpr, BL
     for start in range(0, parts, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         below_i = tl.load(scales + (at * parts + i) * 2 + 1, mask=i < parts, other=0.0)
-        # A part without tokens has no scale, and what its sum holds may be anything. The first part has some. A NaN
-        # is used, so that it shows.
+        # A part without tokens has no scale, and its sum may hold anything, so it is skipped. The first part
+        # always has tokens. A NaN denominator is not skipped, so that it shows in the result.
         used_i = below_i != 0.0
         best_i = tl.load(scales + (at * parts + i) * 2, mask=used_i, other=float("-inf"))
         better = tl.maximum(best, tl.max(best_i, 0))

@@ -8,6 +8,6 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def cpuinfo(*names: str) -> list[str]:
-    """The lines on the first core that begin with one of the names, which differ by kind; none on other systems."""
+    """The first core's lines in /proc/cpuinfo that start with one of `names`; an empty list on other systems."""
     lines = _CPUINFO.read_text(encoding="utf-8").partition("\n\n")[0].splitlines() if _CPUINFO.exists() else []
     return [line for line in lines if line.startswith(names)]

@@ -1,4 +1,4 @@
-"""What a piece's logits become: its next token and log probabilities, apart from what else is in its step."""
+"""Turns a piece's logits into its next token and log probabilities, whatever else is in its step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 
 def logit_positions(piece: Piece) -> list[int]:
-    """Places in the piece whose logits are needed: the last if it samples, and the prompt's if asked for.
+    """Positions in the piece whose logits are needed: the last if it samples, and the prompt's if it reports them.
 
-    All of a piece on trial.
+    For a piece on trial, all positions.
     """
     sampling = piece.request.sampling
     if piece.trial is not None:
@@ -31,7 +31,7 @@ def logit_positions(piece: Piece) -> list[int]:
 
 
 def draws(piece: Piece) -> bool:
-    """Whether the piece's last logits are to give a token that is not just the likeliest."""
+    """Whether the piece's next token must be sampled, and is not just the likeliest token."""
     return piece.samples and piece.request.sampling.max_tokens > 0 and not takes_likeliest(piece.request)
 
 
@@ -40,9 +40,9 @@ def guarded_result(
 ) -> Result:
     """The piece's result from its logits at `logit_positions`, float32 [N, V], and the likeliest token of each.
 
-    What goes wrong is its error, and touches no other request of the step. `fired_nS`: how many layers fired, for
-    each token of the piece by slot; None if the request does not ask. `drawn`: the token, if it `draws` and that is
-    done already.
+    A failure becomes the result's error and affects no other request of the step. `fired_nS`: number of layers
+    fired, by token of the piece and slot; None if the request does not ask for it. `drawn`: the next token, if it
+    was already sampled.
     """
     try:
         return _result(piece, logits_NV, likeliest_N, fired_nS, drawn)

@@ -1,6 +1,6 @@
 """The runner: the one door to the device, where the pieces of a step become results.
 
-Owns the model, the KV cache and the bank.
+Owns the model, the KV cache and the bank of adapter slots.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Runner:
     def __init__(
         self, model: Any, tokenizer: Tokenizer, config: ServeConfig, name: str, *, kernels: bool | None = None
     ) -> None:
-        """Take over a loaded model (it is changed in place). Raises UnsupportedBase with the reason.
+        """Take over a loaded model, changing it in place. Raises UnsupportedBase with the reason.
 
-        With `kernels` steps run by the GPU's kernels; None: where the model is on a GPU.
+        `kernels`: whether steps run on the GPU kernels; None: if the model is on a GPU.
         """
         shape = check_base(model)
         self.model = model.eval().requires_grad_(False)
@@ -72,7 +72,7 @@ class Runner:
         self.probe_row = config.max_running
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.recalls_pages = config.prefix_cache
-        self.tries_apart = self.kernels  # which know one threshold a slot
+        self.tries_apart = self.kernels  # the GPU kernels know only one threshold per slot
         self.bank = self._bank(config, int(shape.hidden_size))
         self.info = EngineInfo(
             model=name,
@@ -94,24 +94,24 @@ class Runner:
         if self.kernels:
             self.graphs = self._graphs()
         if self.graphs is not None:
-            check.run(self._all_logits, page_size=self.page_size, pages=self.pages)  # its last token by a graph
+            check.run(self._all_logits, page_size=self.page_size, pages=self.pages)  # its last piece by a graph
         if self.device.type == "cuda":
             from nr_serve.engine.model.warm_up import warm_up  # needs triton
 
             warm_up(self, max(config.max_batch_tokens, config.max_running))
 
     def _refused(self) -> AbstractContextManager[None]:
-        """Refuse a base of another make than was foreseen, whatever it fails with."""
+        """Turn any failure into UnsupportedBase: a base of an unforeseen kind can fail in any way."""
         return raised_as(UnsupportedBase, f"{type(self.model).__name__} cannot be served")
 
     @classmethod
     def load(cls, path: Path | str, tokenizer: Tokenizer, config: ServeConfig, name: str) -> Runner:
-        """Load a base and take it over. Raises UnsupportedBase."""
+        """Load a base and take it over. Raises UnsupportedBase with the reason."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         runner = cls(load_base(path, config), tokenizer, config, name)
         try:
-            # Now, for it would hold up running streams.
+            # Prepare grammars now: doing it later would hold up running streams.
             tokenizer.for_grammars(runner.info.vocab_size, runner.info.eos_ids)
         except BadRequest as error:
             log.warning("guided requests will be refused: %s", error)
@@ -119,10 +119,10 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
-        """One step: a forward pass over all pieces, then a token for each piece that samples.
+        """Run one step: a forward pass over all pieces, then a token for each piece that samples.
 
-        A piece on trial comes last, or, if it `tries_apart`, alone. Its result has the layers fired, or
-        BadAdapterFile as its error if its tokens became NaN.
+        A piece on trial comes last or, if `tries_apart`, alone. Its result holds the layers fired. If its tokens
+        became NaN, its result's error is BadAdapterFile.
         """
         self._set_rows(pieces)
         wanted = [logit_positions(piece) for piece in pieces]
@@ -159,10 +159,11 @@ class Runner:
         return results
 
     def _diverged(self, trial: Piece, logits_NV: Tensor) -> bool:
-        """After a residue that diverged every gate is NaN, which does not fire: that must not pass for neutral.
+        """Whether the adapter on trial drove the stream to NaN or infinity, given its tokens' logits [N, V].
 
-        After the last layer's there is no gate, but the logits of the piece's tokens, [N, V]. And a stream whose
-        squares are infinite is normalised to 0: then no gate opens either, and all logits are equal.
+        After a residue that diverged every gate is NaN, and a NaN does not fire: it must not pass for neutral. No
+        gate follows the last layer's residue, but the logits do. A stream whose squares are infinite is normalised
+        to 0: then no gate opens either, and all logits are equal.
         """
         slots = [version.slot for version in trial.request.selection or ()]
         nan = self.bank.state_LRS[:, trial.request.row][:, slots].isnan().any()
@@ -171,7 +172,7 @@ class Runner:
     def _step(
         self, pieces: Sequence[Piece], labels: Sequence[int], positions: list[int]
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As `forward`, by a graph if there is one for it; and the slots selected by token."""
+        """As `forward`, by a CUDA graph if one fits the step; also returns each token's selected slots."""
         decoded = None
         if self.graphs is not None and all(piece.count == 1 and piece.trial is None for piece in pieces):
             decoded = self.graphs.run(pieces, labels, attached=bool(self.bank.attached))
@@ -201,15 +202,15 @@ class Runner:
         )
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The logits wanted of the step, float32 [N, V]; layers open by token and slot, None: none was.
+        """Logits wanted of the step, float32 [N, V], and open layers by token and slot (None: none was open).
 
-        The bank has begun the step.
+        `bank.begin` must have been called for the step.
         """
         wanted = 0 if batch.logits_N is None else batch.logits_N
         return run_model(self.model, self.bank, self.cache, batch, logits_to_keep=wanted)
 
     def _set_rows(self, pieces: Sequence[Piece]) -> None:
-        """What each request's first piece carries on: nothing, or the state at the end of the last page reused."""
+        """Set the carried state before each request's first piece: empty, or as at the last reused page's end."""
         for piece in pieces:
             request = piece.request
             if piece.start != request.reused or request.row is None:
@@ -227,7 +228,7 @@ class Runner:
         return opened_by_page(pieces, open_TS, selected_TS, self.page_size)
 
     def _apart(self) -> int | None:
-        """Of how many tokens times context a piece attends as single tokens: measured, see docs/performance.md."""
+        """Up to how many tokens times context a piece attends as single tokens; see docs/performance.md."""
         if self.operators is None:
             return None
         own = self.operators.prompts_by(self.dtype, self.cache.keys_LCKD.shape[-1])
@@ -238,18 +239,18 @@ class Runner:
         return self._step([piece], [0], list(range(piece.count)))[0]
 
     def _attention(self) -> str:
-        """Name of the attention function, now registered."""
+        """Register the attention function; returns its name."""
         attention.register()
         if not self.kernels:
             return attention.NAME
-        from nr_serve.engine.model import paged_attention  # needs triton, which a CPU's torch does not bring
+        from nr_serve.engine.model import paged_attention  # needs triton, which torch for CPUs lacks
 
         paged_attention.register()
         return paged_attention.NAME
 
     @torch.inference_mode()
     def _graphs(self) -> Graphs | None:
-        """Steps of single tokens, captured; None if the device refuses."""
+        """CUDA graphs of steps of single tokens; None if the device refuses to capture them."""
         from nr_serve.neutral.gpu_bank import GpuBank
 
         assert isinstance(self.bank, GpuBank)
@@ -260,11 +261,11 @@ class Runner:
             longest=self.info.max_model_len,
             padding=Padding(row=self.probe_row + 1, page=self.probe_pages.stop, label=self.bank.labels),
             device=self.device,
-            sizes=[size for size in SIZES if size < 2 * self.probe_row],  # up to what holds all that run
+            sizes=[size for size in SIZES if size < 2 * self.probe_row],  # the largest holds all that run
         )
         try:
             graphs.warm_up()
-        except RuntimeError:  # out of memory, or something that cannot be captured: slower, not wrong
+        except RuntimeError:  # out of memory, or not capturable: steps are slower, not wrong
             log.exception("steps cannot be captured as CUDA graphs; they are launched kernel by kernel")
             return None
         return graphs
@@ -284,7 +285,7 @@ class Runner:
             d=d,
             slots=config.slots,
             width=config.slot_width or block_width(DEFAULT_CAPACITY, parameters=parameters, d=d, layers=layers),
-            rows=config.max_running + 2,  # one for probe texts, one for what fills up a graph
+            rows=config.max_running + 2,  # one for probe texts, one for a graph's padding
             labels=label_count(config.slots),
             pages=self.probe_pages.stop,
             device=self.device,
@@ -292,9 +293,9 @@ class Runner:
         )
 
     def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:
-        """The cache, and the pages of it that requests may have.
+        """The KV cache, and the number of its pages that requests may use.
 
-        Beyond them are those for one probe text, and one for what fills up a graph.
+        The cache has further pages: those for one probe text, and one for the padding of CUDA graphs.
         """
         layers = len(decoder_layers(self.model))
         heads = int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)

@@ -15,7 +15,7 @@ from nr_serve.engine.model.device import placed, read
 from nr_serve.engine.request import Request, TopLogprobs
 
 GREEDY = 1e-5
-"""Temperatures below this choose the likeliest: dividing by them would overflow."""
+"""Temperatures below this choose the likeliest token: dividing by them would overflow."""
 
 
 def allow(logits_V: Tensor, progress: Progress | None) -> Tensor:
@@ -34,49 +34,50 @@ def allowed(progress: Progress, vocab_size: int) -> Tensor:
 
 
 def likeliest(logits_NV: Tensor) -> list[int]:
-    """Each row's likeliest token, the first of equals; read from the device at once."""
-    # On a CPU numpy's argmax takes a fifteenth of the time of torch's.
+    """Each row's likeliest token, the first one if several are equal; one read from the device for all rows."""
+    # On a CPU, numpy's argmax takes a fifteenth of the time of torch's.
     rows_NV = logits_NV.numpy() if logits_NV.is_cpu else logits_NV
     token_ids: list[int] = rows_NV.argmax(-1).tolist()
     return token_ids
 
 
 def any_nan(logits_NV: Tensor, likeliest_N: Sequence[int]) -> list[bool]:
-    """Whether a NaN is among a row's logits: `likeliest` then chose it."""
+    """Whether each row's logits contain a NaN: `likeliest` chooses a NaN if there is one."""
     chosen_N1 = torch.tensor(likeliest_N, dtype=torch.int64, device=logits_NV.device)[:, None]
     found: list[bool] = logits_NV.gather(1, chosen_N1)[:, 0].isnan().tolist()
     return found
 
 
 def takes_likeliest(request: Request) -> bool:
-    """Whether `sample` would give the likeliest by the model's logits as they are."""
+    """Whether `sample` would choose the likeliest token of the model's unchanged logits."""
     return request.sampling.temperature < GREEDY and request.progress is None and not _adjusts(request)
 
 
 def sample(logits_V: Tensor, request: Request) -> int:
-    """The next token of one request, from the model's logits for it (float32, [V]; not changed)."""
+    """The next token of one request, from the model's logits for it (float32 [V], not modified)."""
     sampling = request.sampling
     weights_V = adjust(logits_V, request)
     if sampling.temperature >= GREEDY:
         probabilities_V = truncate(weights_V / sampling.temperature, sampling).softmax(-1)
-        # argmax(p / e) with e exponential draws from p (the Gumbel trick). One generator per token, seeded by the
-        # request and the place in its answer: the draw does not depend on the batch, nor on a preemption.
+        # argmax(p / e) with exponential noise e draws from p (the Gumbel trick). Each token has its own generator,
+        # seeded by the request's seed and the position in its answer: the draw depends neither on the batch nor on
+        # preemption.
         generator = np.random.Generator(np.random.PCG64([request.seed % 2**64, request.generated]))
-        # Drawn in float64, whose zeros are too rare to matter.
+        # Drawn in float64, where an exact 0 is too rare to matter.
         noise_V = torch.from_numpy(generator.standard_exponential(len(logits_V))).float()
         weights_V = probabilities_V / noise_V.to(logits_V.device)
     return likeliest(weights_V[None])[0]
 
 
 def adjust(logits_V: Tensor, request: Request) -> Tensor:
-    """Logits after bias, penalties and the tokens `min_tokens` forbids. Penalties as in OpenAI's API and CTRL."""
+    """Logits after bias, penalties (as in OpenAI's API, and CTRL's repetition penalty) and `min_tokens`."""
     if not _adjusts(request):
         return logits_V
     sampling = request.sampling
     answer = request.tokens[request.prompt_length :]
     logits_V = logits_V.clone()
     if sampling.repetition_penalty != 1:
-        (seen,) = placed([np.array(request.tokens)], logits_V.device)  # those that repeat get equal values
+        (seen,) = placed([np.array(request.tokens)], logits_V.device)  # repeated ids are written equal values
         score = logits_V[seen]
         scaled = torch.where(score > 0, score / sampling.repetition_penalty, score * sampling.repetition_penalty)
         logits_V[seen] = scaled
@@ -92,7 +93,7 @@ def adjust(logits_V: Tensor, request: Request) -> Tensor:
         ends = sorted(request.eos_ids | set(sampling.stop_token_ids))
         (ends_E,) = placed([np.array(ends, np.int64)], logits_V.device)
         longer_V = logits_V.index_fill(0, ends_E, -torch.inf)
-        # A guide may allow nothing but the end. Not `if`, for which a device would be waited for.
+        # A guide may allow nothing but the end. `torch.where`, because an `if` would wait for the device.
         logits_V = torch.where(longer_V.isneginf().all(), logits_V, longer_V)
     return logits_V
 
@@ -105,7 +106,7 @@ def _adjusts(request: Request) -> bool:
 
 
 def truncate(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """Logits with -inf for the tokens that top_k, top_p and min_p leave out; the likeliest always stays."""
+    """Logits with -inf for tokens that top_k, top_p and min_p leave out; the likeliest token always stays."""
     if 0 < sampling.top_k < logits_V.shape[-1]:
         kth = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
@@ -123,16 +124,16 @@ def truncate(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _descending(probabilities_V: Tensor, least: float) -> Tensor:
-    """In descending order, on a CPU only those above `least`: all others together are at most V times that."""
+    """Sorted in descending order; on a CPU only those above `least`, as the rest sum to at most V times `least`."""
     if not probabilities_V.is_cpu:
         return probabilities_V.sort(descending=True).values
-    many_V = probabilities_V[~(probabilities_V <= least)]  # NaN among them
-    return torch.from_numpy(np.sort(many_V.numpy())).flip(0)  # a twentieth of the time of torch's sort
+    many_V = probabilities_V[~(probabilities_V <= least)]  # keeps NaN
+    return torch.from_numpy(np.sort(many_V.numpy())).flip(0)  # takes a twentieth of the time of torch's sort
 
 
 def log_probabilities(logits_NV: Tensor, ids_N: Sequence[int], top: int) -> list[TopLogprobs]:
-    """For each row of the model's logits (float32), the token's log probability and the `top` likeliest."""
-    # -9999 stands for log 0 and for what diverged weights may give: JSON has neither -inf nor NaN.
+    """For each row of the model's logits (float32): the log probability of its token, and the `top` likeliest."""
+    # -9999 replaces log 0, and NaN from diverged weights: JSON has neither -inf nor NaN.
     logprobs_NV = logits_NV.log_softmax(-1).nan_to_num(nan=-9999.0, neginf=-9999.0)
     (chosen_N1,) = placed([np.array([[i] for i in ids_N])], logits_NV.device)
     own_N = logprobs_NV.gather(1, chosen_N1)[:, 0]

@@ -1,7 +1,7 @@
 """The start-up check: this engine's forward pass against the model's own, on a short prompt.
 
-What a model needs and this engine does not compute shows here, before anybody is served wrong answers; but for what
-only a longer text has, such as a sliding window that something falls out of.
+If a model needs something that this engine does not compute, it shows here, before wrong answers are served. Not
+found is what only a longer text needs, such as a sliding window shorter than the text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StartupCheck:
         self._ids = tuple(ids.tolist())
 
     def run(self, logits: Callable[[Piece], Tensor], *, page_size: int, pages: int) -> None:
-        """Compare with the logits [n, V] that an engine with such pages gives, piece by piece.
+        """Compare with the logits [n, V] of each piece, from an engine with `pages` pages of `page_size` tokens.
 
         Raises UnsupportedBase if they differ.
         """

@@ -1,4 +1,4 @@
-"""Steps run before anything is served, that no request waits while a GPU's kernels are compiled or loaded."""
+"""Runs steps before anything is served, so that no request waits while GPU kernels are compiled or loaded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def warm_up(runner: Runner, most: int) -> None:
-    """Run steps of up to `most` tokens, of each size at which other variants of kernels begin.
+    """Run steps of up to `most` tokens, so that no request waits while kernels are compiled or loaded.
 
-    At each a prompt from its start, and a single token beside a prompt that goes on. They write to row 0 and the
-    first pages.
+    For each size at which other kernel variants begin, runs a prompt from its start, and a single token beside a
+    prompt that continues. Call it before anything is served: it writes to row 0 and to the first pages.
     """
     bank = runner.bank
     assert isinstance(bank, GpuBank)
@@ -48,7 +48,7 @@ def warm_up(runner: Runner, most: int) -> None:
 
 
 def _of_nothing(tokens: int, page_size: int) -> Request:
-    """A request that says nothing, and draws in every way there is."""
+    """A dummy request that uses every sampling method."""
     sampling = Sampling(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1)
     submit = Submit("nothing", (0,) * tokens, sampling)
     request = Request.outside(submit, row=0, pages=range(-(-tokens // page_size)))

@@ -51,14 +51,14 @@ _DAMAGED = (
     csv.Error,
     struct.error,
 )
-"""What unpacking and reading a damaged package may raise."""
-WORK = ".packages-"  # what the folders start with that packages are unpacked in
-RAW_FACTOR = 4  # characters compared for each that is kept: bounds what finding repetitions takes
+"""Errors that unpacking and reading a damaged package may raise."""
+WORK = ".packages-"  # prefix of the folders in which packages are unpacked
+RAW_FACTOR = 4  # characters searched for repetitions per character kept, at most
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """One source on disk: its two files, and how many characters of text each holds."""
+    """One source on disk: its two files, and the number of characters in each."""
 
     name: str
     train: Path
@@ -68,14 +68,15 @@ class Fetched:
 
 
 def fetch_corpus(recipe: Path, out: Path, only: Sequence[str] = ()) -> list[Fetched]:
-    """Fetch the sources of `recipe` into the folder `out`, and return all that lie there then.
+    """Fetch the sources of `recipe` into the folder `out`, and return all of them as they are on disk then.
 
-    Writes `NAME.train.txt` and `NAME.heldout.txt` for each source: UTF-8, a paragraph a line, an empty line between
-    documents; and `manifest.json` with versions, licences and amounts. `only` picks sources by name or pattern
-    ("hu.*"). Sources already there and made by the same recipe are left as they are, unless they are the user's own
-    and their files have changed. Text of other recipes may lie in `out` too. Raises `DownloadFailed` naming every
-    source that failed, after the others were written; `BadRequest` when a pattern of `only` picks none or a folder
-    is absent; `Conflict` when another process fetches into `out`; `CannotWrite`.
+    Writes `NAME.train.txt` and `NAME.heldout.txt` for each source: UTF-8, one paragraph per line, an empty line
+    between documents. Also writes `manifest.json` with versions, licences and amounts. `only` selects sources by
+    name or pattern ("hu.*"). Sources that are already there from the same recipe stay as they are, unless they are
+    the user's own files and have changed. `out` may also contain text of other recipes.
+
+    Raises `DownloadFailed` naming every source that failed, after writing the others; `BadRequest` if a pattern of
+    `only` matches none or a folder is absent; `Conflict` if another process fetches into `out`; `CannotWrite`.
     """
     sources = read_recipe(recipe)
     unmatched = [pattern for pattern in only if not any(fnmatchcase(s.name, pattern) for s in sources)]
@@ -88,7 +89,7 @@ def fetch_corpus(recipe: Path, out: Path, only: Sequence[str] = ()) -> list[Fetc
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         with held(out, "fetches into"):
-            for left in out.glob(f"{WORK}*"):  # by a process that was killed
+            for left in out.glob(f"{WORK}*"):  # left by a killed process
                 shutil.rmtree(left)
             return _fetch(sources, recipe.parent, out)
 
@@ -105,7 +106,7 @@ def _fetch(sources: list[Source], beside: Path, out: Path) -> list[Fetched]:
 
 
 def _fetch_all(sources: list[Source], beside: Path, out: Path, manifest: Manifest) -> list[str]:
-    """Fetch each source, write the manifest after each, and return what went wrong, a line per source.
+    """Fetch each source, write the manifest after each, and return the failures, one line per source.
 
     The user's own folders are relative to `beside`.
     """
@@ -127,10 +128,10 @@ def _fetch_all(sources: list[Source], beside: Path, out: Path, manifest: Manifes
 
 
 def _compare_sources(language: str, out: Path, manifest: Manifest) -> None:
-    """Drop held-out text that lies in the training text of any source of the language.
+    """Drop held-out text that is in the training text of any source of the language.
 
-    A program's messages are in its manual too, for example. Each entry of the manifest tells which sources it was
-    compared with, so that this is done again only when a source came.
+    For example, a program's messages are in its manual too. Each manifest entry lists the sources that it was
+    compared with, so that this is repeated only when a source was added.
     """
     own = (name for name in manifest if name.startswith(f"{language}."))
     names = sorted(name for name in own if all(text_file(out, name, part).is_file() for part in PARTS))
@@ -148,7 +149,7 @@ def _compare_sources(language: str, out: Path, manifest: Manifest) -> None:
 
 
 class Builder:
-    """Makes the text of one source after the other out of shared packages, or of folders relative to `beside`."""
+    """Makes the text of one source after another, from shared packages, or from folders relative to `beside`."""
 
     def __init__(self, packages: Packages, beside: Path) -> None:
         self._packages, self._beside = packages, beside
@@ -184,7 +185,7 @@ class Builder:
             desc=f"corpus: {source.name}",
             unit=" documents",
             leave=False,
-            disable=None,  # but on a terminal
+            disable=None,  # disabled unless on a terminal
         ):
             read += size([document])
             prose = clean_document(document, translated=translated, originals=originals)
@@ -192,7 +193,7 @@ class Builder:
                 cleaned.append(prose)
         limit = source.limit_mb * 1e6
         bounded = thin(cleaned, RAW_FACTOR * limit)
-        # Cut, so that a share of a source of few long documents can be held out.
+        # Cut into pieces, so that a share can be held out of a source with few long documents.
         parts = [part for document in deduplicate(bounded) for part in pieces(document)]
         found = f"{size(cleaned) / 1e6:.2f} are prose in its language, {size(parts) / 1e6:.2f} but for repetitions"
         say("corpus", f"{source.name}: of {read / 1e6:.2f} million characters {found}")
@@ -208,7 +209,7 @@ class Builder:
         return self._originals[key]
 
     def _files(self, source: Source, globs: Sequence[str]) -> list[Path]:
-        """Return the files to read, in an order that depends on their names alone."""
+        """The files to read, in an order that depends only on their names."""
         if source.kind == "ddtp":
             return self._packages.descriptions(source.language)
         if source.kind == "folder":
@@ -217,7 +218,7 @@ class Builder:
         found: dict[str, Path] = {}
         for root in [fetch(package) for package in source.packages]:
             for glob in globs:
-                # Links in packages point at the same text again, or at packages that are not there.
+                # Links in packages point to the same text again, or to packages that are not there.
                 matches = match_files(root, glob)
                 found |= {str(path.relative_to(root)): path for path in matches if not path.is_symlink()}
         if not found:

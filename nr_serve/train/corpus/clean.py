@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-"""Characters of scripts that are written without spaces: each counts as a word."""
+"""Characters of scripts written without spaces: each counts as a word."""
 MARKS = "".join(c for c in map(chr, range(2**16)) if unicodedata.category(c)[0] == "M")
 """Combining marks, such as the vowel signs of Hindi: parts of a word, though `\\w` does not match them."""
 # A word is a run of letters.
@@ -14,11 +14,11 @@ WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W\d_{UNSPACED}]|[{MARKS}])+")
 INVISIBLE = re.compile(
     r"[\u0000-\u0008\u000e-\u001b\u007f-\u0084\u0086-\u009f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufffd]"
 )
-"""Not the zero-width joiners, which Persian and the languages of India are spelt with."""
+"""Invisible characters; not the zero-width joiners, which Persian and Indian languages need for spelling."""
 MIN_WORDS = 4
-MIN_LETTERS = 0.7  # of the characters that are not white space
-# Function words that no other language here has, and some that a few share. Not "a", "is" and "be", which are
-# common Hungarian words, nor "as", which is a Portuguese one.
+MIN_LETTERS = 0.7  # share of the characters that are not white space
+# English function words that no other language here has, and some that a few languages share. Not "a", "is" and
+# "be", which are common Hungarian words, nor "as", which is a Portuguese one.
 ENGLISH = frozenset(
     ("the", "and", "you", "this", "with", "that", "which", "your", "from", "when", "used", "using", "these")
 )
@@ -39,7 +39,7 @@ def words(text: str) -> list[str]:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Tell whether a normalised paragraph has a few words and is mostly letters."""
+    """Whether a normalised paragraph has a few words and is mostly letters."""
     solid = paragraph.replace(" ", "")
     if not solid or len(words(paragraph)) < MIN_WORDS:
         return False
@@ -47,7 +47,7 @@ def is_prose(paragraph: str) -> bool:
 
 
 def looks_english(paragraph: str) -> bool:
-    """Tell whether a paragraph of a translation was left in English, judged by its function words."""
+    """Whether a paragraph of a translation was left in English, judged by its function words."""
     found = words(paragraph)
     english = sum(word in ENGLISH for word in found)
     shared = sum(word in SHARED for word in found)
@@ -55,9 +55,9 @@ def looks_english(paragraph: str) -> bool:
 
 
 def clean_document(paragraphs: list[str], *, translated: bool, originals: frozenset[str]) -> list[str]:
-    """Return the prose of a document, normalised.
+    """The prose of a document, normalised.
 
-    With `translated`, what is still in English is dropped: what looks like it, and what is in `originals`.
+    With `translated`, text that is still English is dropped: what looks English, and what is in `originals`.
     """
     normal = (normalise(paragraph) for paragraph in paragraphs)
     kept = (paragraph for paragraph in normal if is_prose(paragraph) and paragraph not in originals)

@@ -1,4 +1,4 @@
-"""Paragraphs out of files: one reader a format, each from a file's bytes to documents."""
+"""Reads paragraphs from files: one reader per format, each from a file's bytes to documents."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ XML_DROPPED = (
     "synopsis",
     "bookinfo",
 )
-CONTENTS_TABLES = re.compile(r"nav_table|toc|contents|tocframe")  # links around a page, not its text
+CONTENTS_TABLES = re.compile(r"nav_table|toc|contents|tocframe")  # links around a page's text
 MO_MAGIC = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}
-UI_MESSAGES = 60  # messages to a document: catalogues have no documents of their own
-FORTUNES = 20  # sayings to a document
-PASSAGE_CHARS = 400  # rows of a table are joined to paragraphs of at least this length
+UI_MESSAGES = 60  # messages per document: message catalogues have no documents
+FORTUNES = 20  # sayings per document
+PASSAGE_CHARS = 400  # rows of a table are joined into paragraphs of at least this length
 TAG = re.compile(r"<[^<>]{1,200}>")
 MNEMONIC = re.compile(r"(?<!\w)[_~&](?=\w)|(?<=\w)[_~&](?=\w)|\(?[_~&]\w\)")
 
 
 def extract(path: Path, source: Source) -> Iterator[Document]:
-    """Yield the documents in the file at `path`, uncleaned; a name ending in .gz is decompressed first.
+    """Yield the documents in the file at `path`, uncleaned; a file with the suffix .gz is decompressed first.
 
-    Raises `BadRequest` naming file and byte for text that is not UTF-8 where the format does not bear it.
+    Raises `BadRequest`, naming the file and the byte, for text that is not UTF-8, if the format requires UTF-8.
     """
     data = path.read_bytes()
     try:
@@ -66,14 +66,14 @@ def extract(path: Path, source: Source) -> Iterator[Document]:
 
 
 def html(data: bytes, source: Source) -> Iterator[Document]:
-    """Yield the innermost blocks of a page: paragraphs, list items, cells, headings."""
+    """Yield the innermost blocks of a page: paragraphs, list items, table cells, headings."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)  # XHTML is read as HTML
+        warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)  # XHTML is parsed as HTML
         soup = BeautifulSoup(data, "lxml")
     for tag in soup.find_all(class_=CONTENTS_TABLES):
         tag.decompose()
     for tag in soup.find_all("div", class_="para"):
-        tag.name = "p"  # as DocBook's stylesheets write paragraphs
+        tag.name = "p"  # DocBook's stylesheets write paragraphs as such divs
     yield _blocks(soup, HTML_BLOCKS, HTML_DROPPED)
 
 
@@ -96,13 +96,13 @@ def man_page(data: bytes, source: Source) -> Iterator[Document]:
 
 
 def mo(data: bytes, source: Source) -> Iterator[Document]:
-    """Yield the translations in a message catalogue, those left as they were excepted."""
+    """Yield the translations in a message catalogue, except those equal to their originals."""
     lines = [line for message in _messages(data) for line in _message_lines(message)]
     yield from ([*chunk] for chunk in _chunks(lines, UI_MESSAGES))
 
 
 def _messages(data: bytes) -> Iterator[str]:
-    """Yield the translated strings of a .mo file; a plural gives its first form."""
+    """Yield the translated strings of a .mo file; of a plural, the first form."""
     order = MO_MAGIC.get(data[:4])
     if order is None:
         raise ValueError("not a message catalogue")
@@ -123,7 +123,7 @@ def _message_lines(message: str) -> list[str]:
 
 
 def text(data: bytes, source: Source) -> Iterator[Document]:
-    """Yield plain text: what `match` finds, or what blank lines separate."""
+    """Yield plain text: what `match` finds, or else the parts between blank lines."""
     content = _decoded(data, source)
     if source.match:
         yield [found[1] or "" for found in re.finditer(source.match, content, re.MULTILINE)]
@@ -132,27 +132,27 @@ def text(data: bytes, source: Source) -> Iterator[Document]:
 
 
 def plain(data: bytes, source: Source) -> Iterator[Document]:
-    """Yield the documents that blank lines separate, a paragraph a line."""
+    """Yield the documents between blank lines, one paragraph per line."""
     for document in re.split(r"\n\s*\n", data.decode("utf-8").replace("\r\n", "\n")):
         yield document.split("\n")
 
 
 def fortune(data: bytes, source: Source) -> Iterator[Document]:
-    """Yield sayings, which lines holding only % separate."""
+    """Yield sayings, which are separated by lines with only a %."""
     sayings = re.split(r"^%\n", _decoded(data, source), flags=re.MULTILINE)
     yield from ([*chunk] for chunk in _chunks(sayings, FORTUNES))
 
 
 def jsonl(data: bytes, source: Source) -> Iterator[Document]:
-    """Yield one document for each line's field, a paragraph a line of it."""
-    lines = data.decode("utf-8").split("\n")  # and not at U+2028, which may stand in the text
+    """Yield one document per JSON line, from its field, one paragraph per line of the field."""
+    lines = data.decode("utf-8").split("\n")  # not splitlines(), which also splits at U+2028
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield json_text(line, source.field, f"line {number}").split("\n")
 
 
 def table(data: bytes, source: Source) -> Iterator[Document]:
-    """Yield one document for each run of rows that agree in the `document` columns; the first row is a heading."""
+    """Yield one document per run of rows that agree in the `document` columns; the first row is a heading."""
     rows = itertools.islice(csv.reader(io.StringIO(data.decode("utf-8"))), 1, None)
     text_column, key_columns = int(source.field), [int(column) for column in source.document]
     for _, run in itertools.groupby(rows, key=lambda row: [row[column] for column in key_columns]):
@@ -170,7 +170,7 @@ def _joined(pieces: Iterator[str]) -> Document:
 
 
 def ddtp(data: bytes, source: Source) -> Iterator[Document]:
-    """Yield one document for each description in apt's list: its heading, then its paragraphs."""
+    """Yield one document per description in apt's list: its heading, then its paragraphs."""
     for stanza in data.decode("utf-8", errors="replace").split("\n\n"):
         _, found, description = stanza.partition(f"\nDescription-{source.language}: ")
         if found:
@@ -179,13 +179,13 @@ def ddtp(data: bytes, source: Source) -> Iterator[Document]:
 
 
 def _description_paragraphs(body: str) -> Document:
-    """Undo Debian's layout: " ." separates paragraphs, items of lists begin with a mark."""
+    """Undo Debian's layout: paragraphs are separated by " .", and list items begin with a mark."""
     marked = re.sub(r"^ (\.$|\s*[-*+•]\s)", "\n", body, flags=re.MULTILINE)
     return re.split(r"\n\s*\n", marked)
 
 
 def _decoded(data: bytes, source: Source) -> str:
-    """Text of a package may hold bytes that are not UTF-8; in the user's own they mean another encoding."""
+    """Decode text. In packages invalid UTF-8 is replaced; in the user's own files it is an error."""
     return data.decode("utf-8", errors="strict" if source.kind == "folder" else "replace")
 
 

@@ -1,4 +1,4 @@
-"""The corpus on disk: text files, a paragraph a line and an empty line between documents, and their manifest."""
+"""The corpus on disk: text files, one paragraph per line, an empty line between documents; and their manifest."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nr_serve.errors import BadRequest, faults
 from nr_serve.train.corpus.split import Document
 
 MANIFEST = "manifest.json"
-Manifest = dict[str, dict[str, Any]]  # by the source's name
+Manifest = dict[str, dict[str, Any]]  # entries by the source's name
 _MANIFEST = TypeAdapter(Manifest)
 
 
 def text_file(out: Path, name: str, part: str) -> Path:
-    """Return the path of a source's text; `part` is "train" or "heldout"."""
+    """The path of a source's text; `part` is "train" or "heldout"."""
     return out / f"{name}.{part}.txt"
 
 
@@ -31,12 +31,12 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 
 def write_documents(path: Path, documents: list[Document]) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file completely or not at all."""
     _replace(path, "\n\n".join("\n".join(document) for document in documents) + "\n")
 
 
 def read_manifest(out: Path) -> Manifest:
-    """Return the manifest of the folder, empty when there is none; raise `BadRequest` when it is damaged."""
+    """The manifest of the folder, empty if there is none; raises `BadRequest` if it is damaged."""
     path = out / MANIFEST
     if not path.exists():
         return {}
@@ -47,7 +47,7 @@ def read_manifest(out: Path) -> Manifest:
 
 
 def write_manifest(out: Path, manifest: Manifest) -> None:
-    """Write the manifest whole or not at all."""
+    """Write the manifest completely or not at all."""
     _replace(out / MANIFEST, json.dumps(dict(sorted(manifest.items())), indent=1, ensure_ascii=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The user's own text: files in a folder beside the corpus recipe, and what tells whether they changed."""
+"""The user's own text: files in a folder beside the corpus recipe, and a digest that shows if they changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nr_serve.train.globs import match_files
 
 
 def check_folder(source: Source, beside: Path, out: Path) -> None:
-    """Raise `BadRequest` unless the folder of `source`, relative to `beside`, holds files to read and not `out`."""
+    """Raise `BadRequest` unless the source's folder (relative to `beside`) has files to read and lacks `out`."""
     root = beside / source.folder
     if not root.is_dir():
         raise BadRequest(f"source {source.name}: there is no folder {root}")
@@ -22,7 +22,7 @@ def check_folder(source: Source, beside: Path, out: Path) -> None:
 
 
 def folder_files(source: Source, beside: Path, globs: Sequence[str]) -> list[Path]:
-    """Return the files of the folder that match, sorted by their names below it; raise `BadRequest` for none."""
+    """The files of the folder that match, sorted by their relative paths; raises `BadRequest` if there are none."""
     root = beside / source.folder
     found = {path for glob in globs for path in match_files(root, glob)}
     if not found:
@@ -31,7 +31,7 @@ def folder_files(source: Source, beside: Path, globs: Sequence[str]) -> list[Pat
 
 
 def folder_versions(source: Source, beside: Path) -> dict[str, str]:
-    """Return the folder's name with a digest of the names, sizes and contents of the files read from it.
+    """The folder's name, with a digest of the names, sizes and contents of the files read from it.
 
     Raises `BadRequest` for a file that cannot be read.
     """

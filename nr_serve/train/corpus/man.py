@@ -8,14 +8,14 @@ BREAKS = frozenset(
     ("PP", "P", "LP", "TP", "IP", "HP", "SH", "SS", "Sh", "Ss", "Pp", "br", "sp", "RS", "RE", "TQ", "It")
 )
 FONTS = frozenset(("B", "I", "R", "BR", "RB", "BI", "IB", "IR", "RI", "SM", "SB"))  # their arguments are text
-CODE = {"nf": "fi", "EX": "EE", "TS": "TE"}  # tables and examples, up to the request that ends them
+CODE = {"nf": "fi", "EX": "EE", "TS": "TE"}  # tables and examples, with the request that ends each
 CHARACTERS = {"e": "\\", "~": " "} | dict.fromkeys("&|^,/:%", "")  # other escaped characters stand for themselves
 NAMED = {"lq": "“", "rq": "”", "aq": "'", "dq": '"', "cq": "\u2019", "oq": "\u2018", "em": "—", "en": "\u2013"}
 ESCAPE = re.compile(r"\\(?:f(?:\[\w*\]|\(..|.)|s[+-]?\d+|\((..)|\[([^\]]*)\]|\*(?:\(..|\[[^\]]*\]|.)|(.))")
 
 
 def paragraphs(page: str) -> list[str]:
-    """Return the paragraphs of a manual page in the man macros, without examples and tables."""
+    """The paragraphs of a manual page in the man macros, without examples and tables."""
     found: list[list[str]] = [[]]
     until = ""
     for line in page.splitlines():
@@ -35,7 +35,7 @@ def paragraphs(page: str) -> list[str]:
 
 
 def plain(line: str) -> str:
-    """Return a line of roff without its escapes."""
+    """A line of roff without its escape sequences."""
     return ESCAPE.sub(_character, line.partition('\\"')[0])
 
 

@@ -1,7 +1,7 @@
 """Packages on disk: downloaded, unpacked, kept until the run ends.
 
-Knows apt and pip; knows nothing of what the packages hold. apt gets its own lists and caches in the working folder,
-so it needs neither root nor what the machine's own `apt-get update` brought.
+Knows apt and pip; knows nothing about the contents of packages. apt gets its own lists and caches in the working
+folder, so it needs neither root nor the package lists of the machine's own `apt-get update`.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from nr_serve.errors import DownloadFailed
 from nr_serve.logs import say
 from nr_serve.packages import pip_download, run_client
 
-# Of the machine's own apt settings; the hooks that follow an update would work on the machine's lists, as root.
+# apt settings of the machine that are replaced; its hooks after an update would change the machine's lists, as
+# root.
 REPLACED = ("Acquire::Languages", "Dir::Etc::parts", "Dir::Etc::main", "APT::Update::P")
 
 
 class Packages:
-    """Downloads each package once into `work`; `versions` tells which versions came."""
+    """Downloads each package once into `work`; `versions` holds the versions downloaded."""
 
     def __init__(self, work: Path, languages: Sequence[str] = ()) -> None:
         self.versions: dict[str, str] = {}
         self._work = work
-        self._languages = languages  # of the translated descriptions that apt is to fetch
+        self._languages = languages  # languages of the translated descriptions that apt fetches
         self._unpacked: dict[str, Path] = {}
         self._environment: dict[str, str] | None = None
 
     def deb(self, name: str) -> Path:
-        """Return the folder with the unpacked Debian package `name`; raise `DownloadFailed` if apt has none."""
+        """The folder with the unpacked Debian package `name`; raises `DownloadFailed` if apt has none."""
         return self._unpacked.get(name) or self._fetch_deb(name)
 
     def pypi(self, requirement: str) -> Path:
-        """Return the folder with the unpacked distribution `requirement` ("name==version") from PyPI."""
+        """The folder with the unpacked distribution `requirement` ("name==version") from PyPI."""
         return self._unpacked.get(requirement) or self._fetch_pypi(requirement)
 
     def descriptions(self, language: str) -> list[Path]:
-        """Return apt's lists of package descriptions in `language`, updated once a run."""
+        """apt's lists of package descriptions in `language`, updated once per run."""
         identify = ["Identifier: Translations", f"Language: {language}"]
         output = self._apt("indextargets", "--format", "$(FILENAME)", *identify)
         files = [path for path in map(Path, sorted(set(output.splitlines()))) if path.is_file()]
@@ -89,7 +90,7 @@ class Packages:
         return run_client(["apt-get", "--quiet", *arguments], cwd=cwd, env=self._environment)
 
     def _prepare_apt(self) -> dict[str, str]:
-        """Give apt a configuration of its own, and fetch the package lists."""
+        """Make a separate configuration for apt, and fetch the package lists."""
         if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
             raise DownloadFailed("sources of kind 'deb' and 'ddtp' need apt-get and dpkg-deb (Debian or Ubuntu)")
         folder = self._work / "apt"
@@ -106,13 +107,13 @@ class Packages:
 
     def _settings(self, folder: Path) -> list[str]:
         own = {
-            "Dir::Etc::parts": folder / "parts",  # read already: they are part of the dump
+            "Dir::Etc::parts": folder / "parts",  # already read: they are in the dump
             "Dir::Etc::main": folder / "none",
             "Dir::State": folder / "state",
             "Dir::State::lists": folder / "lists",
             "Dir::Cache": folder / "cache",
             "Acquire::GzipIndexes": "false",
-            "APT::Sandbox::User": "root",  # the temporary folder is closed to apt's own user
+            "APT::Sandbox::User": "root",  # apt's own user cannot access the temporary folder
         }
         languages = [f'Acquire::Languages:: "{language}";' for language in self._languages or ("none",)]
         return [f'{key} "{value}";' for key, value in own.items()] + languages

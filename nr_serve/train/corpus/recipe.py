@@ -18,28 +18,28 @@ Format = Literal["html", "mallard", "man", "mo", "text", "plain", "fortune", "js
 
 
 class Source(BaseModel):
-    """One text source in one language; `{lang}` in the strings of the TOML table is already filled in."""
+    """One text source in one language, with `{lang}` in the TOML table's strings already replaced."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str  # "hu.lohelp": the language and the table's name
     language: str
     kind: Kind  # "deb", "pypi": files in packages; "ddtp": apt's lists of descriptions; "folder": the user's files
-    licence: str = ""  # may be left out of a folder alone
+    licence: str = ""  # may be left out for kind "folder" only
     format: Format = "ddtp"
     packages: tuple[str, ...] = ()
     folder: str = ""  # of the user's own files, relative to the corpus recipe's
     files: tuple[str, ...] = ()  # globs below the unpacked packages, or below the folder
-    original: tuple[str, ...] = ()  # globs of the English originals: what a translation left as it was is dropped
-    field: str = ""  # what holds the text: a name (jsonl) or a column, from 0 (csv)
-    document: tuple[str, ...] = ()  # csv: the columns, from 0, that say which document a row belongs to
-    match: str = ""  # text: a regular expression whose first group is a paragraph, whatever others it has
-    strip: str = ""  # a regular expression to cut out of every paragraph
-    # Text kept, in 10**6 characters, taken evenly from the whole source.
+    original: tuple[str, ...] = ()  # globs of the English originals: untranslated paragraphs are dropped
+    field: str = ""  # holds the text: a field name (jsonl) or a column number, from 0 (csv)
+    document: tuple[str, ...] = ()  # csv: columns, from 0, that identify the document of a row
+    match: str = ""  # text: a regular expression whose first group is a paragraph
+    strip: str = ""  # a regular expression to remove from every paragraph
+    # Most text kept, in 10**6 characters, taken evenly from the whole source.
     limit_mb: float = Field(default=3.0, gt=0, allow_inf_nan=False)
 
     def is_same(self, kept: Mapping[str, Any]) -> bool:
-        """Tell whether `kept` is this source as JSON holds it; a field that came since has its default there."""
+        """Whether `kept`, from JSON, is this same source; fields added since then have their defaults in it."""
         try:
             return Source.model_validate(kept) == self
         except ValidationError:
@@ -47,11 +47,11 @@ class Source(BaseModel):
 
 
 READERS_OF: Mapping[str, tuple[Format, ...]] = {"field": ("jsonl", "csv"), "document": ("csv",), "match": ("text",)}
-"""The formats that read a key."""
+"""Keys that only some formats read, with these formats."""
 
 
 def read_recipe(path: Path) -> list[Source]:
-    """Return the sources of the recipe at `path`; raise `BadRequest` naming what is wrong with it."""
+    """The sources of the recipe at `path`; raises `BadRequest` naming what is wrong with it."""
     tables = read_toml(path).get("source", [])
     if not isinstance(tables, list):
         raise BadRequest(f"corpus recipe {path}: a source is a table [[source]], with two brackets")
@@ -64,7 +64,7 @@ def read_recipe(path: Path) -> list[Source]:
 
 
 def _expand(table: dict[str, Any]) -> list[Source]:
-    """Make one source for each language of a table."""
+    """One source for each language of a table."""
     if not isinstance(table, dict):
         raise BadRequest(f"corpus recipe: a source is a table [[source]], not {table!r}")
     name, languages = table.get("name"), table.get("languages")
@@ -73,7 +73,7 @@ def _expand(table: dict[str, Any]) -> list[Source]:
     rest = {key: value for key, value in table.items() if key not in ("name", "languages", "locales")}
     if "language" in rest:
         raise BadRequest(f"corpus recipe: source {name}: language: not a known key; a list of languages is")
-    for each in (name, *languages):  # a file below the corpus folder is called by them
+    for each in (name, *languages):  # both become parts of file names in the corpus folder
         if not isinstance(each, str) or not is_name(each):
             raise BadRequest(f"corpus recipe: {each!r} is no name of a source or of a language")
     locales = table.get("locales", {})
@@ -93,7 +93,7 @@ def _fill(name: str, language: str, locale: str, rest: dict[str, Any]) -> Source
 
 
 def _check_keys(name: str, source: Source) -> None:
-    """Refuse a source that lacks a key of its kind or format, and one with a key that these do not read."""
+    """Refuse a source that lacks a key of its kind or format, or has a key that these do not read."""
     packages, folder = source.kind in ("deb", "pypi"), source.kind == "folder"
     for key, read in {"packages": packages, "folder": folder, "files": packages or folder}.items():
         if bool(getattr(source, key)) != read:
@@ -121,7 +121,7 @@ def _check_keys(name: str, source: Source) -> None:
 
 
 def _substitute(value: Any, language: str, locale: str) -> Any:
-    """Fill in `{lang}` (hu) and `{locale}` (hu_HU), and make lists tuples."""
+    """Replace `{lang}` (hu) and `{locale}` (hu_HU), and turn lists into tuples."""
     if isinstance(value, list):
         return tuple(_substitute(item, language, locale) for item in value)
     if isinstance(value, str):

@@ -8,15 +8,15 @@ from nr_serve.train.corpus.clean import words
 
 Document = list[str]
 
-GRAM = 8  # words
-NEAR_DUPLICATE = 0.8  # of a paragraph's 8-grams seen before: dropped
-LEAKED = 0.2  # of a held-out paragraph's 8-grams seen in the training text: dropped
-RUNS = 10  # contiguous runs of held-out documents, spread over the source
-HELD_OUT = 0.08  # of the characters
+GRAM = 8  # words in a gram
+NEAR_DUPLICATE = 0.8  # a paragraph is dropped if this share of its 8-grams was seen before
+LEAKED = 0.2  # a held-out paragraph is dropped if more of its 8-grams are in the training text
+RUNS = 10  # number of contiguous runs of held-out documents, spread over the source
+HELD_OUT = 0.08  # share of the characters
 
 
 def grams(paragraph: str) -> set[int]:
-    """Return hashes of the paragraph's runs of 8 words; of the whole paragraph when it is shorter."""
+    """Hashes of the paragraph's runs of 8 words; of the whole paragraph if it is shorter."""
     found = words(paragraph)
     return {hash(tuple(found[i : i + GRAM])) for i in range(max(1, len(found) - GRAM + 1))}
 
@@ -38,12 +38,12 @@ def deduplicate(documents: Iterable[Document]) -> list[Document]:
 
 
 def size(documents: Iterable[Document]) -> int:
-    """Return how many characters the paragraphs hold."""
+    """Number of characters in the documents' paragraphs."""
     return sum(len(paragraph) for document in documents for paragraph in document)
 
 
 def thin(documents: list[Document], limit: float) -> list[Document]:
-    """Return about `limit` characters of documents, taken evenly from the whole list."""
+    """About `limit` characters of documents, taken evenly from the whole list."""
     share = min(1.0, limit / max(1, size(documents)))
     return [document for i, document in enumerate(documents) if int((i + 1) * share) > int(i * share)]
 
@@ -51,11 +51,12 @@ def thin(documents: list[Document], limit: float) -> list[Document]:
 def hold_out(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     """Split documents into training and held-out ones.
 
-    The list is cut into `RUNS` stretches of equal length (fewer when there are few documents), and the last
-    `HELD_OUT` of each stretch is held out: so what is held out is contiguous (neighbours resemble each other) and
-    yet covers the source. Held-out paragraphs that share 8-grams with the training text are dropped.
+    The list is divided into `RUNS` stretches of equal length (fewer if there are few documents), and the last
+    `HELD_OUT` of each stretch is held out. So held-out text is contiguous, because neighbouring documents resemble
+    each other, and still covers the source. Held-out paragraphs that share 8-grams with the training text are
+    dropped.
     """
-    runs = max(1, min(RUNS, int(HELD_OUT * len(documents))))  # at least about one document held out of each
+    runs = max(1, min(RUNS, int(HELD_OUT * len(documents))))  # about one document or more held out of each
     stretch = max(1.0, size(documents) / runs)
     train: list[Document] = []
     held: list[Document] = []
@@ -68,8 +69,8 @@ def hold_out(documents: list[Document]) -> tuple[list[Document], list[Document]]
 
 
 def shared_grams(held: Iterable[Document], train: Iterable[Document]) -> set[int]:
-    """Return the 8-grams that held-out and training text have in common."""
-    # Held-out text is the smaller: only its grams are kept, however much training text goes by.
+    """The 8-grams that held-out and training text have in common."""
+    # Held-out text is smaller, so only its grams are kept in memory, however much training text there is.
     own = {gram for document in held for paragraph in document for gram in grams(paragraph)}
     return {gram for document in train for paragraph in document for gram in grams(paragraph) & own}
 

@@ -23,17 +23,17 @@ class Dataset:
     """A data set of the `datasets` library, streamed: `datasets:NAME[:CONFIG][@SPLIT]`."""
 
     written: str
-    """Its name in the recipe."""
+    """The data set as the recipe names it."""
     path: str
-    """Its name on the hub, or its folder."""
+    """The data set's name on the hub, or its folder."""
     config: str | None
     split: str
     field: str
-    """The column that holds a document."""
+    """The column that holds the documents."""
 
     @staticmethod
     def parse(written: str, folder: Path, field: str) -> Dataset:
-        """The data set that a recipe names; a NAME that is a folder in `folder` is read from there."""
+        """The data set that a recipe names; if NAME is a folder in `folder`, it is read from there."""
         match = _WRITTEN.fullmatch(written)
         if match is None:
             raise BadRecipe(f"{written!r} is not datasets:NAME[:CONFIG][@SPLIT]")
@@ -44,17 +44,17 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """The data set and configuration: `wikimedia/wikipedia:20231101.hu`."""
+        """The data set and its configuration, such as `wikimedia/wikipedia:20231101.hu`."""
         return self.written if self.config is None else f"{self.written}:{self.config}"
 
     @property
     def language(self) -> str:
-        """The name: nothing says in which language a data set is, so each is a class of its own."""
+        """The data set's name: its language is unknown, so each data set is a class of its own."""
         return self.name
 
     @property
     def identity(self) -> str:
-        """The data set, configuration and split."""
+        """The data set, configuration and split, for comparing sources."""
         return json.dumps([DATASETS, self.path, self.config, self.split])
 
     def __str__(self) -> str:
@@ -75,19 +75,19 @@ class Dataset:
 
     @property
     def held_out(self) -> bool:
-        """It does not tell."""
+        """False: a data set's name does not say whether its text is held out."""
         return False
 
     def entry(self, folder: Path) -> str:
-        """Its name and split; `folder` is where its own NAME may lie."""
+        """How a recipe names the data set: name and split."""
         return str(self)
 
     def reads_alike(self, field: str) -> bool:
-        """Whether that field is its own."""
+        """Whether `field` is the column that is read here."""
         return field == self.field
 
     def fingerprint(self) -> str:
-        """Its files and their revision (on the hub) or time of change (in a folder)."""
+        """Hash of the data set's files, by their revision (on the hub) or time of change (in a folder)."""
         builder = self._builder
         data_files = builder.config.data_files or {}
         files = {str(split): [*map(str, found), *found.origin_metadata] for split, found in data_files.items()}

@@ -1,6 +1,6 @@
 """The order in which a run reads its windows.
 
-Nothing here depends on how far a run has come: a batch is a function of the recipe, the text and the step.
+Nothing depends on a run's progress: a batch is a function of the recipe, the text and the step.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from nr_serve.train.text.pack import Windows, join
 
 @dataclass(frozen=True)
 class Classes:
-    """Windows by the part they play and by class; a class's name is a source (`en.fortunes`) or a language."""
+    """Windows by role and class. A class's name is a source (`en.fortunes`) or a language."""
 
     target: Windows
     original: Mapping[str, Windows]
     background: Mapping[str, Windows]
     grams: Mapping[str, Tensor] = field(default_factory=dict)
-    """The 8-grams of each class's text (see `overlap`), `target` among them, int64 [G]."""
+    """The 8-grams of each class's text (see `overlap`), including `target`, int64 [G]."""
 
     def digest(self, heldout: Mapping[str, Windows] | None = None) -> str:
-        """16 hex digits that tell this text, its documents and the part each class plays from any other.
+        """16 hex digits that identify this text, its documents and each class's role.
 
-        The text `heldout`, measured beside it, counts too.
+        The text `heldout`, which is measured during the run, is included.
         """
         roles = {
             "target": {"target": self.target},
@@ -48,7 +48,7 @@ class Classes:
 
 
 class Rotation:
-    """An endless, seeded order over classes of windows: the classes in turn, each reshuffled every epoch."""
+    """An endless, seeded order over the windows of several classes: the classes in turn, reshuffled every epoch."""
 
     def __init__(self, classes: Iterable[Windows], seed: int) -> None:
         self.classes = list(classes)
@@ -68,9 +68,9 @@ class Rotation:
 
 
 class Mix:
-    """What each step reads: so many target, original and background windows that the shares hold over a run.
+    """What each step reads: target, original and background windows whose shares hold over the run.
 
-    Raises BadRecipe if there is no background text for its share.
+    Raises BadRecipe if background text has a share but there is none.
     """
 
     def __init__(self, classes: Classes, run: Run) -> None:
@@ -82,7 +82,7 @@ class Mix:
         self.background = Rotation(classes.background.values(), run.seed)
 
     def batch(self, step: int) -> tuple[Windows, Windows | None, Windows | None]:
-        """Target, original and background windows of step 0, 1, ...; None where a step has none."""
+        """Target, original and background windows of step 0, 1, ...; None for a role the step does not read."""
         before, after = self._taken(step), self._taken(step + 1)
         target, original, background = (
             [rotation.at(i) for i in range(first, last)]
@@ -93,7 +93,7 @@ class Mix:
         return join(target), join(original) if original else None, join(background) if background else None
 
     def _taken(self, steps: int) -> tuple[int, int, int]:
-        """Target, original and background windows taken before step `steps`."""
+        """Numbers of target, original and background windows that the first `steps` steps read."""
         windows = steps * self.run.windows_a_step
         original = int(windows * self.run.original_share + 1e-9)
         background = int(windows * self.run.background_share + 1e-9)

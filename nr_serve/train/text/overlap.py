@@ -1,6 +1,6 @@
 """How much of one text is in another: shared runs of eight words.
 
-Words, not tokens: a base's tokenizer may cut a foreign word into single bytes, and eight bytes are in every text.
+Words, not tokens: a base's tokenizer may cut a foreign word into single bytes, and eight bytes occur in every text.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from nr_serve.train.corpus.clean import MARKS, UNSPACED
 GRAM_WORDS = 8
 
 SAMPLED = 8
-"""One 8-gram in so many is kept, chosen by its hash, so that two texts keep the same ones."""
+"""One 8-gram in this many is kept, chosen by its hash, so that two texts keep the same ones."""
 
 FEWEST_GRAMS = 32
-"""Texts with fewer kept 8-grams than this (some 250 words) are too short to tell."""
+"""Texts with fewer kept 8-grams than this (about 250 words) are too short to compare."""
 
-_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]|[{MARKS}])+")  # with digits, which tell tables apart
+_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W{UNSPACED}]|[{MARKS}])+")  # including digits, so that tables differ
 
 
 def grams(documents: Iterable[str]) -> Tensor:
-    """The kept 8-grams of `documents`, none across two of them: sorted 64-bit hashes, each once, int64 [G]."""
+    """The kept 8-grams within each of `documents`: sorted 64-bit hashes without duplicates, int64 [G]."""
     kept = [_kept(document) for document in documents]
     return torch.from_numpy(np.unique(np.concatenate([np.empty(0, np.int64), *kept])))
 
 
 def overlap(a: Tensor, b: Tensor) -> float:
-    """Share of the shorter text's 8-grams that the other has too, 0 to 1; 0 if one is too short to tell.
+    """Share of the shorter text's 8-grams that the other text has too, 0 to 1; 0 if one is too short to compare.
 
-    This is the overlap coefficient (Szymkiewicz and Simpson), on 8-grams.
+    This is the overlap coefficient (Szymkiewicz and Simpson) on 8-grams.
     """
     shorter, longer = sorted((a.numpy(), b.numpy()), key=len)
     if len(shorter) < FEWEST_GRAMS:
@@ -58,7 +58,7 @@ def _kept(document: str) -> NDArray[np.int64]:
 
 
 def _mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of MurmurHash3 (64 bits), which makes every bit depend on every other."""
+    """The finaliser of MurmurHash3 (64 bits), which makes every bit depend on every other bit."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         hashes = (hashes ^ (hashes >> np.uint64(33))) * np.uint64(factor)
     mixed: NDArray[np.uint64] = hashes ^ (hashes >> np.uint64(33))

@@ -1,4 +1,4 @@
-"""Documents to windows of tokens.
+"""Packs documents into windows of tokens.
 
 Shape suffixes: N windows, T tokens per window.
 """
@@ -19,12 +19,12 @@ from nr_serve.train.text import overlap
 
 BATCH_DOCUMENTS = 256
 NEAR = 32
-"""Tokens within which a document cut in the middle of a word has its next one."""
+"""When a window's end cuts a word, the rest of the document starts at the next word within this many tokens."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids and each token's place in its document's piece (0 starts one), both int64 [N, T]."""
+    """Token ids, and each token's offset in its document's piece (0 starts one), both int64 [N, T]."""
 
     ids_NT: Tensor
     offset_NT: Tensor
@@ -34,11 +34,11 @@ class Windows:
 
     @property
     def labelled(self) -> int:
-        """Tokens with a next one in their document and window: those that the LM loss is over."""
+        """Number of tokens with a next token in their document and window: those that the LM loss is over."""
         return int((self.offset_NT != 0).sum())
 
     def take(self, rows: slice | Sequence[int]) -> Windows:
-        """Those windows."""
+        """The windows with these row numbers."""
         return Windows(self.ids_NT[rows], self.offset_NT[rows])
 
     def spread(self, count: int) -> Windows:
@@ -47,7 +47,7 @@ class Windows:
         return self.take([i * len(self) // count for i in range(count)])
 
     def to(self, device: torch.device) -> Windows:
-        """The same on a device."""
+        """The windows, moved to a device."""
         return Windows(self.ids_NT.to(device), self.offset_NT.to(device))
 
 
@@ -74,18 +74,18 @@ def pack(
     *,
     special_tokens: bool = True,
 ) -> Packed:
-    """Documents in a shuffled order, laid end to end and cut into windows; at most about `limit` tokens.
+    """Documents in shuffled order, laid end to end and cut into windows; at most about `limit` tokens.
 
-    A document cut by a window's end goes on in the next window as a piece of its own, from offset 0. As no text
-    that is served starts otherwise, a piece begins with the tokenizer's BOS, if it has one, and at the next word
-    of its document: if the tokenizer tells words and one begins within `NEAR` tokens, which are left out.
+    When a window's end cuts a document, the document continues in the next window as a new piece with offset 0.
+    The new piece begins as served text does, with the tokenizer's BOS, if it has one, and at the start of a word:
+    tokens before the next word are left out, if the tokenizer reports words and one begins within `NEAR` tokens.
 
-    `special_tokens`: whether the tokenizer adds its own, such as BOS; a chat template has written them already.
+    `special_tokens`: whether the tokenizer adds its own, such as BOS; a chat template has already added them.
     """
     order = list(documents)
     random.Random(seed).shuffle(order)
     beginning = _beginning(tokenizer)
-    ids, starts = array("i"), array("q")  # 4 bytes a token: a list of ints takes ten times that
+    ids, starts = array("i"), array("q")  # 4 bytes per token; a list of ints would take ten times as much
     used = 0
     while used < len(order) and (limit is None or len(ids) < limit):
         encoded = tokenizer(order[used : used + BATCH_DOCUMENTS], add_special_tokens=special_tokens)
@@ -112,13 +112,13 @@ def _beginning(tokenizer: Any) -> list[int]:
 
 
 def _next_word(words: Sequence[int | None], at: int) -> int:
-    """The first token from `at` on that is not of the word of the one before; `at` if none is near."""
+    """The first token from `at` on that begins a new word; `at` if there is none near."""
     near = range(at, min(at + NEAR, len(words)))
     return next((place for place in near if words[place] != words[place - 1]), at)
 
 
 def _offsets(starts: Sequence[int], count: int, window: int) -> Tensor:
-    """Distance of every token to the last start of a piece in its window, which is one."""
+    """Distance of every token to the last start of a piece in its window; every window's start is one."""
     is_start = torch.zeros(count * window, dtype=torch.bool)
     starts_S = torch.tensor(starts, dtype=torch.int64)
     is_start[starts_S[starts_S < count * window]] = True

@@ -1,6 +1,6 @@
 """The text that training reads: a recipe's sources to classes of windows.
 
-The text of a run never depends on its budget, because a run may be continued with a larger one.
+A run's text never depends on its budget, because a run may be continued with a larger one.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from nr_serve.train.text.sources import Source, find_sources, read_in_turn
 from nr_serve.train.text.token_cache import TokenCache, tokenizer_key
 
 CLASS_TOKENS = 65_536
-"""Tokens read of a class that is not learned: the windows that are used are spread over them."""
+"""Tokens read of each class that is not learned; the windows that are used are spread over them."""
 
 POOL_CHARACTERS = 2**24
-"""A limited class is drawn from the first so many characters of its sources, not from the very first documents."""
+"""A class with a limit is drawn from so many first characters of its sources, not from the first documents."""
 
 POOL_CHARACTERS_A_TOKEN = 8
-"""The same for a large limit: text has fewer characters a token than this."""
+"""For a large limit, the characters to draw from, per token: text has fewer characters per token than this."""
 
 CHAT_DOCUMENTS = 100
-"""Documents of each class of original text that are wrapped in the chat template."""
+"""Number of documents of each class of original text that are wrapped in the chat template."""
 
 MOST_OVERLAP = 0.2
-"""Texts that share more of their 8-grams than this are one text; the worst pair of our own corpus shares 0.03."""
+"""Two texts that share more of their 8-grams than this count as the same; our corpus's worst pair shares 0.03."""
 
 
 def read_classes(
@@ -45,11 +45,12 @@ def read_classes(
     *,
     background: Sequence[Source] = (),
 ) -> Classes:
-    """The recipe's training text, packed; at most `CLASS_TOKENS` tokens of each class that is not the target.
+    """The recipe's training text, packed; at most `CLASS_TOKENS` tokens of each class except the target.
 
-    `background` is background text beside the recipe's.
+    `background` is background text in addition to the recipe's.
+
     Raises BadRecipe if a source is missing, empty, damaged or has two roles, if a class has less than two windows
-    of text, or if the target's text is another class's too; DownloadFailed if a data set cannot be reached.
+    of text, or if the target's text is also another class's; DownloadFailed if a data set cannot be reached.
     """
     roles = find_roles(folder, data)
     original = _by_class((source.name, source) for source in roles["original"])
@@ -79,12 +80,12 @@ def read_heldout(
     apart_from: Classes | None = None,
     cache: TokenCache | None = None,
 ) -> dict[str, Windows]:
-    """Up to `windows` windows of each class of the sources `written` in a recipe's way, by the class's name.
+    """Up to `windows` windows of each class of the sources `written` as in a recipe, by class name.
 
     They are spread over the class's text, of which `CLASS_TOKENS` tokens are read, more if so many are asked for.
-    Raises BadRecipe if a source is missing, empty or damaged, if a class fills no window or has documents of one
-    token only, or if its text is also in the training text `apart_from`: what is measured on learned text tells
-    nothing, and a warning in the log of a long run is not read.
+    Raises BadRecipe if a source is missing, empty or damaged, if a class fills no window or has only documents of
+    one token, or if its text is also in the training text `apart_from`. The latter is an error, not a warning:
+    measuring on learned text says nothing, and warnings in a long log are overlooked.
     """
     packer = _Packer(tokenizer, window, 0, cache or TokenCache(), fewest=1)
     classes = _by_class((source.name, source) for source in find_sources(folder, written, text_field))
@@ -97,7 +98,7 @@ def read_heldout(
 
 
 def find_roles(folder: Path, data: Data) -> dict[str, list[Source]]:
-    """The sources by role. Raises BadRecipe for a glob that matches none and for a source that is listed twice."""
+    """The sources by role. Raises BadRecipe for a glob without a match and for a source that is listed twice."""
     listed = {
         "target": data.target,
         "original": data.original,
@@ -119,7 +120,7 @@ def find_roles(folder: Path, data: Data) -> dict[str, list[Source]]:
 
 
 def chat_documents(tokenizer: Any, documents: Iterable[str]) -> list[str]:
-    """Each document as one exchange in the base's chat template; the tokenizer must have one."""
+    """Each document as one exchange in the base's chat template, which the tokenizer must have."""
     wrapped = []
     for document in documents:
         paragraphs = document.split("\n")
@@ -132,7 +133,7 @@ def chat_documents(tokenizer: Any, documents: Iterable[str]) -> list[str]:
 
 
 class _Packer:
-    """Packs sources for one tokenizer, window and seed, through the cache."""
+    """Packs sources for one tokenizer, window size and seed, through the cache."""
 
     def __init__(
         self, tokenizer: Any, window: int, seed: int, cache: TokenCache, *, fewest: int = 2, end: str = ""
@@ -142,7 +143,7 @@ class _Packer:
         self.key = [tokenizer_key(tokenizer), window, seed, PIECE_CHARACTERS]
 
     def pack(self, name: str, sources: Sequence[Source], limit: int | None) -> Packed:
-        """The text of a class, at most `limit` tokens of it; None is all."""
+        """Pack a class's text, at most `limit` tokens of it (None: all)."""
         pool = None if limit is None else max(POOL_CHARACTERS, POOL_CHARACTERS_A_TOKEN * limit)
         key = ["text", self.end, pool, [source.fingerprint() for source in sources]]
 
@@ -152,7 +153,7 @@ class _Packer:
         return self._packed(name, key, limit, make)
 
     def pack_chat(self, classes: Sequence[Sequence[Source]]) -> Packed:
-        """The first documents of each class as exchanges in the chat template."""
+        """Pack the first documents of each class as exchanges in the chat template."""
         key = ["chat", CHAT_DOCUMENTS, [[source.fingerprint() for source in sources] for sources in classes]]
 
         def make() -> Packed:
@@ -199,7 +200,7 @@ def _windows(packed: Mapping[str, Packed]) -> dict[str, Windows]:
 
 
 def _check_names(names: Iterable[str]) -> None:
-    seen = {"target", "chat"}  # the names of the two classes that are not named after a source
+    seen = {"target", "chat"}  # the two classes that are not named after a source
     for name in names:
         if name in seen:
             raise BadRecipe(f"two classes of text are named {name!r}; rename a file or take another data set")

@@ -13,48 +13,48 @@ from nr_serve.train.text.dataset import Dataset
 from nr_serve.train.text.text_file import TextFile
 
 OPEN_SOURCES = 64
-"""Most sources read in turn at once: each is an open file or connection."""
+"""Most sources open at once when several are read in turn: each is an open file or connection."""
 
 
 class Source(Protocol):
-    """Something that holds documents."""
+    """Something that contains documents."""
 
     @property
     def name(self) -> str:
-        """The class that its text is when it is original or held out."""
+        """Class of its text when it is original or held-out text."""
 
     @property
     def language(self) -> str:
-        """The class that its text is when it is background."""
+        """Class of its text when it is background text."""
 
     @property
     def identity(self) -> str:
-        """What tells it from every other source, however it is written in the recipe."""
+        """Identifies the source, however it is written in the recipe."""
 
     @property
     def held_out(self) -> bool:
-        """Whether it says of itself that nothing trains on it."""
+        """Whether its name says that it is held-out text, which nothing may train on."""
 
     def entry(self, folder: Path) -> str:
-        """How a recipe names it, with the corpus in `folder`."""
+        """How a recipe names this source, when the corpus is in `folder`."""
 
     def reads_alike(self, field: str) -> bool:
-        """Whether a recipe whose `text_field` is that reads the same documents in it."""
+        """Whether a recipe with this `text_field` reads the same documents from it."""
 
     def fingerprint(self) -> str:
-        """Decided by everything its documents depend on."""
+        """Hash of everything that its documents depend on."""
 
     def documents(self, end: str = "") -> Iterator[str]:
-        """Its documents, the longest cut, with `end` after each.
+        """The documents, with long ones cut, and `end` after each.
 
         Raises BadRecipe, saying where, for what is not text.
         """
 
 
 def find_sources(folder: Path, written: Iterable[str], field: str = "text") -> list[Source]:
-    """The files of `folder` that globs match, sorted, then the data sets in order.
+    """The files of `folder` that match the globs, sorted, then the data sets in order.
 
-    Raises BadRecipe for a glob that matches no file and for a source that is listed twice.
+    Raises BadRecipe for a glob that matches no file, and for a source that is listed twice.
     """
     listed = list(written)
     globs = [each for each in listed if not each.startswith(DATASETS)]
@@ -69,9 +69,9 @@ def find_sources(folder: Path, written: Iterable[str], field: str = "text") -> l
 
 
 def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
-    """Files of `folder` that match, sorted; a glob after `!` leaves out of those before it.
+    """Files of `folder` that match, sorted; a glob after `!` removes files matched before it.
 
-    Raises BadRecipe for globs that match none, all of them at once, and if none is left.
+    Raises BadRecipe naming all globs that match no file, and if no file is left.
     """
     if not folder.is_dir():
         raise BadRecipe(f"there is no folder {folder}: `nr-serve fetch-corpus` makes one")
@@ -92,7 +92,7 @@ def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
 
 
 def read_in_turn(sources: Sequence[Source], characters: int | None = None, end: str = "") -> list[str]:
-    """Documents by source: all of them or, one of each source in turn, the first `characters` characters.
+    """Documents, ordered by source: all, or about the first `characters` characters, one document of each in turn.
 
     `end` is put after each. Raises BadRecipe for a source without text.
     """

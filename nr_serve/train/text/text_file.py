@@ -22,7 +22,7 @@ _UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file: JSONL if its name says so, else one paragraph a line and an empty line between documents; UTF-8."""
+    """A UTF-8 file: JSONL if its name says so, else one paragraph per line and an empty line between documents."""
 
     path: Path
     field: str
@@ -30,17 +30,17 @@ class TextFile:
 
     @property
     def name(self) -> str:
-        """`hu.lohelp` of `hu.lohelp.train.txt`."""
+        """The source's name, such as `hu.lohelp` for `hu.lohelp.train.txt`."""
         return ".".join(self.path.name.split(".")[:2])
 
     @property
     def language(self) -> str:
-        """`hu` of `hu.lohelp.train.txt`."""
+        """The language in the file's name, such as `hu` for `hu.lohelp.train.txt`."""
         return self.path.name.split(".")[0]
 
     @property
     def identity(self) -> str:
-        """The file itself, whichever link leads to it."""
+        """The file's real path, whichever link leads to it."""
         return str(self.path.resolve())
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class TextFile:
 
     @property
     def held_out(self) -> bool:
-        """Whether its name says so: `hu.lohelp.heldout.txt`."""
+        """Whether the file's name marks held-out text, as in `hu.lohelp.heldout.txt`."""
         return is_heldout(self.path.name)
 
     @property
@@ -58,15 +58,15 @@ class TextFile:
         return suffixes[-1:] == [".jsonl"]
 
     def entry(self, folder: Path) -> str:
-        """Its path below the corpus folder, taken literally."""
+        """The file's path below the corpus folder, with glob characters escaped."""
         return glob.escape(self.path.relative_to(folder).as_posix())
 
     def reads_alike(self, field: str) -> bool:
-        """Whether that field is its own, or it has none."""
+        """Whether `field` is the field read here, or the file has no fields."""
         return field == self.field or not self.is_jsonl
 
     def fingerprint(self) -> str:
-        """Hash of the content and of how it is read."""
+        """Hash of the file's content, and how it is read."""
         try:
             with self.path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -100,7 +100,7 @@ class TextFile:
 
     def _lines(self) -> Iterator[str]:
         try:
-            with self._open("rt", encoding="utf-8-sig") as file:  # without the mark some editors begin with
+            with self._open("rt", encoding="utf-8-sig") as file:  # drops a byte order mark
                 for line in file:
                     yield line.removesuffix("\n")
         except UnicodeDecodeError as error:
@@ -109,7 +109,7 @@ class TextFile:
             raise BadRecipe(f"cannot read {self.path}: {error}") from error
 
     def _undecodable(self) -> str:
-        """Where the first byte is that is not UTF-8. A decoder of chunks cannot tell."""
+        """Where the first byte is that is not UTF-8; a decoder that reads in chunks cannot tell."""
         at = 0
         with self._open("rb") as file:
             for number, line in enumerate(file, 1):

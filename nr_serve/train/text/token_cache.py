@@ -16,18 +16,18 @@ from nr_serve.train.file_cache import MOST_BYTES, FileCache
 from nr_serve.train.text.pack import Packed, Windows
 
 FORMAT = 5
-"""Raised when packing changes: files of another format are never read again."""
+"""Increased when packing changes, so that files of another format are never read."""
 
 
 class TokenCache:
-    """The folder; `tokens` in the cache folder unless one is named."""
+    """The cache's folder: `tokens` in the cache folder, unless another is given."""
 
     def __init__(self, folder: Path | None = None, most_bytes: int = MOST_BYTES) -> None:
         self.folder = folder if folder is not None else cache_folder() / "tokens"
         self._cache = FileCache(self.folder, most_bytes)
 
     def packed(self, key: Sequence[Any], make: Callable[[], Packed]) -> Packed:
-        """What `make` returns, read from the folder if it was made before under `key` (plain values)."""
+        """The result of `make`, read from the folder if it was made before under `key` (plain values)."""
         return self._cache.get([FORMAT, *key], make, _dump, _load)
 
 
@@ -42,7 +42,7 @@ def _load(content: bytes) -> Packed:
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """Hash of all that decides a tokenizer's ids: its saved files, chat template included. Raises CannotWrite."""
+    """Hash of all that a tokenizer's ids depend on: its saved files, with the chat template. Raises CannotWrite."""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as name:
         with raised_as(CannotWrite, f"cannot write the tokenizer to the temporary folder {name}"):

@@ -9,23 +9,24 @@
 
 namespace nr_serve {
 
-constexpr int64_t TOKENS_AT_ONCE = 16;  // of a context: their rows stay in a core's cache for all heads
+constexpr int64_t TOKENS_AT_ONCE = 16;  // of a context: few enough to stay in a core's cache for all heads
 static_assert(TOKENS_AT_ONCE % W == 0);
 
-// Rows of tokens, and of those that come next: their page lies anywhere, so each is asked for beside its like.
+// Rows of the current tokens and of the next ones. Pages lie anywhere in memory, so next rows are prefetched by
+// hand.
 template <typename T>
 struct Rows {
   const T *now[TOKENS_AT_ONCE], *next[TOKENS_AT_ONCE];
 
-  // The row of token i from d on, of which D values are read.
+  // The row of token i from d on, D values long; prefetches the same part of the next token's row.
   const T* row(int64_t i, int64_t d, int64_t D) const {
     for (int64_t j = 0; j < D; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next[i] + d + j);
     return now[i] + d;
   }
 };
 
-// Products of G query heads, [G, D], with the keys of so many tokens in one head, at `d` of their rows; logits are
-// [G, n] and are written W at a time.
+// Products of G query heads, [G, D], with the keys of `tokens` tokens in one head, at offset `d` of their rows.
+// Logits are [G, n] and are written W at a time.
 template <int G, typename T>
 void multiply_keys(const Rows<T>& rows, int64_t d, int64_t tokens, int64_t D, const T* query, float scale,
                    float* logits, int64_t n) {
@@ -43,8 +44,8 @@ void multiply_keys(const Rows<T>& rows, int64_t d, int64_t tokens, int64_t D, co
   }
 }
 
-// Adds the values of so many tokens in one head, at `d` of their rows, times the weights [G, n] of G query heads, to
-// `out`, [G, D].
+// Adds the values of `tokens` tokens in one head, at offset `d` of their rows, weighted by `weights` [G, n] for G
+// query heads, to `out`, [G, D].
 template <int G, typename T>
 void add_values(const Rows<T>& rows, int64_t d, int64_t tokens, int64_t D, const float* weights, int64_t n,
                 float* out) {
@@ -64,15 +65,15 @@ void add_values(const Rows<T>& rows, int64_t d, int64_t tokens, int64_t D, const
   });
 }
 
-// One token's attention in some heads: `keys` key heads with G query heads each; q and out are [keys * G, D], and
-// k and v [C, stride] begin with the first key head. `room` is the thread's own.
+// One token's attention in `keys` key heads with G query heads each. q and out are [keys * G, D]; k and v [C,
+// stride] start at the first of these key heads. `room` is the thread's scratch memory.
 template <typename T>
 void attend_token(const T* q, const T* k, const T* v, int64_t stride, const int64_t* cells, int64_t n, int64_t keys,
                   int64_t G, int64_t D, float scale, std::vector<float>& room, T* out) {
   const int64_t heads = keys * G, padded = (n + W - 1) / W * W;
   room.resize(heads * (D + padded + 1));
   float *sums = room.data(), *logits = sums + heads * D, *total = logits + heads * padded;
-  // A few tokens for all heads, as their rows lie end to end.
+  // Takes a few tokens through all heads at a time, as a token's heads lie end to end in memory.
   const auto by_tokens = [&](const T* from, auto&& f) {
     Rows<T> rows;
     for (int64_t i = 0; i < n; i += TOKENS_AT_ONCE) {
@@ -105,14 +106,15 @@ void attend_token(const T* q, const T* k, const T* v, int64_t stride, const int6
     });
 }
 
-// Refuses places that are not in a context of N tokens.
+// Refuses positions outside a context of N tokens.
 inline void check_positions(const Tensor& positions, int64_t N) {
   const auto* position = positions.const_data_ptr<int64_t>();
   TORCH_CHECK(std::all_of(position, position + positions.numel(), [&](int64_t p) { return 0 <= p && p < N; }));
 }
 
-// Attention of single tokens over the pages of their requests: query [B, H, D], keys and values [C, K, D], cells
-// [B, N] of the contexts, positions [B] of the tokens in them. No further back than `window` positions; [B, H, D].
+// Attention of single tokens over their requests' pages: query [B, H, D], keys and values [C, K, D], cells [B, N]
+// of the contexts, positions [B] of the tokens in them. Each attends to its last `window` positions. Returns [B,
+// H, D].
 Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cells,
               const Tensor& positions, double scale, int64_t window) {
   const int64_t B = cells.size(0), N = cells.size(1), H = query.size(1), D = query.size(2), K = keys.size(1);
@@ -131,7 +133,8 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
     const auto context = [&](int64_t b) { return std::min(position[b] + 1, window); };
     int64_t all = 0;
     for (int64_t b = 0; b < B; ++b) all += context(b) * K;
-    // Contexts differ in length, so the threads share their tokens: each takes the heads that begin in its part.
+    // Contexts differ in length, so threads divide the contexts' tokens: each takes the heads that begin in its
+    // part.
     share(all, grain(D), [&](int64_t from, int64_t to) {
       std::vector<float> room;
       for (int64_t b = 0, before = 0; b < B; ++b) {

@@ -1,4 +1,4 @@
-// What blocks make of the tokens on which their gates fired. Shape suffixes as in bank.py; F tokens whose gate fired.
+// Residues of the tokens on which gates fired. Shape suffixes as in bank.py; F tokens whose gate fired.
 
 #pragma once
 
@@ -11,11 +11,11 @@
 
 namespace nr_serve {
 
-// So many tokens meet a row of W_in and one of W_gate together: their products fill a vector of sums.
+// Tokens multiplied by a row of W_in and a row of W_gate at once: their products fill one vector.
 constexpr int UP_TOKENS = W / 2;
 
-// W_in and W_gate of one hidden value, [d] each, times F tokens' x, [d] each: F products with W_in and, UP_TOKENS
-// places on, those with W_gate.
+// The rows of W_in and W_gate of one hidden value, [d] each, times the x of F tokens, [d] each. Returns F products
+// with W_in and, from index UP_TOKENS on, F products with W_gate.
 template <int F, typename T>
 Vec multiply_up(const T* in, const T* gate, const T* const* x, int64_t d) {
   Vec products[W];
@@ -29,11 +29,12 @@ Vec multiply_up(const T* in, const T* gate, const T* const* x, int64_t d) {
   return sum_each(products);
 }
 
-// So many vectors of columns of F tokens' sums stay in registers: the more, the longer what is read of a row of W_out.
+// Vectors of columns of F tokens' sums that stay in registers; the more, the longer the runs read from a row of
+// W_out.
 template <int F>
 constexpr int64_t VECTORS_OF = (W == 16 ? 16 : 8) / std::bit_ceil<unsigned>(F);
 
-// Columns of W_out, [h, d], times F tokens' hidden values, [F, h], added to the same columns of their y.
+// Adds F tokens' hidden values [F, h] times some columns of W_out [h, d] to the same columns of the tokens' y.
 template <int F, typename T, typename Size>
 void add_out(const T* out, int64_t d, int64_t h, const float* hidden, Size size, T* const* y) {
   Vec sums[F][VECTORS_OF<F>];
@@ -51,7 +52,7 @@ void add_out(const T* out, int64_t d, int64_t h, const float* hidden, Size size,
                 [&](int64_t i, int64_t count) { store(y[f] + i, load(y[f] + i, count) + sums[f][i / W], count); });
 }
 
-// Some of the hidden values of a block, scaled by g: W_in and W_gate are [2h, d]; x [T, d].
+// Hidden values `from` to `to` of a block, scaled by g; W_in and W_gate together are [2h, d]; x [T, d].
 template <typename T>
 void fill_hidden(Fired& block, const T* x, const T* up, int64_t d, int64_t from, int64_t to) {
   for (int64_t j = from; j < to; ++j)
@@ -65,7 +66,7 @@ void fill_hidden(Fired& block, const T* x, const T* up, int64_t d, int64_t from,
     });
 }
 
-// With more tokens oneDNN's products are faster than those made for few. They round hidden values.
+// With more tokens than this, oneDNN's products are faster than ours for few tokens. oneDNN rounds hidden values.
 constexpr int64_t FEW = 40;
 
 template <typename T>
@@ -74,7 +75,7 @@ void Blocks::add_many(int64_t layer, const Fired& one, const Tensor& x, T* y) co
   const Tensor up = up_[one.slot][layer].narrow(0, 0, 2 * h).t(), out = out_[one.slot][layer].narrow(0, 0, h);
   const T* from_x = x.const_data_ptr<T>();
   share(one.tokens.size(), FEW, [&](int64_t from, int64_t to) {
-    const c10::InferenceMode guard;  // a thread of our own knows nothing of its caller's
+    const c10::InferenceMode guard;  // set per thread: our own threads do not inherit the caller's
     const int64_t n = to - from;
     const Tensor fired_x = x.new_empty({n, d}), hidden = x.new_empty({n, h});
     for (int64_t i = 0; i < n; ++i)
@@ -106,7 +107,7 @@ void Blocks::add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) c
   };
   int64_t rows = 0;
   for (Fired& one : blocks) one.hidden.resize(one.tokens.size() * one.h), rows += one.h;
-  share(rows, grain(2 * d), [&](int64_t from, int64_t to) {  // the blocks' rows end to end
+  share(rows, grain(2 * d), [&](int64_t from, int64_t to) {  // all blocks' rows laid end to end
     for (Fired& one : blocks) {
       fill_hidden(one, x, block(up_, one.slot), d, std::max<int64_t>(from, 0), std::min(to, one.h));
       from -= one.h, to -= one.h;
@@ -126,7 +127,8 @@ void Blocks::add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) c
 }
 
 void Blocks::add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, const Tensor& y) const {
-  // In the order of the slots, so that the order of a token's sum does not depend on what shares its step.
+  // Sorted by slot, so that a token's residues are summed in an order that does not depend on what shares its
+  // step.
   std::sort(fired.begin(), fired.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
   const auto many = [](const Fired& one) { return one.tokens.size() > FEW; };
   with_type(x, [&](auto type) {

@@ -1,4 +1,5 @@
-// What operators.cpp calls, compiled beside it on another core: a first start waits for both.
+// The operators that operators.cpp registers; a file of its own, so that both compile at once: a first start
+// waits.
 
 #include "attention.h"
 #include "blocks.h"

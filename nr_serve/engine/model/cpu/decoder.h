@@ -1,4 +1,4 @@
-// A decoder layer by products of our own, in one call: what Python does between operators takes a fifth of a step.
+// A whole decoder layer in one call, by our own products: Python's work between operators takes a fifth of a step.
 
 #pragma once
 
@@ -19,7 +19,7 @@ namespace nr_serve {
 // A layer's tensors by name.
 using Weights = c10::Dict<std::string, std::optional<Tensor>>;
 
-// A linear layer, packed as `multiply` has it.
+// A linear layer, with weights packed as `multiply` needs them.
 struct Linear {
   Tensor packed;
   std::optional<Tensor> bias;
@@ -30,12 +30,12 @@ struct Linear {
   Tensor operator()(const Tensor& x) const { return multiply(x, packed, bias, at::kBFloat16); }
 };
 
-// Attention and FFN, each after an RMSNorm and added to the stream; queries, keys and values are one product, gate and
-// up another.
+// Attention and FFN, each after an RMSNorm and added to the stream. Queries, keys and values are one product; gate
+// and up are another.
 class Layer : public torch::CustomClassHolder {
  public:
-  // `index`: which layer of the model it is. `weights`: those of the RMSNorms, the queries' and keys' own among them if
-  // there are such, and of each linear layer those it is packed into, and its bias or none.
+  // `index`: the layer's index in the model. `weights`: those of the RMSNorms (for queries and keys only if the
+  // model has them), and each linear layer's packed weights and bias (or none).
   Layer(int64_t index, const Weights& weights, double eps, double scale, int64_t window)
       : index_(index),
         attention_norm_(weights.at("attention_norm").value()),
@@ -50,9 +50,10 @@ class Layer : public torch::CustomClassHolder {
         scale_(scale),
         window_(window) {}
 
-  // The residual stream after the layer, given that before it, [1, T, d]. cos, sin and cells as in `rotate`; keys and
-  // values [L, C, K, D] of all layers. A step's tokens are groups end to end, each with cells [B, N] of its contexts and
-  // positions [B, n] of its tokens in them. The residues of a step under way are added, if there is one.
+  // The residual stream after the layer, from `stream` before it, both [1, T, d]. cos, sin and cells as in
+  // `rotate`; keys and values of all layers, [L, C, K, D]. A step's tokens are groups laid end to end, each with
+  // the cells [B, N] of its contexts and the positions [B, n] of its tokens in them. If a step of `residues` is
+  // under way, they are added.
   Tensor forward(const Tensor& stream, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
                  const Tensor& cells, const std::vector<Tensor>& contexts, const std::vector<Tensor>& positions,
                  const c10::optional<c10::intrusive_ptr<Residues>>& residues) {

@@ -6,11 +6,11 @@
 
 namespace nr_serve {
 
-// Logits of so many tokens for so many gates are computed together: what they add to fills a vector of sums.
+// Logits of LOGIT_TOKENS tokens for LOGIT_GATES gates are computed together: their sums fill one vector.
 constexpr int64_t LOGIT_GATES = std::min<int64_t>(8, W), LOGIT_TOKENS = W / LOGIT_GATES;
 static_assert(LOGIT_TOKENS > 0);
 
-// Products of their x and the gates' w, [d] each, in the order of the tokens.
+// Products of the tokens' x with the gates' w, [d] each; all of a token's products, then the next token's.
 template <typename T>
 Vec multiply_gates(const T* const* x, const float* const* w, int64_t d) {
   Vec products[W];
@@ -27,11 +27,11 @@ Vec multiply_gates(const T* const* x, const float* const* w, int64_t d) {
   return sum_each(products);
 }
 
-// Logits of tokens x [T, d], not yet carried, for gates w [n, d] with biases b [n]: m [T, n].
+// Logits m [T, n] before the carry, of tokens x [T, d] for gates w [n, d] with biases b [n].
 template <typename T>
 void fill_logits(const T* x, int64_t tokens, const float* w, const float* b, int64_t n, int64_t d, float* m) {
-  // A thread's tokens meet eight gates after eight, which stay in the fastest cache. So little is done for each that a
-  // second thread pays only for eight times the usual grain.
+  // A thread takes eight gates at a time through its tokens, so that the gates stay in the fastest cache. Each
+  // token needs so little work that a second thread pays only from eight times the usual grain on.
   const int64_t tiles = (tokens + LOGIT_TOKENS - 1) / LOGIT_TOKENS;
   share(tiles, 8 * grain(LOGIT_TOKENS * n * d), [&](int64_t from, int64_t to) {
     for (int64_t s = 0; s < n; s += LOGIT_GATES) {

@@ -1,4 +1,4 @@
-// What lies between a decoder layer's products. Shape suffixes as in attention.py.
+// The operators between a decoder layer's products. Shape suffixes as in attention.py.
 
 #pragma once
 
@@ -44,7 +44,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return y;
 }
 
-// a + b of one type and shape.
+// a + b, of the same type and shape.
 Tensor add(const Tensor& a, const Tensor& b) {
   TORCH_CHECK(a.is_contiguous() && b.is_contiguous() && a.numel() == b.numel() && a.scalar_type() == b.scalar_type());
   Tensor y = a.new_empty(a.sizes());
@@ -61,7 +61,7 @@ Tensor add(const Tensor& a, const Tensor& b) {
   return y;
 }
 
-// silu(gate) * up, of [..., 2h]: gate and up in turn; [..., h].
+// silu(gate) * up, [..., h], from gate and up side by side, [..., 2h].
 Tensor silu_mul(const Tensor& gate_up) {
   const int64_t h = gate_up.size(-1) / 2;
   TORCH_CHECK(gate_up.is_contiguous() && h > 0 && gate_up.size(-1) == 2 * h);
@@ -83,7 +83,7 @@ Tensor silu_mul(const Tensor& gate_up) {
   return y;
 }
 
-// One head of D values, turned by its token's rotary embedding, after an RMSNorm if there is a weight for it.
+// Rotary embedding of one head of D values at one token, after an RMSNorm if `norm` is given.
 template <typename T>
 inline void rotate_head(const T* x, const T* cos, const T* sin, const T* norm, float eps, int64_t half, T* y) {
   const Vec scale = norm ? norm_scale(x, 2 * half, eps) : Vec(1.f);
@@ -99,7 +99,7 @@ inline void rotate_head(const T* x, const T* cos, const T* sin, const T* norm, f
 }
 
 // Rotary embedding (Su et al., 2021, in halves as in transformers) of a step's queries and keys, [T, (H + 2K) D],
-// normed before if there are weights for it, [D]. Keys and values go to their cells of [C, K, D], queries are
+// after an RMSNorm if weights [D] are given. Keys and values are written to their cells of [C, K, D]; queries are
 // returned, [T, H, D]. cos and sin: [T, D].
 Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
               const Tensor& cells, const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,

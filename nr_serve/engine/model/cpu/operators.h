@@ -1,4 +1,4 @@
-// What compute.cpp compiles, for those who call it: operators are explained where they are defined.
+// Declarations of what compute.cpp compiles; the operators are explained where they are defined.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-// Where there is AMX, oneDNN's own products are the faster ones.
+// On processors with AMX, oneDNN's products are faster than ours.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 #define NR_SERVE_PRODUCTS
 #endif
@@ -30,7 +30,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
               const Tensor& positions, double scale, int64_t window);
 
 // blocks.h
-// The tokens on which one slot fired, and what its block, of width h, makes of them.
+// The tokens on which one slot fired, with their gates and hidden values; h is the width of the slot's block.
 struct Fired {
   int64_t slot, h;
   std::vector<int64_t> tokens;
@@ -48,15 +48,15 @@ class Blocks {
 
   at::ScalarType type() const { return up_.scalar_type(); }
 
-  // Adds a layer's residues to y [T, d]: what the slots that fired make of x [T, d].
+  // Adds the residues of the slots that fired, in one layer, for inputs x [T, d], to y [T, d].
   void add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, const Tensor& y) const;
 
  private:
-  // Adds to y [T, d] what a block with many tokens makes of x [T, d].
+  // Adds to y [T, d] the residues of one block on many tokens of x [T, d].
   template <typename T>
   void add_many(int64_t layer, const Fired& one, const Tensor& x, T* y) const;
 
-  // Adds to y [T, d] what blocks with few tokens make of x [T, d].
+  // Adds to y [T, d] the residues of blocks on few tokens each of x [T, d].
   template <typename T>
   void add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) const;
 

@@ -1,4 +1,5 @@
-// Products of a linear layer in bfloat16, two weights at a time; float32 sums, rounded once or left as they are.
+// Products of a linear layer in bfloat16, two inputs at a time; sums in float32, rounded once at the end or not at
+// all.
 
 #pragma once
 
@@ -14,16 +15,16 @@
 
 namespace nr_serve {
 
-// A tile's sums, 8 tokens by 3 vectors of outputs, and what they are made of fill the registers.
+// A tile of 8 tokens by 3 vectors of outputs: its sums and their operands fill the registers.
 constexpr int TILE_TOKENS = 8, TILE_VECTORS = 3;
 constexpr int64_t TILE_OUTPUTS = TILE_VECTORS * W;
 
 inline __m512bh pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
-// Outputs of T tokens, y [T, n] from their x [T, pairs]: R vectors of them, with their weights [pairs, R * W].
-//
-// Meanwhile weights at `next` are fetched into the cache. As many as a tile multiplies with are shared by `sharing`
-// tiles, so each fetches R / sharing vectors a pair: of R = 3, two tiles fetch 2, 1, 2, 1, ... With 0 none is fetched.
+// Outputs y [T, n] of T tokens, from their inputs x [T, pairs]: R vectors of outputs, with weights [pairs, R * W].
+// Meanwhile weights at `next` are prefetched into the cache. `sharing` tiles together prefetch as many weights as
+// one tile uses, so each prefetches R / sharing vectors per pair: with R = 3, two tiles prefetch 2, 1, 2, 1, ...
+// vectors. With `sharing` 0 nothing is prefetched.
 template <int T, int R, typename Y>
 void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias, const int32_t* next,
                    int64_t sharing, Y* y, int64_t n) {
@@ -32,7 +33,7 @@ void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const
     const __m512 first = bias ? __m512(load(bias + r * W)) : _mm512_setzero_ps();
     for (int t = 0; t < T; ++t) sums[t][r] = first;
   }
-  const int64_t due_a_pair = sharing ? R : 0;  // in parts of a vector, `sharing` to one
+  const int64_t due_a_pair = sharing ? R : 0;  // in units of 1 / `sharing` of a vector
   for (int64_t k = 0, due = 0; k < size; ++k) {
     __m512bh w[R];
     for (int r = 0; r < R; ++r) w[r] = pairs(_mm512_loadu_si512(weights + (k * R + r) * W));
@@ -46,9 +47,10 @@ void multiply_tile(const int32_t* x, int64_t size, const int32_t* weights, const
     for (int r = 0; r < R; ++r) store(y + t * n + r * W, Vec(sums[t][r]));
 }
 
-// The same for any number of tokens, in tiles that differ by a token at most. Weights come from memory once. Those of
-// a block that was not `fetched` come a little ahead of its first tile; the block after it, unless it is the `last` of
-// its thread, comes beside the tiles that are left, as much beside each.
+// As `multiply_tile`, for any number of tokens, in tiles whose sizes differ by at most one token. Weights come
+// from memory once. Weights of a block that was not `fetched` are prefetched a little ahead, during its first
+// tile. The next block's weights, unless this is its thread's `last` block, are prefetched evenly during the
+// remaining tiles.
 template <int R, typename Y>
 void multiply_block(const int32_t* x, int64_t tokens, int64_t size, const int32_t* weights, const BFloat16* bias, Y* y,
                     int64_t n, bool fetched, bool last) {
@@ -62,9 +64,9 @@ void multiply_block(const int32_t* x, int64_t tokens, int64_t size, const int32_
   }
 }
 
-// x W^T + bias of x [..., k] and a bias [n]. The weights are packed: blocks of TILE_OUTPUTS outputs, the last of what
-// is left, each block [k / 2, outputs, 2]. k is even and not 0, n a multiple of W. `type` of the result: bfloat16 or
-// float32.
+// x W^T + bias, for x [..., k] and a bias [n]. The weights are packed in blocks of TILE_OUTPUTS outputs, the last
+// block smaller if need be, each block [k / 2, outputs, 2]. k is even and positive, n a multiple of W. `type` of
+// the result: bfloat16 or float32.
 Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, at::ScalarType type) {
   const int64_t k = x.size(-1);
   TORCH_CHECK(x.is_contiguous() && packed.is_contiguous() && k > 0 && k % 2 == 0);

@@ -11,19 +11,19 @@
 
 namespace nr_serve {
 
-constexpr int64_t ROWS_OF_LOGITS = 48;  // of a tile's tokens and heads, so that their logits stay in a core's cache
+constexpr int64_t ROWS_OF_LOGITS = 48;  // of one tile (tokens times heads): few enough for a core's cache
 
-// The keys and values of one key head in one context, laid out as the weights of a product.
+// The keys and values of one key head in one context, laid out as the packed weights of a product.
 struct Context {
-  const BFloat16 *keys, *values;  // of all cells, from this head on
-  int64_t stride, D;              // of a cell; of a head
+  const BFloat16 *keys, *values;  // of all cells, starting at this head
+  int64_t stride, D;              // size of a cell; size of a head
   const int64_t* cells;
-  int64_t tokens, padded;  // `padded`: to a multiple of W; what is beyond the tokens is 0
+  int64_t tokens, padded;  // `padded`: rounded up to a multiple of W, filled with 0
   int32_t *packed_keys, *packed_values;
 
   const BFloat16* row(const BFloat16* from, int64_t token) const { return from + cells[token] * stride; }
 
-  // Keys `first` to `first` + TILE_OUTPUTS are the outputs of a product over D: [D / 2, outputs, 2].
+  // Packs keys `first` to `first` + TILE_OUTPUTS, the outputs of a product over D, as [D / 2, outputs, 2].
   void pack_keys(int64_t first) const {
     const int64_t outputs = std::min(TILE_OUTPUTS, padded - first);
     int32_t* to = packed_keys + first * (D / 2);
@@ -33,7 +33,8 @@ struct Context {
     }
   }
 
-  // The same values are the inputs of a product whose outputs are D: [padded / 2, outputs, 2] by blocks of outputs.
+  // Packs the same tokens' values, the inputs of a product with D outputs, as [padded / 2, outputs, 2] per output
+  // block.
   void pack_values(int64_t first) const {
     const auto bits = [&](int64_t token, int64_t d) -> uint32_t {
       return token < tokens ? row(values, token)[d].x : 0;
@@ -47,7 +48,7 @@ struct Context {
   }
 };
 
-// y [rows, n], float32, of x [rows, 2 * size] and R * W outputs' weights.
+// float32 y [rows, n], from x [rows, 2 * size] and the weights of R * W outputs.
 template <int R>
 void multiply_rows(const int32_t* x, int64_t rows, int64_t size, const int32_t* weights, float* y, int64_t n) {
   for (int64_t i = 0; i < rows; i += TILE_TOKENS)
@@ -56,13 +57,13 @@ void multiply_rows(const int32_t* x, int64_t rows, int64_t size, const int32_t* 
     });
 }
 
-// Room for `size` values that are written before they are read.
+// Uninitialised memory for `size` values, which must be written before they are read.
 template <typename T>
 std::unique_ptr<T[]> room_for(int64_t size) {
   return std::unique_ptr<T[]>(new T[size]);
 }
 
-// Attention of some tokens of a prompt in the G query heads of one key head; a thread's room for it.
+// Attention of some tokens of a prompt in the G query heads of one key head, with a thread's memory for it.
 struct PromptTile {
   std::unique_ptr<BFloat16[]> queries, weights;
   std::unique_ptr<float[]> logits, sums, totals;
@@ -74,7 +75,8 @@ struct PromptTile {
         sums(room_for<float>(rows * D)),
         totals(room_for<float>(rows)) {}
 
-  // Tokens at `position`, [count]; q and out are theirs, G heads of D in a row of `stride`.
+  // Attention of `count` tokens at `position`. q and out are the tokens' rows, `stride` apart, with G heads of D
+  // values.
   void attend(const Context& context, const BFloat16* q, BFloat16* out, int64_t stride, const int64_t* position,
               int64_t count, int64_t G, float scale, int64_t window) {
     const int64_t D = context.D, rows = count * G, size = G * D;
@@ -103,7 +105,8 @@ struct PromptTile {
       });
   }
 
-  // A row's weights, but for their total: exp of what it sees, its logits from `first` to `end`, and 0 elsewhere.
+  // A row's unnormalised weights: exp of the logits from `first` to `end`, which it may attend to, and 0
+  // elsewhere.
   void softmax(int64_t row, int64_t n, int64_t first, int64_t end, float scale) {
     const float* logit = logits.get() + row * n;
     BFloat16* weight = weights.get() + row * n;
@@ -119,9 +122,9 @@ struct PromptTile {
   }
 };
 
-// Attention of B prompts over the pages of their requests: query [B * n, H, D], keys and values [C, K, D], cells
-// [B, N] of the contexts, positions [B, n] of the tokens in them, one after the other. No further back than `window`
-// positions; as query. D is a multiple of W.
+// Attention of B prompts over their requests' pages: query [B * n, H, D], keys and values [C, K, D], cells [B, N]
+// of the contexts, positions [B, n] of the tokens in them, consecutive. Each token attends to its last `window`
+// positions. Returns the shape of query. D is a multiple of W.
 Tensor attend_prompts(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cells,
                       const Tensor& positions, double scale, int64_t window) {
   const int64_t B = cells.size(0), N = cells.size(1), n = positions.size(1), H = query.size(1), D = query.size(2);
@@ -155,7 +158,8 @@ Tensor attend_prompts(const Tensor& query, const Tensor& keys, const Tensor& val
   share(all, 1, [&](int64_t from, int64_t to) {
     PromptTile tile(count * G, padded, D);
     for (int64_t i = from; i < to; ++i) {
-      // The last tokens see most: from both ends in turn, so that each thread has its share of them.
+      // The last tokens see the longest contexts: take tiles from both ends in turn, so that threads share the
+      // work evenly.
       const int64_t which = i % 2 ? all - 1 - i / 2 : i / 2, b = which / K % B, head = which % K;
       const int64_t t = which / (K * B) * count, offset = ((b * n + t) * H + head * G) * D;
       tile.attend(context(b, head), q + offset, o + offset, H * D, position + b * n + t, std::min(count, n - t), G,

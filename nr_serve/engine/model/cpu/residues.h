@@ -1,5 +1,5 @@
-// The residues of a step: which gates fire on which tokens, the carried states and the statistics. Shape suffixes as in
-// bank.py.
+// The residues of a step: which gates fire on which tokens, the carried states and the statistics. Shape suffixes
+// as in bank.py.
 
 #pragma once
 
@@ -15,10 +15,10 @@
 
 namespace nr_serve {
 
-// The residues of a step, layer by layer. n: slots whose gates are evaluated, the first ones.
+// The residues of a step, layer by layer. n: number of slots whose gates are evaluated, from slot 0 on.
 class Residues : public torch::CustomClassHolder {
  public:
-  // `bank`: its tensors, by the names they have in bank.py. They are read and written in their place.
+  // `bank`: its tensors, by their names in bank.py. They are read and written in place.
   explicit Residues(const c10::Dict<std::string, Tensor>& bank)
       : gate_(bank.at("gate_LSd")),
         bias_(bank.at("bias_LS")),
@@ -43,8 +43,9 @@ class Residues : public torch::CustomClassHolder {
     for (const Tensor& t : {state_, page_state_}) TORCH_CHECK(t.size(0) == layers_ && t.size(2) == slots_);
   }
 
-  // Starts a step: its tokens' rows and places in their pieces [T], who is selected [T, S]. From token `first` on a
-  // slot has another threshold; none, if that is T. `add` follows for every layer, in order.
+  // Starts a step: its tokens' rows and offsets in their pieces [T], and which slots they select [T, S]. From
+  // token `first` on, `slot` has the given threshold instead of its own (`first` = T: no token does). `add` must
+  // follow for every layer, in order.
   void begin(const Tensor& row, const Tensor& offset, const Tensor& selected, int64_t n, int64_t first, int64_t slot,
              double threshold) {
     tokens_ = row.numel(), n_ = n, done_ = 0, opened_ = false;
@@ -66,7 +67,7 @@ class Residues : public torch::CustomClassHolder {
     m_.resize(layers_ * tokens_ * n_);
   }
 
-  // Adds a layer's residues to y [..., d], of the tokens whose gate fired in a slot that is selected.
+  // Adds a layer's residues to y [..., d], for tokens whose gate fired in a selected slot.
   void add(int64_t layer, const Tensor& x, const Tensor& y) {
     TORCH_CHECK(0 <= layer && layer < layers_ && x.is_contiguous() && y.is_contiguous() && x.sizes() == y.sizes());
     TORCH_CHECK(tokens_ > 0 && x.numel() == tokens_ * d_ && x.scalar_type() == blocks_.type() && y.scalar_type() == x.scalar_type());
@@ -81,9 +82,10 @@ class Residues : public torch::CustomClassHolder {
     done_ = layer + 1;
   }
 
-  // Ends a step: the states are kept, of each piece's last token by row and of the tokens `ends` by page [E], and the
-  // first `counted` tokens are counted, each under its label [T]. Layers whose gate was open by token and slot,
-  // selected or not, int32 [T, S]; nothing, if no gate was. Of a step that was cut short nothing is kept.
+  // Ends a step. Keeps the carried states of each piece's last token, by row, and of the tokens `ends`, by page
+  // [E]. Counts the first `counted` tokens, each under its label [T]. Returns the number of layers whose gate was
+  // open, by token and slot, selected or not, int32 [T, S]; nothing if no gate was open. Keeps nothing of a step
+  // cut short.
   c10::optional<Tensor> end(const Tensor& label, int64_t counted, const c10::optional<Tensor>& ends,
                             const c10::optional<Tensor>& pages) {
     TORCH_CHECK(0 <= counted && counted <= tokens_ && label.is_contiguous() && label.numel() == tokens_);
@@ -135,7 +137,7 @@ class Residues : public torch::CustomClassHolder {
     return open;
   }
 
-  // Carries the layer's logits, and notes who fired in a selected slot.
+  // Carries the layer's logits on, and notes which selected slots fired.
   void open(int64_t layer) {
     const float *a = carry_.const_data_ptr<float>(),
                 *past = state_.const_data_ptr<float>() + layer * state_.size(1) * slots_;
@@ -157,14 +159,14 @@ class Residues : public torch::CustomClassHolder {
     }
   }
 
-  // Thresholds of a token, [n].
+  // Thresholds of all evaluated slots for one token, [n].
   const float* limits(int64_t t) const { return (t < first_ ? limits_ : on_trial_).data(); }
 
   bool is_selected(int64_t t, int64_t s) const {
     return selected_.const_data_ptr<bool>()[t * selected_.stride(0) + s * selected_.stride(1)];
   }
 
-  // Notes a token whose carried logit is so far over the threshold, if the slot may act on it.
+  // Notes that a slot fired on a token, with its logit `over` above the threshold, if the slot is selected.
   void note(int64_t layer, int64_t t, int64_t s, float over) {
     if (!is_selected(t, s) || width(layer, s) == 0) return;
     auto block = std::find_if(fired_.begin(), fired_.end(), [&](const Fired& one) { return one.slot == s; });
@@ -179,14 +181,14 @@ class Residues : public torch::CustomClassHolder {
   Tensor seen_, fired_count_, mass_, cross_;  // statistics
   int64_t layers_, slots_, d_;
   Blocks blocks_;
-  // Of the step.
-  int64_t tokens_ = 0, n_ = 0, done_ = 0;  // layers
+  // State of the current step.
+  int64_t tokens_ = 0, n_ = 0, done_ = 0;  // `done_`: layers done
   bool opened_ = false;
   Tensor selected_;
   std::vector<int64_t> rows_, places_;
-  int64_t first_ = 0;  // token on trial
+  int64_t first_ = 0;  // first token on trial
   std::vector<float> limits_, on_trial_, m_;
-  std::vector<Fired> fired_;  // in the layer
+  std::vector<Fired> fired_;  // in the current layer
 };
 
 }  // namespace nr_serve

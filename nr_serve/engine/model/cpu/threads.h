@@ -18,12 +18,13 @@
 
 namespace nr_serve {
 
-// See `share_among`.
+// How many of our own threads share the calling thread's work; set by `share_among`.
 inline thread_local int64_t own_threads = 0;
 
-// Torch's own operators use a single thread when called from this one, but for MKL's products, of which a step has none.
+// Makes torch's own operators single-threaded when called from this thread, except MKL's products, which no step
+// uses.
 inline void keep_torch_to_one() {
-  at::get_num_threads();  // asked for the first time in a thread, it sets it
+  at::get_num_threads();  // the first call in a thread sets the number, so make it before setting it
   omp_set_num_threads(1);
 }
 
@@ -35,29 +36,28 @@ inline void pause_briefly() {
 #endif
 }
 
-// Threads of our own, which help whoever calls while they have a core.
-//
-// Torch's are all waited for at the end of an operator: one that lost its core, to another thread of this process or of
-// the machine, holds up the step. Here one that is not there when a job begins is not missed: others take its parts. One
-// that has begun a part is waited for.
+// Threads of our own, which help a caller as long as they have a core.  At the end of an operator, torch waits for
+// all its threads: a thread that lost its core, to another thread of this process or of the machine, holds up the
+// step. Here, if a thread is not running when a job begins, others take its parts. Only a thread that has begun a
+// part is waited for.
 class ThreadPool {
  public:
   using Part = c10::function_ref<void(int64_t)>;
 
   static ThreadPool& shared() {
-    static ThreadPool* const pool = new ThreadPool();  // never destroyed: it may be at work when the process ends
+    static ThreadPool* const pool = new ThreadPool();  // never destroyed: it may be running when the process ends
     return *pool;
   }
 
-  // It has so many threads from now on, or more if anyone asked for more.
+  // Makes sure that the pool has at least this many threads.
   void start(int64_t threads) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (; started_ < threads; ++started_) std::thread([this] { work(); }).detach();
   }
 
-  // part(i) for each i in [0, parts), by this thread and the pool's. Throws what a part threw.
+  // Calls part(i) for each i in [0, parts), on this thread and the pool's. Rethrows an exception of a part.
   void run(int64_t parts, Part part) {
-    if (busy_.test_and_set(std::memory_order_acquire)) {  // by another thread that has operators computed
+    if (busy_.test_and_set(std::memory_order_acquire)) {  // by another thread that uses the pool
       for (int64_t i = 0; i < parts; ++i) part(i);
       return;
     }
@@ -71,7 +71,7 @@ class ThreadPool {
       if (i < LOOKS)
         pause_briefly();
       else
-        std::this_thread::yield();  // one that has a part lost its core
+        std::this_thread::yield();  // the thread that runs a part has lost its core
     }
     const std::exception_ptr error = error_;
     busy_.clear(std::memory_order_release);
@@ -79,16 +79,16 @@ class ThreadPool {
   }
 
  private:
-  // So many times a thread looks for work before it sleeps: for longer than Python takes between two layers.
+  // How often a thread looks for work before it sleeps: longer than Python takes between two layers.
   static constexpr int LOOKS = 20000;
 
-  // Does a part of the job at hand; false if all are taken.
+  // Runs one part of the current job; false if all parts are taken.
   bool take() {
     int32_t left = left_.load(std::memory_order_acquire);
     do {
       if (left == 0) return false;
     } while (!left_.compare_exchange_weak(left, left - 1, std::memory_order_acq_rel, std::memory_order_acquire));
-    // The job stays until all its parts are done, of which this is one.
+    // The job stays valid until all its parts are done, and this part is not.
     try {
       (*part_)(parts_ - left);
     } catch (...) {
@@ -118,14 +118,14 @@ class ThreadPool {
   const Part* part_ = nullptr;
   int64_t parts_ = 0;
   std::exception_ptr error_;
-  alignas(64) std::atomic<int32_t> left_{0};  // parts that nobody has taken; a job without any may have ended
+  alignas(64) std::atomic<int32_t> left_{0};  // parts not taken yet; once it is 0 the job may have ended
   alignas(64) std::atomic<int64_t> done_{0};
 };
 
-// f(from, to) for parts of [0, n), of at least `grain` each.
+// Calls f(from, to) for parts of [0, n), of at least `grain` items each.
 inline void share(int64_t n, int64_t grain, c10::function_ref<void(int64_t, int64_t)> f) {
   if (own_threads == 0) return at::parallel_for(0, n, grain, f);
-  // Not more than there are threads: what a thread reads ahead ends with its part.
+  // At most one part per thread: a thread's prefetching ends with its part.
   const int64_t parts = std::min(n / grain, own_threads);
   if (parts > 1)
     ThreadPool::shared().run(parts, [&](int64_t i) { f(n * i / parts, n * (i + 1) / parts); });
@@ -133,7 +133,7 @@ inline void share(int64_t n, int64_t grain, c10::function_ref<void(int64_t, int6
     f(0, n);
 }
 
-// What this thread calls is shared among so many threads of our own from now on, itself included; 0: torch's.
+// From now on, share this thread's work among `threads` threads of our own, itself included; 0: torch's threads.
 inline void share_among(int64_t threads) {
   TORCH_CHECK(threads >= 0);
   ThreadPool::shared().start(threads - 1);

@@ -1,4 +1,4 @@
-// Vectors of the processor at hand, by torch's own library for them: float32, or bfloat16 that is float32 when loaded.
+// SIMD vectors through torch's own library: float32, and bfloat16 that is converted to float32 on loading.
 
 #pragma once
 
@@ -26,7 +26,7 @@ using at::BFloat16;
 using at::Tensor;
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t W = Vec::size();
-constexpr int64_t ROWS_AT_ONCE = 4, VECTORS_AT_ONCE = 4;  // so many sums stay in registers
+constexpr int64_t ROWS_AT_ONCE = 4, VECTORS_AT_ONCE = 4;  // as many sums as stay in registers
 
 // Loads and stores of the first `count` of W values.
 
@@ -54,7 +54,7 @@ inline void store(BFloat16* to, Vec v, int64_t count = W) {
 inline Vec vec_add(Vec a, Vec b) { return a + b; }
 inline Vec vec_max(Vec a, Vec b) {
 #ifdef CPU_CAPABILITY_AVX512
-  return _mm512_max_ps(a, b);  // it need not pass a NaN on, as torch's does: what it is taken from is NaN as well
+  return _mm512_max_ps(a, b);  // unlike torch's it may drop a NaN, but the values it is subtracted from have it
 #else
   return at::vec::maximum(a, b);
 #endif
@@ -64,10 +64,10 @@ inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }
 
-// The sums of W vectors.
+// The sum of each of W vectors, as one vector.
 inline Vec sum_each(const Vec* v) {
 #ifdef CPU_CAPABILITY_AVX512
-  __m512 fours[4];  // in each 128 bits a part of four sums
+  __m512 fours[4];  // each 128 bits hold a part of four sums
   for (int i = 0; i < 4; ++i) {
     const auto two = [](__m512 a, __m512 b) {
       return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -87,7 +87,7 @@ inline Vec sum_each(const Vec* v) {
 #endif
 }
 
-// f(position, count) for every STEP positions below `size`.
+// Calls f(position, count) for runs of STEP positions below `size`, the last run maybe shorter.
 template <int64_t STEP = W, typename F>
 inline void for_vectors(int64_t size, F&& f) {
   int64_t i = 0;
@@ -96,7 +96,7 @@ inline void for_vectors(int64_t size, F&& f) {
 }
 
 #ifdef __AVX512BF16__
-// How many products `multiply_add` does at once.
+// Number of products that `multiply_add` computes at once.
 template <typename T>
 constexpr int64_t PRODUCTS = std::is_same_v<T, BFloat16> ? 2 * W : W;
 #else
@@ -104,7 +104,8 @@ template <typename T>
 constexpr int64_t PRODUCTS = W;
 #endif
 
-// sum + a * b of the first `count` values, at most PRODUCTS<T>. Each product goes to any of the sum's places.
+// sum + a * b of the first `count` values, at most PRODUCTS<T>. Only the total is defined, not each lane of the
+// result.
 template <typename T>
 inline Vec multiply_add(const T* a, const T* b, int64_t count, Vec sum) {
 #ifdef __AVX512BF16__
@@ -117,7 +118,7 @@ inline Vec multiply_add(const T* a, const T* b, int64_t count, Vec sum) {
   return at::vec::fmadd(load(a, count), load(b, count), sum);
 }
 
-// f with a value of the tensor's type: float32 or bfloat16.
+// Calls f with a value of the tensor's type: float32 or bfloat16.
 template <typename F>
 void with_type(const Tensor& x, F&& f) {
   if (x.scalar_type() == at::kFloat) return f(float());
@@ -125,10 +126,10 @@ void with_type(const Tensor& x, F&& f) {
   f(BFloat16());
 }
 
-// What one thread takes at least, in items of `size` values.
+// Least number of items of `size` values that is worth a thread.
 inline int64_t grain(int64_t size) { return std::max<int64_t>(1, 16384 / size); }
 
-// f(N) of the constant N = min(n, MOST), of n from 1 on.
+// Calls f(N) with the compile-time constant N = min(n, MOST), for n >= 1.
 template <int MOST, typename F>
 void with_constant(int64_t n, F&& f) {
   if constexpr (MOST > 1)
@@ -136,14 +137,15 @@ void with_constant(int64_t n, F&& f) {
   f(std::integral_constant<int, MOST>());
 }
 
-// f(N, first) for items first to first + N, at most MOST; N is a constant.
+// Calls f(N, first) for items [first, first + N), in runs of at most MOST; N is a compile-time constant.
 template <int MOST = ROWS_AT_ONCE, typename F>
 void for_rows(int64_t items, F&& f) {
   for (int64_t i = 0; i < items; i += MOST) with_constant<MOST>(items - i, [&](auto rows) { f(rows, i); });
 }
 
-// f(size, column) for the columns of a row in runs of MOST vectors, then of half as many, and so on; the size of a run
-// is a constant, but for the last one's of less than a vector. MOST is a power of 2.
+// Calls f(size, column) for the columns of a row, in runs of MOST vectors, then of half as many, and so on. The
+// size of a run is a compile-time constant, except for the last run if it is shorter than a vector. MOST is a
+// power of 2.
 template <int64_t MOST = VECTORS_AT_ONCE, typename F>
 void for_columns(int64_t from, int64_t to, F&& f) {
   for (; from + MOST * W <= to; from += MOST * W) f(std::integral_constant<int64_t, MOST * W>(), from);
