@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from nr_serve.neutral.format import naming, read_adapter
 from nr_serve.train.blocks import VARIANCE, AdapterModule, is_gate
 from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.learner import Learner
@@ -24,7 +25,7 @@ from nr_serve.train.recipe import BadRecipe, Recipe
 def make_learner(recipe: Recipe, base: FrozenBase) -> Learner:
     """The learner of a recipe's method, whose trained parameters require a gradient. Changes the base in place.
 
-    Raises BadRecipe if the blocks do not fit the base.
+    Raises BadRecipe if the blocks do not fit the base, or the file they start from; BadAdapterFile.
     """
     base.model.requires_grad_(False)
     adapter = None
@@ -52,7 +53,10 @@ def checkpoint_layers(model: Any) -> None:
 
 
 def fresh_blocks(recipe: Recipe, base: FrozenBase) -> AdapterModule:
-    """The blocks as training starts; their gates take a gradient only if the recipe trains them."""
+    """The blocks as training starts; their gates take a gradient only if the recipe trains them.
+
+    Raises BadRecipe if they do not fit the base, or the file they start from; BadAdapterFile.
+    """
     blocks, gate = recipe.blocks, recipe.gate
     kind = "none" if recipe.method == "adapter" else gate.kind
     adapter = AdapterModule.fresh(
@@ -64,10 +68,29 @@ def fresh_blocks(recipe: Recipe, base: FrozenBase) -> AdapterModule:
         gate_variance=VARIANCE["he" if gate.init == "he" else "paper"],
         kind=kind,
     )
+    if blocks.start is not None:
+        adapter = _started(Path(blocks.start), adapter, base)
     adapter.threshold = recipe.threshold
     for name, parameter in adapter.named_parameters():
         parameter.requires_grad_(not is_gate(name) or (gate.trained and recipe.method == "neutral"))
     return adapter
+
+
+def _started(file: Path, fresh: AdapterModule, base: FrozenBase) -> AdapterModule:
+    """The blocks and gates of an adapter file. Raises BadRecipe if they are not of the shape of the fresh ones."""
+    with naming(file):
+        started = AdapterModule.from_file(read_adapter(file, base.identity))
+    there, here = _shape(started), _shape(fresh)
+    for name, wanted in here.items():
+        if there[name] != wanted:
+            raise BadRecipe(f"blocks.start: {name} is {there[name]} in {file} and {wanted} in the recipe")
+    return started
+
+
+def _shape(adapter: AdapterModule) -> dict[str, Any]:
+    modules = map(adapter.layer, range(adapter.depth))
+    widths = [0 if module is None else module.w_in.shape[0] for module in modules]
+    return {"the carry": adapter.carry, "the kind of gate": adapter.kind, "the width of blocks, by layer": widths}
 
 
 def block_parameters(recipe: Recipe, base: FrozenBase) -> int:

@@ -108,6 +108,11 @@ class Blocks(_Section):
     carry: float = Field(
         default=0.8, ge=0, le=0.999, description="a in m_t = a m_(t-1) + (1 - a) z_t; 0 is the paper's gate."
     )
+    start: str | None = Field(
+        default=None,
+        description="An adapter file that training goes on from, as with more text: its blocks and gates, which "
+        "are fitted again after the last step alone. Sizes, carry and kind must be the same.",
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> Blocks:

@@ -98,7 +98,7 @@ class TrainingRun:
     def train(self) -> Path:
         """Take the remaining steps; return the adapter file or the folder of the trained model."""
         if self.saved is None:
-            if self.recipe.method == "neutral" and self.recipe.gate.fitted:
+            if self.recipe.method == "neutral" and self.recipe.gate.fitted and self.recipe.blocks.start is None:
                 self._fit_gates()
             self._validate(0)
         else:

@@ -1,0 +1,72 @@
+"""Training that goes on from an adapter file."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nr_serve.errors import BadAdapterFile
+from nr_serve.neutral.format import read_adapter, write_adapter
+from nr_serve.train import log
+from nr_serve.train import run as training
+from nr_serve.train.recipe import BadRecipe
+from nr_serve.train.run import train
+from tests.tiny_run import write_recipe
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, base, corpus):
+    """An adapter that was trained before."""
+    folder = tmp_path_factory.mktemp("first")
+    return train(write_recipe(folder, base), folder / "run", corpus)
+
+
+def heldout(out) -> list[dict[str, dict[str, float]]]:
+    return [entry["sources"] for entry in log.read(out / "log.jsonl") if entry["event"] == "heldout"]
+
+
+def test_training_begins_with_the_blocks_and_gates_of_the_file(tmp_path, base, corpus, first, monkeypatch):
+    def fitted(*_):
+        raise AssertionError("its gates are fitted already")
+
+    monkeypatch.setattr(training, "fit_once", fitted)
+    still = write_recipe(tmp_path, base, tokens=128, lr=1e-12, blocks__start=str(first), gate__refit=False)
+    kept = read_adapter(train(still, tmp_path / "still", corpus))
+    for ours, theirs in zip(kept.blocks, read_adapter(first).blocks, strict=True):
+        for name in ("gate", "bias", "w_in", "w_gate", "w_out"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    before = heldout(first.parent)[-1]
+    assert heldout(tmp_path / "still")[0] == {
+        name: {"before": pytest.approx(each["after"], abs=1e-2), "after": pytest.approx(each["after"], abs=1e-2)}
+        | {"fired": pytest.approx(each["fired"], abs=0.02)}
+        for name, each in before.items()
+    }
+
+    on = write_recipe(tmp_path, base, lr=0.03, blocks__start=str(first))
+    made = read_adapter(train(on, tmp_path / "on", corpus))
+    assert heldout(tmp_path / "on")[-1]["hu.a"]["after"] < before["hu.a"]["after"]
+    assert not torch.equal(made.blocks[-1].gate, read_adapter(first).blocks[-1].gate), "they are fitted again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks__h": 32}, "the width of blocks, by layer is"),
+        ({"blocks__carry": 0.5}, r"the carry is 0.8 in .* and 0.5 in the recipe"),
+        ({"gate__kind": "relu"}, "the kind of gate is relu1"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused(tmp_path, base, corpus, first, changes, message):
+    recipe = write_recipe(tmp_path, base, blocks__start=str(first), **changes)
+    with pytest.raises(BadRecipe, match=message):
+        train(recipe, tmp_path / "out", corpus)
+
+
+def test_a_file_of_another_base_or_none_is_refused(tmp_path, base, corpus, first):
+    adapter = read_adapter(first)
+    other = tmp_path / "other.safetensors"
+    write_adapter(other, replace(adapter.info, base_fingerprint="0" * 16), adapter.blocks)
+    for start, message in ((other, "made for another base"), (tmp_path / "none.safetensors", "cannot be read")):
+        recipe = write_recipe(tmp_path, base, blocks__start=str(start))
+        with pytest.raises(BadAdapterFile, match=message):
+            train(recipe, tmp_path / "out", corpus)
