@@ -133,14 +133,13 @@ class AnswerText:
 
     def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...], *, include_stop: bool = False) -> None:
         self._detokenizer = detokenizer
-        self._stops = stops
+        self._matches = [_Match(stop) for stop in stops]
         self._include_stop = include_stop
         self._held = ""
 
     def push(self, token_id: int, *, may_stop: bool) -> tuple[str, str | None]:
-        """Add a token; returns the text it releases and the stop string it completed, if any."""
-        self._held += self._detokenizer.push(token_id)
-        return self._release(may_stop)
+        """Text released by a token, and the stop string it completed, if one."""
+        return self._release(self._detokenizer.push(token_id), may_stop)
 
     def finish(self) -> str:
         """The rest of the text."""
@@ -148,23 +147,44 @@ class AnswerText:
         return text
 
     def finish_at_length(self, *, may_stop: bool) -> tuple[str, str | None]:
-        """The rest of the text at the token limit, and the stop string that it completes, if any."""
-        self._held += self._detokenizer.flush()
-        shown, stop = self._release(may_stop)
+        """The rest of the text when the length ends it; the last characters may complete a stop string."""
+        shown, stop = self._release(self._detokenizer.flush(), may_stop)
         return (shown, stop) if stop is not None else (shown + self.finish(), None)
 
-    def _release(self, may_stop: bool) -> tuple[str, str | None]:
-        if may_stop:
-            found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-            if found:
-                at, stop = min(found)
-                return self._held[: at + len(stop) * self._include_stop], stop
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
+    def _release(self, text: str, may_stop: bool) -> tuple[str, str | None]:
+        found = []
+        for match in self._matches:
+            for end, char in enumerate(text, len(self._held) + 1):
+                if match.push(char):
+                    found.append((end - len(match.stop), match.stop))
+        self._held += text
+        if found and may_stop:
+            at, stop = min(found)
+            return self._held[: at + len(stop) * self._include_stop], stop
+        cut = len(self._held) - max((match.begun for match in self._matches), default=0)
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, None
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+class _Match:
+    """How far a growing text is in a stop string: constant time a character, as Knuth, Morris and Pratt have it."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.begun = 0
+        """Length of the longest end of the text that begins the stop string and is not all of it."""
+        self._borders = [0]  # the same for `stop[: i + 1]` as a text; as many as were needed so far
+
+    def push(self, char: str) -> bool:
+        """Whether the text's next character completes the stop string."""
+        matched = self._go_on(self.begun, char)
+        if matched > len(self._borders):
+            self._borders.append(self._go_on(self._borders[-1], char))
+        whole = matched == len(self.stop)
+        self.begun = self._borders[-1] if whole else matched
+        return whole
+
+    def _go_on(self, matched: int, char: str) -> int:
+        while matched and self.stop[matched] != char:
+            matched = self._borders[matched - 1]
+        return matched + (self.stop[matched] == char)

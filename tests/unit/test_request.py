@@ -1,6 +1,8 @@
 """When an answer ends and which text it shows: against the whole text, cut naively."""
 
 import random
+from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 
@@ -110,6 +112,44 @@ def test_stop_strings_that_end_before_min_tokens_do_not_count(seed):
         assert used >= least
         skipped += used > naive(BYTES, ids, **limits)[3]
     assert skipped > 100
+
+
+def test_random_stop_strings_of_a_few_letters_end_the_answer_where_the_naive_search_does():
+    rng = random.Random(7)
+    lengths = []
+    for _ in range(300):
+        stops = tuple("".join(rng.choices("aab", k=rng.randint(1, 9))) for _ in range(rng.randint(1, 4)))
+        data = "".join(rng.choices("aab", k=60)).encode()
+        cuts = sorted({0, 60, *rng.sample(range(60), 20)})
+        tokenizer = Pieces([data[a:b] for a, b in pairwise(cuts)])
+        ids, least = list(range(len(cuts) - 1)), rng.randint(0, 10)
+        limits = {"stop": stops, "max_tokens": len(ids), "min_tokens": least, "include_stop": rng.random() < 0.5}
+        shown, reason, stop, used = answer(request(tokenizer, prompt=(), **limits), ids)
+        assert ("".join(shown), reason, stop, used) == naive(tokenizer, ids, **limits)
+        lengths.append(len(stop or ""))
+    assert max(lengths) > 4
+
+
+class Counted(str):
+    """A stop string that counts the characters looked at."""
+
+    looked: ClassVar[int] = 0
+
+    def __getitem__(self, at):
+        Counted.looked += 1
+        return super().__getitem__(at)
+
+    def startswith(self, prefix, *at):
+        Counted.looked += len(prefix)
+        return super().startswith(prefix, *at)
+
+
+def test_a_long_stop_string_costs_a_few_looks_a_character():
+    Counted.looked = 0
+    ids = b"a" * 3000
+    shown, reason, stop, _ = answer(request(stop=(Counted("a" * 1023 + "b"),), max_tokens=3000), ids)
+    assert ("".join(shown), reason, stop) == ("a" * 3000, "length", None)
+    assert 3000 <= Counted.looked <= 6 * 3000
 
 
 def test_nothing_is_shown_twice_and_what_may_become_a_stop_string_is_held_back():
