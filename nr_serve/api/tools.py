@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from nr_serve.api.body import Body, JsonObject, Name, Text, whole_characters
 from nr_serve.api.responses import ToolCalled
-from nr_serve.api.structured import json_rule
+from nr_serve.api.structured import ANY_OBJECT, json_rule
 from nr_serve.errors import BadRequest
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -34,9 +34,16 @@ class FunctionDefinition(Body):
     parameters: JsonObject | None = Field(None, description="JSON schema of its arguments; default: none")
     strict: bool | None = Field(None, description="hold the arguments to the schema also where calling is free")
 
+    @field_validator("parameters")
+    @classmethod
+    def _arguments_are_an_object(cls, parameters: JsonObject | None) -> JsonObject | None:
+        if parameters is not None and parameters.get("type", "object") != "object":
+            raise ValueError("arguments are an object: the schema's `type` must be `object`")
+        return parameters
+
     def schema_rule(self) -> str:
-        """The arguments' schema as a grammar rule. Keywords that grammars cannot express are errors if `strict`."""
-        schema = _NO_PARAMETERS if self.parameters is None else self.parameters
+        """Its arguments as a rule. What a schema says beyond grammars counts only if it is `strict`."""
+        schema = _NO_PARAMETERS if self.parameters is None else ANY_OBJECT | self.parameters
         return json_rule(schema, lenient=not self.strict)
 
 

@@ -128,6 +128,15 @@ def test_the_grammar_lets_through_what_the_choice_allows(choice, parallel, good,
     assert {text: accepted(grammar, text) for text in bad} == dict.fromkeys(bad, False)
 
 
+@pytest.mark.parametrize("schema", [{}, {"properties": {"city": {"type": "string"}}}, {"anyOf": [{}, CITY]}])
+@pytest.mark.parametrize("strict", [None, True])
+def test_arguments_are_an_object_whatever_else_their_schema_allows(schema, strict):
+    function = {"name": "f", "parameters": schema, "strict": strict}
+    grammar = toolbox([Tool.model_validate({"type": "function", "function": function})], "required", None).grammar()
+    assert accepted(grammar, GOOD)
+    assert not any(accepted(grammar, tagged("f", arguments)) for arguments in (1, "x", None, [{}]))
+
+
 def test_with_a_form_an_answer_is_in_it_or_calls():
     grammar = toolbox(FREE, "auto", None).grammar(json_rule({"type": "integer"}))
     assert all(accepted(grammar, text) for text in ("12", GOOD, f"{GOOD}\n{GOOD}"))
@@ -229,6 +238,10 @@ def test_tokenize_counts_the_tools_too(server):
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": 5}}]},
+            "tools[0].function.parameters",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
             "tools[0].function.parameters",
         ),
         ({"tools": [CLOCK, CLOCK]}, "tools"),
