@@ -377,6 +377,26 @@ def test_an_unloaded_adapter_that_still_runs_is_counted_no_more():
     assert set(server.core.statistics().adapters["a"].seen) == {0}
 
 
+@pytest.mark.parametrize("how", ["replaced", "unloaded"])
+def test_the_traffic_of_the_base_name_stays_its_own_when_an_adapter_goes(how):
+    server = Server(slots=2)
+    server.load("a", server.made(1))
+    server.load("b", server.made(2))
+    asked = {"base": None, "a": ("a",)}
+    for selected, names in asked.items():
+        server.ask(selected, names, selected=selected)
+    server.step()
+    if how == "replaced":
+        server.load("a", server.made(3), replace=True, finish=False)
+    else:
+        server.adapters.unload("a")
+    assert server.core.scheduler.running[0].selection, "it holds what went"
+    rows = server.adapters.labels(server.core.scheduler.running)
+    row = server.adapters.registry.counts.row
+    assert rows == [row("base"), row("other" if how == "unloaded" else "a")]
+    server.finish()
+
+
 def gates_by_the_definition(ids, adapter):
     """Gates that fired in each layer, and their sum, in the naive model's own forward pass."""
     fired, mass = [0] * tiny.LAYERS, 0.0

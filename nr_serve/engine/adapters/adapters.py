@@ -80,12 +80,10 @@ class Adapters:
             request.selection = None
 
     def labels(self, requests: Sequence[Request]) -> list[int]:
-        """Row of the cross statistics that each request's tokens are counted in."""
-        # The label of a name that was unloaded meanwhile must not come back as a time series.
-        retired = self.registry.retired
-        names = [
-            OTHER if retired and not retired.isdisjoint(r.selection or ()) else r.submit.selected for r in requests
-        ]
+        """Rows of the cross statistics that the requests' tokens count under."""
+        # A name that was unloaded meanwhile must not come back as a time series.
+        known = [all(name in self.registry for name in r.submit.adapters or ()) for r in requests]
+        names = [r.submit.selected if each else OTHER for r, each in zip(requests, known, strict=True)]
         return [self.registry.counts.row(name) for name in names]
 
     def shares(self, fired_TS: Sequence[tuple[int, ...]], selection: Selection) -> list[dict[str, float]]:

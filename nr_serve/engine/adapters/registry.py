@@ -103,11 +103,6 @@ class Registry:
         return sum(v.requests for v in self._in_slot if v is not None and v.name == name)
 
     @property
-    def retired(self) -> set[Version]:
-        """Retired versions that still have a slot."""
-        return {v for v in self._in_slot if v is not None and v.retired}
-
-    @property
     def slots_used(self) -> int:
         """Number of slots that hold a version or are being filled."""
         return sum(v is not None for v in self._in_slot)
