@@ -131,6 +131,7 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: Text
+    cache_control: JsonObject | None = Field(None, description="not used: equal beginnings are found without it")
 
 
 _Calls = Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_CALLS)]
@@ -147,6 +148,7 @@ class Message(Body):
     tool_call_id: Text | None = Field(
         None, description="the call that a tool answers; templates may go by the order instead"
     )
+    reasoning_content: Text | None = Field(None, description="what the assistant thought before it spoke; not used")
 
     not_supported: ClassVar[NotSupported] = {"refusal": [], "audio": [], "function_call": [], "annotations": [[]]}
 
@@ -163,6 +165,8 @@ class Message(Body):
     def _fields_belong_to_the_role(self) -> Self:
         if self.tool_calls and self.role != "assistant":
             raise ValueError("`tool_calls` are the assistant's alone")
+        if self.reasoning_content and self.role != "assistant":
+            raise ValueError("`reasoning_content` is the assistant's alone")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise ValueError("`tool_call_id` is required of a tool, and only allowed there")
         if self.content is None and not self.tool_calls:

@@ -109,6 +109,7 @@ class ToolCall(Body):
     id: Text
     type: Literal["function"]
     function: FunctionCall
+    index: int | None = Field(None, description="as streams give it; not used")
 
     def plain(self) -> dict[str, Any]:
         """The call in the form that chat templates take."""

@@ -223,6 +223,28 @@ def test_calls_and_answers_of_tools_reach_the_template(server):
     assert bytes(server.asked().prompt_ids).decode() == f"[user]hi[assistant]{[plain]}[tool]12:00"
 
 
+def test_what_clients_send_back_of_earlier_answers_is_taken_and_changes_nothing(server):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    part = {"type": "text", "text": "hi"}
+    plain = [
+        {"role": "user", "content": [part]},
+        {"role": "assistant", "content": "a", "tool_calls": [call]},
+        {"role": "tool", "content": "b", "tool_call_id": "c"},
+    ]
+    echoed = [
+        plain[0] | {"content": [part | {"cache_control": {"type": "ephemeral"}}], "reasoning_content": None},
+        plain[1] | {"tool_calls": [call | {"index": 0}], "reasoning_content": "Hm."},
+        plain[2],
+    ]
+    prompts = []
+    for messages in (plain, echoed):
+        assert server.chat(messages=messages, max_tokens=1).status_code == 200
+        prompts.append(server.asked().prompt_ids)
+    assert prompts[0] == prompts[1]
+    error = server.chat(messages=[{"role": "user", "content": "hi", "reasoning_content": "Hm."}]).json()["error"]
+    assert (error["code"], error["param"]) == (400, "messages[0].reasoning_content")
+
+
 def test_tokenize_counts_the_tools_too(server):
     body = {"messages": [{"role": "user", "content": "hi"}], "tools": [CLOCK]}
     assert bytes(server.http.post("/tokenize", json=body).json()["tokens"]).decode() == f"{FORM}clock;[user]hi"
