@@ -61,6 +61,7 @@ class Core:
             max_running=config.max_running,
             max_batch_tokens=config.max_batch_tokens,
             admit=adapters.admit,
+            delays=adapters.delays,
             reuse=Reuse(pool, adapters.registry.attachments) if runner.recalls_pages else None,
         )
         self._runner = runner
@@ -217,6 +218,7 @@ class Core:
         outputs = []
         for request, error in schedule.refused:
             del self._requests[request.id]
+            self._adapters.release(request)
             outputs.append(Output(request.id, finish_reason="error", error=error))
         if isinstance(results, NrError):
             return outputs + [self._fail(piece.request, results) for piece in pieces]

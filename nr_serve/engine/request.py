@@ -44,7 +44,7 @@ class Request:
     started: float | None = None
     """`time.monotonic()` when it was first admitted; None while it waits."""
     overtaken: int = 0
-    """Requests admitted before this one while it waited for a slot."""
+    """Requests admitted before it that hold a slot for which it waits."""
     selection: Selection | None = None
     """Fixed at the first attempt to admit it, even if it must then wait for pages; kept over preemptions."""
     prompt_logprobs: list[TopLogprobs] = field(default_factory=list)

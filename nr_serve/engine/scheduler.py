@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -23,8 +23,8 @@ from nr_serve.engine.messages import PrefixTokens
 from nr_serve.engine.request import Request, TopLogprobs
 from nr_serve.errors import NrError
 
-MAX_OVERTAKEN = 64  # requests that may be admitted before one that waits for a slot
-_FEW_DECODES = 8  # with more decodes than this, prompts get less of the budget, down to a quarter
+MAX_OVERTAKEN = 64  # requests that may hold a slot longer for which one before them waits
+_FEW_DECODES = 8  # beside more of them, prompts get less of a step, down to a quarter
 
 
 class Admit(Protocol):
@@ -86,9 +86,19 @@ class Scheduler:
     """Owns the queue, the running requests, their pages and their rows."""
 
     def __init__(
-        self, pool: PagePool, *, max_running: int, max_batch_tokens: int, admit: Admit, reuse: Reuse | None = None
+        self,
+        pool: PagePool,
+        *,
+        max_running: int,
+        max_batch_tokens: int,
+        admit: Admit,
+        delays: Callable[[Request], bool] = lambda request: False,
+        reuse: Reuse | None = None,
     ) -> None:
-        """Without `reuse`, nothing is taken from the prefix cache: every request computes all its tokens."""
+        """`delays`: whether a request would hold a slot that another waits for.
+
+        Without `reuse` every request computes all its tokens.
+        """
         self.pool = pool
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -97,6 +107,7 @@ class Scheduler:
         self._max_running = max_running
         self._max_batch_tokens = max(max_batch_tokens, max_running)
         self._admit = admit
+        self._delays = delays
         self._reuse = reuse
 
     def add(self, request: Request) -> None:
@@ -174,7 +185,9 @@ class Scheduler:
         for request in list(self.waiting):
             if budget <= 0 or not self._rows:
                 break
-            if blocked is not None and not _may_overtake(request, blocked):
+            # Preempted requests may hold the very slot that is waited for: they must go on.
+            delays = request.selection is None and self._delays(request)
+            if blocked is not None and delays and blocked.overtaken >= MAX_OVERTAKEN:
                 continue
             try:
                 admitted = self._admit(request, may_copy=blocked is None)
@@ -188,7 +201,7 @@ class Scheduler:
             if not self._start(request):
                 break
             if blocked is not None:
-                blocked.overtaken += 1
+                blocked.overtaken += delays
             pieces.append(self._chunk(request, budget))
             budget -= pieces[-1].count
         return refused
@@ -218,13 +231,3 @@ class Scheduler:
         assert request.row is not None
         self._rows.append(request.row)
         request.row = None
-
-
-def _may_overtake(request: Request, blocked: Request) -> bool:
-    """Whether `request` may be admitted before `blocked`, which waits for a slot for its adapters.
-
-    A request for the base alone needs no slot, and a preempted request may hold the very slot that is waited for.
-    Other requests may keep slots busy, so at most MAX_OVERTAKEN of them go first: `blocked` must get its turn.
-    """
-    needs_no_slot = request.submit.adapters == () or request.selection is not None
-    return needs_no_slot or blocked.overtaken < MAX_OVERTAKEN

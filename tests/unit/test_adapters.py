@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from nr_serve.engine.adapters.gate_counts import GateCounts
+from nr_serve.engine.scheduler import MAX_OVERTAKEN
 from nr_serve.errors import BadAdapterFile, BadRequest, Conflict, NotFound, Unavailable
 from nr_serve.neutral import math
 from tests import tiny
@@ -155,6 +156,93 @@ def test_the_selection_of_the_base_name_is_what_is_attached_when_it_is_admitted(
     server.finish()
     assert server.tokens["one"] == server.expected(a)
     assert server.tokens["two"] == server.expected(a, b) != server.expected(a)
+
+
+MANY = MAX_OVERTAKEN + 10
+
+
+def ended_beside(server, running: str) -> set[str]:
+    """Requests that end before one that runs does."""
+    while running not in server.ended:
+        server.step()
+    return server.ended.keys() - {running}
+
+
+@pytest.mark.parametrize("asked", ["the base's name", "an adapter that stays"])
+def test_one_that_waits_for_a_slot_delays_no_request_that_can_do_without_it(asked):
+    server = Server(slots=2)
+    made = {name: server.made(i) for i, name in enumerate("abc")}
+    server.load("a", made["a"])
+    server.load("b", made["b"])
+    server.ask("long", tokens=8 * ANSWER)
+    server.step()
+    server.ask("used last", ("b",), tokens=1)
+    server.step()
+    server.load("c", made["c"])
+    server.ask("waits", ("c",))
+    for i in range(MANY):
+        server.ask(str(i), None if asked == "the base's name" else ("b",), tokens=1)
+    server.step()
+    _, *others = server.core.scheduler.running
+    assert {v.name for each in others for v in each.selection} == {"b"}, "the slot of a is waited for"
+    assert ended_beside(server, "long") == {"used last", *map(str, range(MANY))}
+    server.finish()
+    assert server.tokens["waits"] == server.expected(made["c"])
+    assert server.answer("all") == server.expected(made["b"], made["c"])
+
+
+def test_a_slot_that_is_waited_for_is_held_by_so_many_more_requests_that_name_its_adapter():
+    server = Server(slots=1)
+    server.load("a", server.made(1))
+    server.ask("long", ("a",), tokens=8 * ANSWER)
+    server.step()
+    b = server.made(2)
+    server.load("b", b)
+    server.ask("waits", ("b",))
+    for i in range(MANY):
+        server.ask(str(i), ("a",), tokens=1)
+    assert ended_beside(server, "long") == set(map(str, range(MAX_OVERTAKEN)))
+    server.finish()
+    assert server.tokens["waits"] == server.expected(b)
+
+
+def test_a_replaced_version_that_still_runs_delays_the_next_one_and_nobody_else():
+    server = Server(slots=1)
+    new = server.made(2)
+    server.load("a", server.made(1))
+    server.ask("long", ("a",), tokens=8 * ANSWER)
+    server.step()
+    server.load("a", new, replace=True)
+    server.ask("waits", ("a",))
+    for i in range(MANY):
+        server.ask(str(i), tokens=1)
+    assert ended_beside(server, "long") == set(map(str, range(MANY)))
+    server.finish()
+    assert server.tokens["waits"] == server.expected(new)
+
+
+@pytest.mark.parametrize("how", ["aborted", "its adapter unloaded", "pinned"])
+def test_once_nobody_waits_for_its_slot_the_base_name_selects_an_adapter_again(how):
+    server = Server(slots=1)
+    a = server.made(1)
+    server.load("a", a)
+    server.ask("long", tokens=8 * ANSWER)
+    server.step()
+    server.load("b", server.made(2))
+    server.ask("waits", ("b",))
+    server.step()
+    if how == "aborted":
+        server.core.abort("waits")
+    elif how == "pinned":
+        server.patch("a", pinned=True)
+    else:
+        server.adapters.unload("b")
+    server.step()
+    server.ask("next")
+    server.step()
+    assert "long" not in server.ended
+    server.finish()
+    assert server.tokens["next"] == server.expected(a)
 
 
 @pytest.mark.parametrize("case", ["name taken", "too wide", "threshold", "name taken meanwhile"])

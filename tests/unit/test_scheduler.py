@@ -17,6 +17,11 @@ def request(arrival: int, prompt: int, answer: int = 1, *, priority=0, adapters=
     return Request(submit=submit, eos_ids=frozenset(), seed=0, text=None, arrival=arrival)
 
 
+def names_any(request: Request) -> bool:
+    """As if every adapter's slot were waited for."""
+    return bool(request.submit.adapters)
+
+
 def admit_all(request: Request, *, may_copy: bool = True) -> bool:
     request.selection = ()
     return True
@@ -74,7 +79,11 @@ class Traffic:
         self.budget = rng.choice([3, 9, 16, 50])
         self.slots = Slots(rng, 2)
         self.scheduler = Scheduler(
-            self.pool, max_running=self.max_running, max_batch_tokens=self.budget, admit=self.slots
+            self.pool,
+            max_running=self.max_running,
+            max_batch_tokens=self.budget,
+            admit=self.slots,
+            delays=names_any,
         )
         self.arrivals = 0
         self.alive: set[Request] = set()
@@ -303,7 +312,7 @@ def test_a_request_that_waits_for_a_slot_is_overtaken_so_often_and_then_by_those
         return "a" not in (request.submit.adapters or ()) and admit_all(request)
 
     waiting = {"1"}
-    scheduler = Scheduler(PagePool(500, 2), max_running=200, max_batch_tokens=400, admit=admit)
+    scheduler = Scheduler(PagePool(500, 2), max_running=200, max_batch_tokens=400, admit=admit, delays=names_any)
     scheduler.add(request(1, 1, adapters=("a",)))
     for i in range(2, MAX_OVERTAKEN + 10):
         scheduler.add(request(i, 1, adapters=("b",)))
@@ -317,7 +326,7 @@ def test_whoever_waits_for_a_slot_longest_counts_those_that_go_before_it():
     def admit(request: Request, *, may_copy: bool) -> bool:
         return "a" not in request.submit.adapters and admit_all(request)
 
-    scheduler = Scheduler(PagePool(500, 2), max_running=200, max_batch_tokens=400, admit=admit)
+    scheduler = Scheduler(PagePool(500, 2), max_running=200, max_batch_tokens=400, admit=admit, delays=names_any)
     first, second = request(1, 1, adapters=("a",)), request(2, 1, adapters=("a",))
     for each in (first, second, *(request(i, 1, adapters=("b",)) for i in range(3, 43))):
         scheduler.add(each)
@@ -334,7 +343,7 @@ def test_preempted_requests_overtake_one_that_waits_for_a_slot():
     def admit(request: Request, *, may_copy: bool) -> bool:
         return request.id not in blocked and admit_all(request)
 
-    scheduler = Scheduler(PagePool(5, 2), max_running=4, max_batch_tokens=20, admit=admit)
+    scheduler = Scheduler(PagePool(5, 2), max_running=4, max_batch_tokens=20, admit=admit, delays=names_any)
     holder, victim = request(1, 5, 9), request(4, 4, 9, adapters=("c",))
     scheduler.add(holder)
     scheduler.add(victim)

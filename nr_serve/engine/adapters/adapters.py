@@ -39,6 +39,7 @@ class Adapters:
         self.registry = Registry(bank)
         self._watch = Watch(self._canary, self.registry.attachments)
         self._changes = Changes(self.registry, self._canary, self._watch, self.view, self._reject_served)
+        self._waits: Request | None = None  # for slots that are in use
         self._changed_itself = False
         self._loads_failed = 0
 
@@ -55,16 +56,15 @@ class Adapters:
     def admit(self, request: Request, *, may_copy: bool) -> bool:
         """Fix the request's selection and hold it; False while some of its adapters are not attached.
 
-        With `may_copy`, missing adapters start to be attached.
+        With `may_copy` what is missing is set about to be attached, or others are to leave their slots for it.
 
         Raises NotFound if a name is gone, Unavailable if pinned adapters leave too few slots for the selection.
         """
         selection = request.selection
         if selection is None:
             selection = self.registry.resolve(request.submit.adapters)
-        for version in selection:
-            if may_copy and version.slot is None and not self._changes.attach(version, beside=selection):
-                self._check_room(selection)
+        if may_copy:
+            self._attach(request, selection)
         if not all(version.attached for version in selection):
             return False
         if request.selection is None:
@@ -72,8 +72,15 @@ class Adapters:
             self.registry.hold(selection)
         return True
 
+    def delays(self, request: Request) -> bool:
+        """Whether it names an adapter whose slot another request waits for."""
+        return any(v.name in (request.submit.adapters or ()) and not v.retired for v in self.registry.leaving)
+
     def release(self, request: Request) -> None:
-        """The request ended: release its versions, so that they may leave their slots."""
+        """The request ended, wherever it was: its versions may leave their slots."""
+        if request is self._waits:
+            self._waits = None
+            self.registry.leaving.clear()
         if request.selection is not None:
             self.registry.release(request.selection)
             self._changes.fill()
@@ -220,6 +227,14 @@ class Adapters:
             neutrality=self._canary.report(version),
             measuring=self._watch.measuring(version),
         )
+
+    def _attach(self, request: Request, selection: Selection) -> None:
+        missing = [v for v in selection if v.slot is None and not self._changes.attach(v, beside=selection)]
+        if missing:
+            self._check_room(selection)
+        if missing or request is self._waits:
+            self._waits = request if missing else None
+            self.registry.make_room(len(missing), selection)
 
     def _try_in_background(self, probe: Probe, result: Result) -> None:
         measurement = probe.measurement

@@ -71,6 +71,8 @@ class Registry:
         self.slots = bank.slots
         self.attachments = Attachments()
         self.counts = GateCounts(bank, self)
+        self.leaving: set[Version] = set()
+        """Versions whose slots are waited for: the base's name does not select them."""
         self._bank = bank
         self._by_name: dict[str, Version] = {}
         self._in_slot: list[Version | None] = [None] * bank.slots
@@ -89,9 +91,9 @@ class Registry:
         return self._by_name[name]
 
     def resolve(self, names: Sequence[str] | None) -> Selection:
-        """The versions a request asks for: those named, or (None) every attached one. Raises NotFound."""
+        """The versions meant by a request: those named, or (None) all attached ones that stay. Raises NotFound."""
         if names is None:
-            return tuple(v for v in self._by_name.values() if v.attached)
+            return tuple(v for v in self._by_name.values() if v.attached and v not in self.leaving)
         return tuple(self.get(name) for name in dict.fromkeys(names))
 
     def in_slot(self, slot: int) -> Version | None:
@@ -142,6 +144,14 @@ class Registry:
             return free
         idle = [v for v in self._in_slot if v and v.attached and not (v.pinned or v.in_use or v in beside)]
         return min(idle, key=lambda v: v.used).slot if idle else None
+
+    def make_room(self, slots: int, beside: Selection) -> None:
+        """So many versions are to leave their slots: those that do already, then the least recently used."""
+        may_leave = [
+            v for v in self._in_slot if v and (v.retired or (v.attached and not v.pinned and v not in beside))
+        ]
+        may_leave.sort(key=lambda v: (not v.retired, v not in self.leaving, v.used))
+        self.leaving = set(may_leave[:slots])
 
     def place(self, version: Version, slot: int) -> Iterator[None]:
         """Copy `version` into a slot from `find_slot`; its weights are complete once the iterator is exhausted.
@@ -220,5 +230,6 @@ class Registry:
         self.counts.read()
         self._in_slot[slot] = None
         version.slot, version.attached = None, False
+        self.leaving.discard(version)
         self._bank.detach(slot)
         self.attachments.remove(slot)
