@@ -17,9 +17,11 @@ from nr_serve.engine.guide import Guide
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.errors import BadRequest
 
-DEFAULT_MAX_TOKENS = 16  # as in OpenAI's API, for completions
-MAX_REPORTED = 2**20
-"""Most log probabilities and gates in one response; each takes about 300 bytes until it is sent."""
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
+MAX_REPORTED = 2**18
+"""Log probabilities and gates in one response; each takes some 300 bytes until it is sent."""
+LARGE_REPORT = 2**10
+"""Of them; writing fewer takes a few ms."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,15 @@ class Ask:
     """Number of answers per prompt that are generated."""
     prompts: tuple[Prompt, ...]
     submits: tuple[Submit, ...]
+    reported: int
+    """Log probabilities and gates that the response may hold."""
     calls_tools: bool = False
     """Whether an answer may call tools."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its response may take long to write."""
+        return self.reported > LARGE_REPORT
 
     @property
     def prompt_tokens(self) -> int:
@@ -115,7 +124,7 @@ def _ask(
     tries: int,
     guide: Guide | None,
 ) -> Ask:
-    _check_report(prompts, sampling, body.gates, tries)
+    reported = _count_report(prompts, sampling, body.gates, tries)
     name = f"{kind}-{uuid.uuid4().hex}"
     selected = selection_name(context, adapters)
     submits = tuple(
@@ -134,7 +143,7 @@ def _ask(
         )
         for i in range(len(prompts) * tries)
     )
-    return Ask(name, body.model, body.n, tries, prompts, submits)
+    return Ask(name, body.model, body.n, tries, prompts, submits, reported)
 
 
 def _tries(body: CompletionBody) -> int:
@@ -230,8 +239,8 @@ def _check_logprobs(context: Context, body: GenerationBody) -> None:
             raise BadRequest(f"{name}: at most {most} are given here", param=name)
 
 
-def _check_report(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, tries: int) -> None:
-    """Refuse a request whose reports on all tokens would take too much memory."""
+def _count_report(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, tries: int) -> int:
+    """Entries to report, of every token of every answer. Raises BadRequest if memory would not hold them."""
     prompt_k, answer_k = (0 if k is None else k + 1 for k in (sampling.prompt_logprobs, sampling.logprobs))
     of_prompts = (prompt_k + gates) * sum(len(prompt.ids) for prompt in prompts)
     of_answers = (answer_k + gates) * sampling.max_tokens * len(prompts)
@@ -242,6 +251,7 @@ def _check_report(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, 
             "ask for fewer answers, tokens or logprobs",
             param="logprobs",
         )
+    return entries
 
 
 def check_size(context: Context, text: str, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +32,9 @@ class Context:
     texts: Worker = field(init=False)
     """Thread for tokenising, so that a long prompt does not hold up running streams."""
     grammars: Worker = field(init=False)
-    """Thread for compiling grammars, so that prompts without a grammar do not wait for it."""
+    """Compiles grammars, so that other prompts do not wait for one."""
+    reports: Worker = field(init=False)
+    """Writes large answers, so that running streams do not wait."""
     token_bytes: int = field(init=False)
     """Upper bound of the bytes of text that one token stands for."""
 
@@ -41,6 +44,7 @@ class Context:
         # Each caller may have as many jobs waiting for each thread as requests for the model.
         self.texts = Worker("nr-text", self.config.max_waiting)
         self.grammars = Worker("nr-guide", self.config.max_waiting)
+        self.reports = Worker("nr-report", sys.maxsize)  # what was computed is not refused any more
 
     @property
     def ready(self) -> bool:
@@ -52,10 +56,16 @@ class Context:
         async with self.texts.turn("texts wait to be tokenised"):
             return await self.texts.run(work)
 
+    async def report(self, work: Callable[[], T]) -> T:
+        """Run the writing of a large answer on its thread."""
+        async with self.reports.turn("large answers wait to be written"):
+            return await self.reports.run(work)
+
     def stop_threads(self) -> None:
         """Start no further work on the threads."""
         self.texts.stop()
         self.grammars.stop()
+        self.reports.stop()
 
 
 def _context(request: Request) -> Context:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
@@ -25,7 +26,7 @@ from nr_serve.api.schemas import (
     TokenizeBody,
 )
 from nr_serve.api.selection import check_model, model_card, model_cards
-from nr_serve.api.sse import EventStream, while_connected
+from nr_serve.api.sse import EventStream, large_event, while_connected
 from nr_serve.api.tools import toolbox
 from nr_serve.engine.messages import Output
 from nr_serve.errors import BadRequest
@@ -103,7 +104,7 @@ async def _respond(
         # Wait for the first output before the response begins, so that a refusal still becomes an HTTP status.
         first = await while_connected(request, anext(outputs))
         options = body.stream_options or StreamOptions()
-        chunks = _chunks(ask, writers, around, options, _chain(first, outputs))
+        chunks = _chunks(context, ask, writers, around, options, _chain(first, outputs))
         return EventStream(chunks, outputs)
     async with aclosing(outputs):
         ended = await while_connected(request, collect(ask, outputs))
@@ -111,7 +112,11 @@ async def _respond(
     for output in ended:
         tally.count(output)
     kept = [writer.parts(output)[0] for writer, output in zip(writers, best(ask, ended), strict=True)]
-    return Json(whole({**around, "usage": tally.usage()}, writers, kept))
+
+    def write() -> Json[A]:
+        return Json(whole({**around, "usage": tally.usage()}, writers, kept))
+
+    return await context.report(write) if ask.is_large else write()
 
 
 async def _chain(first: Output, rest: AsyncGenerator[Output, None]) -> AsyncGenerator[Output, None]:
@@ -122,12 +127,13 @@ async def _chain(first: Output, rest: AsyncGenerator[Output, None]) -> AsyncGene
 
 
 async def _chunks(
+    context: Context,
     ask: Ask,
     writers: Sequence[Writer],
     envelope: Envelope,
     options: StreamOptions,
     outputs: AsyncGenerator[Output, None],
-) -> AsyncGenerator[Chunk, None]:
+) -> AsyncGenerator[Chunk | bytes, None]:
     tally = Tally(ask)
     place = {submit.request_id: i for i, submit in enumerate(ask.submits)}
 
@@ -145,9 +151,17 @@ async def _chunks(
             tally.count(output)
             writer = writers[place[output.request_id]]
             for part in filter(writer.shows, writer.parts(output)):
-                yield writer.chunk(around(), part)
+                write = partial(writer.chunk, around(), part)
+                if part.prompt is not None and ask.is_large:
+                    yield await context.report(partial(_large_event, write))
+                else:
+                    yield write()
     if options.include_usage:
         yield writers[0].closing(around(last=True))
+
+
+def _large_event(write: Callable[[], Chunk]) -> bytes:
+    return large_event(write())
 
 
 def _tokens(context: Context, body: TokenizeBody) -> tuple[list[int], list[str] | None]:

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
+from nr_serve.api.encode import in_parts
 from nr_serve.api.responses import ChatChunk, ChatCompletion, Completion, Detokenized, ErrorAnswer, Tokens
 from nr_serve.api.sse import DONE, event
 from nr_serve.errors import (
@@ -40,6 +41,12 @@ class Json(JSONResponse, Generic[F]):
 
     def __init__(self, body: F, status: int = 200) -> None:
         super().__init__(body, status)
+
+    def render(self, content: Any) -> bytes:
+        """The body; what may be large in it is written in parts."""
+        if isinstance(content, dict) and "choices" in content:
+            return in_parts(content, ensure_ascii=False, allow_nan=False)
+        return super().render(content)
 
 
 class AnswerRoute(APIRoute):

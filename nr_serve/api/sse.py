@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from nr_serve.api.encode import in_parts
 from nr_serve.api.errors import error_body
 from nr_serve.errors import NrError
 
@@ -24,12 +25,20 @@ def event(body: Body) -> bytes:
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
+def large_event(body: Body) -> bytes:
+    """The same of a large body."""
+    return b"data: " + in_parts(body) + b"\n\n"
+
+
 class EventStream(Response):
-    """Sends `bodies` as events; at the end, or when the client goes away, closes `bodies` and `source`."""
+    """Sends `bodies` as events; at the end, or when the client goes away, closes them and their `source`.
+
+    What is bytes in them is an event already.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, bodies: AsyncGenerator[Body, None], source: AsyncGenerator[Any, None]) -> None:
+    def __init__(self, bodies: AsyncGenerator[Body | bytes, None], source: AsyncGenerator[Any, None]) -> None:
         self._bodies = bodies
         self._source = source
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -50,7 +59,8 @@ class EventStream(Response):
         last = DONE
         try:
             async for body in self._bodies:
-                await send({"type": "http.response.body", "body": event(body), "more_body": True})
+                data = body if isinstance(body, bytes) else event(body)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         except NrError as error:
             last = event(error_body(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})

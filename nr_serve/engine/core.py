@@ -247,9 +247,11 @@ class Core:
             return self._fail(request, result.error)
         gates = self._adapters.shares(result.fired, request.selection or ())
         _add_prompt_report(piece, result, gates)
+        if request.reports_prompt:
+            self._write_prompt_tokens(piece)
         if not piece.samples:
             return None
-        prompt = self._prompt_tokens(request) if request.reports_prompt and not request.generated else None
+        prompt = tuple(request.prompt_tokens) if request.reports_prompt and not request.generated else None
         tokens: tuple[Token, ...] = ()
         if result.token is not None:
             tokens = (self._token(result.token, result.logprob, gates[-1] if gates else None),)
@@ -269,12 +271,14 @@ class Core:
             cached_tokens=request.cached_tokens,
         )
 
-    def _prompt_tokens(self, request: Request) -> tuple[Token, ...]:
-        ids = request.submit.prompt_ids
-        # The first token has no log probability: nothing came before it.
-        logprobs = [None, *request.prompt_logprobs] if request.prompt_logprobs else [None] * len(ids)
-        gates: Sequence[Gates | None] = request.prompt_gates or [None] * len(ids)
-        return tuple(self._token(i, p, g) for i, p, g in zip(ids, logprobs, gates, strict=True))
+    def _write_prompt_tokens(self, piece: Piece) -> None:
+        """Those that are known by now: all of a long prompt in one step would hold up the others."""
+        request = piece.request
+        ids, logprobs, gates = request.submit.prompt_ids, request.prompt_logprobs, request.prompt_gates
+        for i in range(len(request.prompt_tokens), min(piece.start + piece.count, len(ids))):
+            # The first token has no log probability: nothing came before it.
+            logprob = logprobs[i - 1] if 0 < i <= len(logprobs) else None
+            request.prompt_tokens.append(self._token(ids[i], logprob, gates[i] if i < len(gates) else None))
 
     def _token(self, token_id: int, logprob: TopLogprobs | None, gates: Gates | None) -> Token:
         text = self._tokenizer.token_text

@@ -9,7 +9,7 @@ from typing import Any
 from nr_serve.engine.adapters.registry import Selection
 from nr_serve.engine.cache.prefix import Chain
 from nr_serve.engine.guide import Progress
-from nr_serve.engine.messages import FinishReason, Sampling, Submit
+from nr_serve.engine.messages import FinishReason, Sampling, Submit, Token
 from nr_serve.tokenizer import Detokenizer
 
 Gates = Mapping[str, float]
@@ -50,7 +50,9 @@ class Request:
     prompt_logprobs: list[TopLogprobs] = field(default_factory=list)
     """Log probabilities of the prompt's tokens, from the second on, as far as computed."""
     prompt_gates: list[Gates] = field(default_factory=list)
-    """Gates of the prompt's tokens, as far as computed."""
+    """Of the prompt's tokens, as far as computed."""
+    prompt_tokens: list[Token] = field(default_factory=list)
+    """The prompt's tokens with both, as far as computed, if they are part of the answer."""
     progress: Progress | None = None
     """Position of the answer in its guide's grammar; None without a guide."""
 
