@@ -161,7 +161,7 @@ class SecuritySettings(BaseModel):
         None, gt=0, description="requests a key may send in a minute; further ones get 429 (default: no limit)"
     )
     key_requests_at_once: int | None = Field(
-        None, ge=1, description="requests a key may have under way; further ones get 429 (default: no limit)"
+        None, ge=1, description="answers a key may have under way; further ones get 429 (default: no limit)"
     )
     allowed_host: Texts = Field(
         [],

@@ -15,7 +15,7 @@ from nr_serve.api.body_route import BodyRoute
 from nr_serve.api.chat import ChatWriter, chat_completion
 from nr_serve.api.completions import CompletionWriter, completion
 from nr_serve.api.context import Context, Ctx
-from nr_serve.api.openapi import CHAT_EVENTS, COMPLETION_EVENTS, Json, streamed
+from nr_serve.api.openapi import CHAT_EVENTS, COMPLETION_EVENTS, Json, refusals, streamed
 from nr_serve.api.responses import ChatCompletion, Completion, Detokenized, Envelope, Model, ModelList, Tokens
 from nr_serve.api.schemas import (
     ChatBody,
@@ -29,7 +29,7 @@ from nr_serve.api.selection import check_model, model_card, model_cards
 from nr_serve.api.sse import EventStream, large_event, while_connected
 from nr_serve.api.tools import toolbox
 from nr_serve.engine.messages import Output
-from nr_serve.errors import BadRequest
+from nr_serve.errors import BadRequest, Forbidden
 
 W = TypeVar("W", bound=Writer)
 A = TypeVar("A", Completion, ChatCompletion)
@@ -39,20 +39,22 @@ FOR_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message")
 """Fields of a /tokenize body that apply to `messages` only."""
 
 
-@router.post("/v1/completions", responses=streamed(COMPLETION_EVENTS))
+@router.post("/v1/completions", responses=streamed(COMPLETION_EVENTS) | refusals(Forbidden))
 async def create_completion(context: Ctx, request: Request, body: CompletionBody) -> Json[Completion] | EventStream:
     """Continue a text, or several."""
+    _check_priority(request, body)
     ask = await while_connected(request, completion_ask(context, body))
     choices = range(len(ask.prompts) * ask.n)
     writers = [CompletionWriter(context.tokenizer, body, ask.prompt(i), i) for i in choices]
     return await _respond(context, request, body, ask, writers, completion)
 
 
-@router.post("/v1/chat/completions", responses=streamed(CHAT_EVENTS))
+@router.post("/v1/chat/completions", responses=streamed(CHAT_EVENTS) | refusals(Forbidden))
 async def create_chat_completion(
     context: Ctx, request: Request, body: ChatBody
 ) -> Json[ChatCompletion] | EventStream:
     """Answer a conversation."""
+    _check_priority(request, body)
     ask = await while_connected(request, chat_ask(context, body))
     writers = [
         ChatWriter(context.tokenizer, body, ask.prompt(i), i, calls_tools=ask.calls_tools) for i in range(ask.n)
@@ -90,6 +92,13 @@ async def detokenize(context: Ctx, body: DetokenizeBody) -> Json[Detokenized]:
     return Json({"prompt": text})
 
 
+def _check_priority(request: Request, body: GenerationBody) -> None:
+    if body.priority < 0 and not request.state.admin:
+        raise Forbidden(
+            "`priority` below 0, ahead of others, needs an admin key; 0 and above is free", param="priority"
+        )
+
+
 async def _respond(
     context: Context,
     request: Request,
@@ -98,6 +107,7 @@ async def _respond(
     writers: Sequence[W],
     whole: Callable[[Envelope, Sequence[W], Sequence[Output]], A],
 ) -> Json[A] | EventStream:
+    request.state.take_answers(len(ask.submits))
     around = envelope(ask, body, context.engine.info.fingerprint)
     outputs = context.engine.generate(ask.submits)
     if body.stream:

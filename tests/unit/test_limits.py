@@ -110,6 +110,32 @@ def test_a_key_has_only_so_many_requests_under_way():
         assert served.complete().status_code == 200, "what was refused is under way no more"
 
 
+def test_a_request_for_several_answers_counts_as_so_many():
+    with serving(key_requests_at_once=3) as served, ThreadPoolExecutor() as threads:
+        served.engine.steps_may_run.clear()
+        waiting = threads.submit(served.complete, prompt=["a", "b"])
+        until(lambda: len(served.engine.submits) == 2)
+        assert served.complete(n=2).status_code == served.chat(n=2).status_code == 429
+        assert served.complete(n=4).status_code == 400, "it could never be answered"
+        assert len(served.engine.submits) == 2
+        served.engine.steps_may_run.set()
+        assert waiting.result(PATIENCE).status_code == 200
+        assert served.complete(prompt=["a", "b", "c"]).status_code == served.chat(n=3).status_code == 200
+
+
+@pytest.mark.parametrize(("secret", "status"), [("user", 403), ("root", 200)])
+@pytest.mark.parametrize("asked", ["complete", "chat"])
+def test_only_an_admin_goes_ahead_of_others(asked, secret, status):
+    with serving(api_key="user", admin_key="root") as served:
+        served.http.headers["authorization"] = f"Bearer {secret}"
+        ask = getattr(served, asked)
+        answer = ask(priority=-1)
+        assert answer.status_code == status
+        if status == 403:
+            assert answer.json()["error"]["param"] == "priority"
+        assert ask(priority=0).status_code == ask(priority=1).status_code == 200
+
+
 def test_each_key_has_requests_under_way_of_its_own():
     may_end = asyncio.Event()
 

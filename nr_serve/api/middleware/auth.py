@@ -13,7 +13,10 @@ from nr_serve.keys import Key, Keys
 
 
 class KeyCheck:
-    """ASGI middleware that checks keys; puts the request's key, or None, in `scope["state"]["key"]`."""
+    """ASGI middleware; leaves the request's key, or None, in `scope["state"]["key"]`.
+
+    And in `"admin"` whether it may do what an admin key may.
+    """
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app = app
@@ -30,7 +33,8 @@ class KeyCheck:
         if error is not None:
             await error_response(error)(scope, receive, send)
             return
-        scope.setdefault("state", {})["key"] = key
+        admin = not self._keys.guards_changes or (key is not None and key.role == "admin")
+        scope.setdefault("state", {}).update(key=key, admin=admin)
         CALLER.set(_address(scope) if key is None else key.name)
         await self._app(scope, receive, send)
 

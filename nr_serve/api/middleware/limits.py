@@ -66,7 +66,8 @@ def _announced(scope: Scope) -> int:
 class KeyLimits:
     """ASGI middleware that refuses requests to the model beyond a key's limits.
 
-    All callers without a key share one set of limits.
+    A request counts as one answer until its route calls `scope["state"]["take_answers"]` with their number.
+    All who ask without a key share one set of limits.
     """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, now: Callable[[], float] = time.monotonic) -> None:
@@ -88,16 +89,33 @@ class KeyLimits:
         if error is not None:
             await error_response(error)(scope, receive, send)
             return
-        self._under_way[name] += 1
+        taken = 1
+
+        def take_answers(answers: int) -> None:
+            """Raises BadRequest if the key may never have so many, RateLimited if others must end before."""
+            nonlocal taken
+            most = self._most(key)
+            if most is not None and answers > most:
+                raise BadRequest(f"this asks for {answers} answers; this key may have {most} under way")
+            if most is not None and self._under_way[name] - taken + answers > most:
+                raise _too_many(most)
+            self._under_way[name] += answers - taken
+            taken = answers
+
+        scope["state"]["take_answers"] = take_answers
+        self._under_way[name] += taken
         try:
             await self._app(scope, receive, send)
         finally:
-            self._under_way[name] -= 1
+            self._under_way[name] -= taken
+
+    def _most(self, key: Key | None) -> int | None:
+        return (key and key.requests_at_once) or self._at_once
 
     def _refusal(self, name: str, key: Key | None) -> RateLimited | None:
-        at_once = (key and key.requests_at_once) or self._at_once
-        if at_once is not None and self._under_way[name] >= at_once:
-            return RateLimited(f"this key may have {at_once} requests under way; wait for one to end")
+        most = self._most(key)
+        if most is not None and self._under_way[name] >= most:
+            return _too_many(most)
         per_minute = (key and key.requests_per_minute) or self._per_minute
         if per_minute is None:
             return None
@@ -106,6 +124,10 @@ class KeyLimits:
             return None
         message = f"this key may send {per_minute:g} requests a minute"
         return RateLimited(message, retry_after_s=math.ceil(wait_s))
+
+
+def _too_many(most: int) -> RateLimited:
+    return RateLimited(f"this key may have {most} answers under way; wait for one to end")
 
 
 class TokenBucket:
