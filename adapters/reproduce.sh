@@ -24,12 +24,10 @@ for domain in "${domains[@]}"; do
     [ -e "$out/$domain/$domain.safetensors" ] ||
         nr-serve train "$here/$domain/recipe.toml" --corpus "$corpus" --out "$out/$domain" --resume "${changes[@]}"
 done
-# To live together: Danish at a higher threshold; Slovak's gates fitted once more beside the others, whose blocks move
-# what they read.
+# To live together: Slovak's gates are fitted once more beside the others, whose blocks move what they read.
 together=$out/together
 mkdir -p "$together"
-cp "$out/hu/hu.safetensors" "$out/bio/bio.safetensors" "$together"
-nr-serve export-adapter "$out/da" "$together/da.safetensors" --threshold 0.75
+cp "$out"/{hu/hu,da/da,bio/bio}.safetensors "$together"
 [ -e "$together/sk.safetensors" ] ||
     nr-serve calibrate "$out/sk/sk.safetensors" --corpus "$corpus" --out "$together/sk.safetensors" \
         --set background_percentile=99.5 \

@@ -342,7 +342,6 @@ def test_a_runner_on_a_cpu_needs_no_triton():
         sys.modules["triton"] = None  # as if it were not installed
         from nr_serve.config import ServeConfig
         from nr_serve.engine.model.runner import Runner
-from nr_serve.engine.model.warm_up import warm_up
         from tests import tiny
         runner = Runner(tiny.model(), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
         assert runner.graphs is None
