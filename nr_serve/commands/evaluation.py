@@ -24,6 +24,9 @@ class Evaluate(Command):
     source: list[str] = Field(["*.heldout.txt"], description="which of its files to measure on; may be repeated")
     text_field: str = Field("text", min_length=1, description="the field of JSONL lines that holds a document")
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type the base computes in; bfloat16 takes half the memory, and is less exact"
+    )
     window: int = Field(256, ge=8, le=1_000_000, description="tokens read at once")
     windows: int = Field(32, ge=1, description="most windows per source")
     interference: bool = Field(
@@ -89,6 +92,7 @@ def evaluate(command: Evaluate) -> int:
         command.corpus,
         command.source,
         read_tasks(command.tasks, command.limit),
+        dtype=command.dtype,
         window=command.window,
         windows=command.windows,
         attach="alone" if command.alone else "both" if command.interference else "all",

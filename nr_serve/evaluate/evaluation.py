@@ -126,13 +126,15 @@ def evaluate(
     *,
     window: int,
     windows: int,
+    dtype: str = "float32",
     text_field: str = "text",
     attach: Attach = "all",
     near: Mapping[str, Sequence[str]],
     stretch: int | None = None,
 ) -> Evaluation:
-    """Measure the adapters in `files` on the base `model`; missing files are reported before anything is measured.
+    """Measure the adapters in `files` on the base `model`, held in `dtype`.
 
+    Missing files are reported before anything is measured.
     The text is up to `windows` windows of `window` tokens from each file of `corpus` that matches one of the globs
     `sources`; a document of JSON lines is in the field `text_field`. With `attach` "both", `near` names, for a
     language, its close relatives, which are summarised apart. `stretch`: tokens between switches of language, if
@@ -144,7 +146,7 @@ def evaluate(
         )
     if corpus is not None:
         find_sources(corpus, sources, text_field)  # a wrong name is reported before the base is loaded
-    hosted = load(files, model)
+    hosted = load(files, model, dtype)
     report, disturbed, alone, switching = None, None, {}, {}
     if corpus is not None:
         read = partial(read_heldout, corpus, sources, hosted.base.tokenizer, text_field=text_field)

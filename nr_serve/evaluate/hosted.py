@@ -34,10 +34,10 @@ class Hosted:
         self.attached.adapters = [self._modules[name] for name in names]
 
 
-def load(files: Sequence[Path], base: str) -> Hosted:
-    """Load a base, and adapters for it, on a GPU if there is one. An adapter has its file's name.
+def load(files: Sequence[Path], base: str, dtype: str = "float32") -> Hosted:
+    """Load a base in `dtype`, and adapters for it, on a GPU if there is one. An adapter has its file's name.
 
     Raises BadRequest if two have the same name, UnsupportedBase, BadAdapterFile for a file that does not fit.
     """
-    frozen = load_base(base, device=best_device())
+    frozen = load_base(base, dtype, best_device())
     return Hosted(frozen, read_adapters(files, frozen))

@@ -90,6 +90,16 @@ def test_json_is_one_document_with_the_tasks_in_it(place, tmp_path, capsys):
     assert "CHANGE" in capsys.readouterr().out
 
 
+def test_a_base_in_bfloat16_gives_nearly_the_same_losses(place, capsys):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        assert run(place, "--json", "--dtype", dtype, "--source", "hu.*.txt") == 0
+        [measured] = json.loads(capsys.readouterr().out)["sources"].values()
+        losses[dtype] = (measured["before"], measured["after"])
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"] != losses["float32"]
+
+
 def test_documents_of_json_lines_are_in_the_field_that_is_named(place, capsys):
     losses = []
     for flags in (["--source", "hu.*.txt"], ["--source", "hu.*.jsonl", "--text-field", "body"]):
