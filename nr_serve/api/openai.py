@@ -15,7 +15,7 @@ from nr_serve.api.body_route import BodyRoute
 from nr_serve.api.chat import ChatWriter, chat_completion
 from nr_serve.api.completions import CompletionWriter, completion
 from nr_serve.api.context import Context, Ctx
-from nr_serve.api.openapi import CHAT_EVENTS, COMPLETION_EVENTS, Json, refusals, streamed
+from nr_serve.api.openapi import CHAT_EVENTS, COMPLETION_EVENTS, Json, LargeJson, refusals, streamed
 from nr_serve.api.responses import ChatCompletion, Completion, Detokenized, Envelope, Model, ModelList, Tokens
 from nr_serve.api.schemas import (
     ChatBody,
@@ -123,10 +123,10 @@ async def _respond(
         tally.count(output)
     kept = [writer.parts(output)[0] for writer, output in zip(writers, best(ask, ended), strict=True)]
 
-    def write() -> Json[A]:
-        return Json(whole({**around, "usage": tally.usage()}, writers, kept))
+    def write() -> A:
+        return whole({**around, "usage": tally.usage()}, writers, kept)
 
-    return await context.report(write) if ask.is_large else write()
+    return await context.report(lambda: LargeJson(write())) if ask.is_large else Json(write())
 
 
 async def _chain(first: Output, rest: AsyncGenerator[Output, None]) -> AsyncGenerator[Output, None]:

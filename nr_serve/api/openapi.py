@@ -42,11 +42,13 @@ class Json(JSONResponse, Generic[F]):
     def __init__(self, body: F, status: int = 200) -> None:
         super().__init__(body, status)
 
+
+class LargeJson(Json[F]):
+    """The same for an answer that may be large: it is written in parts."""
+
     def render(self, content: Any) -> bytes:
-        """The body; what may be large in it is written in parts."""
-        if isinstance(content, dict) and "choices" in content:
-            return in_parts(content, ensure_ascii=False, allow_nan=False)
-        return super().render(content)
+        """The body, as `Json` writes it."""
+        return in_parts(content, ensure_ascii=False, allow_nan=False)
 
 
 class AnswerRoute(APIRoute):
