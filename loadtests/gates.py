@@ -45,6 +45,7 @@ from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gates import Fitter
 from nr_serve.train.recipe import Blocks, Gate
 from nr_serve.train.solvers import SOLVERS
+from nr_serve.train.text.lead_in import GateText
 from nr_serve.train.text.pack import Windows
 
 _say = partial(say, "gates")
@@ -113,7 +114,7 @@ Shares = dict[str, float]
 def fit(stream: Stream, text: Text, plan: Plan, setting: Setting, ridge: float, layer: int) -> Shares:
     """What one layer's gate does on held-out text, fitted as training fits it."""
     rows = {name: text.fit[name].rows for name in [plan.target, *plan.fitted(setting.background)]}
-    classes = {name: stream.windows.take(each) for name, each in rows.items()}
+    classes = {name: GateText.whole(stream.windows.take(each)) for name, each in rows.items()}
     adapter = AdapterModule.fresh([int(i == layer) for i in range(layer + 1)], stream.d, setting.carry, seed=0)
     p = setting.percentile
     gate = Gate(init=setting.solver, percentile=p, background_percentile=p, ridge=ridge)

@@ -38,6 +38,11 @@ class Evaluate(Command):
     near: list[str] = Field(
         [], description="LANGUAGE=RELATIVE, such as nb=da: sum up text in a close relative apart; may be repeated"
     )
+    chat: bool = Field(
+        False,
+        description="put each window in the base's chat template: a tenth of it as the user's words, the rest as "
+        "the assistant's; the template's own tokens are measured too",
+    )
     switches: bool = Field(
         False,
         description="also measure how fast each adapter's gates open and shut where a text switches language",
@@ -59,6 +64,7 @@ NEEDS = {
     "windows": "corpus",
     "interference": "corpus",
     "alone": "corpus",
+    "chat": "corpus",
     "card": "corpus",
     "plots": "corpus",
     "switches": "corpus",
@@ -72,6 +78,9 @@ NEEDS = {
 
 ALL_ATTACHED = ("interference", "card", "tasks")
 """Flags that measure all adapters attached together, which `alone` does not do."""
+
+WHOLE_TEXTS = ("card", "markdown")
+"""Flags that write pages on plain text, which `chat` does not measure."""
 
 PACKAGES = {"plots": "matplotlib", "tasks": "lm_eval"}
 """Flag -> the package it needs, in addition to what every command needs."""
@@ -98,6 +107,7 @@ def evaluate(command: Evaluate) -> int:
         attach="alone" if command.alone else "both" if command.interference else "all",
         text_field=command.text_field,
         near=near,
+        chat=command.chat,
         stretch=command.stretch if command.switches else None,
     )
     if command.json_:
@@ -131,6 +141,9 @@ def _check(command: Evaluate) -> None:
             raise BadRequest(
                 f"{spelled(flag)} is of all adapters attached: it does not go with --alone", param=flag
             )
+    for flag in WHOLE_TEXTS:
+        if command.chat and getattr(command, flag):
+            raise BadRequest(f"{spelled(flag)} is of plain text: it does not go with --chat", param=flag)
     for page in (command.card, command.markdown):
         if page is not None:
             check_file(page)

@@ -29,6 +29,8 @@ from nr_serve.evaluate.tables import (
 from nr_serve.evaluate.tasks import Example, TaskScores, score_tasks
 from nr_serve.evaluate.variants import variant_rows
 from nr_serve.train.text import read_heldout
+from nr_serve.train.text.frames import find_frames
+from nr_serve.train.text.lead_in import in_chat
 from nr_serve.train.text.sources import find_sources
 
 Attach = Literal["all", "alone", "both"]
@@ -57,11 +59,15 @@ class Evaluation:
     """Results on text with one adapter attached, by the adapter's name."""
     switched: SwitchReport | None
     tasks: Mapping[str, TaskScores]
+    chat: bool
+    """Whether the text was put in the base's chat template."""
 
     def document(self) -> dict[str, Any]:
         """All results as plain values, for JSON."""
         text = self.interference or self.report
         document: dict[str, Any] = {"adapters": self.hosted.versions} if text is None else text.document()
+        if self.chat:
+            document |= {"chat": True}
         if self.alone:
             document |= {"alone": {name: report.document() for name, report in self.alone.items()}}
         if self.switched is not None:
@@ -130,6 +136,7 @@ def evaluate(
     text_field: str = "text",
     attach: Attach = "all",
     near: Mapping[str, Sequence[str]],
+    chat: bool = False,
     stretch: int | None = None,
 ) -> Evaluation:
     """Measure the adapters in `files` on the base `model`, held in `dtype`.
@@ -137,8 +144,8 @@ def evaluate(
     Missing files are reported before anything is measured.
     The text is up to `windows` windows of `window` tokens from each file of `corpus` that matches one of the globs
     `sources`; a document of JSON lines is in the field `text_field`. With `attach` "both", `near` names, for a
-    language, its close relatives, which are summarised apart. `stretch`: tokens between switches of language, if
-    switches are measured.
+    language, its close relatives, which are summarised apart. `chat`: put each window in the base's chat template.
+    `stretch`: tokens between switches of language, if switches are measured.
     """
     if near and attach != "both":
         raise BadRequest(
@@ -153,6 +160,9 @@ def evaluate(
         if stretch is not None:
             switching = switch_texts(hosted, read(stretch, SUPPLY * windows), windows)
         texts = read(window, windows)
+        if chat:
+            frames = find_frames(hosted.base.tokenizer, chat=True)
+            texts = {name: in_chat(text, frames) for name, text in texts.items()}
         if attach == "alone":
             alone = each_alone(hosted, texts)
         elif attach == "all":
@@ -161,4 +171,4 @@ def evaluate(
             disturbed = interference(hosted, texts, near)
             report = disturbed.report
     switched = switches(hosted, switching) if switching else None
-    return Evaluation(hosted, report, disturbed, alone, switched, score_tasks(hosted, tasks))
+    return Evaluation(hosted, report, disturbed, alone, switched, score_tasks(hosted, tasks), chat)

@@ -19,7 +19,7 @@ from nr_serve.train.gates import FittedGates, LayerFit, fit_gates, gate_classes
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.text.mix import Classes
 
-GATE_FORMAT = 8
+GATE_FORMAT = 9
 """Increased when the fit or the file format changes, so that files of another format are never read."""
 
 
@@ -57,8 +57,12 @@ def fit_once(base: FrozenBase, attached: Attached, classes: Classes, recipe: Rec
         "gate": gate.model_dump(exclude={"threshold", "refit"}),
         "carry": adapter.carry,
         "layers": sorted(adapter.layers),
-        "classes": {name: list(windows.ids_NT.shape) for name, windows in read.items()},
-        "text": digest(tensor for windows in read.values() for tensor in (windows.ids_NT, windows.offset_NT)),
+        "classes": {name: list(text.windows.ids_NT.shape) for name, text in read.items()},
+        "text": digest(
+            tensor
+            for text in read.values()
+            for tensor in (text.windows.ids_NT, text.windows.offset_NT, text.own_NT)
+        ),
         "original": sorted(classes.original),
         "base": base.fingerprint,
         "dtype": recipe.run.dtype,

@@ -25,8 +25,9 @@ from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.measure import evaluating
 from nr_serve.train.recipe import Gate
 from nr_serve.train.solvers import SOLVERS
-from nr_serve.train.text.mix import Classes
-from nr_serve.train.text.pack import Windows, join
+from nr_serve.train.text.lead_in import GateText, led_into
+from nr_serve.train.text.mix import CHAT, Classes
+from nr_serve.train.text.pack import join
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ class Fitter:
     """Fits the gates of one adapter while a forward pass over all classes runs.
 
     The first half of a class's windows fits the gates, the second half calibrates them: a threshold set on the
-    fitted text would be too low. In the fit a token is weighted by its evidence; the calibration uses carried
-    logits as in serving.
+    fitted text would be too low. In the fit a token is weighted by the evidence of its class: the part of its carry
+    that is of the class's own tokens. The calibration uses carried logits as in serving. Tokens that only lead into
+    a class's own text take no part.
 
     Once a trained block of a lower layer acts on tokens of other classes, those tokens are left out: the block has
     moved them among the target's tokens, so a gate that stays shut on them would have to stay shut on the target.
@@ -89,22 +91,25 @@ class Fitter:
     def __init__(
         self,
         adapter: AdapterModule,
-        classes: Mapping[str, Windows],
+        classes: Mapping[str, GateText],
         target: str,
         gate: Gate,
         original: Collection[str] = (),
     ) -> None:
         self.adapter, self.target, self.gate, self.original = adapter, target, gate, original
-        self.windows = join(classes.values()).to(next(adapter.parameters()).device)
+        device = next(adapter.parameters()).device
+        self.windows = join(text.windows for text in classes.values()).to(device)
         self.offset_NT = self.windows.offset_NT
         self.names = list(classes)
-        device, length = self.offset_NT.device, self.offset_NT.shape[1]
-        per_window = torch.cat([torch.full((len(c),), i, device=device) for i, c in enumerate(classes.values())])
+        length, counts = self.offset_NT.shape[1], [len(text.windows) for text in classes.values()]
+        per_window = torch.cat([torch.full((count,), i, device=device) for i, count in enumerate(counts)])
         # Not every other window, which is often of the same document as the one before.
-        fits = torch.cat([torch.arange(len(c), device=device) < (len(c) + 1) // 2 for c in classes.values()])
+        fits = torch.cat([torch.arange(count, device=device) < (count + 1) // 2 for count in counts])
         self.class_T = per_window.repeat_interleave(length)
         self.evidence_T = evidence(self.offset_NT, adapter.carry).flatten()
-        told_T = self.evidence_T > 0
+        own_NT = torch.cat([text.own_NT for text in classes.values()]).to(device)
+        self.own_T = evidence(own_NT, adapter.carry).flatten()
+        told_T = self.own_T > 0
         self.fits_T = told_T & fits.repeat_interleave(length)
         self.checks_T = told_T & ~fits.repeat_interleave(length)
         self.target_T = self.class_T == self.names.index(self.target)
@@ -135,7 +140,7 @@ class Fitter:
 
     def _weights(self, fits_T: Tensor) -> Tensor:
         """Weight of each token: `gate.target_weight` for the target, the rest shared equally by other classes."""
-        told_T = self.evidence_T.double()
+        told_T = self.own_T.double()
         counts = torch.bincount(self.class_T[fits_T], told_T[fits_T], minlength=len(self.names))
         share = torch.full_like(counts, (1 - self.gate.target_weight) / (len(self.names) - 1))
         share[self.names.index(self.target)] = self.gate.target_weight
@@ -168,13 +173,16 @@ def _set(module: BlockModule, w_d: Tensor, b: Tensor) -> None:
         module.bias.copy_(b)
 
 
-def gate_classes(classes: Classes, tokens: int) -> dict[str, Windows]:
-    """About `tokens` tokens of every class, but four times as many of the target, which faces all the others."""
+def gate_classes(classes: Classes, tokens: int) -> dict[str, GateText]:
+    """About `tokens` tokens of every class, but four times as many of the target, which faces all the others.
+
+    Half of the target's windows are led into (see `lead_in`): a gate must open there too.
+    """
     count = max(2, tokens // classes.target.ids_NT.shape[1])
-    others = dict(classes.original) | dict(classes.background)
-    return {"target": classes.target.spread(4 * count)} | {
-        name: each.spread(count) for name, each in others.items()
-    }
+    others = {name: each.spread(count) for name, each in (*classes.original.items(), *classes.background.items())}
+    pages = {name: others[name] for name in classes.original if name != CHAT}
+    target = led_into(classes.target.spread(4 * count), pages, classes.frames)
+    return {"target": target} | {name: GateText.whole(each) for name, each in others.items()}
 
 
 def refit_gates(model: Any, attached: Attached, classes: Classes, gate: Gate) -> FittedGates:
@@ -189,7 +197,7 @@ def refit_gates(model: Any, attached: Attached, classes: Classes, gate: Gate) ->
 def fit_gates(
     model: Any,
     attached: Attached,
-    classes: Mapping[str, Windows],
+    classes: Mapping[str, GateText],
     gate: Gate,
     *,
     original: Collection[str] = (),

@@ -80,7 +80,8 @@ class Data(_Section):
     )
     chat: bool = Field(
         default=True,
-        description="Also keep the gates shut on original text wrapped in the base's chat template, if it has one.",
+        description="Also fit the gates to text in the base's chat template, if it has one: shut on original text, "
+        "open on the target.",
     )
 
     @model_validator(mode="after")

@@ -130,6 +130,23 @@ def test_switches_are_printed_put_in_the_json_and_drawn(place, tmp_path, capsys)
     assert 0 < switch["windows"] <= 2
 
 
+def test_text_in_the_chat_template_is_measured_as_such(place, capsys):
+    """Equal to the plain measurement of a file that holds the same tokens, as the naive rendering gives them."""
+    words = (place / "corpus" / "hu.a.heldout.txt").read_text().replace("\n", "")[:74]
+    (place / "chat").mkdir()
+    (place / "chat" / "hu.a.heldout.txt").write_text(words)
+    (place / "rendered").mkdir()
+    (place / "rendered" / "hu.a.heldout.txt").write_text(f"<user>{words[:7]}\n<assistant>{words[7:]}"[:74])
+    losses = []
+    for folder, flags in (("chat", ["--chat"]), ("rendered", [])):
+        more = ["--corpus", place / folder, "--window", "74", "--json", *flags]
+        assert run(place, *more, files=("hu",)) == 0
+        read = json.loads(capsys.readouterr().out)
+        assert read.get("chat", False) == bool(flags)
+        losses.append(read["sources"]["hu.a"])
+    assert losses[0] == losses[1]
+
+
 def test_each_alone_is_measured_as_if_the_others_were_not_there(place, tmp_path, capsys):
     alone = {}
     for name in ("hu", "da"):
@@ -157,6 +174,9 @@ def test_each_alone_is_measured_as_if_the_others_were_not_there(place, tmp_path,
         (["--alone", "--tasks", "x.jsonl"], "--tasks is of all adapters attached"),
         (["--near", "nb=da"], "--near does nothing without --interference"),
         (["--markdown", "x.md"], "--markdown does nothing without --interference"),
+        (["--chat", "--card", "x.md"], "--card is of plain text: it does not go with --chat"),
+        (["--chat", "--interference", "--markdown", "x.md"], "--markdown is of plain text"),
+        (["--chat"], "the chat template takes more than half of 16 tokens"),
         (["--stretch", "16"], "--stretch does nothing without --switches"),
         (["--switches"], "no source of what da learned"),
         (["--source", "*.jsonl", "--text-field", "text"], "b.heldout.jsonl, line 1 has no field 'text'"),

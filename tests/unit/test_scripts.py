@@ -21,6 +21,7 @@ from nr_serve.train.measure import measure
 from nr_serve.train.recipe import BadRecipe, Gate
 from nr_serve.train.run import train
 from nr_serve.train.text import read_classes
+from nr_serve.train.text.lead_in import GateText
 from nr_serve.train.text.pack import Windows
 from tests import tiny
 from tests.fakes import serving
@@ -139,8 +140,8 @@ def test_the_gate_study_finds_what_the_gates_of_training_find(base, languages, t
     for init, percentile in (("closed-form", 90), ("logistic", 80)):
         frozen = load_base(str(base))  # hosted once
         attached = Attached(frozen.model, [AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, 0.5, seed=0)])
-        fitted = {"target": windows.take(text.fit["hu"].rows)}
-        fitted |= {n: windows.take(text.fit[n].rows) for n in plan.fitted(2)}
+        fitted = {"target": GateText.whole(windows.take(text.fit["hu"].rows))}
+        fitted |= {n: GateText.whole(windows.take(text.fit[n].rows)) for n in plan.fitted(2)}
         gate = Gate(init=init, percentile=percentile, background_percentile=percentile)
         fit_gates(frozen.model, attached, fitted, gate)
         held = {n: windows.take(each.rows) for n, each in text.report.items()}

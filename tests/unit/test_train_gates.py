@@ -12,7 +12,9 @@ from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.gates import FittedGates, Fitter, LayerFit, causal_mean, evidence, fit_gates, gate_classes
 from nr_serve.train.recipe import Gate
 from nr_serve.train.solvers import CHUNK_TOKENS, SOLVERS, solve_logistic, solve_ridge
-from nr_serve.train.text.mix import Classes
+from nr_serve.train.text.frames import Chat, Frames
+from nr_serve.train.text.lead_in import GateText, led_into
+from nr_serve.train.text.mix import CHAT, Classes
 from nr_serve.train.text.pack import Windows
 from tests import tiny
 
@@ -27,6 +29,10 @@ def classes(count: int = 60, length: int = 16) -> dict[str, Windows]:
         ids = torch.where(torch.rand(count, length, generator=g) < 0.8, own, any_)
         made[name] = Windows(ids, torch.arange(length).expand(count, length) % 8)
     return made
+
+
+def plain_texts(named: dict[str, Windows]) -> dict[str, GateText]:
+    return {name: GateText.whole(windows) for name, windows in named.items()}
 
 
 def second_half(windows: Windows) -> Windows:
@@ -103,7 +109,7 @@ def test_original_and_background_text_have_percentiles_of_their_own(init):
     model = tiny.model()
     adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
     gate = Gate(init=init, percentile=99.0, background_percentile=70.0)
-    report = fit_gates(model, Attached(model, [adapter]), classes(), gate, original=("en",)).report
+    report = fit_gates(model, Attached(model, [adapter]), plain_texts(classes()), gate, original=("en",)).report
     for fit in report.values():
         assert fit.misfired["en"] <= 5 / 420  # a percentile lies between two of so many tokens
         assert fit.misfired["da"] <= 0.301
@@ -149,7 +155,7 @@ def test_fitted_gates_hold_the_percentile_and_find_the_target():
     attached = Attached(model, [adapter])
     named = classes()
     gate = Gate(percentile=95.0, background_percentile=95.0)
-    report = fit_gates(model, attached, named, gate).report
+    report = fit_gates(model, attached, plain_texts(named), gate).report
     for name, windows in named.items():
         checked = second_half(windows)
         record = attached.begin(checked.offset_NT)
@@ -171,7 +177,7 @@ def test_above_a_trained_block_the_percentile_is_of_the_tokens_it_does_not_act_o
         adapter.layer(i).w_out.data.normal_(generator=torch.Generator().manual_seed(i))
     attached = Attached(model, [adapter])
     gate = Gate(percentile=90.0, background_percentile=90.0)
-    report = fit_gates(model, attached, named, gate).report
+    report = fit_gates(model, attached, plain_texts(named), gate).report
 
     moved, opened = {name: torch.zeros(0) for name in named}, {name: [] for name in named}
     for name, windows in named.items():
@@ -204,7 +210,7 @@ def test_tokens_on_which_a_trained_block_acts_take_no_further_part_but_for_the_t
     adapter.threshold = 0.1
     if trained:
         adapter.layer(0).w_out.data[3, 5] = 1.0
-    fitter = Fitter(adapter, classes(), "target", Gate(percentile=90.0, background_percentile=90.0))
+    fitter = Fitter(adapter, plain_texts(classes()), "target", Gate(percentile=90.0, background_percentile=90.0))
     x_Td = torch.randn(len(fitter.class_T), tiny.D, generator=torch.Generator().manual_seed(0))
     x_Td[fitter.target_T, 0] += 2.0
     fitter.fit(0, x_Td)
@@ -216,7 +222,7 @@ def test_tokens_on_which_a_trained_block_acts_take_no_further_part_but_for_the_t
 def test_classes_that_lower_blocks_have_moved_as_a_whole_have_no_say():
     named = classes()
     adapter = AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0)
-    fitter = Fitter(adapter, named, "target", Gate(percentile=90.0, background_percentile=90.0))
+    fitter = Fitter(adapter, plain_texts(named), "target", Gate(percentile=90.0, background_percentile=90.0))
     fitter.moved_T = fitter.class_T == 2
     x_Td = torch.randn(len(fitter.class_T), tiny.D, generator=torch.Generator().manual_seed(0))
     x_Td[fitter.target_T | fitter.moved_T, 0] += 6.0  # da looks like the target: with a say it would shut the gate
@@ -226,7 +232,7 @@ def test_classes_that_lower_blocks_have_moved_as_a_whole_have_no_say():
 
 
 def test_with_all_other_tokens_moved_a_gate_opens_on_the_whole_target():
-    fitter = Fitter(AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0), classes(), "target", Gate())
+    fitter = Fitter(AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0), plain_texts(classes()), "target", Gate())
     fitter.moved_T = ~fitter.target_T
     fitter.fit(0, torch.randn(len(fitter.class_T), tiny.D, generator=torch.Generator().manual_seed(0)))
     assert fitter.report[0].found == 1
@@ -235,7 +241,7 @@ def test_with_all_other_tokens_moved_a_gate_opens_on_the_whole_target():
 
 def test_a_gate_that_finds_nothing_is_finite_and_kept_unless_more_is_asked_for():
     adapter = AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0)
-    fitter = Fitter(adapter, classes(), "target", Gate(min_found=0.0))
+    fitter = Fitter(adapter, plain_texts(classes()), "target", Gate(min_found=0.0))
     x_Td = torch.randn(len(fitter.class_T), tiny.D, generator=torch.Generator().manual_seed(0))
     x_Td[fitter.target_T & fitter.fits_T, 0] += 9.0
     x_Td[fitter.target_T & fitter.checks_T, 0] -= 9.0
@@ -255,7 +261,7 @@ def test_the_carried_logit_averages_the_steepness_where_it_opens_on_the_target(g
     adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
     seen = {}
     attached = Attached(model, [adapter])
-    fit_gates(model, attached, named, gate)
+    fit_gates(model, attached, plain_texts(named), gate)
     checked = second_half(named["target"])
 
     def look(layer, x):
@@ -273,21 +279,42 @@ def test_the_carried_logit_averages_the_steepness_where_it_opens_on_the_target(g
 def test_a_fit_reads_so_many_tokens_of_each_class_and_four_times_that_of_the_target(tokens, windows):
     named = classes()
     read = gate_classes(Classes(named["target"], {"en": named["en"]}, {"da": named["da"]}), tokens)
-    assert {name: len(each) for name, each in read.items()} == {
+    assert {name: len(each.windows) for name, each in read.items()} == {
         "target": min(4 * windows, 60),
         "en": windows,
         "da": windows,
     }
     for name, each in read.items():
-        places = [i * 60 // len(each) for i in range(len(each))]
-        assert torch.equal(each.ids_NT, named[name].ids_NT[places]), "they are spread over the text"
+        count = len(each.windows)
+        places = [i * 60 // count for i in range(count)]
+        expected = named[name].take(places)  # they are spread over the text
+        if name == "target":
+            given = led_into(expected, {"en": named["en"].spread(windows)}, Frames())
+        else:
+            given = GateText.whole(expected)
+        assert torch.equal(each.windows.ids_NT, given.windows.ids_NT)
+        assert torch.equal(each.windows.offset_NT, given.windows.offset_NT)
+        assert torch.equal(each.own_NT, given.own_NT)
+
+
+def test_only_plain_original_text_leads_into_the_target_and_chats_do_if_the_base_has_them():
+    rows = torch.arange(12).view(3, 4)
+    named = {"target": rows, "en": rows + 100, CHAT: rows + 200, "da": rows + 300}
+    target, en, chat, da = (Windows(ids, torch.arange(4).expand(3, 4)) for ids in named.values())
+    read = gate_classes(
+        Classes(target, {"en": en, CHAT: chat}, {"da": da}, frames=Frames((), Chat((50,), (51,)))), 4
+    )
+    led = read["target"].windows.ids_NT
+    assert led[0].tolist() == [0, 1, 2, 3]
+    assert 100 <= led[1, 0] < 112
+    assert led[1, 1:].tolist() == [4, 5, 6]
 
 
 @pytest.mark.parametrize("init", list(SOLVERS))
 def test_a_gates_direction_is_that_of_the_first_half_alone(init):
     named = classes()
     adapters = [AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0) for _ in range(3)]
-    fitters = [Fitter(adapter, named, "target", Gate(init=init)) for adapter in adapters]
+    fitters = [Fitter(adapter, plain_texts(named), "target", Gate(init=init)) for adapter in adapters]
     length = named["target"].ids_NT.shape[1]
     second_T = torch.cat([torch.arange(len(c)) >= len(c) // 2 for c in named.values()]).repeat_interleave(length)
     x_Td = torch.randn(len(second_T), tiny.D, generator=torch.Generator().manual_seed(0))
@@ -304,7 +331,7 @@ def test_a_gates_direction_is_that_of_the_first_half_alone(init):
 def test_a_layer_without_a_block_gets_no_gate():
     model = tiny.model()
     adapter = AdapterModule.fresh([16, 0, 16], tiny.D, carry=0.5, seed=0)
-    fitted = fit_gates(model, Attached(model, [adapter]), classes(), Gate())
+    fitted = fit_gates(model, Attached(model, [adapter]), plain_texts(classes()), Gate())
     assert list(fitted.report) == [0, 2]
     assert set(fitted.gates) == {f"layers.{i}.{name}" for i in (0, 2) for name in ("gate", "bias")}
 
@@ -313,7 +340,7 @@ def test_layers_that_find_too_little_get_no_block():
     model = tiny.model()
     adapter = AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)
     attached = Attached(model, [adapter])
-    report = fit_gates(model, attached, classes(), Gate(min_found=0.999)).report
+    report = fit_gates(model, attached, plain_texts(classes()), Gate(min_found=0.999)).report
     kept = [i for i in range(tiny.LAYERS) if adapter.layer(i) is not None]
     assert kept == [i for i in range(tiny.LAYERS) if report[i].found >= 0.999]
     assert len(kept) < tiny.LAYERS
@@ -324,10 +351,55 @@ def test_classes_weigh_the_same_however_much_text_they_have_and_their_tokens_by_
     named = classes()
     named["en"] = named["en"].take(slice(8))
     for carry in (0.0, 0.7):
-        fitter = Fitter(AdapterModule.fresh([16], 4, carry, 0), named, "target", Gate(target_weight=0.5))
+        fitter = Fitter(
+            AdapterModule.fresh([16], 4, carry, 0), plain_texts(named), "target", Gate(target_weight=0.5)
+        )
         weight = fitter._weights(fitter.fits_T)[fitter.fits_T]
         of = fitter.class_T[fitter.fits_T]
         assert [float(weight[of == i].sum()) for i in range(3)] == pytest.approx([0.5, 0.25, 0.25])
         e = evidence(fitter.offset_NT.flatten()[fitter.fits_T], carry).double()
         for i in range(3):
             assert torch.allclose(weight[of == i] * e[of == i].sum(), e[of == i] * weight[of == i].sum())
+
+
+def test_tokens_that_lead_into_the_target_take_no_part_but_in_the_carry():
+    """Two fits that differ in what led into the target alone: equal without a carry, different with one."""
+    named = classes()
+    text = plain_texts(named) | {"target": led_into(named["target"], {"en": named["en"]}, Frames())}
+    for carry, same in ((0.0, True), (0.5, False)):
+        directions = []
+        for lead in (0.0, 5.0):
+            adapter = AdapterModule.fresh([16], tiny.D, carry, seed=0)
+            fitter = Fitter(adapter, text, "target", Gate())
+            x_Td = torch.randn(len(fitter.class_T), tiny.D, generator=torch.Generator().manual_seed(0))
+            x_Td[fitter.target_T, 0] += 1.0
+            leads_T = (torch.cat([each.own_NT for each in text.values()]) == 0).flatten()
+            x_Td[leads_T & fitter.target_T, 1] += lead
+            fitter.fit(0, x_Td)
+            directions.append(adapter.layer(0).gate.detach().clone())
+        assert torch.equal(*directions) == same
+
+
+@pytest.mark.parametrize("init", list(SOLVERS))
+def test_gates_open_after_other_text_too_if_the_fit_read_such_text(init):
+    """A stream that tells the target by one feature in whole texts, and by another after original text."""
+    named = classes(length=32)
+    led = led_into(named["target"], {"en": named["en"]}, Frames())
+    own_T, after_T = led.own_NT.flatten(), torch.zeros(led.own_NT.numel(), dtype=torch.bool)
+    after_T.view_as(led.own_NT)[1::2] = True
+    found = {}
+    for name, target in {"whole": GateText.whole(named["target"]), "led into": led}.items():
+        adapter = AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0)
+        fitter = Fitter(adapter, plain_texts(named) | {"target": target}, "target", Gate(init=init))
+        x_Td = torch.randn(len(fitter.class_T), tiny.D, generator=torch.Generator().manual_seed(0))
+        stream_Td = x_Td[: len(own_T)].clone()  # of the text that is led into
+        stream_Td[after_T & (own_T > 0), 1] += 6.0
+        stream_Td[~after_T, 0] += 6.0
+        whole_Td = x_Td[: len(own_T)].clone()
+        whole_Td[:, 0] += 6.0
+        x_Td[: len(own_T)] = stream_Td if name == "led into" else whole_Td
+        fitter.fit(0, x_Td)
+        m_T = adapter.layer(0).carried(stream_Td, led.windows.offset_NT.flatten(), 0.5)
+        found[name] = float((m_T > 0)[after_T & (own_T > 3)].float().mean())
+    assert found["whole"] < 0.2
+    assert found["led into"] > 0.9

@@ -15,7 +15,11 @@ from torch import Tensor
 
 from nr_serve.train.digest import digest
 from nr_serve.train.recipe import BadRecipe, Run
+from nr_serve.train.text.frames import Frames
 from nr_serve.train.text.pack import Windows, join
+
+CHAT = "chat"
+"""The class of original text in the base's chat template."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Classes:
     background: Mapping[str, Windows]
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     """The 8-grams of each class's text (see `overlap`), including `target`, int64 [G]."""
+    frames: Frames = field(default_factory=Frames)
+    """What the base's tokenizer puts around text; no chat if the recipe leaves chat out."""
 
     def digest(self, heldout: Mapping[str, Windows] | None = None) -> str:
         """16 hex digits that identify this text, its documents and each class's role.

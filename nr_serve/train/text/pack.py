@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.train.text import overlap
+from nr_serve.train.text.frames import beginning
 
 BATCH_DOCUMENTS = 256
 NEAR = 32
@@ -84,7 +85,7 @@ def pack(
     """
     order = list(documents)
     random.Random(seed).shuffle(order)
-    beginning = _beginning(tokenizer)
+    first = beginning(tokenizer)
     ids, starts = array("i"), array("q")  # 4 bytes per token; a list of ints would take ten times as much
     used = 0
     while used < len(order) and (limit is None or len(ids) < limit):
@@ -94,7 +95,7 @@ def pack(
             while at < len(tokens):
                 starts.append(len(ids))
                 if at:
-                    ids.extend(beginning)
+                    ids.extend(first)
                 room = window - len(ids) % window
                 ids.extend(tokens[at : at + room])
                 at = _next_word(words, at + room)
@@ -102,13 +103,6 @@ def pack(
     count = (len(ids) if limit is None else min(limit, len(ids))) // window
     ids_NT = torch.from_numpy(np.array(ids[: count * window], np.int64)).view(count, window)
     return Packed(Windows(ids_NT, _offsets(starts, count, window)), overlap.grams(order[:used]))
-
-
-def _beginning(tokenizer: Any) -> list[int]:
-    """The special tokens, such as BOS, that the tokenizer begins every text with."""
-    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer("a")["input_ids"]
-    return whole[: whole.index(plain[0])]
 
 
 def _next_word(words: Sequence[int | None], at: int) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nr_serve.train.documents import PIECE_CHARACTERS
 from nr_serve.train.recipe import BadRecipe, Data, Run
-from nr_serve.train.text.mix import Classes
+from nr_serve.train.text.frames import find_frames
+from nr_serve.train.text.mix import CHAT, Classes
 from nr_serve.train.text.overlap import overlap
 from nr_serve.train.text.pack import Packed, Windows, pack
 from nr_serve.train.text.sources import Source, find_sources, read_in_turn
@@ -64,9 +65,10 @@ def read_classes(
     grams |= {f"original {name}": packed.grams for name, packed in packed_original.items()}
     grams |= {f"background {name}": packed.grams for name, packed in packed_background.items()}
     _check_target(grams)
+    frames = find_frames(tokenizer, chat=data.chat)
     if data.chat and getattr(tokenizer, "chat_template", None):
-        packed_original["chat"] = packer.pack_chat(list(original.values()))
-    return Classes(target.windows, _windows(packed_original), _windows(packed_background), grams)
+        packed_original[CHAT] = packer.pack_chat(list(original.values()))
+    return Classes(target.windows, _windows(packed_original), _windows(packed_background), grams, frames)
 
 
 def read_heldout(
@@ -160,7 +162,7 @@ class _Packer:
             documents = chat_documents(self.tokenizer, _firsts(classes))
             return pack(self.tokenizer, documents, self.window, CLASS_TOKENS, self.seed, special_tokens=False)
 
-        return self._packed("chat", key, CLASS_TOKENS, make)
+        return self._packed(CHAT, key, CLASS_TOKENS, make)
 
     def _packed(self, name: str, key: list[Any], limit: int | None, make: Callable[[], Packed]) -> Packed:
         packed = self.cache.packed([*self.key, limit, *key], make)
@@ -200,7 +202,7 @@ def _windows(packed: Mapping[str, Packed]) -> dict[str, Windows]:
 
 
 def _check_names(names: Iterable[str]) -> None:
-    seen = {"target", "chat"}  # the two classes that are not named after a source
+    seen = {"target", CHAT}  # the two classes that are not named after a source
     for name in names:
         if name in seen:
             raise BadRecipe(f"two classes of text are named {name!r}; rename a file or take another data set")
