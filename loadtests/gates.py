@@ -3,9 +3,10 @@
     python loadtests/gates.py --corpus corpus --target sk --relative cs --plots plots
 
 One forward pass over all text keeps the inputs of every fifth layer's FFN on disk. Then gates are fitted for the
-target as training fits them, by the trainer's own functions, and what they do is counted on held-out text. From one
-reference (logistic, the recipe's carry, all background languages, one percentile for all classes), one thing is
-varied at a time: solver and carry together, the number of background languages, the percentile.
+target as training fits them, by the trainer's own functions, but to whole texts alone, and what they do is counted
+on held-out text. From one reference (logistic, the recipe's carry, all background languages, one percentile for all
+classes), one thing is varied at a time: solver and carry together, the number of background languages, the
+percentile.
 
 The background languages come in a seeded order: a smaller background is the start of a larger one. Close relatives
 come last, so the largest background but them shows what they are worth. Some languages and some sources of the
@@ -112,7 +113,7 @@ Shares = dict[str, float]
 
 @torch.no_grad()
 def fit(stream: Stream, text: Text, plan: Plan, setting: Setting, ridge: float, layer: int) -> Shares:
-    """What one layer's gate does on held-out text, fitted as training fits it."""
+    """What one layer's gate does on held-out text, fitted to whole texts as training fits it."""
     rows = {name: text.fit[name].rows for name in [plan.target, *plan.fitted(setting.background)]}
     classes = {name: GateText.whole(stream.windows.take(each)) for name, each in rows.items()}
     adapter = AdapterModule.fresh([int(i == layer) for i in range(layer + 1)], stream.d, setting.carry, seed=0)

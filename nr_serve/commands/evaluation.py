@@ -79,8 +79,8 @@ NEEDS = {
 ALL_ATTACHED = ("interference", "card", "tasks")
 """Flags that measure all adapters attached together, which `alone` does not do."""
 
-WHOLE_TEXTS = ("card", "markdown")
-"""Flags that write pages on plain text, which `chat` does not measure."""
+PLAIN_TEXT = ("switches", "tasks", "card", "markdown", "plots")
+"""Flags that measure plain text, or write pages and plots of it, which `chat` does not measure."""
 
 PACKAGES = {"plots": "matplotlib", "tasks": "lm_eval"}
 """Flag -> the package it needs, in addition to what every command needs."""
@@ -141,7 +141,7 @@ def _check(command: Evaluate) -> None:
             raise BadRequest(
                 f"{spelled(flag)} is of all adapters attached: it does not go with --alone", param=flag
             )
-    for flag in WHOLE_TEXTS:
+    for flag in PLAIN_TEXT:
         if command.chat and getattr(command, flag):
             raise BadRequest(f"{spelled(flag)} is of plain text: it does not go with --chat", param=flag)
     for page in (command.card, command.markdown):

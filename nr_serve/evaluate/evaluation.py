@@ -30,7 +30,7 @@ from nr_serve.evaluate.tasks import Example, TaskScores, score_tasks
 from nr_serve.evaluate.variants import variant_rows
 from nr_serve.train.text import read_heldout
 from nr_serve.train.text.frames import find_frames
-from nr_serve.train.text.lead_in import in_chat
+from nr_serve.train.text.lead_in import check_chat, in_chat
 from nr_serve.train.text.sources import find_sources
 
 Attach = Literal["all", "alone", "both"]
@@ -154,6 +154,9 @@ def evaluate(
     if corpus is not None:
         find_sources(corpus, sources, text_field)  # a wrong name is reported before the base is loaded
     hosted = load(files, model, dtype)
+    frames = find_frames(hosted.base.tokenizer, chat=chat)
+    if chat:
+        check_chat(frames, window)
     report, disturbed, alone, switching = None, None, {}, {}
     if corpus is not None:
         read = partial(read_heldout, corpus, sources, hosted.base.tokenizer, text_field=text_field)
@@ -161,7 +164,6 @@ def evaluate(
             switching = switch_texts(hosted, read(stretch, SUPPLY * windows), windows)
         texts = read(window, windows)
         if chat:
-            frames = find_frames(hosted.base.tokenizer, chat=True)
             texts = {name: in_chat(text, frames) for name, text in texts.items()}
         if attach == "alone":
             alone = each_alone(hosted, texts)

@@ -35,7 +35,7 @@ class LayerFit:
     """How well one layer's gate separates the classes at threshold 0, on the windows that calibrated it."""
 
     found: float
-    """Share of the target's tokens on which the gate would fire."""
+    """Share of the target's tokens on which the gate would fire, just after other text too."""
     misfired: Mapping[str, float]
     """For each other class, the share of its tokens on which the gate would fire."""
 
@@ -81,8 +81,8 @@ class Fitter:
 
     The first half of a class's windows fits the gates, the second half calibrates them: a threshold set on the
     fitted text would be too low. In the fit a token is weighted by the evidence of its class: the part of its carry
-    that is of the class's own tokens. The calibration uses carried logits as in serving. Tokens that only lead into
-    a class's own text take no part.
+    that is from the class's own tokens. The calibration uses carried logits as in serving. Tokens that lead into a
+    class's own text take no part.
 
     Once a trained block of a lower layer acts on tokens of other classes, those tokens are left out: the block has
     moved them among the target's tokens, so a gate that stays shut on them would have to stay shut on the target.
@@ -108,8 +108,8 @@ class Fitter:
         self.class_T = per_window.repeat_interleave(length)
         self.evidence_T = evidence(self.offset_NT, adapter.carry).flatten()
         own_NT = torch.cat([text.own_NT for text in classes.values()]).to(device)
-        self.own_T = evidence(own_NT, adapter.carry).flatten()
-        told_T = self.own_T > 0
+        self.own_evidence_T = evidence(own_NT, adapter.carry).flatten()
+        told_T = self.own_evidence_T > 0
         self.fits_T = told_T & fits.repeat_interleave(length)
         self.checks_T = told_T & ~fits.repeat_interleave(length)
         self.target_T = self.class_T == self.names.index(self.target)
@@ -140,11 +140,11 @@ class Fitter:
 
     def _weights(self, fits_T: Tensor) -> Tensor:
         """Weight of each token: `gate.target_weight` for the target, the rest shared equally by other classes."""
-        told_T = self.own_T.double()
-        counts = torch.bincount(self.class_T[fits_T], told_T[fits_T], minlength=len(self.names))
+        weight_T = self.own_evidence_T.double()
+        counts = torch.bincount(self.class_T[fits_T], weight_T[fits_T], minlength=len(self.names))
         share = torch.full_like(counts, (1 - self.gate.target_weight) / (len(self.names) - 1))
         share[self.names.index(self.target)] = self.gate.target_weight
-        return (share / counts)[self.class_T] * told_T
+        return (share / counts)[self.class_T] * weight_T
 
     def _percentile(self, name: str) -> float:
         return self.gate.percentile if name in self.original else self.gate.background_percentile
@@ -176,13 +176,16 @@ def _set(module: BlockModule, w_d: Tensor, b: Tensor) -> None:
 def gate_classes(classes: Classes, tokens: int) -> dict[str, GateText]:
     """About `tokens` tokens of every class, but four times as many of the target, which faces all the others.
 
-    Half of the target's windows are led into (see `lead_in`): a gate must open there too.
+    Half of the windows of the target and of background classes are led into by original text, or by a chat (see
+    `lead_in`): on the target a gate must open there too, and on other text it must stay shut.
     """
     count = max(2, tokens // classes.target.ids_NT.shape[1])
-    others = {name: each.spread(count) for name, each in (*classes.original.items(), *classes.background.items())}
-    pages = {name: others[name] for name in classes.original if name != CHAT}
-    target = led_into(classes.target.spread(4 * count), pages, classes.frames)
-    return {"target": target} | {name: GateText.whole(each) for name, each in others.items()}
+    original = {name: windows.spread(count) for name, windows in classes.original.items()}
+    pages = {name: windows for name, windows in original.items() if name != CHAT}
+    spread = {"target": classes.target.spread(4 * count)}
+    spread |= {name: windows.spread(count) for name, windows in classes.background.items()}
+    led = {name: led_into(windows, pages, classes.frames) for name, windows in spread.items()}
+    return led | {name: GateText.whole(windows) for name, windows in original.items()}
 
 
 def refit_gates(model: Any, attached: Attached, classes: Classes, gate: Gate) -> FittedGates:

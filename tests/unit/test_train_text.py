@@ -10,6 +10,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from nr_serve.train.recipe import BadRecipe, Data, Run
+from nr_serve.train.text.frames import Frames, find_frames
 from nr_serve.train.text.mix import Classes, Mix
 from nr_serve.train.text.overlap import grams
 from nr_serve.train.text.pack import BATCH_DOCUMENTS, Windows, join, pack
@@ -134,6 +135,18 @@ def test_chat_documents_use_the_template(corpus):
     assert list(read_classes(corpus, DATA, hf, RUN).original) == ["en.a", "en.b"]
 
 
+def test_classes_have_the_tokenizers_frames_but_no_chat_if_the_recipe_leaves_it_out(corpus, capsys):
+    hf = tiny.tokenizer().hf
+    with_chat = read_classes(corpus, DATA, hf, RUN.model_copy(update={"window": 64, "batch_tokens": 64}))
+    assert with_chat.frames == find_frames(hf, chat=True) != Frames([])
+    assert capsys.readouterr().err == ""
+    without = read_classes(corpus, DATA.model_copy(update={"chat": False}), hf, RUN)
+    assert without.frames == Frames([])
+    assert list(without.original) == ["en.a", "en.b"]
+    assert read_classes(corpus, DATA, hf, RUN).frames == with_chat.frames
+    assert "over half of 32 tokens: only original text is put in it" in capsys.readouterr().err
+
+
 def test_what_begins_a_text_stands_once_before_each(corpus):
     fast = tiny.tokenizer().hf
     begins = TemplateProcessing(single="<298> $A", special_tokens=[("<298>", 298)])
@@ -141,6 +154,7 @@ def test_what_begins_a_text_stands_once_before_each(corpus):
     fast.add_special_tokens({"bos_token": "<298>"})
     fast.chat_template = "<298>" + fast.chat_template
     classes = read_classes(corpus, DATA, fast, RUN)
+    assert list(classes.frames.beginning) == [298]
     for windows in (classes.original["en.a"], classes.original["chat"]):
         is_bos_NT = windows.ids_NT == 298
         assert is_bos_NT.any()

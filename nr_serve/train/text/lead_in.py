@@ -1,4 +1,4 @@
-"""Target text that other text leads into: a page of the base's own domain, or the opening of a chat.
+"""Text that other text leads into: a page of the base's own domain, or the opening of a chat.
 
 The base reads a language otherwise after a page of English than at a text's beginning: gates fitted to whole texts
 alone open late there, and shut again before a chat's answer.
@@ -8,6 +8,7 @@ Shape suffixes: N windows, T tokens per window.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -21,10 +22,10 @@ from nr_serve.train.text.mix import Rotation
 from nr_serve.train.text.pack import Windows
 
 PAGES = (0.1, 0.2, 0.4)
-"""Shares of a window that the base's own domain takes, in turn."""
+"""Shares of a window that the base's own domain takes."""
 
 QUESTIONS = (0.05, 0.1, 0.2)
-"""Shares of a window that the user's words take in a chat, in turn."""
+"""Shares of a window that the user's words take in a chat."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class GateText:
 
     windows: Windows
     own_NT: Tensor
-    """How many of the class's own tokens the carry holds at each token; int64 [N, T].
+    """How many tokens the carry holds from the class's own first one on; int64 [N, T].
 
-    0 in what leads into them, and at a text's first token, which the carry does not hold.
+    0 in what leads into it, and at a text's first token, which the carry does not hold.
     """
 
     @classmethod
@@ -46,56 +47,81 @@ class GateText:
 
 @dataclass(frozen=True)
 class _LeadIn:
+    """What a document continues, and what is put into it."""
+
     before: Sequence[int]
     question: int = 0
-    """Number of the target's tokens between `before` and `between`."""
+    """Number of the document's tokens between `before` and `between`."""
     between: Sequence[int] = ()
 
-    def text(self, own: Sequence[int], length: int) -> Tensor:
-        """What it leads into, with it; cut to `length` tokens; int64 [T]."""
-        whole = [*self.before, *own[: self.question], *self.between, *own[self.question :]]
-        return torch.tensor(whole[:length])
+    def apply(self, windows: Windows, row: int, skip: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A window whose first document continues `before`: ids, offsets, and tokens since `before`; each [T].
+
+        The document's first `skip` tokens are left out, and so is what no longer fits at the window's end.
+        """
+        ids, offsets = windows.ids_NT[row].tolist(), windows.offset_NT[row].tolist()
+        end = first_document(offsets)
+        own, rest = ids[min(skip, end, len(self.before)) : end], ids[end:]
+        document = [*self.before, *own[: self.question], *self.between, *own[self.question :]]
+        places = [*range(len(document)), *offsets[end:]]
+        since = [*(max(0, place + 1 - len(self.before)) for place in range(len(document))), *offsets[end:]]
+        length = len(ids)
+        columns = ([*document, *rest][:length], places[:length], since[:length])
+        ids_T, offset_T, since_T = (torch.tensor(column) for column in columns)
+        return ids_T, offset_T, torch.minimum(since_T, offset_T)
 
 
-def led_into(target: Windows, original: Mapping[str, Windows], frames: Frames) -> GateText:
+def first_document(offsets: Sequence[int]) -> int:
+    """Number of tokens of a window's first document."""
+    return next((i for i, offset in enumerate(offsets) if i and not offset), len(offsets))
+
+
+def led_into(own: Windows, original: Mapping[str, Windows], frames: Frames) -> GateText:
     """The windows, every other one continuing a page of original text or a chat's opening, in turn.
 
-    A window that continues something is one text from its first token on; its own text is cut to fit.
+    Only a window's first document continues something, without the tokenizer's beginning.
     """
-    ids_NT, offset_NT, own_NT = target.ids_NT.clone(), target.offset_NT.clone(), target.offset_NT.clone()
-    length = ids_NT.shape[1]
-    place_T = torch.arange(length)
-    for row, lead in zip(range(1, len(target), 2), _lead_ins(length, original, frames), strict=False):
-        ids_NT[row] = lead.text(ids_NT[row, len(frames.beginning) :].tolist(), length)
-        offset_NT[row] = place_T
-        own_NT[row] = (place_T + 1 - len(lead.before)).clamp(min=0)
+    columns = [[*windows_NT] for windows_NT in (own.ids_NT, own.offset_NT, own.offset_NT)]
+    lead_ins = _lead_ins(own.ids_NT.shape[1], original, frames)
+    for row, lead_in in zip(range(1, len(own), 2), lead_ins, strict=False):
+        applied = lead_in.apply(own, row, len(frames.beginning))
+        for column, made_T in zip(columns, applied, strict=True):
+            column[row] = made_T
+    ids_NT, offset_NT, own_NT = (torch.stack(column) for column in columns)
     return GateText(Windows(ids_NT, offset_NT), own_NT)
 
 
 def in_chat(windows: Windows, frames: Frames) -> Windows:
-    """Each window as one chat: a tenth of it is the user's words, what fits of the rest the assistant's.
+    """Each window's first document as a chat: a tenth of the window is the user's words, the rest the assistant's.
 
-    Raises BadRequest if there is no chat template, or if it leaves too little of a window.
+    Raises BadRequest if there is no chat template, or if it takes more than half of a window.
     """
-    length, chat = windows.ids_NT.shape[1], frames.chat
-    if chat is None:
-        raise BadRequest("the base has no chat template that can be taken apart", param="chat")
-    if not _fits(chat, length):
-        raise BadRequest(f"the chat template takes more than half of {length} tokens", param="window")
-    lead = _LeadIn(chat.opening, length // 10, chat.between)
-    rows = [lead.text(row_T[len(frames.beginning) :].tolist(), length) for row_T in windows.ids_NT]
-    return Windows(torch.stack(rows), torch.arange(length).expand(len(rows), length))
+    length = windows.ids_NT.shape[1]
+    chat = check_chat(frames, length)
+    lead_in = _LeadIn(chat.opening, _share(length, 0.1), chat.between)
+    made = [lead_in.apply(windows, row, len(frames.beginning)) for row in range(len(windows))]
+    return Windows(torch.stack([ids_T for ids_T, _, _ in made]), torch.stack([offset_T for _, offset_T, _ in made]))
 
 
-def _fits(chat: Chat, length: int) -> bool:
-    return len(chat.opening) + len(chat.between) <= length / 2
+def check_chat(frames: Frames, window: int) -> Chat:
+    """The chat template; raises BadRequest as `in_chat` does."""
+    if frames.chat is None:
+        raise BadRequest("the base has no chat template", param="chat")
+    if not frames.chat.fits(window):
+        raise BadRequest(f"the chat template takes more than half of {window} tokens", param="window")
+    return frames.chat
 
 
 def _lead_ins(length: int, original: Mapping[str, Windows], frames: Frames) -> Iterator[_LeadIn]:
-    """Endless: pages and, if there is a chat template that leaves half a window for the text, chats in turn."""
-    pages, chat = Rotation(original.values(), seed=0), frames.chat
+    """Endless: pages and, if there is a chat template that leaves room, chats in turn."""
+    pages, draw, chat = Rotation(original.values(), seed=0), random.Random(0), frames.chat
     for i in count():
-        page = pages.at(i).ids_NT[0].tolist()
-        yield _LeadIn(page[: max(1, int(PAGES[i % len(PAGES)] * length))])
-        if chat is not None and _fits(chat, length):
-            yield _LeadIn(chat.opening, max(1, int(QUESTIONS[i % len(QUESTIONS)] * length)), chat.between)
+        page = pages.at(i)
+        ids, end = page.ids_NT[0].tolist(), first_document(page.offset_NT[0].tolist())
+        yield _LeadIn(ids[: min(end, _share(length, draw.choice(PAGES)))])
+        if chat is not None and chat.fits(length):
+            yield _LeadIn(chat.opening, _share(length, draw.choice(QUESTIONS)), chat.between)
+
+
+def _share(length: int, share: float) -> int:
+    return max(1, int(share * length))

@@ -32,7 +32,7 @@ class Classes:
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     """The 8-grams of each class's text (see `overlap`), including `target`, int64 [G]."""
     frames: Frames = field(default_factory=Frames)
-    """What the base's tokenizer puts around text; no chat if the recipe leaves chat out."""
+    """What the base's tokenizer puts around text; without a chat if the recipe has `chat = false`."""
 
     def digest(self, heldout: Mapping[str, Windows] | None = None) -> str:
         """16 hex digits that identify this text, its documents and each class's role.

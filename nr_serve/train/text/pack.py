@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.train.text import overlap
-from nr_serve.train.text.frames import beginning
+from nr_serve.train.text.frames import text_beginning
 
 BATCH_DOCUMENTS = 256
 NEAR = 32
@@ -85,7 +85,7 @@ def pack(
     """
     order = list(documents)
     random.Random(seed).shuffle(order)
-    first = beginning(tokenizer)
+    beginning = text_beginning(tokenizer)
     ids, starts = array("i"), array("q")  # 4 bytes per token; a list of ints would take ten times as much
     used = 0
     while used < len(order) and (limit is None or len(ids) < limit):
@@ -95,7 +95,7 @@ def pack(
             while at < len(tokens):
                 starts.append(len(ids))
                 if at:
-                    ids.extend(first)
+                    ids.extend(beginning)
                 room = window - len(ids) % window
                 ids.extend(tokens[at : at + room])
                 at = _next_word(words, at + room)

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from nr_serve.logs import say
 from nr_serve.train.documents import PIECE_CHARACTERS
 from nr_serve.train.recipe import BadRecipe, Data, Run
-from nr_serve.train.text.frames import find_frames
+from nr_serve.train.text.frames import find_frames, render_exchange
 from nr_serve.train.text.mix import CHAT, Classes
 from nr_serve.train.text.overlap import overlap
 from nr_serve.train.text.pack import Packed, Windows, pack
@@ -66,7 +67,12 @@ def read_classes(
     grams |= {f"background {name}": packed.grams for name, packed in packed_background.items()}
     _check_target(grams)
     frames = find_frames(tokenizer, chat=data.chat)
-    if data.chat and getattr(tokenizer, "chat_template", None):
+    if frames.chat is not None:
+        if not frames.chat.fits(run.window):
+            say(
+                "text",
+                f"the chat template takes more than half of {run.window} tokens: no target text is put in it",
+            )
         packed_original[CHAT] = packer.pack_chat(list(original.values()))
     return Classes(target.windows, _windows(packed_original), _windows(packed_background), grams, frames)
 
@@ -126,11 +132,8 @@ def chat_documents(tokenizer: Any, documents: Iterable[str]) -> list[str]:
     wrapped = []
     for document in documents:
         paragraphs = document.split("\n")
-        turns = [
-            {"role": "user", "content": paragraphs[0]},
-            {"role": "assistant", "content": "\n".join(paragraphs[1:4]) or paragraphs[0]},
-        ]
-        wrapped.append(tokenizer.apply_chat_template(turns, tokenize=False))
+        answer = "\n".join(paragraphs[1:4]) or paragraphs[0]
+        wrapped.append(render_exchange(tokenizer, paragraphs[0], answer))
     return wrapped
 
 
