@@ -144,7 +144,7 @@ def test_classes_have_the_tokenizers_frames_but_no_chat_if_the_recipe_leaves_it_
     assert without.frames == Frames([])
     assert list(without.original) == ["en.a", "en.b"]
     assert read_classes(corpus, DATA, hf, RUN).frames == with_chat.frames
-    assert "over half of 32 tokens: only original text is put in it" in capsys.readouterr().err
+    assert "takes more than half of 32 tokens: only original text is put in it" in capsys.readouterr().err
 
 
 def test_what_begins_a_text_stands_once_before_each(corpus):

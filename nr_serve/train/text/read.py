@@ -71,7 +71,7 @@ def read_classes(
         if not frames.chat.fits(run.window):
             say(
                 "text",
-                f"the chat template takes more than half of {run.window} tokens: no target text is put in it",
+                f"the chat template takes more than half of {run.window} tokens: only original text is put in it",
             )
         packed_original[CHAT] = packer.pack_chat(list(original.values()))
     return Classes(target.windows, _windows(packed_original), _windows(packed_background), grams, frames)
