@@ -5,7 +5,7 @@ Runs forward passes only; the blocks do not change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,10 +40,11 @@ def calibrate(
 ) -> Path:
     """Fit the gates of the adapter in `new` on the stream that it and those in `beside` produce; write to `out`.
 
-    The classes are those of its recipe, and the target text of every adapter in `beside`. Gates are fitted as the
-    recipe says, in the type the adapter was trained in; if its gates were random, by logistic regression. Every
-    block keeps a gate, however little the gate finds. `changes` replaces keys of the recipe's [gate], and `carry`
-    its carry; the new file's recipe has both. The file's threshold stays, unless `changes` has another.
+    The classes are those of its recipe, and the target text of every adapter in `beside`, as much of each language
+    as of the new adapter's own. Gates are fitted as the recipe says, in the type the adapter was trained in; if
+    its gates were random, by logistic regression. Every block keeps a gate, however little the gate finds.
+    `changes` replaces keys of the recipe's [gate], and `carry` its carry; the new file's recipe has both. The
+    file's threshold stays, unless `changes` has another.
 
     Raises BadAdapterFile for a file that does not fit the base; BadRequest for an adapter without a recipe or
     without gates, and for two with the same name; BadRecipe if text is missing; CannotWrite.
@@ -62,7 +63,7 @@ def calibrate(
     module = AdapterModule.from_file(adapter)
     module.threshold = recipe.gate.resolved.threshold  # as in training
     module.carry = module.carry if carry is None else carry
-    _refit(frozen, module, neighbours, classes, recipe.gate)
+    _refit(frozen, module, neighbours, classes, recipe.gate, near=_languages(neighbours, corpus))
     info = replace(
         adapter.info,
         carry=module.carry,
@@ -77,13 +78,18 @@ def calibrate(
 
 
 def _refit(
-    base: FrozenBase, module: AdapterModule, neighbours: Mapping[str, Adapter], classes: Classes, gate: Gate
+    base: FrozenBase,
+    module: AdapterModule,
+    neighbours: Mapping[str, Adapter],
+    classes: Classes,
+    gate: Gate,
+    near: Collection[str],
 ) -> None:
     """Fit the gates of `module` again, in place, with the neighbours attached."""
     modules = [module, *map(AdapterModule.from_file, neighbours.values())]
     attached = Attached(base.model, [each.to(base.device) for each in modules])
     _say("fitting the gates")
-    _say(refit_gates(base.model, attached, classes, gate).summary())
+    _say(refit_gates(base.model, attached, classes, gate, near).summary())
 
 
 def _results(adapter: Adapter, neighbours: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -118,13 +124,22 @@ def _target_text(recipe: Recipe, neighbours: Mapping[str, Adapter], corpus: Path
     listed = [source for part in parts for source in find_sources(corpus, part, data.text_field)]
     seen = {source.identity for source in listed}
     added = []
+    for source in _learned(neighbours, corpus):
+        if source.identity not in seen:
+            seen.add(source.identity)
+            added.append(source)
+    return added
+
+
+def _languages(neighbours: Mapping[str, Adapter], corpus: Path) -> set[str]:
+    """The background classes that hold the neighbours' target text."""
+    return {source.language for source in _learned(neighbours, corpus)}
+
+
+def _learned(neighbours: Mapping[str, Adapter], corpus: Path) -> Iterator[Source]:
     for name, neighbour in neighbours.items():
         its = _recipe(name, neighbour.info).data
-        for source in find_sources(corpus, its.target, its.text_field):
-            if source.identity not in seen:
-                seen.add(source.identity)
-                added.append(source)
-    return added
+        yield from find_sources(corpus, its.target, its.text_field)
 
 
 def _with_gate(block: Block | None, fitted: BlockModule | None) -> Block | None:

@@ -173,8 +173,10 @@ def _set(module: BlockModule, w_d: Tensor, b: Tensor) -> None:
         module.bias.copy_(b)
 
 
-def gate_classes(classes: Classes, tokens: int) -> dict[str, GateText]:
+def gate_classes(classes: Classes, tokens: int, near: Collection[str] = ()) -> dict[str, GateText]:
     """About `tokens` tokens of every class, but four times as many of the target, which faces all the others.
+
+    So many of the background classes `near` too, on which other adapters act.
 
     Half of the windows of the target and of background classes are led into by original text, or by a chat (see
     `lead_in`): on the target a gate must open there too, and on other text it must stay shut.
@@ -183,18 +185,23 @@ def gate_classes(classes: Classes, tokens: int) -> dict[str, GateText]:
     original = {name: windows.spread(count) for name, windows in classes.original.items()}
     pages = {name: windows for name, windows in original.items() if name != CHAT}
     spread = {"target": classes.target.spread(4 * count)}
-    spread |= {name: windows.spread(count) for name, windows in classes.background.items()}
+    spread |= {
+        name: windows.spread(4 * count if name in near else count) for name, windows in classes.background.items()
+    }
     led = {name: led_into(windows, pages, classes.frames) for name, windows in spread.items()}
     return led | {name: GateText.whole(windows) for name, windows in original.items()}
 
 
-def refit_gates(model: Any, attached: Attached, classes: Classes, gate: Gate) -> FittedGates:
+def refit_gates(
+    model: Any, attached: Attached, classes: Classes, gate: Gate, near: Collection[str] = ()
+) -> FittedGates:
     """Fit the gates of the first attached adapter, which is trained, on the stream that its blocks produce.
 
-    No block is dropped, because all are trained.
+    No block is dropped, because all are trained. `near` is that of `gate_classes`.
     """
     gate = gate.model_copy(update={"min_found": 0.0})
-    return fit_gates(model, attached, gate_classes(classes, gate.fit_tokens), gate, original=classes.original)
+    read = gate_classes(classes, gate.fit_tokens, near)
+    return fit_gates(model, attached, read, gate, original=classes.original)
 
 
 def fit_gates(

@@ -13,7 +13,7 @@ from nr_serve.errors import BadRequest
 from nr_serve.evaluate.heldout import attach_all
 from nr_serve.evaluate.hosted import load
 from nr_serve.neutral.format import read_adapter, write_adapter
-from nr_serve.train import text
+from nr_serve.train import gates, text
 from nr_serve.train.calibrate import calibrate
 from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gates import Fitter
@@ -55,6 +55,24 @@ def test_calibration_moves_only_the_gates_and_shuts_them_on_a_neighbours_text(tm
     assert fired[old]["da.a"] > 0.2
     assert fired[new]["da.a"] < 0.1
     assert fired[new]["hu.a"] > 0.5
+
+
+def test_calibration_reads_as_much_of_a_neighbours_language_as_of_the_target(tmp_path, base, corpus, monkeypatch):
+    old = train(write_recipe(tmp_path, base, tokens=256), tmp_path / "hu", corpus)
+    changes = {"domain": "da", "data__target": ["da.*.train.txt"], "data__background": ["hu.a.train.txt"]}
+    neighbour = train(write_recipe(tmp_path, base, tokens=256, **changes), tmp_path / "da", corpus)
+    counts, fit = [], gates.fit_gates
+
+    def counting(model, attached, classes, *args, **more):
+        counts.append({name: len(text.windows) for name, text in classes.items()})
+        return fit(model, attached, classes, *args, **more)
+
+    monkeypatch.setattr(gates, "fit_gates", counting)
+    for beside in ([], [neighbour]):
+        calibrate(old, beside, corpus, tmp_path / "new.safetensors", base=str(base), changes={"fit_tokens": 64})
+    alone, both = counts
+    assert (alone["target"], alone["da"]) == (16, 4)
+    assert (both["target"], both["da"]) == (16, 16)
 
 
 def test_calibration_sets_a_threshold_if_told(tmp_path, base, corpus):

@@ -308,6 +308,13 @@ def test_plain_original_text_and_chats_lead_into_the_target_and_background_text(
         assert torch.equal(read[name].windows.ids_NT, named[name])
 
 
+def test_four_times_as_much_is_read_of_background_that_other_adapters_act_on():
+    named = classes()
+    background = {"da": named["da"], "sk": named["da"]}
+    read = gate_classes(Classes(named["target"], {"en": named["en"]}, background), 160, near=["da", "unknown"])
+    assert {name: len(text.windows) for name, text in read.items()} == {"target": 40, "en": 10, "da": 40, "sk": 10}
+
+
 @pytest.mark.parametrize("init", list(SOLVERS))
 def test_a_gates_direction_is_that_of_the_first_half_alone(init):
     named = classes()
