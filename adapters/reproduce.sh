@@ -30,7 +30,7 @@ mkdir -p "$together"
 cp "$out"/{hu/hu,da/da,bio/bio}.safetensors "$together"
 [ -e "$together/sk.safetensors" ] ||
     nr-serve calibrate "$out/sk/sk.safetensors" --corpus "$corpus" --out "$together/sk.safetensors" \
-        --set background_percentile=99.5 \
+        --set background_percentile=99.5 --set threshold=0.8 \
         --beside "$together/hu.safetensors" --beside "$together/da.safetensors" --beside "$together/bio.safetensors"
 files=("$together"/{hu,da,sk,bio}.safetensors)
 nr-serve evaluate "${files[@]}" --corpus "$corpus" --interference --near nb=da --near sv=da --near cs=sk \

@@ -191,8 +191,9 @@ class Gate(_Section):
     fit_tokens: Positive = Field(
         default=6144,
         description=(
-            "Tokens of each class, four times as many of the target: half fit the gates, half set where they open. "
-            "Every other window of target and background text continues a page of original text, or a chat."
+            "Tokens of each class, four times as many of the target, and of what adapters beside it learned: half "
+            "fit the gates, half set where they open. Every other window of target and background text continues a "
+            "page of original text, or a chat."
         ),
     )
     ridge: float = Field(

@@ -48,7 +48,8 @@ def test_a_file_is_of_its_recipe_and_a_card_of_its_file(folder):
 def dials(recipe: Path) -> dict[str, float]:
     """What the commands at the top of a recipe change of its [gate] after training."""
     text = recipe.read_text(encoding="utf-8")
-    set_to = re.findall(r"^#.* --set (\w+)=([\d.]+)", text, re.M)
+    commands = "".join(re.findall(r"^#.*", text, re.M))
+    set_to = re.findall(r" --set (\w+)=([\d.]+)", commands)
     return {key: float(value) for key, value in [*set_to, *re.findall(r"^#.* --(threshold) ([\d.]+)", text, re.M)]}
 
 
