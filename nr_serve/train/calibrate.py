@@ -5,7 +5,7 @@ Runs forward passes only; the blocks do not change.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.frozen_base import FrozenBase, best_device, load_base, read_adapters
 from nr_serve.train.gates import refit_gates
-from nr_serve.train.recipe import Gate, Recipe
+from nr_serve.train.recipe import Data, Gate, Recipe
 from nr_serve.train.recipe_file import parse_recipe
 from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.sources import Source, find_sources
@@ -54,7 +54,8 @@ def calibrate(
     frozen = load_base(base, recipe.base_dtype, best_device())
     neighbours = read_adapters([new, *beside], frozen)
     adapter = neighbours.pop(new.stem)
-    added = _target_text(recipe, neighbours, corpus)
+    learned = _target_text(neighbours, corpus)
+    added = _not_named(recipe.data, learned, corpus)
     written = [source for source in added if source.reads_alike(recipe.data.text_field)]
     unwritten = [source for source in added if source not in written]  # a recipe has one `text_field`
     recipe = _with_background(recipe, [source.entry(corpus) for source in written])
@@ -63,7 +64,7 @@ def calibrate(
     module = AdapterModule.from_file(adapter)
     module.threshold = recipe.gate.resolved.threshold  # as in training
     module.carry = module.carry if carry is None else carry
-    _refit(frozen, module, neighbours, classes, recipe.gate, near=_languages(neighbours, corpus))
+    _refit(frozen, module, neighbours, classes, recipe.gate, near={source.language for source in learned})
     info = replace(
         adapter.info,
         carry=module.carry,
@@ -117,29 +118,22 @@ def _with_background(recipe: Recipe, entries: Sequence[str]) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"background": background})})
 
 
-def _target_text(recipe: Recipe, neighbours: Mapping[str, Adapter], corpus: Path) -> list[Source]:
-    """The neighbours' target text that the recipe does not name yet, read as their own recipes say."""
-    data = recipe.data
+def _target_text(neighbours: Mapping[str, Adapter], corpus: Path) -> list[Source]:
+    """The neighbours' target text, read as their own recipes say."""
+    recipes = (_recipe(name, neighbour.info).data for name, neighbour in neighbours.items())
+    return [source for its in recipes for source in find_sources(corpus, its.target, its.text_field)]
+
+
+def _not_named(data: Data, learned: Sequence[Source], corpus: Path) -> list[Source]:
+    """Those of `learned` that the recipe does not name yet, each once."""
     parts = (data.target, data.original, data.background)
-    listed = [source for part in parts for source in find_sources(corpus, part, data.text_field)]
-    seen = {source.identity for source in listed}
+    seen = {source.identity for part in parts for source in find_sources(corpus, part, data.text_field)}
     added = []
-    for source in _learned(neighbours, corpus):
+    for source in learned:
         if source.identity not in seen:
             seen.add(source.identity)
             added.append(source)
     return added
-
-
-def _languages(neighbours: Mapping[str, Adapter], corpus: Path) -> set[str]:
-    """The background classes that hold the neighbours' target text."""
-    return {source.language for source in _learned(neighbours, corpus)}
-
-
-def _learned(neighbours: Mapping[str, Adapter], corpus: Path) -> Iterator[Source]:
-    for name, neighbour in neighbours.items():
-        its = _recipe(name, neighbour.info).data
-        yield from find_sources(corpus, its.target, its.text_field)
 
 
 def _with_gate(block: Block | None, fitted: BlockModule | None) -> Block | None:

@@ -60,7 +60,7 @@ class _LeadIn:
         The document's first `skip` tokens are left out, and so is what no longer fits at the window's end.
         """
         ids, offsets = windows.ids_NT[row].tolist(), windows.offset_NT[row].tolist()
-        end = first_document(offsets)
+        end = _first_document(offsets)
         own, rest = ids[min(skip, end, len(self.before)) : end], ids[end:]
         document = [*self.before, *own[: self.question], *self.between, *own[self.question :]]
         places = [*range(len(document)), *offsets[end:]]
@@ -71,7 +71,7 @@ class _LeadIn:
         return ids_T, offset_T, torch.minimum(since_T, offset_T)
 
 
-def first_document(offsets: Sequence[int]) -> int:
+def _first_document(offsets: Sequence[int]) -> int:
     """Number of tokens of a window's first document."""
     return next((i for i, offset in enumerate(offsets) if i and not offset), len(offsets))
 
@@ -117,7 +117,7 @@ def _lead_ins(length: int, original: Mapping[str, Windows], frames: Frames) -> I
     pages, draw, chat = Rotation(original.values(), seed=0), random.Random(0), frames.chat
     for i in count():
         page = pages.at(i)
-        ids, end = page.ids_NT[0].tolist(), first_document(page.offset_NT[0].tolist())
+        ids, end = page.ids_NT[0].tolist(), _first_document(page.offset_NT[0].tolist())
         yield _LeadIn(ids[: min(end, _share(length, draw.choice(PAGES)))])
         if chat is not None and chat.fits(length):
             yield _LeadIn(chat.opening, _share(length, draw.choice(QUESTIONS)), chat.between)

@@ -52,9 +52,11 @@ def read_classes(
     `background` is background text in addition to the recipe's.
 
     Raises BadRecipe if a source is missing, empty, damaged or has two roles, if a class has less than two windows
-    of text, or if the target's text is also another class's; DownloadFailed if a data set cannot be reached.
+    of text, if the target's text is also another class's, or if the base's chat template takes no exchange;
+    DownloadFailed if a data set cannot be reached.
     """
     roles = find_roles(folder, data)
+    frames = find_frames(tokenizer, chat=data.chat)
     original = _by_class((source.name, source) for source in roles["original"])
     others = _by_class((source.language, source) for source in (*roles["background"], *background))
     _check_names([*original, *others])
@@ -66,7 +68,6 @@ def read_classes(
     grams |= {f"original {name}": packed.grams for name, packed in packed_original.items()}
     grams |= {f"background {name}": packed.grams for name, packed in packed_background.items()}
     _check_target(grams)
-    frames = find_frames(tokenizer, chat=data.chat)
     if frames.chat is not None:
         if not frames.chat.fits(run.window):
             say(
