@@ -37,7 +37,7 @@ from loadtests.provenance import provenance
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.assemble import assemble
 from nr_serve.config import ServeConfig
-from nr_serve.engine.messages import ReadGates
+from nr_serve.engine.messages import ReadStatistics
 from nr_serve.errors import NrError
 from nr_serve.neutral.format import Base, read_adapter, write_adapter
 from tests import tiny
@@ -254,7 +254,7 @@ def good(result: dict[str, Any]) -> bool:
 
 async def _pages(engine: AsyncEngine) -> int:
     """Pages in use."""
-    statistics = await engine.call(ReadGates())
+    statistics = await engine.call(ReadStatistics())
     return int(statistics.pages_used)
 
 

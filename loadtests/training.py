@@ -3,9 +3,9 @@
     python loadtests/training.py adapters/hu/recipe.toml --corpus corpus --steps 20
 
 One recipe, one process. Each method has its own copy of the base. The steps are interleaved in rounds, one step of
-each method on the same windows, so that what slows the machine down slows all of them down. A step is as in
-training: forward, backward, clipping, AdamW. Tokens a second count what a method reads: the background is read by
-neutral alone, which takes no backward pass down the stream for it. The last line is one JSON document.
+each method, so that what slows the machine down slows all of them down. A step is as in training: the same windows,
+forward, backward, clipping, AdamW. Every method reads as many tokens a step; neutral alone reads background text,
+for which it takes no backward pass down the stream. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Runner:
     """One method's learner, and how long its steps took."""
 
     recipe: Recipe
+    batches: Batches
     learner: Learner
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -60,20 +61,15 @@ class Runner:
         """How many numbers are trained."""
         return sum(p.numel() for p in self.learner.trained().values())
 
-    def read(self, part: Batch) -> Batch:
-        """What the method reads of a part of a step."""
-        roles = {*self.learner.lm_roles, *self.learner.local_roles}
-        return {role: windows for role, windows in part.items() if role in roles or role == "step"}
-
-    def step(self, parts: Sequence[Batch]) -> None:
-        """One gradient step, timed."""
-        parts = [self.read(part) for part in parts]
+    def step(self, number: int) -> None:
+        """The run's gradient step of this number, timed."""
+        accumulate = self.recipe.run.accumulate
+        parts = [self.batches[number * accumulate + i] for i in range(accumulate)]
         started = time.perf_counter()
         fired = self._take(parts)
         seconds = time.perf_counter() - started
         self.seconds.append(seconds)
-        read = [value for part in parts for name, value in part.items() if name != "step"]
-        self.rates.append(sum(ids_BT.numel() for ids_BT, _ in read) / seconds)
+        self.rates.append(self.recipe.run.batch_tokens / seconds)
         self.fired.append(fired)
 
     def _take(self, parts: Sequence[Batch]) -> float:
@@ -101,7 +97,8 @@ def make_runner(recipe: Recipe, classes: Classes, fit_tokens: int) -> Runner:
         few = gate_classes(classes, fit_tokens)
         fit_gates(base.model, learner.attached, few, recipe.gate, original=classes.original)
     learner.train()
-    return Runner(recipe, learner, *make_optimizer(learner.trained(), recipe.run))
+    batches = Batches(classes, recipe.plan, 1)
+    return Runner(recipe, batches, learner, *make_optimizer(learner.trained(), recipe.run))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,13 +114,11 @@ def main(argv: list[str] | None = None) -> None:
         raise BadRecipe("run.compile is not measured here")
     _say("reading and packing the text")
     classes = read_classes(args.corpus, first.data, load_base(first.base).tokenizer, first.run)
-    batches = Batches(classes, first.run, 1)
     runners = {method: make_runner(recipe, classes, args.fit_tokens) for method, recipe in recipes.items()}
     rounds = args.warmup + args.steps
     for number in range(rounds):
-        parts = [batches[number * first.run.accumulate + i] for i in range(first.run.accumulate)]
         for runner in runners.values():
-            runner.step(parts)
+            runner.step(number)
         _say(f"round {number + 1} of {rounds}: " + ", ".join(f"{m} {r.rates[-1]:.0f}" for m, r in runners.items()))
     measured = summarise(runners, args.warmup)
     print("\n".join(markdown(table(measured))))
@@ -147,8 +142,7 @@ def summarise(runners: dict[str, Runner], warmup: int) -> dict[str, dict[str, An
             "tokens_a_second": statistics.median(runner.rates[warmup:]),
             "seconds_a_step": statistics.median(runner.seconds[warmup:]),
             "target_fired": statistics.median(runner.fired[warmup:]),
-            "tokens_to_lora": None if lora is None else _ratio(runner.rates[warmup:], lora.rates[warmup:]),
-            "steps_to_lora": None if lora is None else _ratio(lora.seconds[warmup:], runner.seconds[warmup:]),
+            "speed_to_lora": None if lora is None else _ratio(runner.rates[warmup:], lora.rates[warmup:]),
             "rounds": {"tokens_a_second": runner.rates[warmup:], "seconds": runner.seconds[warmup:]},
         }
         for method, runner in runners.items()
@@ -166,8 +160,7 @@ def table(measured: dict[str, dict[str, Any]]) -> list[list[str]]:
         "PARAMETERS",
         "TOKENS A SECOND",
         "SECONDS A STEP",
-        "TOKENS TO LORA",
-        "STEPS TO LORA",
+        "TO LORA",
         "FIRED",
     ]
     return [
@@ -178,7 +171,7 @@ def table(measured: dict[str, dict[str, Any]]) -> list[list[str]]:
                 f"{m['parameters']:,}",
                 f"{m['tokens_a_second']:,.0f}",
                 f"{m['seconds_a_step']:.3f}",
-                *("-" if m[to] is None else f"{m[to]:.2f}" for to in ("tokens_to_lora", "steps_to_lora")),
+                "-" if m["speed_to_lora"] is None else f"{m['speed_to_lora']:.2f}",
                 f"{m['target_fired']:.1%}",
             ]
             for method, m in measured.items()

@@ -22,13 +22,13 @@ from nr_serve.engine.messages import (
     AdapterGates,
     AdapterView,
     EngineInfo,
-    GateStatistics,
+    EngineStatistics,
     Leak,
     ListAdapters,
     LoadAdapter,
     Output,
     PatchAdapter,
-    ReadGates,
+    ReadStatistics,
     StepEvents,
     StepReport,
     Submit,
@@ -88,7 +88,7 @@ def tokenizer() -> Tokenizer:
 def view(name: str, version: str = "v1", **more: Any) -> AdapterView:
     values: dict[str, Any] = {"domain": "hu", "state": "attached", "slot": 0, "nbytes": 1000, "h": 16, "carry": 0.5}
     values |= {"threshold": 0.0, "pinned": False, "requests": 0, "loaded_at": 1e9, "load_seconds": 0.25}
-    values |= {"gates": AdapterGates(("0-1", "2-3"), (3, 1), (10, 10), 2.5)}
+    values |= {"gates": AdapterGates(("0-1", "2-3"), (3, 1), (10, 10), 2.5, {"base": 4})}
     values |= {"neutrality": {"prose": Leak(1, 400, 100), "code": Leak(3, 400, 100)}}
     return AdapterView(name=name, version=version, **(values | more))
 
@@ -105,7 +105,7 @@ class FakeEngine:
         self.adapters: dict[str, AdapterView] = {"hu": view("hu")}
         self.answer: Callable[[Submit], list[int]] = letters
         self.load = (0, 0, 0, 100)
-        """Requests running and waiting, pages used and there, as ReadGates answers."""
+        """Requests running and waiting, pages used and there, as ReadStatistics answers."""
         self.cached_tokens: Callable[[Submit], int] = lambda submit: 0
         """Tokens of a request's prompt that the prefix cache had."""
         self.logprob: Callable[[int], float] = lambda token_id: -1.5
@@ -246,9 +246,8 @@ def _carry_out(engine: FakeEngine, command: Any, future: Future) -> None:
         match command:
             case ListAdapters():
                 future.set_result(tuple(adapters.values()))
-            case ReadGates():
-                gates = {name: each.gates for name, each in adapters.items()}
-                future.set_result(GateStatistics(gates, {("hu", "base"): 4}, len(adapters), 8, *engine.load))
+            case ReadStatistics():
+                future.set_result(EngineStatistics(dict(adapters), len(adapters), 8, *engine.load))
             case LoadAdapter(name, path, replaces):
                 if not path.read_bytes().startswith(b"good"):
                     raise BadAdapterFile("not a whole safetensors file")

@@ -26,7 +26,6 @@ from nr_serve.engine.messages import (
     ListAdapters,
     LoadAdapter,
     PatchAdapter,
-    ReadGates,
     UnloadAdapter,
 )
 from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound
@@ -46,8 +45,7 @@ _FILE = {
 async def list_adapters(context: Ctx) -> Json[AdapterList]:
     """Every registered adapter."""
     views: tuple[AdapterView, ...] = await context.engine.call(ListAdapters())
-    statistics = await context.engine.call(ReadGates())
-    return Json({"object": "list", "data": [adapter_body(view, statistics) for view in views]})
+    return Json({"object": "list", "data": [adapter_body(view) for view in views]})
 
 
 @router.get("/v1/adapters/{name}")
@@ -56,7 +54,7 @@ async def get_adapter(context: Ctx, name: str) -> Json[Adapter]:
     views: tuple[AdapterView, ...] = await context.engine.call(ListAdapters())
     for view in views:
         if view.name == name:
-            return await _answer(context, view)
+            return Json(adapter_body(view))
     raise _unknown(name)
 
 
@@ -74,8 +72,7 @@ async def put_adapter(
         status = _load_status(context, name)
         received = stack.pop_all()
     command = LoadAdapter(name, path, query.replace, query.pinned, query.threshold)
-    view = await _load(context, command, received)
-    return await _answer(context, view, status)
+    return Json(adapter_body(await _load(context, command, received)), status)
 
 
 @router.post("/v1/adapters", responses=_LOADED)
@@ -90,22 +87,19 @@ async def post_adapter(context: Ctx, body: LoadBody) -> Json[Adapter]:
         "path",
         lambda path: LoadAdapter(body.name, path, body.replace, body.pinned, body.threshold),
     )
-    return await _answer(context, view, status)
+    return Json(adapter_body(view), status)
 
 
 @router.patch("/v1/adapters/{name}", responses=refusals(Forbidden))
 async def patch_adapter(context: Ctx, name: str, body: PatchBody) -> Json[Adapter]:
     """Change an adapter's dials."""
-    view = await _change(context, PatchAdapter(name, body.pinned, body.threshold))
-    return await _answer(context, view)
+    return Json(adapter_body(await _change(context, PatchAdapter(name, body.pinned, body.threshold))))
 
 
 @router.delete("/v1/adapters/{name}", responses=refusals(Forbidden))
 async def delete_adapter(context: Ctx, name: str) -> Json[Adapter]:
     """Unload an adapter; requests in flight keep it until they end."""
-    statistics = await context.engine.call(ReadGates())  # read first: unloading drops them
-    view = await _change(context, UnloadAdapter(name))
-    return Json({**adapter_body(view, statistics), "deleted": True})
+    return Json({**adapter_body(await _change(context, UnloadAdapter(name))), "deleted": True})
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=refusals(Forbidden, Conflict))
@@ -140,11 +134,6 @@ async def unload_lora_adapter(context: Ctx, body: UnloadLoraBody) -> PlainTextRe
     except NotFound as error:
         raise NotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name") from error
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
-
-
-async def _answer(context: Context, view: AdapterView, status: int = 200) -> Json[Adapter]:
-    """The response for one adapter, with the traffic that it fired on."""
-    return Json(adapter_body(view, await context.engine.call(ReadGates())), status)
 
 
 async def _load_allowed(

@@ -34,9 +34,11 @@ def create_app(engine: AsyncEngine, tokenizer: Tokenizer, config: ServeConfig) -
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with engine.running():
-            yield
-        context.stop_threads()
+        try:
+            async with engine.running():
+                yield
+        finally:
+            context.stop_threads()
 
     # FastAPI's interactive pages load scripts from other sites, so only /openapi.json stays.
     app = _App(title="nr-serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)

@@ -104,7 +104,7 @@ async def chat_ask(context: Context, body: ChatBody) -> Ask:
     max_tokens = body.max_completion_tokens or body.max_tokens
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     if max_tokens is None:
-        max_tokens = _room(context, prompts)
+        max_tokens = min(_room(context, prompts), _most_reported(prompts, sampling, body.gates, body.n))
     _check_length(context, prompts, max_tokens, "messages", param)
     guide = await guide_for(context, body, tools)
     ask = _ask(
@@ -226,7 +226,7 @@ def _check_count(context: Context, prompts: int, n: int, param: str) -> None:
     most = context.config.max_answers or context.config.max_waiting
     if prompts * n > most:
         raise BadRequest(
-            f"{prompts} prompts with `{param}` = {n} ask for {prompts * n} answers; at most {most} are given here",
+            f"{prompts} prompts with `{param}` = {n} ask for {prompts * n} answers; at most {most} are allowed",
             param=param if n > 1 else "prompt",
         )
 
@@ -236,15 +236,13 @@ def _check_logprobs(context: Context, body: GenerationBody) -> None:
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         asked = getattr(body, name, None)
         if asked is not None and asked is not True and asked > most:  # in a chat body, `logprobs` is a boolean
-            raise BadRequest(f"{name}: at most {most} are given here", param=name)
+            raise BadRequest(f"{name}: at most {most} are allowed", param=name)
 
 
 def _count_report(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, tries: int) -> int:
     """Entries to report, of every token of every answer. Raises BadRequest if memory would not hold them."""
-    prompt_k, answer_k = (0 if k is None else k + 1 for k in (sampling.prompt_logprobs, sampling.logprobs))
-    of_prompts = (prompt_k + gates) * sum(len(prompt.ids) for prompt in prompts)
-    of_answers = (answer_k + gates) * sampling.max_tokens * len(prompts)
-    entries = tries * (of_prompts + of_answers)
+    of_prompts, of_token = _report_sizes(prompts, sampling, gates, tries)
+    entries = of_prompts + of_token * sampling.max_tokens
     if entries > MAX_REPORTED:
         raise BadRequest(
             f"this asks for up to {entries:,} log probabilities and gates; at most {MAX_REPORTED:,} are reported: "
@@ -252,6 +250,20 @@ def _count_report(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, 
             param="logprobs",
         )
     return entries
+
+
+def _most_reported(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, tries: int) -> int:
+    """Tokens an answer may have if all are to be reported; at least 1, so that the report is the error."""
+    of_prompts, of_token = _report_sizes(prompts, sampling, gates, tries)
+    room = MAX_REPORTED - of_prompts
+    return max(1, room // of_token if of_token else room)
+
+
+def _report_sizes(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, tries: int) -> tuple[int, int]:
+    """Entries to report of all prompts, and of one more token of every answer."""
+    prompt_k, answer_k = (0 if k is None else k + 1 for k in (sampling.prompt_logprobs, sampling.logprobs))
+    of_prompts = (prompt_k + gates) * sum(len(prompt.ids) for prompt in prompts)
+    return tries * of_prompts, tries * (answer_k + gates) * len(prompts)
 
 
 def check_size(context: Context, text: str, what: str) -> None:

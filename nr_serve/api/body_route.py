@@ -18,7 +18,8 @@ from nr_serve.api.openapi import AnswerRoute
 from nr_serve.errors import BadRequest, NrError
 
 LARGE_BYTES = 2**18
-"""From this size on a body is read on another thread; smaller ones take less than about 10 ms."""
+MANY_BRACKETS = 2**14
+"""From either on a body is read on another thread; smaller ones take less than about 10 ms."""
 MOST_BRACKETS = 200_000
 """Most opening brackets in a body, even inside strings: parsing holds the GIL, 2 s for a million empty lists."""
 
@@ -62,7 +63,10 @@ class _BodyRequest(Request):
         data = await self.body()
         context: Context = self.app.state.context
         try:
-            if len(data) < LARGE_BYTES:
+            brackets = data.count(b"[") + data.count(b"{")
+            if brackets > MOST_BRACKETS:
+                raise BadRequest(f"the body holds more than {MOST_BRACKETS:,} opening brackets")
+            if len(data) < LARGE_BYTES and brackets < MANY_BRACKETS:
                 return parse_json(data)
             return await context.text(partial(_read, data, self._model))
         except NrError as error:
@@ -84,8 +88,6 @@ def parse_json(data: bytes) -> Any:
 
 
 def _read(data: bytes, model: type[BaseModel]) -> BaseModel:
-    if data.count(b"[") + data.count(b"{") > MOST_BRACKETS:
-        raise BadRequest(f"the body holds more than {MOST_BRACKETS:,} opening brackets")
     try:
         return model.model_validate(parse_json(data))
     except ValidationError as error:

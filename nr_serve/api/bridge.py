@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -19,12 +19,12 @@ from nr_serve.engine.messages import (
     AdapterView,
     Command,
     EngineInfo,
-    GateStatistics,
+    EngineStatistics,
     ListAdapters,
     LoadAdapter,
     Output,
     PatchAdapter,
-    ReadGates,
+    ReadStatistics,
     Status,
     StepEvents,
     Submit,
@@ -107,7 +107,7 @@ class AsyncEngine:
         self._live: dict[str, _Live] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reading: asyncio.Task[None] | None = None
-        self._statistics: GateStatistics | None = None
+        self._statistics: EngineStatistics | None = None
         self.metrics = metrics
         self.tracing = tracing
         self.status: Status = "loading"
@@ -207,8 +207,7 @@ class AsyncEngine:
 
     async def _read(self) -> None:
         try:
-            self._statistics = await self.call(ReadGates())
-            await self.call(ListAdapters())
+            self._statistics = await self.call(ReadStatistics())
         except NrError as error:  # the engine has just failed: `nr_ready` shows it
             log.debug("the engine cannot be read: %s", error)
 
@@ -231,9 +230,14 @@ class AsyncEngine:
             self.adapters.pop(command.name, None)
             self.metrics.unloaded(command.name)
         elif isinstance(command, ListAdapters):
-            before, self.adapters = self.adapters, {view.name: view for view in answer}
-            for name in before.keys() - self.adapters.keys():  # unloaded by the engine itself
-                self.metrics.unloaded(name)
+            self._note_adapters({view.name: view for view in answer})
+        elif isinstance(command, ReadStatistics):
+            self._note_adapters(answer.adapters)
+
+    def _note_adapters(self, adapters: Mapping[str, AdapterView]) -> None:
+        before, self.adapters = self.adapters, dict(adapters)
+        for name in before.keys() - self.adapters.keys():  # unloaded by the engine itself
+            self.metrics.unloaded(name)
 
     def _track(self, request: Submit, inbox: asyncio.Queue[Output]) -> _Live:
         if any(name not in self.adapters for name in request.adapters or ()):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from nr_serve.api.responses import Adapter, AdapterGates, ProbeLeak
-from nr_serve.engine.messages import AdapterView, GateStatistics
+from nr_serve.engine.messages import AdapterView
 
 
-def adapter_body(view: AdapterView, statistics: GateStatistics) -> Adapter:
-    """An adapter as clients see it; `statistics` says on whose traffic it fired."""
-    cross = statistics.cross.items()
+def adapter_body(view: AdapterView) -> Adapter:
+    """An adapter as clients see it."""
     return {
         "name": view.name,
         "object": "adapter",
@@ -27,7 +26,7 @@ def adapter_body(view: AdapterView, statistics: GateStatistics) -> Adapter:
         "gates": _gates(view),
         "neutrality": _neutrality(view),
         "measuring": view.measuring,
-        "fired_by_selected": {selected: count for (name, selected), count in cross if name == view.name},
+        "fired_by_selected": dict(view.gates.fired_by_selected),
     }
 
 

@@ -17,7 +17,7 @@ from nr_serve.engine.cache.pages import PagePool
 from nr_serve.engine.cache.reuse import Reuse
 from nr_serve.engine.messages import (
     EngineInfo,
-    GateStatistics,
+    EngineStatistics,
     Output,
     StepEvents,
     StepReport,
@@ -135,13 +135,11 @@ class Core:
         changed, loads_failed = self._adapters.take_rejected()
         return StepEvents(tuple(outputs), report, changed, loads_failed)
 
-    def statistics(self) -> GateStatistics:
-        """Gate counts and gauges, as they are between two steps."""
-        gates, cross = self._adapters.gates()
+    def statistics(self) -> EngineStatistics:
+        """The adapters' counts and the gauges, as they are between two steps."""
         scheduler, registry = self.scheduler, self._adapters.registry
-        return GateStatistics(
-            adapters=gates,
-            cross=cross,
+        return EngineStatistics(
+            adapters={view.name: view for view in self._adapters.views()},
             slots_used=registry.slots_used,
             slots_total=registry.slots,
             running=len(scheduler.running),
@@ -295,7 +293,8 @@ class Core:
         self._adapters.release(request)
 
     def _report(self, pieces: list[Piece], started: float, preempted: int) -> StepReport:
-        decode = sum(piece.start >= piece.request.prompt_length for piece in pieces)
+        # A preempted request computes its answer's tokens again, many at once: that is prefill.
+        decode = sum(piece.count == 1 and piece.start >= piece.request.prompt_length for piece in pieces)
         return StepReport(
             seconds=time.perf_counter() - started,
             prefill_tokens=sum(piece.count for piece in pieces) - decode,

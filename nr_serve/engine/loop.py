@@ -25,7 +25,7 @@ from nr_serve.engine.messages import (
     LoadAdapter,
     Output,
     PatchAdapter,
-    ReadGates,
+    ReadStatistics,
     Status,
     StepEvents,
     Submit,
@@ -294,7 +294,7 @@ def _carry_out(call: _Call | _Checked, core: Core, adapters: Adapters) -> None:
                 adapters.patch(patch, answer)
             case _Call(ListAdapters()):
                 answer.set_result(adapters.views())
-            case _Call(ReadGates()):
+            case _Call(ReadStatistics()):
                 answer.set_result(core.statistics())
     except NrError as error:
         answer.set_exception(error)

@@ -131,10 +131,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class PrefixTokens:
-    """Counts of prompt tokens looked up in the prefix cache."""
+    """Counts of tokens looked up in the prefix cache when requests are admitted, or admitted again."""
 
     asked: int = 0
-    """Tokens looked up: all those of the requests admitted."""
+    """Tokens looked up: all that a request has by then."""
     found: int = 0
     """Tokens found in the prefix cache."""
     neutral: int = 0
@@ -205,11 +205,11 @@ class ListAdapters:
 
 
 @dataclass(frozen=True, slots=True)
-class ReadGates:
-    """Read the gate counts. Answer: `GateStatistics`, totals since the start."""
+class ReadStatistics:
+    """Read the engine's counts. Answer: `EngineStatistics`."""
 
 
-Command = LoadAdapter | UnloadAdapter | PatchAdapter | ListAdapters | ReadGates
+Command = LoadAdapter | UnloadAdapter | PatchAdapter | ListAdapters | ReadStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,15 +271,16 @@ class AdapterGates:
     """Token-layers evaluated."""
     mass: float = 0.0
     """Sum of gate values."""
+    fired_by_selected: Mapping[str, int] = field(default_factory=dict)
+    """Name of a selection -> token-layers whose gate fired on its tokens, even if it leaves the adapter out."""
 
 
 @dataclass(frozen=True, slots=True)
-class GateStatistics:
-    """Counts since the start, and current numbers, for the metrics."""
+class EngineStatistics:
+    """The registered adapters with their counts since the start, and current numbers, for the metrics."""
 
-    adapters: Mapping[str, AdapterGates]
-    cross: Mapping[tuple[str, str], int]
-    """(adapter, selected) -> token-layers where the adapter's gate fired on tokens of the selection `selected`."""
+    adapters: Mapping[str, AdapterView]
+    """The registered adapters, by name."""
     slots_used: int
     slots_total: int
     running: int

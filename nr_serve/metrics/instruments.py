@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from nr_serve import __version__
-from nr_serve.engine.messages import AdapterView, EngineInfo, FinishReason, GateStatistics, StepReport, Submit
+from nr_serve.engine.messages import AdapterView, EngineInfo, EngineStatistics, FinishReason, StepReport, Submit
 from nr_serve.metrics import definitions
 from nr_serve.metrics.totals import EngineTotals
 from nr_serve.names import MOST_JOINED, OTHER
@@ -82,14 +82,14 @@ class Metrics:
         self.requests.labels(selected if selected in self._selected else OTHER, reason).inc()
         self.ended_by[reason] += 1
 
-    def render(self, gates: GateStatistics | None, adapters: Sequence[AdapterView]) -> bytes:
-        """Return the metrics as text; `gates` is None until the engine can be asked."""
-        if gates is not None:
-            self.running.set(gates.running)
-            self.waiting.set(gates.waiting)
-            self.pages_used.set(gates.pages_used)
-            self.pages_total.set(gates.pages_total)
-        self.totals.statistics = gates
+    def render(self, statistics: EngineStatistics | None, adapters: Sequence[AdapterView]) -> bytes:
+        """Return the metrics as text; `statistics` is None until the engine can be asked."""
+        if statistics is not None:
+            self.running.set(statistics.running)
+            self.waiting.set(statistics.waiting)
+            self.pages_used.set(statistics.pages_used)
+            self.pages_total.set(statistics.pages_total)
+        self.totals.statistics = statistics
         self.totals.adapters = adapters
         return generate_latest(self.registry)
 

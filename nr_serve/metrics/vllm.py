@@ -13,7 +13,7 @@ from typing import get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from nr_serve.engine.messages import FinishReason, GateStatistics
+from nr_serve.engine.messages import EngineStatistics, FinishReason
 from nr_serve.metrics.instruments import Metrics
 
 
@@ -69,7 +69,7 @@ class VllmCollector(Collector):
             success.add_metric([*labels.values(), reason], self._metrics.ended_by[reason])
         return success
 
-    def _cache(self, statistics: GateStatistics) -> Iterator[Metric]:
+    def _cache(self, statistics: EngineStatistics) -> Iterator[Metric]:
         labels = self._labels
         used = statistics.pages_used / statistics.pages_total
         for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):  # new name, older name
@@ -84,7 +84,7 @@ class VllmCollector(Collector):
         info.add_metric([*facts.values()], 1)
         yield info
 
-    def _adapters(self, statistics: GateStatistics) -> Metric:
+    def _adapters(self, statistics: EngineStatistics) -> Metric:
         """The attached adapters, for a gateway that routes a request to a server that has its adapter.
 
         By default every attached adapter may act (the gates route), so running requests do not say which adapters

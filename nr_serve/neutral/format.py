@@ -240,6 +240,8 @@ def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
         size = path.stat().st_size
         if max_bytes is not None and size > max_bytes:
             raise TooLarge(f"the file has {size:,} bytes; the limit is {max_bytes:,}")
+        if not size and not path.is_dir():  # an empty file cannot be mapped into memory
+            raise BadAdapterFile("not a whole safetensors file: it is empty")
         yield
     except IsADirectoryError as error:
         meant = min(path.glob("*.safetensors"), default=None)

@@ -139,10 +139,14 @@ class Fitter:
         return causal_mean(x_NTd, self.offset_NT, self.adapter.carry).flatten(0, 1)
 
     def _weights(self, fits_T: Tensor) -> Tensor:
-        """Weight of each token: `gate.target_weight` for the target, the rest shared equally by other classes."""
+        """Weight of each token: `gate.target_weight` for the target, the rest shared equally by other classes.
+
+        Classes of which no token is left take no share.
+        """
         weight_T = self.own_evidence_T.double()
         counts = torch.bincount(self.class_T[fits_T], weight_T[fits_T], minlength=len(self.names))
-        share = torch.full_like(counts, (1 - self.gate.target_weight) / (len(self.names) - 1))
+        others = int((counts > 0).sum()) - 1
+        share = torch.full_like(counts, (1 - self.gate.target_weight) / max(1, others))
         share[self.names.index(self.target)] = self.gate.target_weight
         return (share / counts)[self.class_T] * weight_T
 
@@ -156,13 +160,13 @@ class Fitter:
             name: logit_T[(class_T == i) & ~moved_T] for i, name in enumerate(self.names) if name != self.target
         }
         highest = (float(z.quantile(self._percentile(name) / 100)) for name, z in left.items() if len(z))
-        threshold = max(highest, default=0.0)
-        m_T = self.evidence_T[self.checks_T] * (logit_T - threshold)
+        shift = max(highest, default=0.0)
+        m_T = self.evidence_T[self.checks_T] * (logit_T - shift)
         by_class = {name: m_T[class_T == i] for i, name in enumerate(self.names)}
         target_m = by_class.pop(self.target)
         open_m = target_m[target_m > 0]
         scale = self.gate.resolved.steepness / float(open_m.mean()) if len(open_m) else 1.0
-        _set(module, module.gate.detach().double() * scale, (module.bias.detach().double() - threshold) * scale)
+        _set(module, module.gate.detach().double() * scale, (module.bias.detach().double() - shift) * scale)
         misfired = {name: float((m > 0).double().mean()) for name, m in by_class.items()}
         self.report[layer] = LayerFit(len(open_m) / len(target_m), misfired)
 
@@ -176,7 +180,7 @@ def _set(module: BlockModule, w_d: Tensor, b: Tensor) -> None:
 def gate_classes(classes: Classes, tokens: int, near: Collection[str] = ()) -> dict[str, GateText]:
     """About `tokens` tokens of every class, but four times as many of the target, which faces all the others.
 
-    So many of the background classes `near` too, on which other adapters act.
+    Background classes in `near`, on which other adapters act, also get four times as many.
 
     Half of the windows of the target and of background classes are led into by original text, or by a chat (see
     `lead_in`): on the target a gate must open there too, and on other text it must stay shut.

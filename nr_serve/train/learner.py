@@ -81,7 +81,7 @@ class Learner(nn.Module):
 
         Each loss is a mean over the whole `step` (None: the batch is the step), scaled so that the mean over the
         step's parts is the step's loss. The LM loss is a mean of -log p(label) over labelled tokens, the local
-        loss a mean of its terms over tokens and layers. The local loss is computed first: gradient checkpointing
+        loss a mean of its terms over tokens and blocks. The local loss is computed first: gradient checkpointing
         repeats the LM pass in the backward pass, which must then still find that pass's record attached.
         """
         windows = {role: Windows(*tensors) for role, tensors in batch.items()}
@@ -104,7 +104,7 @@ class Learner(nn.Module):
         sums = {"lm": _pair(nats, read.labelled), "target_fired": _pair(nats.new_tensor(fired[0]), fired[1])}
         loss = nats / max(1, _count(step.labelled, self.lm_roles))
         if self.local is not None and record.hinges and self.adapter is not None:
-            over = _count(step.tokens, ("target",)) * self.adapter.depth
+            over = _count(step.tokens, ("target",)) * len(self.adapter.layers)
             loss = loss + self.local.open * torch.stack(record.hinges).sum() / over
         return loss, sums
 
@@ -122,7 +122,7 @@ class Learner(nn.Module):
         with evaluating(self.base):
             record = self.attached.begin(read.offset_NT, losses.LOCAL[self.local.kind], target_BT)
             decoder(read.ids_NT, use_cache=False, position_ids=read.offset_NT)
-        terms, layers = record.local_sum, self.adapter.depth
+        terms, layers = record.local_sum, len(self.adapter.layers)
         fired, seen = record.on_others(0)
         sums = {
             "local": _pair(nothing[0] if terms is None else terms, read.ids_NT.numel() * layers),

@@ -11,7 +11,7 @@ from nr_serve.api.bridge import AsyncEngine
 from nr_serve.engine.messages import (
     ListAdapters,
     LoadAdapter,
-    ReadGates,
+    ReadStatistics,
     Sampling,
     StepEvents,
     Submit,
@@ -290,7 +290,7 @@ def test_what_the_engine_does_for_a_client_that_goes_away_is_noted():
             assert "hu" in engine.adapters
             go_on.set()
             await answer
-            await engine.call(ReadGates())
+            await engine.call(ReadStatistics())
             assert engine.adapters == {}
 
     asyncio.run(unload())

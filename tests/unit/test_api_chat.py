@@ -1,5 +1,6 @@
 import pytest
 
+from nr_serve.api import ask
 from tests.fakes import ByteTokenizer, events, serving, usage
 
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -81,6 +82,16 @@ def test_a_stream_shows_whole_characters_and_every_token_only_if_asked_of_tokens
     assert [event["choices"][0]["delta"]["content"] for event in streamed] == ["", "ő", "ő"]
     for asked in ({"logprobs": True}, {"gates": True}, {"return_token_ids": True}):
         assert len(events(server.chat(max_tokens=4, stream=True, **asked))) == 1 + 4, asked
+
+
+def test_an_answer_of_unsaid_length_ends_where_no_more_could_be_reported(server, monkeypatch):
+    monkeypatch.setattr(ask, "MAX_REPORTED", 120)
+    report = {"n": 2, "logprobs": True, "top_logprobs": 1, "gates": True}
+    choices = server.chat(**report).json()["choices"]
+    # For each answer the gates of 19 tokens of the prompt, and three entries a token.
+    assert [len(choice["logprobs"]["content"]) for choice in choices] == [13, 13]
+    assert server.chat(**report, max_tokens=13).status_code == 200
+    assert server.chat(**report, max_tokens=14).json()["error"]["param"] == "logprobs"
 
 
 def test_the_bytes_of_logprobs_add_up_to_the_answer_where_characters_are_several_tokens(server, monkeypatch):

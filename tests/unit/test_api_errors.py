@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 
 from nr_serve.api import body_route
-from nr_serve.api.body_route import LARGE_BYTES
+from nr_serve.api.body_route import LARGE_BYTES, MANY_BRACKETS
 from nr_serve.errors import BadRequest, QueueFull
 from tests.fakes import events, serving
 from tests.waiting import PATIENCE, until
@@ -305,15 +305,15 @@ def test_a_large_body_is_read_beside_the_event_loop_and_refused_as_a_small_one_i
         assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("size", [0, LARGE_BYTES])
-def test_a_large_body_is_read_on_the_thread_of_texts(server, size, monkeypatch):
+@pytest.mark.parametrize("more", ["", " " * LARGE_BYTES, "[" * MANY_BRACKETS], ids=["small", "large", "brackets"])
+def test_a_body_that_takes_long_to_read_is_read_on_the_thread_of_texts(server, more, monkeypatch):
     threads, parse = [], body_route.parse_json
     monkeypatch.setattr(
         body_route, "parse_json", lambda data: threads.append(threading.current_thread().name) or parse(data)
     )
-    content = json.dumps({"prompt": "hi"}) + " " * size
+    content = json.dumps({"prompt": "hi", "metadata": {"a": more}})
     server.http.post("/tokenize", content=content, headers={"content-type": "application/json"})
-    assert [name.startswith("nr-text") for name in threads] == [size > 0]
+    assert [name.startswith("nr-text") for name in threads] == [bool(more)]
 
 
 @pytest.mark.parametrize(
@@ -325,6 +325,7 @@ def test_a_large_body_is_read_on_the_thread_of_texts(server, size, monkeypatch):
         (b'{"model": ' + b"9" * 5000 + b"}", "too many digits"),
         (b"[1]", "a JSON object is required"),
         (b'{"model": "base", "prompt": "x", "metadata": {"a": [' + b"[]," * 200_000 + b"[]]}}", "opening brackets"),
+        (b'{"model": "base", "prompt": "' + b"[" * 200_000 + b'"}', "opening brackets"),
     ],
 )
 def test_a_body_that_cannot_be_read_is_refused_with_the_reason(server, body, message):

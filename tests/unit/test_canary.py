@@ -93,10 +93,9 @@ def test_answers_and_gate_statistics_are_the_same_with_a_load_in_their_midst():
         assert server.tokens["bare"] == server.expected()
         statistics.append(server.core.statistics())
     quiet, loaded = statistics
-    mass = pytest.approx(quiet.adapters["b"].mass)  # a sum is rounded by what shares its step
-    assert loaded.adapters["b"] == dataclasses.replace(quiet.adapters["b"], mass=mass)
-    assert quiet.adapters["b"].seen[0] == len(PROMPT) + ANSWER - 1
-    assert {key: n for key, n in loaded.cross.items() if key[0] == "b"} == quiet.cross
+    mass = pytest.approx(quiet.adapters["b"].gates.mass)  # a sum is rounded by what shares its step
+    assert loaded.adapters["b"].gates == dataclasses.replace(quiet.adapters["b"].gates, mass=mass)
+    assert quiet.adapters["b"].gates.seen[0] == len(PROMPT) + ANSWER - 1
 
 
 def test_what_was_measured_before_is_not_measured_again():
@@ -113,6 +112,20 @@ def test_what_was_measured_before_is_not_measured_again():
     server.adapters.unload("a")
     server.load("again", dataclasses.replace(made))
     assert server.neutrality("again") == measured
+
+
+def test_a_threshold_set_to_what_it_is_changes_nothing():
+    server = Probed(slots=2)
+    made = server.made(1)
+    server.ask("beside", (), tokens=200)
+    server.begin("a", made)
+    registry = server.adapters.registry
+    attached = registry.attachments.of((registry.get("a"),))
+    server.patch("a", threshold=made.info.threshold, pinned=True)
+    assert registry.attachments.of((registry.get("a"),)) == attached, "pages that it acted on can be used again"
+    server.work()
+    assert server.view("a").pinned
+    assert sum(count for _, count in server.pieces) == sum(map(len, TEXTS.values())), "measured once"
 
 
 def test_without_a_limit_an_adapter_acts_at_once_and_is_measured_meanwhile():
@@ -196,9 +209,10 @@ def test_probing_is_not_counted():
     server.work()
     assert sum(count for name, count in server.pieces if name == "a") == sum(map(len, TEXTS.values()))
     after = server.core.statistics()
-    assert {name: after.adapters[name] for name in "bc"} == {name: before.adapters[name] for name in "bc"}
-    assert set(after.adapters["a"].seen) | set(after.adapters["a"].fired) == {0}
-    assert after.cross == before.cross
+    for name in "bc":
+        assert after.adapters[name].gates == before.adapters[name].gates
+    assert set(after.adapters["a"].gates.seen) | set(after.adapters["a"].gates.fired) == {0}
+    assert not after.adapters["a"].gates.fired_by_selected
 
 
 def test_an_adapter_under_test_acts_on_nobody_and_is_not_observed():
@@ -212,7 +226,7 @@ def test_an_adapter_under_test_acts_on_nobody_and_is_not_observed():
     server.ask("none", (), selected="none")
     while "none" not in server.ended:
         server.step(copy=False)
-    assert server.core.statistics().cross == {}
+    assert all(not view.gates.fired_by_selected for view in server.core.statistics().adapters.values())
     assert server.tokens["none"] == server.expected()
 
 

@@ -463,10 +463,11 @@ def test_the_header_alone_is_read_and_refused_as_the_whole_is(path, tmp_path):
     assert read_info(path, max_bytes=path.stat().st_size) == INFO
     with pytest.raises(TooLarge):
         read_info(path, max_bytes=path.stat().st_size - 1)
-    pickled, cut = tmp_path / "pickle", tmp_path / "cut"
+    pickled, cut, empty = (tmp_path / name for name in ("pickle", "cut", "empty"))
+    empty.write_bytes(b"")
     pickled.write_bytes(pickle.dumps({"a": 1}))
     cut.write_bytes(path.read_bytes()[:-1])
-    for wrong in (pickled, cut, tmp_path, tmp_path / "none"):
+    for wrong in (pickled, cut, empty, tmp_path, tmp_path / "none"):
         with pytest.raises(BadAdapterFile) as whole:
             read_adapter(wrong)
         with pytest.raises(BadAdapterFile) as header:

@@ -206,7 +206,7 @@ def test_gates_of_any_size_keep_the_totals_finite():
     load(adapters, "huge", dataclasses.replace(huge, blocks=blocks))
     core.add(ask("r", range(9), ("huge",)))
     answers(core)
-    gates = core.statistics().adapters["huge"]
+    gates = core.statistics().adapters["huge"].gates
     assert gates.fired == tuple(seen - 1 for seen in gates.seen), "all but the text's first token"
     assert min(gates.fired) > 0
     assert gates.mass == pytest.approx(3e38 * sum(gates.fired), rel=1e-3)

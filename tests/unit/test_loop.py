@@ -14,7 +14,7 @@ from nr_serve.engine.messages import (
     ListAdapters,
     LoadAdapter,
     PatchAdapter,
-    ReadGates,
+    ReadStatistics,
     Sampling,
     Submit,
     UnloadAdapter,
@@ -234,7 +234,7 @@ def test_adapters_are_loaded_changed_read_and_unloaded(loop, files):
     assert isinstance(error_of(loop.call(LoadAdapter("hu", place / "b.safetensors"))), Conflict)
     assert result(loop.call(LoadAdapter("hu", place / "b.safetensors", replace=True))).domain == "test-1"
     assert loop.answer(ask("s", ("hu",))) == (expected(made["b"]), "length")
-    assert result(loop.call(ReadGates())).adapters["hu"].mass > 0
+    assert result(loop.call(ReadStatistics())).adapters["hu"].gates.mass > 0
     assert [v.name for v in result(loop.call(ListAdapters()))] == ["hu"]
     assert result(loop.call(UnloadAdapter("hu"))).name == "hu"
     assert isinstance(error_of(loop.call(UnloadAdapter("hu"))), NotFound)

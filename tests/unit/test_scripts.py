@@ -222,14 +222,12 @@ def test_training_speed_is_measured_in_rounds_of_equal_methods(base, corpus, tmp
     assert sizes["neutral"] == sizes["adapter"]
     assert sizes["lora"] == pytest.approx(sizes["neutral"], rel=0.1)
     assert sizes["finetune"] == load_base(str(base)).parameters
-    assert result["methods"]["lora"]["tokens_to_lora"] == 1
+    assert result["methods"]["lora"]["speed_to_lora"] == 1
     assert 0.9 < result["methods"]["adapter"]["target_fired"] < 1, "all but texts' first tokens"
     assert 0 < result["methods"]["neutral"]["target_fired"] <= 1
-    for method, m in result["methods"].items():
-        # 16 windows per step: 12 of the target, 2 original, 2 of the background, which only neutral reads
-        tokens = 256 if method == "neutral" else 224
+    for m in result["methods"].values():
         rates, seconds = m["rounds"]["tokens_a_second"], m["rounds"]["seconds"]
-        assert [r * s for r, s in zip(rates, seconds, strict=True)] == [pytest.approx(tokens)] * 3
+        assert [r * s for r, s in zip(rates, seconds, strict=True)] == [pytest.approx(256)] * 3
     assert len(shown) == 2 + len(METHODS)
     assert result["command"].startswith("python loadtests/training.py")
 
@@ -241,16 +239,11 @@ def test_a_measured_step_is_a_step_of_training(base, corpus, tmp_path, method):
     expected = checkpoints.load(checkpoints.latest(tmp_path / "out")).weights()
     training = load("loadtests/training.py")
     classes = read_classes(corpus, recipe.data, load_base(str(base)).tokenizer, recipe.run)
-    torch.manual_seed(recipe.run.seed)
     runner = training.make_runner(recipe, classes, recipe.gate.fit_tokens)
-    batches = training.Batches(classes, recipe.run, 1)
     for number in range(2):
-        runner.step([batches[2 * number], batches[2 * number + 1]])
+        runner.step(number)
     got = runner.learner.trained_state()
-    if method == "lora":  # A starts at random, B at 0: after two steps both depend on A
-        assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in expected.items()}
-        assert any(t.abs().max() > 0 for n, t in got.items() if "lora_B" in n)
-        return
+    assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.allclose(got[name], tensor, atol=1e-5), name
 
@@ -264,8 +257,8 @@ def test_ratios_to_lora_are_medians_over_rounds_after_the_warm_up():
     runners = {"neutral": runner([1, 10, 30, 9], [9, 2, 1, 2]), "lora": runner([7, 10, 10, 10], [1, 3, 3, 3])}
     measured = training.summarise(runners, warmup=1)["neutral"]
     assert (measured["tokens_a_second"], measured["seconds_a_step"]) == (10, 2)
-    assert (measured["tokens_to_lora"], measured["steps_to_lora"]) == (1, 1.5)
-    assert training.summarise({"neutral": runners["neutral"]}, 1)["neutral"]["tokens_to_lora"] is None
+    assert measured["speed_to_lora"] == 1
+    assert training.summarise({"neutral": runners["neutral"]}, 1)["neutral"]["speed_to_lora"] is None
 
 
 def test_what_is_not_measured_is_refused(base, corpus, tmp_path):

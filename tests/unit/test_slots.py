@@ -116,7 +116,9 @@ def test_what_was_counted_in_a_slot_belongs_to_whoever_left_it(leaves):
         b = bench.loaded("b", "y")
     bench.run(b, 4)
     assert (bench.seen("a"), bench.seen("b")) == {"evicted": (3, 4), "replaced": (8, 0), "unloaded": (0, 4)}[leaves]
-    assert bench.registry.counts.cross() == {(name, "traffic"): n for name in "ab" if (n := bench.seen(name))}
+    for name in "ab":
+        counted = bench.registry.counts.of(name).fired_by_selected
+        assert counted == ({"traffic": bench.seen(name)} if bench.seen(name) else {})
 
 
 def test_what_an_unloaded_version_goes_on_to_count_is_not_its_names_that_is_loaded_again():

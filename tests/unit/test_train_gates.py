@@ -219,7 +219,14 @@ def test_tokens_on_which_a_trained_block_acts_take_no_further_part_but_for_the_t
     assert torch.equal(fitter.moved_T, acts_T & ~fitter.target_T & trained)
 
 
-def test_classes_that_lower_blocks_have_moved_as_a_whole_have_no_say():
+def test_classes_that_lower_blocks_have_moved_as_a_whole_have_no_say(monkeypatch):
+    seen, solve = {}, SOLVERS["logistic"]
+
+    def noting(u_Td, target_T, weight_T, ridge):
+        seen["target"] = float(weight_T[target_T > 0].sum() / weight_T.sum())
+        return solve(u_Td, target_T, weight_T, ridge)
+
+    monkeypatch.setitem(SOLVERS, "logistic", noting)
     named = classes()
     adapter = AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0)
     fitter = Fitter(adapter, plain_texts(named), "target", Gate(percentile=90.0, background_percentile=90.0))
@@ -229,6 +236,7 @@ def test_classes_that_lower_blocks_have_moved_as_a_whole_have_no_say():
     fitter.fit(0, x_Td)
     assert fitter.report[0].misfired["en"] == pytest.approx(0.1, abs=0.02)
     assert fitter.report[0].misfired["da"] > 0.9
+    assert seen["target"] == pytest.approx(Gate().target_weight), "what is left shares what is left"
 
 
 def test_with_all_other_tokens_moved_a_gate_opens_on_the_whole_target():

@@ -20,15 +20,15 @@ def part(seed: int, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.arange(T).expand(count, T).contiguous()
 
 
-def adapter(kind: str) -> AdapterModule:
-    made = AdapterModule.from_file(tiny.adapter(tiny.model(), 3, carry=0.5))
+def adapter(kind: str, **options) -> AdapterModule:
+    made = AdapterModule.from_file(tiny.adapter(tiny.model(), 3, carry=0.5, **options))
     made.kind = kind
     return made
 
 
-def learner(kind: str, local: Loss | None, *, lm_on_original: bool = False) -> Learner:
+def learner(kind: str, local: Loss | None, *, lm_on_original: bool = False, **options) -> Learner:
     base = tiny.model().requires_grad_(False)
-    return Learner(base, adapter(kind), local=local, lm_on_original=lm_on_original)
+    return Learner(base, adapter(kind, **options), local=local, lm_on_original=lm_on_original)
 
 
 FORMULAS = {
@@ -47,6 +47,8 @@ def dense(made: AdapterModule, batch, local: Loss, *, lm_on_original: bool) -> t
 
     def add(layer, x, y):
         block = made.layer(layer)
+        if block is None:
+            return y
         if now["is_target"] is not None:
             x, y = x.detach(), y.detach()
         z = x @ block.gate + block.bias
@@ -78,19 +80,22 @@ def dense(made: AdapterModule, batch, local: Loss, *, lm_on_original: bool) -> t
     ids = torch.cat([batch[name][0] for name in names])
     now["is_target"] = torch.cat([torch.full((len(batch[name][0]),), name == "target") for name in names])
     model.model(ids, use_cache=False)
-    hinge = torch.stack(hinges).sum() / (spoken[0].numel() * tiny.LAYERS)
-    return lm + local.open * hinge + local.alpha * torch.stack(terms).sum() / (ids.numel() * tiny.LAYERS)
+    hinge = torch.stack(hinges).sum() / (spoken[0].numel() * len(made.layers))
+    return lm + local.open * hinge + local.alpha * torch.stack(terms).sum() / (ids.numel() * len(made.layers))
 
 
 @pytest.mark.parametrize("kind", list(GATES))
 @pytest.mark.parametrize("local", ["l1", "l1-relative", "cross-entropy"])
 @pytest.mark.parametrize("lm_on_original", [False, True])
 @pytest.mark.parametrize(("opens", "threshold"), [(0.0, 0.0), (2.0, 0.25)])
-def test_loss_and_gradients_equal_a_dense_implementation(kind, local, lm_on_original, opens, threshold):
+@pytest.mark.parametrize("bare_layers", [(), (1,)])
+def test_loss_and_gradients_equal_a_dense_implementation(
+    kind, local, lm_on_original, opens, threshold, bare_layers
+):
     batch = {"target": part(1), "original": part(2, 1), "background": part(3, 1)}
     loss = Loss(alpha=3.0, kind=local, open=opens)
-    ours = learner(kind, loss, lm_on_original=lm_on_original)
-    theirs = adapter(kind)
+    ours = learner(kind, loss, lm_on_original=lm_on_original, bare_layers=bare_layers)
+    theirs = adapter(kind, bare_layers=bare_layers)
     ours.adapter.threshold = theirs.threshold = threshold
     output = ours(**batch)
     expected = dense(theirs, batch, loss, lm_on_original=lm_on_original)

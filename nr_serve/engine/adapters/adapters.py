@@ -14,7 +14,7 @@ from nr_serve.engine.adapters.canary import Canary, Probe
 from nr_serve.engine.adapters.changes import Changes, Order
 from nr_serve.engine.adapters.registry import Registry, Selection, Version
 from nr_serve.engine.adapters.watch import Watch
-from nr_serve.engine.messages import AdapterGates, AdapterView, LoadAdapter, PatchAdapter
+from nr_serve.engine.messages import AdapterView, LoadAdapter, PatchAdapter
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Result
 from nr_serve.errors import BadAdapterFile, BadRequest, NrError, Unavailable
@@ -196,12 +196,6 @@ class Adapters:
         """Every registered adapter as clients see it, by name."""
         self.registry.counts.read()
         return tuple(self._view(version) for version in self.registry)
-
-    def gates(self) -> tuple[dict[str, AdapterGates], dict[tuple[str, str], int]]:
-        """Gate counts of every registered adapter, and the cross counts of `GateStatistics.cross`."""
-        self.registry.counts.read()
-        counts = self.registry.counts
-        return {version.name: counts.of(version.name) for version in self.registry}, counts.cross()
 
     # Inside
 

@@ -262,7 +262,7 @@ class Changes:
         if patch.pinned is not None:
             version.pinned = patch.pinned
             self._watch.pins(version, patch.pinned)
-        if patch.threshold is not None:
+        if patch.threshold is not None and patch.threshold != version.threshold:
             self._watch.turns(version, patch.threshold)
             version.threshold = patch.threshold
             if version.attached:

@@ -86,11 +86,8 @@ class GateCounts:
             fired=tuple(sum(totals.fired_L[i] for i in group) for group in groups),
             seen=tuple(sum(totals.seen_L[i] for i in group) for group in groups),
             mass=totals.mass,
+            fired_by_selected=dict(totals.cross),
         )
-
-    def cross(self) -> dict[tuple[str, str], int]:
-        """(adapter, selected) -> token-layers where the adapter's gate fired on that selection's tokens."""
-        return {(n, s): count for n, totals in self._totals.items() for s, count in totals.cross.items()}
 
 
 def _layer_groups(layers: int) -> list[range]:
