@@ -58,7 +58,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Workload:
-    """A step of so many pieces of one length, after a context of so many tokens each."""
+    """A step of `pieces` pieces of one length, each after a context of the same length."""
 
     pieces: int
     count: int
@@ -101,7 +101,7 @@ class Bench:
                 pass
 
     def pairs(self, contender: Contender, workload: Workload, count: int) -> list[Pair]:
-        """Seconds of so many pairs of steps, all alike; one pair before them does not count."""
+        """Seconds of `count` pairs of steps, all alike; one pair before them does not count."""
         pieces = {c: self._pieces(c, workload) for c in (NONE, contender)}
         measured = []
         for number in range(count + 1):

@@ -134,7 +134,7 @@ def mutated_bytes(chance: random.Random, data: bytes) -> bytes:
 
 
 def mutated_json(chance: random.Random, value: Any, times: int) -> bytes:
-    """The JSON value with so many things in it changed."""
+    """The JSON value with `times` things in it changed."""
     changed = {"top": copy.deepcopy(value)}
     try:
         for _ in range(times):

@@ -255,9 +255,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--original", default="en", help="the base's own language")
     parser.add_argument("--unfitted", action="append", default=[], help="a source of it in no fit (default: 2)")
     parser.add_argument("--kept-out", action="append", default=[], help="a language in no fit (default: 4)")
-    parser.add_argument("--layers", type=_positive, default=5, help="keep the first of every so many layers")
+    parser.add_argument("--layers", type=_positive, default=5, help="keep the first of every N layers")
     parser.add_argument(
-        "--tokens", type=_positive, default=2048, help="of each class; of a target four times so many"
+        "--tokens", type=_positive, default=2048, help="of each class; of a target four times as many"
     )
     parser.add_argument("--window", type=_positive, default=128, help="tokens read at once")
     parser.add_argument("--carry", type=float, nargs="+", default=[0.0, 0.3, 0.5, 0.8, 0.9], help="0 to below 1")

@@ -13,7 +13,7 @@ from nr_serve.train.text import read_heldout
 from nr_serve.train.text.pack import Windows, join
 
 TARGET_TIMES = 4
-"""The target has so many times the text of another class, as in training."""
+"""The target has this many times the text of another class, as in training."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Text:
 
 
 def read_text(corpus: Path, tokenizer: Any, plan: Plan, window: int, tokens: int) -> Text:
-    """About `tokens` tokens of each class to fit, `TARGET_TIMES` so many of a target, and `tokens` held out.
+    """About `tokens` tokens of each class to fit, `TARGET_TIMES` as many of a target, and `tokens` held out.
 
     Every source of a language has an equal part in it.
     """

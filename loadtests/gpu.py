@@ -297,7 +297,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prefill")
     parser.add_argument("--window", type=int, default=1024, help="tokens of a window in training")
     parser.add_argument("--windows", type=int, default=8, help="windows per step")
-    parser.add_argument("--seconds", type=float, default=360, help="no further part is begun after so many")
+    parser.add_argument("--seconds", type=float, default=360, help="no further part is begun after this many")
     parser.add_argument("--rounds", type=int, default=20, help="calls timed; their median counts")
     args = parser.parse_args(argv)
     if args.device.type == "cpu" and not args.tiny:

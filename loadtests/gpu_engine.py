@@ -50,7 +50,7 @@ class Engine:
 
     def __init__(self, shape: str, args: argparse.Namespace, batches: Sequence[int], context: int) -> None:
         # Here, for they need triton, and --help does not.
-        from nr_serve.engine.model import graphs, paged_attention
+        from nr_serve.engine.model import gpu_attention, graphs
         from nr_serve.engine.model.attention import KVCache
         from nr_serve.engine.model.fuse import prepare_layers
         from nr_serve.neutral.gpu_bank import GpuBank
@@ -85,8 +85,8 @@ class Engine:
             dtype=dtype,
         )
         self.kv_bytes_a_token = 2 * layers * heads * head_size * dtype.itemsize
-        paged_attention.register()
-        self.model.set_attn_implementation(paged_attention.NAME)
+        gpu_attention.register()
+        self.model.set_attn_implementation(gpu_attention.NAME)
         prepare_layers(self.model, self.bank, None, kernels=True)
         self.graphs = graphs.Graphs(
             graphs.model_step(self.model, self.bank, self.cache), slots=8, page_size=PAGE, longest=context,

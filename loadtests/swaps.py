@@ -2,7 +2,7 @@
 
     python loadtests/swaps.py --streams 8 --tokens 400 --rounds 3
 
-The engine in this process, without HTTP. In each round so many streams are read to their end twice, once in
+The engine in this process, without HTTP. In each round `--streams` streams are read to their end twice, once in
 peace and once while an adapter is loaded every `--every` seconds, each in the place of the one before. The
 adapters are random, `--width` wide (by default 5% of the base's parameters), and never fire. *New* ones are
 measured on the probe texts once published, beside the streams; of *known* ones, loaded before, the measurement
@@ -87,7 +87,7 @@ class Swaps:
             time.sleep(0.05)
 
     def read(self, streams: int, tokens: int, files: list[Path], every: float) -> Reading:
-        """Read so many streams to their end; load the files meanwhile, one every `every` seconds."""
+        """Read `streams` streams to their end; load the files meanwhile, one every `every` seconds."""
         for number in range(streams):
             sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
             prompt = tuple((number * 31 + place) % self.info.vocab_size for place in range(8))

@@ -60,7 +60,9 @@ class GenerationBody(FormFields):
     stop_token_ids: Annotated[list[StrictInt], Field(max_length=256)] | None = None
     include_stop_str_in_output: bool = Field(False, description="show what ended the answer, text or token")
     skip_special_tokens: bool = Field(True, description="leave special tokens out of the answer's text")
-    truncate_prompt_tokens: int | None = Field(None, ge=1, description="read a prompt's last so many tokens alone")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=1, description="keep only this many last tokens of a prompt"
+    )
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool | None = False
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="lower runs first")
@@ -72,9 +74,7 @@ class GenerationBody(FormFields):
     user: Text | None = Field(None, description="the caller's own name for its user; not used")
     safety_identifier: Text | None = Field(None, description="newer name of `user`; not used")
     prompt_cache_key: Text | None = Field(None, description="not used: equal beginnings are found without a key")
-    metadata: Annotated[dict[_Key, _Value] | None, at_most(16)] = Field(
-        None, description="for the caller's own books; not used"
-    )
+    metadata: Annotated[dict[_Key, _Value] | None, at_most(16)] = Field(None, description="accepted and ignored")
 
     # Fields of OpenAI's and vLLM's APIs.
     not_supported: ClassVar[NotSupported] = {
@@ -118,7 +118,7 @@ class CompletionBody(GenerationBody):
 
     prompt: Text | _Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="default 16")
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answer so often, return the `n` likeliest")
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers made, the `n` likeliest given")
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = Field(True, description="put the tokenizer's special tokens before text prompts")
@@ -164,9 +164,9 @@ class Message(Body):
     @model_validator(mode="after")
     def _fields_belong_to_the_role(self) -> Self:
         if self.tool_calls and self.role != "assistant":
-            raise ValueError("`tool_calls` are the assistant's alone")
+            raise ValueError("`tool_calls` are only allowed in assistant messages")
         if self.reasoning_content and self.role != "assistant":
-            raise ValueError("`reasoning_content` is the assistant's alone")
+            raise ValueError("`reasoning_content` is only allowed in assistant messages")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise ValueError("`tool_call_id` is required of a tool, and only allowed there")
         if self.content is None and not self.tool_calls:

@@ -109,7 +109,7 @@ def form_of(fields: FormFields) -> Form | None:
     whitespace = _whitespace(fields)
     if whitespace is not None and all(kind != "json" for kind, _ in asked.values()):
         given = "structured_outputs" if fields.guided_whitespace_pattern is None else "guided_whitespace_pattern"
-        raise BadRequest(f"{given}: a whitespace pattern is for JSON alone", param=given)
+        raise BadRequest(f"{given}: a whitespace pattern needs a JSON format", param=given)
     for param, (kind, value) in asked.items():
         try:
             return _form(param, kind, value, WHITESPACE if whitespace is None else whitespace)
@@ -126,7 +126,7 @@ def json_rule(schema: Any, whitespace: str = WHITESPACE, *, lenient: bool = Fals
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema must be an object")
     if "x-guidance" in schema:
-        raise ValueError("`x-guidance` is not taken")
+        raise ValueError("`x-guidance` is not supported")
     spaced = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
     return f"%json {json.dumps(schema | {'x-guidance': spaced | {'lenient': lenient}})}"
 

@@ -36,7 +36,7 @@ except ImportError as missing:
     raise NrError("the GPU kernels need triton, of the extra `gpu`") from missing
 
 PARTS_OF_D = 32
-"""The gates' products are split along d into at most so many parts, so that few tokens still occupy the device."""
+"""The gates' products are split along d into at most this many parts: few tokens then still occupy the device."""
 FEW, MANY, MOST = 16, 64, 1024
 """Steps with more tokens than each of these use other kernel variants; so do pieces of over 1 and `MANY` tokens."""
 

@@ -294,7 +294,7 @@ class Run(_Section):
     out_lr_ratio: float = Field(
         default=1.0,
         gt=0,
-        description="The blocks' W_out, and LoRA's B, learn so many times faster than the rest: they start at 0 "
+        description="The blocks' W_out, and LoRA's B, learn this many times faster than the rest: they start at 0 "
         "(arXiv 2402.12354). 10 learns more in a short run, and makes gates leak more in a long one.",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
@@ -327,8 +327,8 @@ class Run(_Section):
     validate_windows: Positive = Field(default=8, description="Windows of each held-out class measured then.")
     patience: Positive | None = Field(
         default=None,
-        description="Stop after so many measurements without a better loss on the target's held-out text, and keep "
-        "the best (default: run to the end).",
+        description="Stop after this many measurements without a better loss on the target's held-out text, and "
+        "keep the best (default: run to the end).",
     )
 
     @model_validator(mode="after")

@@ -4,7 +4,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from contextlib import contextmanager
 
 import httpx
@@ -16,8 +15,7 @@ from nr_serve.server_process import local_server
 from tests import tiny
 from tests.collector import collecting
 from tests.deploy import DEPLOY, alerts, dashboard_queries
-
-DEADLINE_SECONDS = 120
+from tests.waiting import until
 
 
 @contextmanager
@@ -41,13 +39,6 @@ def prometheus(scraped: str, folder):
         finally:
             process.terminate()
             process.wait(30)
-
-
-def until(true, otherwise: str = "it takes too long") -> None:
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not true():
-        assert time.monotonic() < end, otherwise
-        time.sleep(0.1)
 
 
 def answers(client: httpx.Client) -> bool:

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nr_serve.engine.model import draws, gpu_operators, paged_attention
+from nr_serve.engine.model import gpu_attention, gpu_operators, gpu_sampler
 from nr_serve.engine.model.batch import Table
 from nr_serve.neutral import kernels
 
@@ -74,13 +74,13 @@ def launch_all(T: int, head: int, type_of_stream: torch.dtype) -> None:
     kernels.add(x_Td, u_STH, fired, empty(SLOTS, WIDTH, D), width_S)
     table = Table(empty(T, PAGES, dtype=torch.int32), empty(T, dtype=torch.int32), page_size=16)
     keys_CKD = empty(PAGES * 16, 8, head)
-    paged_attention.attend_one(empty(T, 32, head), keys_CKD, keys_CKD, table, 0.1)
+    gpu_attention.attend_one(empty(T, 32, head), keys_CKD, keys_CKD, table, 0.1)
     gpu_operators.add_rms_norm(empty(1, T, D), empty(1, T, D), empty(D), 1e-5)
     gpu_operators.silu_mul(empty(1, T, 2 * D))
     qkv, turns, norm = empty(1, T, 48 * head), empty(1, T, head), empty(head)
     for norms in ((None, None), (norm, norm)):
         gpu_operators.rotate(qkv, turns, turns, keys_CKD, keys_CKD, of_token, *norms, 1e-5)
-    draws._exponential[(1,)](of_token, of_token, empty(T, 100, **exact), 100, BLOCK=1024)
+    gpu_sampler._exponential[(1,)](of_token, of_token, empty(T, 100, **exact), 100, BLOCK=1024)
 
 
 def main() -> None:
@@ -92,9 +92,9 @@ def main() -> None:
     args = parser.parse_args()
     plain = {(m, n): getattr(m, n) for m, names in (
         (kernels, ("_logits", "_carry", "_compact", "_hidden", "_add")),
-        (paged_attention, ("_parts_of_contexts", "_joined")),
+        (gpu_attention, ("_parts_of_contexts", "_joined")),
         (gpu_operators, ("_rms_norm", "_silu_mul", "_rotate")),
-        (draws, ("_exponential",)),
+        (gpu_sampler, ("_exponential",)),
     ) for n in names}  # fmt: skip
     for arch in args.arch:
         for (module, name), kernel in plain.items():

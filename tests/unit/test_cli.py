@@ -1,3 +1,4 @@
+import asyncio
 import json
 import re
 import socket
@@ -440,8 +441,23 @@ def test_it_is_said_who_can_reach_a_server_without_a_key(flags, said, caplog):
 
 
 def test_chunks_are_sent_at_once():
+    accepted = []
+
+    class Protocol(asyncio.Protocol):
+        def connection_made(self, transport):
+            accepted.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    async def connect(listener):
+        server = await asyncio.get_running_loop().create_server(Protocol, sock=listener)
+        async with server:
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            while not accepted:
+                await asyncio.sleep(0)
+            writer.close()
+
     with bind("127.0.0.1", 0) as listener:
-        assert listener.proto == socket.IPPROTO_TCP  # asyncio turns Nagle's delay off on no other
+        asyncio.run(connect(listener))
+    assert all(accepted), "Nagle's algorithm would hold a stream's chunks back"
 
 
 def test_a_host_that_is_not_ours_is_refused():

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.model import draws, gpu_operators, graphs, paged_attention
+from nr_serve.engine.model import gpu_attention, gpu_operators, gpu_sampler, graphs
 from nr_serve.engine.model.attention import KVCache
 from nr_serve.engine.model.batch import Table, build_batch
 from nr_serve.engine.model.graphs import Graphs, Padding, size_of
@@ -59,7 +59,7 @@ def naive(query_nHD, keys_NKD, values_NKD, scale, window=None):
 @pytest.mark.parametrize("window", [None, 5, 70])
 @pytest.mark.parametrize(("H", "K", "D", "page_size"), [(6, 2, 24, 4), (3, 3, 16, 1), (16, 1, 32, 16)])
 def test_single_tokens_attend_to_the_pages_of_their_table(H, K, D, page_size, window, monkeypatch):
-    monkeypatch.setattr(paged_attention, "LEAST_PART", 64)
+    monkeypatch.setattr(gpu_attention, "LEAST_PART", 64)
     lengths = [1, page_size, 97, 130]
     pages = -(-140 // page_size)
     pool = torch.randperm(4 * pages, generator=torch.Generator().manual_seed(1)).view(4, pages)
@@ -78,7 +78,7 @@ def test_single_tokens_attend_to_the_pages_of_their_table(H, K, D, page_size, wi
     table = Table(
         table_BM.T.contiguous().to(DEVICE).T, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), page_size
     )
-    out_BHD = paged_attention.attend_one(query_BHD, keys_CKD, values_CKD, table, 0.3, window)
+    out_BHD = gpu_attention.attend_one(query_BHD, keys_CKD, values_CKD, table, 0.3, window)
     for b, own in enumerate(cells):
         want_1HD = naive(query_BHD[b : b + 1], keys_CKD[own], values_CKD[own], 0.3, window)
         torch.testing.assert_close(out_BHD[b : b + 1].double(), want_1HD, atol=1e-5, rtol=1e-4)
@@ -88,7 +88,7 @@ def test_single_tokens_attend_to_the_pages_of_their_table(H, K, D, page_size, wi
 @pytest.mark.parametrize(("n", "N"), [(5, 5), (4, 11), (1, 6)])
 def test_a_chunk_attends_to_what_came_before_it(n, N, window):
     query_nHD, keys_NKD, values_NKD = rand(n, 6, 8, seed=1), rand(N, 2, 8, seed=2), rand(N, 2, 8, seed=3)
-    got = paged_attention.attend_chunk(query_nHD, keys_NKD, values_NKD, 0.4, window)
+    got = gpu_attention.attend_chunk(query_nHD, keys_NKD, values_NKD, 0.4, window)
     want = naive(query_nHD, keys_NKD, values_NKD, 0.4, window)
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
 
@@ -115,8 +115,8 @@ class Engine:
         self.cache = KVCache(
             layers=tiny.LAYERS, cells=PAGES * PAGE, heads=2, head_size=16, device=DEVICE, dtype=torch.float32
         )
-        paged_attention.register()
-        self.model.set_attn_implementation(paged_attention.NAME)
+        gpu_attention.register()
+        self.model.set_attn_implementation(gpu_attention.NAME)
         host_blocks(self.model, self.bank.add_residues)
         step, self.captures = graphs.model_step(self.model, self.bank, self.cache), []
         capture = graphs.capture_cuda() if DEVICE.type == "cuda" else graphs.uncaptured
@@ -392,7 +392,7 @@ def test_traffic_meets_no_variant_of_a_kernel_that_the_warm_up_did_not(by_kernel
     base = tiny.model()
     core, adapters = stepped.engine(base.to(DEVICE), pages=60, budget=70, running=2, slots=2)
     met: set = set()
-    for module in (kernels, paged_attention, gpu_operators, draws):
+    for module in (kernels, gpu_attention, gpu_operators, gpu_sampler):
         for name, value in list(vars(module).items()):
             if name.startswith("_") and hasattr(value, "arg_names") and name not in ("_then", "_scaled"):
                 monkeypatch.setattr(module, name, Spy(value, met))

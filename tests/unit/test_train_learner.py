@@ -112,8 +112,6 @@ def test_loss_and_gradients_equal_a_dense_implementation(
 
 def test_the_local_loss_alone_moves_every_part_of_a_block():
     made = learner("relu", Loss(alpha=1.0, kind="l1"))
-    for parameter in made.adapter.parameters():
-        parameter.grad = None
     with_quiet = {"target": part(1), "original": part(2)}
     grads = []
     for batch in ({"target": part(1)}, with_quiet):

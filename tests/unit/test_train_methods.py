@@ -1,5 +1,6 @@
 """Every method trains from one recipe, and is compared, swept and calibrated from its run's folder."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -241,8 +242,10 @@ def test_comparison_shares_follow_their_definition(runs, corpus, tmp_path):
     base_t, ft_t = made.base_losses["hu.a"], made.runs["finetune"].losses["hu.a"]
     assert made.learned("lora") == pytest.approx((base_t - made.runs["lora"].losses["hu.a"]) / (base_t - ft_t))
     rise = {name: run.losses["en.b"] - made.base_losses["en.b"] for name, run in made.runs.items()}
-    if rise["finetune"] > 0:
-        assert made.forgotten("neutral") == pytest.approx(rise["neutral"] / rise["finetune"])
+    neutral, tuned = made.runs["neutral"].original, made.runs["finetune"].original
+    forgetful = dataclasses.replace(made, base_original=tuned - 0.5)
+    assert forgetful.forgotten("neutral") == pytest.approx((neutral - tuned + 0.5) / 0.5)
+    assert dataclasses.replace(made, base_original=tuned + 0.5).forgotten("neutral") is None
     assert abs(rise["neutral"]) < abs(rise["adapter"])
     assert made.runs["neutral"].fired.keys() == made.base_losses.keys()
     assert "| lora | lora |" in page(made)

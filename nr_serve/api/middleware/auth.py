@@ -58,6 +58,6 @@ def _address(scope: Scope) -> str:
 
 def _bearer(header: str) -> bytes | None:
     scheme, _, key = header.partition(" ")
-    # Header values are bytes, decoded as latin-1; clients send a key that is not ASCII as UTF-8.
     key = key.strip(" \t")
+    # Header values are bytes, decoded as latin-1; clients send a key that is not ASCII as UTF-8.
     return key.encode("latin-1") if scheme.lower() == "bearer" and key else None

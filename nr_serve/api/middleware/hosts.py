@@ -30,7 +30,7 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on if its host is allowed."""
         if scope["type"] == "http" and not self._is_ours(Headers(scope=scope).get("host", "")):
-            error = BadRequest("this server is not asked under this name (--allowed-host)", param="Host")
+            error = BadRequest("unknown host name; `--allowed-host` allows it", param="Host")
             await error_response(error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)

@@ -92,7 +92,7 @@ class KeyLimits:
         taken = 1
 
         def take_answers(answers: int) -> None:
-            """Raises BadRequest if the key may never have so many, RateLimited if others must end before."""
+            """Raises BadRequest if the key may never have this many, RateLimited if others must end before."""
             nonlocal taken
             most = self._most(key)
             if most is not None and answers > most:

@@ -154,7 +154,7 @@ class Adapters:
         return bool(self._changes or self._watch)
 
     def copy_some(self, seconds: float = COPY_SECONDS) -> None:
-        """Copy weights for about so many seconds, at least a part of a layer; publish what is ready."""
+        """Copy weights for about `seconds`, at least a part of a layer; publish what is ready."""
         self._changes.copy_some(seconds)
 
     def trial(self, most: int) -> Probe | None:

@@ -208,7 +208,7 @@ class Changes:
     # Changes under way
 
     def copy_some(self, seconds: float) -> None:
-        """Copy weights for about so many seconds, at least a part of a layer; then let what is ready act."""
+        """Copy weights for about `seconds`, at least a part of a layer; then let what is ready act."""
         end = time.perf_counter() + seconds
         while self._queue:
             change = self._queue[0]

@@ -146,7 +146,7 @@ class Registry:
         return min(idle, key=lambda v: v.used).slot if idle else None
 
     def make_room(self, slots: int, beside: Selection) -> None:
-        """So many versions are to leave their slots: those that do already, then the least recently used."""
+        """Choose `slots` versions to leave: those that leave already, then the least recently used."""
         may_leave = [
             v for v in self._in_slot if v and (v.retired or (v.attached and not v.pinned and v not in beside))
         ]

@@ -46,7 +46,7 @@ class PagePool:
         return len(self._contents)
 
     def needed(self, tokens: int) -> int:
-        """Number of pages that hold so many tokens."""
+        """Number of pages that hold this many tokens."""
         return -(-tokens // self.page_size)
 
     def take(self, pages: int) -> list[int] | None:

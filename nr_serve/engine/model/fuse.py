@@ -130,7 +130,7 @@ class GpuLayer(FusedLayer):
 
     def _attend(self, query_THD: Tensor, keys_CKD: Tensor, values_CKD: Tensor, batch: Any) -> Tensor:
         """`batch` may also be a CUDA graph's `DecodeBatch`."""
-        from nr_serve.engine.model.paged_attention import attend  # needs triton
+        from nr_serve.engine.model.gpu_attention import attend  # needs triton
 
         return attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window)
 

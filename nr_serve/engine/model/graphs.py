@@ -72,7 +72,7 @@ class Padding:
 
 
 def size_of(tokens: int, sizes: Sequence[int] = SIZES) -> int | None:
-    """The smallest graph size that holds so many tokens; None if none does."""
+    """The smallest graph size that holds this many tokens; None if none does."""
     return next((size for size in sorted(sizes) if size >= tokens), None)
 
 

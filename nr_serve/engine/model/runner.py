@@ -6,7 +6,7 @@ Owns the model, the KV cache and the bank of adapter slots.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -33,8 +33,9 @@ from nr_serve.engine.model.fuse import prepare_layers
 from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.model.opened import opened_by_page
 from nr_serve.engine.model.results import draws, guarded_result, logit_positions
-from nr_serve.engine.model.sampler import any_nan, likeliest
+from nr_serve.engine.model.sampler import NOT_A_NUMBER, likeliest
 from nr_serve.engine.model.startup_check import StartupCheck
+from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece, Result, spans
 from nr_serve.errors import BadAdapterFile, BadRequest, NrError, UnsupportedBase, raised_as
 from nr_serve.neutral import block_width
@@ -46,6 +47,7 @@ from nr_serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 DEFAULT_CAPACITY = 0.2  # the paper's extra capacity, as a share of the base's parameters
+_APART = 64 * 64  # tokens times context up to which torch's attention is slower than our own for single tokens
 
 
 class Runner:
@@ -129,34 +131,38 @@ class Runner:
         tokens = spans(pieces)
         positions = [start + p for (start, _), own in zip(tokens, wanted, strict=True) for p in own]
         logits_NV, open_TS, selected_TS = self._step(pieces, labels, positions)
-        of_piece = list(accumulate(map(len, wanted), initial=0))
-        asking = {end - 1: piece.request for piece, end in zip(pieces, of_piece[1:], strict=True) if draws(piece)}
-        if self.kernels:
-            from nr_serve.engine.model.draws import read_at_once  # needs triton
-
-            likeliest_N, drawn, open_TS, selected_TS = read_at_once(logits_NV, asking, open_TS, selected_TS)
-            nan_N = [token < 0 for token in likeliest_N]
-        else:
-            likeliest_N, drawn = likeliest(logits_NV), {}
-            nan_N = any_nan(logits_NV, likeliest_N)
+        ends = accumulate(map(len, wanted))
+        rows = [slice(end - len(own), end) for own, end in zip(wanted, ends, strict=True)]
+        asking = {own.stop - 1: piece.request for piece, own in zip(pieces, rows, strict=True) if draws(piece)}
+        likeliest_N, drawn, open_TS, selected_TS = self._read(logits_NV, asking, open_TS, selected_TS)
         opened = self._opened(pieces, open_TS, selected_TS)
         results = []
-        for piece, first, last, (start, end), opened_here in zip(
-            pieces, of_piece, of_piece[1:], tokens, opened, strict=False
-        ):
+        for piece, own, (start, end), opened_here in zip(pieces, rows, tokens, opened, strict=True):
             fired_nS = None
             if piece.request.submit.gates:
                 fired_nS = selected_TS[start:end].int() * (0 if open_TS is None else open_TS[start:end])
-            rows = slice(first, last)
-            if any(nan_N[rows]):
+            if NOT_A_NUMBER in likeliest_N[own]:
                 result = Result(None, error=NrError("the logits of this request are not numbers"))
             else:
-                result = guarded_result(piece, logits_NV[rows], likeliest_N[rows], fired_nS, drawn.get(last - 1))
+                result = guarded_result(piece, logits_NV[own], likeliest_N[own], fired_nS, drawn.get(own.stop - 1))
             results.append(replace(result, opened=opened_here) if opened_here else result)
         if pieces[-1].trial is not None and self._diverged(pieces[-1], logits_NV[-pieces[-1].count :]):
             error = BadAdapterFile("its residues drive the base to values that are not finite")
             results[-1] = replace(results[-1], error=error)
         return results
+
+    def _read(
+        self, logits_NV: Tensor, asking: Mapping[int, Request], open_TS: Tensor | None, selected_TS: Tensor
+    ) -> tuple[list[int], dict[int, int], Tensor | None, Tensor]:
+        """A step's outcome on the host: likeliest token by row, tokens drawn by row of `asking`, open, selected.
+
+        On a CPU nothing is drawn here: each request is sampled by itself.
+        """
+        if not self.kernels:
+            return likeliest(logits_NV), {}, open_TS, selected_TS
+        from nr_serve.engine.model.gpu_sampler import read_at_once  # needs triton
+
+        return read_at_once(logits_NV, asking, open_TS, selected_TS)
 
     def _diverged(self, trial: Piece, logits_NV: Tensor) -> bool:
         """Whether the adapter on trial drove the stream to NaN or infinity, given its tokens' logits [N, V].
@@ -232,7 +238,7 @@ class Runner:
         if self.operators is None:
             return None
         own = self.operators.prompts_by(self.dtype, self.cache.keys_LCKD.shape[-1])
-        return 64 * 64 if own is None else 0
+        return _APART if own is None else 0
 
     @torch.inference_mode()
     def _all_logits(self, piece: Piece) -> Tensor:
@@ -243,10 +249,10 @@ class Runner:
         attention.register()
         if not self.kernels:
             return attention.NAME
-        from nr_serve.engine.model import paged_attention  # needs triton, which torch for CPUs lacks
+        from nr_serve.engine.model import gpu_attention  # needs triton, which torch for CPUs lacks
 
-        paged_attention.register()
-        return paged_attention.NAME
+        gpu_attention.register()
+        return gpu_attention.NAME
 
     @torch.inference_mode()
     def _graphs(self) -> Graphs | None:

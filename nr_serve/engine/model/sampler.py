@@ -16,6 +16,8 @@ from nr_serve.engine.request import Request, TopLogprobs
 
 GREEDY = 1e-5
 """Temperatures below this choose the likeliest token: dividing by them would overflow."""
+NOT_A_NUMBER = -1
+"""In a token's place, where logits are NaN."""
 
 
 def allow(logits_V: Tensor, progress: Progress | None) -> Tensor:
@@ -34,18 +36,21 @@ def allowed(progress: Progress, vocab_size: int) -> Tensor:
 
 
 def likeliest(logits_NV: Tensor) -> list[int]:
-    """Each row's likeliest token, the first one if several are equal; one read from the device for all rows."""
-    # On a CPU, numpy's argmax takes a fifteenth of the time of torch's.
-    rows_NV = logits_NV.numpy() if logits_NV.is_cpu else logits_NV
-    token_ids: list[int] = rows_NV.argmax(-1).tolist()
+    """Each row's likeliest token, the first one if several are equal; NOT_A_NUMBER if the row has a NaN."""
+    if logits_NV.is_cpu:
+        rows_NV = logits_NV.numpy()  # numpy's argmax takes a fifteenth of the time of torch's
+        best_N = rows_NV.argmax(-1)  # that of a NaN, if there is one
+        nan_N = np.isnan(np.take_along_axis(rows_NV, best_N[:, None], -1)[:, 0])
+        token_ids: list[int] = np.where(nan_N, NOT_A_NUMBER, best_N).tolist()
+    else:
+        token_ids = likeliest_on_device(logits_NV).tolist()
     return token_ids
 
 
-def any_nan(logits_NV: Tensor, likeliest_N: Sequence[int]) -> list[bool]:
-    """Whether each row's logits contain a NaN: `likeliest` chooses a NaN if there is one."""
-    chosen_N1 = torch.tensor(likeliest_N, dtype=torch.int64, device=logits_NV.device)[:, None]
-    found: list[bool] = logits_NV.gather(1, chosen_N1)[:, 0].isnan().tolist()
-    return found
+def likeliest_on_device(logits_NV: Tensor) -> Tensor:
+    """As `likeliest`, int64 [N], without waiting for the device."""
+    best_N, token_N = logits_NV.max(-1)
+    return token_N.masked_fill(best_N.isnan(), NOT_A_NUMBER)
 
 
 def takes_likeliest(request: Request) -> bool:
@@ -66,7 +71,7 @@ def sample(logits_V: Tensor, request: Request) -> int:
         # Drawn in float64, where an exact 0 is too rare to matter.
         noise_V = torch.from_numpy(generator.standard_exponential(len(logits_V))).float()
         weights_V = probabilities_V / noise_V.to(logits_V.device)
-    return likeliest(weights_V[None])[0]
+    return int(weights_V.numpy().argmax() if weights_V.is_cpu else weights_V.argmax())
 
 
 def adjust(logits_V: Tensor, request: Request) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.model.draws import read_at_once
+from nr_serve.engine.model.gpu_sampler import read_at_once
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece, spans
 from nr_serve.neutral.gpu_bank import GpuBank

@@ -164,8 +164,8 @@ class Builder:
             raise DownloadFailed(f"no text left of {len(files)} files")
         if not train or not heldout:
             raise DownloadFailed(f"{size(documents):,} characters of text are too few to hold some out")
-        for part, documents in (("train", train), ("heldout", heldout)):
-            write_documents(text_file(out, source.name, part), documents)
+        write_documents(text_file(out, source.name, "train"), train)
+        write_documents(text_file(out, source.name, "heldout"), heldout)
         amounts = {"train_chars": size(train), "heldout_chars": size(heldout)}
         say("corpus", f"{source.name}: {size(train) / 1e6:.2f} + {size(heldout) / 1e6:.3f} million characters kept")
         return {

@@ -27,7 +27,7 @@ class Chat:
     """Between the user's words and the assistant's."""
 
     def fits(self, window: int) -> bool:
-        """Whether it leaves half of a window of so many tokens to what is said."""
+        """Whether it leaves half of a window of `window` tokens to what is said."""
         return len(self.opening) + len(self.between) <= window / 2
 
 

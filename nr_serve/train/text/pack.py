@@ -91,7 +91,8 @@ def pack(
     while used < len(order) and (limit is None or len(ids) < limit):
         encoded = tokenizer(order[used : used + BATCH_DOCUMENTS], add_special_tokens=special_tokens)
         for i, tokens in enumerate(encoded["input_ids"]):
-            words, at = encoded.word_ids(i) if encoded.is_fast else [None] * len(tokens), 0
+            words = encoded.word_ids(i) if encoded.is_fast else [None] * len(tokens)
+            at = 0
             while at < len(tokens):
                 starts.append(len(ids))
                 if at:

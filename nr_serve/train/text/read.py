@@ -26,7 +26,7 @@ CLASS_TOKENS = 65_536
 """Tokens read of each class that is not learned; the windows that are used are spread over them."""
 
 POOL_CHARACTERS = 2**24
-"""A class with a limit is drawn from so many first characters of its sources, not from the first documents."""
+"""A class with a limit is drawn from this many first characters of its sources, not from the first documents."""
 
 POOL_CHARACTERS_A_TOKEN = 8
 """For a large limit, the characters to draw from, per token: text has fewer characters per token than this."""
@@ -91,7 +91,7 @@ def read_heldout(
 ) -> dict[str, Windows]:
     """Up to `windows` windows of each class of the sources `written` as in a recipe, by class name.
 
-    They are spread over the class's text, of which `CLASS_TOKENS` tokens are read, more if so many are asked for.
+    They are spread over the class's text, of which `CLASS_TOKENS` tokens are read, more if `windows` need more.
     Raises BadRecipe if a source is missing, empty or damaged, if a class fills no window or has only documents of
     one token, or if its text is also in the training text `apart_from`. The latter is an error, not a warning:
     measuring on learned text says nothing, and warnings in a long log are overlooked.

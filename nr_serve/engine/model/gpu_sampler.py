@@ -22,18 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nr_serve.engine.model.device import placed, read
-from nr_serve.engine.model.sampler import GREEDY, adjust, allow
+from nr_serve.engine.model.sampler import GREEDY, adjust, allow, likeliest_on_device
 from nr_serve.engine.request import Request
 
 log = logging.getLogger(__name__)
 _NUMBERS_AT_ONCE = 2**22
 """Logits drawn from in one batch: sorting takes ten times their memory."""
-
-
-def likeliest_or_nan(logits_NV: Tensor) -> Tensor:
-    """Each row's likeliest token, the first one if several are equal, int64 [N]; -1 if the row has a NaN."""
-    best_N, token_N = logits_NV.max(-1)
-    return token_N.masked_fill(best_N.isnan(), -1)
 
 
 def draw(logits_NV: Tensor, request_of: Mapping[int, Request]) -> tuple[list[int], Tensor]:
@@ -62,10 +56,10 @@ def read_at_once(
     """On the host: likeliest tokens (-1 for NaN), drawn tokens by row of `asking`, `open_TS`, `selected_TS`."""
     rows, drawn_n = draw(logits_NV, asking)
     if open_TS is None:
-        likeliest_N, drawn_n, selected_TS = read(likeliest_or_nan(logits_NV), drawn_n, selected_TS)
+        likeliest_N, drawn_n, selected_TS = read(likeliest_on_device(logits_NV), drawn_n, selected_TS)
     else:
         likeliest_N, drawn_n, selected_TS, open_TS = read(
-            likeliest_or_nan(logits_NV), drawn_n, selected_TS, open_TS
+            likeliest_on_device(logits_NV), drawn_n, selected_TS, open_TS
         )
     return likeliest_N.tolist(), dict(zip(rows, drawn_n.tolist(), strict=True)), open_TS, selected_TS
 

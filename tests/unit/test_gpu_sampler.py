@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from nr_serve.engine.model.device import _as_block
-from nr_serve.engine.model.draws import draw, likeliest_or_nan
-from nr_serve.engine.model.sampler import sample, truncate
+from nr_serve.engine.model.gpu_sampler import draw
+from nr_serve.engine.model.sampler import NOT_A_NUMBER, likeliest, likeliest_on_device, sample, truncate
 from tests.unit.test_sampler import VOCAB, chi_square, logits, request
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +66,7 @@ def test_at_temperature_0_a_draw_is_what_one_request_alone_is_given():
 
 
 def test_of_many_rows_a_few_are_drawn_at_a_time(monkeypatch):
-    monkeypatch.setattr("nr_serve.engine.model.draws._NUMBERS_AT_ONCE", 2 * VOCAB)
+    monkeypatch.setattr("nr_serve.engine.model.gpu_sampler._NUMBERS_AT_ONCE", 2 * VOCAB)
     rows_NV = torch.stack([logits(i) for i in range(5)])
     asked = [request(temperature=0, logit_bias={i: 100.0}) for i in range(5)]
     assert drawn(rows_NV, asked) == {i: i for i in range(5)}
@@ -86,7 +86,8 @@ def test_a_guide_that_cannot_be_followed_leaves_its_request_out_and_no_other():
 def test_the_likeliest_of_a_row_with_a_nan_is_none():
     rows_NV = torch.stack([logits(0), logits(1), torch.zeros(VOCAB)])
     rows_NV[0, 7] = torch.nan
-    assert likeliest_or_nan(rows_NV.to(DEVICE)).tolist() == [-1, int(logits(1).argmax()), 0]
+    expected = [NOT_A_NUMBER, int(logits(1).argmax()), 0]
+    assert likeliest_on_device(rows_NV.to(DEVICE)).tolist() == likeliest(rows_NV) == expected
 
 
 def test_a_block_holds_arrays_of_every_type_and_size():
