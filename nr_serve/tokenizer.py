@@ -83,6 +83,11 @@ class Tokenizer:
                 raise BadRequest(f"this base's tokenizer cannot follow a grammar: {error}") from error
         return self._for_grammars
 
+    def as_json(self) -> str:
+        """The fast tokenizer's own JSON, for another process; call `for_grammars` first."""
+        text: str = self.hf.backend_tokenizer.to_str()
+        return text
+
     def chat_prompt(
         self,
         messages: Sequence[Mapping[str, Any]],

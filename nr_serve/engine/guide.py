@@ -6,12 +6,17 @@ Each answer then has its own `Progress` in the grammar, which survives preemptio
 
 from __future__ import annotations
 
+import time
+
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from nr_serve.errors import BadRequest
 
 MAX_GRAMMAR_BYTES = 32 * 2**10
-"""Longest grammar. With the limits below it compiles in about 0.1 s, and a token costs at most about 6 ms."""
+"""Longest grammar."""
+TOKEN_SECONDS = 0.002
+BURST_SECONDS = 0.1
+"""Processor time that an answer's grammar may take for each token in the mean, and at once: every stream waits."""
 
 # A short grammar can be the most expensive. With llguidance's default of 50,000 items, the 150th token of an
 # ambiguous grammar takes 0.4 s, and no other answer advances meanwhile.
@@ -42,6 +47,8 @@ class Progress:
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
+        self._seconds = BURST_SECONDS
+        """Processor time that may still be taken."""
 
     @property
     def complete(self) -> bool:
@@ -53,20 +60,30 @@ class Progress:
 
         Raises BadRequest if the grammar has become too complex.
         """
+        started = time.thread_time()
         bits = self._matcher.compute_bitmask()
-        self._check()
+        self._check(started)
         return bits
 
     def take(self, token_id: int) -> None:
         """Advance by a token. Raises BadRequest if it is not allowed, or if the grammar has become too complex."""
+        started = time.thread_time()
         self._matcher.consume_token(token_id)
-        self._check()
+        self._check(started)
+        self._seconds = min(self._seconds + TOKEN_SECONDS, BURST_SECONDS)
 
-    def _check(self) -> None:
+    def _check(self, started: float) -> None:
         if self._matcher.is_error():
-            raise BadRequest(f"the grammar cannot be followed any further: {_reason(self._matcher)}")
+            raise BadRequest(f"the grammar cannot be followed further: {_reason(self._matcher)}")
+        self._seconds -= time.thread_time() - started
+        if self._seconds < 0:
+            raise BadRequest(
+                f"the grammar cannot be followed further: it takes more than {TOKEN_SECONDS * 1000:g} ms a token"
+            )
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """The first line of llguidance's message, which states the error; the rest shows the grammar."""
-    return matcher.get_error().split("\n", 1)[0][:500]
+    """The first line of llguidance's message and, for a regular expression, its reason; the rest shows the text."""
+    first, *more = matcher.get_error().split("\n")
+    reasons = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
+    return " ".join([first[:500], *reasons[:1]])

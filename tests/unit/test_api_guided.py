@@ -230,6 +230,20 @@ def test_a_form_that_is_none_is_refused_by_name_before_anything_runs(http, asked
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
 
+def test_a_schema_that_cannot_be_compiled_in_time_is_refused_and_holds_up_no_other(http):
+    endless = complete(http, guided_json={"type": "integer", "multipleOf": 123456789})
+    assert (endless.status_code, endless.json()["error"]["param"]) == (400, "guided_json")
+    assert complete(http, guided_regex="[ab]{3}next").status_code == 200
+
+
+def test_a_refusal_says_what_is_wrong_with_an_expression(http):
+    message = complete(http, guided_regex="([0-9]{4").json()["error"]["message"]
+    assert message.startswith('guided_regex: the grammar cannot be used: invalid regex "([0-9]{4"')
+    assert message.endswith("unclosed counted repetition")
+    message = complete(http, guided_grammar="start: nothing").json()["error"]["message"]
+    assert message == 'guided_grammar: the grammar cannot be used: at 1(8): unknown name: "nothing"'
+
+
 def test_grammars_are_compiled_on_a_thread_of_their_own_and_not_for_ever(http, monkeypatch):
     threads, may_end, compile_ = [], threading.Event(), guides._compile
 

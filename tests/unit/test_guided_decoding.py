@@ -1,8 +1,11 @@
 """Guided answers: against jsonschema and re, against plain log probabilities, and with and without preemption."""
 
+import itertools
 import json
 import random
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -214,6 +217,22 @@ def test_a_short_grammar_whose_tokens_grow_dearer_and_dearer_is_given_up(grammar
     write(3)
     with pytest.raises(BadRequest, match="Too many items"):
         write(60)
+
+
+@pytest.mark.parametrize(("step", "given_up"), [(0.0009, False), (0.003, True)])
+def test_an_answer_whose_tokens_take_too_long_in_the_mean_is_given_up(step, given_up, monkeypatch):
+    progress = guide("start: /[ab]*/").begin()
+    clock = (step * i for i in itertools.count())  # a step of it for a mask, and one for taking a token
+    monkeypatch.setattr("nr_serve.engine.guide.time", SimpleNamespace(thread_time=lambda: next(clock)))
+
+    def write(tokens):
+        for _ in range(tokens):
+            progress.allowed_bits()
+            progress.take(LETTERS["a"])
+
+    write(20)
+    with pytest.raises(BadRequest, match="more than 2 ms a token") if given_up else nullcontext():
+        write(200)
 
 
 @pytest.mark.parametrize("ending", ["logits gone wild", "too complex"])
