@@ -100,7 +100,7 @@ class AdapterSettings(BaseModel):
         ge=1,
         description="widest block (h) an adapter may have (default: that of 20% of the base's parameters)",
     )
-    max_adapter_gib: float = Field(2.0, gt=0, description="largest adapter file taken, GiB")
+    max_adapter_gib: float = Field(2.0, gt=0, le=2**20, description="largest adapter file taken, GiB")
     max_leak: float | None = Field(
         None,
         ge=0,
@@ -133,7 +133,7 @@ class HttpSettings(BaseModel):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     adapter_dir: Paths = Field([], description="folder that POST /v1/adapters may load from; may be repeated")
-    max_body_mib: float = Field(4.0, gt=0, description="largest JSON body taken, MiB")
+    max_body_mib: float = Field(4.0, gt=0, le=2**20, description="largest JSON body taken, MiB")
     max_answers: int | None = Field(
         None, ge=1, description="answers a request may ask for, prompts times n (default: --max-waiting)"
     )
@@ -287,7 +287,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 def _refuse_unknown(names: Iterable[str], known: Iterable[str], place: str) -> None:
     for name in sorted(set(names) - set(known)):
-        close = difflib.get_close_matches(name, known, 1)
+        close = difflib.get_close_matches(name, known, 1, 0.75)
         hint = f"; is `{close[0]}` meant?" if close else ""
         raise SettingsError(f"{place}: there is no setting `{name}`{hint}")
 

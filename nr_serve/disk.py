@@ -79,7 +79,7 @@ def held(folder: Path, doing: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Conflict(f"another process {doing} {folder}") from error
+            raise Conflict(f"another process {doing} {folder}: wait until it ends") from error
         yield
     finally:
         os.close(handle)

@@ -85,6 +85,8 @@ class Server:
         if adapters is not None:
             several = [adapters] if isinstance(adapters, str | Path) else adapters
             settings["adapter"] = [str(adapter) for adapter in several]
+        for name in settings.keys() - OfflineConfig.model_fields.keys() & ServeConfig.model_fields.keys():
+            raise BadRequest(f"{name}: this setting is for serving over HTTP; there is none here", param=name)
         config = _checked(OfflineConfig, settings).serve_config()
         self._process = os.getpid()
         self._standing: set[AsyncGenerator[dict[str, Any], None]] = set()
@@ -118,12 +120,12 @@ class Server:
 
     def complete(self, prompt: str | Sequence[str] | Sequence[int], **fields: Any) -> Answer:
         """Continue a text, or several; `fields` are any of POST /v1/completions except `stream`."""
-        body: Completion = self._post("/v1/completions", {"model": self.model, "prompt": prompt} | fields)
+        body: Completion = self._post("/v1/completions", self._body(fields, prompt=prompt))
         return Answer(tuple(choice["text"] for choice in body["choices"]), body)
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **fields: Any) -> Answer:
         """Answer a conversation, or one message; `fields` are any of POST /v1/chat/completions except `stream`."""
-        asked = {"model": self.model, "messages": _messages(messages)} | fields
+        asked = self._body(fields, messages=_messages(messages))
         body: ChatCompletion = self._post("/v1/chat/completions", asked)
         return Answer(tuple(choice["message"]["content"] or "" for choice in body["choices"]), body)
 
@@ -132,19 +134,20 @@ class Server:
 
         Leaving the loop early, by `break`, stops generating the answer.
         """
-        body = {"model": self.model, "prompt": prompt} | fields
-        for choice in self._choices("/v1/completions", body):
+        for choice in self._choices("/v1/completions", self._body(fields, prompt=prompt)):
             yield choice["text"]
 
     def stream_chat(self, messages: str | Sequence[Mapping[str, Any]], **fields: Any) -> Iterator[str]:
         """Answer a conversation, or one message, in pieces; see `stream`."""
-        body = {"model": self.model, "messages": _messages(messages)} | fields
-        for choice in self._choices("/v1/chat/completions", body):
-            yield choice["delta"].get("content") or ""
+        for choice in self._choices("/v1/chat/completions", self._body(fields, messages=_messages(messages))):
+            if choice["delta"].get("content"):
+                yield choice["delta"]["content"]
 
     def gates(self, text: str, **fields: Any) -> list[tuple[str, dict[str, float]]]:
         """Each token of a text, with the share of each adapter's blocks that fired at it, by adapter name."""
-        answer = self.complete(text, max_tokens=0, gates=True, **fields)
+        if not isinstance(text, str):
+            raise BadRequest("the gates of one text are told at a time", param="text")
+        answer = self.complete(text, **{"max_tokens": 0, "gates": True} | fields)
         gates = answer.body["choices"][0]["gates"]
         return list(zip(gates["prompt_text"], gates["prompt"], strict=True))
 
@@ -179,6 +182,13 @@ class Server:
         adapter: Adapter = self._json(self._http.delete, adapter_path(name))
         return adapter
 
+    def _body(self, fields: Mapping[str, Any], **asked: Any) -> dict[str, Any]:
+        """A request's body. One adapter's name stands for a list of it, as when the server is made."""
+        body = {"model": self.model, **asked, **fields}
+        if isinstance(body.get("adapters"), str):
+            body["adapters"] = [body["adapters"]]
+        return body
+
     def _get(self, path: str) -> Any:
         return self._json(self._http.get, path)
 
@@ -189,6 +199,8 @@ class Server:
 
     def _choices(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The choices of a stream of one answer. Raises BadRequest if there would be several answers."""
+        if body.get("stream") is False:
+            raise BadRequest("what is not streamed is asked for with `complete` or `chat`", param="stream")
         for field in ("n", "prompt"):
             if _several(body.get(field)):
                 raise BadRequest("one answer can be streamed; ask for several with `complete`", param=field)

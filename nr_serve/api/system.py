@@ -30,6 +30,7 @@ _PAGE_HEADERS = {
 }
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(context: Ctx) -> Json[Health]:
     """200 while the process can do its work, or may soon; 503 once the engine failed."""
@@ -39,6 +40,7 @@ async def health(context: Ctx) -> Json[Health]:
     return Json({"status": "draining" if context.underway.draining else engine.status})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(context: Ctx) -> Json[Ready]:
     """200 while requests are taken; 503 before, and once the server was told to end."""

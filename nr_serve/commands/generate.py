@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from io import UnsupportedOperation
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from stat import S_ISREG
+from typing import Any, BinaryIO, TextIO
 
 import httpx
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -181,20 +184,35 @@ def _close(file: BinaryIO, name: str) -> None:
 @contextmanager
 def _answers(command: Generate) -> Iterator[tuple[BinaryIO, set[str]]]:
     """The file for the answers, and the custom_ids that an earlier run answered. Raises BadRequest."""
-    if command.answers == STANDARD:
-        yield sys.stdout.buffer, set()
-        return
     path = Path(command.answers)
     try:
-        if command.requests != STANDARD and path.exists() and path.samefile(command.requests):
+        if _same_file(command):
             raise BadRequest("the answers need a file of their own", param="answers")
-        file, answered = take_up(path)
+        taken = None if command.answers == STANDARD else take_up(path)
     except OSError as error:
         raise BadRequest(f"cannot open {path}: {error.strerror}") from error
+    if taken is None:
+        yield sys.stdout.buffer, set()
+        return
+    file, answered = taken
     try:
         yield file, answered
     finally:
         _close(file, command.answers)
+
+
+def _same_file(command: Generate) -> bool:
+    """Whether the answers would go into the file of requests: they would be read as requests, without end."""
+    requests, answers = _stat(command.requests, sys.stdin), _stat(command.answers, sys.stdout)
+    return bool(requests and answers and S_ISREG(requests.st_mode) and os.path.samestat(requests, answers))
+
+
+def _stat(name: str, standard: TextIO) -> os.stat_result | None:
+    """What a name, or the standard stream that it stands for, is; None if there is no such file."""
+    try:
+        return os.stat(name) if name != STANDARD else os.fstat(standard.buffer.fileno())
+    except (FileNotFoundError, UnsupportedOperation):  # a stream in memory has no number
+        return None
 
 
 def _count(name: str) -> int | None:

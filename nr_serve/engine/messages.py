@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nr_serve.engine.guide import Guide
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-AdapterState = Literal["loading", "attached", "registered"]
+AdapterState = Literal["loading", "attached", "registered", "unloaded"]
 Status = Literal["loading", "ready", "failed", "stopped"]
 
 

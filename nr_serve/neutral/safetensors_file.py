@@ -46,8 +46,10 @@ _STORED = TypeAdapter(Stored)
 def read_header(data_B: NDArray[np.uint8]) -> Header:
     """Parse the header of a whole file; its tensors must fill the rest of the file exactly. Raises ValueError."""
     size = int.from_bytes(data_B[:8].tobytes(), "little")
-    if len(data_B) < 8 or size > min(len(data_B) - 8, LONGEST_HEADER):
-        raise ValueError(f"its header would have {size:,} bytes")
+    if len(data_B) < 8 or size > LONGEST_HEADER:
+        raise ValueError("it does not begin as one")
+    if size > len(data_B) - 8:
+        raise ValueError(f"its header has {size:,} bytes; it holds {len(data_B) - 8:,}")
     try:
         header = json.loads(data_B[8 : 8 + size].tobytes().decode(), object_pairs_hook=_unique)
     except RecursionError as error:

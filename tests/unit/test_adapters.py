@@ -61,7 +61,7 @@ def test_a_request_keeps_an_adapter_that_is_unloaded_and_the_waiting_are_refused
     server.step()
     server.ask("waiting", ("a",))
     view = server.adapters.unload("a")
-    assert view.state == "attached"
+    assert view.state == "unloaded"
     assert view.gates.seen, "the view is of all that was counted, up to the end"
     assert server.adapters.views() == ()
     with pytest.raises(NotFound):

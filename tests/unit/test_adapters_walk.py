@@ -276,10 +276,8 @@ class Walk:
             assert (view.neutrality is None) <= ((adapter, threshold) not in self.read)
             assert view.gates.seen == tuple(n * self.seen.get(name, 0) for n in (2, 2, 1))
             assert view.gates.mass == self.seen.get(name, 0)
-        for name, selected in self.adapters.gates()[1]:
-            assert {name, *selected.split("+")} <= {*self.names, "base", "other"}, (
-                "a name came back as a time series"
-            )
+            selected = [each for joined in view.gates.fired_by_selected for each in joined.split("+")]
+            assert {*selected} <= {*self.names, "base", "other"}, "a name came back as a time series"
 
 
 def finish(walk: Walk) -> None:
@@ -342,7 +340,9 @@ def test_what_a_change_answers_tells_all_that_was_counted_until_then(change):
         adapters.patch(PatchAdapter("a", pinned=True), answer)
     else:
         answer.set_result(adapters.unload("a"))
-    assert answer.result(timeout=0).gates.seen == (6, 6, 3)
+    view = answer.result(timeout=0)
+    assert view.gates.seen == (6, 6, 3)
+    assert (view.state, view.slot) == (("attached", 0) if change == "patch" else ("unloaded", None))
 
 
 def test_with_a_name_goes_what_would_have_come_back():

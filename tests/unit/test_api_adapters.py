@@ -237,7 +237,8 @@ def test_an_unknown_adapters_place_in_the_request_is_named(server):
 
 
 def test_an_unloaded_adapter_is_no_model_any_more(server):
-    assert server.http.delete("/v1/adapters/hu").json()["deleted"] is True
+    body = server.http.delete("/v1/adapters/hu").json()
+    assert (body["deleted"], body["fired_by_selected"]) == (True, {"base": 4})
     assert server.complete(model="hu").status_code == 404
     assert server.http.delete("/v1/adapters/hu").status_code == 404
     assert server.http.get("/v1/adapters/hu").status_code == 404

@@ -162,6 +162,7 @@ def test_a_client_that_goes_away_has_its_requests_aborted(server, stream, starte
 def test_until_the_engine_is_ready_the_server_lives_but_refuses():
     with serving(loading=True) as served:
         assert served.http.get("/health").json() == {"status": "loading"}
+        assert [served.http.head(path).status_code for path in ("/health", "/ready")] == [200, 503]
         for answer in (served.http.get("/ready"), served.complete(), served.http.get("/v1/adapters")):
             assert (answer.status_code, answer.json()["error"]["type"]) == (503, "ServiceUnavailableError")
         assert served.http.get("/metrics").status_code == 200

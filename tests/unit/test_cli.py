@@ -154,7 +154,7 @@ def test_no_text_is_named_for_a_leak_of_nothing(leaks, shown):
 
 
 @pytest.mark.parametrize(
-    ("flag", "meant"), [("--modle", "--model"), ("--modle=x", "--model"), ("--pot", "--port"), ("--zzzzzz", None)]
+    ("flag", "meant"), [("--modle", "--model"), ("--modle=x", "--model"), ("--pot", "--port"), ("--bogus", None)]
 )
 def test_a_misspelt_flag_is_answered_with_the_one_that_may_be_meant(flag, meant, capsys):
     with pytest.raises(SystemExit) as end:

@@ -236,7 +236,7 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path, flags, text):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-def test_files_that_cannot_be_used_are_named(tmp_path, flags):
+def test_files_that_cannot_be_used_are_named(tmp_path, flags, monkeypatch):
     def attempt(requests, answers):
         with pytest.raises(BadRequest) as refused:
             generate(parse(Generate, "generate", [str(requests), str(answers), *flags]))
@@ -247,6 +247,12 @@ def test_files_that_cannot_be_used_are_named(tmp_path, flags):
     assert str(tmp_path / "none") in attempt(tmp_path / "none", tmp_path / "out")
     assert str(tmp_path / "no" / "out") in attempt(requests, tmp_path / "no" / "out")
     assert "a file of their own" in attempt(requests, requests)
+    with requests.open("ab") as same:
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=same))
+        assert "a file of their own" in attempt(requests, "-")
+    with requests.open("rb") as same:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=same))
+        assert "a file of their own" in attempt("-", requests)
     assert not (tmp_path / "out").exists()
 
 

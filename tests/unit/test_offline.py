@@ -96,7 +96,11 @@ def test_a_stream_comes_in_pieces_that_make_the_answer(server):
     pieces = list(server.stream("A fájl", **ask))
     assert len(pieces) > 1
     assert "".join(pieces) == server.complete("A fájl", **ask).text
-    assert "".join(server.stream_chat("hi", **ask)) == server.chat("hi", **ask).text
+    pieces = list(server.stream_chat("hi", **ask))
+    assert "" not in pieces
+    assert "".join(pieces) == server.chat("hi", **ask).text
+    with pytest.raises(BadRequest, match="`complete` or `chat`"):
+        next(server.stream("A fájl", stream=False))
 
 
 def test_a_stream_is_there_before_its_answer_is_whole_and_ends_where_it_is_left(server):
@@ -197,6 +201,9 @@ def test_gates_say_what_fired_at_each_token(server):
     assert all(0 <= share <= 1 for share in shares)
     assert 0 < sum(shares) < len(shares)
     assert all(fired == {} for _, fired in server.gates("A fájl", adapters=[]))
+    assert server.gates("A fájl", adapters="hu") == tokens, "a name stands for a list of it"
+    with pytest.raises(BadRequest, match="one text"):
+        server.gates(["A fájl", "x"])
 
 
 def test_adapters_come_and_go(server, place):
@@ -297,7 +304,7 @@ def test_a_closed_server_says_so_and_leaves_no_thread(place):
         (BadRequest, "adapter: two words=x", {"adapters": ["two words=x.safetensors"]}),
         (BadRequest, "`tiny` is the base's name", {"adapters": ["tiny=hu.safetensors"]}),
         (BadRequest, "slots: ", {"slots": 0}),
-        (BadRequest, "port: ", {"port": 8000}),
+        (BadRequest, "port: this setting is for serving over HTTP", {"port": 8000}),
         (BadRequest, "colour: ", {"colour": "blue"}),
     ],
 )

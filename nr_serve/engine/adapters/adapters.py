@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nr_serve.engine.adapters.canary import Canary, Probe
@@ -123,7 +124,7 @@ class Adapters:
     def unload(self, name: str) -> AdapterView:
         """Forget a name; running requests keep the version they hold. Raises NotFound."""
         version = self.registry.get(name)
-        view = self.view(version)
+        view = replace(self.view(version), state="unloaded", slot=None)
         self._watch.unloaded(version)
         self.registry.remove(name)
         self._changes.fill()
