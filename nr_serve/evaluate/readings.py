@@ -78,7 +78,7 @@ def once(
 
     packages = [torch.__version__, transformers.__version__, __version__]
     arithmetic = [str(base.model.dtype), base.device.type, *packages]
-    key = [FORMAT, base.fingerprint, list(versions), list(what), arithmetic]
+    key = [FORMAT, base.contents, list(versions), list(what), arithmetic]
     reading = FileCache(cache_folder() / "measured").get(key, measured, _dump, form.validate_json)
     if not fresh:
         say("evaluate", f"{place} (measured before)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,10 @@ from nr_serve.logs import quiet_hub, quiet_progress_bars
 from nr_serve.names import base_name
 from nr_serve.neutral import host
 from nr_serve.neutral.format import Adapter, Base, naming, read_adapter
+from nr_serve.train.digest import digest
+
+_OF_NO_EFFECT = ("_name_or_path", "transformers_version")
+"""Keys of a configuration that say where a base came from."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,9 @@ class FrozenBase:
     model: Any
     tokenizer: Any
     fingerprint: str
+    """What adapters' files know it by: a sample of it."""
+    contents: str
+    """Hash of all that it computes with: its configuration and every weight, as they were loaded."""
 
     @property
     def layers(self) -> int:
@@ -87,8 +96,14 @@ def load_base(base: str, dtype: str = "float32", device: torch.device | str = "c
     host.check_base(model)
     model.requires_grad_(False)
     model.eval()
-    fingerprint = host.fingerprint(model, tokenizer)
-    return FrozenBase(base_name(source), model.to(device), tokenizer, fingerprint)
+    fingerprint, contents = host.fingerprint(model, tokenizer), _contents(model)
+    return FrozenBase(base_name(source), model.to(device), tokenizer, fingerprint, contents)
+
+
+def _contents(model: Any) -> str:
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _OF_NO_EFFECT}
+    weights = digest(tensor for _, tensor in sorted(model.state_dict().items()))
+    return hashlib.sha256(f"{json.dumps(config, sort_keys=True, default=str)} {weights}".encode()).hexdigest()
 
 
 def load_hf_tokenizer(base: str) -> Any:

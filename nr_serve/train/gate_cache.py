@@ -64,7 +64,7 @@ def fit_once(base: FrozenBase, attached: Attached, classes: Classes, recipe: Rec
             for tensor in (text.windows.ids_NT, text.windows.offset_NT, text.own_NT)
         ),
         "original": sorted(classes.original),
-        "base": base.fingerprint,
+        "base": base.contents,
         "dtype": recipe.run.dtype,
     }
     return kept(key, fit)

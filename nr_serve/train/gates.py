@@ -23,7 +23,7 @@ from nr_serve.logs import bar_interval
 from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.measure import evaluating
-from nr_serve.train.recipe import Gate
+from nr_serve.train.recipe import BadRecipe, Gate
 from nr_serve.train.solvers import SOLVERS
 from nr_serve.train.text.lead_in import GateText, led_into
 from nr_serve.train.text.mix import CHAT, Classes
@@ -121,6 +121,8 @@ class Fitter:
         module = self.adapter.layer(layer)
         if module is None:
             return
+        if not bool(x_Td.isfinite().all()):
+            raise BadRecipe(f"what layer {layer}'s FFN reads is not finite: the base, or an adapter, gives NaN")
         u_Td = self._causal_mean(x_Td)
         fits_T = self.fits_T & ~self.moved_T
         weight_T = self._weights(fits_T)[fits_T]

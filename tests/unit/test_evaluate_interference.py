@@ -58,7 +58,7 @@ def adapters() -> dict[str, Adapter]:
 
 @pytest.fixture(scope="module")
 def measured(adapters) -> Interference:
-    base = FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f")
+    base = FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f", "c")
     return interference(Hosted(base, adapters), TEXTS, {"nb": ["da"]})
 
 
@@ -116,14 +116,14 @@ def test_a_text_is_also_read_with_its_own_adapter_alone(measured, adapters):
 
 
 def test_one_adapter_alone_is_all_attached(adapters):
-    base = FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f")
+    base = FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f", "c")
     measured = interference(Hosted(base, {"hu": adapters["hu"]}), {"hu.a": TEXTS["hu.a"]})
     assert measured.alone["hu.a"].loss == measured.report.sources["hu.a"].after
     assert measured.alone["hu.a"].difference == Difference(0.0, 0.0, 0.0, 0.0)
 
 
 def test_what_is_attached_for_one_measurement_is_not_for_the_next(adapters, tmp_path, monkeypatch):
-    hosted = Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f"), adapters)
+    hosted = Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f", "c"), adapters)
     first = attach_all(hosted, TEXTS)
     monkeypatch.setenv("NR_CACHE", str(tmp_path))  # so that all is measured anew
     assert attach_all(hosted, TEXTS) == first
@@ -176,7 +176,7 @@ def test_an_adapter_without_a_recipe_has_learned_the_language_of_its_domain():
 
 def test_two_adapters_may_have_learned_one_text_and_are_then_attached_together(adapters):
     both = {**adapters, "hu2": learned(4, "hu.a.train.txt")}
-    base = FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f")
+    base = FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f", "c")
     alone = interference(Hosted(base, both), {"hu.a": TEXTS["hu.a"]}).alone["hu.a"]
     assert alone.loss == pytest.approx(naive(TEXTS["hu.a"], [both["hu"], both["hu2"]])[0], rel=1e-5)
 

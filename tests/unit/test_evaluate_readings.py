@@ -47,8 +47,8 @@ def adapter(seed: int, carry: float, target: str, **how) -> Adapter:
     return replace(made, info=replace(made.info, recipe=recipe), version=f"{seed}-{carry}")
 
 
-def hosted(fingerprint: str = "f", **adapters: Adapter) -> Hosted:
-    return Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, fingerprint), adapters)
+def hosted(contents: str = "f", **adapters: Adapter) -> Hosted:
+    return Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f00d", contents), adapters)
 
 
 HU, DA = adapter(1, 0.25, "hu.*", bare_layers=(1,)), adapter(2, 0.5, "da.*")

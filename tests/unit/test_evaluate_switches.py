@@ -28,7 +28,7 @@ def learned(seed: int, target: str, **how) -> Adapter:
 
 
 def hosted(**adapters: Adapter) -> Hosted:
-    return Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f"), adapters)
+    return Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f", "c"), adapters)
 
 
 def stretches(first: int, count: int) -> Windows:

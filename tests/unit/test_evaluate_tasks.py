@@ -27,7 +27,7 @@ ROWS = [
 @pytest.fixture
 def hosted() -> Hosted:
     adapters = {"a": tiny.adapter(tiny.model(), 1, carry=0.5), "b": tiny.adapter(tiny.model(), 2, carry=0.8)}
-    return Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f"), adapters)
+    return Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f", "c"), adapters)
 
 
 def write(path: Path, rows: list[dict]) -> Path:

@@ -150,7 +150,7 @@ def test_blocks_without_gates_take_no_threshold(base, corpus, tmp_path):
 def test_attaching_leaves_the_base_as_it_is_where_nothing_fires(corpus):
     made = tiny.adapter(tiny.model(), 1, threshold=1e6)
     model = tiny.model()
-    frozen = FrozenBase("tiny", model, tiny.tokenizer().hf, "f")
+    frozen = FrozenBase("tiny", model, tiny.tokenizer().hf, "f", "c")
     texts = read_heldout(corpus, ["en.*.heldout.txt"], frozen.tokenizer, 16, 2)
     source = attach_all(Hosted(frozen, {"a": made}), texts).sources["en.a"]
     assert source.before == source.after
@@ -213,3 +213,16 @@ def test_a_base_that_cannot_be_served_is_refused_before_anything_is_trained_besi
     (refused / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedBase, match="dynamic rotary"):
         load_base(str(refused))
+
+
+@pytest.mark.parametrize("part", ["model.norm", "model.embed_tokens", "model.layers.1.mlp.up_proj", "rope"])
+def test_a_base_is_known_by_all_that_it_computes_with(part, base, tmp_path):
+    known = load_base(str(base)).contents
+    assert load_base(str(base)).contents == known
+    changed = tiny.model()
+    if part == "rope":
+        changed.config.rope_parameters["rope_theta"] = 10.0
+    else:
+        weight = changed.get_submodule(part).weight.data
+        weight.flatten()[-1] += 1
+    assert load_base(str(tiny.save(changed, tmp_path / "changed"))).contents != known

@@ -10,7 +10,7 @@ from nr_serve.train import gate_cache
 from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.gates import FittedGates, Fitter, LayerFit, causal_mean, evidence, fit_gates, gate_classes
-from nr_serve.train.recipe import Gate
+from nr_serve.train.recipe import BadRecipe, Gate
 from nr_serve.train.solvers import CHUNK_TOKENS, SOLVERS, solve_logistic, solve_ridge
 from nr_serve.train.text.frames import Chat, Frames
 from nr_serve.train.text.lead_in import GateText, led_into
@@ -237,6 +237,14 @@ def test_classes_that_lower_blocks_have_moved_as_a_whole_have_no_say(monkeypatch
     assert fitter.report[0].misfired["en"] == pytest.approx(0.1, abs=0.02)
     assert fitter.report[0].misfired["da"] > 0.9
     assert seen["target"] == pytest.approx(Gate().target_weight), "what is left shares what is left"
+
+
+def test_no_gate_is_fitted_to_what_is_not_finite():
+    fitter = Fitter(AdapterModule.fresh([16], tiny.D, carry=0.5, seed=0), plain_texts(classes()), "target", Gate())
+    x_Td = torch.zeros(len(fitter.class_T), tiny.D)
+    x_Td[3, 1] = torch.nan
+    with pytest.raises(BadRecipe, match="layer 0's FFN reads is not finite"):
+        fitter.fit(0, x_Td)
 
 
 def test_with_all_other_tokens_moved_a_gate_opens_on_the_whole_target():
