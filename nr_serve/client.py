@@ -59,14 +59,14 @@ class Client:
         replace: bool = False,
         pinned: bool | None = None,
         threshold: float | None = None,
+        routed: bool | None = None,
     ) -> Adapter:
         """Upload an adapter's file and load it; `name` defaults to the file's. Return the adapter.
 
-        With `pinned` None, the adapter is pinned if the one that it replaces is.
+        With `pinned` or `routed` None, the adapter is what the one that it replaces is.
         """
         flags = {"replace": str(replace).lower()}
-        if pinned is not None:
-            flags["pinned"] = str(pinned).lower()
+        flags |= {name: str(on).lower() for name, on in (("pinned", pinned), ("routed", routed)) if on is not None}
         if threshold is not None:
             flags["threshold"] = repr(threshold)
         name = name or path.stem

@@ -164,17 +164,19 @@ class Server:
         replace: bool = False,
         pinned: bool | None = None,
         threshold: float | None = None,
+        routed: bool | None = None,
     ) -> Adapter:
         """Load an adapter's file; `name` defaults to the file's. Return the adapter.
 
-        With `pinned` None, the adapter is pinned if the one it replaces is; with `threshold` None, the file's is
-        used.
+        With `pinned` or `routed` None, it is what the one that it replaces is; with `threshold` None, the file's is
+        used. One that is not `routed` acts where it is named alone.
         """
         path = Path(path).absolute()
         if not path.exists():
             raise NotFound(f"there is no file {path}")
         body = {"name": name or path.stem, "path": str(path), "replace": replace}
-        adapter: Adapter = self._post("/v1/adapters", body | {"pinned": pinned, "threshold": threshold})
+        dials = {"pinned": pinned, "threshold": threshold, "routed": routed}
+        adapter: Adapter = self._post("/v1/adapters", body | dials)
         return adapter
 
     def unload_adapter(self, name: str) -> Adapter:

@@ -87,7 +87,14 @@ def tokenizer() -> Tokenizer:
 
 def view(name: str, version: str = "v1", **more: Any) -> AdapterView:
     values: dict[str, Any] = {"domain": "hu", "state": "attached", "slot": 0, "nbytes": 1000, "h": 16, "carry": 0.5}
-    values |= {"threshold": 0.0, "pinned": False, "requests": 0, "loaded_at": 1e9, "load_seconds": 0.25}
+    values |= {
+        "threshold": 0.0,
+        "pinned": False,
+        "routed": True,
+        "requests": 0,
+        "loaded_at": 1e9,
+        "load_seconds": 0.25,
+    }
     values |= {"gates": AdapterGates(("0-1", "2-3"), (3, 1), (10, 10), 2.5, {"base": 4})}
     values |= {"neutrality": {"prose": Leak(1, 400, 100), "code": Leak(3, 400, 100)}}
     return AdapterView(name=name, version=version, **(values | more))
@@ -255,6 +262,7 @@ def _carry_out(engine: FakeEngine, command: Any, future: Future) -> None:
                     raise Conflict("taken", param="name")
                 pinned = adapters[name].pinned if name in adapters else False
                 more = {"pinned": pinned if command.pinned is None else command.pinned}
+                more["routed"] = command.routed is not False
                 more["threshold"] = command.threshold or 0.0
                 adapters[name] = view(name, path.read_bytes().hex()[:12], slot=len(adapters), **more)
                 future.set_result(adapters[name])
@@ -262,8 +270,8 @@ def _carry_out(engine: FakeEngine, command: Any, future: Future) -> None:
                 raise NotFound(f"no adapter is called {command.name!r}")
             case UnloadAdapter(name):
                 future.set_result(adapters.pop(name))
-            case PatchAdapter(name, pinned, threshold):
-                change = {"pinned": pinned, "threshold": threshold}
+            case PatchAdapter(name, pinned, threshold, routed):
+                change = {"pinned": pinned, "threshold": threshold, "routed": routed}
                 adapters[name] = replace(adapters[name], **{k: v for k, v in change.items() if v is not None})
                 future.set_result(adapters[name])
     except NrError as error:

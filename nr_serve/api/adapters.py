@@ -71,7 +71,7 @@ async def put_adapter(
         await receive_file(request, path, _max_bytes(context))
         status = _load_status(context, name)
         received = stack.pop_all()
-    command = LoadAdapter(name, path, query.replace, query.pinned, query.threshold)
+    command = LoadAdapter(name, path, query.replace, query.pinned, query.threshold, query.routed)
     return Json(adapter_body(await _load(context, command, received)), status)
 
 
@@ -85,7 +85,7 @@ async def post_adapter(context: Ctx, body: LoadBody) -> Json[Adapter]:
         context,
         body.path,
         "path",
-        lambda path: LoadAdapter(body.name, path, body.replace, body.pinned, body.threshold),
+        lambda path: LoadAdapter(body.name, path, body.replace, body.pinned, body.threshold, body.routed),
     )
     return Json(adapter_body(view), status)
 
@@ -93,7 +93,8 @@ async def post_adapter(context: Ctx, body: LoadBody) -> Json[Adapter]:
 @router.patch("/v1/adapters/{name}", responses=refusals(Forbidden))
 async def patch_adapter(context: Ctx, name: str, body: PatchBody) -> Json[Adapter]:
     """Change an adapter's dials."""
-    return Json(adapter_body(await _change(context, PatchAdapter(name, body.pinned, body.threshold))))
+    command = PatchAdapter(name, body.pinned, body.threshold, body.routed)
+    return Json(adapter_body(await _change(context, command)))
 
 
 @router.delete("/v1/adapters/{name}", responses=refusals(Forbidden))

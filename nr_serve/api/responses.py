@@ -289,6 +289,7 @@ class Adapter(ResponseModel):
     carry: float
     threshold: float
     pinned: bool
+    routed: Annotated[bool, Field(description="whether requests to the base's name may use it")]
     requests: int
     loaded_at: float
     load_seconds: float

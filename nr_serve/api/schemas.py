@@ -279,6 +279,7 @@ class LoadBody(Body):
     replace: bool = False
     pinned: bool | None = Field(None, description="default: as the version it replaces")
     threshold: float | None = Field(None, ge=0, le=MAX_THRESHOLD, description="default: the file's")
+    routed: bool | None = Field(None, description="acts for the base's name; default: so too")
 
 
 class PutQuery(BaseModel):
@@ -289,6 +290,7 @@ class PutQuery(BaseModel):
     replace: bool = False
     pinned: bool | None = Field(None, description="default: as the version it replaces")
     threshold: float | None = Field(None, ge=0, le=MAX_THRESHOLD, description="default: the file's")
+    routed: bool | None = Field(None, description="acts for the base's name; default: so too")
 
 
 class PatchBody(Body):
@@ -298,6 +300,7 @@ class PatchBody(Body):
 
     pinned: bool | None = None
     threshold: float | None = Field(None, ge=0, le=MAX_THRESHOLD)
+    routed: bool | None = None
 
 
 class LoadLoraBody(Body):

@@ -20,6 +20,7 @@ def adapter_body(view: AdapterView) -> Adapter:
         "carry": view.carry,
         "threshold": view.threshold,
         "pinned": view.pinned,
+        "routed": view.routed,
         "requests": view.requests,
         "loaded_at": view.loaded_at,
         "load_seconds": view.load_seconds,

@@ -21,6 +21,7 @@ class LoadAdapter(Remote):
     replace: bool = Field(False, description="replace the adapter of this name, if there is one")
     pin: bool | None = Field(None, description="keep it attached (default: as the one it replaces)")
     threshold: float | None = Field(None, description="a gate fires above this (default: the file's own)")
+    route: bool | None = Field(None, description="let it act for the base's name too (default: as --pin, or yes)")
 
 
 class UnloadAdapter(Remote):
@@ -38,7 +39,12 @@ def load_adapter(command: LoadAdapter) -> int:
     with command.client() as client:
         try:
             adapter = client.load(
-                command.file, command.name, replace=command.replace, pinned=command.pin, threshold=command.threshold
+                command.file,
+                command.name,
+                replace=command.replace,
+                pinned=command.pin,
+                threshold=command.threshold,
+                routed=command.route,
             )
         except Conflict as error:  # the server does not know the command's flags
             raise Conflict(f"{error.message} (--replace, --name)", param=error.param) from error
@@ -73,7 +79,7 @@ def list_adapters(command: ListAdapters) -> int:
 def _row(adapter: Adapter) -> tuple[str, ...]:
     rate = adapter["gates"]["fired_rate"]
     return (
-        adapter["name"] + (" (pinned)" if adapter["pinned"] else ""),
+        adapter["name"] + _marks(adapter),
         adapter["version"],
         adapter["domain"] or "-",
         adapter["state"],
@@ -84,6 +90,12 @@ def _row(adapter: Adapter) -> tuple[str, ...]:
         _leak(adapter),
         "-" if rate is None else f"{rate:.2%}",
     )
+
+
+def _marks(adapter: Adapter) -> str:
+    marks = {"pinned": adapter["pinned"], "not routed": not adapter["routed"]}
+    shown = [mark for mark, is_so in marks.items() if is_so]
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def _leak(adapter: Adapter) -> str:

@@ -181,6 +181,8 @@ class LoadAdapter:
     """None: as the version that it replaces."""
     threshold: float | None = None
     """None: the file's own threshold."""
+    routed: bool | None = None
+    """Whether requests to the base's name may use it; None: as the version that it replaces, or else they may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,7 @@ class PatchAdapter:
     name: str
     pinned: bool | None = None
     threshold: float | None = None
+    routed: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +229,7 @@ class AdapterView:
     carry: float
     threshold: float
     pinned: bool
+    routed: bool
     requests: int
     """Requests in flight that selected any version of the adapter."""
     loaded_at: float

@@ -296,6 +296,20 @@ def test_the_threshold_is_a_dial_that_acts_with_the_next_step():
     assert server.view("a").threshold == 1e6
 
 
+def test_what_is_not_routed_acts_where_it_is_named_alone_and_is_observed_everywhere():
+    server = Server(slots=3)
+    a, b = server.made(1), server.made(2)
+    server.load("a", a)
+    assert not server.load("b", b, routed=False).result(timeout=0).routed
+    assert server.answer("to the base", None, selected="base") == server.expected(a)
+    assert server.answer("by name", ("b",)) == server.expected(b)
+    assert server.view("b").gates.fired_by_selected["base"] > 0, "it would have acted here"
+    assert not server.load("b", b, replace=True).result(timeout=0).routed, "as the one that it replaces"
+    assert server.answer("still", None) == server.expected(a)
+    server.patch("b", routed=True)
+    assert server.answer("both", None) == server.expected(a, b)
+
+
 def test_a_dial_turned_while_the_weights_are_copied_is_not_lost():
     server = Server(slots=1)
     server.load("a", server.made(1))

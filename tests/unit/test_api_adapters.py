@@ -63,6 +63,14 @@ def test_a_replacement_stays_pinned_unless_told_otherwise(server):
     assert server.http.post("/v1/adapters", json=load | {"pinned": False}).json()["pinned"] is False
 
 
+def test_an_adapter_may_be_kept_from_requests_to_the_base(server):
+    assert server.http.get("/v1/adapters/hu").json()["routed"] is True
+    assert put(server, "da", routed=False).json()["routed"] is False
+    assert server.http.patch("/v1/adapters/da", json={"routed": True}).json()["routed"] is True
+    load = {"name": "da", "path": "da.safetensors", "replace": True, "routed": False}
+    assert server.http.post("/v1/adapters", json=load).json()["routed"] is False
+
+
 def test_an_adapter_that_the_engine_unloads_by_itself_is_gone_here_too(server):
     del server.engine.adapters["hu"]
     server.engine.deliver(StepEvents((), adapters_changed=True, loads_failed=1))

@@ -130,9 +130,12 @@ def test_an_adapter_is_loaded_listed_and_unloaded_with_no_further_flag(against, 
     assert da.split()[:4] == ["da", "676f6f642064", "hu", "attached"]
     assert main(["load-adapter", str(path), "--replace", "--pin", "--threshold", "0.5", "--name", "da"]) == 0
     capsys.readouterr()
-    assert against.engine.last_load().pinned is True
-    assert main(["load-adapter", str(path), "--replace"]) == 0
-    assert against.engine.last_load().pinned is None
+    assert (against.engine.last_load().pinned, against.engine.last_load().routed) == (True, None)
+    assert main(["load-adapter", str(path), "--replace", "--no-route"]) == 0
+    assert (against.engine.last_load().pinned, against.engine.last_load().routed) == (None, False)
+    capsys.readouterr()
+    assert main(["list-adapters"]) == 0
+    assert "\nda (pinned, not routed)  " in capsys.readouterr().out
     capsys.readouterr()
     assert main(["unload-adapter", "da"]) == 0
     assert capsys.readouterr().out == "da: unloaded\n"

@@ -212,8 +212,8 @@ def test_adapters_come_and_go(server, place):
     assert {adapter["name"] for adapter in server.adapters()} == {"hu", "other"}
     with pytest.raises(Conflict):
         server.load_adapter(place / "hu.safetensors", "other")
-    replaced = server.load_adapter(place / "hu.safetensors", "other", replace=True, threshold=0)
-    assert replaced["threshold"] == 0
+    replaced = server.load_adapter(place / "hu.safetensors", "other", replace=True, threshold=0, routed=False)
+    assert (replaced["threshold"], replaced["routed"]) == (0, False)
     assert server.unload_adapter("other")["name"] == "other"
     assert [adapter["name"] for adapter in server.adapters()] == ["hu"]
 

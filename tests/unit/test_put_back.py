@@ -46,7 +46,7 @@ def test_what_replaced_nothing_is_unloaded(caplog):
 @pytest.mark.parametrize("slots", [1, 2])
 def test_what_an_adapter_found_wild_had_replaced_is_put_back(slots):
     server = Probed(slots=slots)
-    server.load("a", server.made(1), threshold=0.2, pinned=slots == 2)
+    server.load("a", server.made(1), threshold=0.2, pinned=slots == 2, routed=slots == 2)
     known = server.view("a")
     server.ask("beside", (), tokens=200)
     for seed in (2, 3):  # the second takes the place of one that is not measured yet
@@ -54,6 +54,7 @@ def test_what_an_adapter_found_wild_had_replaced_is_put_back(slots):
     assert find_out(server).loads_failed == 1
     back = server.view("a")
     assert (back.version, back.threshold, back.pinned) == (known.version, known.threshold, known.pinned)
+    assert back.routed == known.routed == (slots == 2)
     assert (back.neutrality, back.measuring) == (known.neutrality, False), "its leak is known"
     server.work()
     assert server.state("a") == "attached"

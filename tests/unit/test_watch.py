@@ -152,9 +152,10 @@ def test_a_threshold_comes_back_if_it_was_measured(watched):
     assert watched.comes_back(version) is None, "it is back already"
 
 
-@pytest.mark.parametrize("pinned", [True, False])
-def test_a_pin_is_of_the_name_whoever_bears_it(watched, pinned):
-    before = watched.acts("x", pinned=not pinned)
+@pytest.mark.parametrize("dial", ["pinned", "routed"])
+def test_a_pin_or_a_route_is_of_the_name_whoever_bears_it(watched, dial):
+    before = watched.acts("x", pinned=False)
     version = watched.replace(before, "y")
-    watched.watch.pins(version, pinned)
-    assert watched.watch.put_back(version).pinned == pinned
+    turned = not getattr(before, dial)
+    setattr(watched.watch.before(version), dial, turned)
+    assert getattr(watched.watch.put_back(version), dial) is turned

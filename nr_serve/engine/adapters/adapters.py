@@ -215,6 +215,7 @@ class Adapters:
             carry=adapter.info.carry,
             threshold=version.threshold,
             pinned=version.pinned,
+            routed=version.routed,
             requests=self.registry.requests(version.name),
             loaded_at=version.loaded_at,
             load_seconds=version.load_seconds,

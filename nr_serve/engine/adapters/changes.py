@@ -258,10 +258,13 @@ class Changes:
         self._watch.opened(version, self.registry.open(version), measurement)
 
     def turn(self, version: Version, patch: PatchAdapter) -> None:
-        """Apply new settings; a new threshold acts from the next step on."""
-        if patch.pinned is not None:
-            version.pinned = patch.pinned
-            self._watch.pins(version, patch.pinned)
+        """Apply new settings; a new threshold acts from the next step on.
+
+        All but the threshold are also those of what may be put back in its place.
+        """
+        for each in filter(None, (version, self._watch.before(version))):
+            each.pinned = each.pinned if patch.pinned is None else patch.pinned
+            each.routed = each.routed if patch.routed is None else patch.routed
         if patch.threshold is not None and patch.threshold != version.threshold:
             self._watch.turns(version, patch.threshold)
             version.threshold = patch.threshold
@@ -269,12 +272,11 @@ class Changes:
                 self.open(version)
 
     def publish(self, version: Version, order: Order) -> None:
-        """Give the version its name and, unless the order says otherwise, the pin of the version before it."""
+        """Give the version its name and, unless the order says otherwise, the settings of the version before it."""
         before = self.registry.get(version.name) if version.name in self.registry else None
-        if order.message.pinned is not None:
-            version.pinned = order.message.pinned
-        elif before is not None:  # read now: it may have changed while this version was copied
-            version.pinned = before.pinned
+        like = before or version  # read now: they may have changed while this version was copied
+        version.pinned = like.pinned if order.message.pinned is None else order.message.pinned
+        version.routed = like.routed if order.message.routed is None else order.message.routed
         if version.slot is not None:
             self.registry.attach(version)
         if before is not None:

@@ -33,6 +33,8 @@ class Version:
     """The weights in host memory; this module does not look into them."""
     threshold: float
     pinned: bool = False
+    routed: bool = True
+    """Whether requests that name no adapters may use it."""
     slot: int | None = None
     attached: bool = False
     """Whether it is published: its slot holds all its weights."""
@@ -53,7 +55,7 @@ class Version:
 
     def again(self) -> Version:
         """A copy that is in no slot."""
-        return Version(self.name, self.digest, self.payload, self.threshold, pinned=self.pinned)
+        return Version(self.name, self.digest, self.payload, self.threshold, self.pinned, self.routed)
 
 
 Selection = tuple[Version, ...]
@@ -91,9 +93,12 @@ class Registry:
         return self._by_name[name]
 
     def resolve(self, names: Sequence[str] | None) -> Selection:
-        """The versions meant by a request: those named, or (None) all attached ones that stay. Raises NotFound."""
+        """The versions meant by a request: those named, or (None) all that are routed, attached and stay.
+
+        Raises NotFound.
+        """
         if names is None:
-            return tuple(v for v in self._by_name.values() if v.attached and v not in self.leaving)
+            return tuple(v for v in self._by_name.values() if v.routed and v.attached and v not in self.leaving)
         return tuple(self.get(name) for name in dict.fromkeys(names))
 
     def in_slot(self, slot: int) -> Version | None:

@@ -49,10 +49,9 @@ class Watch:
         elif not self._canary.must_measure(version, version.threshold):
             self._before[version] = version.again()
 
-    def pins(self, version: Version, pinned: bool) -> None:
-        """Apply a pin or unpin to the version that may be put back."""
-        if version in self._before:
-            self._before[version].pinned = pinned
+    def before(self, version: Version) -> Version | None:
+        """The version that is put back if this one diverges."""
+        return self._before.get(version)
 
     def unloaded(self, version: Version) -> None:
         """Note that the name was unloaded: nothing is put back."""
