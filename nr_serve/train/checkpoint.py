@@ -6,13 +6,14 @@ trained weights, and marks the folder complete by writing `state.json` last.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,14 @@ class Checkpoint:
     """Step with the lowest loss so far on the target's held-out text; None if the run does not watch it."""
     stopped: bool = False
     """Whether the run has ended early, because that loss has not fallen for too long."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Hash of each file, by name; none for a file written before checkpoints held hashes."""
+
+    def check(self) -> None:
+        """Raise BadCheckpoint, naming the file, if one that a resumed run reads is not as it was written."""
+        for name in self.digests:
+            if name != REFITTED:  # which may be removed, and is checked where it is read
+                self._check(name)
 
     def weights(self) -> dict[str, Tensor]:
         """The trained tensors, by the learner's names. Raises BadCheckpoint."""
@@ -89,13 +98,27 @@ class Checkpoint:
         with writing(path), whole(path) as part:
             _save(part, gates)
             _sync(part)
+            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+            _write_state(self.folder, state | {"digests": {**self.digests, REFITTED: _digest(part)}})
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
+        self._check(name)
         try:
             return safetensors.torch.load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
-            remedy = f"; {REMEDY}" if name == REFITTED else ""
-            raise BadCheckpoint(f"cannot read {self.folder / name} of the checkpoint: {error}{remedy}") from error
+            raise self._bad(name, error) from error
+
+    def _check(self, name: str) -> None:
+        try:
+            changed = name in self.digests and _digest(self.folder / name) != self.digests[name]
+        except OSError as error:
+            raise self._bad(name, error) from error
+        if changed:
+            raise self._bad(name, "it is not as it was written")
+
+    def _bad(self, name: str, fault: object) -> BadCheckpoint:
+        remedy = f"; {REMEDY}" if name == REFITTED else ""
+        return BadCheckpoint(f"cannot read {self.folder / name} of the checkpoint: {fault}{remedy}")
 
 
 _CHECKPOINT = TypeAdapter(Checkpoint)
@@ -126,10 +149,8 @@ def complete(checkpoint: Checkpoint) -> None:
         _sync(path)
     state = {name: value for name, value in vars(checkpoint).items() if name != "folder"}
     state["files"] = {path.name: path.stat().st_size for path in files}
-    with whole(folder / STATE) as part:
-        part.write_text(json.dumps(state, indent=1), encoding="utf-8")
-        _sync(part)
-    _sync(folder)
+    state["digests"] = {path.name: _digest(path) for path in files}
+    _write_state(folder, state)
 
 
 def rotate(out: Path, keep: int | None = None) -> None:
@@ -195,7 +216,7 @@ def load(folder: Path) -> Checkpoint:
 def reading(folder: Path) -> AbstractContextManager[None]:
     """Raise any error of torch or transformers reading their checkpoint files as BadCheckpoint.
 
-    Only the sizes of these files are checked, so they may hold anything, and reading them may raise anything.
+    Those of an earlier version have no hashes, so they may hold anything, and reading them may raise anything.
     """
     return raised_as(BadCheckpoint, f"cannot read the checkpoint {folder}")
 
@@ -215,6 +236,18 @@ def _own(out: Path) -> list[Path]:
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
+
+
+def _write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    with whole(folder / STATE) as part:
+        part.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        _sync(part)
+    _sync(folder)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -59,6 +59,8 @@ def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tens
             if found is None and resume:
                 _say(f"there is no checkpoint in {out}: the run starts from the beginning")
             saved = None if found is None else checkpoints.load(found)
+            if saved is not None:
+                processes.from_first(saved.check)
             return TrainingRun(recipe, arguments, out, corpus, saved).train()
     except OSError as error:
         raise TrainingStopped(f"training in {out}: {error}") from error

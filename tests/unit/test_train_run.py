@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,22 @@ def killed_before(step: int, monkeypatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(trainer.RunTrainer, "compute_loss", killed)
         yield
+
+
+def without_hashes(checkpoint: Path) -> Path:
+    """The checkpoint as an earlier version would have written it: only the sizes of its files are known."""
+    path = checkpoint / checkpoints.STATE
+    state = json.loads(path.read_text())
+    del state["digests"]
+    path.write_text(json.dumps(state))
+    return checkpoint
+
+
+def flip_a_bit(path: Path) -> None:
+    """Change one bit of a number in a file of tensors."""
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("gate", ["", "init = 'paper'\ntrained = true"], ids=["closed-form", "paper"])
@@ -153,7 +170,7 @@ def test_gates_fitted_again_that_find_no_room_or_are_damaged_can_be_fitted_once_
 def test_gates_fitted_again_that_are_not_of_the_trained_blocks_are_refused(tmp_path, base, corpus, change, said):
     recipe, out = write_recipe(tmp_path, base, tokens=256), tmp_path / "out"
     made = read_adapter(train(recipe, out, corpus))
-    kept = checkpoints.latest(out) / "refitted.safetensors"
+    kept = without_hashes(checkpoints.latest(out)) / "refitted.safetensors"
     gates = load_file(kept)
     change(gates)
     save_file(gates, kept)
@@ -426,10 +443,39 @@ def test_a_damaged_checkpoint_is_named(tmp_path, base, corpus):
         train(write_recipe(tmp_path, base, tokens=256), out, corpus, resume=True)
 
 
+@pytest.mark.parametrize("name", ["trained.safetensors", "refitted.safetensors", "optimizer.pt"])
+def test_a_changed_bit_in_a_checkpoint_is_refused_where_it_is_read(tmp_path, base, corpus, name):
+    recipe, out = write_recipe(tmp_path, base, tokens=256), tmp_path / "out"
+    made = read_adapter(train(recipe, out, corpus))
+    damaged, exported = checkpoints.latest(out) / name, tmp_path / "x.safetensors"
+    flip_a_bit(damaged)
+    message = rf"checkpoint-2/{name} of the checkpoint: it is not as it was written"
+    with pytest.raises(checkpoints.BadCheckpoint, match=message):
+        train(recipe, out, corpus, resume=True)
+    if name == "optimizer.pt":
+        export_run(out, exported)  # does not read it
+    else:
+        with pytest.raises(checkpoints.BadCheckpoint, match=message):
+            export_run(out, exported)
+        assert not exported.exists()
+    flip_a_bit(damaged)
+    assert read_adapter(train(recipe, out, corpus, resume=True)).version == made.version
+
+
+def test_a_checkpoint_without_hashes_is_resumed(tmp_path, base, corpus):
+    recipe, out = write_recipe(tmp_path, base, tokens=256), tmp_path / "out"
+    made = read_adapter(train(recipe, out, corpus))
+    (without_hashes(checkpoints.latest(out)) / "refitted.safetensors").unlink()
+    assert read_adapter(train(recipe, out, corpus, resume=True)).version == made.version
+    flip_a_bit(checkpoints.latest(out) / "refitted.safetensors")
+    with pytest.raises(checkpoints.BadCheckpoint, match=r"written; without this file the gates are fitted again"):
+        export_run(out, tmp_path / "x.safetensors")
+
+
 def test_weights_of_another_shape_are_refused(tmp_path, base, corpus):
     out = tmp_path / "out"
     train(write_recipe(tmp_path, base, tokens=256), out, corpus)
-    kept = checkpoints.latest(out) / checkpoints.WEIGHTS
+    kept = without_hashes(checkpoints.latest(out)) / checkpoints.WEIGHTS
     weights = load_file(kept)
     name = "adapter.layers.1.w_in"
     weights[name] = weights[name].flatten().view(-1, 4)  # as many bytes
@@ -526,7 +572,7 @@ def test_a_damaged_file_of_the_trainer_is_refused_and_the_run_stays_as_it_was(tm
     recipe, out = write_recipe(tmp_path, base, tokens=512), tmp_path / "out"
     train(recipe, out, corpus)
     shutil.rmtree(checkpoints.latest(out))
-    left = checkpoints.latest(out)
+    left = without_hashes(checkpoints.latest(out))
     damaged = left / name
     damaged.write_bytes(b"\xff" * damaged.stat().st_size)
     with pytest.raises(checkpoints.BadCheckpoint, match=r"cannot read the checkpoint .*checkpoint-2: .") as refused:
@@ -540,7 +586,7 @@ def test_a_checkpoint_whose_files_are_of_different_steps_is_refused(tmp_path, ba
     recipe, out = write_recipe(tmp_path, base, tokens=512), tmp_path / "out"
     train(recipe, out, corpus)
     shutil.rmtree(checkpoints.latest(out))
-    state = checkpoints.latest(out) / "trainer_state.json"
+    state = without_hashes(checkpoints.latest(out)) / "trainer_state.json"
     state.write_text(state.read_text().replace('"global_step": 2', f'"global_step": {step}'))
     with pytest.raises(checkpoints.BadCheckpoint, match=f"trainer_state.json is of step {step}"):
         train(recipe, out, corpus, resume=True)
