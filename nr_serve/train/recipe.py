@@ -452,13 +452,14 @@ class Recipe(_Section):
         """The keys because of which a run of `earlier` that has read `tokens` tokens cannot go on as this recipe.
 
         Returns each with its value here and its value there; an empty dict if the run can continue. The budget may
-        differ as long as the learning rate has not depended on it. Keys that affect only logging may differ, and
-        so may those of measurements, unless the run may stop because of these.
+        differ as long as it is not exceeded and the learning rate has not depended on it. Keys that affect only
+        logging may differ, and so may those of measurements, unless the run may stop because of these.
         """
         free = {"run.log_every", "run.checkpoint_every", "run.accumulate"}
         if self.run.patience is None:
             free |= {"run.validate_every"}
-        if self.run.tokens != earlier.run.tokens and tokens <= min(self.run.decay_start, earlier.run.decay_start):
+        level = min(self.run.decay_start, earlier.run.decay_start)
+        if self.run.tokens != earlier.run.tokens and tokens <= min(level, self.run.tokens):
             free |= {"run.tokens"}
         mine, other = _flat(self.dump()), _flat(earlier.dump())
         return {key: (mine[key], other[key]) for key in mine if key not in free and mine[key] != other[key]}

@@ -225,8 +225,12 @@ def _check_free(out: Path, recipe: Recipe) -> None:
 
 def _check_same_recipe(recipe: Recipe, saved: checkpoints.Checkpoint) -> None:
     """Raise Conflict, naming the keys, if the checkpoint's run cannot continue with this recipe."""
-    changed = recipe.changed(parse_recipe(saved.recipe), saved.step * recipe.run.batch_tokens)
+    taken = saved.step * recipe.run.batch_tokens
+    changed = recipe.changed(parse_recipe(saved.recipe), taken)
     if list(changed) == ["run.tokens"]:
+        if taken > recipe.run.tokens:
+            why = f"the run to resume has taken {taken:,} already"
+            raise Conflict(f"run.tokens cannot be {recipe.run.tokens:,}: {why}; train in another folder")
         why = "the learning rate of the run to resume depends on it by now"
         raise Conflict(f"run.tokens cannot change any more: {why}; train in another folder")
     if changed:

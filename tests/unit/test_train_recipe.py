@@ -141,6 +141,13 @@ def test_the_budget_may_grow_until_the_learning_rate_falls():
     assert list(recipe(run={"tokens": 16384}).changed(recipe(), 4096 + 10_000)) == ["run.tokens"]
 
 
+def test_the_budget_may_shrink_to_what_the_run_has_taken_but_not_below():
+    rising = {"schedule": "cosine", "warmup_tokens": 100_000}  # the rate does not depend on the budget yet
+    first, shorter = recipe(run=rising), recipe(run=rising | {"tokens": 4096})
+    assert shorter.changed(first, 4096) == {}
+    assert shorter.changed(first, 4608) == {"run.tokens": (4096, 8192)}
+
+
 SHIPPED = sorted((Path(__file__).parents[2] / "adapters").glob("*/recipe.toml"))
 
 

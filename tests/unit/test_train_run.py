@@ -269,6 +269,14 @@ def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, c
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_a_budget_that_is_used_up_already_is_refused(tmp_path, base, corpus):
+    out, rising = tmp_path / "out", {"run__schedule": "cosine", "run__warmup_tokens": 100_000}
+    made = read_adapter(train(write_recipe(tmp_path, base, tokens=1280, **rising), out, corpus))
+    with pytest.raises(Conflict, match=r"^run\.tokens cannot be 512: the run to resume has taken 1,280 already; "):
+        train(write_recipe(tmp_path, base, tokens=512, **rising), out, corpus, resume=True)
+    assert read_adapter(out / "hu.safetensors").version == made.version
+
+
 @pytest.mark.parametrize("theirs", ["adapter", "hu.safetensors", "log.jsonl"])
 def test_a_new_run_writes_over_nothing_that_no_run_has_left(tmp_path, base, corpus, theirs):
     out = tmp_path / "out"
