@@ -22,15 +22,16 @@ from nr_serve.train.learner import Learner
 from nr_serve.train.recipe import BadRecipe, Recipe
 
 
-def make_learner(recipe: Recipe, base: FrozenBase) -> Learner:
+def make_learner(recipe: Recipe, base: FrozenBase, *, restored: bool = False) -> Learner:
     """The learner of a recipe's method, whose trained parameters require a gradient. Changes the base in place.
 
+    With `restored`, a checkpoint's weights are loaded next: the file that the recipe starts from is not read.
     Raises BadRecipe if the blocks do not fit the base, or the file they start from; BadAdapterFile.
     """
     base.model.requires_grad_(False)
     adapter = None
     if recipe.method in ("neutral", "adapter"):
-        adapter = fresh_blocks(recipe, base)
+        adapter = fresh_blocks(recipe, base, restored=restored)
     elif recipe.method == "lora":
         add_lora(recipe, base)
     else:
@@ -52,9 +53,10 @@ def checkpoint_layers(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def fresh_blocks(recipe: Recipe, base: FrozenBase) -> AdapterModule:
+def fresh_blocks(recipe: Recipe, base: FrozenBase, *, restored: bool = False) -> AdapterModule:
     """The blocks as training starts; their gates take a gradient only if the recipe trains them.
 
+    With `restored`, the file that the recipe starts from is not read.
     Raises BadRecipe if they do not fit the base, or the file they start from; BadAdapterFile.
     """
     blocks, gate = recipe.blocks, recipe.gate
@@ -68,7 +70,7 @@ def fresh_blocks(recipe: Recipe, base: FrozenBase) -> AdapterModule:
         gate_variance=VARIANCE["he" if gate.init == "he" else "paper"],
         kind=kind,
     )
-    if blocks.start is not None:
+    if blocks.start is not None and not restored:
         adapter = _started(Path(blocks.start), adapter, base)
     adapter.threshold = recipe.threshold
     for name, parameter in adapter.named_parameters():

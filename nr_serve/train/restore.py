@@ -37,7 +37,7 @@ def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, L
     base = load_base(recipe.base, dtype or recipe.base_dtype, best_device())
     if saved.base_fingerprint != base.fingerprint:
         raise Conflict(f"the base differs from that of the run in {run}")
-    learner = make_learner(recipe, base).to(base.device)
+    learner = make_learner(recipe, base, restored=True).to(base.device)
     load_weights(learner, weights)
     return recipe, base, learner, saved
 

@@ -91,7 +91,7 @@ class TrainingRun:
         _same("corpus", saved is None or saved.text_digest == self.digest)
         self.base = load_base(recipe.base, recipe.base_dtype, arguments.device)
         _same("base", saved is None or saved.base_fingerprint == self.base.fingerprint)
-        self.learner = make_learner(recipe, self.base).to(self.base.device)
+        self.learner = make_learner(recipe, self.base, restored=saved is not None).to(self.base.device)
         self.results: dict[str, Any] = saved.results if saved else {}
         self.log = Log(out / checkpoints.LOG) if processes.is_first() else None
         self._measured = saved.measured_step if saved else None

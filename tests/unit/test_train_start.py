@@ -1,6 +1,8 @@
 """Training that goes on from an adapter file."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from nr_serve.errors import BadAdapterFile
 from nr_serve.neutral.format import read_adapter, write_adapter
 from nr_serve.train import log
 from nr_serve.train import run as training
+from nr_serve.train.export import export_run
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.run import train
 from tests.tiny_run import write_recipe
@@ -46,6 +49,22 @@ def test_training_begins_with_the_blocks_and_gates_of_the_file(tmp_path, base, c
     made = read_adapter(train(on, tmp_path / "on", corpus))
     assert heldout(tmp_path / "on")[-1]["hu.a"]["after"] < before["hu.a"]["after"]
     assert not torch.equal(made.blocks[-1].gate, read_adapter(first).blocks[-1].gate), "they are fitted again"
+
+
+@pytest.mark.parametrize("left", ["nothing", "another file"])
+def test_a_run_goes_on_and_is_exported_without_the_file_it_started_from(tmp_path, base, corpus, first, left):
+    start = Path(shutil.copy(first, tmp_path / "start.safetensors"))
+    recipe = write_recipe(tmp_path, base, tokens=512, blocks__start=str(start), run__schedule="constant")
+    longer = write_recipe(tmp_path, base, tokens=1024, blocks__start=str(start), run__schedule="constant")
+    whole = read_adapter(train(longer, tmp_path / "whole", corpus))
+    made = read_adapter(train(recipe, tmp_path / "out", corpus))
+    start.unlink()
+    if left != "nothing":
+        start.write_text("another file")
+    exported = read_adapter(export_run(tmp_path / "out", tmp_path / "x.safetensors"))
+    for ours, theirs in zip(exported.blocks, made.blocks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(vars(ours).values(), vars(theirs).values(), strict=True))
+    assert read_adapter(train(longer, tmp_path / "out", corpus, resume=True)).version == whole.version
 
 
 @pytest.mark.parametrize(
