@@ -112,7 +112,8 @@ class Blocks(_Section):
     start: str | None = Field(
         default=None,
         description="An adapter file that training goes on from, as with more text: its blocks and gates, which "
-        "are fitted again after the last step alone. Sizes, carry and kind must be the same.",
+        "are fitted again after the last step alone. Sizes, carry and kind must be the same. A lora or finetune "
+        "run has no blocks, and is refused it.",
     )
 
     @model_validator(mode="after")
@@ -400,6 +401,12 @@ class Recipe(_Section):
         moved = self.gate.trained or self.gate.kind == "none"
         if self.has_local_loss and moved and not self.run.original_share:
             raise ValueError("gates that are trained, or none, need run.original_share above 0 to stay neutral")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_blocks(self) -> Recipe:
+        if self.blocks.start is not None and self.method in ("lora", "finetune"):
+            raise ValueError(f"blocks.start names blocks to go on from, and method '{self.method}' has none")
         return self
 
     @property

@@ -46,6 +46,10 @@ def recipe(**sections) -> Recipe:
         ({"gate": {"threshold": 1.1e6}}, "above 1e+06"),
         ({"gate": {"steepness": 5.1e6}}, "above 1e+06"),
         ({"loss": {"kind": "l2"}}, "loss.kind"),
+        *(
+            ({"method": method, "blocks": {"start": "a.safetensors"}}, f"and method '{method}' has none")
+            for method in ("lora", "finetune")
+        ),
         ({"data": {"target": []}}, "data.target"),
         *(({"domain": name}, "domain: ") for name in ("../hu", "/hu", "", ".", "a\nb", "a b", "h" * 65)),
         ({"run": {"lr": math.inf}}, "run.lr: Input should be a finite number"),
