@@ -87,7 +87,7 @@ class TrainingRun:
         _say("reading and packing the text")
         with arguments.main_process_first():  # the others find its results in the caches
             self.text = read_run_text(recipe, corpus)
-        self.digest = self.text.classes.digest(self.text.heldout)
+        self.digest = self.text.digest
         _same("corpus", saved is None or saved.text_digest == self.digest)
         self.base = load_base(recipe.base, recipe.base_dtype, arguments.device)
         _same("base", saved is None or saved.base_fingerprint == self.base.fingerprint)

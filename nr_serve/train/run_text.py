@@ -26,6 +26,11 @@ class RunText:
     batches: Batches
     """The classes' windows, in the order of the steps."""
 
+    @property
+    def digest(self) -> str:
+        """Identifies the text trained on and measured."""
+        return self.classes.digest(self.heldout)
+
 
 def read_run_text(recipe: Recipe, corpus: Path) -> RunText:
     """The text that a recipe names, as tokens of its base.

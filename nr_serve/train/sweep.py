@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nr_serve.errors import NrError, faults
+from nr_serve.errors import Conflict, NrError, faults
 from nr_serve.names import NAME
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import processes
@@ -58,8 +58,9 @@ def read_sweep(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str
 def run_sweep(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> dict[str, Path | Exception]:
     """Train every run of a sweep in its folder below `out`, in order, continuing where an earlier call stopped.
 
-    The text of all remaining runs is checked before the first one starts. After that a run that fails does not
-    stop the others: its exception is its result. All failures are printed at the end.
+    The text of all runs is checked before the first one starts. After that a run that fails does not stop the
+    others: its exception is its result. All failures are printed at the end. Raises BadRecipe for text that a run
+    cannot read; Conflict if a finished run was trained on other text.
     """
     processes.from_first(lambda: _check_text(recipes, out, corpus))
     results: dict[str, Path | Exception] = {}
@@ -81,15 +82,19 @@ def run_sweep(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> dict[st
 
 
 def _check_text(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> None:
-    """Check the text of every remaining run; a BadRecipe names the run."""
+    """Check the text of every run, also of a finished one: the others are compared with it. Errors name the run."""
+    changed = []
     for name, recipe in recipes.items():
-        if finished(out / name, recipe) is not None:
-            continue
         _say(f"checking the text of {name}")
         try:
-            read_run_text(recipe, corpus)
+            digest = read_run_text(recipe, corpus).digest
         except BadRecipe as error:
             raise BadRecipe(f"run {name}: {error.message}") from error
+        ended = _ended(out / name, recipe)
+        if ended is not None and ended.text_digest != digest:
+            changed.append(name)
+    if changed:
+        raise Conflict(f"the corpus differs from that of finished runs, {', '.join(changed)}; name another folder")
 
 
 def _run(name: str, recipe: Recipe, folder: Path, corpus: Path) -> Path:
@@ -107,9 +112,14 @@ def _raised_by_all(error: Exception) -> bool:
 
 def finished(run: Path, recipe: Recipe) -> Path | None:
     """A run's result, if the run has finished exactly this recipe; else None."""
+    return None if _ended(run, recipe) is None else result_path(run, recipe)
+
+
+def _ended(run: Path, recipe: Recipe) -> checkpoints.Checkpoint | None:
+    """A run's newest checkpoint, if the run has finished exactly this recipe; else None."""
     found = checkpoints.latest(run)
     if found is None:
         return None
-    saved, result = checkpoints.load(found), result_path(run, recipe)
+    saved = checkpoints.load(found)
     ended = saved.stopped or saved.step >= recipe.run.steps
-    return result if ended and parse_recipe(saved.recipe) == recipe and result.exists() else None
+    return saved if ended and parse_recipe(saved.recipe) == recipe and result_path(run, recipe).exists() else None

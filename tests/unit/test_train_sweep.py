@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nr_serve.cli import main
+from nr_serve.errors import Conflict
 from nr_serve.train import export, run
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.sweep import finished, read_sweep, run_sweep
@@ -33,6 +34,20 @@ def test_a_sweep_trains_each_run_once_with_its_changes(tmp_path, base, corpus, c
     stamps = {name: results[name].stat().st_mtime_ns for name in "abc"}
     again = run_sweep(read_sweep(path), tmp_path / "out", corpus)
     assert {name: again[name].stat().st_mtime_ns for name in "abc"} == stamps
+
+
+def test_a_sweep_does_not_go_on_with_other_text_than_its_finished_runs_learned(tmp_path, base, corpus, monkeypatch):
+    text, out = shutil.copytree(corpus, tmp_path / "corpus"), tmp_path / "out"
+    path = write_sweep(tmp_path, base, '[runs.a]\n"method" = "lora"\n[runs.b]\n[runs.c]\n')
+    recipes = read_sweep(path)
+    run_sweep({name: recipes[name] for name in "ab"}, out, text)
+    monkeypatch.setattr(run, "train", lambda *_, **__: pytest.fail("it trained"))
+    for name in ("hu.a.train.txt", "da.a.heldout.txt"):
+        kept = (text / name).read_text()
+        (text / name).write_text(kept[: len(kept) // 2])
+        with pytest.raises(Conflict, match="corpus differs from that of finished runs, a, b; name another folder"):
+            run_sweep(recipes, out, text)
+        (text / name).write_text(kept)
 
 
 def test_changes_from_outside_come_last_in_every_run(tmp_path, base):
