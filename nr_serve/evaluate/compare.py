@@ -13,6 +13,7 @@ from nr_serve.errors import BadRequest
 from nr_serve.evaluate.comparison_report import Comparison, RunReport, page
 from nr_serve.evaluate.difference import difference, error_of_mean
 from nr_serve.evaluate.readings import in_turn, measure_text
+from nr_serve.evaluate.roles import RecipeText, warn_of_learned
 from nr_serve.evaluate.tasks import Answer, Example, answer_tasks, score
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import Attached
@@ -92,6 +93,10 @@ def compare_runs(
     if len({(recipe.base, recipe.domain) for recipe in recipes}) != 1:
         raise BadRequest("the runs are not all of one base and one domain", param="runs")
     field = _text_field(recipes)
+    warn_of_learned(
+        find_sources(corpus, _measured(recipes, sources), field),
+        [RecipeText(recipe.data.target, recipe.data.original, recipe.data.background) for recipe in recipes],
+    )
     base = load_base(recipes[0].base, device=best_device())
     texts = read_heldout(corpus, _measured(recipes, sources), base.tokenizer, WINDOW, windows, text_field=field)
     benchmark = Benchmark(texts, *_parts(list(texts), recipes), tasks or {})

@@ -14,7 +14,7 @@ from nr_serve.evaluate.card import card
 from nr_serve.evaluate.heldout import Report, attach_all, each_alone
 from nr_serve.evaluate.hosted import Hosted, load
 from nr_serve.evaluate.interference import Interference, interference
-from nr_serve.evaluate.roles import assign_roles
+from nr_serve.evaluate.roles import assign_roles, recipe_text, warn_of_learned
 from nr_serve.evaluate.switches import SUPPLY, SwitchReport, switch_texts, switches
 from nr_serve.evaluate.tables import (
     Rows,
@@ -151,9 +151,11 @@ def evaluate(
         raise BadRequest(
             "relatives are summed up only where adapters are attached both at once and alone", param="near"
         )
+    found = []
     if corpus is not None:
-        find_sources(corpus, sources, text_field)  # a wrong name is reported before the base is loaded
+        found = find_sources(corpus, sources, text_field)  # a wrong name is reported before the base is loaded
     hosted = load(files, model, dtype)
+    warn_of_learned(found, [recipe_text(adapter.info) for adapter in hosted.adapters.values()])
     frames = find_frames(hosted.base.tokenizer, chat=chat)
     if chat:
         check_chat(frames, window)

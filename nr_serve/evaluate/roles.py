@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nr_serve.errors import BadAdapterFile, BadRequest
+from nr_serve.logs import say
 from nr_serve.neutral.format import Adapter, AdapterInfo
-from nr_serve.train.entries import language_of, names_language, names_source
+from nr_serve.train.entries import language_of, names_language, names_source, names_text
+from nr_serve.train.text.sources import Source
 
 Kind = Literal["own", "near", "original", "seen", "unseen"]
 
@@ -45,7 +47,16 @@ class RecipeText:
         return self.target, self.original, self.background
 
 
-def _recipe_text(info: AdapterInfo) -> RecipeText:
+def warn_of_learned(sources: Iterable[Source], texts: Iterable[RecipeText]) -> None:
+    """Say which sources the recipes train on: losses on these do not tell how well other text would be read."""
+    parts = [part for text in texts for part in text.parts()]
+    names = [str(source) for source in sources if not source.held_out]  # nothing trains on held-out text
+    learned = [name for name in names if any(names_text(part, name) for part in parts)]
+    if learned:
+        say("evaluate", f"warning: not held out, but trained on: {', '.join(learned)}")
+
+
+def recipe_text(info: AdapterInfo) -> RecipeText:
     """The text that an adapter's recipe names; for a file without a recipe, all text in its domain's language.
 
     Raises BadAdapterFile for a recipe whose data are not lists of sources.
@@ -67,7 +78,7 @@ def assign_roles(
     Raises BadRequest for a relative that no adapter learned, or for a language without text here.
     """
     listed = list(sources)
-    texts = {name: _recipe_text(adapter.info) for name, adapter in adapters.items()}
+    texts = {name: recipe_text(adapter.info) for name, adapter in adapters.items()}
     relatives = {language: _relatives(language, of, texts) for language, of in near.items()}
     absent = sorted(set(near) - {language_of(source) for source in listed})
     if absent:

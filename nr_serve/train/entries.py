@@ -22,6 +22,15 @@ def names_source(entries: Iterable[str], source: str) -> bool:
     return named
 
 
+def names_text(entries: Iterable[str], text: str) -> bool:
+    """Whether entries name just this text: a file, by its name, or a data set, written `datasets:...@SPLIT`."""
+    named = False
+    for glob, named_here in _globs(entries):
+        if _is_text(glob, text):
+            named = named_here
+    return named
+
+
 def names_language(entries: Iterable[str], language: str) -> bool:
     """Whether entries name text in a language; a data set is a language of its own."""
     named = False
@@ -54,6 +63,12 @@ def _is_source(entry: str, source: str) -> bool:
         return _is_dataset(source, entry)
     file = _file(entry)
     return fnmatchcase(source, ".".join(file.split(".")[:2])) or fnmatchcase(f"{source}.train.txt", file)
+
+
+def _is_text(entry: str, text: str) -> bool:
+    if entry.startswith(DATASETS) or text.startswith(DATASETS):
+        return text in (entry, f"{entry}@train")
+    return fnmatchcase(text, _file(entry))
 
 
 def _is_language(entry: str, language: str) -> bool:

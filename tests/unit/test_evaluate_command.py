@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,17 @@ def test_interference_prints_a_row_a_source_and_the_worst(place, capsys):
     ]
     assert lines[0].endswith("FIRED hu  FIRED da")
     assert any(line.startswith("fired on close relatives") and line.endswith("da on nb.a") for line in lines)
+
+
+def test_text_that_an_adapter_was_trained_on_is_told(place, tmp_path, capsys):
+    shutil.copytree(place / "corpus", tmp_path / "corpus")
+    for name in ("hu.a.train.txt", "fi.a.train.txt"):
+        shutil.copy(place / "corpus" / "hu.a.heldout.txt", tmp_path / "corpus" / name)
+    flags = ["--corpus", tmp_path / "corpus", "--window", "16", "--windows", "1"]
+    assert run(place, *flags, "--source", "*.txt", corpus=False) == 0
+    assert "evaluate: warning: not held out, but trained on: hu.a.train.txt\n" in capsys.readouterr().err
+    assert run(place, *flags, corpus=False) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_the_pages_link_the_plots_that_were_written(place, tmp_path, capsys):

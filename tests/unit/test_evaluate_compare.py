@@ -184,6 +184,14 @@ def test_text_is_read_by_the_field_of_the_recipes(tmp_path, base, corpus):
         compare_runs({name: tmp_path / name for name in ("run", "other")}, folder)
 
 
+def test_text_that_a_run_was_trained_on_is_told(runs, corpus, capsys):
+    compare_runs(runs, corpus, ["hu.a.train.txt", "da.a.train.txt", "en.b.*"], windows=1)
+    warning = "evaluate: warning: not held out, but trained on: da.a.train.txt, hu.a.train.txt\n"
+    assert warning in capsys.readouterr().err, "no run was trained on en.b.train.txt"
+    compare_runs(runs, corpus, SOURCES, windows=1)
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_what_a_run_cost_is_told(made, runs, base):
     neutral, tuned = made.runs["neutral"], made.runs["finetune"]
     file = read_adapter(runs["neutral"] / "hu.safetensors")

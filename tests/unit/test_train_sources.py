@@ -11,7 +11,7 @@ import pytest
 
 from nr_serve.errors import DownloadFailed
 from nr_serve.train.documents import PIECE_CHARACTERS
-from nr_serve.train.entries import names_language, names_source
+from nr_serve.train.entries import names_language, names_source, names_text
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.recipe_file import parse_recipe
 from nr_serve.train.text.dataset import Dataset
@@ -231,6 +231,14 @@ def test_a_glob_after_an_exclamation_mark_leaves_out_what_was_named_before(tmp_p
         find_sources(tmp_path, ["hu.*.train.txt", "!*.train.txt"])
     with pytest.raises(BadRecipe, match="is left after '!hu"):
         find_sources(tmp_path, ["!hu.*"])
+
+
+def test_a_file_or_a_data_set_is_named_apart_from_held_out_text_of_its_source():
+    entries = ("*.*.train.txt", "!cs.*", "below/no.a.txt", "datasets:org/web:no", "datasets:org/all@test")
+    named = ("hu.a.train.txt", "no.a.txt", "datasets:org/web:no@train", "datasets:org/all@test")
+    other = ("hu.a.heldout.txt", "cs.a.train.txt", "datasets:org/web:no@test", "datasets:org/all@train")
+    assert [names_text(entries, text) for text in (*named, *other)] == [True] * 4 + [False] * 4
+    assert not names_text(["*"], "datasets:org/web@train")
 
 
 def test_what_is_left_out_is_not_named():
