@@ -48,7 +48,8 @@ class Checkpoint:
     step: Annotated[int, Field(ge=0)]
     """Number of gradient steps taken."""
     recipe: dict[str, Any]
-    base_fingerprint: str
+    base_contents: str
+    """`FrozenBase.contents` of the base that the run trains."""
     text_digest: str
     """`Classes.digest` of the text that the run trained on and measured."""
     results: dict[str, dict[str, float]]

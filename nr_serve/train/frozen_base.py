@@ -20,8 +20,8 @@ from nr_serve.neutral import host
 from nr_serve.neutral.format import Adapter, Base, naming, read_adapter
 from nr_serve.train.digest import digest
 
-_OF_NO_EFFECT = ("_name_or_path", "transformers_version")
-"""Keys of a configuration that say where a base came from."""
+_OF_NO_EFFECT = ("_name_or_path", "dtype", "transformers_version")
+"""Keys of a configuration that say where a base came from, or how it was loaded."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class FrozenBase:
     fingerprint: str
     """What adapters' files know it by: a sample of it."""
     contents: str
-    """Hash of all that it computes with: its configuration and every weight, as they were loaded."""
+    """Hash of all it computes with: configuration and every weight, as bfloat16, whatever it is loaded in."""
 
     @property
     def layers(self) -> int:
@@ -102,7 +102,7 @@ def load_base(base: str, dtype: str = "float32", device: torch.device | str = "c
 
 def _contents(model: Any) -> str:
     config = {key: value for key, value in model.config.to_dict().items() if key not in _OF_NO_EFFECT}
-    weights = digest(tensor for _, tensor in sorted(model.state_dict().items()))
+    weights = digest(tensor.to(torch.bfloat16) for _, tensor in sorted(model.state_dict().items()))
     return hashlib.sha256(f"{json.dumps(config, sort_keys=True, default=str)} {weights}".encode()).hexdigest()
 
 

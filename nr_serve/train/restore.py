@@ -35,7 +35,7 @@ def load_run(run: Path, dtype: str | None = None) -> tuple[Recipe, FrozenBase, L
     recipe, saved = read_run(run)
     weights = saved.final()  # read now: a run that is still going may remove this checkpoint while the base loads
     base = load_base(recipe.base, dtype or recipe.base_dtype, best_device())
-    if saved.base_fingerprint != base.fingerprint:
+    if saved.base_contents != base.contents:
         raise Conflict(f"the base differs from that of the run in {run}")
     learner = make_learner(recipe, base, restored=True).to(base.device)
     load_weights(learner, weights)

@@ -90,7 +90,7 @@ class TrainingRun:
         self.digest = self.text.digest
         _same("corpus", saved is None or saved.text_digest == self.digest)
         self.base = load_base(recipe.base, recipe.base_dtype, arguments.device)
-        _same("base", saved is None or saved.base_fingerprint == self.base.fingerprint)
+        _same("base", saved is None or saved.base_contents == self.base.contents)
         self.learner = make_learner(recipe, self.base, restored=saved is not None).to(self.base.device)
         self.results: dict[str, Any] = saved.results if saved else {}
         self.log = Log(out / checkpoints.LOG) if processes.is_first() else None
@@ -202,7 +202,7 @@ class TrainingRun:
             folder=folder,
             step=step,
             recipe=self.recipe.dump(),
-            base_fingerprint=self.base.fingerprint,
+            base_contents=self.base.contents,
             text_digest=self.digest,
             results=self.results,
             measured_step=self._measured,

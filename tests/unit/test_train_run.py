@@ -28,6 +28,7 @@ from nr_serve.train.restore import load_run, load_weights
 from nr_serve.train.run import train
 from nr_serve.train.run_text import read_run_text
 from nr_serve.train.trainer import TrainingDiverged, learning_rate
+from tests import tiny
 from tests.tiny_run import weights, write_recipe
 from tests.unit.room import no_room
 
@@ -247,6 +248,18 @@ def test_tokens_that_no_whole_step_takes_are_told(tmp_path, base, corpus, capsys
         train(write_recipe(tmp_path, base, tokens=tokens), tmp_path / f"{tokens}", corpus)
         told.append("train: run.tokens 300 is rounded down to 256, 2 steps of 128\n" in capsys.readouterr().err)
     assert told == [True, False]
+
+
+def test_a_run_does_not_go_on_with_another_base_of_the_same_shape(tmp_path, corpus):
+    other, own = tiny.model(), tiny.save(tiny.model(), tmp_path / "base")
+    recipe = write_recipe(tmp_path, own, tokens=256)
+    train(recipe, tmp_path / "run", corpus)
+    other.model.norm.weight.data[-1] += 1
+    tiny.save(other, own)
+    with pytest.raises(Conflict, match="the base differs"):
+        train(recipe, tmp_path / "run", corpus, resume=True)
+    with pytest.raises(Conflict, match="the base differs"):
+        export_run(tmp_path / "run", tmp_path / "out.safetensors")
 
 
 def test_a_run_is_not_overwritten_or_resumed_as_something_else(tmp_path, base, corpus, monkeypatch):
