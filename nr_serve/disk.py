@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from errno import EINVAL, EISDIR, ELOOP
 from pathlib import Path
@@ -89,6 +89,13 @@ def check_file(path: Path) -> None:
     """Raise BadRequest if this file could not be written, so that it is reported before hours of work."""
     with refused(f"cannot write {path}"):
         _try(_target(path).parent)
+
+
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """`check_file`, and raise BadRequest if this file is one of the `inputs`, which it would replace."""
+    if os.path.realpath(path) in map(os.path.realpath, inputs):
+        raise BadRequest(f"cannot write {path}: it is one of the files to read")
+    check_file(path)
 
 
 def make_folder(folder: Path) -> None:

@@ -135,12 +135,12 @@ def _written(command: Sweep, made: Mapping[str, Path], *, compares: bool) -> lis
 
 def calibrate(command: Calibrate) -> int:
     """Calibrate; print the file."""
-    from nr_serve.disk import check_file
+    from nr_serve.disk import check_output
     from nr_serve.train.calibrate import calibrate as run
     from nr_serve.train.recipe_file import parse_changes
 
     changes = parse_changes(command.set)
-    check_file(command.out)
+    check_output(command.out, command.beside)
     print(
         run(
             command.file,

@@ -216,6 +216,16 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_read(tmp_path,
         assert f"cannot write {path}" in capsys.readouterr().err
 
 
+def test_an_adapter_beside_is_not_overwritten(tmp_path, capsys):
+    beside, link = tmp_path / "b.safetensors", tmp_path / "link.safetensors"
+    beside.write_bytes(b"an adapter")
+    link.symlink_to(beside)
+    for out in (beside, link):
+        asked = ["f", "--beside", "x", "--beside", str(beside), "--corpus", "c", "--out", str(out)]
+        assert main(["calibrate", *asked]) == 1
+        assert f"cannot write {out}: it is one of the files to read" in capsys.readouterr().err
+
+
 def test_a_carrys_cost_is_a_table_with_a_row_each(tmp_path, base, corpus, capsys):
     old = train(write_recipe(tmp_path, base, tokens=512), tmp_path / "hu", corpus)
     files = [tmp_path / f"carry-{carry}.safetensors" for carry in ("0", "0.9")]
