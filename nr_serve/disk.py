@@ -91,10 +91,10 @@ def check_file(path: Path) -> None:
         _try(_target(path).parent)
 
 
-def check_output(path: Path, inputs: Iterable[Path]) -> None:
-    """`check_file`, and raise BadRequest if this file is one of the `inputs`, which it would replace."""
-    if os.path.realpath(path) in map(os.path.realpath, inputs):
-        raise BadRequest(f"cannot write {path}: it is one of the files to read")
+def check_output(path: Path, used: Iterable[Path]) -> None:
+    """`check_file`; raise BadRequest, too, for one of the files that the command reads or writes otherwise."""
+    if os.path.realpath(path) in map(os.path.realpath, used):
+        raise BadRequest(f"cannot write {path}: this command uses that file already")
     check_file(path)
 
 

@@ -124,8 +124,9 @@ def evaluate(command: Evaluate) -> int:
 
 def _check(command: Evaluate) -> None:
     """Before any long work, refuse flags that have no effect, and files and folders that cannot be written."""
-    from nr_serve.disk import check_file, make_folder
+    from nr_serve.disk import check_output, make_folder
     from nr_serve.evaluate.card import check_card
+    from nr_serve.evaluate.tasks import task_files
     from nr_serve.neutral.format import naming, read_info
 
     for number, file in enumerate(command.files):
@@ -144,9 +145,11 @@ def _check(command: Evaluate) -> None:
     for flag in PLAIN_TEXT:
         if command.chat and getattr(command, flag):
             raise BadRequest(f"{spelled(flag)} is of plain text: it does not go with --chat", param=flag)
+    used = [*command.files, *task_files(command.tasks)]
     for page in (command.card, command.markdown):
         if page is not None:
-            check_file(page)
+            check_output(page, used)
+            used.append(page)
     if command.plots is not None:
         make_folder(command.plots)
 
@@ -157,5 +160,7 @@ def _near(marks: Sequence[str]) -> dict[str, list[str]]:
         language, _, relative = mark.partition("=")
         if not language or not relative:
             raise BadRequest(f"--near takes LANGUAGE=RELATIVE, such as nb=da, not {mark!r}", param="near")
+        if language == relative:
+            raise BadRequest(f"--near {mark}: a language is no relative of itself", param="near")
         near.setdefault(language, []).append(relative)
     return near

@@ -101,11 +101,21 @@ def read_tasks(paths: Sequence[Path], limit: int | None = None) -> dict[str, lis
     Raises BadRequest, naming the file and line, for what is not a task, and if two tasks have the same name.
     """
     tasks: dict[str, list[Example]] = {}
-    for path in _task_files(paths):
+    for path in task_files(paths):
         if path.stem in tasks:
             raise BadRequest(f"two tasks have the same name: {path.stem}", param="tasks")
         tasks[path.stem] = _read_examples(path)[:limit]
     return tasks
+
+
+def task_files(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files of tasks; a folder stands for its .jsonl files. Raises BadRequest for a folder without one."""
+    for path in paths:
+        with refused(f"cannot read {path}"):
+            found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not found:
+            raise BadRequest(f"no .jsonl file in {path}", param="tasks")
+        yield from found
 
 
 def score_tasks(hosted: Hosted, tasks: Mapping[str, Sequence[Example]]) -> dict[str, TaskScores]:
@@ -187,15 +197,6 @@ def score(base: Sequence[Answer], attached: Sequence[Answer]) -> TaskScores:
     pairs = zip(estimates("acc"), estimates("acc_norm"), strict=True)
     of_base, of_attached, of_change = (Score(acc, acc_norm) for acc, acc_norm in pairs)
     return TaskScores(len(base), of_base, of_attached, of_change)
-
-
-def _task_files(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
-        with refused(f"cannot read {path}"):
-            found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        if not found:
-            raise BadRequest(f"no .jsonl file in {path}", param="tasks")
-        yield from found
 
 
 def _read_examples(path: Path) -> list[Example]:

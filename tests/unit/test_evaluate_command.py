@@ -196,6 +196,7 @@ def test_each_alone_is_measured_as_if_the_others_were_not_there(place, tmp_path,
         (["--limit", "3"], "--limit does nothing without --tasks"),
         (["--plot-format", "png"], "--plot-format does nothing without --plots"),
         (["--interference", "--near", "nb"], "--near takes LANGUAGE=RELATIVE"),
+        (["--interference", "--near", "hu=hu"], "--near hu=hu: a language is no relative of itself"),
         (["--interference", "--near", "nb=sv"], "no adapter here learned sv"),
         (["--interference", "--near", "xx=da"], "no source measured is of the language xx"),
         (["--source", "xx.*"], "xx."),
@@ -235,6 +236,18 @@ def test_a_place_that_takes_no_file_is_refused_before_anything_is_measured(place
         assert "error: cannot write" in seen
         assert str(taken) in seen
         assert "text 1 of" not in seen
+
+
+def test_a_page_does_not_replace_what_is_measured_or_the_other_page(place, tmp_path, capsys):
+    folder, page = tmp_path / "tasks", tmp_path / "x.md"
+    shutil.copytree(place, folder, ignore=shutil.ignore_patterns("base", "corpus"))
+    (tmp_path / "link.md").symlink_to(folder / "hu.safetensors")
+    taken = [folder / "da.safetensors", tmp_path / "link.md", folder / "task.jsonl"]
+    for flags in [["--card", each] for each in taken] + [["--card", page, "--markdown", page]]:
+        files = [folder / "hu.safetensors", folder / "da.safetensors", "--tasks", folder]
+        asked = ["evaluate", *files, "--corpus", place / "corpus", "--interference", *flags]
+        assert main([*map(str, asked)]) == 1
+        assert f"cannot write {flags[-1]}: this command uses that file already" in capsys.readouterr().err
 
 
 def test_a_package_that_is_not_there_is_named_before_anything_is_measured(place, tmp_path, capsys, monkeypatch):

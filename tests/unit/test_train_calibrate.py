@@ -223,7 +223,7 @@ def test_an_adapter_beside_is_not_overwritten(tmp_path, capsys):
     for out in (beside, link):
         asked = ["f", "--beside", "x", "--beside", str(beside), "--corpus", "c", "--out", str(out)]
         assert main(["calibrate", *asked]) == 1
-        assert f"cannot write {out}: it is one of the files to read" in capsys.readouterr().err
+        assert f"cannot write {out}: this command uses that file already" in capsys.readouterr().err
 
 
 def test_a_carrys_cost_is_a_table_with_a_row_each(tmp_path, base, corpus, capsys):
