@@ -13,3 +13,5 @@ def match_files(folder: Path, glob: str) -> list[Path]:
         return [path for path in folder.glob(glob) if path.is_file()]
     except (ValueError, NotImplementedError) as error:
         raise BadRecipe(f"{glob!r} is not a glob of files in {folder}: {error}") from error
+    except (IndexError, AttributeError) as error:  # what pathlib raises for ".", "./" and the like
+        raise BadRecipe(f"{glob!r} is not a glob of files in {folder}: it names a folder") from error

@@ -92,7 +92,13 @@ def test_an_empty_source_is_refused_by_name(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"), [("hu.*", r"matches 'hu\.\*'"), ("/etc/*", "not a glob"), ("", "not a glob")]
+    ("pattern", "message"),
+    [
+        ("hu.*", r"matches 'hu\.\*'"),
+        ("/etc/*", "not a glob"),
+        ("", "not a glob"),
+        *((folder, "not a glob of files in .*: it names a folder") for folder in (".", "./", "!.")),
+    ],
 )
 def test_a_glob_without_text_is_refused(tmp_path: Path, pattern, message):
     with pytest.raises(BadRecipe, match=message):
