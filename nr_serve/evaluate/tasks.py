@@ -160,7 +160,8 @@ def answer(
     """Answer the examples of one task with the base and adapters as they are now.
 
     `batch_rows` choices share a forward pass. A context longer than the base can read is cut on the left, with a
-    warning. Raises BadRequest for a choice as long as that, which would leave no room for context.
+    warning. Raises BadRequest for a choice as long as that, which would leave no room for context, and for an empty
+    context where the base's tokenizer has no token to put in its place.
     """
     from lm_eval.api.task import ConfigurableTask  # type: ignore[import-untyped, unused-ignore]
     from lm_eval.evaluator import evaluate  # type: ignore[import-untyped, unused-ignore]
@@ -174,6 +175,9 @@ def answer(
             batch_size=batch_rows,
         )
         task = ConfigurableTask(config=_config(name, examples))
+    if model.prefix_token_id is None:
+        _check_contexts(name, examples)
+        model.custom_prefix_token_id = model.tokenizer.pad_token_id  # never read, but the harness decodes it
     _check_choices(name, examples, model.tokenizer, model.max_length)
     hook = base.model.register_forward_pre_hook(_begin(attached), with_kwargs=True)
     try:
@@ -218,6 +222,13 @@ def _read_example(path: Path, number: int, line: str) -> Example:
         return Example.model_validate_json(line)
     except ValidationError as error:
         raise BadRequest(f"{path} line {number}: {faults(error)}", param="tasks") from error
+
+
+def _check_contexts(name: str, examples: Sequence[Example]) -> None:
+    for number, example in enumerate(examples, start=1):
+        if not example.context.strip():
+            fault = "the context is empty, and the base's tokenizer has no token that begins a text"
+            raise BadRequest(f"{name}, example {number}: {fault}", param="tasks")
 
 
 def _check_choices(name: str, examples: Sequence[Example], tokenizer: Any, most: int) -> None:

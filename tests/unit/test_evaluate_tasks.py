@@ -101,6 +101,16 @@ def test_a_choice_that_fills_the_context_is_named(hosted, tmp_path):
         answered(hosted, (), examples)
 
 
+def test_without_a_token_that_begins_a_text_only_empty_contexts_are_refused(hosted, tmp_path):
+    examples = read_tasks([write(tmp_path / "t.jsonl", [*ROWS, ROWS[0] | {"context": ""}])])["t"]
+    expected = answered(hosted, ("a",), examples[:-1])
+    hosted.base.tokenizer.eos_token = None
+    assert hosted.base.tokenizer.bos_token is None
+    assert answered(hosted, ("a",), examples[:-1]) == expected
+    with pytest.raises(BadRequest, match="t, example 6: the context is empty, and the base's tokenizer has no"):
+        answered(hosted, (), examples)
+
+
 def test_a_folder_stands_for_its_files_and_a_limit_for_their_first_examples(tmp_path):
     write(tmp_path / "b.jsonl", ROWS)
     write(tmp_path / "a.jsonl", ROWS[:1])
