@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nr_serve.default_model import model_folder
-from nr_serve.errors import BadRequest, loading
+from nr_serve.errors import BadRequest, UnsupportedBase, loading
 from nr_serve.logs import quiet_hub, quiet_progress_bars
 from nr_serve.names import base_name
 from nr_serve.neutral import host
@@ -94,6 +94,7 @@ def load_base(base: str, dtype: str = "float32", device: torch.device | str = "c
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     host.check_base(model)
+    _check_tokens(model, tokenizer)
     model.requires_grad_(False)
     model.eval()
     fingerprint, contents = host.fingerprint(model, tokenizer), _contents(model)
@@ -112,6 +113,16 @@ def load_hf_tokenizer(base: str) -> Any:
 
     with _loading(base) as source:
         return AutoTokenizer.from_pretrained(source)
+
+
+def _check_tokens(model: Any, tokenizer: Any) -> None:
+    """Raise UnsupportedBase for a tokenizer with tokens that the model does not know.
+
+    Added tokens do not count: some models have one more than embeddings, and plain text holds none.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > known:
+        raise UnsupportedBase(f"the tokenizer has {tokenizer.vocab_size:,} tokens; the base knows {known:,}")
 
 
 @contextmanager

@@ -206,6 +206,17 @@ def test_a_damaged_base_is_refused_in_a_line_wherever_it_is_loaded(tmp_path, bas
         assert "\n" not in refused.value.message
 
 
+def test_a_tokenizer_with_more_tokens_than_the_base_knows_is_refused(tmp_path):
+    folder = tiny.save(tiny.model(vocab_size=200, eos_token_id=199), tmp_path / "base")
+    with pytest.raises(UnsupportedBase, match="the tokenizer has 300 tokens; the base knows 200"):
+        load_base(str(folder))
+    folder = tiny.save(tiny.model(), tmp_path / "base")
+    hf = tiny.tokenizer().hf
+    hf.add_tokens("<image>")
+    hf.save_pretrained(folder)
+    assert len(load_base(str(folder)).tokenizer) == 301
+
+
 def test_a_base_that_cannot_be_served_is_refused_before_anything_is_trained_beside_it(tmp_path, base):
     refused = Path(shutil.copytree(base, tmp_path / "base"))
     config = json.loads((refused / "config.json").read_text())
