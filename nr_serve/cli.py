@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from copy import copy
 from functools import partial
 from inspect import cleandoc
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
@@ -35,6 +36,7 @@ _LIST_DEFAULT = re.compile(r"(?<=\(default: )\[(.+)\](?=\))")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
     _open_standard_streams()
+    _escape_what_cannot_be_printed()
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -54,6 +56,13 @@ def _open_standard_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _escape_what_cannot_be_printed() -> None:
+    """Print characters that the output's encoding lacks as escapes: an error would come after all the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _drop_output() -> None:

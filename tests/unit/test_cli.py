@@ -1,5 +1,6 @@
 import asyncio
 import json
+import os
 import re
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from nr_serve.commands import COMMANDS
 from nr_serve.commands.remote import _leak
 from nr_serve.config import ServeConfig
 from nr_serve.errors import BadRequest, NrError
-from nr_serve.neutral.format import AdapterInfo, Block, write_adapter
+from nr_serve.neutral.format import AdapterInfo, Block, read_adapter, write_adapter
 from nr_serve.serve import bind
 from nr_serve.train.frozen_base import load_base
 from tests import tiny
@@ -496,6 +497,16 @@ def test_a_closed_standard_stream_is_none_of_the_files_that_are_opened(hu, close
     assert int(Path(f"{hu}.fd").read_text()) > 2
     assert done.stderr == ""
     assert ("domain" in done.stdout) == (closed != "1")
+
+
+def test_what_the_output_cannot_encode_is_escaped(hu):
+    adapter = read_adapter(hu)
+    write_adapter(hu, replace(adapter.info, results={"change": "1% ± 2%"}), adapter.blocks)
+    command = [sys.executable, "-m", "nr_serve.cli", "inspect", str(hu)]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"1% \xb1 2%" in done.stdout
 
 
 def test_a_package_that_is_not_installed_is_said_with_the_extra_that_has_it(monkeypatch, capsys):
