@@ -17,10 +17,10 @@ from nr_serve.neutral import MAX_THRESHOLD, block_width
 from nr_serve.train.entries import DATASETS, names_source
 
 
-def _at_most(most: int) -> AfterValidator:
+def _at_most(most: float) -> AfterValidator:
     """Refuses numbers too large for torch and transformers; a validator does not show in the table of keys."""
 
-    def check(value: int) -> int:
+    def check(value: float) -> float:
         if value > most:
             raise ValueError(f"Input should be less than or equal to {most}")
         return value
@@ -33,6 +33,8 @@ Positive = Annotated[int, Field(gt=0), _at_most(2**53)]
 Width = Annotated[int, Field(gt=0), _at_most(2**20)]
 WidthOrNone = Annotated[int, Field(ge=0), _at_most(2**20)]
 Seed = Annotated[int, Field(ge=0), _at_most(2**32 - 1)]
+Weight = Annotated[float, Field(ge=0), _at_most(10**6)]
+Factor = Annotated[float, Field(gt=0), _at_most(10**6)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Entries = tuple[str, ...]
 
@@ -197,8 +199,8 @@ class Gate(_Section):
             "page of original text, or a chat."
         ),
     )
-    ridge: float = Field(
-        default=1e-4, gt=0, description="Ridge penalty, as a share of the mean variance of an input feature."
+    ridge: Factor = Field(
+        default=1e-4, description="Ridge penalty, as a share of the mean variance of an input feature."
     )
     threshold: float | None = Field(
         default=None,
@@ -245,7 +247,7 @@ class Gate(_Section):
 class Loss(_Section):
     """The local loss, which keeps the blocks quiet on text not of the target. Only a neutral run reads it."""
 
-    alpha: float = Field(default=100.0, ge=0, description="Weight of the local loss beside the LM loss.")
+    alpha: Weight = Field(default=100.0, description="Weight of the local loss beside the LM loss.")
     kind: Literal["l1", "l1-relative", "cross-entropy"] = Field(
         default="l1-relative",
         description="l1: the residue's l1 norm over d; l1-relative: over the l1 norm of the FFN's own output; "
@@ -254,9 +256,8 @@ class Loss(_Section):
     lm_on_original: bool = Field(
         default=False, description="Whether the original windows of a batch carry the LM loss too."
     )
-    open: float = Field(
+    open: Weight = Field(
         default=0.0,
-        ge=0,
         description="Weight of the hinge relu(1 - (m - threshold)) on the target's tokens, beside the LM loss: at "
         "high learning rates the blocks move the stream, and would shut the gates of the layers above.",
     )
@@ -275,7 +276,7 @@ class Run(_Section):
     """The gradient steps."""
 
     tokens: Positive = Field(description="Budget: tokens of all windows, target and not, before training ends.")
-    window: int = Field(default=256, ge=8, description="Tokens a window.")
+    window: Annotated[int, Field(ge=8), _at_most(10**6)] = Field(default=256, description="Tokens a window.")
     batch_tokens: Positive = Field(
         default=1024, description="Tokens a step, over all processes; a multiple of the window."
     )
@@ -291,14 +292,15 @@ class Run(_Section):
     background_share: Share = Field(
         default=0.1, description="Share of the windows that is background text, if there is a local loss."
     )
-    lr: float = Field(default=4e-3, gt=0, description="Peak learning rate of AdamW.")
-    out_lr_ratio: float = Field(
+    lr: Annotated[float, Field(gt=0), _at_most(1e30)] = Field(
+        default=4e-3, description="Peak learning rate of AdamW."
+    )
+    out_lr_ratio: Factor = Field(
         default=1.0,
-        gt=0,
         description="The blocks' W_out, and LoRA's B, learn this many times faster than the rest: they start at 0 "
         "(arXiv 2402.12354). 10 learns more in a short run, and makes gates leak more in a long one.",
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    weight_decay: Weight = Field(default=0.0, description="AdamW's weight decay.")
     clip: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
     warmup_tokens: Count = Field(default=10_000, description="Tokens over which the learning rate rises.")
     schedule: Literal["cosine", "constant-decay", "constant"] = Field(
