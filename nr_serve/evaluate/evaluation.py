@@ -28,6 +28,7 @@ from nr_serve.evaluate.tables import (
 )
 from nr_serve.evaluate.tasks import Example, TaskScores, score_tasks
 from nr_serve.evaluate.variants import variant_rows
+from nr_serve.train.frozen_base import check_window
 from nr_serve.train.text import read_heldout
 from nr_serve.train.text.frames import find_frames
 from nr_serve.train.text.lead_in import check_chat, in_chat
@@ -154,6 +155,8 @@ def evaluate(
     found = []
     if corpus is not None:
         found = find_sources(corpus, sources, text_field)  # a wrong name is reported before the base is loaded
+        check_window(model, window, "--window")
+        check_window(model, 3 * (stretch or 0), "three times --stretch")
     hosted = load(files, model, dtype)
     warn_of_learned(found, [recipe_text(adapter.info) for adapter in hosted.adapters.values()])
     frames = find_frames(hosted.base.tokenizer, chat=chat)

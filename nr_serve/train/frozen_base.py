@@ -19,6 +19,7 @@ from nr_serve.names import base_name
 from nr_serve.neutral import host
 from nr_serve.neutral.format import Adapter, Base, naming, read_adapter
 from nr_serve.train.digest import digest
+from nr_serve.train.recipe import BadRecipe
 
 _OF_NO_EFFECT = ("_name_or_path", "dtype", "transformers_version")
 """Keys of a configuration that say where a base came from, or how it was loaded."""
@@ -113,6 +114,20 @@ def load_hf_tokenizer(base: str) -> Any:
 
     with _loading(base) as source:
         return AutoTokenizer.from_pretrained(source)
+
+
+def check_window(base: str, tokens: int, name: str) -> None:
+    """Raise BadRecipe, with the window's `name`, if the base does not read this many tokens at once.
+
+    Reads the base's configuration alone. Raises UnsupportedBase with the reason.
+    """
+    from transformers import AutoConfig
+
+    with _loading(base) as source:
+        config = AutoConfig.from_pretrained(source).get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise BadRecipe(f"{name} is {tokens:,} tokens; the base reads at most {longest:,}")
 
 
 def _check_tokens(model: Any, tokenizer: Any) -> None:

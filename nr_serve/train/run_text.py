@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nr_serve.train import processes, text
 from nr_serve.train.batches import Batches
-from nr_serve.train.frozen_base import load_hf_tokenizer
+from nr_serve.train.frozen_base import check_window, load_hf_tokenizer
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.pack import Windows
@@ -44,6 +44,7 @@ def read_run_text(recipe: Recipe, corpus: Path) -> RunText:
     target = [str(source) for source in roles["target"]]
     more = f" and {len(target) - _NAMED} more" if len(target) > _NAMED else ""
     processes.say("train", f"the target's text: {', '.join(target[:_NAMED])}{more}")
+    check_window(recipe.base, run.window, "run.window")
     tokenizer = load_hf_tokenizer(recipe.base)
     classes = text.read_classes(corpus, data, tokenizer, run)
     batches = Batches(classes, recipe.plan, processes.count())

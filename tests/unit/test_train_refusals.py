@@ -36,6 +36,11 @@ FAULTS = {
         "text of hu.a is of documents of one token each",
     ),
     "no background for its share": ({"data__background": []}, {}, "data.background names no text"),
+    "a window that the base cannot read": (
+        {"run__window": 1024, "run__batch_tokens": 10_240, "tokens": 10_240},
+        {},
+        r"run\.window is 1,024 tokens; the base reads at most 512",
+    ),
     "parts that do not divide": ({"run__accumulate": 3}, {}, "do not divide into 3 parts"),
     "patience without its text": (
         {"run__patience": 1, "data__heldout": ["en.*.heldout.txt"]},
