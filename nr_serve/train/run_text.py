@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.text.mix import Classes
 from nr_serve.train.text.pack import Windows
 from nr_serve.train.text.read import find_roles
+from nr_serve.train.text.sources import Source
 
 _NAMED = 8  # most target sources to name in a message
 
@@ -44,6 +45,7 @@ def read_run_text(recipe: Recipe, corpus: Path) -> RunText:
     target = [str(source) for source in roles["target"]]
     more = f" and {len(target) - _NAMED} more" if len(target) > _NAMED else ""
     processes.say("train", f"the target's text: {', '.join(target[:_NAMED])}{more}")
+    _tell_of_own_language(roles)
     check_window(recipe.base, run.window, "run.window")
     tokenizer = load_hf_tokenizer(recipe.base)
     classes = text.read_classes(corpus, data, tokenizer, run)
@@ -60,3 +62,14 @@ def read_run_text(recipe: Recipe, corpus: Path) -> RunText:
     if run.patience is not None and not any(recipe.owns(name) for name in heldout):
         raise BadRecipe("run.patience watches the target's held-out text, and data.heldout names none")
     return RunText(classes, heldout, batches)
+
+
+def _tell_of_own_language(roles: Mapping[str, Sequence[Source]]) -> None:
+    """Warn of background text in a language of the target; a domain within a language may be meant."""
+    target, background = ({source.language for source in roles[role]} for role in ("target", "background"))
+    for language in sorted(target & background):
+        processes.say(
+            "train",
+            f"warning: data.background holds text of {language}, the target's own language: the gates are fitted "
+            "to stay shut on it; take it out unless that is meant",
+        )

@@ -10,6 +10,7 @@ from nr_serve.errors import BadRequest
 from nr_serve.train import run
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.run import train
+from nr_serve.train.run_text import read_run_text
 from nr_serve.train.sweep import read_sweep, run_sweep
 from tests.tiny_run import write_recipe, write_sweep
 
@@ -75,6 +76,15 @@ def test_text_that_is_missing_is_said_before_the_base_is_looked_for(tmp_path, co
     recipe = write_recipe(tmp_path, tmp_path / "no base", data__target=["xx.*"])
     with pytest.raises(BadRecipe, match="matches 'xx"):
         train(recipe, tmp_path / "out", corpus)
+
+
+def test_background_text_of_the_targets_own_language_is_told(tmp_path, base, corpus, capsys):
+    text = spoiled(corpus, tmp_path / "text", {"hu.b.train.txt": (corpus / "hu.a.heldout.txt").read_bytes()})
+    for background, told in (["da.*.train.txt"], 0), (["da.*.train.txt", "hu.b.train.txt"], 1):
+        changes = {"data__target": ["hu.a.train.txt"], "data__background": background, "data__heldout": []}
+        read_run_text(write_recipe(tmp_path, base, **changes), text)
+        warning = "train: warning: data.background holds text of hu, the target's own language"
+        assert capsys.readouterr().err.count(warning) == told
 
 
 def test_a_run_whose_gates_find_too_little_in_every_layer_is_refused(tmp_path, base, corpus):
