@@ -107,6 +107,9 @@ def _new_recipe(file: Path, info: AdapterInfo, carry: float | None, changes: Map
     kept = sorted({"kind", "trained"} & changes.keys())
     if kept:
         raise BadRequest(f"gate.{kept[0]} cannot be changed: the blocks were trained with it", param="set")
+    idle = sorted({"refit", "min_found"} & changes.keys())
+    if idle:
+        raise BadRequest(f"gate.{idle[0]} does nothing here: every block's gate is fitted, once", param="set")
     init = {} if recipe.gate.fitted else {"init": "logistic"}
     gate = recipe.gate.model_dump() | init | {"threshold": info.threshold} | dict(changes)
     blocks = recipe.blocks.model_dump() | ({} if carry is None else {"carry": carry})

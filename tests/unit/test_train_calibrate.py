@@ -91,10 +91,18 @@ def test_calibration_reads_the_text_in_the_type_of_the_recipe(tmp_path, base, co
     assert streams == {getattr(torch, dtype)}
 
 
-@pytest.mark.parametrize("change", [{"kind": "none"}, {"trained": True}])
-def test_calibration_refuses_what_only_training_decides(tmp_path, base, corpus, change):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "none"}, "gate.kind cannot be changed"),
+        ({"trained": True}, "gate.trained cannot be changed"),
+        ({"refit": False}, "gate.refit does nothing here"),
+        ({"min_found": 0.9}, "gate.min_found does nothing here"),
+    ],
+)
+def test_calibration_refuses_what_only_training_decides(tmp_path, base, corpus, change, message):
     path = train(write_recipe(tmp_path, base, tokens=256), tmp_path / "run", corpus)
-    with pytest.raises(BadRequest, match="cannot be changed"):
+    with pytest.raises(BadRequest, match=message):
         calibrate(path, [], corpus, tmp_path / "out.safetensors", changes=change)
 
 
@@ -118,9 +126,12 @@ def test_an_adapter_without_gates_is_not_calibrated(tmp_path, base, corpus, chan
 
 
 def test_an_adapter_that_has_a_block_keeps_it(tmp_path, base, corpus):
-    old = train(write_recipe(tmp_path, base, tokens=128), tmp_path / "hu", corpus)
-    changes = {"min_found": 0.999, "percentile": 99.9}
-    new = calibrate(old, [], corpus, tmp_path / "new.safetensors", base=str(base), changes=changes)
+    path = train(write_recipe(tmp_path, base, tokens=128), tmp_path / "hu", corpus)
+    old = read_adapter(path)
+    picky = old.info.recipe | {"gate": old.info.recipe["gate"] | {"min_found": 0.999}}
+    write_adapter(path, replace(old.info, recipe=picky), old.blocks)
+    changes = {"percentile": 99.9}
+    new = calibrate(path, [], corpus, tmp_path / "new.safetensors", base=str(base), changes=changes)
     assert all(block is not None for block in read_adapter(new).blocks)
     assert read_adapter(new).info.recipe["gate"]["min_found"] == 0.999
 
