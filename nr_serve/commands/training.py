@@ -50,7 +50,7 @@ class Calibrate(Command):
     corpus: Path = Field(description="folder of text, with that of all these adapters' recipes")
     out: Path = Field(description="the adapter file to write")
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
-    carry: float | None = Field(None, ge=0, lt=1, description="carry of the new gates (default: as it was)")
+    carry: float | None = Field(None, ge=0, le=0.999, description="carry of the new gates (default: as it was)")
     set: list[str] = Field(
         [], description="KEY=VALUE in the recipe's [gate], such as percentile=99.9; may be repeated"
     )

@@ -107,7 +107,7 @@ def test_a_flag_wins_over_the_environment_and_lists_repeat(monkeypatch):
         (["serve", "--adapter", "a.safetensors", "--adapter", "a b=c"], "--adapter: a b=c: an adapter's name"),
         (["serve", "--adapter", "_x.safetensors"], "--adapter: _x.safetensors: an adapter's name"),
         (["evaluate", "f", "--corpus", "x", "--windows", "0"], "--windows"),
-        (["calibrate", "f", "--corpus", "c", "--out", "o", "--carry", "1"], "--carry"),
+        (["calibrate", "f", "--corpus", "c", "--out", "o", "--carry", "0.9995"], "--carry"),
     ],
 )
 def test_a_wrong_setting_is_named_and_ends_with_2(args, message, capsys):
