@@ -205,8 +205,8 @@ def score(base: Sequence[Answer], attached: Sequence[Answer]) -> TaskScores:
 
 def _read_examples(path: Path) -> list[Example]:
     try:
-        # Not splitlines(), which also splits at characters that may be inside a JSON string.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        # Drops a byte order mark. Not splitlines(), which also splits at characters that a JSON string may hold.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise BadRequest(f"cannot read {path}: {error.strerror}", param="tasks") from error
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from nr_serve.train.recipe import BadRecipe, Recipe
 def read_toml(path: Path) -> dict[str, Any]:
     """The values in a TOML file. Raises BadRecipe if it cannot be read or is not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # drops a byte order mark
     except OSError as error:
         raise BadRecipe(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8

@@ -152,8 +152,9 @@ def test_the_documented_example_is_a_task(tmp_path):
 def test_a_line_may_hold_any_character_that_json_may(tmp_path):
     path = tmp_path / "t.jsonl"
     row = ROWS[0] | {"context": "one\u2028two\x85three"}
-    path.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
-    assert read_tasks([path])["t"][0].context == row["context"]
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text(json.dumps(row, ensure_ascii=False), encoding=encoding)
+        assert read_tasks([path])["t"][0].context == row["context"]
 
 
 def test_what_is_not_a_task_is_refused(tmp_path):

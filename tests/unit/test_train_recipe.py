@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nr_serve.train.recipe import BadRecipe, Recipe
-from nr_serve.train.recipe_file import parse_recipe, read_recipe
+from nr_serve.train.recipe_file import parse_recipe, read_recipe, read_toml
 
 SMALL = {
     "domain": "hu",
@@ -96,6 +96,11 @@ def test_a_file_that_is_missing_or_not_toml_is_refused(tmp_path: Path):
         (tmp_path / "bad.toml").write_text(text)
         with pytest.raises(BadRecipe, match=r"bad.toml is not TOML"):
             read_recipe(tmp_path / "bad.toml")
+
+
+def test_the_mark_that_some_editors_begin_with_is_no_part_of_a_recipe(tmp_path: Path):
+    (tmp_path / "marked.toml").write_text('domain = "hu"\n', encoding="utf-8-sig")
+    assert read_toml(tmp_path / "marked.toml") == {"domain": "hu"}
 
 
 def test_a_key_set_below_what_is_no_section_is_refused(tmp_path: Path):
