@@ -101,6 +101,8 @@ def test_json_lines_give_a_document_each():
     texts = ("a\nb", "c\u2028d")
     data = "\n".join(json.dumps({"passage": text, "q": "?"}, ensure_ascii=False) for text in texts)
     assert documents(extract.jsonl, data, field="passage") == [["a", "b"], ["c\u2028d"]]
+    marked = data.encode("utf-8-sig")
+    assert documents(extract.jsonl, marked, field="passage") == [["a", "b"], ["c\u2028d"]]
 
 
 @pytest.mark.parametrize("value", [None, ["a"], 3])
@@ -132,6 +134,24 @@ def test_the_users_text_in_another_encoding_is_refused_with_file_and_byte(tmp_pa
     path.write_bytes(b"abc\n" + "ığ".encode("iso-8859-9"))
     with pytest.raises(BadRequest, match=r"x\.txt is not UTF-8: byte 4 of the text \(0xfd\)"):
         list(extract.extract(path, source(kind="folder", format=form)))
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "data", "message"),
+    [
+        ("x.csv", "csv", b"id;text\n1;abc\n", r"x\.csv, line 2: there is no column 1, .*; commas make 1"),
+        ("x.csv", "csv", b"id,text\n1,abc\n\n2\n", r"x\.csv, line 4: there is no column 1"),
+        ("x.csv", "csv", b'id,text\n1,"' + b"x" * 200_000, r"x\.csv, line 2: .* not closed: field larger than"),
+        ("x.txt.gz", "text", b"not gzip", r"cannot read .*x\.txt\.gz as gzip: Not a gzipped file"),
+        ("x.txt.gz", "text", gzip.compress(b"abc")[:-9], r"cannot read .*x\.txt\.gz as gzip: Compressed file"),
+        ("x.mo", "mo", b"something else", r"cannot read .*x\.mo as mo: not a message catalogue"),
+        ("x.mo", "mo", b"\xde\x12\x04\x95", r"cannot read .*x\.mo as mo: unpack requires"),
+    ],
+)
+def test_what_is_not_of_its_format_is_refused_with_the_file(tmp_path, name, form, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(BadRequest, match=message):
+        list(extract.extract(tmp_path / name, source(format=form, field="1")))
 
 
 def test_sayings_are_cut_at_percent_signs():

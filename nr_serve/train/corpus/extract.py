@@ -9,6 +9,7 @@ import itertools
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,16 +54,27 @@ MNEMONIC = re.compile(r"(?<!\w)[_~&](?=\w)|(?<=\w)[_~&](?=\w)|\(?[_~&]\w\)")
 def extract(path: Path, source: Source) -> Iterator[Document]:
     """Yield the documents in the file at `path`, uncleaned; a file with the suffix .gz is decompressed first.
 
-    Raises `BadRequest`, naming the file and the byte, for text that is not UTF-8, if the format requires UTF-8.
+    Raises `BadRequest`, naming the file, for what is not of the source's format, and for text that is not UTF-8, if
+    the format requires UTF-8.
     """
-    data = path.read_bytes()
+    data = _content(path)
     try:
-        yield from READERS[source.format](gzip.decompress(data) if path.suffix == ".gz" else data, source)
+        yield from READERS[source.format](data, source)
     except BadRequest as error:
         raise BadRequest(f"{path}, {error.message}") from error
     except UnicodeDecodeError as error:
         bad = error.object[error.start]
         raise BadRequest(f"{path} is not UTF-8: byte {error.start} of the text (0x{bad:02x})") from error
+    except (ValueError, LookupError, struct.error) as error:
+        raise BadRequest(f"cannot read {path} as {source.format}: {error}") from error
+
+
+def _content(path: Path) -> bytes:
+    data = path.read_bytes()
+    try:
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadRequest(f"cannot read {path} as gzip: {error}") from error
 
 
 def html(data: bytes, source: Source) -> Iterator[Document]:
@@ -145,7 +157,7 @@ def fortune(data: bytes, source: Source) -> Iterator[Document]:
 
 def jsonl(data: bytes, source: Source) -> Iterator[Document]:
     """Yield one document per JSON line, from its field, one paragraph per line of the field."""
-    lines = data.decode("utf-8").split("\n")  # not splitlines(), which also splits at U+2028
+    lines = data.decode("utf-8-sig").split("\n")  # not splitlines(), which also splits at U+2028
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield json_text(line, source.field, f"line {number}").split("\n")
@@ -153,10 +165,28 @@ def jsonl(data: bytes, source: Source) -> Iterator[Document]:
 
 def table(data: bytes, source: Source) -> Iterator[Document]:
     """Yield one document per run of rows that agree in the `document` columns; the first row is a heading."""
-    rows = itertools.islice(csv.reader(io.StringIO(data.decode("utf-8"))), 1, None)
     text_column, key_columns = int(source.field), [int(column) for column in source.document]
+    rows = _rows(data.decode("utf-8"), max([text_column, *key_columns]))
     for _, run in itertools.groupby(rows, key=lambda row: [row[column] for column in key_columns]):
         yield _joined(row[text_column] for row in run)
+
+
+def _rows(text: str, last_column: int) -> Iterator[list[str]]:
+    """The rows after the heading, without empty ones. Raises BadRequest, naming the line, for a short one."""
+    reader = csv.reader(io.StringIO(text))
+    line = 1
+    try:
+        next(reader, None)
+        line = reader.line_num + 1
+        for row in reader:
+            if row and len(row) <= last_column:
+                fault = f"there is no column {last_column}, counted from 0; commas make {len(row)}"
+                raise BadRequest(f"line {line}: {fault}")
+            if row:
+                yield row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise BadRequest(f"line {line}: no row of csv, or a quotation mark is not closed: {error}") from error
 
 
 def _joined(pieces: Iterator[str]) -> Document:
