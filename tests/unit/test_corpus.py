@@ -374,7 +374,10 @@ def test_a_folder_that_cannot_be_read_is_refused_before_anything_is_written(mine
 def test_text_too_short_to_hold_some_out_is_refused_with_its_length(mine, tmp_path):
     (tmp_path / "texts" / "hu" / "deep" / "b.txt").unlink()
     (tmp_path / "texts" / "hu" / "a.txt").write_text(words_of(1))
-    with pytest.raises(DownloadFailed, match=r"hu\.mine: .*[\d,]+ characters of text are too few to hold some out"):
+    said = (
+        r"hu\.mine: [\d,]+ characters of text in 1 paragraph are too few to hold some out: a paragraph is not split"
+    )
+    with pytest.raises(DownloadFailed, match=said):
         build.fetch_corpus(mine, tmp_path / "out")
 
 

@@ -163,7 +163,7 @@ class Builder:
         if not documents:
             raise DownloadFailed(f"no text left of {len(files)} files")
         if not train or not heldout:
-            raise DownloadFailed(f"{size(documents):,} characters of text are too few to hold some out")
+            raise DownloadFailed(_too_few(documents))
         write_documents(text_file(out, source.name, "train"), train)
         write_documents(text_file(out, source.name, "heldout"), heldout)
         amounts = {"train_chars": size(train), "heldout_chars": size(heldout)}
@@ -233,6 +233,12 @@ class Builder:
             return folder_versions(source, self._beside)
         names = [package.partition("==")[0] for package in source.packages]
         return {name: self._packages.versions[name] for name in names}
+
+
+def _too_few(documents: list[Document]) -> str:
+    paragraphs = sum(map(len, documents))
+    found = f"{size(documents):,} characters of text in {paragraphs} {'paragraph' if paragraphs == 1 else 'paragraphs'}"
+    return f"{found} are too few to hold some out: a paragraph is not split"
 
 
 def _raw_documents(files: list[Path], source: Source) -> Iterator[Document]:
