@@ -7,6 +7,7 @@ was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from pydantic_core import to_json
 
 from nr_serve import __version__
 from nr_serve.disk import cache_folder
+from nr_serve.errors import UnsupportedBase
 from nr_serve.evaluate.hosted import Hosted
 from nr_serve.logs import say
 from nr_serve.train.attach import Attached
@@ -38,10 +40,16 @@ def in_turn(texts: Mapping[str, Windows]) -> Iterator[tuple[str, Windows, str]]:
 
 
 def measure_hosted(hosted: Hosted, names: Sequence[str], windows: Windows, place: str) -> SourceResult:
-    """A text's reading with exactly the adapters `names` attached; `place` is printed on stderr."""
+    """A text's reading with exactly the adapters `names` attached; `place` is printed on stderr.
+
+    Raises UnsupportedBase if the base alone has no finite loss, which no change can be told from.
+    """
     hosted.attach(names)
     versions = [hosted.versions[name] for name in names]
-    return measure_text(hosted.base, hosted.attached, versions, windows, f"{place}; {beside(names)}")
+    reading = measure_text(hosted.base, hosted.attached, versions, windows, f"{place}; {beside(names)}")
+    if not names and not math.isfinite(reading.loss):
+        raise UnsupportedBase(f"the base alone has a loss of {reading.loss} on {place}")
+    return reading
 
 
 def measure_text(

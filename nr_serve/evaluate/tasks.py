@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from nr_serve.disk import refused
-from nr_serve.errors import BadRequest, faults
+from nr_serve.errors import BadRequest, UnsupportedBase, faults
 from nr_serve.evaluate.difference import mean_and_error, percent
 from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.readings import beside, once
@@ -119,9 +120,15 @@ def task_files(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def score_tasks(hosted: Hosted, tasks: Mapping[str, Sequence[Example]]) -> dict[str, TaskScores]:
-    """Score every task with no adapter and with all adapters attached."""
+    """Score every task with no adapter and with all adapters attached.
+
+    Raises UnsupportedBase if the base alone gives a choice no likelihood.
+    """
     hosted.attach(())
     base = answer_tasks(hosted.base, hosted.attached, (), tasks, beside(()))
+    for name, answers in base.items():
+        if any(math.isnan(logprob) for each in answers for logprob in each.logprobs):
+            raise UnsupportedBase(f"the base alone has a likelihood of nan on task {name}")
     hosted.attach(hosted.names)
     versions = list(hosted.versions.values())
     attached = answer_tasks(hosted.base, hosted.attached, versions, tasks, beside(hosted.names))

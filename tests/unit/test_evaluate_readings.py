@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nr_serve.errors import UnsupportedBase
 from nr_serve.evaluate import readings, tasks
 from nr_serve.evaluate.heldout import attach_all
 from nr_serve.evaluate.hosted import Hosted
@@ -53,6 +54,17 @@ def hosted(contents: str = "f", **adapters: Adapter) -> Hosted:
 
 HU, DA = adapter(1, 0.25, "hu.*", bare_layers=(1,)), adapter(2, 0.5, "da.*")
 TEXTS = {"hu.a": windows(1), "en.a": windows(2)}
+
+
+def test_a_base_that_gives_no_numbers_is_refused_by_the_text_or_the_task():
+    broken = hosted("nan", hu=HU)
+    with torch.no_grad():
+        broken.base.model.lm_head.weight[7] = torch.nan
+    with pytest.raises(UnsupportedBase, match=r"the base alone has a loss of nan on text 1 of 2: hu\.a"):
+        attach_all(broken, TEXTS)
+    task = [Example(context="a", choices=["b", "c"], gold=0)]
+    with pytest.raises(UnsupportedBase, match="the base alone has a likelihood of nan on task t"):
+        score_tasks(broken, {"t": task})
 
 
 def test_a_kept_reading_is_the_one_that_was_made(measured, capsys):
