@@ -12,6 +12,7 @@ from pydantic_settings import CliPositionalArg
 from nr_serve.commands.command import Command, check_flags, spelled
 from nr_serve.commands.table import table
 from nr_serve.errors import BadRequest
+from nr_serve.train.entries import DATASETS
 
 
 class Evaluate(Command):
@@ -128,6 +129,7 @@ def _check(command: Evaluate) -> None:
     from nr_serve.evaluate.card import check_card
     from nr_serve.evaluate.tasks import task_files
     from nr_serve.neutral.format import naming, read_info
+    from nr_serve.train.text.sources import find_files
 
     for number, file in enumerate(command.files):
         with naming(file):
@@ -146,6 +148,8 @@ def _check(command: Evaluate) -> None:
         if command.chat and getattr(command, flag):
             raise BadRequest(f"{spelled(flag)} is of plain text: it does not go with --chat", param=flag)
     used = [*command.files, *task_files(command.tasks)]
+    if command.corpus is not None:
+        used += find_files(command.corpus, [each for each in command.source if not each.startswith(DATASETS)])
     for page in (command.card, command.markdown):
         if page is not None:
             check_output(page, used)

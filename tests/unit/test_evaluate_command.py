@@ -242,12 +242,13 @@ def test_a_place_that_takes_no_file_is_refused_before_anything_is_measured(place
 
 def test_a_page_does_not_replace_what_is_measured_or_the_other_page(place, tmp_path, capsys):
     folder, page = tmp_path / "tasks", tmp_path / "x.md"
-    shutil.copytree(place, folder, ignore=shutil.ignore_patterns("base", "corpus"))
+    shutil.copytree(place, folder, ignore=shutil.ignore_patterns("base"))
     (tmp_path / "link.md").symlink_to(folder / "hu.safetensors")
-    taken = [folder / "da.safetensors", tmp_path / "link.md", folder / "task.jsonl"]
+    text = folder / "corpus" / "hu.a.heldout.txt"
+    taken = [folder / "da.safetensors", tmp_path / "link.md", folder / "task.jsonl", text]
     for flags in [["--card", each] for each in taken] + [["--card", page, "--markdown", page]]:
         files = [folder / "hu.safetensors", folder / "da.safetensors", "--tasks", folder]
-        asked = ["evaluate", *files, "--corpus", place / "corpus", "--interference", *flags]
+        asked = ["evaluate", *files, "--corpus", folder / "corpus", "--interference", *flags]
         assert main([*map(str, asked)]) == 1
         assert f"cannot write {flags[-1]}: this command uses that file already" in capsys.readouterr().err
 
