@@ -375,7 +375,8 @@ def test_text_too_short_to_hold_some_out_is_refused_with_its_length(mine, tmp_pa
     (tmp_path / "texts" / "hu" / "deep" / "b.txt").unlink()
     (tmp_path / "texts" / "hu" / "a.txt").write_text(words_of(1))
     said = (
-        r"hu\.mine: [\d,]+ characters of text in 1 paragraph are too few to hold some out: a paragraph is not split"
+        r"hu\.mine: [\d,]+ characters of text, in paragraphs: 1: too few to hold some out, for a paragraph is"
+        " not split"
     )
     with pytest.raises(DownloadFailed, match=said):
         build.fetch_corpus(mine, tmp_path / "out")

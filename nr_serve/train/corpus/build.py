@@ -237,8 +237,8 @@ class Builder:
 
 def _too_few(documents: list[Document]) -> str:
     paragraphs = sum(map(len, documents))
-    found = f"{size(documents):,} characters of text in {paragraphs} {'paragraph' if paragraphs == 1 else 'paragraphs'}"
-    return f"{found} are too few to hold some out: a paragraph is not split"
+    found = f"{size(documents):,} characters of text, in paragraphs: {paragraphs}"
+    return f"{found}: too few to hold some out, for a paragraph is not split"
 
 
 def _raw_documents(files: list[Path], source: Source) -> Iterator[Document]:
