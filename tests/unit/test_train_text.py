@@ -211,6 +211,7 @@ def test_too_little_text_is_refused(tmp_path: Path):
         ({"original": ("en.*", "link.*")}, r"link\.txt is in both data\.target and data\.original"),
         ({"background": ("da.*", "chat*")}, "two classes of text are named 'chat'"),
         ({"background": ("sk.*", "da.*", "cs.*")}, r"no text in .* matches 'sk\.\*', 'cs\.\*': "),
+        ({"original": ("qq.*",), "heldout": ("yy.*",)}, r"no text in .* matches 'qq\.\*', 'yy\.\*': "),
     ],
 )
 def test_a_source_with_two_parts_to_play_is_refused(corpus, change, message):

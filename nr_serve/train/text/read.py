@@ -14,12 +14,13 @@ from torch import Tensor
 
 from nr_serve.logs import say
 from nr_serve.train.documents import PIECE_CHARACTERS
+from nr_serve.train.entries import DATASETS
 from nr_serve.train.recipe import BadRecipe, Data, Run
 from nr_serve.train.text.frames import find_frames, render_exchange
 from nr_serve.train.text.mix import CHAT, Classes
 from nr_serve.train.text.overlap import overlap
 from nr_serve.train.text.pack import Packed, Windows, pack
-from nr_serve.train.text.sources import Source, find_sources, read_in_turn
+from nr_serve.train.text.sources import Source, check_globs, find_sources, read_in_turn
 from nr_serve.train.text.token_cache import TokenCache, tokenizer_key
 
 CLASS_TOKENS = 65_536
@@ -114,10 +115,12 @@ def find_roles(folder: Path, data: Data) -> dict[str, list[Source]]:
         "background": data.background,
         "heldout": data.heldout,
     }
+    written = [entry for entries in listed.values() for entry in entries]
+    check_globs(folder, [entry for entry in written if not entry.startswith(DATASETS)])  # of all roles at once
     roles = {}
     role_of: dict[str, str] = {}
-    for role, written in listed.items():
-        roles[role] = find_sources(folder, written, data.text_field)
+    for role, entries in listed.items():
+        roles[role] = find_sources(folder, entries, data.text_field)
         for source in roles[role]:
             if source.identity in role_of:
                 other = role_of[source.identity]

@@ -73,15 +73,11 @@ def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
 
     Raises BadRecipe naming all globs that match no file, and if no file is left.
     """
-    if not folder.is_dir():
-        raise BadRecipe(f"there is no folder {folder}: `nr-serve fetch-corpus` makes one")
-    matched = [(glob, match_files(folder, glob.removeprefix(NOT))) for glob in globs]
-    idle = [glob for glob, matches in matched if not matches and not glob.startswith(NOT)]
-    if idle:
-        named = ", ".join(map(repr, idle))
-        raise BadRecipe(f"no text in {folder} matches {named}: `nr-serve fetch-corpus` puts text there")
+    globs = list(globs)
+    check_globs(folder, globs)
     found: list[Path] = []
-    for pattern, matches in matched:
+    for pattern in globs:
+        matches = match_files(folder, pattern.removeprefix(NOT))
         if pattern.startswith(NOT):
             found = [path for path in found if path not in matches]
         else:
@@ -89,6 +85,16 @@ def find_files(folder: Path, globs: Iterable[str]) -> list[Path]:
         if not found:
             raise BadRecipe(f"no text in {folder} is left after {pattern!r}")
     return sorted(found)
+
+
+def check_globs(folder: Path, globs: Iterable[str]) -> None:
+    """Raise BadRecipe, naming all of them, if globs match no file of `folder`."""
+    if not folder.is_dir():
+        raise BadRecipe(f"there is no folder {folder}: `nr-serve fetch-corpus` makes one")
+    idle = [glob for glob in globs if not glob.startswith(NOT) and not match_files(folder, glob)]
+    if idle:
+        named = ", ".join(map(repr, idle))
+        raise BadRecipe(f"no text in {folder} matches {named}: `nr-serve fetch-corpus` puts text there")
 
 
 def read_in_turn(sources: Sequence[Source], characters: int | None = None, end: str = "") -> list[str]:
