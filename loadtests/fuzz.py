@@ -150,15 +150,14 @@ def _check(status: int, body: bytes) -> None:
     assert b"Traceback" not in body
 
 
+def _completion(body: dict[str, Any]) -> dict[str, Any]:
+    json_type = {"content-type": "application/json"}
+    return plain_request("POST", "/v1/completions", b"", json_type, json.dumps(body).encode())
+
+
 async def steady_stream(app: Any, found: Found, end: asyncio.Event) -> None:
     """Ask for the same stream again and again, until the end."""
-    asked = plain_request(
-        "POST",
-        "/v1/completions",
-        b"",
-        {"content-type": "application/json"},
-        json.dumps(STEADY | {"stream": True, "return_token_ids": True}).encode(),
-    )
+    asked = _completion(STEADY | {"stream": True, "return_token_ids": True})
     first: list[int] | None = None
     while not end.is_set():
         status, body = await ask(app, asked)
@@ -212,6 +211,9 @@ async def fuzz(inputs: int, seed: int) -> dict[str, Any]:
             write_adapter(folder / "x.safetensors", made.info, made.blocks)
             good = (folder / "x.safetensors").read_bytes()
             base = Base("tiny", engine.info.fingerprint, engine.info.layers, engine.info.d)
+            await ask(
+                app, _completion({"model": "tiny", "prompt": "x", "guided_regex": "a"})
+            )  # starts the process that compiles grammars
             stream = asyncio.create_task(steady_stream(app, found, end))
             pages, descriptors, mib = await _pages(engine), _descriptors(), []
             for part in range(1, PARTS + 1):

@@ -14,7 +14,7 @@ from nr_serve.api.bridge import AsyncEngine
 from nr_serve.api.underway import Underway
 from nr_serve.api.worker import Worker
 from nr_serve.config import ServeConfig
-from nr_serve.engine.guide_trial import GuideTrial
+from nr_serve.engine.guide_check import GuideCheck
 from nr_serve.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Context:
     """Thread for tokenising, so that a long prompt does not hold up running streams."""
     grammars: Worker = field(init=False)
     """Compiles grammars, so that other prompts do not wait for one."""
-    guide_trial: GuideTrial = field(default_factory=GuideTrial)
+    guide_check: GuideCheck = field(default_factory=GuideCheck)
     """Compiles them in another process first."""
     reports: Worker = field(init=False)
     """Writes large answers, so that running streams do not wait."""
@@ -68,7 +68,7 @@ class Context:
         """Start no further work on the threads."""
         self.texts.stop()
         self.grammars.stop()
-        self.guide_trial.stop()
+        self.guide_check.stop()
         self.reports.stop()
 
 

@@ -17,7 +17,7 @@ from nr_serve.api.structured import Form, form_of, has_form
 from nr_serve.api.tools import NO_TOOLS, Toolbox
 from nr_serve.api.worker import Worker
 from nr_serve.engine.guide import Guide
-from nr_serve.engine.guide_trial import GuideTrial
+from nr_serve.engine.guide_check import GuideCheck
 from nr_serve.engine.messages import EngineInfo
 from nr_serve.errors import BadRequest, QueueFull
 from nr_serve.tokenizer import Tokenizer
@@ -70,16 +70,16 @@ def _compile(context: Context, body: GenerationBody, tools: Toolbox) -> Guide | 
     if form is None:
         return None
     try:
-        return _guide(context.guide_trial, form.grammar, context.tokenizer, context.engine.info)
+        return _guide(context.guide_check, form.grammar, context.tokenizer, context.engine.info)
     except BadRequest as error:
         said = error.message if form.param.endswith("grammar") else _PLACE.sub("", error.message)
         raise BadRequest(f"{form.param}: {said}", param=form.param) from error
 
 
 @lru_cache(_KEPT)
-def _guide(trial: GuideTrial, grammar: str, tokenizer: Tokenizer, info: EngineInfo) -> Guide:
+def _guide(checked: GuideCheck, grammar: str, tokenizer: Tokenizer, info: EngineInfo) -> Guide:
     ours = tokenizer.for_grammars(info.vocab_size, info.eos_ids)
-    trial.check(grammar, tokenizer.as_json(), info.vocab_size, info.eos_ids)
+    checked.check(grammar, tokenizer.as_json(), info.vocab_size, info.eos_ids)
     return Guide(grammar, ours)
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from nr_serve.config import ServeConfig
 from nr_serve.engine.adapters.adapters import Adapters
 from nr_serve.engine.cache.pages import PagePool
-from nr_serve.engine.cache.reuse import Reuse
+from nr_serve.engine.cache.prefix_cache import PrefixCache
 from nr_serve.engine.messages import (
     EngineInfo,
     EngineStatistics,
@@ -62,7 +62,7 @@ class Core:
             max_batch_tokens=config.max_batch_tokens,
             admit=adapters.admit,
             delays=adapters.delays,
-            reuse=Reuse(pool, adapters.registry.attachments) if runner.recalls_pages else None,
+            prefix_cache=PrefixCache(pool, adapters.registry.attachments) if runner.recalls_pages else None,
         )
         self._runner = runner
         self._adapters = adapters
@@ -126,11 +126,11 @@ class Core:
         probe = None
         if measures or not pieces:
             apart = self._runner.tries_apart or not pieces
-            probe = self._adapters.trial(TRIAL_TOKENS if apart else TRIAL_TOKENS_BESIDE)
+            probe = self._adapters.next_probe(TRIAL_TOKENS if apart else TRIAL_TOKENS_BESIDE)
         results, tried = self._run(pieces, None if probe is None else probe.piece)
         outputs = self._apply(schedule, pieces, results)
         if probe is not None and tried is not None:
-            self._adapters.tried(probe, tried)
+            self._adapters.take_result(probe, tried)
         report = self._report(pieces, started, preempted) if pieces else None
         changed, loads_failed = self._adapters.take_rejected()
         return StepEvents(tuple(outputs), report, changed, loads_failed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nr_serve.engine.adapters.registry import Selection
-from nr_serve.engine.cache.prefix import Chain
+from nr_serve.engine.cache.prefix_tree import Chain
 from nr_serve.engine.guide import Progress
 from nr_serve.engine.messages import FinishReason, Sampling, Submit, Token
 from nr_serve.tokenizer import Detokenizer

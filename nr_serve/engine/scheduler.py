@@ -18,7 +18,7 @@ from typing import Protocol
 
 from nr_serve.engine.cache.neutrality import Opened
 from nr_serve.engine.cache.pages import PagePool
-from nr_serve.engine.cache.reuse import Reuse
+from nr_serve.engine.cache.prefix_cache import PrefixCache
 from nr_serve.engine.messages import PrefixTokens
 from nr_serve.engine.request import Request, TopLogprobs
 from nr_serve.errors import NrError
@@ -93,11 +93,11 @@ class Scheduler:
         max_batch_tokens: int,
         admit: Admit,
         delays: Callable[[Request], bool] = lambda request: False,
-        reuse: Reuse | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         """`delays`: whether a request would hold a slot that another waits for.
 
-        Without `reuse` every request computes all its tokens.
+        Without `prefix_cache` every request computes all its tokens.
         """
         self.pool = pool
         self.waiting: list[Request] = []
@@ -108,7 +108,7 @@ class Scheduler:
         self._max_batch_tokens = max(max_batch_tokens, max_running)
         self._admit = admit
         self._delays = delays
-        self._reuse = reuse
+        self._prefix_cache = prefix_cache
 
     def add(self, request: Request) -> None:
         """Queue a request by priority, then arrival."""
@@ -129,12 +129,12 @@ class Scheduler:
     def advance(self, piece: Piece, opened: Sequence[Opened] = ()) -> None:
         """Record that the piece's tokens are computed. `opened`: the gates that opened on them, page by page."""
         piece.request.computed = piece.start + piece.count
-        if self._reuse is not None:
-            self._reuse.advance(piece.request, piece.start, opened)
+        if self._prefix_cache is not None:
+            self._prefix_cache.advance(piece.request, piece.start, opened)
 
     def take_prefix_counts(self) -> PrefixTokens:
         """Counts of prefix cache lookups since the last call."""
-        return self._reuse.take_counts() if self._reuse is not None else PrefixTokens()
+        return self._prefix_cache.take_counts() if self._prefix_cache is not None else PrefixTokens()
 
     def drop(self, request: Request) -> None:
         """Remove a request that ended, running or waiting, and take back its pages and row."""
@@ -208,7 +208,7 @@ class Scheduler:
 
     def _start(self, request: Request) -> bool:
         """Give an admitted request its pages and a row; with too few pages, give nothing and return False."""
-        matched = self._reuse.match(request) if self._reuse is not None else []
+        matched = self._prefix_cache.match(request) if self._prefix_cache is not None else []
         shared = [record.page for record in matched]
         self.pool.share(shared)
         pages = self.pool.take(self.pool.needed(len(request.tokens)) - len(shared))
@@ -218,8 +218,8 @@ class Scheduler:
         self.waiting.remove(request)
         request.pages = shared + pages
         request.row = self._rows.pop()
-        if self._reuse is not None:
-            self._reuse.begin(request, matched)
+        if self._prefix_cache is not None:
+            self._prefix_cache.begin(request, matched)
         if request.started is None:
             request.started, request.cached_tokens = time.monotonic(), request.reused
         insort(self.running, request, key=lambda r: r.order)

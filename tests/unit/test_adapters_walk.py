@@ -148,7 +148,7 @@ class Walk:
         self.adapters.copy_some(seconds=0)
 
     def step(self) -> None:
-        probe = self.adapters.trial(self.rng.randint(1, 5))
+        probe = self.adapters.next_probe(self.rng.randint(1, 5))
         for asked, _ in self.running:
             slots, tokens = [version.slot for version in asked.selection], self.rng.randint(1, 3)
             self.bank.count(slots, self.adapters.labels([asked])[0], tokens)
@@ -164,7 +164,7 @@ class Walk:
         self.last = (measured, piece.request, piece.start + piece.count)
         version = measured.version
         acts = measured.acts  # then names are as they were told
-        self.adapters.tried(probe, result)
+        self.adapters.take_result(probe, result)
         if len(measured.leaks) == 2 and not (
             self.limit is not None and version.payload.worst(measured.threshold) > LIMIT
         ):
@@ -324,8 +324,8 @@ def acting(adapters: Adapters, name: str, adapter: FakeAdapter, **more) -> Futur
     adapters.load(LoadAdapter(name, path=None, replace=True, **more), adapter, answer, 0.0)
     while not answer.done():
         adapters.copy_some(seconds=0)
-        if (probe := adapters.trial(3)) is not None:
-            adapters.tried(probe, ran(probe, 2))
+        if (probe := adapters.next_probe(3)) is not None:
+            adapters.take_result(probe, ran(probe, 2))
     return answer
 
 
@@ -356,7 +356,7 @@ def test_with_a_name_goes_what_would_have_come_back():
     gc.collect()
     assert gone() is not None, "it would come back"
     adapters.unload("a")
-    assert adapters.trial(1) is None
+    assert adapters.next_probe(1) is None
     bank.within.clear()  # of the fake alone: a bank has copies
     gc.collect()
     assert gone() is None
@@ -369,16 +369,16 @@ def test_nothing_keeps_the_weights_of_what_was_unloaded(measured):
     adapter = FakeAdapter("x", wild_from=0 if measured == "as wild" else None)
     gone = weakref.ref(adapter)
     acting(adapters, "a", adapter)
-    while measured and (probe := adapters.trial(1)) is not None:
+    while measured and (probe := adapters.next_probe(1)) is not None:
         error = BadAdapterFile("not finite") if measured == "as wild" else None
-        adapters.tried(probe, Result(None, error=error) if error else ran(probe, 1))
+        adapters.take_result(probe, Result(None, error=error) if error else ran(probe, 1))
         if measured == "in part":
             break
     adapter = probe = error = None  # whose traceback knows all
     if measured != "as wild":  # which was unloaded already
         adapters.unload("a")
     while adapters.busy:  # then the engine steps on, and asks
-        assert adapters.trial(1) is None
+        assert adapters.next_probe(1) is None
     bank.within.clear()  # of the fake alone: a bank has copies
     gc.collect()
     assert gone() is None
@@ -392,8 +392,8 @@ def test_a_refused_loads_slot_goes_back_to_nobody_who_was_unloaded_meanwhile():
     adapters.unload("a")
     adapters.copy_some(seconds=60)
     while not answer.done():
-        probe = adapters.trial(9)
-        adapters.tried(probe, ran(probe, 1))
+        probe = adapters.next_probe(9)
+        adapters.take_result(probe, ran(probe, 1))
     assert isinstance(answer.exception(), BadAdapterFile)
     assert (adapters.busy, adapters.registry.slots_used) == (False, 0)
 
@@ -405,9 +405,9 @@ def test_a_slot_whose_adapter_was_unloaded_on_its_way_and_found_wild_goes_to_one
     adapters.patch(PatchAdapter("a", pinned=False), Future())
     assert not adapters.admit(request("r", ("b",)), may_copy=True)
     adapters.copy_some(seconds=60)
-    probe = adapters.trial(1)
+    probe = adapters.next_probe(1)
     adapters.unload("b")
-    adapters.tried(probe, Result(None, error=BadAdapterFile("not finite")))
+    adapters.take_result(probe, Result(None, error=BadAdapterFile("not finite")))
     assert adapters.registry.get("a").slot == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.cache.neutrality import NONE, NOTHING, Attachments, Footprint, Opened
 from nr_serve.engine.cache.pages import PagePool
-from nr_serve.engine.cache.reuse import Reuse
+from nr_serve.engine.cache.prefix_cache import PrefixCache
 from nr_serve.engine.messages import PrefixTokens, Sampling, Submit
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Scheduler
@@ -42,9 +42,13 @@ class Engine:
         for slot in range(slots):
             self.attachments.put(slot)
         self.pool = PagePool(pages, PAGE)
-        self.reuse = Reuse(self.pool, self.attachments)
+        self.prefix_cache = PrefixCache(self.pool, self.attachments)
         self.scheduler = Scheduler(
-            self.pool, max_running=8, max_batch_tokens=64, admit=lambda *_, **__: True, reuse=self.reuse
+            self.pool,
+            max_running=8,
+            max_batch_tokens=64,
+            admit=lambda *_, **__: True,
+            prefix_cache=self.prefix_cache,
         )
 
     def answer(self, *requests: Request, opened: Opened = NOTHING) -> list[int]:
@@ -77,8 +81,10 @@ def test_whole_pages_that_begin_alike_are_found_and_one_token_is_left_to_compute
     assert engine.answer(request(6, [99, *first])) == [0]
     # The same page after other pages is another page.
     assert engine.answer(request(7, [9, 9, 9, 9, *first[4:]])) == [0]
-    assert engine.reuse.take_counts() == PrefixTokens(asked=20 + 20 + 21 + 20 + 4 + 21 + 20, found=16 + 20 + 8)
-    assert engine.reuse.take_counts() == PrefixTokens()
+    assert engine.prefix_cache.take_counts() == PrefixTokens(
+        asked=20 + 20 + 21 + 20 + 4 + 21 + 20, found=16 + 20 + 8
+    )
+    assert engine.prefix_cache.take_counts() == PrefixTokens()
 
 
 def test_answers_are_found_as_prompts_are():
@@ -101,7 +107,7 @@ def test_a_prompt_that_is_part_of_the_answer_is_computed_whole_and_found_by_othe
     prompt = list(range(20))
     engine.answer(request(1, prompt))
     assert engine.answer(request(2, prompt, gates=True), request(3, prompt, prompt_logprobs=0)) == [0, 0]
-    assert engine.reuse.take_counts() == PrefixTokens(asked=20)
+    assert engine.prefix_cache.take_counts() == PrefixTokens(asked=20)
     other = list(range(30, 50))
     engine.answer(request(4, other, gates=True))
     assert engine.answer(request(5, other)) == [16]
@@ -159,11 +165,11 @@ def test_what_opened_no_gate_serves_every_selection_and_counts_as_neutral():
     engine, v = Engine(), [version(slot) for slot in range(3)]
     prompt = list(range(20))
     engine.answer(request(1, prompt, v[:1]))
-    engine.reuse.take_counts()
+    engine.prefix_cache.take_counts()
     for i, selection in enumerate(([], v[1:2], v)):
         assert engine.answer(request(i + 2, prompt, selection)) == [16]
     assert engine.answer(request(9, prompt, v[:1])) == [16]
-    assert engine.reuse.take_counts() == PrefixTokens(asked=80, found=64, neutral=48)
+    assert engine.prefix_cache.take_counts() == PrefixTokens(asked=80, found=64, neutral=48)
 
 
 @pytest.mark.parametrize(
@@ -342,13 +348,13 @@ class Traffic:
         self.world, self.rng = World(seed), random.Random(seed + 1)
         self.pool = PagePool(self.rng.choice([12, 20, 60]), PAGE)
         self.attachments = Attachments()
-        self.reuse = Reuse(self.pool, self.attachments)
+        self.prefix_cache = PrefixCache(self.pool, self.attachments)
         self.scheduler = Scheduler(
             self.pool,
             max_running=5,
             max_batch_tokens=self.rng.choice([6, 17, 50]),
             admit=self.admit,
-            reuse=self.reuse,
+            prefix_cache=self.prefix_cache,
         )
         self.spoilt: set[str] = set()
         self.checked = self.ended = 0
@@ -402,7 +408,7 @@ class Traffic:
     def check_pages(self) -> None:
         held = list(joined.from_iterable(r.pages for r in self.scheduler.running))
         assert len(set(held)) == self.pool.used
-        records = list(self.reuse.cache.records())
+        records = list(self.prefix_cache.tree.records())
         pages = [record.page for record in records]
         assert len(pages) == len(set(pages)) == self.pool.kept
         for record in records:
@@ -416,7 +422,7 @@ def test_whatever_changes_between_steps_every_page_holds_what_its_request_would_
     traffic = Traffic(seed)
     for i in range(1, 500):
         traffic.step(i)
-    counts = traffic.reuse.take_counts()
+    counts = traffic.prefix_cache.take_counts()
     assert traffic.ended > 50
     assert traffic.checked > 300
     assert counts.found > counts.asked / 20

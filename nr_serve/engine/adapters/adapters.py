@@ -158,15 +158,15 @@ class Adapters:
         """Copy weights for about `seconds`, at least a part of a layer; publish what is ready."""
         self._changes.copy_some(seconds)
 
-    def trial(self, most: int) -> Probe | None:
-        """The piece of a probe text to run with the next step, of at most `most` tokens; `tried` takes its result.
+    def next_probe(self, most: int) -> Probe | None:
+        """The piece of a probe text to run with the next step, of at most `most` tokens; `take_result` is next.
 
         Adapters that wait to act are measured before those that act already. Nothing is measured while copying.
         """
         measurement = self._changes.to_measure() if self._changes else self._watch.next()
         return None if measurement is None else self._canary.probe(measurement, most)
 
-    def tried(self, probe: Probe, result: Result) -> None:
+    def take_result(self, probe: Probe, result: Result) -> None:
         """Take the result of a probe; an adapter that diverges is refused, or unloaded if it already acts."""
         probe.piece.request.selection = None  # the request is kept for later probes and must not hold the weights
         if probe.measurement.acts:

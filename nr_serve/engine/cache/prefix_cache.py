@@ -1,4 +1,4 @@
-"""What requests take from the prefix cache when they start, and add to it as their pages fill. Torch-free."""
+"""The prefix cache: what requests take from it when they start, and add to it as their pages fill. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from nr_serve.engine.cache.neutrality import NOTHING, Attachments, Opened
 from nr_serve.engine.cache.pages import PagePool
-from nr_serve.engine.cache.prefix import Chain, PrefixCache, Record
+from nr_serve.engine.cache.prefix_tree import Chain, PrefixTree, Record
 from nr_serve.engine.messages import PrefixTokens
 from nr_serve.engine.request import Request
 
 
-class Reuse:
+class PrefixCache:
     """Lets requests begin with pages that other requests computed, where that is exact."""
 
     def __init__(self, pool: PagePool, attachments: Attachments) -> None:
-        self.cache = PrefixCache(pool)
+        self.tree = PrefixTree(pool)
         self._pool = pool
         self._attachments = attachments
         self._counted = PrefixTokens()
@@ -27,12 +27,12 @@ class Reuse:
         """
         if request.reports_prompt:
             return []
-        return self.cache.match(request.tokens, request.submit.cache_salt, self._selection(request))
+        return self.tree.match(request.tokens, request.submit.cache_salt, self._selection(request))
 
     def begin(self, request: Request, matched: Sequence[Record]) -> None:
         """Start a request with the matched pages: it computes the tokens after them."""
         request.computed = request.reused = len(matched) * self._pool.page_size
-        request.chain = self.cache.begin(matched, self._attachments.all)
+        request.chain = self.tree.begin(matched, self._attachments.all)
         if not request.reports_prompt:
             self._count(request, matched)
 
@@ -66,7 +66,7 @@ class Reuse:
 
     def _add(self, request: Request, chain: Chain, page: int, end: int) -> None:
         tokens, salt = request.tokens[end - self._pool.page_size : end], request.submit.cache_salt
-        request.pages[page] = self.cache.add(chain, tokens, request.pages[page], salt, self._selection(request))
+        request.pages[page] = self.tree.add(chain, tokens, request.pages[page], salt, self._selection(request))
 
     def _selection(self, request: Request) -> frozenset[int]:
         return self._attachments.of(request.selection or ())

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from math import ceil
 from pathlib import Path
 
@@ -32,7 +33,7 @@ WALL_SECONDS = 10
 """Limits of one grammar: time of the processor, memory beside the tokenizer's, and time on the clock."""
 
 
-class GuideTrial:
+class GuideCheck:
     """Owns the process, which is started for the first grammar. Calls must not overlap."""
 
     def __init__(self) -> None:
@@ -72,8 +73,9 @@ class GuideTrial:
         finally:
             clock.cancel()
         if answer is None:
-            self.stop()
-            self._process = None
+            process.kill()
+            with suppress(BrokenPipeError), process:  # closes its pipes, which may hold what it did not read
+                self._process = None
         return answer
 
 

@@ -1,4 +1,4 @@
-"""The prefix cache: full pages by their tokens, as a tree. Torch-free.
+"""The tree of the prefix cache: full pages by their tokens. Torch-free.
 
 A page is identified by its tokens and by the page before it. A match compares the tokens themselves, so no two
 prefixes can be confused, whatever clients send.
@@ -51,7 +51,7 @@ class Chain:
     """Footprint of all tokens computed so far, including those after the last full page."""
 
 
-class PrefixCache:
+class PrefixTree:
     """Owns the tree of records. The pages belong to the pool, which evicts those that nobody holds."""
 
     def __init__(self, pool: PagePool) -> None:
