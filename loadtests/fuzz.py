@@ -211,9 +211,8 @@ async def fuzz(inputs: int, seed: int) -> dict[str, Any]:
             write_adapter(folder / "x.safetensors", made.info, made.blocks)
             good = (folder / "x.safetensors").read_bytes()
             base = Base("tiny", engine.info.fingerprint, engine.info.layers, engine.info.d)
-            await ask(
-                app, _completion({"model": "tiny", "prompt": "x", "guided_regex": "a"})
-            )  # starts the process that compiles grammars
+            first = {"model": "tiny", "prompt": "x", "guided_regex": "a"}
+            await ask(app, _completion(first))  # starts the process that compiles grammars
             stream = asyncio.create_task(steady_stream(app, found, end))
             pages, descriptors, mib = await _pages(engine), _descriptors(), []
             for part in range(1, PARTS + 1):
