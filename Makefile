@@ -14,8 +14,9 @@ INSTALLED := $(VENV)/.installed
 demo: install
 	$(BIN)/python examples/demo.py
 
+# Two at a time, for each loads torch; a file's tests stay together, for they share servers.
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
