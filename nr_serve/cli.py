@@ -24,7 +24,7 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsE
 
 from nr_serve import __version__
 from nr_serve.commands import COMMANDS
-from nr_serve.config import GROUPS, ServeConfig, check_environment
+from nr_serve.config import ALIKE, GROUPS, ServeConfig, check_environment
 from nr_serve.errors import NrError, Unauthorized
 
 _MOST_IN_USAGE = 15
@@ -140,16 +140,12 @@ VLLM_FLAGS = {
 """Some of vLLM's flags, with this server's names for them."""
 
 
-_CLOSE = 0.75
-"""How alike a flag must be to be suggested; `--bogus` and `--host` are at 0.62."""
-
-
 def _wrong_usage(parser: ArgumentParser, message: str) -> NoReturn:
     """Print the usage and the error, with a suggestion for a misspelled flag, and exit."""
     known = parser._option_string_actions
     for word in message.split() if message.startswith("unrecognized arguments: ") else ():
         flag = word.partition("=")[0]
-        meant = VLLM_FLAGS.get(flag) or next(iter(difflib.get_close_matches(flag, known, 1, _CLOSE)), None)
+        meant = VLLM_FLAGS.get(flag) or next(iter(difflib.get_close_matches(flag, known, 1, ALIKE)), None)
         if flag.startswith("--") and meant in known:
             message += f"; vLLM's `{flag}` is `{meant}` here" if flag in VLLM_FLAGS else f"; is `{meant}` meant?"
     ArgumentParser.error(parser, message)

@@ -36,6 +36,9 @@ MAX_LOGPROBS = 20
 PROBE_TOKENS = 512
 """Longest probe text, in tokens; the rest of a file is not read."""
 
+ALIKE = 0.75
+"""How alike a flag or a key must be to be suggested; `--bogus` and `--host` are at 0.62."""
+
 _PREFIX = "NR_"
 _OTHERS = ("NR_CACHE", "NR_URL")
 """Environment variables that are not settings of the server: the cache folder, and the client's server."""
@@ -287,7 +290,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 def _refuse_unknown(names: Iterable[str], known: Iterable[str], place: str) -> None:
     for name in sorted(set(names) - set(known)):
-        close = difflib.get_close_matches(name, known, 1, 0.75)
+        close = difflib.get_close_matches(name, known, 1, ALIKE)
         hint = f"; is `{close[0]}` meant?" if close else ""
         raise SettingsError(f"{place}: there is no setting `{name}`{hint}")
 

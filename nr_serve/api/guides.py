@@ -79,7 +79,7 @@ def _compile(context: Context, body: GenerationBody, tools: Toolbox) -> Guide | 
 @lru_cache(_KEPT)
 def _guide(checked: GuideCheck, grammar: str, tokenizer: Tokenizer, info: EngineInfo) -> Guide:
     ours = tokenizer.for_grammars(info.vocab_size, info.eos_ids)
-    checked.check(grammar, tokenizer.as_json(), info.vocab_size, info.eos_ids)
+    checked.check(grammar, tokenizer.as_json, info.vocab_size, info.eos_ids)
     return Guide(grammar, ours)
 
 

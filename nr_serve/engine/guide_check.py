@@ -8,13 +8,12 @@ JSON document a line, and answers each with `null` or the reason why it cannot b
 from __future__ import annotations
 
 import json
-import logging
 import os
 import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import ceil
 from pathlib import Path
@@ -24,8 +23,6 @@ from llguidance import LLTokenizer
 import nr_serve
 from nr_serve.engine.guide import Guide
 from nr_serve.errors import BadRequest, NrError
-
-log = logging.getLogger(__name__)
 
 CPU_SECONDS = 2
 MEMORY_MIB = 512
@@ -39,14 +36,16 @@ class GuideCheck:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def check(self, grammar: str, tokenizer: str, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        """Compile a grammar there. `tokenizer` is the JSON of a fast tokenizer; it is the same in every call.
+    def check(self, grammar: str, tokenizer: Callable[[], str], vocab_size: int, eos_ids: Sequence[int]) -> None:
+        """Compile a grammar there. `tokenizer` gives the JSON of a fast tokenizer, the same in every call.
+
+        It is called only when the process starts: the JSON has megabytes.
 
         Raises BadRequest if the grammar cannot be used, or takes too much; NrError if there can be no process.
         """
         if self._process is None:
             self._process = _start()
-            if self._ask([tokenizer, vocab_size, list(eos_ids)]) is None:
+            if self._ask([tokenizer(), vocab_size, list(eos_ids)]) is None:
                 raise NrError("the process that compiles grammars cannot be started")
         answer = self._ask(grammar)
         if answer is None:
@@ -123,7 +122,7 @@ def _fault(grammar: str, tokenizer: LLTokenizer) -> str | None:
 
 
 def _limit_memory() -> None:
-    """Allow so much more address space than is in use; where that is not told, as on macOS, there is no limit."""
+    """Allow this much more address space than is in use; where that is not told, as on macOS, there is no limit."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         used = int(statm.read_text().split()[0]) * resource.getpagesize()
@@ -132,7 +131,7 @@ def _limit_memory() -> None:
 
 
 def _limit_time() -> None:
-    """Allow so much more processor time than was used: the limit is in whole seconds."""
+    """Allow this much more processor time than was used: the limit is in whole seconds."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (ceil(usage.ru_utime + usage.ru_stime) + CPU_SECONDS, most))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 
 DATASETS = "datasets:"
@@ -15,20 +15,12 @@ NOT = "!"
 
 def names_source(entries: Iterable[str], source: str) -> bool:
     """Whether entries name a source such as `hu.lohelp`, by its name or by its training file's name."""
-    named = False
-    for glob, named_here in _globs(entries):
-        if _is_source(glob, source):
-            named = named_here
-    return named
+    return _names(entries, lambda glob: _is_source(glob, source))
 
 
 def names_text(entries: Iterable[str], text: str) -> bool:
     """Whether entries name just this text: a file, by its name, or a data set, written `datasets:...@SPLIT`."""
-    named = False
-    for glob, named_here in _globs(entries):
-        if _is_text(glob, text):
-            named = named_here
-    return named
+    return _names(entries, lambda glob: _is_text(glob, text))
 
 
 def names_language(entries: Iterable[str], language: str) -> bool:
@@ -48,6 +40,15 @@ def language_of(source: str) -> str:
 def is_heldout(glob: str) -> bool:
     """Whether a glob, or a path, is of held-out files, which nothing trains on."""
     return "heldout" in _file(glob).split(".")[2:]
+
+
+def _names(entries: Iterable[str], matches: Callable[[str], bool]) -> bool:
+    """Whether the last entry whose glob matches names, and does not remove."""
+    named = False
+    for glob, named_here in _globs(entries):
+        if matches(glob):
+            named = named_here
+    return named
 
 
 def _globs(entries: Iterable[str]) -> Iterator[tuple[str, bool]]:

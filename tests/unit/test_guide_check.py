@@ -29,7 +29,7 @@ def checks():
 
 def check(checks: GuideCheck, grammar: str) -> None:
     TOKENIZER.for_grammars(tiny.VOCAB, EOS)
-    checks.check(grammar, TOKENIZER.as_json(), tiny.VOCAB, EOS)
+    checks.check(grammar, TOKENIZER.as_json, tiny.VOCAB, EOS)
 
 
 def test_a_grammar_is_taken_or_refused_for_the_reason_that_compiling_it_gives(checks):
