@@ -128,7 +128,7 @@ def _glob(plan: Plan, name: str) -> str:
 
 
 def _read(corpus: Path, glob: str, tokenizer: Any, window: int, tokens: int) -> Windows:
-    """Windows of the sources that match, in a shuffled order, so that even and odd ones are of every source."""
+    """Windows of the sources that match, in a shuffled order, so that both halves are of every source."""
     count = max(2, tokens // window)
     sources = read_heldout(corpus, [glob], tokenizer, window, count)
     each = -(-count // len(sources))

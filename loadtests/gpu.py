@@ -20,20 +20,19 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from gpu_engine import PAGE, SHAPES, Engine, random_model
 from provenance import provenance
-from torch import nn
 
 from nr_serve.logs import say
 from nr_serve.neutral import block_width
 from nr_serve.train.attach import Attached
-from nr_serve.train.blocks import AdapterModule
+from nr_serve.train.blocks import AdapterModule, is_gate
+from nr_serve.train.methods import inject_lora, rank_for
 
 _say = partial(say, "gpu")
 TRAINED_CAPACITY = 0.2
@@ -143,19 +142,11 @@ def training(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of blocks whose every gate fires against PEFT's LoRA of as many parameters."""
     found: dict[str, Any] = {"shape": shape}
     for method in ("neutral", "lora"):
-        with memory_of_one():
-            rate, parameters = _trained(shape, args, method)
+        rate, parameters = _trained(shape, args, method)
+        _give_back()
         found[method] = {"tokens_a_second": rate, "parameters": parameters}
     found["to_lora"] = found["neutral"]["tokens_a_second"] / found["lora"]["tokens_a_second"]
     return found
-
-
-@contextmanager
-def memory_of_one() -> Iterator[None]:
-    """What was made inside is given back to the device."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _trained(shape: str, args: argparse.Namespace, method: str) -> tuple[float, int]:
@@ -172,9 +163,12 @@ def _trained(shape: str, args: argparse.Namespace, method: str) -> tuple[float, 
         adapter = AdapterModule.fresh([h] * layers, d, carry=0.0, seed=0, kind="none").to(args.device)
         attached = Attached(model, [adapter])
         begin = lambda: attached.begin(offset_BT)  # noqa: E731
-        trained = [p for name, p in adapter.named_parameters() if "w_" in name]
+        for name, parameter in adapter.named_parameters():
+            parameter.requires_grad_(not is_gate(name))
+        trained = [p for p in adapter.parameters() if p.requires_grad]
     else:
-        trained = _lora(model, 3 * h * d * layers)
+        rank = rank_for(model, 3 * h * d * layers)
+        trained = inject_lora(model, rank, rank)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
     ids = torch.randint(0, config.vocab_size, (windows, args.window), device=args.device)
 
@@ -188,20 +182,6 @@ def _trained(shape: str, args: argparse.Namespace, method: str) -> tuple[float, 
 
     seconds = timed(step, args.device, args.rounds)
     return ids.numel() / seconds, sum(p.numel() for p in trained)
-
-
-def _lora(model: Any, wanted: int) -> list[nn.Parameter]:
-    """LoRA on every linear layer but the head, of the rank that has nearest to `wanted` parameters."""
-    from peft import LoraConfig, inject_adapter_in_model  # transformers' own way asks for a peft of its choice
-
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    rank = max(1, round(wanted / sum(m.in_features + m.out_features for m in linear)))
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"), model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    return trained
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -282,7 +262,7 @@ def _train_largest(args: argparse.Namespace) -> dict[str, Any]:
             return training(shape, args)
         except torch.cuda.OutOfMemoryError as error:
             _say(f"{shape} does not fit in training: {error}")
-            torch.cuda.empty_cache()
+            _give_back()
     raise SystemExit("no shape fits in training")
 
 

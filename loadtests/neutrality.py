@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
+import sys
 from pathlib import Path
 
-from nr_serve import __version__
+from provenance import provenance
+
 from nr_serve.client import DEFAULT_URL, Client
 
 
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--words", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
 
     asked = prompts(args.corpus, args.source, args.prompts, args.words, args.seed)
@@ -67,10 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         "sources": args.source,
         "tokens": args.tokens,
         "seed": args.seed,
-        "nr_serve": __version__,
-        "machine": platform.processor() or platform.machine(),
     }
-    print(json.dumps(result))
+    print(json.dumps(result | provenance(__file__, argv)))
 
 
 if __name__ == "__main__":

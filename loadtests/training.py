@@ -51,8 +51,6 @@ class Runner:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     seconds: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    """Tokens a second, by step."""
     fired: list[float] = field(default_factory=list)
     """Share of token-layers of the target that fired, by step."""
 
@@ -60,6 +58,11 @@ class Runner:
     def parameters(self) -> int:
         """How many numbers are trained."""
         return sum(p.numel() for p in self.learner.trained().values())
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens a second, by step."""
+        return [self.recipe.run.batch_tokens / seconds for seconds in self.seconds]
 
     def step(self, number: int) -> None:
         """The run's gradient step of this number, timed."""
@@ -69,7 +72,6 @@ class Runner:
         fired = self._take(parts)
         seconds = time.perf_counter() - started
         self.seconds.append(seconds)
-        self.rates.append(self.recipe.run.batch_tokens / seconds)
         self.fired.append(fired)
 
     def _take(self, parts: Sequence[Batch]) -> float:

@@ -180,7 +180,7 @@ class _Formatter(RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: Any) -> str:
         shown = copy(action)
-        if "(default: True)" not in (action.help or ""):  # where the default is off, --no-x changes nothing
+        if "(default: False)" in (action.help or ""):  # then --no-x changes nothing
             shown.option_strings = [each for each in action.option_strings if not each.startswith("--no-")]
         return super()._format_action_invocation(shown)
 

@@ -97,8 +97,12 @@ def adapter(
         domain=f"test-{seed}",
     )
     blocks = [None if i in bare_layers else block for i, block in enumerate(blocks)]
+    # Measurements are kept by it: those of another adapter must not be taken for this one's.
+    changed = {"carry": carry, "h": h, "scale": scale, "threshold": threshold, "gate": gate, "bare": bare_layers}
+    usual = {"carry": 0.0, "h": 16, "scale": 2.0, "threshold": 0.0, "gate": "relu", "bare": ()}
+    version = " ".join([f"v{seed}", *(f"{key}={value}" for key, value in changed.items() if value != usual[key])])
     nbytes = sum(t.nbytes for b in blocks if b for t in (b.gate, b.bias, b.w_in, b.w_gate, b.w_out))
-    return Adapter(info=info, blocks=tuple(blocks), version=f"v{seed}", nbytes=nbytes)
+    return Adapter(info=info, blocks=tuple(blocks), version=version, nbytes=nbytes)
 
 
 class Naive:

@@ -14,8 +14,9 @@ from fastapi.responses import PlainTextResponse
 
 from nr_serve.api.body_route import BodyRoute
 from nr_serve.api.context import Context, Ctx
+from nr_serve.api.encode import Json
 from nr_serve.api.files import allowed_file
-from nr_serve.api.openapi import Json, answer, refusals
+from nr_serve.api.openapi import answer, refusals
 from nr_serve.api.responses import Adapter, AdapterList
 from nr_serve.api.schemas import LoadBody, LoadLoraBody, PatchBody, PutQuery, UnloadLoraBody
 from nr_serve.api.selection import check_name

@@ -190,11 +190,11 @@ class Reporter:
     def _gates(self, output: Output) -> Gates:
         """Gates and texts of the output's tokens, and of the prompt's if included: a page can colour the text."""
         gates: Gates = {
-            "tokens": [dict(token.gates or {}) for token in output.tokens],
+            "tokens": [token.gates or {} for token in output.tokens],
             "token_text": [self._answer.push(token.id) for token in output.tokens],
         }
         if output.prompt is not None:
             text = Detokenizer(self._tokenizer, ())
-            gates["prompt"] = [dict(token.gates or {}) for token in output.prompt]
+            gates["prompt"] = [token.gates or {} for token in output.prompt]
             gates["prompt_text"] = [text.push(token.id) for token in output.prompt]
         return gates

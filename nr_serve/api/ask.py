@@ -11,15 +11,20 @@ from nr_serve.api.context import Context
 from nr_serve.api.guides import guide_for
 from nr_serve.api.schemas import ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from nr_serve.api.selection import select, selection_name
-from nr_serve.api.tool_support import check_tools
 from nr_serve.api.tools import Toolbox, toolbox
 from nr_serve.engine.guide import Guide
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.errors import BadRequest
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
+ENTRY_BYTES = 300
+"""What one entry of a report, such as a log probability, takes until it is sent."""
+GATES_IN_ENTRY = 6
+"""As many adapters' gates of a token take as much."""
+ID_BYTES = 16
+"""What one token id takes."""
 MAX_REPORTED = 2**18
-"""Log probabilities and gates in one response; each takes some 300 bytes until it is sent."""
+"""Entries in one response."""
 LARGE_REPORT = 2**10
 """Of them; writing fewer takes a few ms."""
 
@@ -30,6 +35,8 @@ class Prompt:
 
     ids: tuple[int, ...]
     text: str | None
+    echo: str = ""
+    """What an answer that echoes its prompt begins with."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Ask:
     prompts: tuple[Prompt, ...]
     submits: tuple[Submit, ...]
     reported: int
-    """Log probabilities and gates that the response may hold."""
+    """Entries that the response may report."""
     calls_tools: bool = False
     """Whether an answer may call tools."""
 
@@ -104,7 +111,8 @@ async def chat_ask(context: Context, body: ChatBody) -> Ask:
     max_tokens = body.max_completion_tokens or body.max_tokens
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     if max_tokens is None:
-        max_tokens = min(_room(context, prompts), _most_reported(prompts, sampling, body.gates, body.n))
+        sizes = _report_sizes(context, body, adapters, prompts, sampling, body.n)
+        max_tokens = min(_room(context, prompts), _most_reported(*sizes))
     _check_length(context, prompts, max_tokens, "messages", param)
     guide = await guide_for(context, body, tools)
     ask = _ask(
@@ -124,7 +132,8 @@ def _ask(
     tries: int,
     guide: Guide | None,
 ) -> Ask:
-    reported = _count_report(prompts, sampling, body.gates, tries)
+    sizes = _report_sizes(context, body, adapters, prompts, sampling, tries)
+    reported = _count_report(body, *sizes, sampling.max_tokens)
     name = f"{kind}-{uuid.uuid4().hex}"
     selected = selection_name(context, adapters)
     submits = tuple(
@@ -178,10 +187,16 @@ def _prompts(context: Context, body: CompletionBody, given: list[str | list[int]
         if isinstance(each, str):
             ids = context.tokenizer.encode(each, special_tokens=body.add_special_tokens)
         else:
-            ids = check_ids(each, vocab_size, param)
+            ids = each
+        check_ids(ids, vocab_size, param)  # a tokenizer, too, may have more tokens than the base
         if not ids:
             raise BadRequest("`prompt` must not be empty", param=param)
-        prompts.append(_truncated(body, Prompt(tuple(ids), text)))
+        prompt = _truncated(body, Prompt(tuple(ids), text))
+        if body.echo:
+            text = prompt.text
+            echo = context.tokenizer.decode(prompt.ids, special_tokens=True) if text is None else text
+            prompt = replace(prompt, echo=echo)
+        prompts.append(prompt)
     return tuple(prompts)
 
 
@@ -199,8 +214,8 @@ def chat_text(context: Context, body: ChatBody | TokenizeBody, tools: Toolbox) -
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs or {},
     )
-    if tools.tools:
-        check_tools(context.tokenizer)
+    if tools.tools and context.tool_fault is not None:
+        raise BadRequest(context.tool_fault, param="tools")
     return text
 
 
@@ -211,6 +226,7 @@ def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template adds its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
+    check_ids(ids, context.engine.info.vocab_size, "messages")
     return _truncated(body, Prompt(tuple(ids), text))
 
 
@@ -239,37 +255,50 @@ def _check_logprobs(context: Context, body: GenerationBody) -> None:
             raise BadRequest(f"{name}: at most {most} are allowed", param=name)
 
 
-def _count_report(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, tries: int) -> int:
+def _count_report(body: GenerationBody, of_prompts: int, of_token: int, max_tokens: int) -> int:
     """Entries to report, of every token of every answer. Raises BadRequest if memory would not hold them."""
-    of_prompts, of_token = _report_sizes(prompts, sampling, gates, tries)
-    entries = of_prompts + of_token * sampling.max_tokens
+    entries = of_prompts + of_token * max_tokens
     if entries > MAX_REPORTED:
         raise BadRequest(
-            f"this asks for up to {entries:,} log probabilities and gates; at most {MAX_REPORTED:,} are reported: "
-            "ask for fewer answers, tokens or logprobs",
-            param="logprobs",
+            f"this asks for a report of up to {entries:,} entries, such as log probabilities; at most "
+            f"{MAX_REPORTED:,} are sent: ask for fewer answers, tokens or logprobs",
+            param=next((name for name in _REPORTS if getattr(body, name, None) not in (None, False)), None),
         )
     return entries
 
 
-def _most_reported(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, tries: int) -> int:
+_REPORTS = ("logprobs", "prompt_logprobs", "gates", "echo", "return_token_ids")
+
+
+def _most_reported(of_prompts: int, of_token: int) -> int:
     """Tokens an answer may have if all are to be reported; at least 1, so that the report is the error."""
-    of_prompts, of_token = _report_sizes(prompts, sampling, gates, tries)
     room = MAX_REPORTED - of_prompts
     return max(1, room // of_token if of_token else room)
 
 
-def _report_sizes(prompts: tuple[Prompt, ...], sampling: Sampling, gates: bool, tries: int) -> tuple[int, int]:
+def _report_sizes(
+    context: Context,
+    body: GenerationBody,
+    adapters: tuple[str, ...] | None,
+    prompts: tuple[Prompt, ...],
+    sampling: Sampling,
+    tries: int,
+) -> tuple[int, int]:
     """Entries to report of all prompts, and of one more token of every answer."""
     prompt_k, answer_k = (0 if k is None else k + 1 for k in (sampling.prompt_logprobs, sampling.logprobs))
-    of_prompts = (prompt_k + gates) * sum(len(prompt.ids) for prompt in prompts)
-    return tries * of_prompts, tries * (answer_k + gates) * len(prompts)
+    acting = len(context.engine.adapters) if adapters is None else len(adapters)
+    gates = 1 + min(acting, context.config.slots) // GATES_IN_ENTRY if body.gates else 0
+    tokens = sum(len(prompt.ids) for prompt in prompts)
+    texts = sum(len(prompt.echo.encode()) for prompt in prompts)
+    ids = tokens if body.return_token_ids else 0
+    repeated = (texts + ID_BYTES * ids) // ENTRY_BYTES
+    return tries * ((prompt_k + gates) * tokens + repeated), tries * (answer_k + gates) * len(prompts)
 
 
 def check_size(context: Context, text: str, what: str) -> None:
     """Refuse text that is too long for the model however it is tokenised, before tokenising it."""
     limit = context.engine.info.max_model_len
-    size, most = len(text.encode()), limit * context.token_bytes
+    size, most = len(text.encode()), limit * context.most_token_bytes
     if size > most:
         raise BadRequest(
             f"This model's maximum context length is {limit} tokens, at most {most} bytes of text. "

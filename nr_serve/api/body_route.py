@@ -10,10 +10,11 @@ from typing import Any, cast
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from nr_serve.api.context import Context
-from nr_serve.api.errors import error_response, invalid_request
+from nr_serve.api.errors import GONE, error_response, invalid_request
 from nr_serve.api.openapi import AnswerRoute
 from nr_serve.errors import BadRequest, NrError
 
@@ -39,6 +40,8 @@ class BodyRoute(AnswerRoute):
                 )
             except _Refused as refused:
                 return error_response(refused.error)
+            except _Gone as gone:
+                raise ClientDisconnect from gone
 
         return handler
 
@@ -51,12 +54,26 @@ class _Refused(HTTPException):
         self.error = error
 
 
+class _Gone(HTTPException):
+    """The client went away before its body was whole. FastAPI would take ClientDisconnect for a wrong body."""
+
+    def __init__(self) -> None:
+        super().__init__(GONE)
+
+
 class _BodyRequest(Request):
     """A request whose body must be a `model`."""
 
     def __init__(self, request: Request, model: type[BaseModel]) -> None:
         super().__init__(request.scope, request.receive)
         self._model = model
+
+    async def body(self) -> bytes:
+        """The whole body."""
+        try:
+            return await super().body()
+        except ClientDisconnect as gone:
+            raise _Gone from gone
 
     async def json(self) -> Any:
         """The body as parsed JSON, or as a `model` if it is large."""

@@ -58,7 +58,7 @@ class CompletionWriter:
     def choice(self, output: Output) -> CompletionChoice:
         """The choice for an output."""
         first, self._first = self._first, False
-        text = self._echoed() + output.text if first else output.text
+        text = self._prompt.echo + output.text if first else output.text
         return {
             "index": self._index,
             "text": text,
@@ -68,13 +68,6 @@ class CompletionWriter:
             **self._report.prompt(output, first=first),
             **self._report.tokens(output),
         }
-
-    def _echoed(self) -> str:
-        if not self._body.echo:
-            return ""
-        if self._prompt.text is not None:
-            return self._prompt.text
-        return self._tokenizer.decode(self._prompt.ids, special_tokens=True)
 
     def _logprobs(self, output: Output) -> LegacyLogprobs | None:
         if self._body.logprobs is None:

@@ -6,18 +6,22 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Annotated, TypeVar, cast
 
 from fastapi import Depends, Request
 
 from nr_serve.api.bridge import AsyncEngine
+from nr_serve.api.tool_support import tool_fault
 from nr_serve.api.underway import Underway
 from nr_serve.api.worker import Worker
 from nr_serve.config import ServeConfig
+from nr_serve.engine.guide import Guide
 from nr_serve.engine.guide_check import GuideCheck
 from nr_serve.tokenizer import Tokenizer
 
 T = TypeVar("T")
+_KEPT_GUIDES = 32
 
 
 @dataclass
@@ -38,12 +42,15 @@ class Context:
     """Compiles them in another process first."""
     reports: Worker = field(init=False)
     """Writes large answers, so that running streams do not wait."""
-    token_bytes: int = field(init=False)
+    guides: Callable[[str], Guide] = field(init=False)
+    """Compiles a grammar; the last ones are kept, some MB at most: clients often ask for the same one again."""
+    most_token_bytes: int = field(init=False)
     """Upper bound of the bytes of text that one token stands for."""
 
     def __post_init__(self) -> None:
         # Vocabularies spell some bytes with two or three bytes, so this is an upper bound.
-        self.token_bytes = max(len(token.encode()) for token in self.tokenizer.hf.get_vocab())
+        self.most_token_bytes = max(len(token.encode()) for token in self.tokenizer.hf.get_vocab())
+        self.guides = lru_cache(_KEPT_GUIDES)(self._guide)
         # Each caller may have as many jobs waiting for each thread as requests for the model.
         self.texts = Worker("nr-text", self.config.max_waiting)
         self.grammars = Worker("nr-guide", self.config.max_waiting)
@@ -53,6 +60,17 @@ class Context:
     def ready(self) -> bool:
         """Whether requests are accepted."""
         return self.engine.status == "ready" and not self.underway.draining
+
+    @cached_property
+    def tool_fault(self) -> str | None:
+        """Why requests with tools are refused; None if the base writes calls that can be read."""
+        return tool_fault(self.tokenizer)
+
+    def _guide(self, grammar: str) -> Guide:
+        info = self.engine.info
+        ours = self.tokenizer.for_grammars(info.vocab_size, info.eos_ids)
+        self.guide_check.check(grammar, self.tokenizer.as_json, info.vocab_size, info.eos_ids)
+        return Guide(grammar, ours)
 
     async def text(self, work: Callable[[], T]) -> T:
         """Run tokenizer work on its thread, in turn. Raises QueueFull."""

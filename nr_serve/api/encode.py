@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from fastapi.responses import JSONResponse
+
+F = TypeVar("F")
 PART = 64
 """Entries of a list that are written at once; each may hold a token with its likeliest others."""
+
+
+class Json(JSONResponse, Generic[F]):
+    """A JSON response with a body of type F. Only the type checker checks the body; it is sent as it is."""
+
+    def __init__(self, body: F, status: int = 200) -> None:
+        super().__init__(body, status)
+
+
+class LargeJson(Json[F]):
+    """The same for an answer that may be large: it is written in parts."""
+
+    def render(self, content: Any) -> bytes:
+        """The body, as `Json` writes it."""
+        return in_parts(content, ensure_ascii=False, allow_nan=False)
 
 
 def in_parts(body: Mapping[str, Any], **options: Any) -> bytes:

@@ -9,7 +9,7 @@ import asyncio
 import re
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from functools import lru_cache, partial
+from functools import partial
 
 from nr_serve.api.context import Context
 from nr_serve.api.schemas import GenerationBody
@@ -17,17 +17,12 @@ from nr_serve.api.structured import Form, form_of, has_form
 from nr_serve.api.tools import NO_TOOLS, Toolbox
 from nr_serve.api.worker import Worker
 from nr_serve.engine.guide import Guide
-from nr_serve.engine.guide_check import GuideCheck
-from nr_serve.engine.messages import EngineInfo
 from nr_serve.errors import BadRequest, QueueFull
-from nr_serve.tokenizer import Tokenizer
 
 COMPILE_SECONDS = 10
 """Time limit for compiling one grammar, and again for waiting for its turn."""
 _PLACE = re.compile(r"\bat \d+\(\d+\): ")
 """Line and column in a grammar, which only its author can look up: ours is around a schema or an expression."""
-_KEPT = 32
-"""Number of compiled grammars kept, some MB at most: clients often ask for the same one again."""
 
 
 async def guide_for(context: Context, body: GenerationBody, tools: Toolbox = NO_TOOLS) -> Guide | None:
@@ -70,17 +65,10 @@ def _compile(context: Context, body: GenerationBody, tools: Toolbox) -> Guide | 
     if form is None:
         return None
     try:
-        return _guide(context.guide_check, form.grammar, context.tokenizer, context.engine.info)
+        return context.guides(form.grammar)
     except BadRequest as error:
         said = error.message if form.param.endswith("grammar") else _PLACE.sub("", error.message)
         raise BadRequest(f"{form.param}: {said}", param=form.param) from error
-
-
-@lru_cache(_KEPT)
-def _guide(checked: GuideCheck, grammar: str, tokenizer: Tokenizer, info: EngineInfo) -> Guide:
-    ours = tokenizer.for_grammars(info.vocab_size, info.eos_ids)
-    checked.check(grammar, tokenizer.as_json, info.vocab_size, info.eos_ids)
-    return Guide(grammar, ours)
 
 
 def _form(body: GenerationBody, tools: Toolbox) -> Form | None:

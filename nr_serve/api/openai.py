@@ -10,12 +10,13 @@ from typing import TypeVar
 from fastapi import APIRouter, Request
 
 from nr_serve.api.answers import Chunk, Tally, Writer, best, collect, envelope
-from nr_serve.api.ask import Ask, chat_ask, chat_text, check_ids, check_size, completion_ask
+from nr_serve.api.ask import LARGE_REPORT, Ask, chat_ask, chat_text, check_ids, check_size, completion_ask
 from nr_serve.api.body_route import BodyRoute
 from nr_serve.api.chat import ChatWriter, chat_completion
 from nr_serve.api.completions import CompletionWriter, completion
 from nr_serve.api.context import Context, Ctx
-from nr_serve.api.openapi import CHAT_EVENTS, COMPLETION_EVENTS, Json, LargeJson, refusals, streamed
+from nr_serve.api.encode import Json, LargeJson
+from nr_serve.api.openapi import CHAT_EVENTS, COMPLETION_EVENTS, refusals, streamed
 from nr_serve.api.responses import ChatCompletion, Completion, Detokenized, Envelope, Model, ModelList, Tokens
 from nr_serve.api.schemas import (
     ChatBody,
@@ -35,7 +36,7 @@ W = TypeVar("W", bound=Writer)
 A = TypeVar("A", Completion, ChatCompletion)
 router = APIRouter(route_class=BodyRoute)
 
-FOR_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message")
+FOR_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 """Fields of a /tokenize body that apply to `messages` only."""
 
 
@@ -80,13 +81,17 @@ async def tokenize(context: Ctx, body: TokenizeBody) -> Json[Tokens]:
     check_model(context, body.model)
     limit = context.engine.info.max_model_len
     ids, strings = await context.text(lambda: _tokens(context, body))
-    return Json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
+    answer: Tokens = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings}
+    return await context.report(lambda: LargeJson(answer)) if len(ids) > LARGE_REPORT else Json(answer)
 
 
 @router.post("/detokenize")
 async def detokenize(context: Ctx, body: DetokenizeBody) -> Json[Detokenized]:
     """Text of token ids."""
     check_model(context, body.model)
+    limit = context.engine.info.max_model_len
+    if len(body.tokens) > limit:
+        raise BadRequest(f"tokens: {len(body.tokens):,} are more than the {limit:,} of a request", param="tokens")
     ids = check_ids(body.tokens, context.engine.info.vocab_size, "tokens")
     text = await context.text(lambda: context.tokenizer.decode(ids, special_tokens=True))
     return Json({"prompt": text})
@@ -111,11 +116,9 @@ async def _respond(
     around = envelope(ask, body, context.engine.info.fingerprint)
     outputs = context.engine.generate(ask.submits)
     if body.stream:
-        # Wait for the first output before the response begins, so that a refusal still becomes an HTTP status.
-        first = await while_connected(request, anext(outputs))
-        options = body.stream_options or StreamOptions()
-        chunks = _chunks(context, ask, writers, around, options, _chain(first, outputs))
-        return EventStream(chunks, outputs)
+        chunks = _chunks(context, ask, writers, around, body.stream_options or StreamOptions(), outputs)
+        # Wait for the first one before the response begins, so that a refusal still becomes an HTTP status.
+        return EventStream(await while_connected(request, anext(chunks)), chunks)
     async with aclosing(outputs):
         ended = await while_connected(request, collect(ask, outputs))
     tally = Tally(ask)
@@ -129,13 +132,6 @@ async def _respond(
     return await context.report(lambda: LargeJson(write())) if ask.is_large else Json(write())
 
 
-async def _chain(first: Output, rest: AsyncGenerator[Output, None]) -> AsyncGenerator[Output, None]:
-    async with aclosing(rest):
-        yield first
-        async for output in rest:
-            yield output
-
-
 async def _chunks(
     context: Context,
     ask: Ask,
@@ -146,6 +142,9 @@ async def _chunks(
 ) -> AsyncGenerator[Chunk | bytes, None]:
     tally = Tally(ask)
     place = {submit.request_id: i for i, submit in enumerate(ask.submits)}
+    opened = False
+    written: set[int] = set()
+    """The answers that have begun: what is reported of a prompt is in an answer's first chunk."""
 
     def around(*, last: bool = False) -> Envelope:
         if not options.include_usage:
@@ -153,19 +152,21 @@ async def _chunks(
         return {**envelope, "usage": tally.usage() if last or options.continuous_usage_stats else None}
 
     async with aclosing(outputs):
-        for writer in writers:
-            opening = writer.opening(around())
-            if opening is not None:
-                yield opening
         async for output in outputs:
+            if not opened:  # now that it is not refused
+                opened = True
+                for opening in [writer.opening(around()) for writer in writers]:
+                    if opening is not None:
+                        yield opening
             tally.count(output)
-            writer = writers[place[output.request_id]]
-            for part in filter(writer.shows, writer.parts(output)):
-                write = partial(writer.chunk, around(), part)
-                if part.prompt is not None and ask.is_large:
+            i = place[output.request_id]
+            for part in filter(writers[i].shows, writers[i].parts(output)):
+                write = partial(writers[i].chunk, around(), part)
+                if ask.is_large and i not in written:
                     yield await context.report(partial(_large_event, write))
                 else:
                     yield write()
+                written.add(i)
     if options.include_usage:
         yield writers[0].closing(around(last=True))
 

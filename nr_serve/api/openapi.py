@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from nr_serve.api.encode import in_parts
+from nr_serve.api.encode import Json
 from nr_serve.api.responses import ChatChunk, ChatCompletion, Completion, Detokenized, ErrorAnswer, Tokens
 from nr_serve.api.sse import DONE, event
 from nr_serve.errors import (
@@ -22,7 +21,6 @@ from nr_serve.errors import (
     Unavailable,
 )
 
-F = TypeVar("F")
 Responses = dict[int | str, dict[str, Any]]
 _ANYWHERE: tuple[type[NrError], ...] = (
     BadRequest,
@@ -34,21 +32,6 @@ _ANYWHERE: tuple[type[NrError], ...] = (
     Unavailable,
     TimedOut,
 )
-
-
-class Json(JSONResponse, Generic[F]):
-    """A JSON response with a body of type F. Only the type checker checks the body; it is sent as it is."""
-
-    def __init__(self, body: F, status: int = 200) -> None:
-        super().__init__(body, status)
-
-
-class LargeJson(Json[F]):
-    """The same for an answer that may be large: it is written in parts."""
-
-    def render(self, content: Any) -> bytes:
-        """The body, as `Json` writes it."""
-        return in_parts(content, ensure_ascii=False, allow_nan=False)
 
 
 class AnswerRoute(APIRoute):

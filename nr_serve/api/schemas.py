@@ -269,28 +269,30 @@ class DetokenizeBody(Body):
     tokens: TokenIds
 
 
-class LoadBody(Body):
+class Loading(BaseModel):
+    """How an adapter is loaded."""
+
+    replace: bool = False
+    pinned: bool | None = Field(None, description="keep its slot; default: as the version it replaces, else no")
+    threshold: float | None = Field(None, ge=0, le=MAX_THRESHOLD, description="default: the file's")
+    routed: bool | None = Field(
+        None, description="let it act for the base's name too; default: as the version it replaces, else yes"
+    )
+
+
+class LoadBody(Loading, Body):
     """POST /v1/adapters: a file already on the server, inside an allowed folder."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"name": "hu", "path": "hu.safetensors"}})
 
     name: Text
     path: Text = Field(min_length=1, description="absolute, or relative to an allowed folder")
-    replace: bool = False
-    pinned: bool | None = Field(None, description="default: as the version it replaces")
-    threshold: float | None = Field(None, ge=0, le=MAX_THRESHOLD, description="default: the file's")
-    routed: bool | None = Field(None, description="acts for the base's name; default: so too")
 
 
-class PutQuery(BaseModel):
+class PutQuery(Loading):
     """The query of PUT /v1/adapters/{name}."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    replace: bool = False
-    pinned: bool | None = Field(None, description="default: as the version it replaces")
-    threshold: float | None = Field(None, ge=0, le=MAX_THRESHOLD, description="default: the file's")
-    routed: bool | None = Field(None, description="acts for the base's name; default: so too")
 
 
 class PatchBody(Body):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -31,16 +31,16 @@ def large_event(body: Body) -> bytes:
 
 
 class EventStream(Response):
-    """Sends `bodies` as events; at the end, or when the client goes away, closes them and their `source`.
+    """Sends `first` and then `rest`, which has begun, as events; closes it at the end, or when the client goes.
 
     What is bytes in them is an event already.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, bodies: AsyncGenerator[Body | bytes, None], source: AsyncGenerator[Any, None]) -> None:
-        self._bodies = bodies
-        self._source = source
+    def __init__(self, first: Body | bytes, rest: AsyncGenerator[Body | bytes, None]) -> None:
+        self._first = first
+        self._rest = rest
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
 
@@ -51,19 +51,22 @@ class EventStream(Response):
         except ClientDisconnect:
             return  # there is nobody to report it to
         finally:
-            await self._bodies.aclose()
-            await self._source.aclose()  # `bodies` closes it only if it was started
+            await self._rest.aclose()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._send_event(send, self._first)
         last = DONE
         try:
-            async for body in self._bodies:
-                data = body if isinstance(body, bytes) else event(body)
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+            async for body in self._rest:
+                await self._send_event(send, body)
         except NrError as error:
             last = event(error_body(error))
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _send_event(self, send: Send, body: Body | bytes) -> None:
+        data = body if isinstance(body, bytes) else event(body)
+        await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 def _to_client(send: Send) -> Send:

@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from nr_serve import __version__
 from nr_serve.api.context import Ctx
-from nr_serve.api.openapi import AnswerRoute, Json
+from nr_serve.api.encode import Json
+from nr_serve.api.openapi import AnswerRoute
 from nr_serve.api.responses import Health, Ready, Versions
 from nr_serve.errors import Unavailable
 

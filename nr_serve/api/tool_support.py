@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 from typing import Any
 
 from nr_serve.api.tools import CLOSE, OPEN
@@ -21,15 +20,7 @@ _CALLED: dict[str, Any] = {
 }
 
 
-def check_tools(tokenizer: Tokenizer) -> None:
-    """Raise BadRequest if this base would write tool calls that cannot be read."""
-    fault = _fault(tokenizer)
-    if fault is not None:
-        raise BadRequest(fault, param="tools")
-
-
-@cache
-def _fault(tokenizer: Tokenizer) -> str | None:
+def tool_fault(tokenizer: Tokenizer) -> str | None:
     """Why a base with this tokenizer would write calls that cannot be read; None if it would not.
 
     The chat template must write calls in the expected format, in its instructions or for an earlier call. The

@@ -19,7 +19,7 @@ class Compare(Command):
     runs: CliPositionalArg[list[Path]] = Field(description="the runs' folders")
     corpus: Path = Field(description="folder of text, as fetch-corpus leaves it")
     source: list[str] = Field(
-        [], description="which of its files to measure on; may be repeated (default: what the recipes hold out)"
+        [], description="files of --corpus to measure on; may be repeated (default: what the recipes hold out)"
     )
     windows: int = Field(32, ge=1, description="most windows per source")
     tasks: list[Path] = Field([], description="multiple-choice tasks, .jsonl files or folders; may be repeated")

@@ -16,13 +16,13 @@ from nr_serve.train.entries import DATASETS
 
 
 class Evaluate(Command):
-    """Measure adapters' loss and fired shares on text, and answers to tasks, beside the base's own."""
+    """Measure adapters beside the base: loss and fired gates on text, answers to tasks."""
 
     files: CliPositionalArg[list[Path]] = Field(
         description="adapter files; all are attached unless a flag says otherwise"
     )
     corpus: Path | None = Field(None, description="folder of text, as fetch-corpus leaves it")
-    source: list[str] = Field(["*.heldout.txt"], description="which of its files to measure on; may be repeated")
+    source: list[str] = Field(["*.heldout.txt"], description="files of --corpus to measure on; may be repeated")
     text_field: str = Field("text", min_length=1, description="the field of JSONL lines that holds a document")
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
     dtype: Literal["float32", "bfloat16"] = Field(

@@ -19,9 +19,11 @@ class LoadAdapter(Remote):
     file: CliPositionalArg[Path] = Field(description="the adapter's .safetensors file")
     name: str | None = Field(None, description="name to serve it under (default: the file's)")
     replace: bool = Field(False, description="replace the adapter of this name, if there is one")
-    pin: bool | None = Field(None, description="keep it attached (default: as the one it replaces)")
+    pin: bool | None = Field(None, description="never give up its slot (default: as the adapter it replaces)")
     threshold: float | None = Field(None, description="a gate fires above this (default: the file's own)")
-    route: bool | None = Field(None, description="let it act for the base's name too (default: as --pin, or yes)")
+    route: bool | None = Field(
+        None, description="let it act for the base's name too (default: as the adapter it replaces, or yes)"
+    )
 
 
 class UnloadAdapter(Remote):

@@ -67,7 +67,7 @@ class ExportAdapter(Command):
     threshold: float | None = Field(
         None,
         ge=0,
-        description="a gate fires above this; more costs learning and lessens leak (default: the recipe's)",
+        description="a gate fires above this; a higher one leaks less and learns less (default: the recipe's)",
     )
 
 
@@ -109,8 +109,11 @@ def sweep(command: Sweep) -> int:
     compares = len({(recipe.domain, recipe.base) for recipe in recipes.values()}) == 1
     if compares:
         check_sources(list(recipes.values()), command.corpus, command.source)
-    elif command.source:
-        raise BadRequest("runs of several domains or bases are not compared: --source does nothing", param="source")
+    else:
+        for flag in ("source", "windows"):
+            if flag in command.model_fields_set:
+                fault = f"runs of several domains or bases are not compared: --{flag} does nothing"
+                raise BadRequest(fault, param=flag)
     with _told_if_stopped("sweep", lambda: "the same command goes on where this one was"), _ended_in_order():
         results = run_sweep(recipes, command.out, command.corpus)
         made = {name: result for name, result in results.items() if isinstance(result, Path)}

@@ -31,7 +31,6 @@ from nr_serve.tokenizer import Detokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 5  # in a row, before the engine gives up
-_NOT_RUN = Result(None, error=NrError("it could not be run on the probe texts; the log says why"))
 TRIAL_TOKENS = 64  # of a piece on trial in its own forward pass: new requests should not wait long
 TRIAL_TOKENS_BESIDE = 2  # of a piece on trial in a step with requests: too few to slow their streams
 
@@ -68,7 +67,6 @@ class Core:
         self._adapters = adapters
         self._tokenizer = tokenizer
         self._max_model_len = runner.info.max_model_len
-        self._vocab_size = runner.info.vocab_size
         self._eos_ids = frozenset(runner.info.eos_ids)
         self._max_waiting = config.max_waiting
         self._requests: dict[str, Request] = {}
@@ -163,11 +161,6 @@ class Core:
                 f"exceed the {self._max_model_len} tokens this server takes",
                 param="max_tokens",
             )
-        if max(submit.prompt_ids) >= self._vocab_size:  # a tokenizer may have more tokens than the base
-            raise BadRequest(
-                f"the prompt has the token {max(submit.prompt_ids)}; the base knows those below {self._vocab_size}",
-                param="prompt",
-            )
         if submit.request_id in self._requests:
             raise BadRequest(f"request id {submit.request_id!r} is in use")
         if len(self.scheduler.waiting) >= self._max_waiting:
@@ -186,7 +179,7 @@ class Core:
             log.exception("a step with an adapter on trial failed")
             again = self._run_requests(pieces, labels)
             # If they fail without the trial too, the trial is not to blame: it is repeated later.
-            return again, None if isinstance(again, NrError) else _NOT_RUN
+            return again, None if isinstance(again, NrError) else _not_run()
         self._failed_steps = 0
         return together, tried
 
@@ -195,7 +188,7 @@ class Core:
             (tried,) = self._runner.run([trial], [0])
         except Exception:
             log.exception("an adapter could not be run on a probe text")
-            return _NOT_RUN
+            return _not_run()
         return tried
 
     def _run_requests(self, pieces: list[Piece], labels: list[int]) -> list[Result] | NrError:
@@ -314,3 +307,7 @@ def _add_prompt_report(piece: Piece, result: Result, gates: Sequence[Gates]) -> 
     for position, share in enumerate(gates, start=piece.start):
         if position == len(request.prompt_gates) and position < request.prompt_length:
             request.prompt_gates.append(share)
+
+
+def _not_run() -> Result:
+    return Result(None, error=NrError("it could not be run on the probe texts; the log says why"))

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nr_serve.neutral.format import Adapter
 
 log = logging.getLogger(__name__)
+_TAKE_SECONDS = 0.005  # for taking messages between two steps
 _READ_PAUSE = 0.001  # seconds after each tensor, so that reading takes less than a tenth of a step
 
 
@@ -145,6 +146,7 @@ class EngineLoop:
     def _read(self, message: LoadAdapter, answer: Future[AdapterView], started: float) -> None:
         self._reading = True
         try:
+            self._require_ready()  # files that still wait when the engine stops are not read
             self._put(_Checked(message, self._read_file(message.path, self._let_steps_run), answer, started))
         except NrError as error:
             answer.set_exception(error)
@@ -246,10 +248,14 @@ class EngineLoop:
                     self._deliver(events)
 
     def _take_messages(self, core: Core, adapters: Adapters, *, wait: bool) -> bool:
-        """Handle the queued messages, with `wait` at least one. Returns False once told to stop."""
+        """Handle queued messages, with `wait` at least one; returns False once told to stop.
+
+        No more than `_TAKE_SECONDS` of them: running answers wait meanwhile.
+        """
         outputs: list[Output | None] = []
         try:
             message = self._inbox.get(block=wait)
+            ends = time.perf_counter() + _TAKE_SECONDS
             while not isinstance(message, _Stop):
                 if isinstance(message, Submit):
                     outputs.append(core.add(message))
@@ -257,6 +263,8 @@ class EngineLoop:
                     outputs.append(core.abort(message.request_id))
                 else:
                     _carry_out(message, core, adapters)
+                if time.perf_counter() > ends:
+                    return True
                 message = self._inbox.get(block=False)
         except queue.Empty:
             return True

@@ -104,7 +104,7 @@ class Token:
     """Natural logarithm of its probability before temperature and penalties, among the tokens a guide allows."""
     top: tuple[tuple[int, str, float], ...] = ()
     """(id, text, logprob) of the likeliest tokens, best first."""
-    gates: Mapping[str, float] | None = None
+    gates: dict[str, float] | None = None
     """Share of each adapter's blocks that fired: at this prompt token, or while this answer token was chosen."""
 
 

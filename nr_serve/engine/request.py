@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from nr_serve.engine.guide import Progress
 from nr_serve.engine.messages import FinishReason, Sampling, Submit, Token
 from nr_serve.tokenizer import Detokenizer
 
-Gates = Mapping[str, float]
+Gates = dict[str, float]
 """Share of each adapter's blocks that fired at one token, by adapter name."""
 
 TopLogprobs = tuple[float, tuple[tuple[int, float], ...]]
@@ -46,7 +46,7 @@ class Request:
     overtaken: int = 0
     """Requests admitted before it that hold a slot for which it waits."""
     selection: Selection | None = None
-    """Fixed at the first attempt to admit it, even if it must then wait for pages; kept over preemptions."""
+    """Fixed once all its adapters are attached, even if it must then wait for pages; kept over preemptions."""
     prompt_logprobs: list[TopLogprobs] = field(default_factory=list)
     """Log probabilities of the prompt's tokens, from the second on, as far as computed."""
     prompt_gates: list[Gates] = field(default_factory=list)

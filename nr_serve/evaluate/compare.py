@@ -20,6 +20,7 @@ from nr_serve.train.attach import Attached
 from nr_serve.train.digest import digest
 from nr_serve.train.entries import language_of, names_language, names_source
 from nr_serve.train.frozen_base import FrozenBase, best_device, load_base
+from nr_serve.train.learner import Learner
 from nr_serve.train.log import training_losses, training_seconds
 from nr_serve.train.measure import SourceResult, evaluating
 from nr_serve.train.recipe import Recipe
@@ -180,16 +181,17 @@ def _measure_run(
     base_answers: Mapping[str, Sequence[Answer]],
 ) -> RunReport:
     recipe, base, learner, saved = load_run(folder, "float32")  # like the base
-    results, answers = benchmark.measure(base, learner.attached, _versions(saved), f"run {name}")
+    results, answers = benchmark.measure(base, learner.attached, _versions(saved, learner), f"run {name}")
     losses = {source: result.loss for source, result in results.items()}
     target, original = benchmark.means(losses)
+    tokens = saved.step * recipe.run.batch_tokens
     target_error, original_error = benchmark.errors(base_results, results)
     return RunReport(
         method=recipe.method,
-        tokens=saved.step * recipe.run.batch_tokens,
+        tokens=tokens,
         parameters=sum(p.numel() for p in learner.trained().values()),
         lr=recipe.run.lr,
-        seconds=training_seconds(folder / checkpoints.LOG),
+        seconds=training_seconds(folder / checkpoints.LOG, tokens),
         losses=losses,
         fired={source: result.fired[0] for source, result in results.items() if result.fired},
         target=target,
@@ -200,7 +202,7 @@ def _measure_run(
     )
 
 
-def _versions(saved: checkpoints.Checkpoint) -> list[str]:
-    """Identifies a run's weights and recipe, for the cache."""
-    content = digest(tensor for _, tensor in sorted(saved.final().items()))
-    return [json.dumps(saved.recipe, sort_keys=True), content]
+def _versions(saved: checkpoints.Checkpoint, learner: Learner) -> list[str]:
+    """Identifies a run's recipe and the weights that are measured, for the cache."""
+    weights = digest(tensor.cpu() for _, tensor in sorted(learner.trained_state().items()))
+    return [json.dumps(saved.recipe, sort_keys=True), weights]

@@ -15,7 +15,7 @@ from nr_serve.evaluate.heldout import Report, attach_all, each_alone
 from nr_serve.evaluate.hosted import Hosted, load
 from nr_serve.evaluate.interference import Interference, interference
 from nr_serve.evaluate.roles import assign_roles, recipe_text, warn_of_learned
-from nr_serve.evaluate.switches import SUPPLY, SwitchReport, switch_texts, switches
+from nr_serve.evaluate.switches import SwitchReport, switch_texts, switches
 from nr_serve.evaluate.tables import (
     Rows,
     heldout_rows,
@@ -166,7 +166,7 @@ def evaluate(
     if corpus is not None:
         read = partial(read_heldout, corpus, sources, hosted.base.tokenizer, text_field=text_field)
         if stretch is not None:
-            switching = switch_texts(hosted, read(stretch, SUPPLY * windows), windows)
+            switching = switch_texts(hosted, read, stretch, windows)
         texts = read(window, windows)
         if chat:
             texts = {name: in_chat(text, frames) for name, text in texts.items()}

@@ -5,6 +5,7 @@ Each source of text is read with no adapter attached, with the adapters that lea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -158,4 +159,4 @@ def _others_silent(hosted: Hosted, own: Collection[str], together: SourceResult)
 
 
 def _worst(rows: Iterable[Worst]) -> Worst | None:
-    return max(rows, key=lambda row: row.value, default=None)
+    return max(rows, key=lambda row: (math.isnan(row.value), row.value), default=None)

@@ -8,7 +8,7 @@ Shape suffixes: N windows, S tokens per stretch, T = 3 S tokens per window.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from statistics import fmean
@@ -31,10 +31,9 @@ OPEN = 0.9
 SHUT = 0.05
 """A gate counts as shut once less than this share of its layers fires."""
 
-SUPPLY = 4
-"""Stretches read of each source per window wanted: a window takes two stretches of the base's own language."""
-
 Piece = TypeVar("Piece")
+Read = Callable[[int, int], Mapping[str, Windows]]
+"""Reads text: each source's windows of so many tokens, at most so many of them."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +95,21 @@ class SwitchReport:
         return asdict(self)
 
 
-def switch_texts(hosted: Hosted, stretches: Mapping[str, Windows], windows: int) -> dict[str, SwitchText]:
+def switch_texts(hosted: Hosted, read: Read, stretch: int, windows: int) -> dict[str, SwitchText]:
     """The switching windows of each adapter, up to `windows` for each source that it learned.
 
-    `stretches`: windows of S tokens by source, `SUPPLY` times `windows` of each if there is enough text. Raises
-    BadRequest if there is no source of the base's own language, or none of an adapter's text.
+    `read` gives each source's windows of so many tokens, at most so many of them. Raises BadRequest if there is no
+    source of the base's own language, or none of an adapter's text.
     """
+    stretches = read(stretch, windows)
     roles = assign_roles(stretches, hosted.adapters, {})
-    original = {name: stretches[name] for name, role in roles.items() if role.kind == "original"}
+    learned = [name for name, role in roles.items() if role.own]
+    # Each window of the base's own language is cut in two where the other text is put in.
+    around = read(2 * stretch, windows * len(learned))
+    original = {name: around[name] for name, role in roles.items() if role.kind == "original"}
     texts = {}
     for adapter in hosted.names:
-        own = {name: stretches[name].take(slice(windows)) for name, role in roles.items() if adapter in role.own}
+        own = {name: stretches[name] for name in learned if adapter in roles[name].own}
         for what, found in (("the base's own language", original), (f"what {adapter} learned", own)):
             if not found:
                 raise BadRequest(f"no source of {what} is among those to measure", param="source")
@@ -115,17 +118,12 @@ def switch_texts(hosted: Hosted, stretches: Mapping[str, Windows], windows: int)
 
 
 def _splice(adapter: str, original: Mapping[str, Windows], own: Mapping[str, Windows]) -> SwitchText:
-    middle = _round_robin([iter(text.ids_NT) for text in own.values()])
-    around = _round_robin([_pairs(text) for text in original.values()])
-    rows = [torch.cat([a_S, m_S, b_S]) for (a_S, b_S), m_S in zip(around, middle, strict=False)]
-    if not rows:
-        raise BadRequest(f"too little text of the base's own language to put {adapter}'s in", param="source")
+    middle, around = (_round_robin([iter(text.ids_NT) for text in texts.values()]) for texts in (own, original))
+    rows = []
+    for m_S, around_2S in zip(middle, around, strict=False):
+        before_S, after_S = around_2S.chunk(2)
+        rows.append(torch.cat([before_S, m_S, after_S]))
     return SwitchText(torch.stack(rows), tuple(original), tuple(own))
-
-
-def _pairs(text: Windows) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of consecutive stretches."""
-    return zip(text.ids_NT[::2], text.ids_NT[1::2], strict=False)
 
 
 def _round_robin(sources: Iterable[Iterator[Piece]]) -> Iterator[Piece]:

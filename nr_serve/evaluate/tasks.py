@@ -31,6 +31,7 @@ from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.readings import beside, once
 from nr_serve.train.attach import Attached
 from nr_serve.train.frozen_base import FrozenBase
+from nr_serve.train.text.token_cache import tokenizer_key
 
 BATCH_ROWS = 8
 
@@ -148,8 +149,9 @@ def answer_tasks(
     them in messages.
     """
     answers = {}
+    packages = [version("lm_eval"), tokenizer_key(base.tokenizer)] if tasks else []
     for i, (name, examples) in enumerate(tasks.items(), start=1):
-        what = ["task", version("lm_eval"), [example.model_dump() for example in examples]]
+        what = ["task", *packages, [example.model_dump() for example in examples]]
         make = partial(answer, base, attached, name, examples)
         place = f"task {i} of {len(tasks)}: {name}; {of}"
         answers[name] = once(base, versions, what, make, TypeAdapter(list[Answer]), place)

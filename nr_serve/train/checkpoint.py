@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nr_serve.disk import held, whole, writing
-from nr_serve.errors import Conflict, NrError, faults, raised_as
-from nr_serve.train.blocks import is_gate
+from nr_serve.errors import Conflict, NrError, faults
 
 PREFIX = "checkpoint-"
 KEPT = 2
@@ -54,6 +53,8 @@ class Checkpoint:
     """`Classes.digest` of the text that the run trained on and measured."""
     results: dict[str, dict[str, float]]
     """The latest measurements on held-out text."""
+    start: str | None = None
+    """Version of the adapter file that the run started from; None if it started from none."""
     measured_step: int | None = None
     """Number of gradient steps taken when `results` were measured; None if unknown."""
     best_step: int | None = None
@@ -61,7 +62,7 @@ class Checkpoint:
     stopped: bool = False
     """Whether the run has ended early, because that loss has not fallen for too long."""
     digests: dict[str, str] = field(default_factory=dict)
-    """Hash of each file, by name; none for a file written before checkpoints held hashes."""
+    """Hash of each file, by name; empty until the checkpoint is complete."""
 
     def check(self) -> None:
         """Raise BadCheckpoint, naming the file, if one that a resumed run reads is not as it was written."""
@@ -81,17 +82,9 @@ class Checkpoint:
     def final(self) -> dict[str, Tensor]:
         """The tensors for the run's adapter file: the trained ones, with refitted gates in place of the gates.
 
-        Raises BadCheckpoint; also if the refitted gates are not of exactly the trained layers.
+        Raises BadCheckpoint.
         """
-        weights = self.weights()
-        if not self.is_refitted:
-            return weights
-        gates = self._tensors(REFITTED)
-        odd = odd_one(gates, {name: tensor for name, tensor in weights.items() if is_gate(name)})
-        if odd is not None:
-            fault = f"holds {odd}, which is no gate" if odd in gates else f"lacks {odd}, a gate"
-            raise BadCheckpoint(f"{self.folder / REFITTED} {fault} of the blocks trained; {REMEDY}")
-        return weights | gates
+        return self.weights() | (self._tensors(REFITTED) if self.is_refitted else {})
 
     def keep_refitted(self, gates: Mapping[str, Tensor]) -> None:
         """Keep refitted gates in a separate file: a longer run may still continue from the trained tensors."""
@@ -111,7 +104,7 @@ class Checkpoint:
 
     def _check(self, name: str) -> None:
         try:
-            changed = name in self.digests and _digest(self.folder / name) != self.digests[name]
+            changed = _digest(self.folder / name) != self.digests.get(name)
         except OSError as error:
             raise self._bad(name, error) from error
         if changed:
@@ -149,7 +142,6 @@ def complete(checkpoint: Checkpoint) -> None:
     for path in files:
         _sync(path)
     state = {name: value for name, value in vars(checkpoint).items() if name != "folder"}
-    state["files"] = {path.name: path.stat().st_size for path in files}
     state["digests"] = {path.name: _digest(path) for path in files}
     _write_state(folder, state)
 
@@ -200,26 +192,14 @@ def kept(out: Path) -> Checkpoint | None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint. Raises BadCheckpoint, naming the folder; also if a file is missing or has another size."""
+    """Read a checkpoint's state. Raises BadCheckpoint, naming the folder."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        files = state.pop("files")
-        for name, size in files.items():
-            if (folder / name).stat().st_size != size:
-                raise ValueError(f"{name} is not {size} bytes long")
-        return _CHECKPOINT.validate_python({"folder": folder, **state})
+        return _CHECKPOINT.validate_python({"folder": folder, **state, "digests": state["digests"]})
     except ValidationError as error:
         raise BadCheckpoint(f"cannot read the checkpoint {folder}: in {STATE} {faults(error)}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadCheckpoint(f"cannot read the checkpoint {folder}: {error}") from error
-
-
-def reading(folder: Path) -> AbstractContextManager[None]:
-    """Raise any error of torch or transformers reading their checkpoint files as BadCheckpoint.
-
-    Those of an earlier version have no hashes, so they may hold anything, and reading them may raise anything.
-    """
-    return raised_as(BadCheckpoint, f"cannot read the checkpoint {folder}")
 
 
 def _complete(out: Path) -> list[Path]:

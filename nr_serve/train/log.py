@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from nr_serve.errors import BadRequest
 
 Curve = list[tuple[int, float]]
@@ -54,26 +56,38 @@ def training_losses(path: Path) -> Curve:
 
     Raises BadRequest for a file that is not a run's log.
     """
-    curve: dict[int, float] = {}
-    for number, entry in enumerate(read(path), start=1):
-        with _of_a_log(path, number):
-            if entry["event"] == "step":
-                curve[entry["tokens"]] = entry["lm"]
-    return sorted(curve.items())
+    return sorted({step.tokens: step.lm for step in _steps(path)}.items())
 
 
-def training_seconds(path: Path) -> float:
-    """Time of a run's steps: the tokens between two entries over their rate; repeated steps count once.
+def training_seconds(path: Path, tokens: int) -> float:
+    """Time of a run's steps up to `tokens`: tokens between two entries over their rate; repeated ones count once.
 
     Raises BadRequest for a file that is not a run's log.
     """
     total, before = 0.0, 0
-    for number, entry in enumerate(read(path), start=1):
-        with _of_a_log(path, number):
-            if entry["event"] == "step":
-                total += max(0, entry["tokens"] - before) / entry["tokens_a_second"]
-                before = max(before, entry["tokens"])
+    for step in _steps(path):
+        upto = min(step.tokens, tokens)
+        total += max(0, upto - before) / step.tokens_a_second
+        before = max(before, upto)
     return total
+
+
+class _Step(BaseModel):
+    """What is read of a step's entry."""
+
+    model_config = ConfigDict(strict=True)
+
+    tokens: int
+    lm: float
+    tokens_a_second: float = Field(gt=0)
+
+
+def _steps(path: Path) -> Iterator[_Step]:
+    for number, entry in enumerate(read(path), start=1):
+        if entry["event"] == "step":
+            with _of_a_log(path, number):
+                step = _Step.model_validate(entry)
+            yield step
 
 
 def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -88,5 +102,5 @@ def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
 def _of_a_log(path: Path, number: int) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"{path} line {number}: not a line of a run's log") from error

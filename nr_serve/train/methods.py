@@ -78,6 +78,17 @@ def fresh_blocks(recipe: Recipe, base: FrozenBase, *, restored: bool = False) ->
     return adapter
 
 
+def start_version(recipe: Recipe) -> str | None:
+    """Version of the adapter file that the recipe starts from; None if there is none, or the file is gone.
+
+    Raises BadAdapterFile.
+    """
+    if recipe.blocks.start is None or not Path(recipe.blocks.start).exists():
+        return None
+    with naming(Path(recipe.blocks.start)):
+        return read_adapter(Path(recipe.blocks.start)).version
+
+
 def _started(file: Path, fresh: AdapterModule, base: FrozenBase) -> AdapterModule:
     """The blocks and gates of an adapter file. Raises BadRecipe if they are not of the shape of the fresh ones."""
     with naming(file):
@@ -110,32 +121,42 @@ def lora_rank(recipe: Recipe, base: FrozenBase) -> int:
         if rank > base.d:
             raise BadRecipe(f"lora.rank is {rank:,}; the base is {base.d:,} wide")
         return rank
-    head = base.model.get_output_embeddings()
-    layers = [m for m in base.model.modules() if isinstance(m, nn.Linear) and m is not head]
-    a_rank = sum(layer.in_features + layer.out_features for layer in layers)
-    return max(1, round(block_parameters(recipe, base) / a_rank))
+    return rank_for(base.model, block_parameters(recipe, base))
+
+
+def rank_for(model: Any, parameters: int) -> int:
+    """The rank at which LoRA, on every linear layer except the head, has most nearly so many parameters."""
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return max(1, round(parameters / sum(layer.in_features + layer.out_features for layer in layers)))
 
 
 def add_lora(recipe: Recipe, base: FrozenBase) -> None:
-    """Give every linear layer except the output head a low-rank update, in place, by PEFT.
+    """Give a base the recipe's low-rank update, in place."""
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.run.seed)
+        inject_lora(base.model, lora_rank(recipe, base), recipe.lora.alpha)
+
+
+def inject_lora(model: Any, rank: int, alpha: int) -> list[nn.Parameter]:
+    """Give every linear layer except the output head a low-rank update, in place, by PEFT; return its parameters.
 
     The update is scaled by alpha / rank. B starts at 0, so the model starts out equal to the base.
     """
     from peft import LoraConfig, inject_adapter_in_model  # transformers' own way demands certain peft versions
 
     config = LoraConfig(
-        r=lora_rank(recipe, base),
-        lora_alpha=recipe.lora.alpha,
+        r=rank,
+        lora_alpha=alpha,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base.model.config._name_or_path,
+        base_model_name_or_path=model.config._name_or_path,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.run.seed)
-        inject_adapter_in_model(config, base.model)
-    for parameter in base.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # in bfloat16, small updates would be lost
+    inject_adapter_in_model(config, model)
+    made = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in made:
+        parameter.data = parameter.data.float()  # in bfloat16, small updates would be lost
+    return made
 
 
 def save_lora(folder: Path, base: FrozenBase) -> None:

@@ -31,7 +31,7 @@ def _at_most(most: float) -> AfterValidator:
 Count = Annotated[int, Field(ge=0), _at_most(2**53)]
 Positive = Annotated[int, Field(gt=0), _at_most(2**53)]
 Width = Annotated[int, Field(gt=0), _at_most(2**20)]
-WidthOrNone = Annotated[int, Field(ge=0), _at_most(2**20)]
+WidthOrZero = Annotated[int, Field(ge=0), _at_most(2**20)]
 Seed = Annotated[int, Field(ge=0), _at_most(2**32 - 1)]
 Weight = Annotated[float, Field(ge=0), _at_most(10**6)]
 Factor = Annotated[float, Field(gt=0), _at_most(10**6)]
@@ -96,7 +96,7 @@ class Data(_Section):
 class Blocks(_Section):
     """The shape of the blocks; give exactly one of `h` and `capacity`."""
 
-    h: Width | tuple[WidthOrNone, ...] | None = Field(
+    h: Width | tuple[WidthOrZero, ...] | None = Field(
         default=None, description="Width of every block, or one a layer (0: no block there)."
     )
     capacity: float | None = Field(
@@ -113,9 +113,9 @@ class Blocks(_Section):
     )
     start: str | None = Field(
         default=None,
-        description="An adapter file that training goes on from, as with more text: its blocks and gates, which "
-        "are fitted again after the last step alone. Sizes, carry and kind must be the same. A lora or finetune "
-        "run has no blocks, and is refused it.",
+        description="An adapter file that training goes on from, as with more text. Its gates are used as they are, "
+        "and fitted again after the last step only. Sizes, carry and kind must be the same. Not for lora and "
+        "finetune.",
     )
 
     @model_validator(mode="after")

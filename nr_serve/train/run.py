@@ -1,8 +1,8 @@
 """Training: a recipe and a corpus in, an adapter file out. The loop itself is `transformers.Trainer`.
 
-A run is a function of its recipe, corpus and base. A batch depends on the step alone, so a resumed run takes
-exactly the steps of an uninterrupted one. If several processes share a run, the first one fits gates, measures,
-writes files and prints; the others only compute their parts of the steps.
+A run is a function of its recipe, corpus and base, and of the adapter file that it starts from. A batch depends on
+the step alone, so a resumed run takes exactly the steps of an uninterrupted one. If several processes share a run,
+the first one fits gates, measures, writes files and prints; the others only compute their parts of the steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nr_serve.train.gate_cache import fit_once
 from nr_serve.train.gates import FittedGates, refit_gates
 from nr_serve.train.log import Log, is_log
 from nr_serve.train.measure import measure
-from nr_serve.train.methods import make_learner
+from nr_serve.train.methods import make_learner, start_version
 from nr_serve.train.recipe import Recipe
 from nr_serve.train.recipe_file import parse_recipe
 from nr_serve.train.restore import load_weights
@@ -92,6 +92,10 @@ class TrainingRun:
         self.base = load_base(recipe.base, recipe.base_dtype, arguments.device)
         _same("base", saved is None or saved.base_contents == self.base.contents)
         self.learner = make_learner(recipe, self.base, restored=saved is not None).to(self.base.device)
+        start = start_version(recipe)
+        if saved is not None:  # which goes on without that file
+            _same(f"adapter file {recipe.blocks.start}", start in (None, saved.start))
+        self.start = start if saved is None else saved.start
         self.results: dict[str, Any] = saved.results if saved else {}
         self.log = Log(out / checkpoints.LOG) if processes.is_first() else None
         self._measured = saved.measured_step if saved else None
@@ -205,6 +209,7 @@ class TrainingRun:
             base_contents=self.base.contents,
             text_digest=self.digest,
             results=self.results,
+            start=self.start,
             measured_step=self._measured,
         )
 

@@ -16,6 +16,7 @@ from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import processes
 from nr_serve.train import run as training
 from nr_serve.train.export import result_path
+from nr_serve.train.methods import start_version
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.recipe_file import parse_recipe, read_recipe, read_toml
 from nr_serve.train.run_text import read_run_text
@@ -122,4 +123,5 @@ def _ended(run: Path, recipe: Recipe) -> checkpoints.Checkpoint | None:
         return None
     saved = checkpoints.load(found)
     ended = saved.stopped or saved.step >= recipe.run.steps
-    return saved if ended and parse_recipe(saved.recipe) == recipe and result_path(run, recipe).exists() else None
+    same = parse_recipe(saved.recipe) == recipe and start_version(recipe) in (None, saved.start)
+    return saved if ended and same and result_path(run, recipe).exists() else None

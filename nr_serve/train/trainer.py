@@ -20,10 +20,8 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from nr_serve.disk import is_write_fault
 from nr_serve.errors import BadRequest, NrError
@@ -217,6 +215,8 @@ class RunTrainer(transformers.Trainer):
             checkpoints.save_weights(Path(output_dir), self.learner.trained_state())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a complete checkpoint; this does not count as training time."""
+        began = time.monotonic()
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
@@ -231,29 +231,20 @@ class RunTrainer(transformers.Trainer):
             described = self.describe(checkpoints.at_step(self.out, step), step)
             checkpoints.complete(replace(described, best_step=best, stopped=stopped))
             checkpoints.rotate(self.out, keep=best)
+        self._since += time.monotonic() - began
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Only check the step in a file that is read next: the run has loaded the weights already."""
-        folder = Path(resume_from_checkpoint)
-        with checkpoints.reading(folder):
-            step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
-            if checkpoints.at_step(folder.parent, step) != folder:
-                raise ValueError(f"{TRAINER_STATE_NAME} is of step {step}")
+        """Do nothing: the run has loaded the weights already."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them, with this recipe's rates and intervals: a checkpoint has those of the run that wrote it."""
-        with checkpoints.reading(Path(checkpoint or "")):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
         state: Any = self.state
         state.compute_steps(self.args, state.max_steps)
         schedule: Any = self.lr_scheduler
         groups = schedule.optimizer.param_groups
         for group, rate, share in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * share(schedule.last_epoch)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with checkpoints.reading(Path(checkpoint or "")):
-            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         """Do nothing: the run loads the best weights itself, also when no step was left to take."""

@@ -9,23 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from pydantic_settings import BaseSettings
-
-from nr_serve.cli import parse
-from nr_serve.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMAND_LINES = [
     line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    nr-serve [a-z]", line)
 ]
-
-
-@pytest.mark.parametrize("line", COMMAND_LINES)
-def test_every_command_line_is_understood(line):
-    _, name, *args = shlex.split(line)
-    settings, _ = COMMANDS[name]
-    assert isinstance(parse(settings, name, args), BaseSettings)
 
 
 def test_the_commands_against_a_running_server_work(url, client):

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from nr_serve.api import ask
 from nr_serve.api.answers import legacy_logprobs
 from nr_serve.api.schemas import CompletionBody
 from nr_serve.engine.messages import SamplingDefaults, Token
@@ -154,6 +155,33 @@ def test_echo_puts_the_text_that_was_sent_before_the_answer(server):
     assert server.complete(prompt="hő", echo=True, max_tokens=2).json()["choices"][0]["text"] == "hőab"
     streamed = events(server.complete(prompt="hő", echo=True, max_tokens=2, stream=True))
     assert [event["choices"][0]["text"] for event in streamed] == ["hőa", "b"]
+
+
+@pytest.mark.parametrize(
+    ("field", "prompt", "fits"),
+    [
+        ("echo", "x" * 150, 60),
+        ("echo", [120] * 150, 60),
+        ("return_token_ids", [120] * 150, 3),  # 16 bytes for each
+    ],
+)
+def test_what_is_repeated_in_every_answer_is_bounded(server, monkeypatch, field, prompt, fits):
+    monkeypatch.setattr(ask, "ENTRY_BYTES", 30)
+    monkeypatch.setattr(ask, "MAX_REPORTED", 300)
+    asked = {"n": fits, field: True, "prompt": prompt, "max_tokens": 1}
+    assert server.complete(**asked).status_code == 200
+    error = server.complete(**{**asked, "n": fits + 1}).json()["error"]
+    assert (error["code"], error["param"]) == (400, field)
+    assert server.complete(**{**asked, "n": fits + 1, field: False}).status_code == 200
+
+
+def test_gates_count_by_how_many_adapters_may_act(server, monkeypatch):
+    monkeypatch.setattr(ask, "MAX_REPORTED", 20)
+    asked = {"prompt": "x" * 9, "max_tokens": 1, "gates": True}  # ten tokens with BOS
+    assert server.complete(**asked).status_code == 200
+    monkeypatch.setattr(ask, "GATES_IN_ENTRY", 1)
+    assert server.complete(**asked).json()["error"]["param"] == "gates"
+    assert server.complete(model="base@none", **asked).status_code == 200
 
 
 def test_prompt_logprobs_and_token_ids_are_vllms(server):

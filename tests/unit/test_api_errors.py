@@ -264,18 +264,18 @@ def test_many_streams_share_the_steps(server):
         (
             "/v1/completions",
             {"prompt": [[1] * 100] * 8, "n": 128, "prompt_logprobs": 20, "max_tokens": 0},
-            "logprobs",
+            "prompt_logprobs",
         ),
         # Each token has its own log probability beside the likeliest ones, and its gates.
         (
             "/v1/completions",
             {"prompt": [[1] * 100] * 8, "n": 128, "prompt_logprobs": 10, "max_tokens": 0},
-            "logprobs",
+            "prompt_logprobs",
         ),
         (
             "/v1/completions",
             {"prompt": [[1] * 100] * 8, "n": 128, "prompt_logprobs": 9, "gates": True, "max_tokens": 0},
-            "logprobs",
+            "prompt_logprobs",
         ),
         ("/v1/completions", {"prompt": ["a"] * 4, "n": 128, "logprobs": 20, "max_tokens": 190}, "logprobs"),
         ("/v1/completions", {"prompt": "a", "repetition_penalty": 1e-300}, "repetition_penalty"),

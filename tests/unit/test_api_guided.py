@@ -13,6 +13,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from nr_serve.api import context as context_module
 from nr_serve.api import guides
 from nr_serve.api.app import create_app
 from nr_serve.api.bridge import AsyncEngine
@@ -287,8 +288,8 @@ def test_a_grammar_waits_only_so_long_for_others_and_is_not_to_blame_for_them(ht
 
 
 def test_a_grammar_is_compiled_once_however_often_it_is_asked_for(http, monkeypatch):
-    made, guide = [], guides.Guide
-    monkeypatch.setattr(guides, "Guide", lambda *args: made.append(args) or guide(*args))
+    made, guide = [], context_module.Guide
+    monkeypatch.setattr(context_module, "Guide", lambda *args: made.append(args) or guide(*args))
     asked = {"guided_regex": "[ab]{3}once", "seed": 1, "temperature": 1}
     texts = [complete(http, **asked).json()["choices"][0]["text"] for _ in range(3)]
     assert (len(set(texts)), len(made)) == (1, 1)

@@ -2,7 +2,8 @@ import threading
 
 import pytest
 
-from nr_serve.api import tool_support
+from nr_serve.api.context import Context
+from nr_serve.api.tool_support import tool_fault
 from tests.fakes import BOS, ByteTokenizer, serving, view
 
 HI = [{"role": "user", "content": "hi"}]
@@ -106,7 +107,7 @@ def test_tokenize_refuses_tools_that_a_chat_refuses(server, monkeypatch):
         return f"{tools}"  # it names them, and says nothing of how they are called
 
     monkeypatch.setattr(ByteTokenizer, "apply_chat_template", template)
-    monkeypatch.setattr(tool_support, "_fault", tool_support._fault.__wrapped__)  # asked anew, and not kept
+    monkeypatch.setattr(Context, "tool_fault", property(lambda self: tool_fault(self.tokenizer)))  # not kept
     body = {"messages": HI, "tools": [TOOL]}
     tokenized, chat = server.http.post("/tokenize", json=body).json(), server.chat(**body).json()
     assert tokenized["error"]["param"] == "tools"
@@ -127,10 +128,12 @@ def test_tokenize_takes_messages_too(server):
         ("/tokenize", {"prompt": "x", "tools": [TOOL]}, "tools"),
         ("/tokenize", {"prompt": "x", "add_generation_prompt": True}, "add_generation_prompt"),
         ("/tokenize", {"prompt": "x", "continue_final_message": False}, "continue_final_message"),
+        ("/tokenize", {"prompt": "x", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
         ("/tokenize", {"messages": HI, "continue_final_message": True}, "continue_final_message"),
         ("/tokenize", {"messages": HI, "tools": [TOOL]}, "tools"),
         ("/detokenize", {"tokens": [258]}, "tokens"),
         ("/detokenize", {"tokens": "x"}, "tokens"),
+        ("/detokenize", {"tokens": [97] * 1025}, "tokens"),
     ],
 )
 def test_wrong_tokenizer_requests_are_refused_by_name(server, route, body, param):

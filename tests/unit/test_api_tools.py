@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from nr_serve.api import tool_support
+from nr_serve.api.context import Context
 from nr_serve.api.structured import json_rule
+from nr_serve.api.tool_support import tool_fault
 from nr_serve.api.tools import MOST_CLOSES, Call, FunctionName, Tool, ToolName, ToolReader, toolbox
 from nr_serve.engine.guide import Guide
 from nr_serve.engine.model.sampler import allowed
@@ -290,7 +291,7 @@ def test_a_base_whose_template_has_no_place_for_tools_refuses_them(server, monke
 
 
 def test_a_base_that_cannot_write_the_tags_refuses_tools(server, monkeypatch):
-    monkeypatch.setattr(tool_support, "_fault", tool_support._fault.__wrapped__)  # asked anew, and not kept
+    monkeypatch.setattr(Context, "tool_fault", property(lambda self: tool_fault(self.tokenizer)))  # not kept
     plain = ByteTokenizer.decode
     monkeypatch.setattr(
         ByteTokenizer, "decode", lambda *args, **more: plain(*args, **more).replace("<tool_call>", "")

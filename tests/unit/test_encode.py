@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from nr_serve.api import encode
+from nr_serve.api import ask, encode, openai
 from nr_serve.engine.messages import Sampling, Submit
 from tests.fakes import events, serving
 from tests.unit.stepped import PROMPT, Server
@@ -40,6 +40,38 @@ def test_in_parts_it_is_what_it_is_at_once(options):
 def server():
     with serving() as served:
         yield served
+
+
+def test_many_token_ids_are_written_beside_the_event_loop(server, monkeypatch):
+    threads, plain = [], encode.in_parts
+    monkeypatch.setattr(
+        encode, "in_parts", lambda *a, **b: threads.append(threading.current_thread().name) or plain(*a, **b)
+    )
+    monkeypatch.setattr(openai, "LARGE_REPORT", 150)
+    for length in (150, 151):
+        body = {"prompt": "x" * length, "add_special_tokens": False}
+        assert server.http.post("/tokenize", json=body).json()["tokens"] == [120] * length
+    assert [name.startswith("nr-report") for name in threads] == [True]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_echo_is_written_beside_the_event_loop(server, monkeypatch, stream):
+    written: list[tuple[object, str]] = []
+    plain = json.JSONEncoder.encode
+
+    def recording(encoder, value):
+        written.append((value, threading.current_thread().name))
+        return plain(encoder, value)
+
+    monkeypatch.setattr(json.JSONEncoder, "encode", recording)
+    monkeypatch.setattr(ask, "ENTRY_BYTES", 30)  # so that few are large
+    response = server.complete(prompt=["x" * 150] * 4, n=128, echo=True, max_tokens=1, stream=stream)
+    answers = events(response) if stream else [response.json()]
+    texts = [choice["text"] for each in answers for choice in each["choices"]]
+    assert [len(text) for text in texts] == [151] * 512
+    echoes = [thread for value, thread in written if isinstance(value, str) and len(value) == 151]
+    assert len(echoes) == 512
+    assert all(thread.startswith("nr-report") for thread in echoes)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -78,7 +110,7 @@ def test_a_large_answer_is_written_a_little_at_a_time_beside_the_event_loop(serv
 def test_more_than_may_be_held_is_refused_by_what_is_asked(server):
     error = server.complete(n=128, max_tokens=100, logprobs=20).json()["error"]
     assert (error["code"], error["param"]) == (400, "logprobs")
-    assert "268,800 log probabilities" in error["message"]
+    assert "268,800 entries" in error["message"]
 
 
 def test_a_step_writes_no_more_tokens_of_a_prompt_than_it_reads(monkeypatch):

@@ -209,13 +209,14 @@ def test_what_a_run_cost_is_told(made, runs, base):
 
 def test_steps_that_a_resumed_run_repeats_count_once(tmp_path):
     entries = [(100, 50.0), (200, 100.0), (100, 10.0), (200, 10.0), (300, 25.0)]
-    lines = [{"event": "step", "step": t // 100, "tokens": t, "tokens_a_second": rate} for t, rate in entries]
+    lines = [{"event": "step", "tokens": t, "lm": 3.0, "tokens_a_second": rate} for t, rate in entries]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in [{"event": "gates"}, *lines]))
-    assert training_seconds(log) == pytest.approx(100 / 50 + 100 / 100 + 100 / 25)
+    assert training_seconds(log, 300) == pytest.approx(100 / 50 + 100 / 100 + 100 / 25)
+    assert training_seconds(log, 250) == pytest.approx(100 / 50 + 100 / 100 + 50 / 25)
     log.write_text('{"event": "step", "tokens": 100}\n')
     with pytest.raises(BadRequest, match=r"log\.jsonl line 1"):
-        training_seconds(log)
+        training_seconds(log, 300)
 
 
 def test_tasks_are_scored_by_run_with_the_paired_error_of_the_change(made, runs, base):

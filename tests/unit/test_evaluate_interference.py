@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -264,6 +265,14 @@ def test_the_summary_names_the_worst_of_every_kind():
         "near_fired": (0.60, "nb.a", "da"),
     }
     assert (summary.own_against_alone.standard_error, summary.near_against_base.standard_error) == (0.002, 0.001)
+
+
+def test_what_is_no_number_is_the_worst():
+    made, nan = made_up(), float("nan")
+    row = replace(made.report.sources["en.b"], difference=Difference(nan, nan, nan, nan))
+    report = replace(made.report, sources={**made.report.sources, "en.b": row})
+    worst = replace(made, report=report).summary().original_against_base
+    assert (worst.source, worst.value != worst.value) == ("en.b", True)
 
 
 def test_a_summary_without_rows_of_a_kind_leaves_it_out():

@@ -138,6 +138,10 @@ def test_answers_to_tasks_are_kept_too(capsys, monkeypatch):
     ]
     score_tasks(hosted(hu=HU), {"t": examples[:1]})
     assert "(measured before)" not in capsys.readouterr().err
+    other = hosted(hu=HU)
+    other.base.tokenizer.chat_template = "{{ messages }}"
+    score_tasks(other, {"t": examples})
+    assert "(measured before)" not in capsys.readouterr().err
     monkeypatch.setattr(tasks, "version", {"lm_eval": "0.0.1"}.__getitem__)
     score_tasks(hosted(hu=HU), {"t": examples})
     assert "(measured before)" not in capsys.readouterr().err

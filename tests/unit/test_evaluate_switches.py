@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from nr_serve.evaluate.tables import switch_rows
 from nr_serve.neutral import math
 from nr_serve.neutral.format import Adapter
 from nr_serve.train.frozen_base import FrozenBase
-from nr_serve.train.text.pack import Windows
+from nr_serve.train.text import read_heldout
 from tests import tiny
 
 S = 12
@@ -29,12 +30,6 @@ def learned(seed: int, target: str, **how) -> Adapter:
 
 def hosted(**adapters: Adapter) -> Hosted:
     return Hosted(FrozenBase("tiny", tiny.model(), tiny.tokenizer().hf, "f", "c"), adapters)
-
-
-def stretches(first: int, count: int) -> Windows:
-    """Windows whose ids tell which they are; as packed text, they hold documents that start inside."""
-    ids_NS = torch.arange(first, first + count * S).view(count, S)
-    return Windows(ids_NS % tiny.VOCAB, (torch.arange(S) % 5).expand(count, S))
 
 
 class Counting(tiny.Naive):
@@ -105,29 +100,33 @@ def test_the_steady_rate_is_that_of_a_stretchs_second_half():
     assert steady_rates(rates) == Steady(3.0, 13.0, 23.0)
 
 
-def test_each_window_takes_up_the_original_text_again_where_it_broke_off():
-    texts = {
-        "en.b": stretches(0, 7),
-        "en.c": stretches(90, 2),
-        "hu.a": stretches(120, 9),
-        "hu.z": stretches(250, 1),
-    }
-    made = switch_texts(hosted(hu=learned(1, "hu")), texts, windows=2)["hu"]
-    en_b, en_c = texts["en.b"].ids_NT, texts["en.c"].ids_NT
-    hu_a, hu_z = texts["hu.a"].ids_NT, texts["hu.z"].ids_NT
-    expected = [(en_b[0], hu_a[0], en_b[1]), (en_c[0], hu_z[0], en_c[1]), (en_b[2], hu_a[1], en_b[3])]
-    assert torch.equal(made.ids_NT, torch.stack([torch.cat(row) for row in expected]))
-    assert (made.original, made.own) == (("en.b", "en.c"), ("hu.a", "hu.z"))
+def corpus_of(folder, *sources: str):
+    """Reads documents of 40 consecutive numbers, each source's from its own hundred on."""
+    tokenizer = tiny.tokenizer().hf
+    for i, source in enumerate(sources):
+        numbers = range(100 * i, 100 * i + 40)
+        text = " ".join(tokenizer.decode([number % tiny.VOCAB]) for number in numbers)
+        (folder / f"{source}.heldout.txt").write_text("\n\n".join([text] * 30))
+    return partial(read_heldout, folder, ["*.heldout.txt"], tokenizer)
 
 
-def test_text_that_is_missing_is_named():
+def test_each_window_takes_up_the_original_text_again_where_it_broke_off(tmp_path):
+    read = corpus_of(tmp_path, "en.b", "en.c", "hu.a", "hu.z")
+    made = switch_texts(hosted(hu=learned(1, "hu")), read, S, windows=2)["hu"]
+    assert (len(made.ids_NT), made.original, made.own) == (4, ("en.b", "en.c"), ("hu.a", "hu.z"))
+    around, own = read(2 * S, 4), read(S, 2)
+    for i, row in enumerate(made.ids_NT):
+        before_S, middle_S, after_S = row.chunk(3)
+        assert torch.equal(torch.cat([before_S, after_S]), around[made.original[i % 2]].ids_NT[i // 2])
+        assert torch.equal(middle_S, own[made.own[i % 2]].ids_NT[i // 2])
+
+
+def test_text_that_is_missing_is_named(tmp_path):
     adapters = hosted(hu=learned(1, "hu"))
-    with pytest.raises(BadRequest, match="what hu learned"):
-        switch_texts(adapters, {"en.b": stretches(0, 4), "da.a": stretches(0, 4)}, 2)
-    with pytest.raises(BadRequest, match="the base's own language"):
-        switch_texts(adapters, {"hu.a": stretches(0, 4)}, 2)
-    with pytest.raises(BadRequest, match="too little text"):
-        switch_texts(adapters, {"hu.a": stretches(0, 4), "en.b": stretches(0, 1)}, 2)
+    for sources, what in ((("en.b", "da.a"), "what hu learned"), (("hu.a",), "the base's own language")):
+        (tmp_path / sources[0]).mkdir()
+        with pytest.raises(BadRequest, match=what):
+            switch_texts(adapters, corpus_of(tmp_path / sources[0], *sources), S, 2)
 
 
 def test_the_report_becomes_json_a_table_and_a_plot(tmp_path):

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import re
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -215,6 +217,18 @@ def test_every_refusal_is_counted_by_its_status_and_type():
             ("404", "NotFoundError"): 2,
             ("401", "AuthenticationError"): 1,
         }
+
+
+def test_a_client_that_goes_while_it_sends_its_body_is_no_error(caplog):
+    caplog.set_level("INFO", "nr_serve.api.middleware.access_log")
+    with serving() as served:
+        address = urlsplit(served.url)
+        with socket.create_connection((address.hostname, address.port)) as client:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        until(lambda: [record for record in caplog.records if record.getMessage() == "request"])
+        assert next(each.fields["status"] for each in caplog.records if each.getMessage() == "request") == 499
+        assert http_errors(served) == {}
 
 
 def test_a_bug_is_counted_and_a_probe_of_a_server_that_is_not_ready_is_not():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from nr_serve.config import ServeConfig
+from nr_serve.engine import loop as module
 from nr_serve.engine.adapters.canary import Canary
 from nr_serve.engine.loop import EngineLoop
 from nr_serve.engine.messages import (
@@ -201,6 +202,22 @@ def test_an_aborted_request_gives_everything_back(loop):
     assert loop.answer(ask("after")) == (expected(), "length")
     result(loop.call(ListAdapters()))
     assert loop.core.scheduler.pool.used == 0
+
+
+def test_a_step_runs_between_messages_that_take_long(loop, monkeypatch):
+    monkeypatch.setattr(module, "_TAKE_SECONDS", 0.0)
+    reached, go_on = loop.pause_after_a_step()
+    loop.submit(ask("first", tokens=4))
+    assert reached.wait(PATIENCE)
+    for name in ("a", "b", "c"):
+        loop.submit(ask(name, tokens=1))
+    go_on.set()
+    left, requests = {"first", "a", "b", "c"}, []
+    while left:
+        events = loop.delivered.get(timeout=PATIENCE)
+        requests += [] if events.report is None else [events.report.requests]
+        left -= {output.request_id for output in events.outputs if output.finish_reason == "length"}
+    assert requests == [1, 1, 2, 2, 1], "one message a step"
 
 
 def test_refusals_reach_the_client(make):

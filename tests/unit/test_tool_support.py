@@ -2,8 +2,7 @@
 
 import pytest
 
-from nr_serve.api.tool_support import check_tools
-from nr_serve.errors import BadRequest
+from nr_serve.api.tool_support import tool_fault
 from tests import tiny
 from tests.fakes import ByteTokenizer, serving
 
@@ -38,12 +37,8 @@ def test_a_base_may_have_tools_if_its_template_writes_the_form_that_is_read(name
             "{% endfor %}{% endfor %}",
         )
     )
-    if readable:
-        check_tools(tokenizer)
-        return
-    with pytest.raises(BadRequest, match="does not write calls as <tool_call>") as caught:
-        check_tools(tokenizer)
-    assert caught.value.param == "tools"
+    fault = tool_fault(tokenizer)
+    assert fault is None if readable else "does not write calls as <tool_call>" in fault
 
 
 def test_a_message_that_looks_like_a_call_does_not_count(monkeypatch):

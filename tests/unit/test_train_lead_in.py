@@ -88,13 +88,10 @@ def test_text_is_never_changed_in_place():
     assert torch.equal(own.offset_NT, numbered(0, 8).offset_NT)
 
 
-def test_a_chat_is_made_of_each_windows_first_document():
+def test_each_document_is_a_chat_of_its_own():
     read = in_chat(numbered(0, 2, 30, 10), Frames((0,), CHAT))
-    expected = [500, 501, 1, 2, 3, 4, 502, 503, 504, *range(5, 36)]
-    assert read.ids_NT.tolist() == [
-        expected,
-        [*expected[:2], *(i + 40 for i in expected[2:6]), 502, 503, 504] + [i + 40 for i in expected[9:]],
-    ]
+    expected = [500, 501, 1, 2, 502, 503, 504, *range(3, 30), 500, 501, 31, 502, 503, 504]
+    assert read.ids_NT.tolist() == [expected, [i if i >= 500 else i + 40 for i in expected]]
     assert read.offset_NT[0].tolist() == [*range(34), *range(6)]
 
 

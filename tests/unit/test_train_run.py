@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from nr_serve.disk import CannotWrite
 from nr_serve.errors import BadRequest, Conflict
@@ -46,15 +45,6 @@ def killed_before(step: int, monkeypatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(trainer.RunTrainer, "compute_loss", killed)
         yield
-
-
-def without_hashes(checkpoint: Path) -> Path:
-    """The checkpoint as an earlier version would have written it: only the sizes of its files are known."""
-    path = checkpoint / checkpoints.STATE
-    state = json.loads(path.read_text())
-    del state["digests"]
-    path.write_text(json.dumps(state))
-    return checkpoint
 
 
 def flip_a_bit(path: Path) -> None:
@@ -155,31 +145,6 @@ def test_gates_fitted_again_that_find_no_room_or_are_damaged_can_be_fitted_once_
     kept.write_bytes(kept.read_bytes()[:100])
     with pytest.raises(checkpoints.BadCheckpoint, match=r"refitted\.safetensors .*without this file the gates are"):
         train(recipe, out, corpus, resume=True)
-    kept.unlink()
-    assert read_adapter(train(recipe, out, corpus, resume=True)).version == made.version
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda gates: gates.pop("adapter.layers.1.gate"), r"lacks adapter\.layers\.1\.gate, a gate of the blocks"),
-        (lambda gates: gates.update({"adapter.layers.9.bias": torch.ones(())}), r"holds adapter\.layers\.9\.bias"),
-        (lambda gates: gates.update({"adapter.layers.1.gate": torch.ones(3)}), r"holds adapter\.layers\.1\.gate"),
-    ],
-    ids=["lacking", "foreign", "short"],
-)
-def test_gates_fitted_again_that_are_not_of_the_trained_blocks_are_refused(tmp_path, base, corpus, change, said):
-    recipe, out = write_recipe(tmp_path, base, tokens=256), tmp_path / "out"
-    made = read_adapter(train(recipe, out, corpus))
-    kept = without_hashes(checkpoints.latest(out)) / "refitted.safetensors"
-    gates = load_file(kept)
-    change(gates)
-    save_file(gates, kept)
-    exported = tmp_path / "x.safetensors"
-    for read in (lambda: train(recipe, out, corpus, resume=True), lambda: export_run(out, exported)):
-        with pytest.raises(checkpoints.BadCheckpoint, match=rf"refitted\.safetensors {said}.*fitted again when"):
-            read()
-    assert not exported.exists()
     kept.unlink()
     assert read_adapter(train(recipe, out, corpus, resume=True)).version == made.version
 
@@ -471,6 +436,7 @@ def test_a_changed_bit_in_a_checkpoint_is_refused_where_it_is_read(tmp_path, bas
     damaged, exported = checkpoints.latest(out) / name, tmp_path / "x.safetensors"
     flip_a_bit(damaged)
     message = rf"checkpoint-2/{name} of the checkpoint: it is not as it was written"
+    message += "; without this file the gates are fitted again" * (name == "refitted.safetensors")
     with pytest.raises(checkpoints.BadCheckpoint, match=message):
         train(recipe, out, corpus, resume=True)
     if name == "optimizer.pt":
@@ -483,24 +449,14 @@ def test_a_changed_bit_in_a_checkpoint_is_refused_where_it_is_read(tmp_path, bas
     assert read_adapter(train(recipe, out, corpus, resume=True)).version == made.version
 
 
-def test_a_checkpoint_without_hashes_is_resumed(tmp_path, base, corpus):
-    recipe, out = write_recipe(tmp_path, base, tokens=256), tmp_path / "out"
-    made = read_adapter(train(recipe, out, corpus))
-    (without_hashes(checkpoints.latest(out)) / "refitted.safetensors").unlink()
-    assert read_adapter(train(recipe, out, corpus, resume=True)).version == made.version
-    flip_a_bit(checkpoints.latest(out) / "refitted.safetensors")
-    with pytest.raises(checkpoints.BadCheckpoint, match=r"written; without this file the gates are fitted again"):
-        export_run(out, tmp_path / "x.safetensors")
-
-
 def test_weights_of_another_shape_are_refused(tmp_path, base, corpus):
     out = tmp_path / "out"
     train(write_recipe(tmp_path, base, tokens=256), out, corpus)
-    kept = without_hashes(checkpoints.latest(out)) / checkpoints.WEIGHTS
-    weights = load_file(kept)
+    saved = checkpoints.load(checkpoints.latest(out))
+    weights = saved.weights()
     name = "adapter.layers.1.w_in"
-    weights[name] = weights[name].flatten().view(-1, 4)  # as many bytes
-    save_file(weights, kept)
+    checkpoints.save_weights(saved.folder, weights | {name: weights[name].flatten().view(-1, 4)})
+    checkpoints.complete(saved)
     for read in (
         lambda: train(write_recipe(tmp_path, base, tokens=256), out, corpus, resume=True),
         lambda: export_run(out, tmp_path / "x.safetensors"),
@@ -511,7 +467,7 @@ def test_weights_of_another_shape_are_refused(tmp_path, base, corpus):
 
 @pytest.mark.parametrize(
     "state",
-    [None, [], "[" * 100_000, {"step": None}, {"step": "x"}, {"step": -3}, {"results": None}, {"files": []}],
+    [None, [], "[" * 100_000, {"step": None}, {"step": "x"}, {"step": -3}, {"results": None}, {"digests": []}],
     ids=str,
 )
 def test_a_state_that_is_none_is_named(tmp_path, base, corpus, state):
@@ -593,24 +549,12 @@ def test_a_damaged_file_of_the_trainer_is_refused_and_the_run_stays_as_it_was(tm
     recipe, out = write_recipe(tmp_path, base, tokens=512), tmp_path / "out"
     train(recipe, out, corpus)
     shutil.rmtree(checkpoints.latest(out))
-    left = without_hashes(checkpoints.latest(out))
+    left = checkpoints.latest(out)
     damaged = left / name
     damaged.write_bytes(b"\xff" * damaged.stat().st_size)
-    with pytest.raises(checkpoints.BadCheckpoint, match=r"cannot read the checkpoint .*checkpoint-2: .") as refused:
+    with pytest.raises(checkpoints.BadCheckpoint, match=rf"checkpoint-2/{name} .*: it is not as it was written"):
         train(recipe, out, corpus, resume=True)
-    assert "\n" not in refused.value.message
     assert checkpoints.latest(out) == left
-
-
-@pytest.mark.parametrize("step", [1, 4])
-def test_a_checkpoint_whose_files_are_of_different_steps_is_refused(tmp_path, base, corpus, step):
-    recipe, out = write_recipe(tmp_path, base, tokens=512), tmp_path / "out"
-    train(recipe, out, corpus)
-    shutil.rmtree(checkpoints.latest(out))
-    state = without_hashes(checkpoints.latest(out)) / "trainer_state.json"
-    state.write_text(state.read_text().replace('"global_step": 2', f'"global_step": {step}'))
-    with pytest.raises(checkpoints.BadCheckpoint, match=f"trainer_state.json is of step {step}"):
-        train(recipe, out, corpus, resume=True)
 
 
 def test_results_that_are_none_are_refused(tmp_path, base, corpus):

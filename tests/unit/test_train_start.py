@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nr_serve.errors import BadAdapterFile
+from nr_serve.errors import BadAdapterFile, Conflict
 from nr_serve.neutral.format import read_adapter, write_adapter
 from nr_serve.train import log
 from nr_serve.train import run as training
 from nr_serve.train.export import export_run
 from nr_serve.train.recipe import BadRecipe
 from nr_serve.train.run import train
+from nr_serve.train.sweep import finished
 from tests.tiny_run import write_recipe
 
 
@@ -51,20 +52,30 @@ def test_training_begins_with_the_blocks_and_gates_of_the_file(tmp_path, base, c
     assert not torch.equal(made.blocks[-1].gate, read_adapter(first).blocks[-1].gate), "they are fitted again"
 
 
-@pytest.mark.parametrize("left", ["nothing", "another file"])
-def test_a_run_goes_on_and_is_exported_without_the_file_it_started_from(tmp_path, base, corpus, first, left):
+def test_a_run_goes_on_and_is_exported_without_the_file_it_started_from(tmp_path, base, corpus, first):
     start = Path(shutil.copy(first, tmp_path / "start.safetensors"))
     recipe = write_recipe(tmp_path, base, tokens=512, blocks__start=str(start), run__schedule="constant")
     longer = write_recipe(tmp_path, base, tokens=1024, blocks__start=str(start), run__schedule="constant")
     whole = read_adapter(train(longer, tmp_path / "whole", corpus))
     made = read_adapter(train(recipe, tmp_path / "out", corpus))
     start.unlink()
-    if left != "nothing":
-        start.write_text("another file")
     exported = read_adapter(export_run(tmp_path / "out", tmp_path / "x.safetensors"))
     for ours, theirs in zip(exported.blocks, made.blocks, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(vars(ours).values(), vars(theirs).values(), strict=True))
     assert read_adapter(train(longer, tmp_path / "out", corpus, resume=True)).version == whole.version
+
+
+def test_a_run_does_not_go_on_beside_another_version_of_the_file_it_started_from(tmp_path, base, corpus, first):
+    start = Path(shutil.copy(first, tmp_path / "start.safetensors"))
+    recipe = write_recipe(tmp_path, base, tokens=256, blocks__start=str(start))
+    out = tmp_path / "out"
+    train(recipe, out, corpus)
+    assert finished(out, recipe) is not None
+    adapter = read_adapter(first)
+    write_adapter(start, replace(adapter.info, threshold=0.123), adapter.blocks)
+    assert finished(out, recipe) is None
+    with pytest.raises(Conflict, match=r"adapter file .*start\.safetensors differs from that of the run to resume"):
+        train(recipe, out, corpus, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,10 @@ def test_a_result_half_written_is_not_one(tmp_path, base, corpus, monkeypatch):
 def test_runs_of_several_domains_are_trained_and_not_compared(tmp_path, base, corpus, capsys):
     path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"domain" = "other"\n')
     asked = ["sweep", str(path), "--corpus", str(corpus), "--out", str(tmp_path / "out")]
-    assert main([*asked, "--source", "*.heldout.txt"]) == 1
-    assert "runs of several domains or bases are not compared: --source does nothing" in capsys.readouterr().err
+    for flag, value in (("--source", "*.heldout.txt"), ("--windows", "12")):
+        assert main([*asked, flag, value]) == 1
+        said = capsys.readouterr().err
+        assert f"runs of several domains or bases are not compared: {flag} does nothing" in said
     assert not (tmp_path / "out").exists()
     assert main(asked) == 0
     names = [str(tmp_path / "out" / name) for name in ("a/hu.safetensors", "b/other.safetensors")]

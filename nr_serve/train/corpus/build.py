@@ -153,7 +153,7 @@ class Builder:
 
     def __init__(self, packages: Packages, beside: Path) -> None:
         self._packages, self._beside = packages, beside
-        self._originals: dict[tuple[str, tuple[str, ...], tuple[str, ...]], frozenset[str]] = {}
+        self._originals: dict[str, frozenset[str]] = {}
 
     def build(self, source: Source, out: Path) -> dict[str, Any]:
         """Write the two files of `source` into `out` and return its entry in the manifest."""
@@ -177,7 +177,7 @@ class Builder:
 
     def _documents(self, source: Source, files: list[Path]) -> list[Document]:
         originals = self._original_paragraphs(source)
-        translated = source.language != "en"
+        translated = re.split("[_-]", source.language)[0] != "en"
         say("corpus", f"{source.name}: files to read: {len(files):,}")
         read, cleaned = 0, []
         for document in tqdm(
@@ -200,7 +200,7 @@ class Builder:
         return thin(parts, limit)
 
     def _original_paragraphs(self, source: Source) -> frozenset[str]:
-        key = (source.folder, source.packages, source.original)
+        key = source.model_dump_json(exclude={"name", "language", "files", "licence"})
         if key not in self._originals:
             raw = _raw_documents(self._files(source, source.original), source) if source.original else iter(())
             empty: frozenset[str] = frozenset()

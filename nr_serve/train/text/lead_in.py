@@ -76,6 +76,15 @@ def _first_document(offsets: Sequence[int]) -> int:
     return next((i for i, offset in enumerate(offsets) if i and not offset), len(offsets))
 
 
+def _documents(windows: Windows, row: int) -> Iterator[list[int]]:
+    """The ids of each document of a window."""
+    ids, offsets = windows.ids_NT[row].tolist(), windows.offset_NT[row].tolist()
+    while ids:
+        end = _first_document(offsets)
+        yield ids[:end]
+        ids, offsets = ids[end:], offsets[end:]
+
+
 def led_into(own: Windows, original: Mapping[str, Windows], frames: Frames) -> GateText:
     """The windows, every other one continuing a page of original text or a chat's opening, in turn.
 
@@ -92,15 +101,25 @@ def led_into(own: Windows, original: Mapping[str, Windows], frames: Frames) -> G
 
 
 def in_chat(windows: Windows, frames: Frames) -> Windows:
-    """Each window's first document as a chat: a tenth of the window is the user's words, the rest the assistant's.
+    """Each window's documents as chats: a tenth of each is the user's words, the rest the assistant's.
 
-    Raises BadRequest if there is no chat template, or if it takes more than half of a window.
+    What no longer fits at a window's end is left out. Raises BadRequest if there is no chat template, or if it
+    takes more than half of a window.
     """
     length = windows.ids_NT.shape[1]
     chat = check_chat(frames, length)
-    lead_in = _LeadIn(chat.opening, _share(length, 0.1), chat.between)
-    made = [lead_in.apply(windows, row, len(frames.beginning)) for row in range(len(windows))]
-    return Windows(torch.stack([ids_T for ids_T, _, _ in made]), torch.stack([offset_T for _, offset_T, _ in made]))
+    ids_NT, offset_NT = torch.empty_like(windows.ids_NT), torch.empty_like(windows.offset_NT)
+    for row in range(len(windows)):
+        ids: list[int] = []
+        places: list[int] = []
+        for document in _documents(windows, row):
+            own = document[len(frames.beginning) :]
+            question = _share(len(own), 0.1)
+            made = [*chat.opening, *own[:question], *chat.between, *own[question:]]
+            ids += made
+            places += range(len(made))
+        ids_NT[row], offset_NT[row] = torch.tensor(ids[:length]), torch.tensor(places[:length])
+    return Windows(ids_NT, offset_NT)
 
 
 def check_chat(frames: Frames, window: int) -> Chat:

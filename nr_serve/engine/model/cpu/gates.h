@@ -27,7 +27,7 @@ Vec multiply_gates(const T* const* x, const float* const* w, int64_t d) {
   return sum_each(products);
 }
 
-// Logits m [T, n] before the carry, of tokens x [T, d] for gates w [n, d] with biases b [n].
+// Logits z [T, n], written where the carried m will be, of tokens x [T, d] for gates w [n, d] with biases b [n].
 template <typename T>
 void fill_logits(const T* x, int64_t tokens, const float* w, const float* b, int64_t n, int64_t d, float* m) {
   // A thread takes eight gates at a time through its tokens, so that the gates stay in the fastest cache. Each
