@@ -30,7 +30,7 @@ from random_blocks import random_blocks
 from steps import Engine
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine.messages import AdapterView, EngineInfo, ListAdapters, LoadAdapter, Sampling, Submit
+from nr_serve.engine.messages import AdapterView, EngineInfo, LoadAdapter, ReadStatistics, Sampling, Submit
 from nr_serve.evaluate.tables import markdown
 from nr_serve.logs import say
 from nr_serve.neutral.format import AdapterInfo, write_adapter
@@ -83,7 +83,7 @@ class Swaps:
 
     def settle(self) -> None:
         """Wait until nothing is measured any more."""
-        while any(view.measuring for view in self.engine.loop.call(ListAdapters()).result()):
+        while any(view.measuring for view in self.engine.loop.call(ReadStatistics()).result().adapters.values()):
             time.sleep(0.05)
 
     def read(self, streams: int, tokens: int, files: list[Path], every: float) -> Reading:

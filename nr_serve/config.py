@@ -87,7 +87,9 @@ class ModelSettings(BaseModel):
         "first start, with a C++ compiler",
     )
     max_model_len: int | None = Field(
-        None, ge=1, description="longest prompt plus answer, tokens (default: the base's, or what the KV cache holds)"
+        None,
+        ge=1,
+        description="longest prompt plus answer, tokens (default: the base's, or what the KV cache holds)",
     )
     generation_config: Literal["auto", "none"] = Field(
         "auto",

@@ -24,7 +24,6 @@ from nr_serve.engine.messages import (
     EngineInfo,
     EngineStatistics,
     Leak,
-    ListAdapters,
     LoadAdapter,
     Output,
     PatchAdapter,
@@ -251,8 +250,6 @@ def _carry_out(engine: FakeEngine, command: Any, future: Future) -> None:
     adapters = engine.adapters
     try:
         match command:
-            case ListAdapters():
-                future.set_result(tuple(adapters.values()))
             case ReadStatistics():
                 future.set_result(EngineStatistics(dict(adapters), len(adapters), 8, *engine.load))
             case LoadAdapter(name, path, replaces):

@@ -24,9 +24,10 @@ from nr_serve.api.uploads import receive_file
 from nr_serve.api.views import adapter_body
 from nr_serve.engine.messages import (
     AdapterView,
-    ListAdapters,
+    EngineStatistics,
     LoadAdapter,
     PatchAdapter,
+    ReadStatistics,
     UnloadAdapter,
 )
 from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound
@@ -45,18 +46,17 @@ _FILE = {
 @router.get("/v1/adapters")
 async def list_adapters(context: Ctx) -> Json[AdapterList]:
     """Every registered adapter."""
-    views: tuple[AdapterView, ...] = await context.engine.call(ListAdapters())
-    return Json({"object": "list", "data": [adapter_body(view) for view in views]})
+    statistics: EngineStatistics = await context.engine.call(ReadStatistics())
+    return Json({"object": "list", "data": [adapter_body(view) for view in statistics.adapters.values()]})
 
 
 @router.get("/v1/adapters/{name}")
 async def get_adapter(context: Ctx, name: str) -> Json[Adapter]:
     """One adapter."""
-    views: tuple[AdapterView, ...] = await context.engine.call(ListAdapters())
-    for view in views:
-        if view.name == name:
-            return Json(adapter_body(view))
-    raise _unknown(name)
+    statistics: EngineStatistics = await context.engine.call(ReadStatistics())
+    if name not in statistics.adapters:
+        raise _unknown(name)
+    return Json(adapter_body(statistics.adapters[name]))
 
 
 @router.put("/v1/adapters/{name}", responses=_LOADED, openapi_extra={"requestBody": _FILE})

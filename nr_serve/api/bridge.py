@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,6 @@ from nr_serve.engine.messages import (
     Command,
     EngineInfo,
     EngineStatistics,
-    ListAdapters,
     LoadAdapter,
     Output,
     PatchAdapter,
@@ -198,14 +197,8 @@ class AsyncEngine:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _list(self) -> None:
-        """Refresh the list of adapters. By a command, so that the answer is newer than anything recorded before."""
-        try:
-            await self.call(ListAdapters())
-        except NrError as error:
-            log.debug("the adapters cannot be listed: %s", error)
-
     async def _read(self) -> None:
+        """Refresh what is known. By a command, so that the answer is newer than anything recorded before."""
         try:
             self._statistics = await self.call(ReadStatistics())
         except NrError as error:  # the engine has just failed: `nr_ready` shows it
@@ -229,15 +222,10 @@ class AsyncEngine:
         elif isinstance(command, UnloadAdapter):
             self.adapters.pop(command.name, None)
             self.metrics.unloaded(command.name)
-        elif isinstance(command, ListAdapters):
-            self._note_adapters({view.name: view for view in answer})
         elif isinstance(command, ReadStatistics):
-            self._note_adapters(answer.adapters)
-
-    def _note_adapters(self, adapters: Mapping[str, AdapterView]) -> None:
-        before, self.adapters = self.adapters, dict(adapters)
-        for name in before.keys() - self.adapters.keys():  # unloaded by the engine itself
-            self.metrics.unloaded(name)
+            before, self.adapters = self.adapters, dict(answer.adapters)
+            for name in before.keys() - self.adapters.keys():  # unloaded by the engine itself
+                self.metrics.unloaded(name)
 
     def _track(self, request: Submit, inbox: asyncio.Queue[Output]) -> _Live:
         if any(name not in self.adapters for name in request.adapters or ()):
@@ -263,7 +251,7 @@ class AsyncEngine:
         if events.report is not None:
             self.metrics.step(events.report)
         if events.adapters_changed:
-            self._keep(asyncio.create_task(self._list()))
+            self._keep(asyncio.create_task(self._read()))
             self.metrics.load_failures.inc(events.loads_failed)
         for output in events.outputs:
             live = self._live.get(output.request_id)
@@ -288,12 +276,12 @@ class AsyncEngine:
     async def _turn(self, status: Status) -> None:
         if status == "ready":
             try:
-                views = await asyncio.wrap_future(self._engine.call(ListAdapters()))
+                statistics = await asyncio.wrap_future(self._engine.call(ReadStatistics()))
             except NrError as error:  # the engine has just failed: the next poll shows it
                 log.debug("no longer ready: %s", error)
                 return
-            self._note(ListAdapters(), views)
-            for view in views:
+            self._note(ReadStatistics(), statistics)
+            for view in self.adapters.values():
                 self.metrics.loaded(view)
             if self._engine.info is not None:
                 self.metrics.serves(self._engine.info)

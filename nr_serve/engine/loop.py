@@ -21,7 +21,6 @@ from nr_serve.engine.messages import (
     AdapterView,
     Command,
     EngineInfo,
-    ListAdapters,
     LoadAdapter,
     Output,
     PatchAdapter,
@@ -300,8 +299,6 @@ def _carry_out(call: _Call | _Checked, core: Core, adapters: Adapters) -> None:
                 answer.set_result(adapters.unload(name))
             case _Call(PatchAdapter() as patch):
                 adapters.patch(patch, answer)
-            case _Call(ListAdapters()):
-                answer.set_result(adapters.views())
             case _Call(ReadStatistics()):
                 answer.set_result(core.statistics())
     except NrError as error:

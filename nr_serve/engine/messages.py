@@ -203,16 +203,11 @@ class PatchAdapter:
 
 
 @dataclass(frozen=True, slots=True)
-class ListAdapters:
-    """List the adapters. Answer: `tuple[AdapterView, ...]`, by name."""
-
-
-@dataclass(frozen=True, slots=True)
 class ReadStatistics:
-    """Read the engine's counts. Answer: `EngineStatistics`."""
+    """Read the adapters and the engine's counts. Answer: `EngineStatistics`."""
 
 
-Command = LoadAdapter | UnloadAdapter | PatchAdapter | ListAdapters | ReadStatistics
+Command = LoadAdapter | UnloadAdapter | PatchAdapter | ReadStatistics
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,8 +113,8 @@ class Blocks(_Section):
     )
     start: str | None = Field(
         default=None,
-        description="An adapter file that training goes on from, as with more text. Its gates are used as they are, "
-        "and fitted again after the last step only. Sizes, carry and kind must be the same. Not for lora and "
+        description="An adapter file that training goes on from, as with more text. Its gates are used as they "
+        "are, and fitted again after the last step only. Sizes, carry and kind must be the same. Not for lora and "
         "finetune.",
     )
 

@@ -9,7 +9,6 @@ import pytest
 from nr_serve.api import files
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.engine.messages import (
-    ListAdapters,
     LoadAdapter,
     ReadStatistics,
     Sampling,
@@ -47,7 +46,7 @@ def test_an_uploaded_file_is_loaded_and_gone_from_disk(server):
 def test_a_name_that_is_taken_needs_replace(server):
     error = put(server, "hu").json()["error"]
     assert (error["code"], error["type"]) == (409, "ConflictError")
-    assert server.engine.commands == [ListAdapters()], "it is said before the upload, by the names that are known"
+    assert server.engine.commands == [ReadStatistics()], "it is said before the upload, by the names that are known"
     assert put(server, "hu", replace=True).status_code == 200
 
 

@@ -475,6 +475,11 @@ def test_help_shows_the_no_of_a_flag_that_is_on_and_of_no_other(capsys):
     text = capsys.readouterr().out
     assert "--no-prefix-cache" in text
     assert "--no-allow-no-key" not in text
+    with pytest.raises(SystemExit):
+        main(["load-adapter", "--help"])
+    text = capsys.readouterr().out
+    assert "--route, --no-route" in text
+    assert "--replace, --no-replace" not in text
 
 
 def test_an_output_without_room_is_told_in_a_line(hu):

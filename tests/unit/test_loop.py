@@ -12,7 +12,7 @@ from nr_serve.engine import loop as module
 from nr_serve.engine.adapters.canary import Canary
 from nr_serve.engine.loop import EngineLoop
 from nr_serve.engine.messages import (
-    ListAdapters,
+    AdapterView,
     LoadAdapter,
     PatchAdapter,
     ReadStatistics,
@@ -90,6 +90,9 @@ class Loop(EngineLoop):
 
         self.core.step = held
         return reached, go_on
+
+    def views(self) -> tuple[AdapterView, ...]:
+        return tuple(result(self.call(ReadStatistics())).adapters.values())
 
     def outputs(self, *wanted: str) -> dict[str, list]:
         """Every output, by request, until all of `wanted` ended."""
@@ -170,7 +173,7 @@ def test_every_step_is_one_hand_over_with_its_report(loop):
 
 def test_before_it_is_ready_and_after_it_stopped_requests_are_refused(make, folder):
     loop = make()
-    for refused in (lambda: loop.submit(ask("r")), lambda: loop.call(ListAdapters())):
+    for refused in (lambda: loop.submit(ask("r")), lambda: loop.call(ReadStatistics())):
         with pytest.raises(Unavailable, match="loading"):
             refused()
     loop.begin()
@@ -179,7 +182,7 @@ def test_before_it_is_ready_and_after_it_stopped_requests_are_refused(make, fold
     assert loop.status == "stopped"
     for refused in (
         lambda: loop.submit(ask("r")),
-        lambda: loop.call(ListAdapters()),
+        lambda: loop.call(ReadStatistics()),
         lambda: loop.call(LoadAdapter("a", folder / "a.safetensors")),
     ):
         with pytest.raises(Unavailable, match="stopped"):
@@ -200,7 +203,7 @@ def test_an_aborted_request_gives_everything_back(loop):
     assert sum(len(output.tokens) for output in got["gone"]) == 2, "one a step"
     assert [t.id for output in got["stays"] for t in output.tokens] == expected()
     assert loop.answer(ask("after")) == (expected(), "length")
-    result(loop.call(ListAdapters()))
+    loop.views()
     assert loop.core.scheduler.pool.used == 0
 
 
@@ -252,11 +255,11 @@ def test_adapters_are_loaded_changed_read_and_unloaded(loop, files):
     assert result(loop.call(LoadAdapter("hu", place / "b.safetensors", replace=True))).domain == "test-1"
     assert loop.answer(ask("s", ("hu",))) == (expected(made["b"]), "length")
     assert result(loop.call(ReadStatistics())).adapters["hu"].gates.mass > 0
-    assert [v.name for v in result(loop.call(ListAdapters()))] == ["hu"]
+    assert [v.name for v in loop.views()] == ["hu"]
     assert result(loop.call(UnloadAdapter("hu"))).name == "hu"
     assert isinstance(error_of(loop.call(UnloadAdapter("hu"))), NotFound)
     assert isinstance(error_of(loop.call(PatchAdapter("hu", pinned=True))), NotFound)
-    assert result(loop.call(ListAdapters())) == ()
+    assert loop.views() == ()
 
 
 def test_a_file_that_is_refused_changes_nothing(make, files, tmp_path):
@@ -276,7 +279,7 @@ def test_adapters_of_the_settings_are_attached_before_it_is_ready(make, files):
     place, made = files
     entries = [str(place / "a.safetensors"), f"hu={place / 'b.safetensors'}"]
     loop = make(adapter=entries).begin()
-    views = result(loop.call(ListAdapters()))
+    views = loop.views()
     assert [(v.name, v.state) for v in views] == [("a", "attached"), ("hu", "attached")]
     assert all(view.neutrality for view in views), "measured, too"
     assert loop.answer(ask("r", None)) == (expected(made["a"], made["b"]), "length")
@@ -303,7 +306,7 @@ def test_an_adapter_is_measured_on_the_probe_texts_and_refused_above_the_limit(m
     assert isinstance(error, BadRequest)
     assert "'law'" in error.message
     assert isinstance(error_of(loop.call(PatchAdapter("a", threshold=0.0))), BadRequest)
-    assert result(loop.call(ListAdapters()))[0].threshold == 1e6
+    assert loop.views()[0].threshold == 1e6
     assert [t.id for o in loop.outputs("r")["r"] for t in o.tokens] == expected(tokens=100), "every gate is shut"
 
 
@@ -356,7 +359,7 @@ def test_a_built_in_text_is_no_longer_than_the_server_takes(loop, files):
 def measured(loop):
     """What is reported of the one adapter, once nothing is measured any more."""
     while True:
-        (view,) = result(loop.call(ListAdapters()))
+        (view,) = loop.views()
         if not view.measuring:
             return view.neutrality
 
@@ -365,9 +368,9 @@ def test_a_request_waits_for_its_adapter_to_be_copied(make, files):
     place, made = files
     entries = [str(place / "a.safetensors"), str(place / "b.safetensors")]
     loop = make(adapter=entries, slots=1).begin()
-    (waiting,) = [v.name for v in result(loop.call(ListAdapters())) if v.state == "registered"]
+    (waiting,) = [v.name for v in loop.views() if v.state == "registered"]
     assert loop.answer(ask("r", (waiting,))) == (expected(made[waiting]), "length")
-    assert [v.name for v in result(loop.call(ListAdapters())) if v.state == "attached"] == [waiting]
+    assert [v.name for v in loop.views() if v.state == "attached"] == [waiting]
 
 
 @pytest.mark.parametrize("fault", ["no base", "no adapter", "name twice", "no probe text", "leak"])
@@ -419,7 +422,7 @@ def test_a_step_that_raises_fails_its_requests_alone_and_the_next_one_works(make
         assert "out of memory" not in got[name][-1].error.message, "a client is told nothing of the inside"
     assert [t.id for output in got["three"] for t in output.tokens] == expected(made["a"])
     assert loop.status == "ready"
-    assert result(loop.call(ListAdapters()))[0].requests == 0
+    assert loop.views()[0].requests == 0
     assert loop.core.scheduler.pool.used == 0
 
 
@@ -442,13 +445,13 @@ def test_stopping_answers_everybody(make, files, monkeypatch):
     assert reached.wait(PATIENCE)
     loop.submit(ask("waiting"))
     loop.submit(ask("refused", prompt=()))
-    listed = loop.call(ListAdapters())
+    listed = loop.call(ReadStatistics())
     join, late = loop._thread.join, []
 
     def join_after_more():
         """Called once the engine was told to stop; it goes on only when these are behind that in its queue."""
         loop._thread.join = join
-        late.append(loop.call(ListAdapters()))
+        late.append(loop.call(ReadStatistics()))
         loop.submit(ask("late"))
         go_on.set()
         join()
@@ -480,7 +483,7 @@ def test_an_engine_that_breaks_down_answers_everybody_and_refuses_from_then_on(m
         loop.submit(ask("r"))
     else:
         loop.adapters.views = breaks
-        listed = loop.call(ListAdapters())
+        listed = loop.call(ReadStatistics())
         loop.submit(ask("r"))
     loop.hold.set()
     last = loop.outputs("r")["r"][-1]

@@ -268,7 +268,7 @@ def test_a_scrape_does_not_wait_for_a_long_step(monkeypatch):
             await asyncio.to_thread(reader.fake.stands.wait, PATIENCE)
             reader.fake.load = (9, 9, 9, 100)  # as the engine would say, could it be asked
             texts += [await reader.engine.scrape(), await reader.engine.scrape()]
-            assert reader.fake.commands.count(ReadStatistics()) == 2, "what is not answered is not asked again"
+            assert reader.fake.commands.count(ReadStatistics()) == 3, "what is not answered is not asked again"
             reader.fake.steps_may_run.set()
             await answer
             return texts
