@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -32,6 +33,7 @@ from nr_serve.engine.messages import (
 )
 from nr_serve.errors import BadRequest, Conflict, Forbidden, NotFound
 
+log = logging.getLogger(__name__)
 router = APIRouter(route_class=BodyRoute)
 
 _LOADED = refusals(Forbidden, Conflict)
@@ -154,10 +156,18 @@ async def _load(context: Context, command: LoadAdapter, file: AbstractContextMan
     async def load() -> AdapterView:
         with file:
             view: AdapterView = await context.engine.call(command)
-            return view
+        _warn_of_sum(context, view)
+        return view
 
     # The file must exist until the engine has read it, even if this request is cancelled.
     return await asyncio.shield(asyncio.ensure_future(load()))
+
+
+def _warn_of_sum(context: Context, view: AdapterView) -> None:
+    """Log if other adapters act on the new one's domain too: the sum of what they add is worse than either."""
+    others = [each.name for each in context.engine.adapters.values() if each.domain == view.domain and each.routed]
+    if view.domain and view.routed and len(others) > 1:
+        log.warning("adapters %s all act on %s for the base's name", ", ".join(sorted(others)), view.domain)
 
 
 def _load_status(context: Context, name: str) -> int:

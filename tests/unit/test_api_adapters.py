@@ -43,6 +43,16 @@ def test_an_uploaded_file_is_loaded_and_gone_from_disk(server):
     assert server.complete(model="da", max_tokens=1).status_code == 200
 
 
+def test_a_second_adapter_of_one_domain_is_warned_of_unless_one_of_them_is_not_routed(caplog):
+    with serving() as served:
+        assert put(served, "aside", routed=False).status_code == 201
+        assert not caplog.records
+        assert put(served, "twin").status_code == 201
+        assert [each.getMessage() for each in caplog.records] == [
+            "adapters hu, twin all act on hu for the base's name"
+        ]
+
+
 def test_a_name_that_is_taken_needs_replace(server):
     error = put(server, "hu").json()["error"]
     assert (error["code"], error["type"]) == (409, "ConflictError")
