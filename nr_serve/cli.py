@@ -135,7 +135,9 @@ VLLM_FLAGS = {
     "--max-num-batched-tokens": "--max-batch-tokens",
     "--enable-prefix-caching": "--prefix-cache",
     "--max-loras": "--slots",
+    "--max-lora-rank": "--slot-width",
     "--lora-modules": "--adapter",
+    "--gpu-memory-utilization": "--kv-cache-gib",
 }
 """Some of vLLM's flags, with this server's names for them."""
 

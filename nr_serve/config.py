@@ -72,11 +72,11 @@ class ModelSettings(BaseModel):
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
     served_model_name: str | None = Field(None, description="name clients use for the base (default: the folder's)")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where the model runs, with auto on a GPU if torch sees one"
+        "auto", description="where the model runs; with auto, on a GPU if torch sees one"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="type of weights and activations, with auto bfloat16 on a GPU, the faster one on a CPU",
+        description="type of weights and activations; with auto, bfloat16 on a GPU, the faster one on a CPU",
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of the model (default: torch's choice)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,13 +21,15 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
 ENTRY_BYTES = 300
 """What one entry of a report, such as a log probability, takes until it is sent."""
 GATES_IN_ENTRY = 6
-"""As many adapters' gates of a token take as much."""
+"""The gates of so many adapters at one token take as much as one entry."""
 ID_BYTES = 16
 """What one token id takes."""
 MAX_REPORTED = 2**18
-"""Entries in one response."""
+"""Most entries in one response."""
 LARGE_REPORT = 2**10
 """Of them; writing fewer takes a few ms."""
+_REPORTS = ("logprobs", "prompt_logprobs", "gates", "echo", "return_token_ids")
+"""Fields that ask for a report."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Ask:
     submits: tuple[Submit, ...]
     reported: int
     """Entries that the response may report."""
+    reported_first: int
+    """Entries that an answer's first chunk may report: those of its prompt."""
     calls_tools: bool = False
     """Whether an answer may call tools."""
 
@@ -60,6 +65,11 @@ class Ask:
     def is_large(self) -> bool:
         """Whether its response may take long to write."""
         return self.reported > LARGE_REPORT
+
+    @property
+    def begins_large(self) -> bool:
+        """Whether the first chunk of an answer may take long to write."""
+        return self.reported_first > LARGE_REPORT
 
     @property
     def prompt_tokens(self) -> int:
@@ -111,8 +121,9 @@ async def chat_ask(context: Context, body: ChatBody) -> Ask:
     max_tokens = body.max_completion_tokens or body.max_tokens
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     if max_tokens is None:
-        sizes = _report_sizes(context, body, adapters, prompts, sampling, body.n)
-        max_tokens = min(_room(context, prompts), _most_reported(*sizes))
+        of_prompts, of_token = _report_sizes(context, body, adapters, prompts, sampling)
+        most = _most_reported(body.n * sum(of_prompts), body.n * of_token)
+        max_tokens = min(_room(context, prompts), most)
     _check_length(context, prompts, max_tokens, "messages", param)
     guide = await guide_for(context, body, tools)
     ask = _ask(
@@ -132,8 +143,9 @@ def _ask(
     tries: int,
     guide: Guide | None,
 ) -> Ask:
-    sizes = _report_sizes(context, body, adapters, prompts, sampling, tries)
-    reported = _count_report(body, *sizes, sampling.max_tokens)
+    of_prompts, of_token = _report_sizes(context, body, adapters, prompts, sampling)
+    entries = tries * (sum(of_prompts) + len(prompts) * of_token * sampling.max_tokens)
+    _check_report(body, entries)
     name = f"{kind}-{uuid.uuid4().hex}"
     selected = selection_name(context, adapters)
     submits = tuple(
@@ -152,7 +164,7 @@ def _ask(
         )
         for i in range(len(prompts) * tries)
     )
-    return Ask(name, body.model, body.n, tries, prompts, submits, reported)
+    return Ask(name, body.model, body.n, tries, prompts, submits, entries, max(of_prompts))
 
 
 def _tries(body: CompletionBody) -> int:
@@ -187,8 +199,7 @@ def _prompts(context: Context, body: CompletionBody, given: list[str | list[int]
         if isinstance(each, str):
             ids = context.tokenizer.encode(each, special_tokens=body.add_special_tokens)
         else:
-            ids = each
-        check_ids(ids, vocab_size, param)  # a tokenizer, too, may have more tokens than the base
+            ids = check_ids(each, vocab_size, param)
         if not ids:
             raise BadRequest("`prompt` must not be empty", param=param)
         prompt = _truncated(body, Prompt(tuple(ids), text))
@@ -226,7 +237,6 @@ def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template adds its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
-    check_ids(ids, context.engine.info.vocab_size, "messages")
     return _truncated(body, Prompt(tuple(ids), text))
 
 
@@ -255,19 +265,19 @@ def _check_logprobs(context: Context, body: GenerationBody) -> None:
             raise BadRequest(f"{name}: at most {most} are allowed", param=name)
 
 
-def _count_report(body: GenerationBody, of_prompts: int, of_token: int, max_tokens: int) -> int:
-    """Entries to report, of every token of every answer. Raises BadRequest if memory would not hold them."""
-    entries = of_prompts + of_token * max_tokens
+def _check_report(body: GenerationBody, entries: int) -> None:
+    """Raise BadRequest if memory would not hold so many entries of a report."""
     if entries > MAX_REPORTED:
         raise BadRequest(
             f"this asks for a report of up to {entries:,} entries, such as log probabilities; at most "
             f"{MAX_REPORTED:,} are sent: ask for fewer answers, tokens or logprobs",
-            param=next((name for name in _REPORTS if getattr(body, name, None) not in (None, False)), None),
+            param=next(name for name in _REPORTS if _asks(getattr(body, name, None))),
         )
-    return entries
 
 
-_REPORTS = ("logprobs", "prompt_logprobs", "gates", "echo", "return_token_ids")
+def _asks(value: int | bool | None) -> bool:
+    """Whether a field's value asks for a report; 0 log probabilities beside the token's own do."""
+    return value is not None and value is not False
 
 
 def _most_reported(of_prompts: int, of_token: int) -> int:
@@ -282,17 +292,16 @@ def _report_sizes(
     adapters: tuple[str, ...] | None,
     prompts: tuple[Prompt, ...],
     sampling: Sampling,
-    tries: int,
-) -> tuple[int, int]:
-    """Entries to report of all prompts, and of one more token of every answer."""
+) -> tuple[list[int], int]:
+    """Entries that one answer reports: of each prompt, and of each token."""
     prompt_k, answer_k = (0 if k is None else k + 1 for k in (sampling.prompt_logprobs, sampling.logprobs))
     acting = len(context.engine.adapters) if adapters is None else len(adapters)
     gates = 1 + min(acting, context.config.slots) // GATES_IN_ENTRY if body.gates else 0
-    tokens = sum(len(prompt.ids) for prompt in prompts)
-    texts = sum(len(prompt.echo.encode()) for prompt in prompts)
-    ids = tokens if body.return_token_ids else 0
-    repeated = (texts + ID_BYTES * ids) // ENTRY_BYTES
-    return tries * ((prompt_k + gates) * tokens + repeated), tries * (answer_k + gates) * len(prompts)
+    of_prompts = []
+    for prompt in prompts:
+        repeated = len(prompt.echo.encode()) + (ID_BYTES * len(prompt.ids) if body.return_token_ids else 0)
+        of_prompts.append((prompt_k + gates) * len(prompt.ids) + math.ceil(repeated / ENTRY_BYTES))
+    return of_prompts, answer_k + gates
 
 
 def check_size(context: Context, text: str, what: str) -> None:

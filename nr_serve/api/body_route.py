@@ -58,7 +58,7 @@ class _Gone(HTTPException):
     """The client went away before its body was whole. FastAPI would take ClientDisconnect for a wrong body."""
 
     def __init__(self) -> None:
-        super().__init__(GONE)
+        super().__init__(GONE, "the client went away")
 
 
 class _BodyRequest(Request):

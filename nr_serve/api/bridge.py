@@ -280,6 +280,7 @@ class AsyncEngine:
             except NrError as error:  # the engine has just failed: the next poll shows it
                 log.debug("no longer ready: %s", error)
                 return
+            self._statistics = statistics
             self._note(ReadStatistics(), statistics)
             for view in self.adapters.values():
                 self.metrics.loaded(view)

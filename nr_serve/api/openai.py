@@ -10,7 +10,7 @@ from typing import TypeVar
 from fastapi import APIRouter, Request
 
 from nr_serve.api.answers import Chunk, Tally, Writer, best, collect, envelope
-from nr_serve.api.ask import LARGE_REPORT, Ask, chat_ask, chat_text, check_ids, check_size, completion_ask
+from nr_serve.api.ask import Ask, chat_ask, chat_text, check_ids, check_size, completion_ask
 from nr_serve.api.body_route import BodyRoute
 from nr_serve.api.chat import ChatWriter, chat_completion
 from nr_serve.api.completions import CompletionWriter, completion
@@ -36,6 +36,8 @@ W = TypeVar("W", bound=Writer)
 A = TypeVar("A", Completion, ChatCompletion)
 router = APIRouter(route_class=BodyRoute)
 
+MANY_IDS = 2**14
+"""Writing fewer, with their texts, takes a few ms."""
 FOR_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 """Fields of a /tokenize body that apply to `messages` only."""
 
@@ -82,7 +84,7 @@ async def tokenize(context: Ctx, body: TokenizeBody) -> Json[Tokens]:
     limit = context.engine.info.max_model_len
     ids, strings = await context.text(lambda: _tokens(context, body))
     answer: Tokens = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings}
-    return await context.report(lambda: LargeJson(answer)) if len(ids) > LARGE_REPORT else Json(answer)
+    return await context.report(lambda: LargeJson(answer)) if len(ids) > MANY_IDS else Json(answer)
 
 
 @router.post("/detokenize")
@@ -91,7 +93,7 @@ async def detokenize(context: Ctx, body: DetokenizeBody) -> Json[Detokenized]:
     check_model(context, body.model)
     limit = context.engine.info.max_model_len
     if len(body.tokens) > limit:
-        raise BadRequest(f"tokens: {len(body.tokens):,} are more than the {limit:,} of a request", param="tokens")
+        raise BadRequest(f"{len(body.tokens):,} token ids were sent; at most {limit:,} are taken", param="tokens")
     ids = check_ids(body.tokens, context.engine.info.vocab_size, "tokens")
     text = await context.text(lambda: context.tokenizer.decode(ids, special_tokens=True))
     return Json({"prompt": text})
@@ -117,8 +119,12 @@ async def _respond(
     outputs = context.engine.generate(ask.submits)
     if body.stream:
         chunks = _chunks(context, ask, writers, around, body.stream_options or StreamOptions(), outputs)
-        # Wait for the first one before the response begins, so that a refusal still becomes an HTTP status.
-        return EventStream(await while_connected(request, anext(chunks)), chunks)
+        try:
+            # Wait for the first one before the response begins, so that a refusal still becomes an HTTP status.
+            return EventStream(await while_connected(request, anext(chunks)), chunks)
+        except BaseException:  # cancelled just as it came
+            await chunks.aclose()
+            raise
     async with aclosing(outputs):
         ended = await while_connected(request, collect(ask, outputs))
     tally = Tally(ask)
@@ -162,7 +168,7 @@ async def _chunks(
             i = place[output.request_id]
             for part in filter(writers[i].shows, writers[i].parts(output)):
                 write = partial(writers[i].chunk, around(), part)
-                if ask.is_large and i not in written:
+                if ask.begins_large and i not in written:
                     yield await context.report(partial(_large_event, write))
                 else:
                     yield write()
@@ -185,7 +191,7 @@ def _token_ids(context: Context, body: TokenizeBody) -> list[int]:
         raise BadRequest("give one of `prompt` and `messages`", param="prompt")
     if body.prompt is not None:
         for name in FOR_MESSAGES:
-            if name in body.model_fields_set and getattr(body, name) not in (None, []):
+            if name in body.model_fields_set and getattr(body, name) not in (None, [], {}):
                 raise BadRequest(f"`{name}` is for `messages`", param=name)
         check_size(context, body.prompt, "prompt")
         special = True if body.add_special_tokens is None else body.add_special_tokens

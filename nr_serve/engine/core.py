@@ -67,6 +67,7 @@ class Core:
         self._adapters = adapters
         self._tokenizer = tokenizer
         self._max_model_len = runner.info.max_model_len
+        self._vocab_size = runner.info.vocab_size
         self._eos_ids = frozenset(runner.info.eos_ids)
         self._max_waiting = config.max_waiting
         self._requests: dict[str, Request] = {}
@@ -160,6 +161,11 @@ class Core:
                 f"the prompt's {len(submit.prompt_ids)} tokens and max_tokens {submit.sampling.max_tokens} "
                 f"exceed the {self._max_model_len} tokens this server takes",
                 param="max_tokens",
+            )
+        if max(submit.prompt_ids) >= self._vocab_size:  # a tokenizer may have more tokens than the base
+            raise BadRequest(
+                f"the prompt has the token {max(submit.prompt_ids)}; the base knows those below {self._vocab_size}",
+                param="prompt",
             )
         if submit.request_id in self._requests:
             raise BadRequest(f"request id {submit.request_id!r} is in use")

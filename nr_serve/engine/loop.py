@@ -96,7 +96,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the current step and wait for it; open requests and commands get Unavailable."""
+        """Stop when what was asked before is taken, and wait for it; open requests and commands get Unavailable."""
         with self._closing:
             if not self._closed:
                 self._inbox.put(_Stop())

@@ -32,6 +32,7 @@ from nr_serve.train.frozen_base import check_window
 from nr_serve.train.text import read_heldout
 from nr_serve.train.text.frames import find_frames
 from nr_serve.train.text.lead_in import check_chat, in_chat
+from nr_serve.train.text.read import CLASS_TOKENS
 from nr_serve.train.text.sources import find_sources
 
 Attach = Literal["all", "alone", "both"]
@@ -166,7 +167,8 @@ def evaluate(
     if corpus is not None:
         read = partial(read_heldout, corpus, sources, hosted.base.tokenizer, text_field=text_field)
         if stretch is not None:
-            switching = switch_texts(hosted, read, stretch, windows)
+            count = max(windows * len(found), CLASS_TOKENS // (2 * stretch))
+            switching = switch_texts(hosted, read(2 * stretch, count), windows)
         texts = read(window, windows)
         if chat:
             texts = {name: in_chat(text, frames) for name, text in texts.items()}

@@ -8,11 +8,11 @@ Shape suffixes: N windows, S tokens per stretch, T = 3 S tokens per window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +30,6 @@ OPEN = 0.9
 
 SHUT = 0.05
 """A gate counts as shut once less than this share of its layers fires."""
-
-Piece = TypeVar("Piece")
-Read = Callable[[int, int], Mapping[str, Windows]]
-"""Reads text: each source's windows of so many tokens, at most so many of them."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,8 @@ class Switch:
     """Loss with the adapter attached on the last stretch, without its first token; nats per token."""
     difference: Difference
     """Change from `before` to `after`."""
+    after_by_place: Sequence[tuple[float, float]]
+    """The same two losses by the token's place in the last stretch, from its second token on."""
 
 
 @dataclass(frozen=True)
@@ -95,38 +93,42 @@ class SwitchReport:
         return asdict(self)
 
 
-def switch_texts(hosted: Hosted, read: Read, stretch: int, windows: int) -> dict[str, SwitchText]:
+def switch_texts(hosted: Hosted, texts: Mapping[str, Windows], windows: int) -> dict[str, SwitchText]:
     """The switching windows of each adapter, up to `windows` for each source that it learned.
 
-    `read` gives each source's windows of so many tokens, at most so many of them. Raises BadRequest if there is no
-    source of the base's own language, or none of an adapter's text.
+    `texts`: windows of 2 S tokens by source. Of the base's own language only those within one document are taken,
+    and cut in two where the other text is put in. Raises BadRequest if there is none, or none of an adapter's text.
     """
-    stretches = read(stretch, windows)
-    roles = assign_roles(stretches, hosted.adapters, {})
-    learned = [name for name, role in roles.items() if role.own]
-    # Each window of the base's own language is cut in two where the other text is put in.
-    around = read(2 * stretch, windows * len(learned))
-    original = {name: around[name] for name, role in roles.items() if role.kind == "original"}
-    texts = {}
+    roles = assign_roles(texts, hosted.adapters, {})
+    needed = windows * sum(bool(role.own) for role in roles.values())
+    whole = {name: _within_a_document(texts[name]) for name, role in roles.items() if role.kind == "original"}
+    original = {name: text.spread(needed) for name, text in whole.items() if len(text)}
+    if whole and not original:
+        raise BadRequest("no document in the base's own language is as long as two stretches", param="stretch")
+    made = {}
     for adapter in hosted.names:
-        own = {name: stretches[name] for name in learned if adapter in roles[name].own}
+        own = {name: texts[name].spread(windows) for name, role in roles.items() if adapter in role.own}
         for what, found in (("the base's own language", original), (f"what {adapter} learned", own)):
             if not found:
                 raise BadRequest(f"no source of {what} is among those to measure", param="source")
-        texts[adapter] = _splice(adapter, original, own)
-    return texts
+        made[adapter] = _splice(original, own)
+    return made
 
 
-def _splice(adapter: str, original: Mapping[str, Windows], own: Mapping[str, Windows]) -> SwitchText:
+def _within_a_document(text: Windows) -> Windows:
+    return text.take((text.offset_NT[:, 1:] != 0).all(1).nonzero()[:, 0].tolist())
+
+
+def _splice(original: Mapping[str, Windows], own: Mapping[str, Windows]) -> SwitchText:
     middle, around = (_round_robin([iter(text.ids_NT) for text in texts.values()]) for texts in (own, original))
     rows = []
-    for m_S, around_2S in zip(middle, around, strict=False):
-        before_S, after_S = around_2S.chunk(2)
-        rows.append(torch.cat([before_S, m_S, after_S]))
+    for middle_T, around_T in zip(middle, around, strict=False):
+        before_S, after_S = around_T.chunk(2)
+        rows.append(torch.cat([before_S, middle_T[: len(before_S)], after_S]))
     return SwitchText(torch.stack(rows), tuple(original), tuple(own))
 
 
-def _round_robin(sources: Iterable[Iterator[Piece]]) -> Iterator[Piece]:
+def _round_robin(sources: Iterable[Iterator[Tensor]]) -> Iterator[Tensor]:
     """One item of each source in turn, until all have ended."""
     return (piece for turn in zip_longest(*sources) for piece in turn if piece is not None)
 
@@ -147,6 +149,8 @@ class _Losses:
     loss: float
     nats_N: tuple[float, ...]
     labels_N: tuple[int, ...]
+    by_place: tuple[float, ...]
+    """Loss by the token's place, from the second on."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,7 @@ def _measure(hosted: Hosted, name: str, text: SwitchText) -> Switch:
         before=before.again.loss,
         after=after.again.loss,
         difference=difference(before.again, after.again),
+        after_by_place=list(zip(before.again.by_place, after.again.by_place, strict=True)),
     )
 
 
@@ -212,6 +217,7 @@ def _read(hosted: Hosted, names: Sequence[str], ids_NT: Tensor) -> _Reading:
 def _losses(nats_NT: Tensor, place: int) -> _Losses:
     """Losses on stretch 0, 1 or 2 of each window, given each token's loss on the next token."""
     stretch = nats_NT.shape[1] // 3
-    nats = nats_NT[:, place * stretch : (place + 1) * stretch - 1].sum(1).tolist()
+    own_NT = nats_NT[:, place * stretch : (place + 1) * stretch - 1]
+    nats = own_NT.sum(1).tolist()
     labels = (stretch - 1,) * len(nats)
-    return _Losses(sum(nats) / sum(labels), tuple(nats), labels)
+    return _Losses(sum(nats) / sum(labels), tuple(nats), labels, tuple(own_NT.mean(0).tolist()))

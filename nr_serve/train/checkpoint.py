@@ -195,7 +195,9 @@ def load(folder: Path) -> Checkpoint:
     """Read a checkpoint's state. Raises BadCheckpoint, naming the folder."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return _CHECKPOINT.validate_python({"folder": folder, **state, "digests": state["digests"]})
+        if "digests" not in state:
+            raise ValueError(f"{STATE} holds no hashes; an earlier version wrote it")
+        return _CHECKPOINT.validate_python({"folder": folder, **state})
     except ValidationError as error:
         raise BadCheckpoint(f"cannot read the checkpoint {folder}: in {STATE} {faults(error)}") from error
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:

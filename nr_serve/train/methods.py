@@ -125,7 +125,7 @@ def lora_rank(recipe: Recipe, base: FrozenBase) -> int:
 
 
 def rank_for(model: Any, parameters: int) -> int:
-    """The rank at which LoRA, on every linear layer except the head, has most nearly so many parameters."""
+    """The rank at which LoRA, on every linear layer except the head, comes nearest to so many parameters."""
     head = model.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return max(1, round(parameters / sum(layer.in_features + layer.out_features for layer in layers)))

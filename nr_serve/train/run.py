@@ -92,9 +92,10 @@ class TrainingRun:
         self.base = load_base(recipe.base, recipe.base_dtype, arguments.device)
         _same("base", saved is None or saved.base_contents == self.base.contents)
         self.learner = make_learner(recipe, self.base, restored=saved is not None).to(self.base.device)
-        start = start_version(recipe)
-        if saved is not None:  # which goes on without that file
-            _same(f"adapter file {recipe.blocks.start}", start in (None, saved.start))
+        start = processes.from_first(lambda: start_version(recipe))
+        if saved is not None and None not in (start, saved.start) and start != saved.start:
+            file = recipe.blocks.start
+            raise Conflict(f"the run to resume started from another {file}; it goes on if that is moved away")
         self.start = start if saved is None else saved.start
         self.results: dict[str, Any] = saved.results if saved else {}
         self.log = Log(out / checkpoints.LOG) if processes.is_first() else None

@@ -123,5 +123,6 @@ def _ended(run: Path, recipe: Recipe) -> checkpoints.Checkpoint | None:
         return None
     saved = checkpoints.load(found)
     ended = saved.stopped or saved.step >= recipe.run.steps
-    same = parse_recipe(saved.recipe) == recipe and start_version(recipe) in (None, saved.start)
+    start = start_version(recipe)
+    same = parse_recipe(saved.recipe) == recipe and (None in (start, saved.start) or start == saved.start)
     return saved if ended and same and result_path(run, recipe).exists() else None

@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available():
-    from tests.unit.test_draws import *  # noqa: F403
     from tests.unit.test_gpu_operators import *  # noqa: F403
     from tests.unit.test_gpu_path import *  # noqa: F403
+    from tests.unit.test_gpu_sampler import *  # noqa: F403
     from tests.unit.test_kernels import *  # noqa: F403

@@ -175,6 +175,13 @@ def test_what_is_repeated_in_every_answer_is_bounded(server, monkeypatch, field,
     assert server.complete(**{**asked, "n": fits + 1, field: False}).status_code == 200
 
 
+@pytest.mark.parametrize("field", ["logprobs", "prompt_logprobs"])
+def test_a_report_of_nothing_but_the_tokens_own_counts_too(server, monkeypatch, field):
+    monkeypatch.setattr(ask, "MAX_REPORTED", 8)
+    error = server.complete(prompt="x" * 9, max_tokens=9, **{field: 0}).json()["error"]
+    assert (error["code"], error["param"]) == (400, field)
+
+
 def test_gates_count_by_how_many_adapters_may_act(server, monkeypatch):
     monkeypatch.setattr(ask, "MAX_REPORTED", 20)
     asked = {"prompt": "x" * 9, "max_tokens": 1, "gates": True}  # ten tokens with BOS
@@ -328,11 +335,6 @@ def test_what_asks_for_nothing_is_taken(server):
     nothing = dict.fromkeys(CompletionBody.model_fields.keys() - {"model", "prompt", "max_tokens"})
     assert server.complete(**nothing).status_code == 200
     assert server.complete(suffix="", cache_salt="any", response_format={"type": "text"}).status_code == 200
-
-
-def test_null_is_no_value_of_what_must_be_given(server):
-    assert server.complete(model=None).json()["error"]["param"] == "model"
-    assert server.complete(prompt=None).json()["error"]["param"] == "prompt"
 
 
 HINTS = {"user": "u", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"a": "b"}}

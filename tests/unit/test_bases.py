@@ -85,6 +85,27 @@ def test_a_base_that_cannot_be_served_is_refused_with_the_reason(kind, overrides
         runner(base)
 
 
+@pytest.mark.parametrize("change", ["encoder", "longrope"])
+def test_what_the_configuration_says_of_a_base_is_heeded(change):
+    base = tiny.model("llama")
+    if change == "encoder":
+        base.config.is_encoder_decoder = True
+    else:
+        base.config.rope_parameters = {**base.config.rope_parameters, "rope_type": "longrope"}
+    with pytest.raises(UnsupportedBase, match={"encoder": "has an encoder", "longrope": "longrope rotary"}[change]):
+        runner(base)
+
+
+def test_the_longest_request_is_what_base_and_kv_cache_hold():
+    base = tiny.model("llama")
+    assert runner(base, page_size=16, max_model_len=100).info.max_model_len == 100
+    few = {"page_size": 16}
+    made = Runner(copy.deepcopy(base), tiny.tokenizer(), ServeConfig(pages=4, **few), "tiny")
+    assert made.info.max_model_len == 64
+    with pytest.raises(UnsupportedBase, match="the KV cache holds 64"):
+        Runner(copy.deepcopy(base), tiny.tokenizer(), ServeConfig(pages=4, max_model_len=65, **few), "tiny")
+
+
 def test_a_base_whose_logits_come_out_wrong_is_refused():
     base = tiny.model("llama")
 

@@ -55,7 +55,8 @@ def test_a_stream_too_large_to_be_normalised_is_refused_not_taken_for_neutral(ma
 def test_an_adapter_found_wild_as_it_gets_its_first_slot_never_acts(caplog):
     server = Probed(slots=1)
     server.load("a", server.made(1), pinned=True)
-    server.load("wild", server.made(2, scale=1e38))
+    wild = server.made(2, scale=1e38)
+    server.load("wild", wild)
     assert server.state("wild") == "registered", "there was no slot to measure it in"
     server.ask("named", ("wild",))
     server.adapters.unload("a")
@@ -66,7 +67,7 @@ def test_an_adapter_found_wild_as_it_gets_its_first_slot_never_acts(caplog):
     assert states <= {"registered", "loading", None}
     assert server.adapters.views() == ()
     assert server.adapters.registry.slots_used == 0
-    assert "adapter wild, version v2: its residues drive the base" in caplog.text
+    assert f"adapter wild, version {wild.version}: its residues drive the base" in caplog.text
     server.finish()
     assert isinstance(server.ended["named"], NotFound)
 
@@ -75,8 +76,9 @@ def test_what_an_adapter_found_wild_as_it_gets_a_slot_had_replaced_is_put_back()
     server = Probed(slots=1)
     server.load("a", server.made(1))
     server.load("b", server.made(3), pinned=True)
-    server.load("a", server.made(2, scale=1e38), replace=True)
-    assert server.view("a").version == "v2"
+    wild = server.made(2, scale=1e38)
+    server.load("a", wild, replace=True)
+    assert server.view("a").version == wild.version
     server.patch("b", pinned=False)
     server.adapters.unload("b")
     server.work()

@@ -142,6 +142,16 @@ def test_an_adapter_is_loaded_listed_and_unloaded_with_no_further_flag(against, 
     assert capsys.readouterr().out == "da: unloaded\n"
 
 
+def test_the_key_is_the_flags_or_the_admin_variables_or_the_other_variables(monkeypatch, capsys):
+    with serving(api_key="k") as served:
+        monkeypatch.setenv("NR_URL", served.url)
+        monkeypatch.setenv("NR_API_KEY", "k")
+        assert main(["list-adapters"]) == 0
+        monkeypatch.setenv("NR_ADMIN_KEY", "wrong")
+        assert main(["list-adapters"]) == 1
+        assert main(["list-adapters", "--key", "k"]) == 0
+
+
 def test_a_taken_name_is_refused_with_the_flags_that_help(against, tmp_path, capsys):
     path = tmp_path / "hu.safetensors"
     path.write_bytes(b"good")

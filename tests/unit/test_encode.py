@@ -47,7 +47,7 @@ def test_many_token_ids_are_written_beside_the_event_loop(server, monkeypatch):
     monkeypatch.setattr(
         encode, "in_parts", lambda *a, **b: threads.append(threading.current_thread().name) or plain(*a, **b)
     )
-    monkeypatch.setattr(openai, "LARGE_REPORT", 150)
+    monkeypatch.setattr(openai, "MANY_IDS", 150)
     for length in (150, 151):
         body = {"prompt": "x" * length, "add_special_tokens": False}
         assert server.http.post("/tokenize", json=body).json()["tokens"] == [120] * length
@@ -64,7 +64,7 @@ def test_a_long_echo_is_written_beside_the_event_loop(server, monkeypatch, strea
         return plain(encoder, value)
 
     monkeypatch.setattr(json.JSONEncoder, "encode", recording)
-    monkeypatch.setattr(ask, "ENTRY_BYTES", 30)  # so that few are large
+    monkeypatch.setattr(ask, "LARGE_REPORT", 0)
     response = server.complete(prompt=["x" * 150] * 4, n=128, echo=True, max_tokens=1, stream=stream)
     answers = events(response) if stream else [response.json()]
     texts = [choice["text"] for each in answers for choice in each["choices"]]

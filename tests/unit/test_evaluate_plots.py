@@ -78,10 +78,10 @@ def test_a_log_becomes_a_curve_and_a_resumed_runs_repeated_steps_count_once(tmp_
     entries = [
         {"event": "gates", "layers": {}},
         {"event": "heldout", "sources": {"hu.a": {"before": 5.0, "after": 5.0}}},
-        {"event": "step", "step": 2, "tokens": 100, "lm": 4.5},
-        {"event": "step", "step": 4, "tokens": 200, "lm": 4.4},
-        {"event": "step", "step": 2, "tokens": 100, "lm": 4.6},
-        {"event": "step", "step": 4, "tokens": 200, "lm": 4.3},
+        {"event": "step", "step": 2, "tokens": 100, "lm": 4.5, "tokens_a_second": 1.0},
+        {"event": "step", "step": 4, "tokens": 200, "lm": 4.4, "tokens_a_second": 1.0},
+        {"event": "step", "step": 2, "tokens": 100, "lm": 4.6, "tokens_a_second": 1.0},
+        {"event": "step", "step": 4, "tokens": 200, "lm": 4.3, "tokens_a_second": 1.0},
     ]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from nr_serve.evaluate.tables import switch_rows
 from nr_serve.neutral import math
 from nr_serve.neutral.format import Adapter
 from nr_serve.train.frozen_base import FrozenBase
-from nr_serve.train.text import read_heldout
+from nr_serve.train.text.pack import Windows
 from tests import tiny
 
 S = 12
@@ -74,6 +73,9 @@ def test_rates_and_losses_are_the_naive_loops_with_the_carry_running_through():
         assert switch.difference.nats == pytest.approx(after - before, abs=1e-5)
         assert switch.own_difference.nats == pytest.approx(own_after - own_before, abs=1e-5)
         assert switch.windows == 11
+        assert len(switch.after_by_place) == S - 1
+        for mean, each in zip((before, after), zip(*switch.after_by_place, strict=True), strict=True):
+            assert sum(each) / (S - 1) == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_rates_and_losses_are_the_naive_loops_with_the_carry_running_through():
 def test_a_gate_is_open_at_90_per_cent_of_its_steady_rate_and_shut_below_5(
     monkeypatch, own, again, to_open, to_shut
 ):
-    rates, same = tuple([0.01] * 12 + own + again), module._Losses(2.0, (22.0, 22.0), (11, 11))
+    rates, same = tuple([0.01] * 12 + own + again), module._Losses(2.0, (22.0, 22.0), (11, 11), (2.0,) * 11)
     monkeypatch.setattr(module, "_read", lambda *_: module._Reading(rates, same, same))
     text = SwitchText(torch.zeros(2, 36), ("en.b",), ("hu.a",))
     switch = switches(hosted(hu=learned(1, "hu")), {"hu": text}).adapters["hu"]
@@ -100,33 +102,33 @@ def test_the_steady_rate_is_that_of_a_stretchs_second_half():
     assert steady_rates(rates) == Steady(3.0, 13.0, 23.0)
 
 
-def corpus_of(folder, *sources: str):
-    """Reads documents of 40 consecutive numbers, each source's from its own hundred on."""
-    tokenizer = tiny.tokenizer().hf
-    for i, source in enumerate(sources):
-        numbers = range(100 * i, 100 * i + 40)
-        text = " ".join(tokenizer.decode([number % tiny.VOCAB]) for number in numbers)
-        (folder / f"{source}.heldout.txt").write_text("\n\n".join([text] * 30))
-    return partial(read_heldout, folder, ["*.heldout.txt"], tokenizer)
+def texts(first: int, count: int, *torn: int) -> Windows:
+    """Windows of two stretches whose ids tell which they are; in those that are torn, another document begins."""
+    offset_NT = torch.arange(2 * S).repeat(count, 1)
+    for row in torn:
+        offset_NT[row, 5:] -= 5
+    ids_NT = torch.arange(first, first + count * 2 * S).view(count, 2 * S)
+    return Windows(ids_NT % tiny.VOCAB, offset_NT)
 
 
-def test_each_window_takes_up_the_original_text_again_where_it_broke_off(tmp_path):
-    read = corpus_of(tmp_path, "en.b", "en.c", "hu.a", "hu.z")
-    made = switch_texts(hosted(hu=learned(1, "hu")), read, S, windows=2)["hu"]
-    assert (len(made.ids_NT), made.original, made.own) == (4, ("en.b", "en.c"), ("hu.a", "hu.z"))
-    around, own = read(2 * S, 4), read(S, 2)
-    for i, row in enumerate(made.ids_NT):
-        before_S, middle_S, after_S = row.chunk(3)
-        assert torch.equal(torch.cat([before_S, after_S]), around[made.original[i % 2]].ids_NT[i // 2])
-        assert torch.equal(middle_S, own[made.own[i % 2]].ids_NT[i // 2])
+def test_each_window_takes_up_the_original_text_again_where_it_broke_off():
+    read = {"en.b": texts(0, 5, 1), "en.c": texts(120, 2), "hu.a": texts(170, 4, 0), "hu.z": texts(270, 1)}
+    made = switch_texts(hosted(hu=learned(1, "hu")), read, windows=2)["hu"]
+    b, c, a, z = (read[name].ids_NT for name in ("en.b", "en.c", "hu.a", "hu.z"))
+    expected = [(b[0], a[0]), (c[0], z[0]), (b[2], a[2])]  # in b[1] another document begins
+    rows = [torch.cat([around[:S], own[:S], around[S:]]) for around, own in expected]
+    assert torch.equal(made.ids_NT, torch.stack(rows))
+    assert (made.original, made.own) == (("en.b", "en.c"), ("hu.a", "hu.z"))
 
 
-def test_text_that_is_missing_is_named(tmp_path):
+def test_text_that_is_missing_is_named():
     adapters = hosted(hu=learned(1, "hu"))
-    for sources, what in ((("en.b", "da.a"), "what hu learned"), (("hu.a",), "the base's own language")):
-        (tmp_path / sources[0]).mkdir()
-        with pytest.raises(BadRequest, match=what):
-            switch_texts(adapters, corpus_of(tmp_path / sources[0], *sources), S, 2)
+    with pytest.raises(BadRequest, match="what hu learned"):
+        switch_texts(adapters, {"en.b": texts(0, 4), "da.a": texts(0, 4)}, 2)
+    with pytest.raises(BadRequest, match="the base's own language"):
+        switch_texts(adapters, {"hu.a": texts(0, 4)}, 2)
+    with pytest.raises(BadRequest, match="no document in the base's own language is as long as two stretches"):
+        switch_texts(adapters, {"hu.a": texts(0, 4), "en.b": texts(0, 1, 0)}, 2)
 
 
 def test_the_report_becomes_json_a_table_and_a_plot(tmp_path):

@@ -37,7 +37,7 @@ def answers(core) -> dict[str, list[int]]:
 def test_weights_gone_wild_do_not_touch_the_requests_beside_them():
     base = tiny.model()
     wild = tiny.adapter(base, seed=1, scale=1e38)
-    core, adapters = engine(base, pages=40, budget=64, running=4)
+    core, adapters = engine(base, pages=40, budget=64, running=4, prefix_cache=False)
     load(adapters, "wild", wild)
     asked = [ask("wild", range(60), ("wild",)), ask("short", range(3)), ask("middle", range(7, 30))]
     core.add(asked[1])
@@ -65,7 +65,7 @@ def test_a_token_that_the_base_does_not_have_is_refused_before_it_shares_a_step(
 @pytest.mark.parametrize("more", [{}, {"temperature": 1, "seed": 1}, {"prompt_logprobs": 1}])
 def test_a_request_whose_logits_are_not_numbers_fails_alone(more):
     base = tiny.model()
-    core, _ = engine(base, pages=40, budget=64, running=4)
+    core, _ = engine(base, pages=40, budget=64, running=4, prefix_cache=False)
     good = ask("good", range(9))
     core.add(good)
     alone = answers(core)["good"]
@@ -86,7 +86,7 @@ def test_a_request_whose_logits_are_not_numbers_fails_alone(more):
 
 def test_a_request_that_cannot_be_sampled_fails_alone(monkeypatch):
     base = tiny.model()
-    core, _ = engine(base, pages=40, budget=64, running=4)
+    core, _ = engine(base, pages=40, budget=64, running=4, prefix_cache=False)
     sample = results.sample
 
     def sample_or_fail(logits, request):
@@ -198,7 +198,7 @@ def test_wild_logits_are_what_the_first_test_needs():
 
 def test_gates_of_any_size_keep_the_totals_finite():
     base = tiny.model()
-    core, adapters = engine(base, pages=40, budget=64, running=4)
+    core, adapters = engine(base, pages=40, budget=64, running=4, prefix_cache=False)
     huge = tiny.adapter(base, seed=1, scale=0.0)
     blocks = tuple(
         dataclasses.replace(b, bias=torch.tensor(3e38), w_in=torch.zeros_like(b.w_in)) for b in huge.blocks

@@ -241,6 +241,21 @@ def test_a_bug_is_counted_and_a_probe_of_a_server_that_is_not_ready_is_not():
         assert http_errors(served) == {("500", "InternalServerError"): 1, ("503", "ServiceUnavailableError"): 1}
 
 
+def test_callers_are_told_apart_by_key_or_by_address_where_they_take_turns(monkeypatch):
+    callers, turn = [], Worker.turn
+
+    def noting(self, what):
+        callers.append(CALLER.get())
+        return turn(self, what)
+
+    monkeypatch.setattr(Worker, "turn", noting)
+    with serving(admin_key="root") as served:
+        assert served.complete().status_code == 200
+        served.http.headers["authorization"] = "Bearer root"
+        assert served.complete().status_code == 200
+    assert callers == ["[127.0.0.1]", "admin-key"]
+
+
 def test_only_so_many_texts_wait_for_the_tokenizer():
     async def ask() -> None:
         engine = AsyncEngine(fakes.FakeEngine, Metrics())

@@ -368,9 +368,10 @@ def test_a_server_is_closed_while_a_stream_stands(place, capfd):
 
 
 def test_the_examples_of_the_page_run(place, tmp_path, monkeypatch, capsys):
-    named = tmp_path / "adapters" / "hu" / "hu.safetensors"
-    named.parent.mkdir(parents=True)
-    named.write_bytes((place / "hu.safetensors").read_bytes())
+    for name in ("hu", "da"):
+        named = tmp_path / "adapters" / name / f"{name}.safetensors"
+        named.parent.mkdir(parents=True)
+        named.write_bytes((place / "hu.safetensors").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NR_MODEL", str(place / "tiny"))
     monkeypatch.setenv("NR_PAGES", "256")
@@ -380,7 +381,7 @@ def test_the_examples_of_the_page_run(place, tmp_path, monkeypatch, capsys):
     for example in examples:
         exec(example, names)
     out = capsys.readouterr().out
-    assert "['hu', 'hu2']" in out
+    assert "['da', 'hu']" in out
     assert "nobody" in out
     assert "usage" not in out
     assert "completion_tokens" in out

@@ -113,7 +113,7 @@ def in_chat(windows: Windows, frames: Frames) -> Windows:
         ids: list[int] = []
         places: list[int] = []
         for document in _documents(windows, row):
-            own = document[len(frames.beginning) :]
+            own = document[min(len(frames.beginning), len(chat.opening)) :]
             question = _share(len(own), 0.1)
             made = [*chat.opening, *own[:question], *chat.between, *own[question:]]
             ids += made
