@@ -54,22 +54,12 @@ class Ask:
     """Number of answers per prompt that are generated."""
     prompts: tuple[Prompt, ...]
     submits: tuple[Submit, ...]
-    reported: int
-    """Entries that the response may report."""
-    reported_first: int
-    """Entries that an answer's first chunk may report: those of its prompt."""
+    is_large: bool
+    """Whether its response may take long to write."""
+    begins_large: bool
+    """Whether an answer's first chunk may, because of what it reports of the prompt."""
     calls_tools: bool = False
     """Whether an answer may call tools."""
-
-    @property
-    def is_large(self) -> bool:
-        """Whether its response may take long to write."""
-        return self.reported > LARGE_REPORT
-
-    @property
-    def begins_large(self) -> bool:
-        """Whether the first chunk of an answer may take long to write."""
-        return self.reported_first > LARGE_REPORT
 
     @property
     def prompt_tokens(self) -> int:
@@ -164,7 +154,8 @@ def _ask(
         )
         for i in range(len(prompts) * tries)
     )
-    return Ask(name, body.model, body.n, tries, prompts, submits, entries, max(of_prompts))
+    large, begins = entries > LARGE_REPORT, max(of_prompts) > LARGE_REPORT
+    return Ask(name, body.model, body.n, tries, prompts, submits, large, begins)
 
 
 def _tries(body: CompletionBody) -> int:
