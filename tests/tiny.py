@@ -140,6 +140,11 @@ class Naive:
         return ids[len(prompt) :], chosen_from
 
 
+def answer(prompt: str, tokens: int, *adapters: Adapter) -> list[int]:
+    """Greedy answer of the usual base to a text."""
+    return Naive(model()).greedy(tokenizer().encode(prompt, special_tokens=False), tokens, adapters)[0]
+
+
 def save(base, folder: Path) -> Path:
     """A model folder as `--model` takes it."""
     base.save_pretrained(folder)

@@ -1,11 +1,14 @@
 """A recipe small enough to train in a second, and what its runs leave."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nr_serve.train import checkpoint as checkpoints
+from nr_serve.train import trainer
 from nr_serve.train.recipe import Recipe
 from nr_serve.train.recipe_file import read_recipe
 
@@ -58,3 +61,18 @@ def write_sweep(folder: Path, base: Path, runs: str) -> Path:
 def weights(out: Path) -> dict[str, torch.Tensor]:
     """The trained tensors of a run's newest checkpoint."""
     return checkpoints.load(checkpoints.latest(out)).weights()
+
+
+@contextmanager
+def killed_before(step: int, monkeypatch) -> Iterator[None]:
+    """A run inside ends with KeyboardInterrupt once it has taken so many steps."""
+    loss = trainer.RunTrainer.compute_loss
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.RunTrainer, "compute_loss", killed)
+        yield

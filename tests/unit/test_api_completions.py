@@ -308,7 +308,6 @@ def test_a_wrong_field_is_refused_by_name(server, field, value):
 @pytest.mark.parametrize(
     ("field", "value", "param"),
     [
-        ("prompt", ["x", ""], None),
         ("prompt", [[97], []], "prompt[1]"),
         ("prompt", [[97], [258]], "prompt[1]"),
         ("logit_bias", {"97": 101}, "logit_bias"),
@@ -317,11 +316,12 @@ def test_a_wrong_field_is_refused_by_name(server, field, value):
 )
 def test_the_place_in_a_field_is_named(server, field, value, param):
     response = server.complete(**{field: value, "stream": True})
-    if param is None:  # BOS alone is a prompt
-        assert response.status_code == 200
-    else:
-        assert response.status_code == 400
-        assert response.json()["error"]["param"].startswith(param)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith(param)
+
+
+def test_an_empty_text_is_a_prompt_where_the_tokenizer_begins_one(server):
+    assert len(server.complete(prompt=["x", ""]).json()["choices"]) == 2
 
 
 def test_neither_nan_nor_half_a_character_passes(server):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nr_serve.config import ServeConfig
-from nr_serve.engine.model import auto_dtype, base, processor
+from nr_serve.engine.model import auto_dtype, base, packed_linear, processor
 from tests import tiny
 
 
@@ -62,9 +62,13 @@ def test_what_counts_is_the_time_computed_not_the_time_waited(monkeypatch):
 @pytest.mark.parametrize("packs", [True, False])
 def test_the_measurement_runs_with_packed_weights_and_without(packs, monkeypatch):
     monkeypatch.setattr(auto_dtype, "_SIZE", 64)
+    can_pack, ratio, measured = packed_linear.can_pack, auto_dtype._ratio, []
     if not packs:
         monkeypatch.setattr(auto_dtype, "can_pack", lambda dtype: False)
-    assert auto_dtype.fastest_dtype() in (torch.float32, torch.bfloat16)
+    monkeypatch.setattr(auto_dtype, "_ratio", lambda layers, n: measured.append(layers) or ratio(layers, n))
+    auto_dtype.fastest_dtype()
+    kinds = {dtype: isinstance(layer, packed_linear.PackedLinear) for dtype, layer in measured[0].items()}
+    assert kinds == {dtype: packs and can_pack(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
 @pytest.fixture

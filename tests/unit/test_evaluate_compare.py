@@ -278,7 +278,7 @@ def test_the_files_hold_what_was_measured(made, runs, tmp_path):
     assert all(path.stat().st_size for path in written)
 
 
-def test_a_second_comparison_measures_only_what_is_new(made, runs, corpus, monkeypatch):
+def test_the_same_comparison_again_measures_nothing(made, runs, corpus, monkeypatch):
     measured = []
     monkeypatch.setattr(readings, "measure", lambda *args: measured.append(args[2]) or measure(*args))
     again = compare_runs(runs, corpus, SOURCES, windows=WINDOWS)

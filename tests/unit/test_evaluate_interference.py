@@ -13,13 +13,13 @@ from nr_serve.errors import BadAdapterFile, BadRequest
 from nr_serve.evaluate.card import card
 from nr_serve.evaluate.difference import Difference, difference
 from nr_serve.evaluate.heldout import Report, SourceReport, attach_all
-from nr_serve.evaluate.hosted import Hosted, load
+from nr_serve.evaluate.hosted import Hosted
 from nr_serve.evaluate.interference import Alone, Interference, interference
 from nr_serve.evaluate.report_plots import gate_rates
 from nr_serve.evaluate.roles import Role, assign_roles
 from nr_serve.evaluate.tables import interference_page, interference_rows
 from nr_serve.neutral import math
-from nr_serve.neutral.format import Adapter, write_adapter
+from nr_serve.neutral.format import Adapter
 from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.measure import SourceResult
 from nr_serve.train.text.pack import Windows
@@ -323,16 +323,6 @@ def test_gate_rates_weigh_the_sources_of_a_language_by_their_tokens():
     assert list(rates) == ["en (own)", "hu (own)", "ca", "cs", "da", "en", "id", "nb"]
     assert rates["en"] == pytest.approx([(0.002 + 3 * 0.1) / 4, (0.002 + 3 * 0.2) / 4])
     assert gate_rates(report, whole.roles, "da")["nb"] == [0.60, None]
-
-
-def test_adapters_of_one_name_are_refused(tmp_path, base):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        made = tiny.adapter(tiny.model(), 1)
-        write_adapter(tmp_path / folder / "hu.safetensors", made.info, made.blocks)
-    files = [tmp_path / folder / "hu.safetensors" for folder in ("a", "b")]
-    with pytest.raises(BadRequest, match="same name: hu"):
-        load(files, str(base))
 
 
 def test_the_card_shows_plots_and_the_error_of_each_change(adapters):

@@ -66,11 +66,6 @@ def by_id(answers):
     return found
 
 
-def naive(prompt, tokens, *adapters):
-    loop = tiny.Naive(tiny.model())
-    return loop.greedy(tiny.tokenizer().encode(prompt, special_tokens=False), tokens, adapters)[0]
-
-
 def test_each_line_is_answered_as_the_naive_loop_does(tmp_path, flags):
     a = tiny.adapter(tiny.model(), 1, carry=0.5)
     prompts = ["hello", "A fájl mentéséhez", "x" * 40]
@@ -78,9 +73,9 @@ def test_each_line_is_answered_as_the_naive_loop_does(tmp_path, flags):
     for i, prompt in enumerate(prompts):
         for model, attached in ((MODEL, [a]), (f"{MODEL}@none", []), ("a", [a])):
             lines.append(line(f"{model}-{i}", model=model, prompt=prompt))
-            expected[f"{model}-{i}"] = naive(prompt, 4, *attached)
+            expected[f"{model}-{i}"] = tiny.answer(prompt, 4, *attached)
     lines.append(line("chat", messages=[{"role": "user", "content": "hi"}], adapters=[]))
-    expected["chat"] = naive("<user>hi\n<assistant>", 4)
+    expected["chat"] = tiny.answer("<user>hi\n<assistant>", 4)
     code, answers = run(tmp_path, lines, flags)
     assert code == 0
     found = by_id(answers)

@@ -49,11 +49,6 @@ def server(place):
         yield server
 
 
-def naive(prompt, tokens, *adapters):
-    loop = tiny.Naive(tiny.model())
-    return loop.greedy(tiny.tokenizer().encode(prompt, special_tokens=False), tokens, adapters)[0]
-
-
 def ids(answer):
     return [choice["token_ids"] for choice in answer.body["choices"]]
 
@@ -62,9 +57,12 @@ def test_completions_are_the_naive_loops(server):
     hu = tiny.adapter(tiny.model(), 1, carry=0.5)
     ask = {"max_tokens": 6, "temperature": 0, "return_token_ids": True}
     assert server.model == "tiny"
-    assert ids(server.complete(PROMPT, **ask)) == [naive(PROMPT, 6, hu)]
-    assert ids(server.complete(PROMPT, adapters=[], **ask)) == [naive(PROMPT, 6)]
-    assert ids(server.complete([PROMPT, "x"], model="tiny@none", **ask)) == [naive(PROMPT, 6), naive("x", 6)]
+    assert ids(server.complete(PROMPT, **ask)) == [tiny.answer(PROMPT, 6, hu)]
+    assert ids(server.complete(PROMPT, adapters=[], **ask)) == [tiny.answer(PROMPT, 6)]
+    assert ids(server.complete([PROMPT, "x"], model="tiny@none", **ask)) == [
+        tiny.answer(PROMPT, 6),
+        tiny.answer("x", 6),
+    ]
 
 
 def test_an_answer_is_its_text(server):
@@ -189,7 +187,7 @@ def count(server, reason: str) -> float:
 def test_chat_goes_through_the_template(server):
     hu = tiny.adapter(tiny.model(), 1, carry=0.5)
     ask = {"max_tokens": 6, "temperature": 0, "return_token_ids": True}
-    expected = naive("<user>hi\n<assistant>", 6, hu)
+    expected = tiny.answer("<user>hi\n<assistant>", 6, hu)
     assert ids(server.chat("hi", **ask)) == [expected]
     assert ids(server.chat([{"role": "user", "content": "hi"}], **ask)) == [expected]
 

@@ -175,9 +175,10 @@ def test_without_packed_products_the_base_stays_as_it_is(monkeypatch):
 def test_packing_changes_neither_fingerprint_nor_slot_width(monkeypatch):
     need(torch.float32)
 
-    def info():
-        return Runner(tiny.model(), tiny.tokenizer(), ServeConfig(pages=40), "tiny").info
+    def made():
+        runner = Runner(tiny.model(), tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+        return runner.info, runner.bank.width
 
-    packed = info()
+    packed = made()
     monkeypatch.setattr(packed_linear, "can_pack", lambda dtype: False)
-    assert info() == packed
+    assert made() == packed

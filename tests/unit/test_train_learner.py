@@ -131,14 +131,17 @@ def test_the_hinge_is_there_without_the_local_loss():
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_changes_no_gradient():
     batch = {"target": part(1), "original": part(2)}
-    grads = []
+    grads, passes = [], []
     for checkpointing in (False, True):
-        made = learner("relu", Loss(open=1.0))
+        made, calls = learner("relu", Loss(open=1.0)), []
         made.train()
         if checkpointing:
             checkpoint_layers(made.base)
+        made.base.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         made(**batch)["loss"].backward()
         grads.append([p.grad for p in made.adapter.parameters()])
+        passes.append(len(calls))
+    assert passes[1] == passes[0] + 1, "the layer is computed again in the backward pass"
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
 
 

@@ -14,7 +14,7 @@ from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.restore import load_run
 from nr_serve.train.run import train
 from nr_serve.train.sweep import finished, read_sweep, run_sweep
-from tests.tiny_run import RECIPE, write_recipe
+from tests.tiny_run import RECIPE, killed_before, write_recipe
 
 Seen = list[tuple[int, dict[str, torch.Tensor]]]
 
@@ -71,17 +71,9 @@ def test_exports_and_comparisons_take_the_best_checkpoint(tmp_path, base, corpus
 
 
 def test_how_long_the_loss_has_not_fallen_survives_a_kill(tmp_path, base, corpus, worsening, monkeypatch):
-    recipe, loss = patient(tmp_path, base, patience=3), trainer.RunTrainer.compute_loss
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
-        return loss(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.RunTrainer, "compute_loss", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, tmp_path / "out", corpus)
+    recipe = patient(tmp_path, base, patience=3)
+    with killed_before(6, monkeypatch), pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "out", corpus)
     moved = (tmp_path / "out").rename(tmp_path / "moved")
     made = train(recipe, moved, corpus, resume=True)
     assert [step for step, _ in worsening] == [0, 2, 4, 6, 8]

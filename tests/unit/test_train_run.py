@@ -3,8 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,23 +27,8 @@ from nr_serve.train.run import train
 from nr_serve.train.run_text import read_run_text
 from nr_serve.train.trainer import TrainingDiverged, learning_rate
 from tests import tiny
-from tests.tiny_run import weights, write_recipe
+from tests.tiny_run import killed_before, weights, write_recipe
 from tests.unit.room import no_room
-
-
-@contextmanager
-def killed_before(step: int, monkeypatch) -> Iterator[None]:
-    """A run inside ends with KeyboardInterrupt once it has taken so many steps."""
-    loss = trainer.RunTrainer.compute_loss
-
-    def killed(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return loss(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.RunTrainer, "compute_loss", killed)
-        yield
 
 
 def flip_a_bit(path: Path) -> None:
