@@ -103,16 +103,16 @@ def switch_texts(hosted: Hosted, texts: Mapping[str, Windows], windows: int) -> 
     needed = windows * sum(bool(role.own) for role in roles.values())
     whole = {name: _within_a_document(texts[name]) for name, role in roles.items() if role.kind == "original"}
     original = {name: text.spread(needed) for name, text in whole.items() if len(text)}
-    if whole and not original:
-        raise BadRequest("no document in the base's own language is as long as two stretches", param="stretch")
-    made = {}
+    learned = {}
     for adapter in hosted.names:
         own = {name: texts[name].spread(windows) for name, role in roles.items() if adapter in role.own}
-        for what, found in (("the base's own language", original), (f"what {adapter} learned", own)):
+        for what, found in (("the base's own language", whole), (f"what {adapter} learned", own)):
             if not found:
                 raise BadRequest(f"no source of {what} is among those to measure", param="source")
-        made[adapter] = _splice(original, own)
-    return made
+        learned[adapter] = own
+    if not original:
+        raise BadRequest("no document in the base's own language is as long as two stretches", param="stretch")
+    return {adapter: _splice(original, own) for adapter, own in learned.items()}
 
 
 def _within_a_document(text: Windows) -> Windows:

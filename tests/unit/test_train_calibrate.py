@@ -244,7 +244,9 @@ def test_a_carrys_cost_is_a_table_with_a_row_each(tmp_path, base, corpus, capsys
         asked = [str(old), "--corpus", str(corpus), "--model", str(base), "--carry", carry, "--out", str(file)]
         assert main(["calibrate", *asked]) == 0
     capsys.readouterr()
-    asked = ["--corpus", str(corpus), "--model", str(base), "--alone", "--switches", "--window", "16"]
+    folder = shutil.copytree(corpus, tmp_path / "corpus")
+    (folder / "en.long.heldout.txt").write_text("thethe  hthte eht" * 200)  # no other document holds two stretches
+    asked = ["--corpus", str(folder), "--model", str(base), "--alone", "--switches", "--window", "16"]
     assert main(["evaluate", *map(str, files), *asked, "--stretch", "32", "--windows", "8"]) == 0
     alone, switches = (table.splitlines() for table in capsys.readouterr().out.split("\n\n"))
     assert [line.split()[:2] for line in alone[1:]] == [["carry-0", "0"], ["carry-0.9", "0.9"]]
