@@ -54,7 +54,7 @@ class Checkpoint:
     results: dict[str, dict[str, float]]
     """The latest measurements on held-out text."""
     start: str | None = None
-    """Version of the adapter file that the run started from; None if it started from none."""
+    """Version of the adapter file that the run started from; None if it started from none, or if unknown."""
     measured_step: int | None = None
     """Number of gradient steps taken when `results` were measured; None if unknown."""
     best_step: int | None = None
@@ -63,6 +63,10 @@ class Checkpoint:
     """Whether the run has ended early, because that loss has not fallen for too long."""
     digests: dict[str, str] = field(default_factory=dict)
     """Hash of each file, by name; empty until the checkpoint is complete."""
+
+    def may_have_started_from(self, version: str | None) -> bool:
+        """Whether the run started from this version of its adapter file, as far as both are known."""
+        return None in (version, self.start) or version == self.start
 
     def check(self) -> None:
         """Raise BadCheckpoint, naming the file, if one that a resumed run reads is not as it was written."""

@@ -93,7 +93,7 @@ class TrainingRun:
         _same("base", saved is None or saved.base_contents == self.base.contents)
         self.learner = make_learner(recipe, self.base, restored=saved is not None).to(self.base.device)
         start = processes.from_first(lambda: start_version(recipe))
-        if saved is not None and None not in (start, saved.start) and start != saved.start:
+        if saved is not None and not saved.may_have_started_from(start):
             file = recipe.blocks.start
             raise Conflict(f"the run to resume started from another {file}; it goes on if that is moved away")
         self.start = start if saved is None else saved.start

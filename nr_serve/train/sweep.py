@@ -123,6 +123,6 @@ def _ended(run: Path, recipe: Recipe) -> checkpoints.Checkpoint | None:
         return None
     saved = checkpoints.load(found)
     ended = saved.stopped or saved.step >= recipe.run.steps
-    start = start_version(recipe)
-    same = parse_recipe(saved.recipe) == recipe and (None in (start, saved.start) or start == saved.start)
-    return saved if ended and same and result_path(run, recipe).exists() else None
+    if not (ended and parse_recipe(saved.recipe) == recipe and result_path(run, recipe).exists()):
+        return None
+    return saved if saved.may_have_started_from(start_version(recipe)) else None

@@ -61,14 +61,18 @@ class _LeadIn:
         """
         ids, offsets = windows.ids_NT[row].tolist(), windows.offset_NT[row].tolist()
         end = _first_document(offsets)
-        own, rest = ids[min(skip, end, len(self.before)) : end], ids[end:]
-        document = [*self.before, *own[: self.question], *self.between, *own[self.question :]]
+        document, rest = self.around(ids[:end], skip), ids[end:]
         places = [*range(len(document)), *offsets[end:]]
         since = [*(max(0, place + 1 - len(self.before)) for place in range(len(document))), *offsets[end:]]
         length = len(ids)
         columns = ([*document, *rest][:length], places[:length], since[:length])
         ids_T, offset_T, since_T = (torch.tensor(column) for column in columns)
         return ids_T, offset_T, torch.minimum(since_T, offset_T)
+
+    def around(self, document: Sequence[int], skip: int) -> list[int]:
+        """A document that continues `before`, without its first `skip` tokens, or as many as `before` has."""
+        own = document[min(skip, len(self.before)) :]
+        return [*self.before, *own[: self.question], *self.between, *own[self.question :]]
 
 
 def _first_document(offsets: Sequence[int]) -> int:
@@ -108,14 +112,14 @@ def in_chat(windows: Windows, frames: Frames) -> Windows:
     """
     length = windows.ids_NT.shape[1]
     chat = check_chat(frames, length)
+    skip = min(len(frames.beginning), len(chat.opening))
     ids_NT, offset_NT = torch.empty_like(windows.ids_NT), torch.empty_like(windows.offset_NT)
     for row in range(len(windows)):
         ids: list[int] = []
         places: list[int] = []
         for document in _documents(windows, row):
-            own = document[min(len(frames.beginning), len(chat.opening)) :]
-            question = _share(len(own), 0.1)
-            made = [*chat.opening, *own[:question], *chat.between, *own[question:]]
+            question = _share(len(document) - skip, 0.1)
+            made = _LeadIn(chat.opening, question, chat.between).around(document, skip)
             ids += made
             places += range(len(made))
         ids_NT[row], offset_NT[row] = torch.tensor(ids[:length]), torch.tensor(places[:length])
