@@ -106,6 +106,27 @@ def test_the_longest_request_is_what_base_and_kv_cache_hold():
         Runner(copy.deepcopy(base), tiny.tokenizer(), ServeConfig(pages=4, max_model_len=65, **few), "tiny")
 
 
+def test_the_kv_cache_takes_the_memory_that_it_was_given():
+    base = tiny.model("llama")
+    config = ServeConfig(page_size=16, kv_cache_gib=0.001, slots=1, dtype="float32")
+    made = Runner(copy.deepcopy(base), tiny.tokenizer(), config, "tiny")
+    shape = base.config
+    keys = shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    page_bytes = 16 * 2 * keys * 4
+    assert made.pages > 1
+    assert made.pages * page_bytes <= 0.001 * 2**30 < (made.pages + 1) * page_bytes
+
+
+def test_the_base_computes_with_as_many_threads_as_were_given(base):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            Runner.load(base, tiny.tokenizer(), ServeConfig(pages=40, slots=1, threads=threads), "tiny")
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_base_whose_logits_come_out_wrong_is_refused():
     base = tiny.model("llama")
 

@@ -82,11 +82,29 @@ def test_the_commands_of_the_security_page_are_understood(tmp_path):
     assert (config.host, config.key_file) == ("0.0.0.0", Path(file))
 
 
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "adapters").glob("*/README.md"))]
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as hosts of git repositories make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_between_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path) if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in _anchors(target), link
+
+
 def _commands_shown() -> list[tuple[str, str]]:
     """Each page and each command line in it, without what a shell does with its input and output."""
-    pages = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "adapters").glob("*/README.md"))]
     found = []
-    for page in pages:
+    for page in PAGES:
         whole = re.sub(r" \\\n\s*", " ", page.read_text(encoding="utf-8"))
         lines = re.findall(r"^ {4,}(?:[A-Z_]+=\S+ )*nr-serve ([a-z].*)$", whole, re.M)
         found += [(page.name, re.split(r" [|<>&]", line)[0]) for line in lines]

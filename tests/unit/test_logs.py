@@ -76,6 +76,15 @@ def test_progress_bars_are_for_people_who_watch(level, form, watched, bars, monk
     transformers_logging.enable_progress_bar()
 
 
+@pytest.mark.parametrize(("level", "told"), [("info", True), ("warning", False)])
+def test_a_server_says_that_it_is_ready_and_logs_from_its_level_on(level, told):
+    with process("--log-level", level) as (server, client):
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=PATIENCE)
+    assert out == f"ready: base on {client.url} (cpu, float32; adapters: hu)\n"
+    assert ("stopped" in err) is told
+
+
 def test_in_json_all_that_a_server_says_is_objects():
     with process("--log-format", "json") as (server, client):
         server.send_signal(signal.SIGTERM)

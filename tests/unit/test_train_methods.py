@@ -56,12 +56,12 @@ def test_a_run_in_bfloat16_learns_and_keeps_what_it_trains_in_float32(tmp_path, 
     assert {tensor.dtype for tensor in saved.weights().values()} == {torch.float32}
 
 
-def test_every_method_starts_as_the_base_and_equal_methods_train_equally_many_parameters(base):
+def test_every_method_starts_as_the_base_and_equal_methods_train_equally_many_parameters(tmp_path, base):
     ids = torch.arange(40)[None]
     expected = load_base(str(base)).model(ids).logits
     sizes = {}
     for method in METHODS:
-        recipe = write_recipe(base.parent, base, method=method)
+        recipe = write_recipe(tmp_path, base, method=method)
         frozen = load_base(str(base))
         learner = make_learner(recipe, frozen)
         learner.attached.begin(torch.arange(40)[None])
@@ -81,10 +81,10 @@ def test_every_method_starts_as_the_base_and_equal_methods_train_equally_many_pa
         ({"method": "lora", "lora__rank": 2**20}, r"lora\.rank is 1,048,576; the base is \d+ wide"),
     ],
 )
-def test_sizes_that_do_not_suit_the_base_are_refused(base, changes, said):
+def test_sizes_that_do_not_suit_the_base_are_refused(tmp_path, base, changes, said):
     frozen = load_base(str(base))
     with pytest.raises(BadRecipe, match=said):
-        make_learner(write_recipe(base.parent, base, **changes), frozen)
+        make_learner(write_recipe(tmp_path, base, **changes), frozen)
 
 
 def test_a_loras_folder_is_read_by_peft_and_a_finetuned_one_by_transformers(runs, base):
@@ -104,6 +104,20 @@ def test_a_loras_folder_is_read_by_peft_and_a_finetuned_one_by_transformers(runs
             there = AutoModelForCausalLM.from_pretrained(folder)
         assert torch.allclose(there.eval()(ids).logits, expected, atol=1e-4), method
         assert not torch.allclose(before, expected, atol=1e-2), method
+
+
+def test_loras_update_is_scaled_by_alpha_over_rank(tmp_path, base):
+    recipe = write_recipe(tmp_path, base, method="lora", lora__rank=4, lora__alpha=6)
+    ids = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(0))
+    plain, adapted = load_base(str(base)).model, load_base(str(base))
+    learner = make_learner(recipe, adapted)
+    for name, matrix in learner.trained().items():
+        if "lora_B" in name:
+            matrix.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+            a = learner.trained()[name.replace("lora_B", "lora_A")]
+            layer = plain.get_submodule(name.removeprefix("base.").partition(".lora_B")[0].replace(".ffn", ""))
+            layer.weight.data += 6 / 4 * matrix.detach() @ a.detach()
+    assert torch.allclose(adapted.model(ids).logits, plain(ids).logits, atol=1e-5)
 
 
 def test_a_plain_adapter_is_an_adapter_file_whose_gates_are_always_open(runs):

@@ -1,6 +1,7 @@
 """A gradient step is the same however it is cut in parts: its loss, its gradients and what is logged of it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from nr_serve.train.losses import next_token_labels
 from nr_serve.train.methods import make_learner
 from nr_serve.train.recipe import Recipe
 from nr_serve.train.run import train
+from nr_serve.train.run_text import read_run_text
 from nr_serve.train.text import read_classes
+from nr_serve.train.trainer import learning_rate
 from tests.tiny_run import weights, write_recipe
 
 TRAINED_GATES = {"gate__init": "he", "gate__trained": True}
@@ -128,6 +131,40 @@ def test_what_starts_at_0_alone_learns_faster_by_its_ratio(tmp_path, base, corpu
     for name in slow:
         assert torch.allclose(fast[name], slow[name] * (4 if out in name else 1), rtol=1e-5), name
     assert any(slow[name].any() for name in slow if out in name)
+
+
+def adamw(learner: Learner, recipe: Recipe, corpus: Path) -> list[float]:
+    """Train in place, by the formulas of AdamW and of clipping, in float64; return each step's gradient norm."""
+    run, batches, norms = recipe.run, read_run_text(recipe, corpus).batches, []
+    weights = {name: p.detach().double() for name, p in learner.trained().items()}
+    means = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    squares = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for step in range(run.steps):
+        lr = learning_rate(run, step)
+        _, found = gradients(learner, batches, step)
+        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in found.values())))
+        for name, parameter in learner.trained().items():
+            gradient = found[name].double() * min(1.0, run.clip / norms[-1])
+            means[name] = 0.9 * means[name] + 0.1 * gradient
+            squares[name] = 0.999 * squares[name] + 0.001 * gradient.square()
+            mean = means[name] / (1 - 0.9 ** (step + 1))
+            square = squares[name] / (1 - 0.999 ** (step + 1))
+            weights[name] = weights[name] * (1 - lr * run.weight_decay) - lr * mean / (square.sqrt() + 1e-8)
+            parameter.data.copy_(weights[name])
+    return norms
+
+
+def test_a_run_takes_the_steps_of_adamw_with_clipped_gradients(tmp_path, base, corpus):
+    changes = {"run__weight_decay": 0.5, "run__clip": 0.5, "run__batch_tokens": 256}
+    recipe = write_recipe(tmp_path, base, tokens=1024, method="lora", **changes)
+    train(recipe, tmp_path / "out", corpus)
+    learner = make_learner(recipe, load_base(recipe.base))
+    norms = adamw(learner, recipe, corpus)
+    assert min(norms) > recipe.run.clip
+    assert max(norms) / min(norms) > 1.05, "AdamW does not see a clip that scales all steps alike"
+    found = weights(tmp_path / "out")
+    for name, expected in learner.trained_state().items():
+        assert torch.allclose(found[name], expected, atol=1e-4), name
 
 
 def test_the_precision_is_the_recipes_whatever_the_launcher_says(tmp_path, base, corpus, monkeypatch):
