@@ -1,7 +1,8 @@
 """Tiny random models and adapters, and the naive loop that every fast path is held against."""
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from nr_serve.neutral import math
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block
 from nr_serve.neutral.host import fingerprint, host_blocks
 from nr_serve.tokenizer import Tokenizer
+from nr_serve.train.text.pack import Windows
 
 VOCAB = 300
 D = 48
@@ -138,6 +140,18 @@ class Naive:
             chosen_from.append(logprobs)
             ids.append(int(logprobs.argmax()))
         return ids[len(prompt) :], chosen_from
+
+
+def naive_loss(logits: Callable[[list[int]], torch.Tensor], text: Windows) -> float:
+    """Nats per token of a text, document by document; `logits` gives [T, V] for the tokens of one."""
+    nats, count = 0.0, 0
+    for ids, offset in zip(text.ids_NT.tolist(), text.offset_NT.tolist(), strict=True):
+        starts = [t for t, place in enumerate(offset) if place == 0] + [len(ids)]
+        for first, last in itertools.pairwise(starts):
+            logprobs = logits(ids[first:last]).log_softmax(-1)
+            nats -= float(logprobs[:-1].gather(1, torch.tensor(ids[first + 1 : last])[:, None]).sum())
+            count += last - first - 1
+    return nats / count
 
 
 def answer(prompt: str, tokens: int, *adapters: Adapter) -> list[int]:

@@ -1,6 +1,5 @@
 """Training runs compared: losses, shares and scores equal those reckoned from the runs' own files."""
 
-import itertools
 import json
 import shutil
 import statistics
@@ -8,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from nr_serve.cli import main
@@ -76,21 +74,10 @@ def in_float32(file: Adapter) -> Adapter:
     return replace(file, blocks=tuple(blocks))
 
 
-def loss(logits, text) -> float:
-    nats, count = 0.0, 0
-    for ids, offset in zip(text.ids_NT.tolist(), text.offset_NT.tolist(), strict=True):
-        starts = [t for t, place in enumerate(offset) if place == 0] + [len(ids)]
-        for first, last in itertools.pairwise(starts):
-            logprobs = logits(ids[first:last]).log_softmax(-1)
-            nats -= float(logprobs[:-1].gather(1, torch.tensor(ids[first + 1 : last])[:, None]).sum())
-            count += last - first - 1
-    return nats / count
-
-
 def test_losses_and_shares_equal_those_reckoned_from_the_runs_files(made, runs, base, corpus):
     texts = read_heldout(corpus, SOURCES, tiny.tokenizer().hf, 256, WINDOWS)
     found = {
-        name: {source: loss(logits, text) for source, text in texts.items()}
+        name: {source: tiny.naive_loss(logits, text) for source, text in texts.items()}
         for name, logits in logits_by_run(runs, base).items()
     }
     # An adapter's file holds bfloat16, a run float32.
@@ -119,7 +106,8 @@ def test_the_errors_of_the_means_are_those_of_the_change_of_each_window(made, ru
     ):
         windows = [texts[source].take(slice(i, i + 1)) for i in range(len(texts[source]))]
         changes = [
-            (loss(logits["finetune"], window) - loss(logits["base"], window)) * window.labelled
+            (tiny.naive_loss(logits["finetune"], window) - tiny.naive_loss(logits["base"], window))
+            * window.labelled
             for window in windows
         ]
         without = [

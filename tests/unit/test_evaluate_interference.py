@@ -1,10 +1,10 @@
 """Interference: losses with none, its own and all adapters attached, who fires on what, and what is worst."""
 
-import itertools
 import json
 import random
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -81,14 +81,8 @@ class Counting(tiny.Naive):
 
 def naive(text: Windows, attached) -> tuple[float, dict[int, list[int]]]:
     """Loss of a text, document by document, and tokens fired by adapter and layer."""
-    loop, nats, count = Counting(attached), 0.0, 0
-    for ids, offset in zip(text.ids_NT.tolist(), text.offset_NT.tolist(), strict=True):
-        starts = [t for t, place in enumerate(offset) if place == 0] + [len(ids)]
-        for first, last in itertools.pairwise(starts):
-            logprobs = loop.logits(ids[first:last], attached).log_softmax(-1)
-            nats -= float(logprobs[:-1].gather(1, torch.tensor(ids[first + 1 : last])[:, None]).sum())
-            count += last - first - 1
-    return nats / count, loop.fired
+    loop = Counting(attached)
+    return tiny.naive_loss(partial(loop.logits, adapters=attached), text), loop.fired
 
 
 def test_every_loss_and_fired_share_equals_the_naive_loops(measured, adapters):
