@@ -50,8 +50,7 @@ class Engine:
 
     def __init__(self, shape: str, args: argparse.Namespace, batches: Sequence[int], context: int) -> None:
         # Here, for they need triton, and --help does not.
-        from nr_serve.engine.model import gpu_attention, graphs
-        from nr_serve.engine.model.attention import KVCache
+        from nr_serve.engine.model import attention, gpu_attention, graphs
         from nr_serve.engine.model.fuse import prepare_layers
         from nr_serve.neutral.gpu_bank import GpuBank
 
@@ -76,17 +75,19 @@ class Engine:
             pages=self.pages,
         )
         heads, head_size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        self.cache = KVCache(
+        self.cache = attention.KVCache(
             layers=layers,
             cells=self.pages * PAGE,
             heads=heads,
             head_size=head_size,
             device=self.device,
             dtype=dtype,
+            attend=gpu_attention.attend,
         )
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as the server has it
         self.kv_bytes_a_token = 2 * layers * heads * head_size * dtype.itemsize
-        gpu_attention.register()
-        self.model.set_attn_implementation(gpu_attention.NAME)
+        attention.register()
+        self.model.set_attn_implementation(attention.NAME)
         prepare_layers(self.model, self.bank, None, kernels=True)
         self.graphs = graphs.Graphs(
             graphs.model_step(self.model, self.bank, self.cache), slots=8, page_size=PAGE, longest=context,

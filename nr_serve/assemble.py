@@ -64,7 +64,7 @@ def _check_adapters(config: ServeConfig) -> None:
         for entry in config.adapter:
             _, path = adapter_entry(entry)
             with naming(path):
-                read_info(path, max_bytes=int(config.max_adapter_gib * 2**30))
+                read_info(path, max_bytes=config.max_adapter_bytes)
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:

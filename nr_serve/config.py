@@ -42,8 +42,10 @@ ALIKE = 0.75
 _PREFIX = "NR_"
 _OTHERS = ("NR_CACHE", "NR_URL")
 """Environment variables that are not settings of the server: the cache folder, and the client's server."""
-_KUBERNETES = re.compile(r"NR_SERVE_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_(ADDR|PORT|PROTO))?)?)")
-"""Variables that Kubernetes sets in every container if a Service is called nr-serve."""
+_KUBERNETES = re.compile(
+    r"NR_SERVE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_(ADDR|PORT|PROTO))?)?)"
+)
+"""Variables that Kubernetes sets in every container if a Service is called nr-serve, or nr-serve-canary, say."""
 
 
 def _split(value: Any) -> Any:
@@ -133,7 +135,9 @@ class EngineSettings(BaseModel):
     max_waiting: int = Field(1024, ge=1, description="longest queue; further requests get 429")
     page_size: int = Field(16, ge=1, description="tokens a page of KV cache holds")
     kv_cache_gib: float = Field(1.0, gt=0, le=2**20, description="memory for the KV cache, GiB")
-    pages: int | None = Field(None, ge=1, description="pages of KV cache (default: from --kv-cache-gib)")
+    pages: int | None = Field(
+        None, ge=1, description="pages of KV cache, in place of --kv-cache-gib (default: from it)"
+    )
     prefix_cache: bool = Field(True, description="reuse the KV cache of earlier requests that began alike")
 
 
@@ -255,6 +259,16 @@ class ServeConfig(
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Sources by priority: flags, the environment, then the file that one of them names."""
         return (init_settings, env_settings, _SettingsFile(settings_cls, {}))
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether requests need a key; `admin_key` alone guards only what changes the server."""
+        return self.api_key is not None or self.key_file is not None
+
+    @property
+    def max_adapter_bytes(self) -> int:
+        """`max_adapter_gib` in bytes."""
+        return int(self.max_adapter_gib * 2**30)
 
     def base_name(self, model: str | Path) -> str:
         """Name that clients use for the base loaded from `model`."""

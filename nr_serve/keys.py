@@ -90,7 +90,7 @@ class Keys:
 
     def __init__(self, config: ServeConfig) -> None:
         """Raises BadRequest if the key file cannot be read."""
-        self.guards_inference = config.api_key is not None or config.key_file is not None
+        self.guards_inference = config.needs_key
         self.guards_changes = self.guards_inference or config.admin_key is not None
         # If it is the only key, the API key also guards adapter changes, so it must allow them.
         alone = config.admin_key is None and config.key_file is None

@@ -83,6 +83,8 @@ class Server:
         the base or an adapter cannot be served.
         """
         if adapters is not None:
+            if "adapter" in settings:
+                raise BadRequest("adapter: the adapters are given already, as `adapters`", param="adapter")
             several = [adapters] if isinstance(adapters, str | Path) else adapters
             settings["adapter"] = [str(adapter) for adapter in several]
         for name in settings.keys() - OfflineConfig.model_fields.keys() & ServeConfig.model_fields.keys():

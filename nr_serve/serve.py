@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -133,6 +134,10 @@ class _Announcer:
     def turned(self, status: Status) -> None:
         """Handle a change of the engine's status."""
         if status == "ready":
+            # What was loaded stays: a later collection that went through all of it would hold up every stream for a
+            # quarter of a second.
+            gc.collect()
+            gc.freeze()
             self._was_ready = True
             self._say_ready()
         elif status == "failed" and not self._was_ready:
@@ -166,7 +171,7 @@ def _address(listener: socket.socket) -> str:
 
 def _check_reach(config: ServeConfig) -> None:
     """Log who can reach the server without a key; raise NrError if other machines can and it was not allowed."""
-    if config.api_key is not None or config.key_file is not None:
+    if config.needs_key:
         return
     if is_loopback(config.host):
         log.info("no key is set: only this machine can reach the server")

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nr_serve import __version__
-from nr_serve.engine.messages import FinishReason, Sampling
+from nr_serve.engine.messages import Outcome, Sampling
 from nr_serve.errors import NrError
 from nr_serve.metrics import RequestClock
 
@@ -102,7 +102,7 @@ class RequestTrace:
         self._tracing = tracing
         self._caller = caller
 
-    def end(self, clock: RequestClock, reason: FinishReason, error: NrError | None = None) -> None:
+    def end(self, clock: RequestClock, reason: Outcome, error: NrError | None = None) -> None:
         """The request is over: `reason` is why."""
         zero, now = time.time_ns() - time.monotonic_ns(), time.monotonic()
 
@@ -131,7 +131,7 @@ class RequestTrace:
             self._tracing.span(name, parent, SpanKind.INTERNAL, start, {}).end(stop)
 
 
-def _attributes(clock: RequestClock, reason: FinishReason) -> dict[str, AttributeValue]:
+def _attributes(clock: RequestClock, reason: Outcome) -> dict[str, AttributeValue]:
     request = clock.request
     attributes: dict[str, AttributeValue] = {
         "gen_ai.provider.name": "nr-serve",

@@ -71,7 +71,7 @@ async def put_adapter(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nr-serve-")))
         path = folder / f"{name}.safetensors"
-        await receive_file(request, path, _max_bytes(context))
+        await receive_file(request, path, context.config.max_adapter_bytes)
         status = _load_status(context, name)
         received = stack.pop_all()
     command = LoadAdapter(name, path, query.replace, query.pinned, query.threshold, query.routed)
@@ -145,7 +145,7 @@ async def _load_allowed(
 ) -> AdapterView:
     """Have the engine load the file that `given` names on the server."""
     with ExitStack() as stack:
-        file = allowed_file(context.config.adapter_dir, given, param, _max_bytes(context))
+        file = allowed_file(context.config.adapter_dir, given, param, context.config.max_adapter_bytes)
         path = stack.enter_context(file)
         return await _load(context, command(path), stack.pop_all())
 
@@ -172,10 +172,6 @@ def _warn_of_sum(context: Context, view: AdapterView) -> None:
 
 def _load_status(context: Context, name: str) -> int:
     return 200 if name in context.engine.adapters else 201
-
-
-def _max_bytes(context: Context) -> int:
-    return int(context.config.max_adapter_gib * 2**30)
 
 
 async def _change(context: Context, command: PatchAdapter | UnloadAdapter) -> AdapterView:

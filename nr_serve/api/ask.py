@@ -29,7 +29,7 @@ MAX_REPORTED = 2**18
 LARGE_REPORT = 2**10
 """Of them; writing fewer takes a few ms."""
 _REPORTS = ("logprobs", "prompt_logprobs", "gates", "echo", "return_token_ids")
-"""Fields that ask for a report."""
+"""Fields that ask for a report; `best_of` does too, for answers are ranked by log probabilities."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ async def chat_ask(context: Context, body: ChatBody) -> Ask:
     max_tokens = body.max_completion_tokens or body.max_tokens
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     if max_tokens is None:
+        max_tokens = _room(context, prompts)
         of_prompts, of_token = _report_sizes(context, body, adapters, prompts, sampling)
-        most = _most_reported(body.n * sum(of_prompts), body.n * of_token)
-        max_tokens = min(_room(context, prompts), most)
+        if of_token:
+            max_tokens = min(max_tokens, _most_reported(body.n * sum(of_prompts), body.n * of_token))
     _check_length(context, prompts, max_tokens, "messages", param)
     guide = await guide_for(context, body, tools)
     ask = _ask(
@@ -193,7 +194,7 @@ def _prompts(context: Context, body: CompletionBody, given: list[str | list[int]
             ids = check_ids(each, vocab_size, param)
         if not ids:
             raise BadRequest("`prompt` must not be empty", param=param)
-        prompt = _truncated(body, Prompt(tuple(ids), text))
+        prompt = _truncated(context, body, Prompt(tuple(ids), text), body.max_tokens)
         if body.echo:
             text = prompt.text
             echo = context.tokenizer.decode(prompt.ids, special_tokens=True) if text is None else text
@@ -228,11 +229,13 @@ def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template adds its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
-    return _truncated(body, Prompt(tuple(ids), text))
+    return _truncated(context, body, Prompt(tuple(ids), text), body.max_completion_tokens or body.max_tokens)
 
 
-def _truncated(body: GenerationBody, prompt: Prompt) -> Prompt:
+def _truncated(context: Context, body: GenerationBody, prompt: Prompt, max_tokens: int | None) -> Prompt:
     most = body.truncate_prompt_tokens
+    if most == -1:
+        most = max(1, context.engine.info.max_model_len - (1 if max_tokens is None else max_tokens))
     if most is None or len(prompt.ids) <= most:
         return prompt
     return Prompt(prompt.ids[-most:], None)  # the text sent no longer matches
@@ -240,7 +243,7 @@ def _truncated(body: GenerationBody, prompt: Prompt) -> Prompt:
 
 def _check_count(context: Context, prompts: int, n: int, param: str) -> None:
     """Refuse more answers than could ever be queued, before any of them is built."""
-    most = context.config.max_answers or context.config.max_waiting
+    most = min(context.config.max_answers or context.config.max_waiting, context.config.max_waiting)
     if prompts * n > most:
         raise BadRequest(
             f"{prompts} prompts with `{param}` = {n} ask for {prompts * n} answers; at most {most} are allowed",
@@ -262,7 +265,7 @@ def _check_report(body: GenerationBody, entries: int) -> None:
         raise BadRequest(
             f"this asks for a report of up to {entries:,} entries, such as log probabilities; at most "
             f"{MAX_REPORTED:,} are sent: ask for fewer answers, tokens or logprobs",
-            param=next(name for name in _REPORTS if _asks(getattr(body, name, None))),
+            param=next((name for name in _REPORTS if _asks(getattr(body, name, None))), "best_of"),
         )
 
 
@@ -273,8 +276,7 @@ def _asks(value: int | bool | None) -> bool:
 
 def _most_reported(of_prompts: int, of_token: int) -> int:
     """Tokens an answer may have if all are to be reported; at least 1, so that the report is the error."""
-    room = MAX_REPORTED - of_prompts
-    return max(1, room // of_token if of_token else room)
+    return max(1, (MAX_REPORTED - of_prompts) // of_token)
 
 
 def _report_sizes(

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from nr_serve.api.context import Context
 from nr_serve.api.errors import GONE, error_response, invalid_request
 from nr_serve.api.openapi import AnswerRoute
+from nr_serve.api.request_state import note_arrival
 from nr_serve.errors import BadRequest, NrError
 
 LARGE_BYTES = 2**18
@@ -78,6 +79,7 @@ class _BodyRequest(Request):
     async def json(self) -> Any:
         """The body as parsed JSON, or as a `model` if it is large."""
         data = await self.body()
+        note_arrival()
         context: Context = self.app.state.context
         try:
             brackets = data.count(b"[") + data.count(b"{")

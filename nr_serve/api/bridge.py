@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nr_serve.api.request_state import note_output, note_submits
+from nr_serve.api.request_state import arrival, note_output, note_submits
 from nr_serve.engine.messages import (
     AdapterView,
     Command,
@@ -232,7 +232,7 @@ class AsyncEngine:
             # An adapter was unloaded since the request came: its name must not come back as a time series.
             request = replace(request, selected=OTHER)
         trace = None if self.tracing is None else self.tracing.begin()
-        return _Live(inbox, RequestClock(self.metrics, request), trace)
+        return _Live(inbox, RequestClock(self.metrics, request, arrival()), trace)
 
     def _abort(self, request_id: str) -> None:
         live = self._live.pop(request_id, None)

@@ -18,7 +18,9 @@ class Entry:
     status: int | None = None
     submits: Sequence[Submit] = ()
     completion_tokens: int = 0
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.monotonic)
+    arrived: float | None = None
+    """When its body was whole; None for a request without one."""
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
@@ -27,7 +29,7 @@ class Entry:
 
     def fields(self) -> dict[str, Any]:
         """The entry's fields for the log line."""
-        fields: dict[str, Any] = {"status": self.status, "seconds": round(time.perf_counter() - self.started, 4)}
+        fields: dict[str, Any] = {"status": self.status, "seconds": round(time.monotonic() - self.started, 4)}
         if self.submits:
             fields["selection"] = self.submits[0].selected
             fields["prompt_tokens"] = sum(map(len, self.prompts))
@@ -39,6 +41,19 @@ ENTRY: ContextVar[Entry | None] = ContextVar("entry", default=None)
 """Log entry of the request that this task handles."""
 CALLER: ContextVar[str] = ContextVar("caller", default="")
 """Who sent the request: the name of a key, or an address."""
+
+
+def note_arrival() -> None:
+    """Record that the body of the current request is whole."""
+    entry = ENTRY.get()
+    if entry is not None:
+        entry.arrived = time.monotonic()
+
+
+def arrival() -> float:
+    """When the current request arrived, by `time.monotonic()`; now, if it has no body or there is no request."""
+    entry = ENTRY.get()
+    return time.monotonic() if entry is None or entry.arrived is None else entry.arrived
 
 
 def note_submits(submits: Sequence[Submit]) -> None:

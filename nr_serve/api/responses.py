@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from nr_serve.engine.messages import AdapterState
 
-FinishReason = Literal["stop", "length", "tool_calls", "abort"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @with_config(ConfigDict(extra="forbid"))

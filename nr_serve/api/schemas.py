@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 from nr_serve.api.body import Body, JsonObject, NotSupported, Text, TokenIds, at_most
 from nr_serve.api.structured import FormFields
@@ -37,6 +37,12 @@ class StreamOptions(Body):
     not_supported: ClassVar[NotSupported] = {"include_obfuscation": [False]}
 
 
+def _not_0(value: int) -> int:
+    if value == 0:
+        raise ValueError("a prompt must keep a token")
+    return value
+
+
 class GenerationBody(FormFields):
     """What completions and chat share: which model, how tokens are chosen, what is reported."""
 
@@ -60,8 +66,10 @@ class GenerationBody(FormFields):
     stop_token_ids: Annotated[list[StrictInt], Field(max_length=256)] | None = None
     include_stop_str_in_output: bool = Field(False, description="show what ended the answer, text or token")
     skip_special_tokens: bool = Field(True, description="leave special tokens out of the answer's text")
-    truncate_prompt_tokens: int | None = Field(
-        None, ge=1, description="keep only this many last tokens of a prompt"
+    truncate_prompt_tokens: Annotated[int, AfterValidator(_not_0)] | None = Field(
+        None,
+        ge=-1,
+        description="keep only this many last tokens of a prompt; -1: as many as leave room for `max_tokens`",
     )
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool | None = False
@@ -82,15 +90,24 @@ class GenerationBody(FormFields):
         "allowed_token_ids": [],
         "bad_words": [[]],
         "detokenize": [True],
+        "ec_transfer_params": [{}],
         "kv_transfer_params": [{}],
         "length_penalty": [1],
         "logits_processors": [[]],
+        "logprob_token_ids": [],
         "repetition_detection": [],
         "request_id": [],
+        "return_token_offsets": [False],
         "return_tokens_as_token_ids": [False],
+        "routed_experts_prompt_start": [0],
+        "session_id": [],
         "spaces_between_special_tokens": [True],
+        "stream_interval": [1],
+        "thinking_token_budget": [],
+        "truncation_side": ["left"],
         "use_beam_search": [False],
         "vllm_xargs": [{}],
+        "watermarking": [],
     }
 
     @model_validator(mode="after")
@@ -148,7 +165,8 @@ class Message(Body):
     tool_call_id: Text | None = Field(
         None, description="the call that a tool answers; templates may go by the order instead"
     )
-    reasoning_content: Text | None = Field(None, description="what the assistant thought before it spoke; not used")
+    reasoning: Text | None = Field(None, description="what the assistant thought before it spoke; not used")
+    reasoning_content: Text | None = Field(None, description="older name of `reasoning`; not used")
 
     not_supported: ClassVar[NotSupported] = {"refusal": [], "audio": [], "function_call": [], "annotations": [[]]}
 
@@ -165,8 +183,9 @@ class Message(Body):
     def _fields_belong_to_the_role(self) -> Self:
         if self.tool_calls and self.role != "assistant":
             raise ValueError("`tool_calls` are only allowed in assistant messages")
-        if self.reasoning_content and self.role != "assistant":
-            raise ValueError("`reasoning_content` is only allowed in assistant messages")
+        for name in ("reasoning", "reasoning_content"):
+            if getattr(self, name) and self.role != "assistant":
+                raise ValueError(f"`{name}` is only allowed in assistant messages")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise ValueError("`tool_call_id` is required of a tool, and only allowed there")
         if self.content is None and not self.tool_calls:
@@ -231,8 +250,8 @@ class ChatBody(GenerationBody):
         "prompt_cache_options": [],
         "prompt_cache_retention": [],
         "reasoning_effort": [],
+        "return_mm_kwargs": [False],
         "store": [False],
-        "thinking_token_budget": [],
         "verbosity": [],
         "web_search_options": [],
     }

@@ -46,7 +46,10 @@ class RunnerLike(Protocol):
     """Whether a piece on trial needs a forward pass of its own."""
 
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
-        """Run one forward pass, with a piece on trial last or alone. Returns one result per piece."""
+        """Run one forward pass, with a piece on trial last or alone. Returns one result per piece.
+
+        `labels`: for each piece, the row of the bank's cross statistics that its gates count in.
+        """
         ...
 
 
@@ -82,7 +85,7 @@ class Core:
     def add(self, submit: Submit) -> Output | None:
         """Queue a request. Returns an output only if the request is refused at once."""
         try:
-            self._check(submit)
+            self._check_submit(submit)
         except NrError as error:
             return Output(submit.request_id, finish_reason="error", error=error)
         self._arrivals += 1
@@ -99,13 +102,11 @@ class Core:
         self.scheduler.add(request)
         return None
 
-    def abort(self, request_id: str) -> Output | None:
-        """Drop a request and take back what it holds. Returns None if the request is not known (any more)."""
+    def abort(self, request_id: str) -> None:
+        """Drop a request, if it is known (any more), and take back what it holds. There is no output of it."""
         request = self._requests.get(request_id)
-        if request is None:
-            return None
-        self._drop(request)
-        return Output(request_id, finish_reason="abort")
+        if request is not None:
+            self._drop(request)
 
     def abort_all(self, error: NrError) -> StepEvents:
         """Fail every request with `error`. Frees nothing, as that could fail too: the engine is ending."""
@@ -152,7 +153,7 @@ class Core:
         self.scheduler.check()
         self._adapters.registry.check()
 
-    def _check(self, submit: Submit) -> None:
+    def _check_submit(self, submit: Submit) -> None:
         longest = len(submit.prompt_ids) + submit.sampling.max_tokens
         if not submit.prompt_ids:
             raise BadRequest("the prompt is empty", param="prompt")

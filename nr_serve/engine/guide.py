@@ -49,6 +49,8 @@ class Progress:
         self._matcher = matcher
         self._seconds = BURST_SECONDS
         """Processor time that may still be taken."""
+        self._bits: bytes | None = None
+        """Which tokens may come next, once that was asked."""
 
     @property
     def complete(self) -> bool:
@@ -60,14 +62,16 @@ class Progress:
 
         Raises BadRequest if the grammar has become too complex.
         """
-        started = time.thread_time()
-        bits = self._matcher.compute_bitmask()
-        self._check(started)
-        return bits
+        if self._bits is None:
+            started = time.thread_time()
+            bits = self._matcher.compute_bitmask()
+            self._check(started)
+            self._bits = bits
+        return self._bits
 
     def take(self, token_id: int) -> None:
         """Advance by a token. Raises BadRequest if it is not allowed, or if the grammar has become too complex."""
-        started = time.thread_time()
+        started, self._bits = time.thread_time(), None
         self._matcher.consume_token(token_id)
         self._check(started)
         self._seconds = min(self._seconds + TOKEN_SECONDS, BURST_SECONDS)

@@ -165,8 +165,7 @@ class EngineLoop:
 
         assert self.info is not None
         base = Base(self.info.model, self.info.fingerprint, self.info.layers, self.info.d)
-        max_bytes = int(self._config.max_adapter_gib * 2**30)
-        return read_adapter(path, base, max_bytes=max_bytes, between=between)
+        return read_adapter(path, base, max_bytes=self._config.max_adapter_bytes, between=between)
 
     # On the engine's thread
 
@@ -259,7 +258,7 @@ class EngineLoop:
                 if isinstance(message, Submit):
                     outputs.append(core.add(message))
                 elif isinstance(message, Abort):
-                    outputs.append(core.abort(message.request_id))
+                    core.abort(message.request_id)
                 else:
                     _carry_out(message, core, adapters)
                 if time.perf_counter() > ends:

@@ -18,7 +18,10 @@ from nr_serve.errors import NrError
 if TYPE_CHECKING:
     from nr_serve.engine.guide import Guide
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "error"]
+"""Why the engine ended a request."""
+Outcome = Literal["stop", "length", "abort", "error"]
+"""How a request ended; of one that its caller aborted there is no further output."""
 AdapterState = Literal["loading", "attached", "registered", "unloaded"]
 Status = Literal["loading", "ready", "failed", "stopped"]
 

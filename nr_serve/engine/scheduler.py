@@ -50,6 +50,11 @@ class Piece:
         """Whether the piece ends with the last known token, so that the next one can be chosen."""
         return self.start + self.count == len(self.request.tokens)
 
+    @property
+    def wants_token(self) -> bool:
+        """Whether the next token is to be chosen: the piece samples, and not only the prompt was to be scored."""
+        return self.samples and self.request.sampling.max_tokens > 0
+
 
 def spans(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
     """The range [first, end) of each piece's tokens, with the step's pieces laid end to end."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from nr_serve.engine.messages import FinishReason, Output, Submit
+from nr_serve.engine.messages import Outcome, Output, Submit
 from nr_serve.errors import NrError
 from nr_serve.metrics.instruments import Metrics
 
@@ -12,10 +12,10 @@ from nr_serve.metrics.instruments import Metrics
 class RequestClock:
     """Times one request and counts its tokens. All times are `time.monotonic()`, in seconds."""
 
-    def __init__(self, metrics: Metrics, request: Submit) -> None:
-        """Start the clock; call it when the request is about to be submitted."""
+    def __init__(self, metrics: Metrics, request: Submit, arrived: float | None = None) -> None:
+        """Start the clock, at `arrived` if that is given, when the request is about to be submitted."""
         self.request = request
-        self.arrived = time.monotonic()
+        self.arrived = time.monotonic() if arrived is None else arrived
         self.started: float | None = None
         """When its first step began; None while it waits."""
         self.first_token: float | None = None
@@ -29,14 +29,14 @@ class RequestClock:
 
     def output(self, output: Output) -> None:
         """Record one step's output for the request."""
-        if not self._read and output.finish_reason not in ("abort", "error"):
+        if not self._read and output.finish_reason != "error":
             self._prompt_read(output)
         if output.tokens:
             self._tokens(len(output.tokens))
         if output.finish_reason is not None:
             self.end(output.finish_reason, output.error)
 
-    def end(self, reason: FinishReason, error: NrError | None = None) -> None:
+    def end(self, reason: Outcome, error: NrError | None = None) -> None:
         """Record that the request ended, and why."""
         metrics = self._metrics
         metrics.ended(self.request, self._selected, reason)

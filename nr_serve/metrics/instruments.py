@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from nr_serve import __version__
-from nr_serve.engine.messages import AdapterView, EngineInfo, EngineStatistics, FinishReason, StepReport, Submit
+from nr_serve.engine.messages import AdapterView, EngineInfo, EngineStatistics, Outcome, StepReport, Submit
 from nr_serve.metrics import definitions
 from nr_serve.metrics.totals import EngineTotals
 from nr_serve.names import MOST_JOINED, OTHER
@@ -26,7 +26,7 @@ class Metrics:
         self._selected: set[str] = set()
         self.named: Tally[str] = Tally()
         """How many requests in flight chose each adapter by name."""
-        self.ended_by: Tally[FinishReason] = Tally()
+        self.ended_by: Tally[Outcome] = Tally()
         """Number of answers ended by each reason, over all selections; `requests` drops some selections."""
         self.registry.register(self.totals)
         self._define_requests()
@@ -75,7 +75,7 @@ class Metrics:
         self._selected.add(name)
         return name
 
-    def ended(self, request: Submit, selected: str, reason: FinishReason) -> None:
+    def ended(self, request: Submit, selected: str, reason: Outcome) -> None:
         """Count an ended answer. If its adapter was unloaded meanwhile, it counts as `OTHER`."""
         self.in_flight.dec()
         self.named -= Tally(request.adapters or ())

@@ -13,7 +13,7 @@ from typing import get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from nr_serve.engine.messages import EngineStatistics, FinishReason
+from nr_serve.engine.messages import EngineStatistics, Outcome
 from nr_serve.metrics.instruments import Metrics
 
 
@@ -65,7 +65,7 @@ class VllmCollector(Collector):
         success = CounterMetricFamily(
             "vllm:request_success", "Answers ended, by why", labels=[*labels, "finished_reason"]
         )
-        for reason in get_args(FinishReason):
+        for reason in get_args(Outcome):
             success.add_metric([*labels.values(), reason], self._metrics.ended_by[reason])
         return success
 

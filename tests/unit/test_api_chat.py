@@ -92,6 +92,8 @@ def test_an_answer_of_unsaid_length_ends_where_no_more_could_be_reported(server,
     assert [len(choice["logprobs"]["content"]) for choice in choices] == [13, 13]
     assert server.chat(**report, max_tokens=13).status_code == 200
     assert server.chat(**report, max_tokens=14).json()["error"]["param"] == "logprobs"
+    assert server.chat().status_code == 200
+    assert server.asked().sampling.max_tokens == server.engine.info.max_model_len - 19, "it reports nothing"
 
 
 def test_the_bytes_of_logprobs_add_up_to_the_answer_where_characters_are_several_tokens(server, monkeypatch):

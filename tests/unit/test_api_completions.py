@@ -135,6 +135,19 @@ def test_of_a_prompt_the_last_tokens_are_read_if_asked_for(server, prompt):
     assert server.asked().prompt_ids == tuple(b"tant]")
 
 
+@pytest.mark.parametrize(("max_tokens", "left"), [(None, 1), (0, 0), (30, 30)])
+def test_of_a_prompt_as_much_is_read_as_leaves_room_for_the_answer(server, max_tokens, left):
+    most = server.engine.info.max_model_len - left
+    asked = {"truncate_prompt_tokens": -1, "max_tokens": max_tokens}
+    assert server.complete(prompt=LONG, **asked, echo=True).status_code == 200
+    assert server.asked().prompt_ids == tuple(b"x" * most)
+    if max_tokens != 0:
+        assert server.chat(messages=[{"role": "user", "content": LONG}], **asked).status_code == 200
+        assert len(server.asked().prompt_ids) == most
+    server.complete(prompt="abc", **asked, echo=True)
+    assert server.asked().prompt_ids == (256, *b"abc")
+
+
 def test_a_token_keeps_its_own_log_probability_where_a_likelier_one_looks_like_it():
     token = Token(195, "\ufffd", -2.0, ((197, "\ufffd", -0.1), (97, "a", -0.5)))
     assert legacy_logprobs([token], 2, [0])["top_logprobs"] == [{"a": -0.5, "\ufffd": -2.0}]
@@ -180,6 +193,14 @@ def test_a_report_of_nothing_but_the_tokens_own_counts_too(server, monkeypatch, 
     monkeypatch.setattr(ask, "MAX_REPORTED", 8)
     error = server.complete(prompt="x" * 9, max_tokens=9, **{field: 0}).json()["error"]
     assert (error["code"], error["param"]) == (400, field)
+
+
+def test_the_log_probabilities_that_rank_answers_count_too(server, monkeypatch):
+    monkeypatch.setattr(ask, "MAX_REPORTED", 20)
+    asked = {"prompt": "x", "max_tokens": 5}
+    assert server.complete(**asked, best_of=4).status_code == 200
+    error = server.complete(**asked, best_of=5).json()["error"]
+    assert (error["code"], error["param"]) == (400, "best_of")
 
 
 def test_gates_count_by_how_many_adapters_may_act(server, monkeypatch):
@@ -294,7 +315,7 @@ def test_a_stop_ends_the_answer_and_is_named(server):
         ("gates", "x"), ("prompt", ""), ("prompt", []), ("prompt", [258]), ("prompt", [-1]), ("prompt", None),
         ("prompt", 5), ("prompt", ["x", 5]), ("prompt", [True]), ("prompt", {"x": 1}), ("model", 5),
         ("model", None), ("service_tier", "flex"), ("unheard_of", 1), ("use_beam_search", True),
-        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", 0), ("truncate_prompt_tokens", -2),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_refused_by_name(server, field, value):

@@ -233,8 +233,8 @@ def test_what_clients_send_back_of_earlier_answers_is_taken_and_changes_nothing(
         {"role": "tool", "content": "b", "tool_call_id": "c"},
     ]
     echoed = [
-        plain[0] | {"content": [part | {"cache_control": {"type": "ephemeral"}}], "reasoning_content": None},
-        plain[1] | {"tool_calls": [call | {"index": 0}], "reasoning_content": "Hm."},
+        plain[0] | {"content": [part | {"cache_control": {"type": "ephemeral"}}], "reasoning": None},
+        plain[1] | {"tool_calls": [call | {"index": 0}], "reasoning": "Hm.", "reasoning_content": "Hm."},
         plain[2],
     ]
     prompts = []
@@ -242,8 +242,9 @@ def test_what_clients_send_back_of_earlier_answers_is_taken_and_changes_nothing(
         assert server.chat(messages=messages, max_tokens=1).status_code == 200
         prompts.append(server.asked().prompt_ids)
     assert prompts[0] == prompts[1]
-    error = server.chat(messages=[{"role": "user", "content": "hi", "reasoning_content": "Hm."}]).json()["error"]
-    assert (error["code"], error["param"]) == (400, "messages[0].reasoning_content")
+    for name in ("reasoning", "reasoning_content"):
+        error = server.chat(messages=[{"role": "user", "content": "hi", name: "Hm."}]).json()["error"]
+        assert (error["code"], error["param"]) == (400, f"messages[0].{name}")
 
 
 def test_tokenize_counts_the_tools_too(server):

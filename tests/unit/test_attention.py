@@ -1,12 +1,14 @@
 """Paged attention against a plain loop in float64: every piece over its own pages, scattered in the cache."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model import attention
-from nr_serve.engine.model.attention import KVCache, paged_attention
+from nr_serve.engine.model.attention import KVCache, attend_on_cpu, paged_attention
 from nr_serve.engine.model.batch import build_batch
 from nr_serve.engine.request import AnswerText, Request
 from nr_serve.engine.scheduler import Piece, spans
@@ -71,7 +73,7 @@ def test_every_token_attends_to_its_own_context_and_nothing_else(
         head_size=SIZE,
         device=torch.device("cpu"),
         dtype=dtype,
-        operators=operators_or_skip() if compiled else None,
+        attend=partial(attend_on_cpu, operators=operators_or_skip() if compiled else None),
     )
     step = pieces()
     # What nobody's context holds may be anything, NaN above all.

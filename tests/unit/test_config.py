@@ -77,7 +77,8 @@ def test_a_file_that_is_not_there_is_refused(tmp_path, capsys):
 
 
 def test_an_unknown_variable_is_refused_but_not_those_of_others(monkeypatch, capsys):
-    for name in ("NR_CACHE", "NR_URL", "NR_SERVE_SERVICE_HOST", "NR_SERVE_PORT_8000_TCP", "OTHER_SLOT"):
+    kubernetes = ("NR_SERVE_SERVICE_HOST", "NR_SERVE_PORT_8000_TCP", "NR_SERVE_EPP_SERVICE_PORT_HTTP")
+    for name in ("NR_CACHE", "NR_URL", "OTHER_SLOT", *kubernetes):
         monkeypatch.setenv(name, "x")
     settings()
     monkeypatch.setenv("NR_SLOT", "3")

@@ -3,6 +3,7 @@
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +208,21 @@ def test_without_a_compiler_there_are_none_and_the_log_says_so(new_machine, monk
     assert "/nowhere/c++" in caplog.text
 
 
+def test_the_compiler_may_be_given_with_arguments(new_machine, monkeypatch):
+    monkeypatch.setenv("CXX", "nice -n 5 c++ -DX='a b'")
+    commands = []
+
+    def run(*batch):
+        commands.extend(batch)
+        if "-shared" in batch[0]:
+            Path(batch[0][-1]).touch()
+
+    monkeypatch.setattr(module, "_run", run)
+    assert module._library().exists()
+    assert len(commands) > 1
+    assert {tuple(command[:5]) for command in commands} == {("nice", "-n", "5", "c++", "-DX=a b")}
+
+
 def test_where_they_do_not_compile_there_are_none_and_the_log_says_why(new_machine, monkeypatch, caplog):
     compiler = new_machine / "c++"
     compiler.write_text("#!/bin/sh\necho 'unknown processor' >&2\nexit 1\n")
@@ -232,17 +248,13 @@ def test_a_start_compiles_before_all_else_where_steps_will_use_it(settings, begi
 def test_what_was_compiled_is_used_again(operators, new_machine, monkeypatch):
     made = module._library()
     assert list(made.parent.iterdir()) == [made]
-    monkeypatch.setattr(module, "_compiled", lambda *_: pytest.fail("compiled twice"))
+    monkeypatch.setattr(module, "_compile", lambda *_: pytest.fail("compiled twice"))
     assert module._library() == made
 
 
 @pytest.fixture
 def compiles_nothing(monkeypatch):
-    def compiled(compiler, folder):
-        (folder / "made").touch()
-        return folder / "made"
-
-    monkeypatch.setattr(module, "_compiled", compiled)
+    monkeypatch.setattr(module, "_compile", lambda compiler, folder, library: library.touch())
 
 
 def test_changed_sources_have_their_own_and_what_else_lies_there_does_not_count(

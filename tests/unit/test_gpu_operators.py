@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from nr_serve.engine.model import gpu_attention, gpu_operators
+from nr_serve.engine.model import attention, gpu_attention, gpu_operators
 from nr_serve.engine.model.attention import KVCache
 from nr_serve.engine.model.batch import build_batch
 from nr_serve.engine.model.fuse import GpuLayer, fuse
@@ -50,13 +50,13 @@ def test_a_model_of_fused_layers_gives_the_logits_of_the_plain_one(kind, head_di
             parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     model = copy.deepcopy(plain).to(DEVICE)
     parameters = sum(p.numel() for p in model.parameters())
-    gpu_attention.register()
-    model.set_attn_implementation(gpu_attention.NAME)
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
     fuse(model, gpu_operators, GpuLayer)
     assert all(type(layer) is GpuLayer for layer in model.model.layers)
     assert sum(p.numel() for p in model.parameters()) == parameters
     shape = {"layers": tiny.LAYERS, "cells": 10 * PAGE, "heads": 2, "head_size": head_dim}
-    cache = KVCache(**shape, device=DEVICE, dtype=torch.float32)
+    cache = KVCache(**shape, device=DEVICE, dtype=torch.float32, attend=gpu_attention.attend)
     requests = [
         SimpleNamespace(
             tokens=[7 * i + j for j in range(9)], pages=[5 * i + j for j in (2, 0, 1)], row=i, selection=()

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from nr_serve.engine.adapters.registry import Version
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.model import gpu_attention, gpu_operators, gpu_sampler, graphs
+from nr_serve.engine.model import attention, gpu_attention, gpu_operators, gpu_sampler, graphs
 from nr_serve.engine.model.attention import KVCache
 from nr_serve.engine.model.batch import Table, build_batch
 from nr_serve.engine.model.graphs import Graphs, Padding, size_of
@@ -113,10 +113,11 @@ class Engine:
             labels=7, pages=PAGES,
         )  # fmt: skip
         self.cache = KVCache(
-            layers=tiny.LAYERS, cells=PAGES * PAGE, heads=2, head_size=16, device=DEVICE, dtype=torch.float32
-        )
-        gpu_attention.register()
-        self.model.set_attn_implementation(gpu_attention.NAME)
+            layers=tiny.LAYERS, cells=PAGES * PAGE, heads=2, head_size=16, device=DEVICE, dtype=torch.float32,
+            attend=gpu_attention.attend,
+        )  # fmt: skip
+        attention.register()
+        self.model.set_attn_implementation(attention.NAME)
         host_blocks(self.model, self.bank.add_residues)
         step, self.captures = graphs.model_step(self.model, self.bank, self.cache), []
         capture = graphs.capture_cuda() if DEVICE.type == "cuda" else graphs.uncaptured

@@ -332,6 +332,21 @@ def test_told_to_end_the_process_ends_once_its_streams_have_and_the_log_says_so(
     ]
 
 
+def test_what_was_loaded_is_left_out_of_later_garbage_collections():
+    code = """
+import gc, os, signal
+from nr_serve import serve
+from tests.unit import halting
+def ready(self):
+    print(gc.get_freeze_count())
+    os.kill(os.getpid(), signal.SIGTERM)
+serve._Announcer._say_ready = ready
+halting.main(["--port", "0"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert int(done.stdout) > 10_000, done.stderr
+
+
 def test_sigterm_ends_a_process_that_loads_its_base_at_once_with_0():
     with process("loading", until_it_is="loading") as (server, _):
         server.send_signal(signal.SIGTERM)

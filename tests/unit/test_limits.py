@@ -194,6 +194,12 @@ def test_the_most_answers_and_logprobs_are_settings(body, param):
         assert served.chat(logprobs=True, top_logprobs=2).status_code == 200
 
 
+def test_more_answers_than_can_be_queued_are_wrong_rather_than_too_early():
+    with serving(max_answers=9, max_waiting=3) as served:
+        answer = served.complete(n=4)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+
+
 def http_errors(served) -> dict[tuple[str, str], float]:
     """How many errors the metrics count, by status and type."""
     found = re.findall(r'nr_http_errors_total{status="(.+)",type="(.+)"} (.+)', served.http.get("/metrics").text)

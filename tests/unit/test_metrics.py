@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nr_serve.api import bridge
+from nr_serve.api import bridge, request_state
 from nr_serve.api.bridge import AsyncEngine
 from nr_serve.engine.messages import (
     EngineStatistics,
@@ -59,6 +59,15 @@ def submit(**more) -> Submit:
     return Submit("r", (1, 2, 3), Sampling(), selected="base", **more)
 
 
+def test_times_count_from_when_the_whole_request_was_there(monkeypatch):
+    with serving() as served:
+        monkeypatch.setattr(request_state, "time", SimpleNamespace(monotonic=lambda: time.monotonic() - 1000))
+        assert served.complete(max_tokens=1).status_code == 200
+        got = read(served.http.get("/metrics").text)
+    for name in ("time_to_first_token", "request"):
+        assert 1000 < got[f"nr_{name}_seconds_sum"] < 1000 + PATIENCE
+
+
 def test_a_request_is_timed_and_its_tokens_counted(monkeypatch):
     now = 100.0
     monkeypatch.setattr(clock_module, "time", SimpleNamespace(monotonic=lambda: now))
@@ -96,7 +105,7 @@ def test_errors_are_told_apart_by_their_type():
 @pytest.mark.parametrize("reason", ["error", "abort"])
 def test_a_request_without_a_whole_answer_is_counted_but_not_timed(reason):
     metrics = Metrics()
-    RequestClock(metrics, submit()).output(Output("r", finish_reason=reason))
+    RequestClock(metrics, submit()).end(reason)
     got = samples(metrics)
     assert got[f'nr_requests_total{{finish_reason="{reason}",selected="base"}}'] == 1
     assert got["nr_request_seconds_count"] == got["nr_prompt_tokens_total"] == 0

@@ -53,6 +53,11 @@ def ids(answer):
     return [choice["token_ids"] for choice in answer.body["choices"]]
 
 
+def test_adapters_are_given_once(place):
+    with pytest.raises(BadRequest, match="the adapters are given already"):
+        Server(place / "hu.safetensors", adapter=[str(place / "hu.safetensors")], model=str(place / "tiny"))
+
+
 def test_completions_are_the_naive_loops(server):
     hu = tiny.adapter(tiny.model(), 1, carry=0.5)
     ask = {"max_tokens": 6, "temperature": 0, "return_token_ids": True}

@@ -45,7 +45,7 @@ def checks_hosts(config: ServeConfig) -> bool:
     """Whether hosts are checked: if names are set, or if listening on the loopback is the only protection."""
     if config.allowed_host:
         return ANY not in config.allowed_host
-    return config.api_key is None and config.key_file is None and is_loopback(config.host)
+    return not config.needs_key and is_loopback(config.host)
 
 
 def _name(header: str) -> str:

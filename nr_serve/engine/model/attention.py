@@ -8,7 +8,8 @@ Shape suffixes: T tokens of a step, H query heads, K key heads, G = H / K, D hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ _TOKENS_AT_ONCE = 128  # their attention logits stay in a core's cache
 _WORTH_PRODUCTS = 512  # tokens times context; with less, the extra operator calls cost more than they save
 NO_WINDOW = 2**62
 _KNOWN = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
+Attend = Callable[[Tensor, Tensor, Tensor, Any, float, int | None], Tensor]
+"""Type of `attend` with its operators given, and of `gpu_attention.attend`."""
 
 
 class KVCache:
@@ -39,10 +42,10 @@ class KVCache:
         head_size: int,
         device: torch.device,
         dtype: torch.dtype,
-        operators: CpuOperators | None = None,
+        attend: Attend | None = None,
     ) -> None:
-        self.operators = operators
-        """Attention operators, used where one fits the tokens; None: torch's own are used."""
+        self.attend = partial(attend_on_cpu, operators=None) if attend is None else attend
+        """How a step attends to a layer's keys and values; by default by torch's own operators."""
         shape = (layers, cells + 1, heads, head_size)
         self.keys_LCKD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LCKD = torch.zeros(shape, device=device, dtype=dtype)
@@ -80,24 +83,23 @@ def paged_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    nr_batch: Batch,
+    nr_batch: Any,
     nr_cache: KVCache,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer over a step: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D].
 
-    Raises UnsupportedBase if the model asks for something this function does not compute.
+    `nr_batch` is what the cache's `attend` takes. Raises UnsupportedBase if the model asks for something that is
+    not computed here.
     """
     refuse_unknown(attention_mask, dropout, unknown)
     keys_CKD, values_CKD = nr_cache.written(module, nr_batch.cells_T, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out_THD = attend(
-        query[0].transpose(0, 1), keys_CKD, values_CKD, nr_batch, scale, sliding_window, nr_cache.operators
-    )
+    out_THD = nr_cache.attend(query[0].transpose(0, 1), keys_CKD, values_CKD, nr_batch, scale, sliding_window)
     return out_THD[None], None
 
 
-def attend(
+def attend_on_cpu(
     query_THD: Tensor,
     keys_CKD: Tensor,
     values_CKD: Tensor,
@@ -108,7 +110,8 @@ def attend(
 ) -> Tensor:
     """Attention of a step over a layer's keys and values, which include the step's own; [T, H, D].
 
-    Logits are multiplied by `scale`. With `window`, each token attends only to its last `window` positions.
+    Logits are multiplied by `scale`. With `window`, each token attends only to its last `window` positions. Each of
+    the `operators` is used where it fits the tokens, else torch's own.
     """
     heads, D = keys_CKD.shape[1:]
     repeats = query_THD.shape[1] // heads
@@ -154,8 +157,7 @@ def _attend(
     keys_ZND, values_ZND = (
         cache.view(-1, D).index_select(0, rows_X).view(B * K, -1, D) for cache in (keys_CKD, values_CKD)
     )
-    on_cpu = query_BnHD.device.type == "cpu"  # on a GPU fused attention is faster
-    if on_cpu and query_BnHD.dtype is torch.bfloat16 and B * n * keys_ZND.shape[1] >= _WORTH_PRODUCTS:
+    if query_BnHD.dtype is torch.bfloat16 and B * n * keys_ZND.shape[1] >= _WORTH_PRODUCTS:
         out_ZQD = _by_products(query_ZQD, keys_ZND, values_ZND, bias_ZQN, scale, n)
     else:
         # A head dimension of 1 is added: torch has no fused attention for three dimensions.
@@ -171,7 +173,7 @@ def _by_products(
 ) -> Tensor:
     """Attention of n tokens by matrix products, [Z, Q, D]: some tokens at a time, over the context up to them.
 
-    On a CPU, bfloat16 products are many times as fast as torch's fused attention. Logits are rounded to bfloat16,
+    In bfloat16 they are many times as fast as torch's fused attention. Logits are rounded to bfloat16,
     as in transformers' own attention.
     """
     Q, N = bias_ZQN.shape[1:]

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 import threading
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nr_serve.disk import cache_folder
+from nr_serve.disk import cache_folder, whole
 from nr_serve.engine.model.processor import cpuinfo
 from nr_serve.neutral.cpu_bank import Residues
 
@@ -108,33 +109,32 @@ def cpu_operators() -> CpuOperators | None:
 
 def _library() -> Path:
     """Path of the compiled library in the cache folder. Raises CalledProcessError, or OSError."""
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
     sources = (path.read_bytes() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
     # The key names the machine too: several machines may share a cache folder.
-    machine = (compiler, *_FLAGS, torch.__version__, " ".join([platform.machine(), *cpuinfo("flags", "Features")]))
+    machine = (*compiler, *_FLAGS, torch.__version__, " ".join([platform.machine(), *cpuinfo("flags", "Features")]))
     key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, machine)])).hexdigest()[:16]
     library = cache_folder() / "operators" / f"{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         log.info("compiling operators for this processor (only at the first start)")
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            # Moved into place when complete, so that other processes never load half a file.
-            os.replace(_compiled(compiler, Path(folder)), library)
+        # Other processes must never load half a file.
+        with tempfile.TemporaryDirectory() as folder, whole(library) as part:
+            _compile(compiler, Path(folder), part)
         log.info("operators compiled in %.0f s", time.perf_counter() - started)
     return library
 
 
-def _compiled(compiler: str, folder: Path) -> Path:
+def _compile(compiler: Sequence[str], folder: Path, library: Path) -> None:
     """Compile and link in separate steps: linking with -fopenmp would add a second thread pool beside torch's."""
-    torch_folder, library = Path(torch.__file__).parent, folder / "operators.so"
+    torch_folder = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    compiling = (compiler, *_FLAGS, abi, "-isystem", torch_folder / "include", "-c")
+    compiling: tuple[str | Path, ...] = (*compiler, *_FLAGS, abi, "-isystem", torch_folder / "include", "-c")
     parts = {source: folder / f"{source.stem}.o" for source in sorted(_SOURCES.glob("*.cpp"))}
     _run(*((*compiling, source, "-o", part) for source, part in parts.items()))
     libraries = ("-L", torch_folder / "lib", "-ltorch_cpu", "-lc10")
-    _run((compiler, "-shared", *parts.values(), *libraries, "-o", library))
-    return library
+    _run((*compiler, "-shared", *parts.values(), *libraries, "-o", library))
 
 
 def _run(*commands: Sequence[str | Path]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nr_serve.engine.model.attention import NO_WINDOW, KVCache, attend, refuse_unknown
+from nr_serve.engine.model.attention import NO_WINDOW, KVCache, refuse_unknown
 from nr_serve.engine.model.batch import Batch
 from nr_serve.engine.model.cpu_operators import CpuOperators
 from nr_serve.engine.model.packed_linear import PairedLinear, can_pack, pack_linears
@@ -112,11 +112,8 @@ class FusedLayer(_Layer):
         query_THD = ops.rotate(
             qkv, cos, sin, keys_CKD, values_CKD, batch.cells_T, self.q_norm, self.k_norm, self.eps
         )
-        out_THD = self._attend(query_THD, keys_CKD, values_CKD, batch)
+        out_THD = cache.attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window)
         return self._add_ffn(stream, self.out(out_THD.flatten(1)[None]))
-
-    def _attend(self, query_THD: Tensor, keys_CKD: Tensor, values_CKD: Tensor, batch: Batch) -> Tensor:
-        return attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window, self._operators)
 
     def _add_ffn(self, stream: Tensor, out: Tensor) -> Tensor:
         """The stream after the layer: `out` of the attention is added to it, then the FFN's output."""
@@ -127,12 +124,6 @@ class FusedLayer(_Layer):
 
 class GpuLayer(FusedLayer):
     """A fused layer on `gpu_operators`, where the residual sum and the norm after it are one operator."""
-
-    def _attend(self, query_THD: Tensor, keys_CKD: Tensor, values_CKD: Tensor, batch: Any) -> Tensor:
-        """`batch` may also be a CUDA graph's `DecodeBatch`."""
-        from nr_serve.engine.model.gpu_attention import attend  # needs triton
-
-        return attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window)
 
     def _add_ffn(self, stream: Tensor, out: Tensor) -> Tensor:
         residual, x = self._operators.add_rms_norm(stream, out, self.ffn_norm, self.eps)

@@ -1,4 +1,4 @@
-"""Paged attention on a GPU, with the contract of `attention.paged_attention`.
+"""Paged attention on a GPU: what `KVCache.attend` is there.
 
 Single tokens read their context in place, through a page table, by a Triton kernel that splits long contexts into
 parts. It never waits for the host, so it can be part of a CUDA graph. For a prompt's chunk the context is gathered
@@ -20,54 +20,17 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface
 
-from nr_serve.engine.model.attention import KVCache, refuse_unknown
 from nr_serve.engine.model.batch import Batch, PagedGroup, Table
 from nr_serve.engine.model.graphs import DecodeBatch
 from nr_serve.neutral.kernels import dot, precision
 
-NAME = "nr_paged_gpu"
 PROGRAMS = 512
 """Contexts are split into parts until there are this many programs, or the parts are LEAST_PART long."""
 LEAST_PART = 256
 """Fewest tokens of a context that are worth a program of their own."""
-
-
-def register() -> None:
-    """Register the attention function with transformers; calling it again is harmless.
-
-    No mask function is registered, so transformers makes no mask and does not wait for the device. cuDNN's
-    attention, which torch's SDPA prefers on Hopper, is disabled: it plans for some 30 ms for every new length.
-    """
-    AttentionInterface.register(NAME, paged_attention)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def paged_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    nr_batch: Batch | DecodeBatch,
-    nr_cache: KVCache,
-    **unknown: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one layer over a step: query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D].
-
-    Raises UnsupportedBase if the model asks for something this function does not compute.
-    """
-    refuse_unknown(attention_mask, dropout, unknown)
-    keys_CKD, values_CKD = nr_cache.written(module, nr_batch.cells_T, key, value)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query[0].transpose(0, 1), keys_CKD, values_CKD, nr_batch, scale, sliding_window)[None], None
 
 
 def attend(
@@ -78,7 +41,7 @@ def attend(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Attention of a step over a layer's keys and values, like `attention.attend`; [T, H, D]."""
+    """Attention of a step over a layer's keys and values, like `attention.attend_on_cpu`; [T, H, D]."""
     if isinstance(batch, DecodeBatch):
         return attend_one(query_THD, keys_CKD, values_CKD, batch.table, scale, window)
     outputs = [_attend(query_THD, keys_CKD, values_CKD, group, scale, window) for group in batch.paged]

@@ -24,15 +24,15 @@ def logit_positions(piece: Piece) -> list[int]:
     if piece.trial is not None:
         return list(range(piece.count))
     if sampling.prompt_logprobs is None:
-        return [piece.count - 1] if piece.samples and sampling.max_tokens > 0 else []
+        return [piece.count - 1] if piece.wants_token else []
     last_of_prompt = piece.request.prompt_length - 1
     scored = [p for p in range(piece.count) if piece.start + p < last_of_prompt]
-    return [*scored, piece.count - 1] if piece.samples and sampling.max_tokens > 0 else scored
+    return [*scored, piece.count - 1] if piece.wants_token else scored
 
 
 def draws(piece: Piece) -> bool:
     """Whether the piece's next token must be sampled, and is not just the likeliest token."""
-    return piece.samples and piece.request.sampling.max_tokens > 0 and not takes_likeliest(piece.request)
+    return piece.wants_token and not takes_likeliest(piece.request)
 
 
 def guarded_result(
@@ -57,9 +57,8 @@ def _result(
     piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None, drawn: int | None
 ) -> Result:
     request, sampling = piece.request, piece.request.sampling
-    samples = piece.samples and sampling.max_tokens > 0
     token, logprob = None, None
-    if samples:
+    if piece.wants_token:
         token = likeliest_N[-1] if takes_likeliest(request) else drawn
         logits_V = logits_NV[-1]
         if token is None or sampling.logprobs is not None:
@@ -70,7 +69,7 @@ def _result(
             logprob = log_probabilities(logits_V[None], [token], sampling.logprobs)[0]
     scored: list[TopLogprobs] = []
     if sampling.prompt_logprobs is not None:
-        prompt_NV = logits_NV[:-1] if samples else logits_NV
+        prompt_NV = logits_NV[:-1] if piece.wants_token else logits_NV
         following = request.tokens[piece.start + 1 : piece.start + 1 + len(prompt_NV)]
         scored = log_probabilities(prompt_NV, following, sampling.prompt_logprobs) if following else []
     fired = tuple(map(tuple, fired_nS.tolist())) if fired_nS is not None else ()

@@ -88,7 +88,8 @@ class Runner:
             eos_ids=tuple(sorted(end_tokens(model, tokenizer))),
             sampling=sampling_defaults(model, config),
         )
-        model.set_attn_implementation(self._attention())
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
         prepare_layers(model, self.bank, self.operators, kernels=self.kernels and config.compile)
         self.graphs: Graphs | None = None
         with self._refused():
@@ -244,15 +245,14 @@ class Runner:
     def _all_logits(self, piece: Piece) -> Tensor:
         return self._step([piece], [0], list(range(piece.count)))[0]
 
-    def _attention(self) -> str:
-        """Register the attention function; returns its name."""
-        attention.register()
+    def _attend(self) -> attention.Attend:
         if not self.kernels:
-            return attention.NAME
-        from nr_serve.engine.model import gpu_attention  # needs triton, which torch for CPUs lacks
+            return partial(attention.attend_on_cpu, operators=self.operators)
+        from nr_serve.engine.model.gpu_attention import attend  # needs triton, which torch for CPUs lacks
 
-        gpu_attention.register()
-        return gpu_attention.NAME
+        # torch's SDPA would prefer cuDNN's attention on Hopper, which plans for some 30 ms for every new length.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return attend
 
     @torch.inference_mode()
     def _graphs(self) -> Graphs | None:
@@ -315,7 +315,7 @@ class Runner:
             head_size=head_size,
             device=self.device,
             dtype=self.dtype,
-            operators=self.operators,
+            attend=self._attend(),
         )
         return pages, cache
 

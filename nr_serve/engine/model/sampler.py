@@ -1,4 +1,7 @@
-"""From logits to tokens. Every request is sampled on its own, with noise that depends on its seed alone."""
+"""From logits to tokens. Every request is sampled on its own, with noise that depends on its seed alone.
+
+`likeliest` and `sample` are for logits on a CPU; `gpu_sampler` is their counterpart.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +40,10 @@ def allowed(progress: Progress, vocab_size: int) -> Tensor:
 
 def likeliest(logits_NV: Tensor) -> list[int]:
     """Each row's likeliest token, the first one if several are equal; NOT_A_NUMBER if the row has a NaN."""
-    if logits_NV.is_cpu:
-        rows_NV = logits_NV.numpy()  # numpy's argmax takes a fifteenth of the time of torch's
-        best_N = rows_NV.argmax(-1)  # that of a NaN, if there is one
-        nan_N = np.isnan(np.take_along_axis(rows_NV, best_N[:, None], -1)[:, 0])
-        token_ids: list[int] = np.where(nan_N, NOT_A_NUMBER, best_N).tolist()
-    else:
-        token_ids = likeliest_on_device(logits_NV).tolist()
+    rows_NV = logits_NV.numpy()  # numpy's argmax takes a fifteenth of the time of torch's
+    best_N = rows_NV.argmax(-1)  # that of a NaN, if there is one
+    nan_N = np.isnan(np.take_along_axis(rows_NV, best_N[:, None], -1)[:, 0])
+    token_ids: list[int] = np.where(nan_N, NOT_A_NUMBER, best_N).tolist()
     return token_ids
 
 
@@ -70,8 +70,8 @@ def sample(logits_V: Tensor, request: Request) -> int:
         generator = np.random.Generator(np.random.PCG64([request.seed % 2**64, request.generated]))
         # Drawn in float64, where an exact 0 is too rare to matter.
         noise_V = torch.from_numpy(generator.standard_exponential(len(logits_V))).float()
-        weights_V = probabilities_V / noise_V.to(logits_V.device)
-    return int(weights_V.numpy().argmax() if weights_V.is_cpu else weights_V.argmax())
+        weights_V = probabilities_V / noise_V
+    return int(weights_V.numpy().argmax())
 
 
 def adjust(logits_V: Tensor, request: Request) -> Tensor:
@@ -129,9 +129,7 @@ def truncate(logits_V: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _descending(probabilities_V: Tensor, least: float) -> Tensor:
-    """Sorted in descending order; on a CPU only those above `least`, as the rest sum to at most V times `least`."""
-    if not probabilities_V.is_cpu:
-        return probabilities_V.sort(descending=True).values
+    """Those above `least` in descending order; the rest sum to at most V times `least`."""
     many_V = probabilities_V[~(probabilities_V <= least)]  # keeps NaN
     return torch.from_numpy(np.sort(many_V.numpy())).flip(0)  # takes a twentieth of the time of torch's sort
 
