@@ -51,8 +51,14 @@ def check_flags(command: Command, needs: Mapping[str, str], packages: Mapping[st
         if flag in command.model_fields_set and getattr(command, flag) and not getattr(command, needed):
             raise BadRequest(f"{spelled(flag)} does nothing without {spelled(needed)}", param=flag)
     for flag, module in packages.items():
-        if getattr(command, flag) and find_spec(module) is None:
-            raise BadRequest(f"{spelled(flag)} needs {module}, of the extra `train`", param=flag)
+        if getattr(command, flag):
+            check_package(module, spelled(flag))
+
+
+def check_package(module: str, what: str) -> None:
+    """Raise BadRequest if a package of the extra `train`, which `what` needs, is not installed."""
+    if find_spec(module) is None:
+        raise BadRequest(f"{what} needs {module}, of the extra `train`")
 
 
 def spelled(flag: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from nr_serve.commands.command import Command
+from nr_serve.commands.command import Command, check_flags, check_package
 from nr_serve.commands.table import table
 from nr_serve.errors import BadRequest
 
@@ -91,6 +91,7 @@ def train(command: Train) -> int:
     from nr_serve.train.recipe_file import parse_changes, read_recipe
     from nr_serve.train.run import train as run
 
+    check_flags(command, {}, {"tensorboard": "tensorboard"})
     recipe = read_recipe(command.recipe, parse_changes(command.set))
     with _told_if_stopped("train", lambda: _left(command.out)), _ended_in_order():
         made = run(recipe, command.out, command.corpus, resume=command.resume, tensorboard=command.tensorboard)
@@ -108,6 +109,7 @@ def sweep(command: Sweep) -> int:
     recipes = read_sweep(command.sweep, parse_changes(command.set))
     compares = len({(recipe.domain, recipe.base) for recipe in recipes.values()}) == 1
     if compares:
+        check_package("matplotlib", "the plot of a comparison")
         check_sources(list(recipes.values()), command.corpus, command.source)
     else:
         for flag in ("source", "windows"):

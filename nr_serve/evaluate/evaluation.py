@@ -46,6 +46,7 @@ class Plots:
     gates: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
     """Plots of each adapter's gates: adapter name -> caption -> file."""
     matrix: Mapping[str, Path] = field(default_factory=dict)
+    switches: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ class Evaluation:
         sources = next(iter(reports.values())).sources  # every report is on the same text
         roles = assign_roles(sources, self.hosted.adapters, {})
         gates = {name: plot_gates(folder, report, roles, name, suffix) for name, report in reports.items()}
-        if self.switched is not None:
-            plot_switches(folder, self.switched, suffix)
-        return Plots(gates, {} if self.interference is None else plot_matrix(folder, self.interference, suffix))
+        switched = {} if self.switched is None else plot_switches(folder, self.switched, suffix)
+        matrix = {} if self.interference is None else plot_matrix(folder, self.interference, suffix)
+        return Plots(gates, matrix, switched)
 
     def write_card(self, path: Path, plots: Plots) -> None:
         """Write the first adapter's card, with links to its plots, if text was measured with all attached."""
@@ -119,7 +120,7 @@ class Evaluation:
     def write_page(self, path: Path, plots: Plots) -> None:
         """Write the interference report, with links to the plots, if interference was measured."""
         if self.interference is not None:
-            shown = dict(plots.matrix)
+            shown = dict(plots.matrix) | dict(plots.switches)
             for own in plots.gates.values():
                 shown |= own
             write_text(path, interference_page(self.interference, links(shown, path)))
@@ -168,7 +169,7 @@ def evaluate(
         read = partial(read_heldout, corpus, sources, hosted.base.tokenizer, text_field=text_field)
         if stretch is not None:
             count = max(windows * len(found), CLASS_TOKENS // (2 * stretch))
-            switching = switch_texts(hosted, read(2 * stretch, count), windows)
+            switching = switch_texts(hosted, read(2 * stretch, count), windows, len(frames.beginning))
         texts = read(window, windows)
         if chat:
             texts = {name: in_chat(text, frames) for name, text in texts.items()}

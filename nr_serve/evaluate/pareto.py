@@ -12,9 +12,9 @@ class Point:
 
     label: str
     forgotten: float
-    """Relative rise of the loss on the base's own text."""
+    """Rise of the loss on the base's own text, as a share of the loss or of what another run forgot."""
     learned: float
-    """Relative fall of the loss on the target's text."""
+    """Fall of the loss on the target's text, as a share of the loss or of what another run learned."""
 
 
 def unbeaten(points: Sequence[Point]) -> list[Point]:

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.difference import Difference, difference
 from nr_serve.evaluate.hosted import Hosted
+from nr_serve.evaluate.readings import beside, once
 from nr_serve.evaluate.roles import assign_roles
-from nr_serve.logs import say
+from nr_serve.train.digest import digest
 from nr_serve.train.measure import evaluating, read_parts
 from nr_serve.train.text.pack import Windows
 
@@ -93,11 +96,14 @@ class SwitchReport:
         return asdict(self)
 
 
-def switch_texts(hosted: Hosted, texts: Mapping[str, Windows], windows: int) -> dict[str, SwitchText]:
+def switch_texts(
+    hosted: Hosted, texts: Mapping[str, Windows], windows: int, beginning: int = 0
+) -> dict[str, SwitchText]:
     """The switching windows of each adapter, up to `windows` for each source that it learned.
 
     `texts`: windows of 2 S tokens by source. Of the base's own language only those within one document are taken,
-    and cut in two where the other text is put in. Raises BadRequest if there is none, or none of an adapter's text.
+    and cut in two where the other text is put in, without the `beginning` tokens that the tokenizer puts before
+    every text. Raises BadRequest if there is none, or none of an adapter's text.
     """
     roles = assign_roles(texts, hosted.adapters, {})
     needed = windows * sum(bool(role.own) for role in roles.values())
@@ -112,19 +118,19 @@ def switch_texts(hosted: Hosted, texts: Mapping[str, Windows], windows: int) -> 
         learned[adapter] = own
     if not original:
         raise BadRequest("no document in the base's own language is as long as two stretches", param="stretch")
-    return {adapter: _splice(original, own) for adapter, own in learned.items()}
+    return {adapter: _splice(original, own, beginning) for adapter, own in learned.items()}
 
 
 def _within_a_document(text: Windows) -> Windows:
     return text.take((text.offset_NT[:, 1:] != 0).all(1).nonzero()[:, 0].tolist())
 
 
-def _splice(original: Mapping[str, Windows], own: Mapping[str, Windows]) -> SwitchText:
+def _splice(original: Mapping[str, Windows], own: Mapping[str, Windows], beginning: int) -> SwitchText:
     middle, around = (_round_robin([iter(text.ids_NT) for text in texts.values()]) for texts in (own, original))
     rows = []
     for middle_T, around_T in zip(middle, around, strict=False):
         before_S, after_S = around_T.chunk(2)
-        rows.append(torch.cat([before_S, middle_T[: len(before_S)], after_S]))
+        rows.append(torch.cat([before_S, middle_T[beginning:][: len(before_S)], after_S]))
     return SwitchText(torch.stack(rows), tuple(original), tuple(own))
 
 
@@ -137,8 +143,7 @@ def switches(hosted: Hosted, texts: Mapping[str, SwitchText]) -> SwitchReport:
     """Measure each adapter, attached alone, on its switching windows."""
     measured = {}
     for i, (name, text) in enumerate(texts.items(), start=1):
-        say("evaluate", f"language switches, {i} of {len(texts)}: {name}")
-        measured[name] = _measure(hosted, name, text)
+        measured[name] = _measure(hosted, name, text, f"language switches, {i} of {len(texts)}: {name}")
     return SwitchReport(next(iter(texts.values())).ids_NT.shape[1] // 3, measured)
 
 
@@ -160,8 +165,8 @@ class _Reading:
     again: _Losses
 
 
-def _measure(hosted: Hosted, name: str, text: SwitchText) -> Switch:
-    before, after = _read(hosted, (), text.ids_NT), _read(hosted, (name,), text.ids_NT)
+def _measure(hosted: Hosted, name: str, text: SwitchText, place: str) -> Switch:
+    before, after = (_read(hosted, names, text.ids_NT, place) for names in ((), (name,)))
     steady = steady_rates(after.rates)
     stretch = len(after.rates) // 3
     own, again = after.rates[stretch : 2 * stretch], after.rates[2 * stretch :]
@@ -192,9 +197,16 @@ def _first(reached: Iterator[bool]) -> int | None:
     return next((i for i, one in enumerate(reached) if one), None)
 
 
-def _read(hosted: Hosted, names: Sequence[str], ids_NT: Tensor) -> _Reading:
-    """Rates and losses of the windows with these adapters, at most one, attached."""
+def _read(hosted: Hosted, names: Sequence[str], ids_NT: Tensor, place: str) -> _Reading:
+    """Rates and losses of the windows with these adapters, at most one, attached; `place` is printed on stderr."""
     hosted.attach(names)
+    versions = [hosted.versions[name] for name in names]
+    what = ["switches", list(ids_NT.shape), digest((ids_NT,))]
+    made = partial(_read_now, hosted, ids_NT)
+    return once(hosted.base, versions, what, made, TypeAdapter(_Reading), f"{place}; {beside(names)}")
+
+
+def _read_now(hosted: Hosted, ids_NT: Tensor) -> _Reading:
     model, attached = hosted.base.model, hosted.attached
     count, length = ids_NT.shape
     fired_T = torch.zeros(length, dtype=torch.float64, device=hosted.base.device)

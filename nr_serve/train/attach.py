@@ -5,7 +5,7 @@ Shape suffixes: B windows, T tokens (all windows laid end to end), d stream widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,8 +38,8 @@ class ForwardPass:
     """Number of layers with a block, by adapter."""
     local_sum: Tensor | None = None
     """Sum of the local terms, over tokens and layers."""
-    hinges: list[Tensor] | None = None
-    """If a list, each layer's hinge loss on the target's gates is appended to it."""
+    hinges: MutableSequence[Tensor] | None = None
+    """If given, each layer's hinge loss on the target's gates is appended to it."""
     on_gates: OnGates | None = None
 
     def on_target(self, adapter: int) -> tuple[int, int]:
@@ -95,7 +95,6 @@ class Attached:
         self.now.blocks = [len(adapter.layers) for adapter in self.adapters]
         return self.now
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # shapes depend on what fired
     def _add(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
         x_Td, y_Td = x.flatten(0, -2), y.flatten(0, -2)
         if self.before is not None:

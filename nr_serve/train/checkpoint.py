@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nr_serve.disk import held, whole, writing
 from nr_serve.errors import Conflict, NrError, faults
+from nr_serve.train.log import is_log
 
 PREFIX = "checkpoint-"
 KEPT = 2
@@ -166,11 +167,11 @@ def alone(out: Path) -> Iterator[None]:
     """Lock the run in `out`, and remove checkpoints that a killed process left incomplete.
 
     Raises Conflict if another process has the lock (a killed process frees it), or if there are incomplete
-    checkpoints but no log: then they belong to something else, such as a plain `transformers.Trainer`.
+    checkpoints but no log of a run: then they belong to something else, such as a plain `transformers.Trainer`.
     """
     with held(out, "trains in"):
         torn = sorted(set(_own(out)) - set(_complete(out)))
-        if torn and not (out / LOG).exists():
+        if torn and not ((out / LOG).exists() and is_log(out / LOG)):
             raise Conflict(f"{torn[0]} is not of a run of nr-serve; name another folder")
         for folder in torn:
             shutil.rmtree(folder)

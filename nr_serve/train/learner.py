@@ -5,6 +5,7 @@ Shape suffixes: B windows, T tokens per window.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,9 @@ class Learner(nn.Module):
         loss = nats / max(1, _count(step.labelled, self.lm_roles))
         if self.local is not None and record.hinges and self.adapter is not None:
             over = _count(step.tokens, ("target",)) * len(self.adapter.layers)
-            loss = loss + self.local.open * torch.stack(record.hinges).sum() / over
+            loss = loss + self.local.open * torch.stack(list(record.hinges)).sum() / over
+            # Gradient checkpointing computes them once more, in the backward pass: nobody needs those.
+            record.hinges = deque(maxlen=0)
         return loss, sums
 
     def _local_loss(self, windows: Mapping[str, Windows], step: StepCounts) -> tuple[Tensor | None, Sums]:

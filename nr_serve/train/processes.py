@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import accelerate
+import torch
 from accelerate.utils import broadcast_object_list
 
 from nr_serve import logs
 from nr_serve.errors import NrError
 
 T = TypeVar("T")
+
+
+def join(device: torch.device) -> None:
+    """Join the other processes, which compute on devices of this type; call it first.
+
+    They wait for the first one as long as it fits gates and measures: longer than the usual half an hour.
+    """
+    accelerate.PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
 
 
 def is_first() -> bool:

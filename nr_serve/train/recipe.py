@@ -461,10 +461,11 @@ class Recipe(_Section):
         """The keys because of which a run of `earlier` that has read `tokens` tokens cannot go on as this recipe.
 
         Returns each with its value here and its value there; an empty dict if the run can continue. The budget may
-        differ as long as it is not exceeded and the learning rate has not depended on it. Keys that affect only
-        logging may differ, and so may those of measurements, unless the run may stop because of these.
+        differ as long as it is not exceeded and the learning rate has not depended on it. Keys may differ that only
+        log, or save memory or time, and `validate_every`, unless the run may stop because of what is measured.
         """
-        free = {"run.log_every", "run.checkpoint_every", "run.accumulate"}
+        free = {f"run.{key}" for key in ("log_every", "checkpoint_every", "accumulate", "gradient_checkpointing")}
+        free |= {"run.compile"}
         if self.run.patience is None:
             free |= {"run.validate_every"}
         level = min(self.run.decay_start, earlier.run.decay_start)

@@ -337,6 +337,19 @@ def test_a_folder_is_read_again_when_its_files_change_and_only_then(mine, tmp_pa
     assert build.fetch_corpus(mine, out) == [second]
 
 
+def test_more_text_of_a_folder_takes_none_of_what_was_held_out_or_trained_on(mine, tmp_path):
+    def documents():
+        [fetched] = build.fetch_corpus(mine, tmp_path / "out")
+        return [set(file.read_text().rstrip("\n").split("\n\n")) for file in (fetched.train, fetched.heldout)]
+
+    train, held = documents()
+    (tmp_path / "texts" / "hu" / "0.txt").write_text("\n\n".join(words_of(7, i, 0) for i in range(40)))
+    now = documents()
+    assert (train - now[0], held - now[1]) == (set(), set())
+    assert len(now[0]) > len(train)
+    assert len(now[1]) > len(held)
+
+
 def test_two_recipes_share_a_folder_and_their_text_of_one_language_is_compared(registry, fetch, mine, tmp_path):
     out = tmp_path / "out"
     [x] = fetch()

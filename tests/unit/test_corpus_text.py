@@ -46,6 +46,12 @@ def test_a_page_gives_its_innermost_blocks_without_navigation():
     assert documents(extract.html, page) == [["Cím", "egy cella", "pont"]]
 
 
+def test_a_page_of_the_users_own_may_call_its_text_contents():
+    page = """<div class="contents"><div class="toc"><p>1. Cím</p></div><h1>Cím</h1><p>egy</p></div>
+    <div class="stock"><p>kettő</p></div>"""
+    assert documents(extract.html, page, kind="folder", folder="x") == [["Cím", "egy", "kettő"]]
+
+
 def test_a_page_of_docbook_gives_its_paragraphs(recwarn):
     page = """<?xml version="1.0" encoding="UTF-8"?><html xmlns="http://www.w3.org/1999/xhtml"><body>
     <div class="section"><div class="para">első <b>bekezdés</b></div><div class="para">második
@@ -64,6 +70,11 @@ def test_a_help_page_gives_titles_and_paragraphs_without_credits():
 def test_a_manual_page_gives_running_text():
     page = ".TH X 1\n.SH NÉV\nx \\- egy \\fBvastag\\fP szó\n.PP\nfolytatódik\n.I dőlt\n.nf\nkód\n.fi\nvége\n"
     assert man.paragraphs(page) == ["x - egy vastag szó", "folytatódik dőlt", "vége"]
+
+
+def test_what_only_moves_or_computes_leaves_nothing_in_a_manual_pages_text():
+    page = "hello\\c\n\\h'1i'egy\\w'két' \\n(.lkettő\\n[x] \\v'-.4m'három\n"
+    assert man.paragraphs(page) == ["hello egy kettő három"]
 
 
 def test_a_catalogue_gives_what_was_translated():
@@ -244,6 +255,17 @@ def test_held_out_text_is_about_its_share_and_shares_nothing_with_the_rest():
     assert 0.06 < split.size(held) / split.size(made) < 0.1
     assert not {id(d) for d in train} & {id(d) for d in held}
     assert len(train) + len(held) == len(made)
+
+
+@pytest.mark.parametrize(("front", "behind"), [(0, 50), (50, 0), (7, 0)])
+def test_what_was_trained_on_or_held_out_before_stays_so(front, behind):
+    made = [[f"{i} " + sentence(*range(60 * i, 60 * i + 40)), f"{i} vége"] for i in range(300 + front + behind)]
+    train, held = split.hold_out(made[front : front + 300])
+    again = split.hold_out(made, *({p for d in part for p in d} for part in (train, held)))
+    assert all(document in again[0] for document in train)
+    assert all(document in again[1] for document in held)
+    assert len(again[0]) + len(again[1]) == len(made)
+    assert len(again[0]) > len(train)
 
 
 def test_held_out_paragraphs_that_leak_are_dropped():

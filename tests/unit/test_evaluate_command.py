@@ -134,6 +134,9 @@ def test_switches_are_printed_put_in_the_json_and_drawn(place, tmp_path, capsys)
         "hu",
     ]
     assert (tmp_path / "switches.svg").stat().st_size > 0
+    assert run(place, *flags, "--interference", "--markdown", tmp_path / "page.md", files=("hu",)) == 0
+    assert "(switches.svg)" in (tmp_path / "page.md").read_text()
+    capsys.readouterr()
     assert run(place, *flags, "--json", files=("hu",)) == 0
     read = json.loads(capsys.readouterr().out)
     assert set(read["sources"]) == {"hu.a", "en.a", "nb.a", "ca.a"}

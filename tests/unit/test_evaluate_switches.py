@@ -121,6 +121,23 @@ def test_each_window_takes_up_the_original_text_again_where_it_broke_off():
     assert (made.original, made.own) == (("en.b", "en.c"), ("hu.a", "hu.z"))
 
 
+def test_the_text_that_is_put_in_does_not_begin_as_texts_do():
+    read = {"en.b": texts(0, 1), "hu.a": texts(170, 1)}
+    made = switch_texts(hosted(hu=learned(1, "hu")), read, windows=2, beginning=1)["hu"]
+    around, own = (read[name].ids_NT[0] for name in ("en.b", "hu.a"))
+    assert made.ids_NT.tolist() == [[*around[:S].tolist(), *own[1 : S + 1].tolist(), *around[S:].tolist()]]
+
+
+def test_what_was_measured_is_not_measured_again(capsys):
+    adapters = hosted(hu=learned(5, "hu"))
+    ids_NT = torch.randint(0, tiny.VOCAB, (2, 3 * S), generator=torch.Generator().manual_seed(5))
+    first, second = (switches(adapters, {"hu": SwitchText(ids_NT, ("en.b",), ("x",))}) for _ in range(2))
+    assert first == second
+    told = capsys.readouterr().err
+    assert told.count("language switches, 1 of 1: hu; attached: hu (measured before)") == 1
+    assert told.count("attached: none (measured before)") == 1
+
+
 def test_text_that_is_missing_is_named():
     adapters = hosted(hu=learned(1, "hu"))
     with pytest.raises(BadRequest, match="what hu learned"):

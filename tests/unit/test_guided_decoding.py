@@ -222,9 +222,7 @@ def test_a_short_grammar_whose_tokens_grow_dearer_and_dearer_is_given_up(grammar
 @pytest.mark.parametrize(("step", "given_up"), [(0.0009, False), (0.003, True)])
 def test_an_answer_whose_tokens_take_too_long_in_the_mean_is_given_up(step, given_up, monkeypatch):
     progress = guide("start: /[ab]*/").begin()
-    clock = (
-        step * i for i in itertools.count()
-    )  # a step of it for a mask, and one for a token
+    clock = (step * i for i in itertools.count())  # a step of it for a mask, and one for a token
     monkeypatch.setattr("nr_serve.engine.guide.time", SimpleNamespace(thread_time=lambda: next(clock)))
 
     def write(tokens):

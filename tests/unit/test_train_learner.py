@@ -141,6 +141,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         made(**batch)["loss"].backward()
         grads.append([p.grad for p in made.adapter.parameters()])
         passes.append(len(calls))
+        assert not made.attached.now.hinges, "they would keep the layers' tensors until the next pass"
     assert passes[1] == passes[0] + 1, "the layer is computed again in the backward pass"
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
 
@@ -155,6 +156,17 @@ def test_compiling_changes_no_gradient():
         call(**batch)["loss"].backward()
         grads.append([p.grad for p in made.adapter.parameters()])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
+def test_a_layers_ffn_is_compiled_once_for_all_layers():
+    model = tiny.model(num_hidden_layers=12)
+    host_blocks(model, lambda layer, x, y: y + layer * x)
+    ids = part(1)[0]
+    expected = model(ids, use_cache=False).logits
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # 8 by default, and the rest not compiled
+        found = torch.compile(model, backend="eager")(ids, use_cache=False).logits
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_a_batch_on_which_no_gate_fires_is_a_step_of_no_length():

@@ -136,9 +136,11 @@ def test_every_field_says_what_it_is():
     assert [name for name, field in sections(Recipe) if not field.description] == []
 
 
-def test_only_what_is_logged_may_change_on_resume():
+def test_only_what_is_logged_or_saves_memory_or_time_may_change_on_resume():
     first = recipe()
     assert recipe(run={"log_every": 1, "validate_every": 512}).changed(first, 4096) == {}
+    saves = {"accumulate": 2, "gradient_checkpointing": True, "compile": True}
+    assert recipe(run=saves).changed(first, 4096) == {}
     assert recipe(run={"lr": 1e-4}).changed(first, 4096) == {"run.lr": (1e-4, 4e-3)}
     assert recipe(gate={"percentile": 99}).changed(first, 0) == {"gate.percentile": (99, 99.5)}
 

@@ -313,14 +313,18 @@ def test_a_run_without_room_for_its_adapter_ends_when_there_is(tmp_path, base, c
     assert read_adapter(made).info.results["tokens"] == 256
 
 
-def test_checkpoints_of_somebody_else_are_left_alone(tmp_path, base, corpus):
+@pytest.mark.parametrize("log", [None, '{"loss": 1.0}\n'])
+def test_checkpoints_of_somebody_else_are_left_alone(tmp_path, base, corpus, log):
     theirs = tmp_path / "out" / "checkpoint-500"
     theirs.mkdir(parents=True)
     (theirs / "trainer_state.json").write_text("{}")
+    if log is not None:
+        (tmp_path / "out" / "log.jsonl").write_text(log)
+    before = sorted((tmp_path / "out").rglob("*"))
     for resume in (False, True):
         with pytest.raises(Conflict, match=r"checkpoint-500 is not of a run of nr-serve; name another folder"):
             train(write_recipe(tmp_path, base, tokens=256), tmp_path / "out", corpus, resume=resume)
-    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["checkpoint-500", "trainer_state.json"]
+    assert sorted((tmp_path / "out").rglob("*")) == before
 
 
 def test_a_run_goes_on_beside_a_checkpoint_half_written_and_clears_it(tmp_path, base, corpus):

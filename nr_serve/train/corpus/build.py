@@ -73,7 +73,8 @@ def fetch_corpus(recipe: Path, out: Path, only: Sequence[str] = ()) -> list[Fetc
     Writes `NAME.train.txt` and `NAME.heldout.txt` for each source: UTF-8, one paragraph per line, an empty line
     between documents. Also writes `manifest.json` with versions, licences and amounts. `only` selects sources by
     name or pattern ("hu.*"). Sources that are already there from the same recipe stay as they are, unless they are
-    the user's own files and have changed. `out` may also contain text of other recipes.
+    the user's own files and have changed; what was training text then stays training text, and what was held out
+    stays held out. `out` may also contain text of other recipes.
 
     Raises `DownloadFailed` naming every source that failed, after writing the others; `BadRequest` if a pattern of
     `only` matches none or a folder is absent; `Conflict` if another process fetches into `out`; `CannotWrite`.
@@ -148,6 +149,11 @@ def _compare_sources(language: str, out: Path, manifest: Manifest) -> None:
     write_manifest(out, manifest)
 
 
+def _paragraphs(path: Path) -> set[str]:
+    """The paragraphs of a text file; none if it is not there."""
+    return set(chain.from_iterable(read_documents(path))) if path.is_file() else set()
+
+
 class Builder:
     """Makes the text of one source after another, from shared packages, or from folders relative to `beside`."""
 
@@ -159,7 +165,7 @@ class Builder:
         """Write the two files of `source` into `out` and return its entry in the manifest."""
         files = self._files(source, source.files)
         documents = self._documents(source, files)
-        train, heldout = hold_out(documents)
+        train, heldout = hold_out(documents, *(_paragraphs(text_file(out, source.name, part)) for part in PARTS))
         if not documents:
             raise DownloadFailed(f"no text left of {len(files)} files")
         if not train or not heldout:

@@ -42,7 +42,8 @@ XML_DROPPED = (
     "synopsis",
     "bookinfo",
 )
-CONTENTS_TABLES = re.compile(r"nav_table|toc|contents|tocframe")  # links around a page's text
+CONTENTS_TABLES = re.compile(r"nav_table|toc|contents|tocframe")  # links around a page's text, in packages
+OWN_CONTENTS_TABLES = re.compile(r"^(toc|table-of-contents)$")  # in pages of all kinds, `contents` may be the text
 MO_MAGIC = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}
 UI_MESSAGES = 60  # messages per document: message catalogues have no documents
 FORTUNES = 20  # sayings per document
@@ -82,7 +83,7 @@ def html(data: bytes, source: Source) -> Iterator[Document]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)  # XHTML is parsed as HTML
         soup = BeautifulSoup(data, "lxml")
-    for tag in soup.find_all(class_=CONTENTS_TABLES):
+    for tag in soup.find_all(class_=OWN_CONTENTS_TABLES if source.kind == "folder" else CONTENTS_TABLES):
         tag.decompose()
     for tag in soup.find_all("div", class_="para"):
         tag.name = "p"  # DocBook's stylesheets write paragraphs as such divs

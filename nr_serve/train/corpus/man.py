@@ -11,7 +11,9 @@ FONTS = frozenset(("B", "I", "R", "BR", "RB", "BI", "IB", "IR", "RI", "SM", "SB"
 CODE = {"nf": "fi", "EX": "EE", "TS": "TE"}  # tables and examples, with the request that ends each
 CHARACTERS = {"e": "\\", "~": " "} | dict.fromkeys("&|^,/:%", "")  # other escaped characters stand for themselves
 NAMED = {"lq": "“", "rq": "”", "aq": "'", "dq": '"', "cq": "\u2019", "oq": "\u2018", "em": "—", "en": "\u2013"}
-ESCAPE = re.compile(r"\\(?:f(?:\[\w*\]|\(..|.)|s[+-]?\d+|\((..)|\[([^\]]*)\]|\*(?:\(..|\[[^\]]*\]|.)|(.))")
+ESCAPE = re.compile(
+    r"\\(?:f(?:\[\w*\]|\(..|.)|s[+-]?\d+|\((..)|\[([^\]]*)\]|[*n](?:\(..|\[[^\]]*\]|.)|[hvwloLD]'[^']*'|c|(.))"
+)
 
 
 def paragraphs(page: str) -> list[str]:

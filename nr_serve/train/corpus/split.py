@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from nr_serve.train.corpus.clean import words
 
@@ -48,24 +48,33 @@ def thin(documents: list[Document], limit: float) -> list[Document]:
     return [document for i, document in enumerate(documents) if int((i + 1) * share) > int(i * share)]
 
 
-def hold_out(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+def hold_out(
+    documents: list[Document], trained: Set[str] = frozenset(), measured: Set[str] = frozenset()
+) -> tuple[list[Document], list[Document]]:
     """Split documents into training and held-out ones.
 
-    The list is divided into `RUNS` stretches of equal length (fewer if there are few documents), and the last
-    `HELD_OUT` of each stretch is held out. So held-out text is contiguous, because neighbouring documents resemble
-    each other, and still covers the source. Held-out paragraphs that share 8-grams with the training text are
-    dropped.
+    Those with a paragraph in `trained` are training text, and of the rest those with one in `measured` held-out
+    text, as they were before: what an adapter has read must not come to measure it. The others are divided into
+    `RUNS` stretches of equal length (fewer if there are few documents), and the last `HELD_OUT` of each stretch is
+    held out. So held-out text is contiguous, because neighbouring documents resemble each other, and still covers
+    the source. Held-out paragraphs that share 8-grams with the training text are dropped.
     """
-    runs = max(1, min(RUNS, int(HELD_OUT * len(documents))))  # about one document or more held out of each
-    stretch = max(1.0, size(documents) / runs)
-    train: list[Document] = []
-    held: list[Document] = []
+    train, others = _parted(documents, trained)
+    held, new = _parted(others, measured)
+    runs = max(1, min(RUNS, int(HELD_OUT * len(new))))  # about one document or more held out of each
+    stretch = max(1.0, size(new) / runs)
     position = 0
-    for document in documents:
+    for document in new:
         middle = position + size([document]) / 2
         (held if middle % stretch >= (1 - HELD_OUT) * stretch else train).append(document)
         position += size([document])
     return train, drop_leaked(held, shared_grams(held, train))
+
+
+def _parted(documents: list[Document], paragraphs: Set[str]) -> tuple[list[Document], list[Document]]:
+    """The documents with one of the paragraphs, and the others."""
+    known = [document for document in documents if not paragraphs.isdisjoint(document)]
+    return known, [document for document in documents if paragraphs.isdisjoint(document)]
 
 
 def shared_grams(held: Iterable[Document], train: Iterable[Document]) -> set[int]:

@@ -86,12 +86,12 @@ class TextFile:
     def _paragraphs(self) -> Iterator[list[str]]:
         document: list[str] = []
         for line in self._lines():
-            if line:
+            if line.strip():
                 document.append(line)
             elif document:
-                yield [paragraph for paragraph in document if paragraph.strip()]
+                yield document
                 document = []
-        yield [paragraph for paragraph in document if paragraph.strip()]
+        yield document
 
     def _jsonl(self) -> Iterator[str]:
         for number, line in enumerate(self._lines(), 1):
