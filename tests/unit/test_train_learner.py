@@ -160,7 +160,7 @@ def test_compiling_changes_no_gradient():
 
 def test_a_layers_ffn_is_compiled_once_for_all_layers():
     model = tiny.model(num_hidden_layers=12)
-    host_blocks(model, lambda layer, x, y: y + layer * x)
+    host_blocks(model, torch.compiler.disable(lambda layer, x, y: y + layer * x))
     ids = part(1)[0]
     expected = model(ids, use_cache=False).logits
     torch.compiler.reset()
