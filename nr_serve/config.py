@@ -72,7 +72,9 @@ class ModelSettings(BaseModel):
     """Model: what is served"""
 
     model: str = Field("default", description="base model: a local folder, a hub name, or `default`")
-    served_model_name: str | None = Field(None, description="name clients use for the base (default: the folder's)")
+    served_model_name: str | None = Field(
+        None, description="name clients use for the base (default: its folder's, or the last part of its hub name)"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the model runs; with auto, on a GPU if torch sees one"
     )

@@ -6,7 +6,8 @@ from torch.utils.data import Dataset
 
 from nr_serve.train.learner import Batch, StepCounts
 from nr_serve.train.recipe import BadRecipe, Run
-from nr_serve.train.text.mix import Classes, Mix
+from nr_serve.train.text.classes import Classes
+from nr_serve.train.text.mix import Mix
 from nr_serve.train.text.pack import Windows
 
 

@@ -22,7 +22,7 @@ from nr_serve.train.frozen_base import FrozenBase, best_device, load_base, read_
 from nr_serve.train.gates import refit_gates
 from nr_serve.train.recipe import Data, Gate, Recipe
 from nr_serve.train.recipe_file import parse_recipe
-from nr_serve.train.text.mix import Classes
+from nr_serve.train.text.classes import Classes
 from nr_serve.train.text.sources import Source, find_sources
 
 _say = partial(say, "calibrate")
@@ -64,7 +64,7 @@ def calibrate(
     module = AdapterModule.from_file(adapter)
     module.threshold = recipe.gate.resolved.threshold  # as in training
     module.carry = module.carry if carry is None else carry
-    _refit(frozen, module, neighbours, classes, recipe.gate, near={source.language for source in learned})
+    _refit(frozen, module, neighbours, classes, recipe.gate, contested={source.language for source in learned})
     info = replace(
         adapter.info,
         carry=module.carry,
@@ -84,13 +84,13 @@ def _refit(
     neighbours: Mapping[str, Adapter],
     classes: Classes,
     gate: Gate,
-    near: Collection[str],
+    contested: Collection[str],
 ) -> None:
     """Fit the gates of `module` again, in place, with the neighbours attached."""
     modules = [module, *map(AdapterModule.from_file, neighbours.values())]
     attached = Attached(base.model, [each.to(base.device) for each in modules])
     _say("fitting the gates")
-    _say(refit_gates(base.model, attached, classes, gate, near).summary())
+    _say(refit_gates(base.model, attached, classes, gate, contested).summary())
 
 
 def _results(adapter: Adapter, neighbours: Mapping[str, Adapter]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from nr_serve.train.file_cache import FileCache
 from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.gates import FittedGates, LayerFit, fit_gates, gate_classes
 from nr_serve.train.recipe import BadRecipe, Recipe
-from nr_serve.train.text.mix import Classes
+from nr_serve.train.text.classes import Classes
 
 GATE_FORMAT = 9
 """Increased when the fit or the file format changes, so that files of another format are never read."""

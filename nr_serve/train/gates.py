@@ -25,8 +25,8 @@ from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.measure import evaluating
 from nr_serve.train.recipe import BadRecipe, Gate
 from nr_serve.train.solvers import SOLVERS
+from nr_serve.train.text.classes import CHAT, Classes
 from nr_serve.train.text.lead_in import GateText, led_into
-from nr_serve.train.text.mix import CHAT, Classes
 from nr_serve.train.text.pack import join
 
 
@@ -179,10 +179,10 @@ def _set(module: BlockModule, w_d: Tensor, b: Tensor) -> None:
         module.bias.copy_(b)
 
 
-def gate_classes(classes: Classes, tokens: int, near: Collection[str] = ()) -> dict[str, GateText]:
+def gate_classes(classes: Classes, tokens: int, contested: Collection[str] = ()) -> dict[str, GateText]:
     """About `tokens` tokens of every class, but four times as many of the target, which faces all the others.
 
-    Background classes in `near`, on which other adapters act, also get four times as many.
+    Background classes in `contested`, on which other adapters act, also get four times as many.
 
     Half of the windows of the target and of background classes are led into by original text, or by a chat (see
     `lead_in`): on the target a gate must open there too, and on other text it must stay shut.
@@ -192,21 +192,22 @@ def gate_classes(classes: Classes, tokens: int, near: Collection[str] = ()) -> d
     pages = {name: windows for name, windows in original.items() if name != CHAT}
     spread = {"target": classes.target.spread(4 * count)}
     spread |= {
-        name: windows.spread(4 * count if name in near else count) for name, windows in classes.background.items()
+        name: windows.spread(4 * count if name in contested else count)
+        for name, windows in classes.background.items()
     }
     led = {name: led_into(windows, pages, classes.frames) for name, windows in spread.items()}
     return led | {name: GateText.whole(windows) for name, windows in original.items()}
 
 
 def refit_gates(
-    model: Any, attached: Attached, classes: Classes, gate: Gate, near: Collection[str] = ()
+    model: Any, attached: Attached, classes: Classes, gate: Gate, contested: Collection[str] = ()
 ) -> FittedGates:
     """Fit the gates of the first attached adapter, which is trained, on the stream that its blocks produce.
 
-    No block is dropped, because all are trained. `near` is that of `gate_classes`.
+    No block is dropped, because all are trained. `contested` is that of `gate_classes`.
     """
     gate = gate.model_copy(update={"min_found": 0.0})
-    read = gate_classes(classes, gate.fit_tokens, near)
+    read = gate_classes(classes, gate.fit_tokens, contested)
     return fit_gates(model, attached, read, gate, original=classes.original)
 
 

@@ -154,6 +154,10 @@ class ResolvedGate:
     refit: bool
 
 
+FIT_KEYS = {"percentile", "background_percentile", "target_weight", "ridge", "fit_tokens", "min_found", "refit"}
+"""Keys of `Gate` about how gates are fitted."""
+
+
 class Gate(_Section):
     """How the gates look and start, and whether they train. Only a neutral run reads it."""
 
@@ -217,6 +221,11 @@ class Gate(_Section):
     def fitted(self) -> bool:
         """Whether the gates are fitted before training, rather than random or absent."""
         return self.kind != "none" and self.init in ("closed-form", "logistic")
+
+    @property
+    def idle(self) -> list[str]:
+        """The keys that were given and do nothing, because they are about fitting gates that are not fitted."""
+        return [] if self.fitted else sorted(FIT_KEYS & self.model_fields_set)
 
     @property
     def resolved(self) -> ResolvedGate:

@@ -10,7 +10,7 @@ from nr_serve.train import processes, text
 from nr_serve.train.batches import Batches
 from nr_serve.train.frozen_base import check_window, load_hf_tokenizer
 from nr_serve.train.recipe import BadRecipe, Recipe
-from nr_serve.train.text.mix import Classes
+from nr_serve.train.text.classes import Classes
 from nr_serve.train.text.pack import Windows
 from nr_serve.train.text.read import find_roles
 from nr_serve.train.text.sources import Source

@@ -12,9 +12,9 @@ from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.gates import FittedGates, Fitter, LayerFit, causal_mean, evidence, fit_gates, gate_classes
 from nr_serve.train.recipe import BadRecipe, Gate
 from nr_serve.train.solvers import CHUNK_TOKENS, SOLVERS, solve_logistic, solve_ridge
+from nr_serve.train.text.classes import CHAT, Classes
 from nr_serve.train.text.frames import Chat, Frames
 from nr_serve.train.text.lead_in import GateText, led_into
-from nr_serve.train.text.mix import CHAT, Classes
 from nr_serve.train.text.pack import Windows
 from tests import tiny
 
@@ -327,7 +327,7 @@ def test_plain_original_text_and_chats_lead_into_the_target_and_background_text(
 def test_four_times_as_much_is_read_of_background_that_other_adapters_act_on():
     named = classes()
     background = {"da": named["da"], "sk": named["da"]}
-    read = gate_classes(Classes(named["target"], {"en": named["en"]}, background), 160, near=["da", "unknown"])
+    read = gate_classes(Classes(named["target"], {"en": named["en"]}, background), 160, contested=["da", "unknown"])
     assert {name: len(text.windows) for name, text in read.items()} == {"target": 40, "en": 10, "da": 40, "sk": 10}
 
 

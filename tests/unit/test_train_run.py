@@ -313,6 +313,13 @@ def test_a_run_without_room_for_its_adapter_ends_when_there_is(tmp_path, base, c
     assert read_adapter(made).info.results["tokens"] == 256
 
 
+@pytest.mark.parametrize(("gate", "said"), [("init = 'paper'\ntrained = true\n", True), ("", False)])
+def test_keys_that_do_nothing_are_told(tmp_path, base, corpus, capsys, gate, said):
+    train(write_recipe(tmp_path, base, tokens=128, gate=gate, gate__min_found=0.0), tmp_path / "out", corpus)
+    told = "so these keys do nothing: gate.fit_tokens, gate.min_found, gate.percentile\n"
+    assert (told in capsys.readouterr().err) is said
+
+
 @pytest.mark.parametrize("log", [None, '{"loss": 1.0}\n'])
 def test_checkpoints_of_somebody_else_are_left_alone(tmp_path, base, corpus, log):
     theirs = tmp_path / "out" / "checkpoint-500"

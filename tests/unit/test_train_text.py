@@ -10,8 +10,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from nr_serve.train.recipe import BadRecipe, Data, Run
+from nr_serve.train.text.classes import Classes
 from nr_serve.train.text.frames import Frames, find_frames
-from nr_serve.train.text.mix import Classes, Mix
+from nr_serve.train.text.mix import Mix
 from nr_serve.train.text.overlap import grams
 from nr_serve.train.text.pack import BATCH_DOCUMENTS, Windows, join, pack
 from nr_serve.train.text.read import chat_documents, read_classes, read_heldout

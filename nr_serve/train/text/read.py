@@ -16,8 +16,8 @@ from nr_serve.logs import say
 from nr_serve.train.documents import PIECE_CHARACTERS
 from nr_serve.train.entries import DATASETS
 from nr_serve.train.recipe import BadRecipe, Data, Run
+from nr_serve.train.text.classes import CHAT, Classes
 from nr_serve.train.text.frames import find_frames, render_exchange
-from nr_serve.train.text.mix import CHAT, Classes
 from nr_serve.train.text.overlap import overlap
 from nr_serve.train.text.pack import Packed, Windows, pack
 from nr_serve.train.text.sources import Source, check_globs, find_sources, read_in_turn
