@@ -24,8 +24,8 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsE
 
 from nr_serve import __version__
 from nr_serve.commands import COMMANDS
-from nr_serve.config import ALIKE, GROUPS, ServeConfig, check_environment
-from nr_serve.errors import NrError, Unauthorized
+from nr_serve.config import ALIKE, GROUPS, ServeConfig, check_environment, spelled
+from nr_serve.errors import NrError, Unauthorized, fault_text
 
 _MOST_IN_USAGE = 15
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -153,7 +153,7 @@ def _wrong_usage(parser: ArgumentParser, message: str) -> NoReturn:
     ArgumentParser.error(parser, message)
 
 
-_GROUP_OF = {f"--{name.replace('_', '-')}": group.__doc__ for group in GROUPS for name in group.model_fields}
+_GROUP_OF = {spelled(name): group.__doc__ for group in GROUPS for name in group.model_fields}
 
 
 def _add_grouped(parser: ArgumentParser, *flags: str, **options: Any) -> Any:
@@ -219,8 +219,8 @@ def _wrong_setting(error: ValidationError | SettingsError) -> str:
         return str(error)
     wrong = []
     for each in error.errors(include_url=False, include_input=False):
-        flag = "--" + str(each["loc"][0]).replace("_", "-") if each["loc"] else "settings"
-        wrong.append(f"{flag}: {each['msg'].removeprefix('Value error, ')}")
+        flag = spelled(str(each["loc"][0])) if each["loc"] else "settings"
+        wrong.append(f"{flag}: {fault_text(each)}")
     return "; ".join(wrong)
 
 

@@ -318,6 +318,11 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], place: str) -> N
         raise SettingsError(f"{place}: there is no setting `{name}`{hint}")
 
 
+def spelled(name: str) -> str:
+    """A field's name, spelled as a flag."""
+    return "--" + name.replace("_", "-")
+
+
 def settings_tables() -> str:
     """The settings as Markdown, one table per group; docs/settings.md contains it."""
     sections = []
@@ -329,7 +334,7 @@ def settings_tables() -> str:
 
 def _row(name: str) -> str:
     setting = ServeConfig.model_fields[name]
-    meaning, flag = setting.description or "", f"--{name.replace('_', '-')}"
+    meaning, flag = setting.description or "", spelled(name)
     if get_origin(setting.annotation) is Literal:
         meaning += f": {', '.join(map(str, get_args(setting.annotation)))}"
     if setting.default is True:

@@ -27,9 +27,9 @@ The command line prints the message alone; a stack trace means a bug in nr-serve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -184,6 +184,11 @@ MOST_FAULTS = 8
 """Most faults that one message names."""
 
 
+def fault_text(fault: Mapping[str, Any]) -> str:
+    """What is wrong, of one of pydantic's errors."""
+    return str(fault["msg"]).removeprefix("Value error, ")
+
+
 def faults(error: ValidationError) -> str:
     """A validation's faults in one line: the location and the problem of each. Shows no input values."""
     found = []
@@ -191,7 +196,7 @@ def faults(error: ValidationError) -> str:
         # Parts with brackets name a type in a union, not a key.
         place = ".".join(part for part in map(str, each["loc"]) if "[" not in part)
         unknown = each["type"] == "extra_forbidden"
-        message = "not a known key" if unknown else each["msg"].removeprefix("Value error, ")
+        message = "not a known key" if unknown else fault_text(each)
         found.append(f"{place}: {message}" if place else message)
     more = [f"and {len(found) - MOST_FAULTS} more"] if len(found) > MOST_FAULTS else []
     return "; ".join(found[:MOST_FAULTS] + more)

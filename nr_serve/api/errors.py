@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from nr_serve.api.responses import ErrorAnswer
-from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooManyRequests, Unauthorized
+from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooManyRequests, Unauthorized, fault_text
 
 _TYPES = {status: kind.type for status, kind in BY_STATUS.items()} | {405: "MethodNotAllowedError"}
 GONE = 499
@@ -96,15 +96,11 @@ def invalid_request(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
         return BadRequest(f"Unrecognized request argument supplied: {param}", param=param)
     if first["type"] == "missing":
         return BadRequest(f"`{param}` is required" if param else "a JSON body is required", param=param)
-    message = ", or: ".join(dict.fromkeys(_message(e) for e in same_field[:4]))
+    message = ", or: ".join(dict.fromkeys(fault_text(e) for e in same_field[:4]))
     named = _named(message)
     if named is not None:
         return BadRequest(message, param=f"{param}.{named}" if param else named)
     return BadRequest(f"{param}: {message}" if param else message, param=param)
-
-
-def _message(error: Mapping[str, Any]) -> str:
-    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _named(message: str) -> str | None:

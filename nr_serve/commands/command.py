@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nr_serve.client import DEFAULT_URL, Client
-from nr_serve.config import FLAGS
+from nr_serve.config import FLAGS, spelled
 from nr_serve.errors import BadRequest
 
 
@@ -59,8 +59,3 @@ def check_package(module: str, what: str) -> None:
     """Raise BadRequest if a package of the extra `train`, which `what` needs, is not installed."""
     if find_spec(module) is None:
         raise BadRequest(f"{what} needs {module}, of the extra `train`")
-
-
-def spelled(flag: str) -> str:
-    """A field's name, spelled as a flag."""
-    return "--" + flag.replace("_", "-")

@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from nr_serve.commands.command import Command, check_flags, spelled
+from nr_serve.commands.command import Command, check_flags
 from nr_serve.commands.table import table
+from nr_serve.config import spelled
 from nr_serve.errors import BadRequest
 from nr_serve.train.entries import DATASETS
 

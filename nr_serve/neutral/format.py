@@ -27,7 +27,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, TypeAdapter, Validation
 from torch import Tensor
 
 from nr_serve.disk import check_ends, whole
-from nr_serve.errors import BadAdapterFile, TooLarge, faults
+from nr_serve.errors import BadAdapterFile, TooLarge, fault_text, faults
 from nr_serve.neutral import MAX_THRESHOLD, safetensors_file
 from nr_serve.neutral.safetensors_file import DTYPES, LONGEST_HEADER
 
@@ -304,7 +304,7 @@ def _info(metadata: Mapping[str, str]) -> AdapterInfo:
     try:
         return _CHECKED.validate_python(values)
     except ValidationError as error:
-        wrong = [(each["loc"][0], each["msg"].removeprefix("Value error, ")) for each in error.errors()]
+        wrong = [(each["loc"][0], fault_text(each)) for each in error.errors()]
         raise BadAdapterFile("; ".join(f"metadata {name}: {message}" for name, message in wrong)) from error
 
 
