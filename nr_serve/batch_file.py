@@ -102,7 +102,7 @@ def _replaced(file: BinaryIO, path: Path) -> bool:
 def _without_failures(path: Path) -> tuple[BinaryIO | None, set[str]]:
     """The locked file without failures that replaced this one (None: unchanged), and the answered custom_ids."""
     kept: set[str] = set()
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{uuid4().hex}.part")  # not made from the name, which may be as long as allowed
     new = part.open("wb")
     try:
         fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,7 +133,11 @@ def _answered(line: bytes, path: Path, number: int) -> str | None:
     try:
         data = from_json(line)
         custom_id, response = data["custom_id"], data["response"]
-        return custom_id if response is not None and response["status_code"] == 200 else None
+        if response is None or response["status_code"] != 200:
+            return None
+        if not isinstance(custom_id, str):
+            raise TypeError("custom_id is not text")
+        return custom_id
     except (ValueError, KeyError, TypeError) as error:
         raise BadRequest(f"{path} line {number} is no answer to a batch request; write to another file") from error
 

@@ -6,18 +6,20 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
+from pydantic import TypeAdapter, ValidationError
 
 from nr_serve.addresses import is_loopback
 from nr_serve.api.responses import Adapter, AdapterList, Completion, Model, ModelList
 from nr_serve.disk import check_ends
-from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooLarge, Unavailable
+from nr_serve.errors import BY_STATUS, BadRequest, NrError, TooLarge, Unavailable, faults
 from nr_serve.names import check_adapter_name
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+T = TypeVar("T")
 _SECONDS = 600.0  # a large adapter on a slow disk, or a long answer
 
 
@@ -77,8 +79,7 @@ class Client:
             with path.open("rb") as file:
                 size = str(path.stat().st_size)
                 headers = {"Content-Length": size}
-                adapter: Adapter = self._json("PUT", place, content=file, params=flags, headers=headers)
-                return adapter
+                return self._json(Adapter, "PUT", place, content=file, params=flags, headers=headers)
         except OSError as error:
             raise BadRequest(f"{path}: cannot be read: {error.strerror}") from error
         except (BadRequest, TooLarge) as error:
@@ -88,23 +89,19 @@ class Client:
 
     def unload(self, name: str) -> Adapter:
         """Unload an adapter; return its last state."""
-        adapter: Adapter = self._json("DELETE", adapter_path(name))
-        return adapter
+        return self._json(Adapter, "DELETE", adapter_path(name))
 
     def adapters(self) -> list[Adapter]:
         """Every registered adapter."""
-        found: AdapterList = self._json("GET", "/v1/adapters")
-        return found["data"]
+        return self._json(AdapterList, "GET", "/v1/adapters")["data"]
 
     def models(self) -> list[Model]:
         """Everything that `model` may be in a request; the base comes first."""
-        found: ModelList = self._json("GET", "/v1/models")
-        return found["data"]
+        return self._json(ModelList, "GET", "/v1/models")["data"]
 
     def complete(self, **body: Any) -> Completion:
         """POST /v1/completions, not streamed."""
-        answer: Completion = self._json("POST", "/v1/completions", json=body)
-        return answer
+        return self._json(Completion, "POST", "/v1/completions", json=body)
 
     def wait_ready(
         self, timeout_s: float = 300.0, *, poll_s: float = 0.2, alive: Callable[[], bool] = lambda: True
@@ -114,7 +111,7 @@ class Client:
         while True:
             try:
                 # A server that is still loading accepts connections, and answers once it can.
-                self._json("GET", "/ready", timeout=max(poll_s, end - time.monotonic()))
+                self._json(dict[str, Any], "GET", "/ready", timeout=max(poll_s, end - time.monotonic()))
                 return
             except Unavailable as error:
                 if not alive():
@@ -123,7 +120,7 @@ class Client:
                     raise Unavailable(f"not ready after {timeout_s:g} s: {error.message}") from error
                 time.sleep(poll_s)
 
-    def _json(self, method: str, place: str, **request: Any) -> Any:
+    def _json(self, form: type[T], method: str, place: str, **request: Any) -> T:
         try:
             response = self._http.request(method, place, **request)
         except httpx.ConnectError as error:
@@ -134,7 +131,7 @@ class Client:
             raise Unavailable(f"{method} {self.url}{place} failed: {error or type(error).__name__}") from error
         if response.is_error:
             raise refusal(response)
-        return response.json()
+        return _body(response, form)
 
 
 def adapter_path(name: str) -> str:
@@ -143,6 +140,22 @@ def adapter_path(name: str) -> str:
         return f"/v1/adapters/{quote(name, safe='')}"
     except UnicodeEncodeError as error:
         raise BadRequest(f"{name!r} cannot be an adapter's name", param="name") from error
+
+
+def _body(response: httpx.Response, form: type[T]) -> T:
+    """The body of an answer. Raises NrError if it is not of this form; a newer server may say more."""
+    no_server = f"{response.url} answers as no nr-serve does"
+    try:
+        body: T = response.json()
+    except ValueError as error:
+        raise NrError(f"{no_server}: not in JSON") from error
+    try:
+        TypeAdapter(form).validate_python(body)
+    except ValidationError as error:
+        wrong = [each for each in error.errors() if each["type"] != "extra_forbidden"]
+        if wrong:
+            raise NrError(f"{no_server}: {faults(error)}") from error
+    return body
 
 
 def refusal(response: httpx.Response) -> NrError:

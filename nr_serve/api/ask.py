@@ -138,6 +138,7 @@ def _ask(
     entries = tries * (sum(of_prompts) + len(prompts) * of_token * sampling.max_tokens)
     _check_report(body, entries)
     name = f"{kind}-{uuid.uuid4().hex}"
+    guide = None if guide is None else guide.for_request()
     selected = selection_name(context, adapters)
     submits = tuple(
         Submit(
@@ -187,9 +188,10 @@ def _prompts(context: Context, body: CompletionBody, given: list[str | list[int]
     prompts = []
     for i, each in enumerate(given):
         param = _place(given, i)
-        text = each if isinstance(each, str) else None
+        text = None
         if isinstance(each, str):
-            ids = context.tokenizer.encode(each, special_tokens=body.add_special_tokens)
+            text = _read_part(context, body, each)
+            ids = context.tokenizer.encode(text, special_tokens=body.add_special_tokens)
         else:
             ids = check_ids(each, vocab_size, param)
         if not ids:
@@ -223,13 +225,28 @@ def chat_text(context: Context, body: ChatBody | TokenizeBody, tools: Toolbox) -
 
 
 def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
-    text = chat_text(context, body, tools)
+    text = _read_part(context, body, chat_text(context, body, tools))
     if body.truncate_prompt_tokens is None:
         check_size(context, text, "messages")
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template adds its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
     return _truncated(context, body, Prompt(tuple(ids), text), body.max_completion_tokens or body.max_tokens)
+
+
+def _read_part(context: Context, body: GenerationBody, text: str) -> str:
+    """The part of a text that may be read: all of it or, if the prompt is truncated, as much as could be its end.
+
+    To tokenise more would take long for nothing.
+    """
+    data, most = text.encode(), _most_bytes(context)
+    cut = body.truncate_prompt_tokens is not None and len(data) > most
+    return data[-most:].decode(errors="ignore") if cut else text
+
+
+def _most_bytes(context: Context) -> int:
+    """Bytes of the longest text that the model could read."""
+    return context.engine.info.max_model_len * context.most_token_bytes
 
 
 def _truncated(context: Context, body: GenerationBody, prompt: Prompt, max_tokens: int | None) -> Prompt:
@@ -300,7 +317,7 @@ def _report_sizes(
 def check_size(context: Context, text: str, what: str) -> None:
     """Refuse text that is too long for the model however it is tokenised, before tokenising it."""
     limit = context.engine.info.max_model_len
-    size, most = len(text.encode()), limit * context.most_token_bytes
+    size, most = len(text.encode()), _most_bytes(context)
     if size > most:
         raise BadRequest(
             f"This model's maximum context length is {limit} tokens, at most {most} bytes of text. "

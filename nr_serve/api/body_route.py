@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from nr_serve.api.body import MOST_BRACKETS
 from nr_serve.api.context import Context
 from nr_serve.api.errors import GONE, error_response, invalid_request
 from nr_serve.api.openapi import AnswerRoute
@@ -22,8 +23,6 @@ from nr_serve.errors import BadRequest, NrError
 LARGE_BYTES = 2**18
 MANY_BRACKETS = 2**14
 """From either on a body is read on another thread; smaller ones take less than about 10 ms."""
-MOST_BRACKETS = 200_000
-"""Most opening brackets in a body, even inside strings: parsing holds the GIL, 2 s for a million empty lists."""
 
 
 class BodyRoute(AnswerRoute):

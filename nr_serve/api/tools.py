@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, field_validator, model_validator
+from pydantic import Field, PrivateAttr, TypeAdapter, field_validator, model_validator
 
-from nr_serve.api.body import Body, JsonObject, Name, Text, whole_characters
+from nr_serve.api.body import MOST_BRACKETS, Body, JsonObject, Name, Text, whole_characters
 from nr_serve.api.responses import ToolCalled
 from nr_serve.api.structured import ANY_OBJECT, json_rule
 from nr_serve.errors import BadRequest
@@ -90,17 +90,22 @@ class FunctionCall(Body):
     name: Text
     arguments: Text = Field(description="a JSON object")
 
+    _parsed: dict[str, Any] = PrivateAttr()
+
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> FunctionCall:
-        self.parsed()
+        # The body may spell brackets as \u005b, so its own count does not bound these.
+        if self.arguments.count("[") + self.arguments.count("{") > MOST_BRACKETS:
+            raise ValueError(f"`arguments` hold more than {MOST_BRACKETS:,} opening brackets")
+        try:
+            self._parsed = _arguments(json.loads(self.arguments or "{}"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"`arguments` are not a JSON object: {error}") from error
         return self
 
     def parsed(self) -> dict[str, Any]:
-        """The arguments as an object. Raises ValueError if they are not a JSON object."""
-        try:
-            return _arguments(json.loads(self.arguments or "{}"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"`arguments` are not a JSON object: {error}") from error
+        """The arguments as an object."""
+        return self._parsed
 
 
 class ToolCall(Body):

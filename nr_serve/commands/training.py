@@ -162,10 +162,11 @@ def calibrate(command: Calibrate) -> int:
 
 def export_adapter(command: ExportAdapter) -> int:
     """Export; print the adapter's file."""
-    from nr_serve.disk import check_file
+    from nr_serve.disk import check_output
+    from nr_serve.train.checkpoint import LOG, PREFIX
     from nr_serve.train.export import export_run
 
-    check_file(command.file)
+    check_output(command.file, [command.run / LOG, *command.run.glob(f"{PREFIX}*/*")])
     print(export_run(command.run, command.file, threshold=command.threshold))
     return 0
 

@@ -7,6 +7,8 @@ Each answer then has its own `Progress` in the grammar, which survives preemptio
 from __future__ import annotations
 
 import time
+from copy import copy
+from dataclasses import dataclass
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -16,11 +18,21 @@ MAX_GRAMMAR_BYTES = 32 * 2**10
 """Longest grammar."""
 TOKEN_SECONDS = 0.002
 BURST_SECONDS = 0.1
-"""Processor time that an answer's grammar may take for each token in the mean, and at once: every stream waits."""
+"""Processor time that a grammar may take for each token in the mean, and at once for all answers of a request.
+
+Every stream waits meanwhile.
+"""
 
 # A short grammar can be the most expensive. With llguidance's default of 50,000 items, the 150th token of an
 # ambiguous grammar takes 0.4 s, and no other answer advances meanwhile.
 _LIMITS = LLParserLimits(step_max_items=6_000, max_lexer_states=50_000, verbose_errors=False)
+
+
+@dataclass
+class Allowance:
+    """Processor time that the answers of one request may still take for their grammar."""
+
+    seconds: float = BURST_SECONDS
 
 
 class Guide:
@@ -36,19 +48,25 @@ class Guide:
             self._start.compute_bitmask()  # the first mask is the most expensive, and some errors show only here
         if self._start.is_error():
             raise BadRequest(f"the grammar cannot be used: {_reason(self._start)}")
+        self._allowance = Allowance()
+
+    def for_request(self) -> Guide:
+        """The same guide, with an allowance of its own for the answers of one request."""
+        made = copy(self)
+        made._allowance = Allowance()
+        return made
 
     def begin(self) -> Progress:
         """The progress of a new answer."""
-        return Progress(self._start.deep_copy())
+        return Progress(self._start.deep_copy(), self._allowance)
 
 
 class Progress:
     """Position of one answer in its grammar."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, allowance: Allowance) -> None:
         self._matcher = matcher
-        self._seconds = BURST_SECONDS
-        """Processor time that may still be taken."""
+        self._allowance = allowance
         self._bits: bytes | None = None
         """Which tokens may come next, once that was asked."""
 
@@ -74,13 +92,13 @@ class Progress:
         started, self._bits = time.thread_time(), None
         self._matcher.consume_token(token_id)
         self._check(started)
-        self._seconds = min(self._seconds + TOKEN_SECONDS, BURST_SECONDS)
+        self._allowance.seconds = min(self._allowance.seconds + TOKEN_SECONDS, BURST_SECONDS)
 
     def _check(self, started: float) -> None:
         if self._matcher.is_error():
             raise BadRequest(f"the grammar cannot be followed further: {_reason(self._matcher)}")
-        self._seconds -= time.thread_time() - started
-        if self._seconds < 0:
+        self._allowance.seconds -= time.thread_time() - started
+        if self._allowance.seconds < 0:
             raise BadRequest(
                 f"the grammar cannot be followed further: it takes more than {TOKEN_SECONDS * 1000:g} ms a token"
             )
@@ -90,4 +108,6 @@ def _reason(matcher: LLMatcher) -> str:
     """The first line of llguidance's message and, for a regular expression, its reason; the rest shows the text."""
     first, *more = matcher.get_error().split("\n")
     reasons = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
+    if first == "NoExtensionBias":  # as of a schema that only refers to itself
+        return "no text can follow it"
     return " ".join([first[:500], *reasons[:1]])

@@ -45,7 +45,7 @@ class Checkpoint:
     """State of a run when it was saved."""
 
     folder: Path
-    step: Annotated[int, Field(ge=0)]
+    step: Annotated[int, Field(strict=True, ge=0)]
     """Number of gradient steps taken."""
     recipe: dict[str, Any]
     base_contents: str

@@ -187,6 +187,7 @@ class Gate(_Section):
     steepness: float | None = Field(
         default=None,
         gt=0,
+        le=5 * MAX_THRESHOLD,
         description="Fitted gates are scaled until m averages this over the tokens of the target that open them "
         "(default: 3 for relu1, so that most of those are fully open, else 1).",
     )
@@ -209,6 +210,7 @@ class Gate(_Section):
     threshold: float | None = Field(
         default=None,
         ge=0,
+        le=MAX_THRESHOLD,
         description="What m must pass for a gate to open, in training and in the file: it trades some learning for "
         "less leak (default: a fifth of the steepness for fitted relu1 gates, else 0).",
     )
@@ -246,10 +248,6 @@ class Gate(_Section):
             raise ValueError("a gate of kind 'none' is always open: it has nothing to train, and no threshold")
         if self.kind in ("relu", "relu1") and not self.fitted and self.threshold:
             raise ValueError("random gates hardly pass a threshold, so they would never learn: it must be 0")
-        if self.resolved.threshold > MAX_THRESHOLD:
-            raise ValueError(
-                f"threshold, or a fifth of the steepness, is above {MAX_THRESHOLD:g}: no file may say that"
-            )
         return self
 
 

@@ -148,6 +148,21 @@ def test_of_a_prompt_as_much_is_read_as_leaves_room_for_the_answer(server, max_t
     assert server.asked().prompt_ids == (256, *b"abc")
 
 
+def test_of_a_truncated_text_no_more_is_tokenised_than_could_be_read(server, monkeypatch):
+    seen, encode = [], ByteTokenizer.encode
+
+    def spy(self, text, **how):
+        seen.append(text)
+        return encode(self, text, **how)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", spy)
+    end = "őb" * MOST_BYTES
+    assert server.chat(messages=[{"role": "user", "content": end}], truncate_prompt_tokens=4).status_code == 200
+    assert server.complete(prompt=f"a{end}", truncate_prompt_tokens=4).status_code == 200
+    assert server.asked().prompt_ids == tuple("bőb".encode())
+    assert [len(text.encode()) for text in seen] == [pytest.approx(MOST_BYTES, abs=1)] * 2
+
+
 def test_a_token_keeps_its_own_log_probability_where_a_likelier_one_looks_like_it():
     token = Token(195, "\ufffd", -2.0, ((197, "\ufffd", -0.1), (97, "a", -0.5)))
     assert legacy_logprobs([token], 2, [0])["top_logprobs"] == [{"a": -0.5, "\ufffd": -2.0}]

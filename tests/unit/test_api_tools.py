@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from nr_serve.api.body import MOST_BRACKETS
 from nr_serve.api.context import Context
 from nr_serve.api.structured import json_rule
 from nr_serve.api.tool_support import tool_fault
@@ -245,6 +246,15 @@ def test_what_clients_send_back_of_earlier_answers_is_taken_and_changes_nothing(
     for name in ("reasoning", "reasoning_content"):
         error = server.chat(messages=[{"role": "user", "content": "hi", name: "Hm."}]).json()["error"]
         assert (error["code"], error["param"]) == (400, f"messages[0].{name}")
+
+
+def test_arguments_have_as_many_brackets_as_a_body_may_however_they_are_spelled(server):
+    arguments = json.dumps('{"a": [' + "[]," * MOST_BRACKETS + "[]]}").replace("[", "\\u005b")
+    body = '{"model": "base", "messages": [{"role": "assistant", "tool_calls": [{"id": "c", "type": "function", '
+    body += f'"function": {{"name": "f", "arguments": {arguments}}}}}]}}]}}'
+    answer = server.http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "opening brackets" in answer.json()["error"]["message"]
 
 
 def test_tokenize_counts_the_tools_too(server):

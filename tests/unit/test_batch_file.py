@@ -24,6 +24,13 @@ def test_a_replaced_file_keeps_its_mode(path, mode):
     assert path.read_bytes().count(b"\n") == 1
 
 
+def test_a_name_may_be_as_long_as_allowed(path):
+    longest = path.rename(path.with_name("n" * 255))
+    file, kept = take_up(longest)
+    file.close()
+    assert kept == {"a"}
+
+
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_second_run_is_refused_until_the_first_has_ended(path, replaced):
     if not replaced:

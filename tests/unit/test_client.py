@@ -1,8 +1,10 @@
 import os
 import socket
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import httpx
 import pytest
 
 from nr_serve import errors
@@ -10,6 +12,8 @@ from nr_serve.client import Client
 from nr_serve.serve import bind
 from nr_serve.server_process import local_server
 from tests.fakes import serving
+
+ASKED = httpx.Request("GET", "http://localhost/v1/models")
 
 
 @pytest.fixture(scope="module")
@@ -116,19 +120,44 @@ def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(server, monkey
         assert client.models()
 
 
-def test_another_kind_of_server_is_not_taken_for_ours():
+@contextmanager
+def another(status: int, body: bytes = b""):
+    """A client of a server that answers everything so."""
+
     class Other(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_error(502)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *args):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Other) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
-        with Client(f"http://127.0.0.1:{other.server_port}") as client, pytest.raises(errors.NrError, match="502"):
-            client.adapters()
+        with Client(f"http://127.0.0.1:{other.server_port}") as client:
+            yield client
         other.shutdown()
+
+
+def test_another_kind_of_server_is_not_taken_for_ours():
+    with another(502) as client, pytest.raises(errors.NrError, match="502"):
+        client.adapters()
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"data": 5}', b'{"data": [{}]}', b"\xff"])
+def test_an_answer_of_another_form_is_not_taken_for_ours(body):
+    with another(200, body) as client:
+        for ask in (client.adapters, client.models):
+            with pytest.raises(errors.NrError, match="answers as no nr-serve does"):
+                ask()
+
+
+def test_a_newer_server_may_say_more(server, monkeypatch):
+    more = {"object": "list", "data": [], "more": 1}
+    monkeypatch.setattr(httpx.Client, "request", lambda *_, **__: httpx.Response(200, json=more, request=ASKED))
+    with Client(server.url) as client:
+        assert client.models() == []
 
 
 @pytest.mark.parametrize("url", ["nonsense", "http://[", "ftp://x"])

@@ -220,7 +220,15 @@ def test_standard_input_and_output(flags, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "text",
-    [b"notes\n", b"one line without end", b"{}\n", b'{"custom_id": "a"}\n', b"[1]\n", b'{"id":"batch_req_1"}\n'],
+    [
+        b"notes\n",
+        b"one line without end",
+        b"{}\n",
+        b'{"custom_id": "a"}\n',
+        b"[1]\n",
+        b'{"id":"batch_req_1"}\n',
+        b'{"id":"batch_req_1","custom_id":["a"],"response":{"status_code":200}}\n',
+    ],
 )
 def test_a_file_of_something_else_is_refused_and_kept(tmp_path, flags, text):
     out = tmp_path / "out.jsonl"

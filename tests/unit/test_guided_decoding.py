@@ -235,6 +235,21 @@ def test_an_answer_whose_tokens_take_too_long_in_the_mean_is_given_up(step, give
         write(200)
 
 
+def test_the_answers_of_a_request_share_what_their_grammar_may_take_at_once(monkeypatch):
+    compiled, seconds = guide("start: /[ab]*/"), itertools.count()
+    monkeypatch.setattr("nr_serve.engine.guide.time", SimpleNamespace(thread_time=lambda: 0.03 * next(seconds)))
+    for answers_each, given_up in ((3, False), (4, True)):
+        mine = compiled.for_request()
+        with pytest.raises(BadRequest, match="more than 2 ms a token") if given_up else nullcontext():
+            for _ in range(answers_each):
+                mine.begin().allowed_bits()
+
+
+def test_a_schema_of_nothing_but_itself_is_refused_with_the_reason():
+    with pytest.raises(BadRequest, match="the grammar cannot be used: no text can follow it"):
+        guide('start: %json {"$ref": "#"}')
+
+
 @pytest.mark.parametrize("ending", ["logits gone wild", "too complex"])
 def test_an_answer_that_cannot_go_on_ends_alone(ending, monkeypatch):
     core, _ = engine(tiny.model(), pages=400, budget=64, running=8)

@@ -237,6 +237,16 @@ def test_an_adapter_beside_is_not_overwritten(tmp_path, capsys):
         assert f"cannot write {out}: this command uses that file already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", ["log.jsonl", "checkpoint-2/trained.safetensors"])
+def test_an_export_does_not_overwrite_its_run(tmp_path, capsys, file):
+    theirs = tmp_path / "run" / file
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"the run's")
+    assert main(["export-adapter", str(tmp_path / "run"), str(theirs)]) == 1
+    assert f"cannot write {theirs}: this command uses that file already" in capsys.readouterr().err
+    assert theirs.read_bytes() == b"the run's"
+
+
 def test_a_carrys_cost_is_a_table_with_a_row_each(tmp_path, base, corpus, capsys):
     old = train(write_recipe(tmp_path, base, tokens=512), tmp_path / "hu", corpus)
     files = [tmp_path / f"carry-{carry}.safetensors" for carry in ("0", "0.9")]

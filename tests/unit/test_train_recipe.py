@@ -43,8 +43,8 @@ def recipe(**sections) -> Recipe:
         ({"gate": {"kind": "none"}, "run": {"original_share": 0}}, "need run.original_share above 0"),
         ({"gate": {"init": "paper", "trained": True, "threshold": 0.3}}, "random gates hardly pass a threshold"),
         ({"gate": {"kind": "none", "threshold": 0.1}}, "always open"),
-        ({"gate": {"threshold": 1.1e6}}, "above 1e+06"),
-        ({"gate": {"steepness": 5.1e6}}, "above 1e+06"),
+        ({"gate": {"threshold": 1.1e6}}, "gate.threshold: Input should be less than or equal to 1000000"),
+        ({"gate": {"steepness": 5.1e6}}, "gate.steepness: Input should be less than or equal to 5000000"),
         ({"loss": {"kind": "l2"}}, "loss.kind"),
         *(
             ({"method": method, "blocks": {"start": "a.safetensors"}}, f"and method '{method}' has none")
