@@ -138,7 +138,7 @@ def _ask(
     entries = tries * (sum(of_prompts) + len(prompts) * of_token * sampling.max_tokens)
     _check_report(body, entries)
     name = f"{kind}-{uuid.uuid4().hex}"
-    guide = None if guide is None else guide.for_request()
+    guide = None if guide is None else guide.for_request(len(prompts) * tries)
     selected = selection_name(context, adapters)
     submits = tuple(
         Submit(
@@ -239,9 +239,10 @@ def _read_part(context: Context, body: GenerationBody, text: str) -> str:
 
     To tokenise more would take long for nothing.
     """
+    if body.truncate_prompt_tokens is None:
+        return text
     data, most = text.encode(), _most_bytes(context)
-    cut = body.truncate_prompt_tokens is not None and len(data) > most
-    return data[-most:].decode(errors="ignore") if cut else text
+    return text if len(data) <= most else data[-most:].decode(errors="ignore")
 
 
 def _most_bytes(context: Context) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from copy import copy
-from dataclasses import dataclass
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -18,21 +17,31 @@ MAX_GRAMMAR_BYTES = 32 * 2**10
 """Longest grammar."""
 TOKEN_SECONDS = 0.002
 BURST_SECONDS = 0.1
-"""Processor time that a grammar may take for each token in the mean, and at once for all answers of a request.
-
-Every stream waits meanwhile.
-"""
+"""Processor time that a grammar may take for each token in the mean, and at once beyond that, for all answers of a
+request together: every stream waits."""
 
 # A short grammar can be the most expensive. With llguidance's default of 50,000 items, the 150th token of an
 # ambiguous grammar takes 0.4 s, and no other answer advances meanwhile.
 _LIMITS = LLParserLimits(step_max_items=6_000, max_lexer_states=50_000, verbose_errors=False)
 
 
-@dataclass
 class Allowance:
     """Processor time that the answers of one request may still take for their grammar."""
 
-    seconds: float = BURST_SECONDS
+    def __init__(self, answers: int) -> None:
+        self._most = self._left = BURST_SECONDS + TOKEN_SECONDS * answers
+
+    def take(self, seconds: float) -> None:
+        """Use time up. Raises BadRequest if there is none left."""
+        self._left -= seconds
+        if self._left < 0:
+            raise BadRequest(
+                f"the grammar cannot be followed further: it takes more than {TOKEN_SECONDS * 1000:g} ms a token"
+            )
+
+    def token(self) -> None:
+        """One of the answers has one token more."""
+        self._left = min(self._left + TOKEN_SECONDS, self._most)
 
 
 class Guide:
@@ -48,12 +57,12 @@ class Guide:
             self._start.compute_bitmask()  # the first mask is the most expensive, and some errors show only here
         if self._start.is_error():
             raise BadRequest(f"the grammar cannot be used: {_reason(self._start)}")
-        self._allowance = Allowance()
+        self._allowance = Allowance(1)
 
-    def for_request(self) -> Guide:
-        """The same guide, with an allowance of its own for the answers of one request."""
+    def for_request(self, answers: int) -> Guide:
+        """The same guide for the answers of one request, which share an allowance."""
         made = copy(self)
-        made._allowance = Allowance()
+        made._allowance = Allowance(answers)
         return made
 
     def begin(self) -> Progress:
@@ -92,16 +101,12 @@ class Progress:
         started, self._bits = time.thread_time(), None
         self._matcher.consume_token(token_id)
         self._check(started)
-        self._allowance.seconds = min(self._allowance.seconds + TOKEN_SECONDS, BURST_SECONDS)
+        self._allowance.token()
 
     def _check(self, started: float) -> None:
         if self._matcher.is_error():
             raise BadRequest(f"the grammar cannot be followed further: {_reason(self._matcher)}")
-        self._allowance.seconds -= time.thread_time() - started
-        if self._allowance.seconds < 0:
-            raise BadRequest(
-                f"the grammar cannot be followed further: it takes more than {TOKEN_SECONDS * 1000:g} ms a token"
-            )
+        self._allowance.take(time.thread_time() - started)
 
 
 def _reason(matcher: LLMatcher) -> str:

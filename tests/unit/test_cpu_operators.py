@@ -202,10 +202,13 @@ def new_machine(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_without_a_compiler_there_are_none_and_the_log_says_so(new_machine, monkeypatch, caplog):
-    monkeypatch.setenv("CXX", "/nowhere/c++")
+@pytest.mark.parametrize(
+    ("compiler", "said"), [("/nowhere/c++", "/nowhere/c++"), ("c++ '", "No closing quotation")]
+)
+def test_without_a_compiler_there_are_none_and_the_log_says_so(new_machine, monkeypatch, caplog, compiler, said):
+    monkeypatch.setenv("CXX", compiler)
     assert module.cpu_operators() is None
-    assert "/nowhere/c++" in caplog.text
+    assert said in caplog.text
 
 
 def test_the_compiler_may_be_given_with_arguments(new_machine, monkeypatch):

@@ -27,7 +27,7 @@ _WORTH_PRODUCTS = 512  # tokens times context; with less, the extra operator cal
 NO_WINDOW = 2**62
 _KNOWN = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 Attend = Callable[[Tensor, Tensor, Tensor, Any, float, int | None], Tensor]
-"""Type of `attend` with its operators given, and of `gpu_attention.attend`."""
+"""Type of `attend_on_cpu` with its operators given, and of `gpu_attention.attend`."""
 
 
 class KVCache:

@@ -90,6 +90,9 @@ def cpu_operators() -> CpuOperators | None:
     except subprocess.CalledProcessError as error:
         log.warning("the operators for this processor cannot be compiled; torch's own are used: %s", error.stderr)
         return None
+    except ValueError as error:
+        log.warning("the compiler in CXX cannot be read, torch's own operators are used: %s", error)
+        return None
     except OSError as error:
         log.warning("the operators for this processor cannot be loaded; torch's own are used: %s", error)
         return None
@@ -108,8 +111,8 @@ def cpu_operators() -> CpuOperators | None:
 
 
 def _library() -> Path:
-    """Path of the compiled library in the cache folder. Raises CalledProcessError, or OSError."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    """Path of the compiled library in the cache folder. Raises CalledProcessError, OSError, ValueError for CXX."""
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
     sources = (path.read_bytes() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
     # The key names the machine too: several machines may share a cache folder.
     machine = (*compiler, *_FLAGS, torch.__version__, " ".join([platform.machine(), *cpuinfo("flags", "Features")]))
