@@ -10,16 +10,18 @@ Shape suffixes: N windows, T tokens (all windows laid end to end), d stream widt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from nr_serve.logs import bar_interval
+from nr_serve.neutral.host import decoder_layers
 from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import AdapterModule, BlockModule
 from nr_serve.train.measure import evaluating
@@ -28,6 +30,8 @@ from nr_serve.train.solvers import SOLVERS
 from nr_serve.train.text.classes import CHAT, Classes
 from nr_serve.train.text.lead_in import GateText, led_into
 from nr_serve.train.text.pack import join
+
+_WINDOWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,29 @@ def refit_gates(
     return fit_gates(model, attached, read, gate, original=classes.original)
 
 
+class _InSlices(nn.Module):
+    """An FFN that reads some windows at a time: what it computes within is several times as wide as the stream."""
+
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x_NTd: Tensor) -> Tensor:
+        return torch.cat([self.ffn(part) for part in torch.split(x_NTd, _WINDOWS_AT_ONCE)])
+
+
+@contextmanager
+def _ffns_in_slices(model: Any) -> Iterator[None]:
+    hosts: list[Any] = [layer.mlp for layer in decoder_layers(model)]
+    for host in hosts:
+        host.ffn = _InSlices(host.ffn)
+    try:
+        yield
+    finally:
+        for host in hosts:
+            host.ffn = host.ffn.ffn
+
+
 def fit_gates(
     model: Any,
     attached: Attached,
@@ -222,13 +249,13 @@ def fit_gates(
     """Fit the gates of the first attached adapter in one forward pass; return them with how well they fit.
 
     The stream includes the residues of that adapter, through the gates fitted so far, and of the other attached
-    adapters. `original` names the classes that `percentile` applies to, not `background_percentile`. All classes'
-    tokens are in memory at once.
+    adapters. `original` names the classes that `percentile` applies to, not `background_percentile`. The stream of
+    all classes' tokens is in memory at once.
     """
     fitter = Fitter(attached.adapters[0], classes, "target", gate, original)
     windows, depth = fitter.windows, attached.adapters[0].depth
     bar = tqdm(total=depth, desc="gates", unit=" layers", leave=False, mininterval=bar_interval())
-    with evaluating(model), bar:
+    with evaluating(model), _ffns_in_slices(model), bar:
 
         def fit(layer: int, x_Td: Tensor) -> None:
             fitter.fit(layer, x_Td)

@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 
 from nr_serve.neutral import math
 from nr_serve.train import gate_cache
+from nr_serve.train import gates as module
 from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.gates import FittedGates, Fitter, LayerFit, causal_mean, evidence, fit_gates, gate_classes
@@ -347,6 +348,22 @@ def test_a_gates_direction_is_that_of_the_first_half_alone(init):
     )
     assert torch.allclose(whole, other_second, atol=1e-6)
     assert float(whole @ other_first) < 0.9
+
+
+def test_ffns_read_some_windows_at_a_time_and_gates_are_the_same(monkeypatch):
+    named, made, most = plain_texts(classes()), [], []
+    for at_once in (7, 10_000):
+        monkeypatch.setattr(module, "_WINDOWS_AT_ONCE", at_once)
+        model, counts = tiny.model(), []
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda _, args, counts=counts: counts.append(len(args[0])))
+        attached = Attached(model, [AdapterModule.fresh([16] * tiny.LAYERS, tiny.D, carry=0.5, seed=0)])
+        made.append(fit_gates(model, attached, named, Gate()).gates)
+        most.append(max(counts))
+        assert [name for name, _ in model.named_modules() if name.endswith("ffn.ffn")] == []
+    assert most[0] == 7
+    assert most[1] == sum(len(text.windows) for text in named.values())
+    assert all(torch.allclose(made[0][name], made[1][name], rtol=1e-3, atol=1e-4) for name in made[0])
 
 
 def test_a_layer_without_a_block_gets_no_gate():
