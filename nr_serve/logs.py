@@ -20,9 +20,15 @@ def configure_logging(level: str, form: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
     # uvicorn's info messages are of no use to an operator who sees `ready`.
     logging.getLogger("uvicorn").setLevel("WARNING" if level == "info" else level.upper())
+    logging.getLogger("asyncio").addFilter(_is_news)
     if form == "json":
         _take_over_others()
     quiet_hub()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what asyncio says at every write to a client that is gone: the request's own line tells of it."""
+    return record.msg != "socket.send() raised exception."
 
 
 def quiet_hub() -> None:

@@ -1,10 +1,12 @@
 """What a process logs, as text and as JSON."""
 
+import inspect
 import json
 import logging
 import signal
 import subprocess
 import sys
+from asyncio import selector_events
 from datetime import datetime
 
 import pytest
@@ -55,6 +57,14 @@ def test_the_hub_does_not_tell_of_each_try(base):
         hub.setLevel("NOTSET")
         quiet()
         assert not hub.isEnabledFor(logging.WARNING)
+
+
+def test_not_every_write_to_a_client_that_is_gone_is_logged(caplog):
+    configure_logging("info", "text")
+    selector_events.logger.warning("socket.send() raised exception.")
+    selector_events.logger.warning("another")
+    assert caplog.messages == ["another"]
+    assert "'socket.send() raised exception.'" in inspect.getsource(selector_events)
 
 
 @pytest.mark.parametrize(
