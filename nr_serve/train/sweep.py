@@ -118,6 +118,10 @@ def finished(run: Path, recipe: Recipe) -> Path | None:
     return None if _ended(run, recipe) is None else result_path(run, recipe)
 
 
+def _has_weights(result: Path) -> bool:
+    return result.is_file() or any(result.glob("*.safetensors"))
+
+
 def _ended(run: Path, recipe: Recipe) -> checkpoints.Checkpoint | None:
     """A run's newest checkpoint, if the run has finished exactly this recipe; else None."""
     found = checkpoints.latest(run)
@@ -125,6 +129,6 @@ def _ended(run: Path, recipe: Recipe) -> checkpoints.Checkpoint | None:
         return None
     saved = checkpoints.load(found)
     ended = saved.stopped or saved.step >= recipe.run.steps
-    if not (ended and parse_recipe(saved.recipe) == recipe and result_path(run, recipe).exists()):
+    if not (ended and parse_recipe(saved.recipe) == recipe and _has_weights(result_path(run, recipe))):
         return None
     return saved if saved.may_have_started_from(start_version(recipe)) else None

@@ -34,6 +34,9 @@ def test_a_sweep_trains_each_run_once_with_its_changes(tmp_path, base, corpus, c
     stamps = {name: results[name].stat().st_mtime_ns for name in "abc"}
     again = run_sweep(read_sweep(path), tmp_path / "out", corpus)
     assert {name: again[name].stat().st_mtime_ns for name in "abc"} == stamps
+    (results["b"] / "adapter_model.safetensors").unlink()
+    run_sweep({"b": recipes["b"]}, tmp_path / "out", corpus)
+    assert (results["b"] / "adapter_model.safetensors").exists()
 
 
 def test_a_sweep_does_not_go_on_with_other_text_than_its_finished_runs_learned(tmp_path, base, corpus, monkeypatch):
