@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -102,7 +103,8 @@ def _replaced(file: BinaryIO, path: Path) -> bool:
 def _without_failures(path: Path) -> tuple[BinaryIO | None, set[str]]:
     """The locked file without failures that replaced this one (None: unchanged), and the answered custom_ids."""
     kept: set[str] = set()
-    part = path.with_name(f".{uuid4().hex}.part")  # not made from the name, which may be as long as allowed
+    # The name may be as long as allowed; the same one each time, so that killed runs do not leave many.
+    part = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}.part")
     new = part.open("wb")
     try:
         fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)

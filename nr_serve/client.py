@@ -20,6 +20,8 @@ from nr_serve.names import check_adapter_name
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 T = TypeVar("T")
+_ADAPTER, _ADAPTERS, _MODELS = TypeAdapter(Adapter), TypeAdapter(AdapterList), TypeAdapter(ModelList)
+_COMPLETION, _ANY = TypeAdapter(Completion), TypeAdapter(dict[str, Any])
 _SECONDS = 600.0  # a large adapter on a slow disk, or a long answer
 
 
@@ -79,7 +81,7 @@ class Client:
             with path.open("rb") as file:
                 size = str(path.stat().st_size)
                 headers = {"Content-Length": size}
-                return self._json(Adapter, "PUT", place, content=file, params=flags, headers=headers)
+                return self._json(_ADAPTER, "PUT", place, content=file, params=flags, headers=headers)
         except OSError as error:
             raise BadRequest(f"{path}: cannot be read: {error.strerror}") from error
         except (BadRequest, TooLarge) as error:
@@ -89,19 +91,19 @@ class Client:
 
     def unload(self, name: str) -> Adapter:
         """Unload an adapter; return its last state."""
-        return self._json(Adapter, "DELETE", adapter_path(name))
+        return self._json(_ADAPTER, "DELETE", adapter_path(name))
 
     def adapters(self) -> list[Adapter]:
         """Every registered adapter."""
-        return self._json(AdapterList, "GET", "/v1/adapters")["data"]
+        return self._json(_ADAPTERS, "GET", "/v1/adapters")["data"]
 
     def models(self) -> list[Model]:
         """Everything that `model` may be in a request; the base comes first."""
-        return self._json(ModelList, "GET", "/v1/models")["data"]
+        return self._json(_MODELS, "GET", "/v1/models")["data"]
 
     def complete(self, **body: Any) -> Completion:
         """POST /v1/completions, not streamed."""
-        return self._json(Completion, "POST", "/v1/completions", json=body)
+        return self._json(_COMPLETION, "POST", "/v1/completions", json=body)
 
     def wait_ready(
         self, timeout_s: float = 300.0, *, poll_s: float = 0.2, alive: Callable[[], bool] = lambda: True
@@ -111,7 +113,7 @@ class Client:
         while True:
             try:
                 # A server that is still loading accepts connections, and answers once it can.
-                self._json(dict[str, Any], "GET", "/ready", timeout=max(poll_s, end - time.monotonic()))
+                self._json(_ANY, "GET", "/ready", timeout=max(poll_s, end - time.monotonic()))
                 return
             except Unavailable as error:
                 if not alive():
@@ -120,7 +122,7 @@ class Client:
                     raise Unavailable(f"not ready after {timeout_s:g} s: {error.message}") from error
                 time.sleep(poll_s)
 
-    def _json(self, form: type[T], method: str, place: str, **request: Any) -> T:
+    def _json(self, form: TypeAdapter[T], method: str, place: str, **request: Any) -> T:
         try:
             response = self._http.request(method, place, **request)
         except httpx.ConnectError as error:
@@ -131,7 +133,22 @@ class Client:
             raise Unavailable(f"{method} {self.url}{place} failed: {error or type(error).__name__}") from error
         if response.is_error:
             raise refusal(response)
-        return _body(response, form)
+        return self._body(response, form, place)
+
+    def _body(self, response: httpx.Response, form: TypeAdapter[T], place: str) -> T:
+        """The body of an answer. Raises NrError if it is not of this form; a newer server may say more."""
+        no_server = f"{self.url}{place} answers as no nr-serve does"
+        try:
+            body: T = response.json()
+        except ValueError as error:
+            raise NrError(f"{no_server}: not in JSON") from error
+        try:
+            form.validate_python(body)
+        except ValidationError as error:
+            wrong = faults(error, besides="extra_forbidden")
+            if wrong:
+                raise NrError(f"{no_server}: {wrong}") from error
+        return body
 
 
 def adapter_path(name: str) -> str:
@@ -140,22 +157,6 @@ def adapter_path(name: str) -> str:
         return f"/v1/adapters/{quote(name, safe='')}"
     except UnicodeEncodeError as error:
         raise BadRequest(f"{name!r} cannot be an adapter's name", param="name") from error
-
-
-def _body(response: httpx.Response, form: type[T]) -> T:
-    """The body of an answer. Raises NrError if it is not of this form; a newer server may say more."""
-    no_server = f"{response.url} answers as no nr-serve does"
-    try:
-        body: T = response.json()
-    except ValueError as error:
-        raise NrError(f"{no_server}: not in JSON") from error
-    try:
-        TypeAdapter(form).validate_python(body)
-    except ValidationError as error:
-        wrong = [each for each in error.errors() if each["type"] != "extra_forbidden"]
-        if wrong:
-            raise NrError(f"{no_server}: {faults(error)}") from error
-    return body
 
 
 def refusal(response: httpx.Response) -> NrError:

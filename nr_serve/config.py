@@ -151,7 +151,9 @@ class HttpSettings(BaseModel):
     adapter_dir: Paths = Field([], description="folder that POST /v1/adapters may load from; may be repeated")
     max_body_mib: float = Field(4.0, gt=0, le=2**20, description="largest JSON body taken, MiB")
     max_answers: int | None = Field(
-        None, ge=1, description="answers a request may ask for, prompts times n (default: --max-waiting)"
+        None,
+        ge=1,
+        description="answers a request may ask for, prompts times n; at most --max-waiting (default: that)",
     )
     max_logprobs: int = Field(
         MAX_LOGPROBS, ge=0, le=MAX_LOGPROBS, description="likeliest tokens a request may ask for at each place"

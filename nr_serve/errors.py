@@ -189,10 +189,15 @@ def fault_text(fault: Mapping[str, Any]) -> str:
     return str(fault["msg"]).removeprefix("Value error, ")
 
 
-def faults(error: ValidationError) -> str:
-    """A validation's faults in one line: the location and the problem of each. Shows no input values."""
+def faults(error: ValidationError, *, besides: str = "") -> str:
+    """A validation's faults in one line: the location and the problem of each. Shows no input values.
+
+    Those of pydantic's type `besides` are left out; "" if there are no others.
+    """
     found = []
     for each in error.errors(include_url=False, include_input=False, include_context=False):
+        if each["type"] == besides:
+            continue
         # Parts with brackets name a type in a union, not a key.
         place = ".".join(part for part in map(str, each["loc"]) if "[" not in part)
         unknown = each["type"] == "extra_forbidden"

@@ -13,7 +13,7 @@ from nr_serve.api.guides import guide_for
 from nr_serve.api.schemas import ChatBody, CompletionBody, GenerationBody, TokenizeBody
 from nr_serve.api.selection import select, selection_name
 from nr_serve.api.tools import Toolbox, toolbox
-from nr_serve.engine.guide import Guide
+from nr_serve.engine.guide import Allowance, Guide
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.errors import BadRequest
 
@@ -138,7 +138,7 @@ def _ask(
     entries = tries * (sum(of_prompts) + len(prompts) * of_token * sampling.max_tokens)
     _check_report(body, entries)
     name = f"{kind}-{uuid.uuid4().hex}"
-    guide = None if guide is None else guide.for_request(len(prompts) * tries)
+    allowance = Allowance(min(len(prompts) * tries, context.config.max_running))
     selected = selection_name(context, adapters)
     submits = tuple(
         Submit(
@@ -153,6 +153,7 @@ def _ask(
             cache_salt=body.cache_salt,
             gates=body.gates,
             guide=guide,
+            allowance=allowance,
         )
         for i in range(len(prompts) * tries)
     )
@@ -253,7 +254,8 @@ def _most_bytes(context: Context) -> int:
 def _truncated(context: Context, body: GenerationBody, prompt: Prompt, max_tokens: int | None) -> Prompt:
     most = body.truncate_prompt_tokens
     if most == -1:
-        most = max(1, context.engine.info.max_model_len - (1 if max_tokens is None else max_tokens))
+        answer = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+        most = max(1, context.engine.info.max_model_len - answer)
     if most is None or len(prompt.ids) <= most:
         return prompt
     return Prompt(prompt.ids[-most:], None)  # the text sent no longer matches

@@ -66,10 +66,10 @@ class GenerationBody(FormFields):
     stop_token_ids: Annotated[list[StrictInt], Field(max_length=256)] | None = None
     include_stop_str_in_output: bool = Field(False, description="show what ended the answer, text or token")
     skip_special_tokens: bool = Field(True, description="leave special tokens out of the answer's text")
-    truncate_prompt_tokens: Annotated[int, AfterValidator(_not_0)] | None = Field(
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1), AfterValidator(_not_0)] | None = Field(
         None,
-        ge=-1,
-        description="keep only this many last tokens of a prompt; -1: as many as leave room for `max_tokens`",
+        description="keep only this many last tokens of a prompt; -1: as many as leave room for `max_tokens`, or "
+        "for 16 tokens",
     )
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool | None = False

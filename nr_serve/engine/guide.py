@@ -7,7 +7,6 @@ Each answer then has its own `Progress` in the grammar, which survives preemptio
 from __future__ import annotations
 
 import time
-from copy import copy
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -29,6 +28,7 @@ class Allowance:
     """Processor time that the answers of one request may still take for their grammar."""
 
     def __init__(self, answers: int) -> None:
+        """`answers`: how many of them may run at once."""
         self._most = self._left = BURST_SECONDS + TOKEN_SECONDS * answers
 
     def take(self, seconds: float) -> None:
@@ -57,17 +57,10 @@ class Guide:
             self._start.compute_bitmask()  # the first mask is the most expensive, and some errors show only here
         if self._start.is_error():
             raise BadRequest(f"the grammar cannot be used: {_reason(self._start)}")
-        self._allowance = Allowance(1)
 
-    def for_request(self, answers: int) -> Guide:
-        """The same guide for the answers of one request, which share an allowance."""
-        made = copy(self)
-        made._allowance = Allowance(answers)
-        return made
-
-    def begin(self) -> Progress:
-        """The progress of a new answer."""
-        return Progress(self._start.deep_copy(), self._allowance)
+    def begin(self, allowance: Allowance | None = None) -> Progress:
+        """The progress of a new answer; without an `allowance` it has one of its own."""
+        return Progress(self._start.deep_copy(), Allowance(1) if allowance is None else allowance)
 
 
 class Progress:

@@ -16,7 +16,7 @@ from pydantic import Field
 from nr_serve.errors import NrError
 
 if TYPE_CHECKING:
-    from nr_serve.engine.guide import Guide
+    from nr_serve.engine.guide import Allowance, Guide
 
 FinishReason = Literal["stop", "length", "error"]
 """Why the engine ended a request."""
@@ -84,6 +84,8 @@ class Submit:
     gates: bool = False
     """Report, per token and adapter, the share of its blocks that fired."""
     guide: Guide | None = None
+    allowance: Allowance | None = None
+    """Time for the guide, shared by the answers of one request; None: this one has its own."""
     """Grammar that the answer follows; the answer ends when the grammar is complete."""
     cache_salt: str | None = None
     """Pages of the prefix cache are shared only between requests with the same salt."""

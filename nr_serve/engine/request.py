@@ -64,7 +64,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.submit.prompt_ids)
-        self.progress = self.submit.guide.begin() if self.submit.guide is not None else None
+        self.progress = self.submit.guide.begin(self.submit.allowance) if self.submit.guide is not None else None
 
     @property
     def id(self) -> str:

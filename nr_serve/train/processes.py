@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import accelerate
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from nr_serve import logs
-from nr_serve.errors import NrError
+from nr_serve.errors import BadRequest, NrError
 
 T = TypeVar("T")
 
@@ -19,9 +19,14 @@ T = TypeVar("T")
 def join(device: torch.device) -> None:
     """Join the other processes, which compute on devices of this type; call it first.
 
-    They wait for the first one as long as it fits gates and measures: longer than the usual half an hour.
+    They wait for the first one as long as it fits gates and measures: longer than the usual half an hour. Raises
+    BadRequest if the launcher splits the model among processes: a checkpoint would hold only a part of it.
     """
-    accelerate.PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
+    for name in ("FSDP", "DEEPSPEED"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise BadRequest(f"several processes each hold the whole model here: launch without {name}")
+    on_cpu = device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    accelerate.PartialState(cpu=on_cpu, timeout=timedelta(days=1))
 
 
 def is_first() -> bool:

@@ -154,7 +154,16 @@ class ResolvedGate:
     refit: bool
 
 
-FIT_KEYS = {"percentile", "background_percentile", "target_weight", "ridge", "fit_tokens", "min_found", "refit"}
+FIT_KEYS = {
+    "percentile",
+    "background_percentile",
+    "target_weight",
+    "steepness",
+    "ridge",
+    "fit_tokens",
+    "min_found",
+    "refit",
+}
 """Keys of `Gate` about how gates are fitted."""
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from nr_serve.disk import is_write_fault
-from nr_serve.errors import BadRequest, NrError
+from nr_serve.errors import NrError
 from nr_serve.logs import bar_interval
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.batches import Batches
@@ -73,13 +72,7 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], run: Run) -> tuple[AdamW
 
 
 def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArguments:
-    """The recipe's gradient steps as arguments of `transformers.Trainer`.
-
-    Raises BadRequest if the launcher splits the model among processes: a checkpoint would hold only a part of it.
-    """
-    for name in ("FSDP", "DEEPSPEED"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise BadRequest(f"several processes each hold the whole model here: launch without {name}")
+    """The recipe's gradient steps as arguments of `transformers.Trainer`."""
     stops = run.patience is not None
     save, validate = run.every(run.checkpoint_every), run.every(run.validate_every)
     arguments = TrainingArguments(

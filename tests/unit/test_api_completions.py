@@ -135,7 +135,7 @@ def test_of_a_prompt_the_last_tokens_are_read_if_asked_for(server, prompt):
     assert server.asked().prompt_ids == tuple(b"tant]")
 
 
-@pytest.mark.parametrize(("max_tokens", "left"), [(None, 1), (0, 0), (30, 30)])
+@pytest.mark.parametrize(("max_tokens", "left"), [(None, 16), (0, 0), (30, 30)])
 def test_of_a_prompt_as_much_is_read_as_leaves_room_for_the_answer(server, max_tokens, left):
     most = server.engine.info.max_model_len - left
     asked = {"truncate_prompt_tokens": -1, "max_tokens": max_tokens}
@@ -161,6 +161,14 @@ def test_of_a_truncated_text_no_more_is_tokenised_than_could_be_read(server, mon
     assert server.complete(prompt=f"a{end}", truncate_prompt_tokens=4).status_code == 200
     assert server.asked().prompt_ids == tuple("bőb".encode())
     assert [len(text.encode()) for text in seen] == [pytest.approx(MOST_BYTES, abs=1)] * 2
+
+
+def test_the_answers_of_a_request_share_the_time_for_their_grammar(server):
+    several = {"prompt": ["a", "b"], "n": 2, "max_tokens": 1}
+    assert [server.complete(**several).status_code for _ in range(2)] == [200, 200]
+    first, second = server.engine.submits[-8:-4], server.engine.submits[-4:]
+    assert len({id(submit.allowance) for submit in first}) == len({id(submit.allowance) for submit in second}) == 1
+    assert first[0].allowance is not second[0].allowance
 
 
 def test_a_token_keeps_its_own_log_probability_where_a_likelier_one_looks_like_it():

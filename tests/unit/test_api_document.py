@@ -80,6 +80,20 @@ def test_every_body_and_answer_has_an_example_that_fits(document, route):
         jsonschema.validate(example, schema)
 
 
+def test_every_bound_is_json_schemas(document):
+    keys = set()
+
+    def walk(part):
+        if isinstance(part, dict):
+            keys.update(part)
+        for each in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            walk(each)
+
+    walk(document["components"]["schemas"])
+    assert "minimum" in keys
+    assert not keys & {"ge", "gt", "le", "lt"}
+
+
 def test_the_fields_of_a_message_that_only_some_templates_write_say_so(document):
     fields = document["components"]["schemas"]["Message"]["properties"]
     assert all("templates" in fields[name]["description"] for name in ("name", "tool_call_id"))

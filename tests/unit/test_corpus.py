@@ -350,6 +350,16 @@ def test_more_text_of_a_folder_takes_none_of_what_was_held_out_or_trained_on(min
     assert len(now[1]) > len(held)
 
 
+@pytest.mark.parametrize("missing", ["train", "heldout"])
+def test_with_one_of_its_files_gone_a_source_is_split_afresh(mine, tmp_path, missing):
+    [first] = build.fetch_corpus(mine, tmp_path / "out")
+    files = [first.train, first.heldout]
+    before = [file.read_text() for file in files]
+    (tmp_path / "out" / f"hu.mine.{missing}.txt").unlink()
+    build.fetch_corpus(mine, tmp_path / "out")
+    assert [file.read_text() for file in files] == before
+
+
 def test_two_recipes_share_a_folder_and_their_text_of_one_language_is_compared(registry, fetch, mine, tmp_path):
     out = tmp_path / "out"
     [x] = fetch()

@@ -268,6 +268,34 @@ def test_what_was_trained_on_or_held_out_before_stays_so(front, behind):
     assert len(again[0]) > len(train)
 
 
+def paragraphs(first: int, count: int) -> list[str]:
+    return [f"{i} " + sentence(*range(40 * i, 40 * i + 30)) for i in range(first, first + count)]
+
+
+def test_a_long_document_cut_at_other_places_keeps_each_paragraph_where_it_was():
+    text = paragraphs(0, 400)
+    train, held = split.hold_out(list(pieces(text)))
+    before = [{p for d in part for p in d} for part in (train, held)]
+    assert all(before)
+    changed = [*paragraphs(900, 3), *text[:200], *paragraphs(950, 2), *text[200:]]
+    again = split.hold_out(list(pieces(changed)), *before)
+    now = [{p for d in part for p in d} for part in again]
+    assert [old - new for old, new in zip(before, now, strict=True)] == [set(), set()]
+    assert now[0] | now[1] == set(changed)
+
+
+def test_where_there_is_too_much_what_was_kept_before_comes_first():
+    made = [[each] for each in paragraphs(0, 100)]
+    kept = split.thin(made, split.size(made) / 4)
+    known = {p for d in kept for p in d}
+    more = [[each] for each in paragraphs(200, 100)]
+    assert split.thin([*more, *made], split.size(kept) + 1, known) == kept
+    with_room = split.thin([*more, *made], 2 * split.size(kept), known)
+    assert all(document in with_room for document in kept)
+    assert 1.7 < split.size(with_room) / split.size(kept) < 2.1
+    assert 0.4 < split.size(split.thin(made, split.size(kept) / 2, known)) / split.size(kept) < 0.6
+
+
 def test_held_out_paragraphs_that_leak_are_dropped():
     same = sentence(*range(30))
     made = [[f"{sentence(*range(40 + i, 70 + i))}"] for i in range(0, 4000, 40)] + [[same]]

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import torch
 
-from nr_serve.engine.guide import MAX_GRAMMAR_BYTES, Guide
+from nr_serve.engine.guide import MAX_GRAMMAR_BYTES, Allowance, Guide
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model.sampler import allowed
 from nr_serve.errors import BadRequest
@@ -239,10 +239,12 @@ def test_the_answers_of_a_request_share_what_their_grammar_may_take_at_once(monk
     compiled, seconds = guide("start: /[ab]*/"), itertools.count()
     monkeypatch.setattr("nr_serve.engine.guide.time", SimpleNamespace(thread_time=lambda: 0.03 * next(seconds)))
     for answers_each, given_up in ((3, False), (4, True)):  # 0.03 s each of 0.1 s, and 0.002 s each
-        mine = compiled.for_request(answers_each)
+        shared = Allowance(answers_each)
         with pytest.raises(BadRequest, match="more than 2 ms a token") if given_up else nullcontext():
             for _ in range(answers_each):
-                mine.begin().allowed_bits()
+                compiled.begin(shared).allowed_bits()
+    for _ in range(9):
+        compiled.begin().allowed_bits()
 
 
 def test_a_schema_of_nothing_but_itself_is_refused_with_the_reason():

@@ -9,7 +9,6 @@ Shape suffixes: T tokens of a step, H query heads, K key heads, G = H / K, D hea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,10 +41,10 @@ class KVCache:
         head_size: int,
         device: torch.device,
         dtype: torch.dtype,
-        attend: Attend | None = None,
+        attend: Attend,
     ) -> None:
-        self.attend = partial(attend_on_cpu, operators=None) if attend is None else attend
-        """How a step attends to a layer's keys and values; by default by torch's own operators."""
+        self.attend = attend
+        """How a step attends to a layer's keys and values."""
         shape = (layers, cells + 1, heads, head_size)
         self.keys_LCKD = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LCKD = torch.zeros(shape, device=device, dtype=dtype)

@@ -39,7 +39,7 @@ def draw(logits_NV: Tensor, request_of: Mapping[int, Request]) -> tuple[list[int
     for row, request in request_of.items():
         try:
             ready[row] = adjust(allow(logits_NV[row], request.progress), request)
-        except Exception as error:  # noqa: BLE001 - `sample` raises it again, where it is reported
+        except Exception as error:  # noqa: BLE001 - without a token the request fails, and that is reported
             log.debug("row %d is not drawn with the others: %r", row, error)
     rows = list(ready)
     most = max(1, _NUMBERS_AT_ONCE // logits_NV.shape[-1])

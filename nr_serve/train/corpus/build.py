@@ -149,9 +149,13 @@ def _compare_sources(language: str, out: Path, manifest: Manifest) -> None:
     write_manifest(out, manifest)
 
 
-def _paragraphs(path: Path) -> set[str]:
-    """The paragraphs of a text file; none if it is not there."""
-    return set(chain.from_iterable(read_documents(path))) if path.is_file() else set()
+def _before(out: Path, name: str) -> tuple[set[str], set[str]]:
+    """The paragraphs that a source's two files hold; none if one of the files is missing."""
+    files = [text_file(out, name, part) for part in PARTS]
+    if not all(file.is_file() for file in files):
+        return set(), set()
+    train, heldout = (set(chain.from_iterable(read_documents(file))) for file in files)
+    return train, heldout
 
 
 class Builder:
@@ -164,8 +168,9 @@ class Builder:
     def build(self, source: Source, out: Path) -> dict[str, Any]:
         """Write the two files of `source` into `out` and return its entry in the manifest."""
         files = self._files(source, source.files)
-        documents = self._documents(source, files)
-        train, heldout = hold_out(documents, *(_paragraphs(text_file(out, source.name, part)) for part in PARTS))
+        trained, measured = _before(out, source.name)
+        documents = self._documents(source, files, trained | measured)
+        train, heldout = hold_out(documents, trained, measured)
         if not documents:
             raise DownloadFailed(f"no text left of {len(files)} files")
         if not train or not heldout:
@@ -181,7 +186,8 @@ class Builder:
             "source": source.model_dump(mode="json"),
         }
 
-    def _documents(self, source: Source, files: list[Path]) -> list[Document]:
+    def _documents(self, source: Source, files: list[Path], known: set[str]) -> list[Document]:
+        """The source's documents, cleaned; if there are too many, first those with paragraphs that are `known`."""
         originals = self._original_paragraphs(source)
         translated = re.split("[_-]", source.language)[0] != "en"
         say("corpus", f"{source.name}: files to read: {len(files):,}")
@@ -198,12 +204,12 @@ class Builder:
             if prose:
                 cleaned.append(prose)
         limit = source.limit_mb * 1e6
-        bounded = thin(cleaned, RAW_FACTOR * limit)
+        bounded = thin(cleaned, RAW_FACTOR * limit, known)
         # Cut into pieces, so that a share can be held out of a source with few long documents.
         parts = [part for document in deduplicate(bounded) for part in pieces(document)]
         found = f"{size(cleaned) / 1e6:.2f} are prose in its language, {size(parts) / 1e6:.2f} but for repetitions"
         say("corpus", f"{source.name}: of {read / 1e6:.2f} million characters {found}")
-        return thin(parts, limit)
+        return thin(parts, limit, known)
 
     def _original_paragraphs(self, source: Source) -> frozenset[str]:
         key = source.model_dump_json(exclude={"name", "language", "files", "licence"})

@@ -42,9 +42,21 @@ def size(documents: Iterable[Document]) -> int:
     return sum(len(paragraph) for document in documents for paragraph in document)
 
 
-def thin(documents: list[Document], limit: float) -> list[Document]:
-    """About `limit` characters of documents, taken evenly from the whole list."""
-    share = min(1.0, limit / max(1, size(documents)))
+def thin(documents: list[Document], limit: float, known: Set[str] = frozenset()) -> list[Document]:
+    """About `limit` characters of documents, taken evenly from the whole list.
+
+    Documents with a paragraph in `known` come before others; the order stays.
+    """
+    old = [document for document in documents if not known.isdisjoint(document)]
+    new = [document for document in documents if known.isdisjoint(document)]
+    kept = _evenly(old, limit)
+    kept += _evenly(new, limit - size(kept))
+    chosen = {id(document) for document in kept}
+    return [document for document in documents if id(document) in chosen]
+
+
+def _evenly(documents: list[Document], limit: float) -> list[Document]:
+    share = min(1.0, max(0.0, limit) / max(1, size(documents)))
     return [document for i, document in enumerate(documents) if int((i + 1) * share) > int(i * share)]
 
 
@@ -53,14 +65,23 @@ def hold_out(
 ) -> tuple[list[Document], list[Document]]:
     """Split documents into training and held-out ones.
 
-    Those with a paragraph in `trained` are training text, and of the rest those with one in `measured` held-out
-    text, as they were before: what an adapter has read must not come to measure it. The others are divided into
-    `RUNS` stretches of equal length (fewer if there are few documents), and the last `HELD_OUT` of each stretch is
-    held out. So held-out text is contiguous, because neighbouring documents resemble each other, and still covers
-    the source. Held-out paragraphs that share 8-grams with the training text are dropped.
+    Paragraphs in `trained` are training text and others in `measured` held-out text, as they were before, and so
+    are new ones between them: what an adapter has read must not come to measure it. Documents that are new as a
+    whole are divided into `RUNS` stretches of equal length (fewer if there are few documents), and the last
+    `HELD_OUT` of each stretch is held out. So held-out text is contiguous, because neighbouring documents resemble
+    each other, and still covers the source. Held-out paragraphs that share 8-grams with the training text are
+    dropped.
     """
-    train, others = _parted(documents, trained)
-    held, new = _parted(others, measured)
+    train: list[Document] = []
+    held: list[Document] = []
+    new: list[Document] = []
+    for document in documents:
+        if trained.isdisjoint(document) and measured.isdisjoint(document):
+            new.append(document)
+        else:
+            was_trained, was_held = _as_before(document, trained, measured)
+            train += [was_trained] if was_trained else []
+            held += [was_held] if was_held else []
     runs = max(1, min(RUNS, int(HELD_OUT * len(new))))  # about one document or more held out of each
     stretch = max(1.0, size(new) / runs)
     position = 0
@@ -71,10 +92,19 @@ def hold_out(
     return train, drop_leaked(held, shared_grams(held, train))
 
 
-def _parted(documents: list[Document], paragraphs: Set[str]) -> tuple[list[Document], list[Document]]:
-    """The documents with one of the paragraphs, and the others."""
-    known = [document for document in documents if not paragraphs.isdisjoint(document)]
-    return known, [document for document in documents if paragraphs.isdisjoint(document)]
+def _as_before(document: Document, trained: Set[str], measured: Set[str]) -> tuple[Document, Document]:
+    """A document's paragraphs that were training text, and those that were held out.
+
+    One of them at least is known. A new one goes with the one before it, at the beginning with the first known one.
+    """
+    known = [(paragraph in trained) for paragraph in document if paragraph in trained or paragraph in measured]
+    was_trained = known[0]
+    parts: tuple[Document, Document] = ([], [])
+    for paragraph in document:
+        if paragraph in trained or paragraph in measured:
+            was_trained = paragraph in trained
+        parts[0 if was_trained else 1].append(paragraph)
+    return parts
 
 
 def shared_grams(held: Iterable[Document], train: Iterable[Document]) -> set[int]:

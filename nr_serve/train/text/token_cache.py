@@ -15,7 +15,7 @@ from nr_serve.errors import raised_as
 from nr_serve.train.file_cache import MOST_BYTES, FileCache
 from nr_serve.train.text.pack import Packed, Windows
 
-FORMAT = 5
+FORMAT = 6
 """Increased when packing changes, so that files of another format are never read."""
 
 
