@@ -1,9 +1,11 @@
 """Servers as `nr-serve serve` runs them, in a thread or in a process of their own."""
 
+import signal
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from functools import partial
 
 import httpx
 
@@ -46,7 +48,10 @@ def process(*flags: str, until_it_is: str = "ready"):
         port = listener.getsockname()[1]
     client = Served(None, f"http://127.0.0.1:{port}")
     command = [sys.executable, "-m", "tests.unit.halting", "--port", str(port), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    # A shell's background jobs ignore SIGINT, and so would what they start.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=heeds, **pipes) as server:
         try:
             until(lambda: server.poll() is not None or _status(client) == until_it_is)
             assert server.poll() is None, server.stderr.read()
