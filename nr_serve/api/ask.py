@@ -108,7 +108,7 @@ async def chat_ask(context: Context, body: ChatBody) -> Ask:
     tools = toolbox(body.tools or (), body.tool_choice, body.parallel_tool_calls)
     prompts = (await context.text(lambda: _chat_prompt(context, body, tools)),)
     sampling = replace(_sampling(context, body), logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-    max_tokens = body.max_completion_tokens or body.max_tokens
+    max_tokens = body.answer_tokens
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     if max_tokens is None:
         max_tokens = _room(context, prompts)
@@ -232,7 +232,7 @@ def _chat_prompt(context: Context, body: ChatBody, tools: Toolbox) -> Prompt:
     ids = context.tokenizer.encode(text, special_tokens=False)  # the template adds its own
     if not ids:
         raise BadRequest("`messages` give an empty prompt", param="messages")
-    return _truncated(context, body, Prompt(tuple(ids), text), body.max_completion_tokens or body.max_tokens)
+    return _truncated(context, body, Prompt(tuple(ids), text), body.answer_tokens)
 
 
 def _read_part(context: Context, body: GenerationBody, text: str) -> str:

@@ -256,6 +256,11 @@ class ChatBody(GenerationBody):
         "web_search_options": [],
     }
 
+    @property
+    def answer_tokens(self) -> int | None:
+        """The longest answer, by whichever name it was given."""
+        return self.max_completion_tokens or self.max_tokens
+
 
 class TokenizeBody(Body):
     """POST /tokenize: a prompt, or messages put through the chat template."""

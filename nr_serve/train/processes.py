@@ -7,17 +7,17 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import accelerate
-import torch
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from nr_serve import logs
 from nr_serve.errors import BadRequest, NrError
+from nr_serve.train.frozen_base import best_device
 
 T = TypeVar("T")
 
 
-def join(device: torch.device) -> None:
-    """Join the other processes, which compute on devices of this type; call it first.
+def join() -> None:
+    """Join the other processes; call it first.
 
     They wait for the first one as long as it fits gates and measures: longer than the usual half an hour. Raises
     BadRequest if the launcher splits the model among processes: a checkpoint would hold only a part of it.
@@ -25,7 +25,7 @@ def join(device: torch.device) -> None:
     for name in ("FSDP", "DEEPSPEED"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise BadRequest(f"several processes each hold the whole model here: launch without {name}")
-    on_cpu = device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpu = best_device().type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     accelerate.PartialState(cpu=on_cpu, timeout=timedelta(days=1))
 
 

@@ -480,8 +480,8 @@ class Recipe(_Section):
         differ as long as it is not exceeded and the learning rate has not depended on it. Keys may differ that only
         log, or save memory or time, and `validate_every`, unless the run may stop because of what is measured.
         """
-        free = {f"run.{key}" for key in ("log_every", "checkpoint_every", "accumulate", "gradient_checkpointing")}
-        free |= {"run.compile"}
+        idle = ("log_every", "checkpoint_every", "accumulate", "gradient_checkpointing", "compile")
+        free = {f"run.{key}" for key in idle}
         if self.run.patience is None:
             free |= {"run.validate_every"}
         level = min(self.run.decay_start, earlier.run.decay_start)

@@ -22,7 +22,7 @@ from nr_serve.errors import Conflict
 from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import processes
 from nr_serve.train.export import result_path, write_result
-from nr_serve.train.frozen_base import best_device, load_base
+from nr_serve.train.frozen_base import load_base
 from nr_serve.train.gate_cache import fit_once
 from nr_serve.train.gates import FittedGates, refit_gates
 from nr_serve.train.log import Log, is_log
@@ -48,7 +48,7 @@ def train(recipe: Recipe, out: Path, corpus: Path, *, resume: bool = False, tens
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        processes.join(best_device())
+        processes.join()
         arguments = training_arguments(recipe.run, out, tensorboard=tensorboard)
         with ExitStack() as stack:
             processes.from_first(lambda: stack.enter_context(checkpoints.alone(out)))

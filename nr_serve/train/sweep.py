@@ -16,7 +16,6 @@ from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train import processes
 from nr_serve.train import run as training
 from nr_serve.train.export import result_path
-from nr_serve.train.frozen_base import best_device
 from nr_serve.train.methods import start_version
 from nr_serve.train.recipe import BadRecipe, Recipe
 from nr_serve.train.recipe_file import parse_recipe, read_recipe, read_toml
@@ -64,7 +63,7 @@ def run_sweep(recipes: Mapping[str, Recipe], out: Path, corpus: Path) -> dict[st
     others: its exception is its result. All failures are printed at the end. Raises BadRecipe for text that a run
     cannot read; Conflict if a finished run was trained on other text.
     """
-    processes.join(best_device())
+    processes.join()
     processes.from_first(lambda: _check_text(recipes, out, corpus))
     results: dict[str, Path | Exception] = {}
     for name, recipe in recipes.items():

@@ -97,8 +97,7 @@ def _as_before(document: Document, trained: Set[str], measured: Set[str]) -> tup
 
     One of them at least is known. A new one goes with the one before it, at the beginning with the first known one.
     """
-    known = [(paragraph in trained) for paragraph in document if paragraph in trained or paragraph in measured]
-    was_trained = known[0]
+    was_trained = next(p in trained for p in document if p in trained or p in measured)
     parts: tuple[Document, Document] = ([], [])
     for paragraph in document:
         if paragraph in trained or paragraph in measured:
