@@ -52,6 +52,15 @@ def test_a_page_of_the_users_own_may_call_its_text_contents():
     assert documents(extract.html, page, kind="folder", folder="x") == [["Cím", "egy", "kettő"]]
 
 
+def test_a_page_of_the_users_own_gives_all_its_text():
+    page = """<html><head><title>t</title></head><body>elöl<!-- note --><div>egy <b>szó</b><br>kettő
+    <ul><li>pont<ul><li>alpont</li></ul>vége</li></ul>után</div><table><tr><td>cella</td><td><p>másik</p></td></tr>
+    </table><script>x()</script></body></html>"""
+    [found] = documents(extract.html, page, kind="folder", folder="x")
+    paragraphs = ["elöl", "egy szó kettő", "pont", "alpont", "vége", "után", "cella", "másik"]
+    assert [" ".join(paragraph.split()) for paragraph in found] == paragraphs
+
+
 def test_a_page_of_docbook_gives_its_paragraphs(recwarn):
     page = """<?xml version="1.0" encoding="UTF-8"?><html xmlns="http://www.w3.org/1999/xhtml"><body>
     <div class="section"><div class="para">első <b>bekezdés</b></div><div class="para">második

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bs4 import BeautifulSoup, Tag, XMLParsedAsHTMLWarning
+from bs4 import BeautifulSoup, NavigableString, Tag, XMLParsedAsHTMLWarning
 
 from nr_serve.errors import BadRequest
 from nr_serve.train.corpus import man
@@ -22,6 +22,10 @@ from nr_serve.train.corpus.split import Document
 from nr_serve.train.documents import json_text
 
 HTML_BLOCKS = ("p", "li", "dt", "dd", "td", "th", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "figcaption")
+HTML_CONTAINERS = (
+    *("body", "main", "article", "section", "div", "figure", "details", "summary", "address", "center"),
+    *("ul", "ol", "dl", "table", "caption", "tr"),
+)
 HTML_DROPPED = ("script", "style", "pre", "nav", "header", "footer", "aside", "head", "form", "button")
 XML_BLOCKS = ("p", "title", "desc", "cite", "td", "para", "simpara", "term", "subtitle")
 XML_DROPPED = (
@@ -79,28 +83,49 @@ def _content(path: Path) -> bytes:
 
 
 def html(data: bytes, source: Source) -> Iterator[Document]:
-    """Yield the innermost blocks of a page: paragraphs, list items, table cells, headings."""
+    """Yield the running text of a page, a paragraph a block.
+
+    Packages' pages are all alike: their text stands in innermost blocks (paragraphs, list items, table cells,
+    headings), and nothing else is read. In the user's own it may stand anywhere, so all of it is read.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)  # XHTML is parsed as HTML
         soup = BeautifulSoup(data, "lxml")
-    for tag in soup.find_all(class_=OWN_CONTENTS_TABLES if source.kind == "folder" else CONTENTS_TABLES):
+    own = source.kind == "folder"
+    for tag in soup.find_all(class_=OWN_CONTENTS_TABLES if own else CONTENTS_TABLES):
         tag.decompose()
     for tag in soup.find_all("div", class_="para"):
         tag.name = "p"  # DocBook's stylesheets write paragraphs as such divs
-    yield _blocks(soup, HTML_BLOCKS, HTML_DROPPED)
+    _drop(soup, HTML_DROPPED)
+    yield _all_text(soup, HTML_BLOCKS + HTML_CONTAINERS) if own else _blocks(soup, HTML_BLOCKS)
 
 
 def mallard(data: bytes, source: Source) -> Iterator[Document]:
     """Yield the text blocks of a Mallard or DocBook page."""
-    yield _blocks(BeautifulSoup(data, "lxml-xml"), XML_BLOCKS, XML_DROPPED)
+    soup = BeautifulSoup(data, "lxml-xml")
+    _drop(soup, XML_DROPPED)
+    yield _blocks(soup, XML_BLOCKS)
 
 
-def _blocks(soup: BeautifulSoup, blocks: tuple[str, ...], dropped: tuple[str, ...]) -> Document:
-    for tag in soup.find_all(lambda tag: tag.name.rpartition(":")[2] in dropped):
+def _drop(soup: BeautifulSoup, names: tuple[str, ...]) -> None:
+    for tag in soup.find_all(lambda tag: tag.name.rpartition(":")[2] in names):
         if not tag.decomposed:
             tag.decompose()
+
+
+def _blocks(soup: BeautifulSoup, blocks: tuple[str, ...]) -> Document:
+    """The text of each block that has no other block in it."""
     found = [tag for tag in soup.find_all(blocks) if isinstance(tag, Tag)]
     return [tag.get_text() for tag in found if tag.find(blocks) is None]
+
+
+def _all_text(soup: BeautifulSoup, blocks: tuple[str, ...]) -> Document:
+    """All text, a new paragraph wherever a block begins or ends."""
+    for tag in soup.find_all("br"):
+        tag.replace_with("\n")
+    strings = (string for string in soup.find_all(string=True) if type(string) is NavigableString)  # no comment
+    runs = itertools.groupby(strings, key=lambda string: id(string.find_parent(blocks)))
+    return [paragraph for _, run in runs if (paragraph := "".join(run)).strip()]
 
 
 def man_page(data: bytes, source: Source) -> Iterator[Document]:
