@@ -111,8 +111,8 @@ def ask_in_two_languages(url: str, client: Client, model: str) -> None:
     steps = after["nr_step_seconds_count"] - before["nr_step_seconds_count"]
     passes = after["nr_step_requests_sum"] - before["nr_step_requests_sum"]
     print(
-        f"{len(prompts)} requests took {steps:.0f} forward passes for {passes:.0f} turns: "
-        f"{passes / steps:.1f} requests shared each pass"
+        f"{len(prompts)} requests took {steps:.0f} forward passes in place of {passes:.0f}: "
+        f"each served {passes / steps:.1f} of them"
     )
 
 

@@ -83,7 +83,10 @@ class ModelSettings(BaseModel):
         description="type of weights and activations; with auto, bfloat16 on a GPU, the faster one on a CPU",
     )
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads of the model (default: torch's choice)"
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads of the model (default: torch's choice, or fewer in a container with a CPU limit)",
     )
     compile: bool = Field(
         True,

@@ -38,8 +38,8 @@ def card(
     lines = [
         f"# {name}",
         "",
-        f"An nr-serve adapter: teaches `{info.base}` the language or domain `{info.domain}`. It models text, and "
-        f"is no chat model of its own. Serve it with `nr-serve load-adapter {name}.safetensors`.",
+        f"An nr-serve adapter that teaches `{info.base}` the language or domain `{info.domain}`. It continues "
+        f"text; it makes no assistant of the base. Serve it with `nr-serve load-adapter {name}.safetensors`.",
         "",
         "| | |",
         "|---|---|",
@@ -91,7 +91,9 @@ def _training_rows(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> lis
         data = recipe["data"]
         if not _always_open(recipe):
             moved = "trained" if recipe["gate"]["trained"] else "frozen"
-            rows.append(f"| gates | {recipe['gate']['init']}, {moved} |")
+            beside = results.get("calibrated", {}).get("beside", {})
+            others = "".join(f", beside `{name}` {version}" for name, version in beside.items())
+            rows.append(f"| gates | {recipe['gate']['init']}, {moved}{others} |")
         rows.append(f"| target text | {_globs(data['target'])} |")
         rows.append(f"| original text | {_globs(data['original'])} |")
         if recipe.get("method") != "adapter":  # this method reads no background text

@@ -120,8 +120,12 @@ SLOTS_USED = _gauge("nr_slots_used", "Slots that hold an adapter")
 SLOTS_TOTAL = _gauge("nr_slots_total", "Slots for adapters")
 
 # Gates
-GATE_FIRED = _counter("nr_gate_fired_total", "Token-layers whose gate fired", "adapter", "layer_group")
-GATE_SEEN = _counter("nr_gate_seen_total", "Token-layers evaluated", "adapter", "layer_group")
+GATE_FIRED = _counter(
+    "nr_gate_fired_total", "Of those seen, token-layers whose gate fired", "adapter", "layer_group"
+)
+GATE_SEEN = _counter(
+    "nr_gate_seen_total", "Token-layers of requests that may use the adapter", "adapter", "layer_group"
+)
 GATE_MASS = _counter("nr_gate_mass_total", "Sum of gate values", "adapter")
 CROSS_FIRED = _counter(
     "nr_cross_fired_total",

@@ -32,6 +32,7 @@ from nr_serve.engine.model.forward import run_model
 from nr_serve.engine.model.fuse import prepare_layers
 from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.model.opened import opened_by_page
+from nr_serve.engine.model.processor import cpu_limit
 from nr_serve.engine.model.results import draws, guarded_result, logit_positions
 from nr_serve.engine.model.sampler import NOT_A_NUMBER, likeliest
 from nr_serve.engine.model.startup_check import StartupCheck
@@ -110,8 +111,7 @@ class Runner:
     @classmethod
     def load(cls, path: Path | str, tokenizer: Tokenizer, config: ServeConfig, name: str) -> Runner:
         """Load a base and take it over. Raises UnsupportedBase with the reason."""
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(config.threads or default_threads())
         runner = cls(load_base(path, config), tokenizer, config, name)
         try:
             # Prepare grammars now: doing it later would hold up running streams.
@@ -322,3 +322,9 @@ class Runner:
 
 def _probe_pages(page_size: int) -> int:
     return -(-PROBE_TOKENS // page_size)
+
+
+def default_threads() -> int:
+    """Torch's choice, which counts cores, or fewer in a container that may not use all of them."""
+    own = torch.get_num_threads()
+    return min(own, cpu_limit() or own)
