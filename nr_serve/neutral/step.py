@@ -39,7 +39,7 @@ class StepTokens:
     end_E: Tensor | None = None
     """Index of each token that ends a page whose carried state must be kept; None if there is none."""
     page_E: Tensor | None = None
-    """The page that each of these tokens ends, below the bank's `pages`."""
+    """The page that each of these tokens ends, below the bank's `pages`; for the GPU's bank -1 if it ends none."""
     trial: Trial | None = None
 
     @property

@@ -82,7 +82,7 @@ class Checkpoint:
     @property
     def is_refitted(self) -> bool:
         """Whether gates were fitted again after the run's last step."""
-        return (self.folder / REFITTED).exists()
+        return REFITTED in self.digests and (self.folder / REFITTED).exists()
 
     def final(self) -> dict[str, Tensor]:
         """The tensors for the run's adapter file: the trained ones, with refitted gates in place of the gates.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 DATASETS = "datasets:"
@@ -15,7 +15,7 @@ NOT = "!"
 
 def names_source(entries: Iterable[str], source: str) -> bool:
     """Whether entries name a source such as `hu.lohelp`, by its name or by its training file's name."""
-    return _names(entries, lambda glob: _is_source(glob, source))
+    return _names(entries, lambda glob: _is_source(glob, source), _takes_training)
 
 
 def names_text(entries: Iterable[str], text: str) -> bool:
@@ -25,16 +25,14 @@ def names_text(entries: Iterable[str], text: str) -> bool:
 
 def names_language(entries: Iterable[str], language: str) -> bool:
     """Whether entries name text in a language; a data set is a language of its own."""
-    named = False
-    for glob, named_here in _globs(entries):
-        if _is_language(glob, language) and (named_here or _is_whole(glob)):
-            named = named_here
-    return named
+    return _names(
+        entries, lambda glob: _is_language(glob, language), lambda glob: _is_whole(glob) and _takes_training(glob)
+    )
 
 
 def language_of(source: str) -> str:
     """`hu` for `hu.lohelp`; a data set's name does not tell its language, so the name itself is returned."""
-    return source if "/" in source else source.split(".")[0]
+    return source if "/" in source or ":" in source else source.split(".")[0]
 
 
 def is_heldout(glob: str) -> bool:
@@ -42,21 +40,23 @@ def is_heldout(glob: str) -> bool:
     return "heldout" in _file(glob).split(".")[2:]
 
 
-def _names(entries: Iterable[str], matches: Callable[[str], bool]) -> bool:
-    """Whether the last entry whose glob matches names, and does not remove."""
+def _names(
+    entries: Iterable[str], matches: Callable[[str], bool], removes: Callable[[str], bool] = lambda glob: True
+) -> bool:
+    """Whether the last entry whose glob matches names. Of those that remove, only the ones in `removes` count."""
     named = False
-    for glob, named_here in _globs(entries):
-        if matches(glob):
-            named = named_here
+    for entry in entries:
+        glob = entry.removeprefix(NOT)
+        if matches(glob) and (glob == entry or removes(glob)):
+            named = glob == entry
     return named
 
 
-def _globs(entries: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Each glob or data set, and whether it is named (else removed); removed held-out files are skipped."""
-    for entry in entries:
-        glob = entry.removeprefix(NOT)
-        if glob == entry or not is_heldout(glob):
-            yield glob, glob == entry
+def _takes_training(glob: str) -> bool:
+    """Whether a glob takes the training file of a source: not its held-out file, nor one of several it may have."""
+    parts = _file(glob).split(".")
+    is_only_file = len(parts) == 3 and "*" not in parts[2]  # such as hu.web.jsonl
+    return len(parts) < 3 or is_only_file or fnmatchcase("train", parts[2])
 
 
 def _is_source(entry: str, source: str) -> bool:

@@ -234,11 +234,6 @@ class Gate(_Section):
         return self.kind != "none" and self.init in ("closed-form", "logistic")
 
     @property
-    def idle(self) -> list[str]:
-        """The keys that were given and do nothing, because they are about fitting gates that are not fitted."""
-        return [] if self.fitted else sorted(FIT_KEYS & self.model_fields_set)
-
-    @property
     def resolved(self) -> ResolvedGate:
         """The keys whose defaults, or whose effect, depend on other keys."""
         steepness = self.steepness or (3.0 if self.kind == "relu1" else 1.0)
@@ -354,8 +349,6 @@ class Run(_Section):
     def _fits(self) -> Run:
         if self.batch_tokens % self.window:
             raise ValueError(f"batch_tokens ({self.batch_tokens}) is not a multiple of window ({self.window})")
-        if self.fewest_targets < 1:
-            raise ValueError("the shares may leave a step without a target window")
         if self.tokens < self.batch_tokens:
             raise ValueError("tokens is less than one step")
         return self
@@ -422,6 +415,12 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _reads_target(self) -> Recipe:
+        if self.plan.fewest_targets < 1:
+            raise ValueError("run.original_share and run.background_share may leave a step without a target window")
+        return self
+
+    @model_validator(mode="after")
     def _starts_blocks(self) -> Recipe:
         if self.blocks.start is not None and self.method in ("lora", "finetune"):
             raise ValueError(f"blocks.start names blocks to go on from, and method '{self.method}' has none")
@@ -450,6 +449,22 @@ class Recipe(_Section):
             "background_share": self.run.background_share if self.has_local_loss else 0.0,
         }
         return self.run.model_copy(update=shares)
+
+    @property
+    def idle(self) -> list[str]:
+        """The keys about the start of gates and blocks that were given and do nothing, because of other keys."""
+        given = {f"gate.{key}" for key in self.gate.model_fields_set}
+        given |= {f"blocks.{key}" for key in self.blocks.model_fields_set}
+        idle: set[str] = set()
+        if self.method == "neutral" and not self.gate.fitted:
+            idle = {f"gate.{key}" for key in FIT_KEYS}
+        elif self.blocks.start is not None and self.gate.resolved.refit:
+            idle = {"gate.min_found"}
+        elif self.blocks.start is not None:
+            idle = {f"gate.{key}" for key in FIT_KEYS - {"refit", "steepness"}}
+        if self.blocks.start is not None:
+            idle.add("blocks.init")
+        return sorted(given & idle)
 
     @property
     def base_dtype(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise BadRecipe(f"{path.name} is not TOML: {error}") from error
 
 
-def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Read and check a recipe, with the keys in `changes` (such as `run.tokens`) replaced.
+def read_recipe(path: Path, *changes: Mapping[str, Any]) -> Recipe:
+    """Read and check a recipe, with keys such as `run.tokens` replaced, by each of `changes` after the one before.
 
     Raises BadRecipe, naming the key at fault.
     """
     values = read_toml(path)
-    for key, value in (changes or {}).items():
+    for key, value in chain.from_iterable(each.items() for each in changes):
         _set(values, key, value)
     return parse_recipe(values, path.name)
 

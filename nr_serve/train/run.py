@@ -85,8 +85,9 @@ class TrainingRun:
         if run.tokens != run.steps * run.batch_tokens:
             whole = f"{run.steps:,} steps of {run.batch_tokens:,}"
             _say(f"run.tokens {run.tokens:,} is rounded down to {run.steps * run.batch_tokens:,}, {whole}")
-        if recipe.method == "neutral" and recipe.gate.idle:
-            _say(f"these gates are not fitted, so these keys do nothing: gate.{', gate.'.join(recipe.gate.idle)}")
+        if recipe.idle:
+            why = "gates and blocks come from blocks.start" if recipe.blocks.start else "these gates are not fitted"
+            _say(f"{why}, so these keys do nothing: {', '.join(recipe.idle)}")
         _say("reading and packing the text")
         with arguments.main_process_first():  # the others find its results in the caches
             self.text = read_run_text(recipe, corpus)

@@ -50,7 +50,7 @@ def read_sweep(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str
     recipes = {}
     for name, own in sweep.runs.items():
         try:
-            recipes[name] = read_recipe(path.parent / sweep.recipe, {**sweep.set, **own, **(changes or {})})
+            recipes[name] = read_recipe(path.parent / sweep.recipe, sweep.set, own, changes or {})
         except BadRecipe as error:
             raise BadRecipe(f"{path.name}, run {name}: {error.message}") from error
     return recipes

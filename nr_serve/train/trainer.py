@@ -85,6 +85,7 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
         bf16=run.dtype == "bfloat16",
         use_cpu=best_device().type == "cpu",  # without it, bf16 requires a GPU
         torch_compile=run.compile,
+        tf32=False,  # else compiling turns it on, for measurements too and for what the process does later
         ddp_find_unused_parameters=True,  # a block whose gate stays shut gets no gradient in a step
         logging_steps=run.log_every,
         logging_nan_inf_filter=False,
@@ -103,8 +104,10 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
         seed=run.seed,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # with several GPUs: one process each, never DataParallel
-    # `accelerate launch` has its own precision setting, which would override the recipe's.
+    # `accelerate launch` and earlier runs leave settings of these, which would override the recipe's.
     arguments.mixed_precision = "bf16" if run.dtype == "bfloat16" else "no"
+    if not run.compile:
+        arguments.torch_compile_backend = "no"
     return arguments
 
 
@@ -139,6 +142,7 @@ class RunTrainer(transformers.Trainer):
             optimizers=make_optimizer(learner.trained(), run),
             callbacks=callbacks,
         )
+        torch.backends.cuda.matmul.allow_tf32 = False  # which accelerate turns on too
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # it and the default bar print every log line on stdout
         self.pop_callback(ProgressCallback)

@@ -28,6 +28,15 @@ def test_a_control_group_may_limit_the_cpus(group, limits, cpus):
     assert processor.cpu_limit() == cpus
 
 
+def test_the_least_limit_of_the_groups_above_counts(group, tmp_path):
+    (tmp_path / "cpu.max").write_text("300000 100000\n")
+    assert processor.cpu_limit() == 3
+    group.write_text("max 100000\n")
+    assert processor.cpu_limit() == 3
+    group.write_text("200000 100000\n")
+    assert processor.cpu_limit() == 2
+
+
 def test_without_control_groups_there_is_no_limit(group, tmp_path, monkeypatch):
     group.write_text("200000 100000\n")
     monkeypatch.setattr(processor, "_OWN_GROUPS", tmp_path / "none")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from nr_serve.errors import BadRequest, Conflict
 from nr_serve.evaluate.compare import compare_runs, page, write_comparison
@@ -49,8 +50,19 @@ def test_every_method_learns_the_target(runs):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_in_bfloat16_learns_and_keeps_what_it_trains_in_float32(tmp_path, base, corpus, method):
+def test_a_run_in_bfloat16_learns_and_keeps_what_it_trains_in_float32(tmp_path, base, corpus, method, monkeypatch):
+    computed, forward = set(), LlamaMLP.forward
+
+    def watched(ffn, x):
+        y = forward(ffn, x)
+        computed.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(LlamaMLP, "forward", watched)
     train(write_recipe(tmp_path, base, method=method, run__dtype="bfloat16"), tmp_path / "out", corpus)
+    assert torch.bfloat16 in computed
+    if method != "finetune":  # whose base, in float32, is also measured without autocast
+        assert computed == {torch.bfloat16}
     saved = checkpoints.load(checkpoints.latest(tmp_path / "out"))
     assert saved.results["hu.a"]["after"] < saved.results["hu.a"]["before"] - 0.1
     assert {tensor.dtype for tensor in saved.weights().values()} == {torch.float32}

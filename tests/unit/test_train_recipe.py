@@ -33,7 +33,7 @@ def recipe(**sections) -> Recipe:
         ({"run": {"batch_tokens": 500}}, "batch_tokens (500) is not a multiple of window (128)"),
         (
             {"run": {"original_share": 0.5, "background_share": 0.4}},
-            "the shares may leave a step without a target window",
+            "original_share and run.background_share may leave a step without a target window",
         ),
         ({"run": {"tokens": 100}}, "tokens is less than one step"),
         ({"blocks": {"capacity": 0.1}}, "exactly one of h and capacity"),
@@ -180,3 +180,25 @@ def test_a_local_loss_that_cannot_move_anything_is_refused():
     with pytest.raises(BadRecipe, match=r"it needs gate\.trained"):
         recipe(loss={"kind": "cross-entropy"})
     assert recipe(loss={"kind": "cross-entropy"}, gate={"trained": True}, run={"original_share": 0.1}).gate.trained
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora", "adapter"])
+def test_a_share_of_text_that_is_not_read_takes_no_window(method):
+    step = {"window": 128, "batch_tokens": 256, "original_share": 0.1, "background_share": 0.1}
+    assert recipe(method=method, run=step).plan.fewest_targets == 1
+    with pytest.raises(BadRecipe, match="without a target window"):
+        recipe(run=step)
+
+
+@pytest.mark.parametrize(
+    ("gate", "idle"),
+    [
+        ({"percentile": 99.0, "min_found": 0.3}, ["blocks.init", "gate.min_found"]),
+        ({"percentile": 99.0, "refit": False}, ["blocks.init", "gate.percentile"]),
+        ({"percentile": 99.0, "trained": True}, ["blocks.init", "gate.percentile"]),
+    ],
+)
+def test_where_blocks_are_gone_on_from_keys_of_their_start_do_nothing(gate, idle):
+    begun = {"start": "a.safetensors", "init": "paper"}
+    assert recipe(gate=gate, blocks=begun).idle == idle
+    assert recipe(gate=gate).idle == []

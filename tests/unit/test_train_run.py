@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from nr_serve.disk import CannotWrite
 from nr_serve.errors import BadRequest, Conflict
@@ -380,6 +381,35 @@ def test_a_run_is_compiled_if_its_recipe_says_so(tmp_path, base, compiled):
     assert trainer.training_arguments(recipe.run, tmp_path, tensorboard=False).torch_compile == compiled
 
 
+def test_a_launchers_compiler_does_not_override_the_recipe(tmp_path, base, corpus, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("it was compiled"))
+    train(write_recipe(tmp_path, base, tokens=128), tmp_path / "out", corpus)
+
+
+def test_layers_are_computed_twice_if_the_recipe_says_so(tmp_path, base, corpus, monkeypatch):
+    calls = {}
+    for checkpointing in (False, True):
+        keys = {"run__gradient_checkpointing": checkpointing}
+        recipe = write_recipe(tmp_path, base, method="finetune", tokens=128, **keys)
+        calls[checkpointing] = 0
+        forward = LlamaMLP.forward
+
+        def counted(ffn, x, checkpointing=checkpointing, forward=forward):
+            calls[checkpointing] += torch.is_grad_enabled()
+            return forward(ffn, x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaMLP, "forward", counted)
+            train(recipe, tmp_path / str(checkpointing), corpus)
+    assert calls[True] == 2 * calls[False] > 0
+
+
+def test_so_many_windows_are_measured_in_training_as_the_recipe_says(tmp_path, base, corpus):
+    recipe = write_recipe(tmp_path, base, run__validate_windows=3)
+    assert [len(windows) for windows in read_run_text(recipe, corpus).heldout.values()] == [3] * 4
+
+
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
 def test_a_launch_that_splits_the_model_is_refused(tmp_path, base, corpus, name, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
@@ -559,3 +589,17 @@ def test_results_that_are_none_are_refused(tmp_path, base, corpus):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"results": {"hu.a": 3}}))
     with pytest.raises(checkpoints.BadCheckpoint, match=r"results\.hu\.a"):
         train(recipe, out, corpus, resume=True)
+
+
+def test_a_run_read_while_its_gates_are_fitted_again_is_read_without_them(tmp_path, base, corpus):
+    recipe, out = write_recipe(tmp_path, base, tokens=256), tmp_path / "out"
+    train(recipe, out, corpus)
+    folder = checkpoints.latest(out)
+    refitted = (folder / checkpoints.REFITTED).rename(tmp_path / "kept")
+    state = json.loads((folder / checkpoints.STATE).read_text())
+    del state["digests"][checkpoints.REFITTED]
+    (folder / checkpoints.STATE).write_text(json.dumps(state))
+    reading = checkpoints.load(folder)
+    refitted.rename(folder / checkpoints.REFITTED)
+    assert reading.final().keys() == reading.weights().keys()
+    assert not reading.is_refitted

@@ -129,7 +129,7 @@ def test_a_bound_is_filled_from_all_sources_in_turn_and_no_more_is_read():
 def test_few_sources_are_open_at_once_and_all_are_read_in_the_end():
     sources = [Endless(f"{i:03}", last=1 + i % 3) for i in range(3 * OPEN_SOURCES)]
     first = read_in_turn(sources, characters=1)
-    assert len(first) == OPEN_SOURCES
+    assert [int(document[:3]) for document in first] == list(range(0, 3 * OPEN_SOURCES, 3))  # spread over all
     sources = [Endless(f"{i:03}", last=1 + i % 3) for i in range(3 * OPEN_SOURCES)]
     assert read_in_turn(sources) == [f"{s.name}{n:09}" for s in sources for n in range(1, s.last + 1)]
 
@@ -258,5 +258,8 @@ def test_what_is_left_out_is_not_named():
     assert names_language((*entries, "cs.a.train.txt"), "cs")
     assert names_source(["hu*.train.txt"], "hu.a")
     assert not names_source(["hu*.train.txt"], "cs.a")
-    assert names_source(["hu.*", "!hu.*.heldout.txt"], "hu.a")
+    for others in ("!hu.*.heldout.txt", "!hu.*.heldout*", "!hu.a.dirty.txt"):
+        assert names_source(["hu.*", others], "hu.a")
+    for own in ("!hu.a.*", "!hu.a*", "!hu.*.train.txt", "!hu.a.jsonl"):
+        assert not names_source(["hu.*", own], "hu.a")
     assert names_language(["hu.*", "!hu.*.heldout.txt"], "hu")

@@ -57,6 +57,9 @@ def test_changes_from_outside_come_last_in_every_run(tmp_path, base):
     path = write_sweep(tmp_path, base, '[runs.a]\n[runs.b]\n"run.lr" = 0.5\n')
     recipes = read_sweep(path, {"run.lr": 0.25, "run.seed": 9})
     assert [(r.run.lr, r.run.seed) for r in recipes.values()] == [(0.25, 9)] * 2
+    path.write_text('recipe = "recipe.toml"\n[set]\n"blocks.h" = 32\n[runs.a]\n"blocks.capacity" = 0.1\n')
+    assert read_sweep(path)["a"].blocks.capacity == 0.1
+    assert read_sweep(path, {"blocks.h": 64})["a"].blocks.h == 64
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from pathlib import Path, PurePath
 
 _CPUINFO = Path("/proc/cpuinfo")
 _OWN_GROUPS = Path("/proc/self/cgroup")
@@ -17,11 +17,19 @@ def cpuinfo(*names: str) -> list[str]:
 
 
 def cpu_limit() -> int | None:
-    """CPUs that this process's control group (version 2), such as a container, may use, rounded up; None: all."""
+    """CPUs that this process may use by its control groups (version 2), such as a container's; None: all.
+
+    The least limit of its group and those above it, rounded up.
+    """
     groups = _OWN_GROUPS.read_text(encoding="utf-8").splitlines() if _OWN_GROUPS.exists() else []
     own = next((line.removeprefix("0::/") for line in groups if line.startswith("0::/")), None)
-    limits = None if own is None else _GROUPS / own / "cpu.max"  # microseconds, or "max", and of how many
-    if limits is None or not limits.exists():
+    if own is None:
         return None
-    quota, period = limits.read_text(encoding="utf-8").split()
+    folders = [_GROUPS / own, *(_GROUPS / above for above in PurePath(own).parents)]
+    limits = [_limit(folder / "cpu.max") for folder in folders if (folder / "cpu.max").exists()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _limit(file: Path) -> int | None:
+    quota, period = file.read_text(encoding="utf-8").split()  # microseconds, or "max", of so many
     return None if quota == "max" else math.ceil(int(quota) / int(period))

@@ -16,6 +16,9 @@ WITHOUT = "a recipe leaves chats out with data.chat = false"
 DATE = "01 Jan 2026"
 """What templates that take a date, such as Llama 3's, are given, so that a run reads the same text every day."""
 
+_NOW = f"{{% macro strftime_now(_) %}}{DATE}{{% endmacro %}}"
+"""What templates that ask for it find in place of transformers' clock."""
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -62,7 +65,8 @@ def render_exchange(tokenizer: Any, user: str, assistant: str) -> str:
         {"role": "user", "content": user},
         {"role": "assistant", "content": assistant},
     ]
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False, date_string=DATE)
+    template = _NOW + tokenizer.get_chat_template()
+    text: str = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, date_string=DATE)
     return text
 
 

@@ -97,13 +97,23 @@ def check_globs(folder: Path, globs: Iterable[str]) -> None:
         raise BadRecipe(f"no text in {folder} matches {named}: `nr-serve fetch-corpus` puts text there")
 
 
+def _spread(count: int) -> list[int]:
+    """The numbers below `count` in order, but where they are too many, first `OPEN_SOURCES` of an even spread."""
+    if count <= OPEN_SOURCES:
+        return list(range(count))
+    return sorted(range(count), key=lambda i: i * OPEN_SOURCES % count)
+
+
 def read_in_turn(sources: Sequence[Source], characters: int | None = None, end: str = "") -> list[str]:
     """Documents, ordered by source: all, or about the first `characters` characters, one document of each in turn.
 
-    `end` is put after each. Raises BadRecipe for a source without text.
+    At most `OPEN_SOURCES` are read at once. Of more of them, an even spread over the list comes first, and the rest
+    as those end: with a limit, perhaps never. `end` is put after each document.
+
+    Raises BadRecipe for a source without text.
     """
     read: list[list[str]] = [[] for _ in sources]
-    waiting = iter(enumerate(sources))
+    waiting = ((i, sources[i]) for i in _spread(len(sources)))
     reading: dict[int, Iterator[str]] = {}
     taken = 0
     while characters is None or taken < characters:
