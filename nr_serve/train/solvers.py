@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 2048
 NEWTON_STEPS = 20
 CURVATURE = 0.99
 """Share of the loss's curvature that a Newton step takes into account."""
@@ -48,10 +48,13 @@ def solve_logistic(u_Td: Tensor, y_T: Tensor, weight_T: Tensor, ridge: float) ->
     """
     p_T = (weight_T / weight_T.sum()).float()
     y_T = y_T.float()
-    mean_d = (p_T[:, None] * u_Td.float()).sum(0)
-    centred_Td = u_Td.float() - mean_d
-    scale = (p_T[:, None] * centred_Td.square()).sum(0).mean().sqrt()
-    x_Te = torch.cat([centred_Td / scale, torch.ones_like(centred_Td[:, :1])], dim=1)
+    mean_d = p_T @ u_Td.float()
+    x_Te = torch.ones(len(u_Td), u_Td.shape[1] + 1, device=u_Td.device)
+    x_Td = torch.sub(u_Td.float(), mean_d, out=x_Te[:, :-1])
+    parts = zip(torch.split(x_Td, CHUNK_TOKENS), torch.split(p_T, CHUNK_TOKENS), strict=True)
+    variance_d = torch.stack([p @ x.square() for x, p in parts]).sum(0)
+    scale = variance_d.mean().sqrt()
+    x_Td /= scale
     v_e = torch.zeros_like(x_Te[0])
     for every in (8, 1):  # most steps use an eighth of the tokens, the last few use all
         v_e = _newton(x_Te[::every], y_T[::every], p_T[::every] / p_T[::every].sum(), ridge, v_e)
@@ -94,8 +97,12 @@ def _curvature(x_Te: Tensor, bend_T: Tensor) -> Tensor:
     """
     most_T, order_T = bend_T.sort(descending=True)
     count = int(torch.searchsorted(most_T.cumsum(0), CURVATURE * most_T.sum())) + 1
-    x_Te = x_Te[order_T[:count]]
-    return (x_Te * most_T[:count, None]).T @ x_Te
+    curve_ee = x_Te.new_zeros(x_Te.shape[1], x_Te.shape[1])
+    # In parts, whose memory is used again: the system takes as long to hand out new pages as a product takes.
+    for order, bend in zip(*(torch.split(t[:count], CHUNK_TOKENS) for t in (order_T, most_T)), strict=True):
+        part_Te = x_Te[order]
+        curve_ee += (part_Te * bend[:, None]).T @ part_Te
+    return curve_ee
 
 
 SOLVERS = {"closed-form": solve_ridge, "logistic": solve_logistic}
