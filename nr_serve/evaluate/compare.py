@@ -12,6 +12,7 @@ from nr_serve.disk import make_folder, write_text
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.comparison_report import Comparison, RunReport, page
 from nr_serve.evaluate.difference import difference, error_of_mean
+from nr_serve.evaluate.hosted import Subject
 from nr_serve.evaluate.readings import in_turn, measure_text
 from nr_serve.evaluate.roles import RecipeText, warn_of_learned
 from nr_serve.evaluate.tasks import Answer, Example, answer_tasks, score
@@ -19,7 +20,7 @@ from nr_serve.train import checkpoint as checkpoints
 from nr_serve.train.attach import Attached
 from nr_serve.train.digest import digest
 from nr_serve.train.entries import language_of, names_language, names_source
-from nr_serve.train.frozen_base import FrozenBase, best_device, load_base
+from nr_serve.train.frozen_base import best_device, load_base
 from nr_serve.train.learner import Learner
 from nr_serve.train.log import training_losses, training_seconds
 from nr_serve.train.measure import SourceResult, evaluating
@@ -45,19 +46,11 @@ class Benchmark:
     """Names of texts in the base's own language that no run read."""
     tasks: Tasks
 
-    def measure(
-        self, base: FrozenBase, attached: Attached, versions: Sequence[str], of: str
-    ) -> tuple[dict[str, SourceResult], dict[str, list[Answer]]]:
-        """Results by text, and answers by task.
-
-        `versions` identify what is measured, for the cache; `of` names it in messages.
-        """
-        results = {
-            source: measure_text(base, attached, versions, windows, f"{place}; {of}")
-            for source, windows, place in in_turn(self.texts)
-        }
-        with evaluating(base.model):
-            return results, answer_tasks(base, attached, versions, self.tasks, of)
+    def measure(self, subject: Subject) -> tuple[dict[str, SourceResult], dict[str, list[Answer]]]:
+        """Results by text, and answers by task."""
+        results = {source: measure_text(subject, windows, place) for source, windows, place in in_turn(self.texts)}
+        with evaluating(subject.base.model):
+            return results, answer_tasks(subject, self.tasks)
 
     def means(self, losses: Mapping[str, float]) -> tuple[float, float]:
         """Mean losses: over the target's texts, and over the base's own language's texts."""
@@ -101,7 +94,7 @@ def compare_runs(
     base = load_base(recipes[0].base, device=best_device())
     texts = read_heldout(corpus, _measured(recipes, sources), base.tokenizer, WINDOW, windows, text_field=field)
     benchmark = Benchmark(texts, *_parts(list(texts), recipes), tasks or {})
-    results, answers = benchmark.measure(base, Attached(base.model, []), (), "base")
+    results, answers = benchmark.measure(Subject(base, Attached(base.model, []), (), "base"))
     losses = {source: result.loss for source, result in results.items()}
     target, original = benchmark.means(losses)
     name = base.name
@@ -181,7 +174,7 @@ def _measure_run(
     base_answers: Mapping[str, Sequence[Answer]],
 ) -> RunReport:
     recipe, base, learner, saved = load_run(folder, "float32")  # like the base
-    results, answers = benchmark.measure(base, learner.attached, _versions(saved, learner), f"run {name}")
+    results, answers = benchmark.measure(Subject(base, learner.attached, _versions(saved, learner), f"run {name}"))
     losses = {source: result.loss for source, result in results.items()}
     target, original = benchmark.means(losses)
     tokens = saved.step * recipe.run.batch_tokens
@@ -202,7 +195,7 @@ def _measure_run(
     )
 
 
-def _versions(saved: checkpoints.Checkpoint, learner: Learner) -> list[str]:
+def _versions(saved: checkpoints.Checkpoint, learner: Learner) -> tuple[str, ...]:
     """Identifies a run's recipe and the weights that are measured, for the cache."""
     weights = digest(tensor.cpu() for _, tensor in sorted(learner.trained_state().items()))
-    return [json.dumps(saved.recipe, sort_keys=True), weights]
+    return (json.dumps(saved.recipe, sort_keys=True), weights)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nr_serve.neutral.format import Adapter
 from nr_serve.train.attach import Attached
 from nr_serve.train.blocks import AdapterModule
 from nr_serve.train.frozen_base import FrozenBase, best_device, load_base, read_adapters
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a base and what is attached to it now."""
+
+    base: FrozenBase
+    attached: Attached
+    versions: tuple[str, ...]
+    """Identify what is attached, for results that are kept."""
+    label: str
+    """Names it in messages."""
 
 
 class Hosted:
@@ -29,9 +42,16 @@ class Hosted:
         """Version of each adapter, by name."""
         return {name: adapter.version for name, adapter in self.adapters.items()}
 
-    def attach(self, names: Iterable[str]) -> None:
-        """Attach exactly the adapters with these names."""
+    def attach(self, names: Sequence[str]) -> Subject:
+        """Attach exactly the adapters with these names: the subject to measure until others are attached."""
         self.attached.adapters = [self._modules[name] for name in names]
+        versions = self.versions
+        return Subject(
+            self.base,
+            self.attached,
+            tuple(versions[name] for name in names),
+            f"attached: {', '.join(names) or 'none'}",
+        )
 
 
 def load(files: Sequence[Path], base: str, dtype: str = "float32") -> Hosted:

@@ -19,12 +19,10 @@ from pydantic_core import to_json
 from nr_serve import __version__
 from nr_serve.disk import cache_folder
 from nr_serve.errors import UnsupportedBase
-from nr_serve.evaluate.hosted import Hosted
+from nr_serve.evaluate.hosted import Hosted, Subject
 from nr_serve.logs import say
-from nr_serve.train.attach import Attached
 from nr_serve.train.digest import digest
 from nr_serve.train.file_cache import FileCache
-from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.measure import SourceResult, measure
 from nr_serve.train.text.pack import Windows
 
@@ -44,39 +42,34 @@ def measure_hosted(hosted: Hosted, names: Sequence[str], windows: Windows, place
 
     Raises UnsupportedBase if the base alone has no finite loss, which no change can be told from.
     """
-    hosted.attach(names)
-    versions = [hosted.versions[name] for name in names]
-    reading = measure_text(hosted.base, hosted.attached, versions, windows, f"{place}; {beside(names)}")
+    reading = measure_text(hosted.attach(names), windows, place)
     if not names and not math.isfinite(reading.loss):
         raise UnsupportedBase(f"the base alone has a loss of {reading.loss} on {place}")
     return reading
 
 
-def measure_text(
-    base: FrozenBase, attached: Attached, versions: Sequence[str], windows: Windows, place: str
-) -> SourceResult:
-    """A text's reading with the base and adapters as they are now; `versions` identify these in the cache."""
+def measure_text(subject: Subject, windows: Windows, place: str) -> SourceResult:
+    """A text's reading; `place` is printed on stderr."""
     what = ["text", list(windows.ids_NT.shape), digest((windows.ids_NT, windows.offset_NT))]
 
     def make() -> SourceResult:
-        return measure(base.model, attached, {"text": windows})["text"]
+        return measure(subject.base.model, subject.attached, {"text": windows})["text"]
 
-    return once(base, versions, what, make, TypeAdapter(SourceResult), place)
+    return once(subject, what, make, TypeAdapter(SourceResult), place)
 
 
 def once(
-    base: FrozenBase,
-    versions: Sequence[str],
+    subject: Subject,
     what: Sequence[Any],
     make: Callable[[], _Reading],
     form: TypeAdapter[_Reading],
     place: str,
 ) -> _Reading:
-    """The result of `make`, or that of an earlier call for the same `what` (plain values) and `versions`.
+    """The result of `make`, or that of an earlier call for the same subject and the same `what` (plain values).
 
-    The result is kept as JSON; `form` reads it.
+    The result is kept as JSON; `form` reads it. `place` is printed on stderr.
     """
-    fresh = False
+    base, fresh, place = subject.base, False, f"{place}; {subject.label}"
 
     def measured() -> _Reading:
         nonlocal fresh
@@ -86,7 +79,7 @@ def once(
 
     packages = [torch.__version__, transformers.__version__, __version__]
     arithmetic = [str(base.model.dtype), base.device.type, *packages]
-    key = [FORMAT, base.contents, list(versions), list(what), arithmetic]
+    key = [FORMAT, base.contents, list(subject.versions), list(what), arithmetic]
     reading = FileCache(cache_folder() / "measured").get(key, measured, _dump, form.validate_json)
     if not fresh:
         say("evaluate", f"{place} (measured before)")
@@ -95,8 +88,3 @@ def once(
 
 def _dump(reading: object) -> bytes:
     return to_json(reading, inf_nan_mode="constants")  # an adapter may give NaN, which is kept
-
-
-def beside(names: Sequence[str]) -> str:
-    """Names what is attached, for a message."""
-    return f"attached: {', '.join(names) or 'none'}"

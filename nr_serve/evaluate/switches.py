@@ -21,8 +21,8 @@ from torch import Tensor
 
 from nr_serve.errors import BadRequest
 from nr_serve.evaluate.difference import Difference, difference
-from nr_serve.evaluate.hosted import Hosted
-from nr_serve.evaluate.readings import beside, once
+from nr_serve.evaluate.hosted import Hosted, Subject
+from nr_serve.evaluate.readings import once
 from nr_serve.evaluate.roles import assign_roles
 from nr_serve.train.digest import digest
 from nr_serve.train.measure import evaluating, read_parts
@@ -199,17 +199,15 @@ def _first(reached: Iterator[bool]) -> int | None:
 
 def _read(hosted: Hosted, names: Sequence[str], ids_NT: Tensor, place: str) -> _Reading:
     """Rates and losses of the windows with these adapters, at most one, attached; `place` is printed on stderr."""
-    hosted.attach(names)
-    versions = [hosted.versions[name] for name in names]
+    subject = hosted.attach(names)
     what = ["switches", list(ids_NT.shape), digest((ids_NT,))]
-    made = partial(_read_now, hosted, ids_NT)
-    return once(hosted.base, versions, what, made, TypeAdapter(_Reading), f"{place}; {beside(names)}")
+    return once(subject, what, partial(_read_now, subject, ids_NT), TypeAdapter(_Reading), place)
 
 
-def _read_now(hosted: Hosted, ids_NT: Tensor) -> _Reading:
-    model, attached = hosted.base.model, hosted.attached
+def _read_now(subject: Subject, ids_NT: Tensor) -> _Reading:
+    model = subject.base.model
     count, length = ids_NT.shape
-    fired_T = torch.zeros(length, dtype=torch.float64, device=hosted.base.device)
+    fired_T = torch.zeros(length, dtype=torch.float64, device=subject.base.device)
     parts = []
     blocks = 0
 
@@ -218,7 +216,7 @@ def _read_now(hosted: Hosted, ids_NT: Tensor) -> _Reading:
 
     with evaluating(model):
         windows = Windows(ids_NT, torch.arange(length).expand_as(ids_NT))
-        for record, nats_NT, _ in read_parts(model, attached, windows, on_gates):
+        for record, nats_NT, _ in read_parts(model, subject.attached, windows, on_gates):
             blocks = sum(record.blocks)
             parts.append(nats_NT)
     rates = (fired_T / (count * max(1, blocks))).tolist()

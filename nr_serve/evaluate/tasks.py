@@ -27,10 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from nr_serve.disk import refused
 from nr_serve.errors import BadRequest, UnsupportedBase, faults
 from nr_serve.evaluate.difference import mean_and_error, percent
-from nr_serve.evaluate.hosted import Hosted
-from nr_serve.evaluate.readings import beside, once
+from nr_serve.evaluate.hosted import Hosted, Subject
+from nr_serve.evaluate.readings import once
 from nr_serve.train.attach import Attached
-from nr_serve.train.frozen_base import FrozenBase
 from nr_serve.train.text.token_cache import tokenizer_key
 
 BATCH_ROWS = 8
@@ -125,48 +124,30 @@ def score_tasks(hosted: Hosted, tasks: Mapping[str, Sequence[Example]]) -> dict[
 
     Raises UnsupportedBase if the base alone gives a choice no likelihood.
     """
-    hosted.attach(())
-    base = answer_tasks(hosted.base, hosted.attached, (), tasks, beside(()))
+    base = answer_tasks(hosted.attach(()), tasks)
     for name, answers in base.items():
         if any(math.isnan(logprob) for each in answers for logprob in each.logprobs):
             raise UnsupportedBase(f"the base alone has a likelihood of nan on task {name}")
-    hosted.attach(hosted.names)
-    versions = list(hosted.versions.values())
-    attached = answer_tasks(hosted.base, hosted.attached, versions, tasks, beside(hosted.names))
+    attached = answer_tasks(hosted.attach(hosted.names), tasks)
     return {name: score(base[name], attached[name]) for name in tasks}
 
 
-def answer_tasks(
-    base: FrozenBase,
-    attached: Attached,
-    versions: Sequence[str],
-    tasks: Mapping[str, Sequence[Example]],
-    of: str,
-) -> dict[str, list[Answer]]:
-    """Answer every example, by task, with the base and adapters as they are now.
-
-    `versions` identify these in the cache of answers, from which an earlier call's answers are taken; `of` names
-    them in messages.
-    """
+def answer_tasks(subject: Subject, tasks: Mapping[str, Sequence[Example]]) -> dict[str, list[Answer]]:
+    """Answer every example, by task, or take an earlier call's answers."""
     answers = {}
-    packages = [version("lm_eval"), tokenizer_key(base.tokenizer)] if tasks else []
+    packages = [version("lm_eval"), tokenizer_key(subject.base.tokenizer)] if tasks else []
     for i, (name, examples) in enumerate(tasks.items(), start=1):
         what = ["task", *packages, [example.model_dump() for example in examples]]
-        make = partial(answer, base, attached, name, examples)
-        place = f"task {i} of {len(tasks)}: {name}; {of}"
-        answers[name] = once(base, versions, what, make, TypeAdapter(list[Answer]), place)
+        make = partial(answer, subject, name, examples)
+        place = f"task {i} of {len(tasks)}: {name}"
+        answers[name] = once(subject, what, make, TypeAdapter(list[Answer]), place)
     return answers
 
 
 def answer(
-    base: FrozenBase,
-    attached: Attached,
-    name: str,
-    examples: Sequence[Example],
-    *,
-    batch_rows: int = BATCH_ROWS,
+    subject: Subject, name: str, examples: Sequence[Example], *, batch_rows: int = BATCH_ROWS
 ) -> list[Answer]:
-    """Answer the examples of one task with the base and adapters as they are now.
+    """Answer the examples of one task.
 
     `batch_rows` choices share a forward pass. A context longer than the base can read is cut on the left, with a
     warning. Raises BadRequest for a choice as long as that, which would leave no room for context, and for an empty
@@ -176,6 +157,7 @@ def answer(
     from lm_eval.evaluator import evaluate  # type: ignore[import-untyped, unused-ignore]
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped, unused-ignore]
 
+    base = subject.base
     with _quiet():
         model = HFLM(
             pretrained=base.model,
@@ -188,7 +170,7 @@ def answer(
         _check_contexts(name, examples)
         model.custom_prefix_token_id = model.tokenizer.pad_token_id  # never read, but the harness decodes it
     _check_choices(name, examples, model.tokenizer, model.max_length)
-    hook = base.model.register_forward_pre_hook(_begin(attached), with_kwargs=True)
+    hook = base.model.register_forward_pre_hook(_begin(subject.attached), with_kwargs=True)
     try:
         made = {"tasks": {name: task}, "groups": {}}
         results = evaluate(model, made, bootstrap_iters=0, log_samples=True)

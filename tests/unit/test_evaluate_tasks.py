@@ -48,8 +48,7 @@ def naive(attached, row) -> list[float]:
 
 
 def answered(hosted, names, examples):
-    hosted.attach(names)
-    return answer(hosted.base, hosted.attached, "t", examples)
+    return answer(hosted.attach(names), "t", examples)
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 16])
@@ -57,8 +56,7 @@ def test_scores_equal_the_naive_loop_whatever_the_batch(hosted, tmp_path, batch_
     examples = read_tasks([write(tmp_path / "t.jsonl", ROWS)])["t"]
     for names in ((), ("a", "b")):
         attached = [hosted.adapters[name] for name in names]
-        hosted.attach(names)
-        answers = answer(hosted.base, hosted.attached, "t", examples, batch_rows=batch_rows)
+        answers = answer(hosted.attach(names), "t", examples, batch_rows=batch_rows)
         for found, row in zip(answers, ROWS, strict=True):
             logprobs = naive(attached, row)
             assert found.logprobs == pytest.approx(logprobs, rel=1e-4)
