@@ -112,7 +112,7 @@ def ask_in_two_languages(url: str, client: Client, model: str) -> None:
     passes = after["nr_step_requests_sum"] - before["nr_step_requests_sum"]
     print(
         f"{len(prompts)} requests took {steps:.0f} forward passes in place of {passes:.0f}: "
-        f"each served {passes / steps:.1f} of them"
+        f"{passes / steps:.1f} requests a pass"
     )
 
 

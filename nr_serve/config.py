@@ -86,7 +86,7 @@ class ModelSettings(BaseModel):
         None,
         ge=1,
         le=1024,
-        description="CPU threads of the model (default: torch's choice, or fewer in a container with a CPU limit)",
+        description="CPU threads of the model (default: torch's choice, fewer where a control group limits CPUs)",
     )
     compile: bool = Field(
         True,

@@ -92,7 +92,7 @@ def _training_rows(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> lis
         if not _always_open(recipe):
             moved = "trained" if recipe["gate"]["trained"] else "frozen"
             beside = results.get("calibrated", {}).get("beside", {})
-            others = "".join(f", beside `{name}` {version}" for name, version in beside.items())
+            others = "".join(f", beside `{name}` `{version}`" for name, version in beside.items())
             rows.append(f"| gates | {recipe['gate']['init']}, {moved}{others} |")
         rows.append(f"| target text | {_globs(data['target'])} |")
         rows.append(f"| original text | {_globs(data['original'])} |")

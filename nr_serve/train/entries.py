@@ -53,10 +53,14 @@ def _names(
 
 
 def _takes_training(glob: str) -> bool:
-    """Whether a glob takes the training file of a source: not its held-out file, nor one of several it may have."""
-    parts = _file(glob).split(".")
-    is_only_file = len(parts) == 3 and "*" not in parts[2]  # such as hu.web.jsonl
-    return len(parts) < 3 or is_only_file or fnmatchcase("train", parts[2])
+    """Whether removing what matches leaves nothing of a source to train on.
+
+    `hu.a.*` takes its training file, and `hu.a.jsonl` its only one; `hu.a.heldout.txt` and `hu.a.dirty.txt` do not.
+    """
+    parts = _file(glob).removesuffix(".gz").removesuffix(".xz").split(".")
+    if len(parts) == 3 and not fnmatchcase("heldout", parts[2]):
+        return True
+    return len(parts) < 3 or fnmatchcase("train", parts[2])
 
 
 def _is_source(entry: str, source: str) -> bool:
@@ -80,7 +84,7 @@ def _is_language(entry: str, language: str) -> bool:
 
 def _is_whole(glob: str) -> bool:
     """Whether a glob names all sources of its languages."""
-    return _file(glob).split(".")[1:2] == ["*"]
+    return _file(glob).split(".")[1:2] in ([], ["*"])
 
 
 def _file(pattern: str) -> str:

@@ -210,8 +210,7 @@ class Gate(_Section):
         description=(
             "Tokens of each class, four times as many of the target, and of what adapters beside it learned: half "
             "fit the gates, half set where they open. Every other window of target and background text continues a "
-            "page of original text, or a chat. Twice as many find more and misfire less, for twice the time "
-            "and more memory."
+            "page of original text, or a chat. Twice as many find more, and leak less or more, for twice the time."
         ),
     )
     ridge: Factor = Field(
@@ -459,10 +458,9 @@ class Recipe(_Section):
         idle: set[str] = set()
         if self.method == "neutral" and not self.gate.fitted:
             idle = {f"gate.{key}" for key in FIT_KEYS}
-        elif self.blocks.start is not None and self.gate.resolved.refit:
-            idle = {"gate.min_found"}
-        elif self.blocks.start is not None:
-            idle = {f"gate.{key}" for key in FIT_KEYS - {"refit", "steepness"}}
+        elif self.method == "neutral" and self.blocks.start is not None:
+            fits = FIT_KEYS - {"refit", "steepness"} | {"init"}
+            idle = {"gate.min_found"} if self.gate.resolved.refit else {f"gate.{key}" for key in fits}
         if self.blocks.start is not None:
             idle.add("blocks.init")
         return sorted(given & idle)

@@ -85,7 +85,6 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
         bf16=run.dtype == "bfloat16",
         use_cpu=best_device().type == "cpu",  # without it, bf16 requires a GPU
         torch_compile=run.compile,
-        tf32=False,  # else compiling turns it on, for measurements too and for what the process does later
         ddp_find_unused_parameters=True,  # a block whose gate stays shut gets no gradient in a step
         logging_steps=run.log_every,
         logging_nan_inf_filter=False,
@@ -108,7 +107,15 @@ def training_arguments(run: Run, out: Path, *, tensorboard: bool) -> TrainingArg
     arguments.mixed_precision = "bf16" if run.dtype == "bfloat16" else "no"
     if not run.compile:
         arguments.torch_compile_backend = "no"
+    _turn_tf32_off()
     return arguments
+
+
+def _turn_tf32_off() -> None:
+    """Compute float32 in float32: transformers and accelerate turn TF32 on for a compiled run, and leave it on."""
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 class RunTrainer(transformers.Trainer):
@@ -142,7 +149,7 @@ class RunTrainer(transformers.Trainer):
             optimizers=make_optimizer(learner.trained(), run),
             callbacks=callbacks,
         )
-        torch.backends.cuda.matmul.allow_tf32 = False  # which accelerate turns on too
+        _turn_tf32_off()
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # it and the default bar print every log line on stdout
         self.pop_callback(ProgressCallback)

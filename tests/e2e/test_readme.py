@@ -74,5 +74,5 @@ def test_the_demo_shows_what_the_readme_says():
     assert after < before - 0.5
     before, after = map(float, losses["English"].split())
     assert after == pytest.approx(before, rel=0.002)
-    shared = float(re.search(r"each served ([\d.]+) of them", out)[1])
+    shared = float(re.search(r"([\d.]+) requests a pass", out)[1])
     assert shared > 4

@@ -117,12 +117,15 @@ def test_the_kv_cache_takes_the_memory_that_it_was_given():
     assert made.pages * page_bytes <= 0.001 * 2**30 < (made.pages + 1) * page_bytes
 
 
-def test_the_base_computes_with_as_many_threads_as_were_given(base):
+def test_the_base_computes_with_as_many_threads_as_were_given_or_may_be_used(base, monkeypatch):
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             Runner.load(base, tiny.tokenizer(), ServeConfig(pages=40, slots=1, threads=threads), "tiny")
             assert torch.get_num_threads() == threads
+        monkeypatch.setattr("nr_serve.engine.model.runner.cpu_limit", lambda: 1)
+        Runner.load(base, tiny.tokenizer(), ServeConfig(pages=40, slots=1), "tiny")
+        assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
 

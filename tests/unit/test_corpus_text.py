@@ -55,9 +55,11 @@ def test_a_page_of_the_users_own_may_call_its_text_contents():
 def test_a_page_of_the_users_own_gives_all_its_text():
     page = """<html><head><title>t</title></head><body>elöl<!-- note --><div>egy <b>szó</b><br>kettő
     <ul><li>pont<ul><li>alpont</li></ul>vége</li></ul>után</div><table><tr><td>cella</td><td><p>másik</p></td></tr>
-    </table><script>x()</script></body></html>"""
+    </table><script>x()</script>futtassa:<pre>ls</pre>aztán<hr>tovább<nav><p>menu</p></nav>és
+    <fieldset><legend>cím</legend>szöveg</fieldset></body></html>"""
     [found] = documents(extract.html, page, kind="folder", folder="x")
     paragraphs = ["elöl", "egy szó kettő", "pont", "alpont", "vége", "után", "cella", "másik"]
+    paragraphs += ["futtassa:", "aztán", "tovább", "és", "cím", "szöveg"]
     assert [" ".join(paragraph.split()) for paragraph in found] == paragraphs
 
 

@@ -327,4 +327,8 @@ def test_a_plain_adapters_card_does_not_tell_of_gates(runs):
     assert not any(word in plain for word in ("logistic", "relu", "carry", "background"))
     neutral = card("hu", read_adapter(runs["neutral"] / "hu.safetensors"), report)
     assert "| gates | logistic, frozen |" in neutral
+    made = read_adapter(runs["neutral"] / "hu.safetensors")
+    results = {**made.info.results, "calibrated": {"beside": {"da": "1a2b", "sk": "3c4d"}}}
+    beside = card("hu", replace(made, info=replace(made.info, results=results)), report)
+    assert "| gates | logistic, frozen, beside `da` `1a2b`, beside `sk` `3c4d` |" in beside
     assert "| background text | `da.*.train.txt` |" in neutral

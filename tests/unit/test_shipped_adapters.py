@@ -1,5 +1,6 @@
 """The adapters beside their recipes: each file is what its recipe makes, and its card is of that file."""
 
+import json
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -50,7 +51,9 @@ def dials(recipe: Path) -> dict[str, float]:
     text = recipe.read_text(encoding="utf-8")
     commands = "".join(re.findall(r"^#.*", text, re.M))
     set_to = re.findall(r" --set (\w+)=([\d.]+)", commands)
-    return {key: float(value) for key, value in [*set_to, *re.findall(r"^#.* --(threshold) ([\d.]+)", text, re.M)]}
+    return {
+        key: json.loads(value) for key, value in [*set_to, *re.findall(r"^#.* --(threshold) ([\d.]+)", text, re.M)]
+    }
 
 
 def without(recipe: Recipe, beside: Iterable[str]) -> Recipe:

@@ -7,7 +7,7 @@ import torch
 
 from nr_serve.errors import BadRequest
 from nr_serve.train.recipe import BadRecipe
-from nr_serve.train.text.frames import Chat, Frames, find_frames
+from nr_serve.train.text.frames import Chat, Frames, find_frames, render_exchange
 from nr_serve.train.text.lead_in import PAGES, QUESTIONS, in_chat, led_into
 from nr_serve.train.text.pack import Windows
 from tests import tiny
@@ -116,13 +116,23 @@ def test_frames_are_the_templates_and_the_tokenizers_own():
     assert find_frames(hf, chat=True).chat is None
 
 
-@pytest.mark.parametrize("date", ["date_string or strftime_now('%d %b %Y')", "strftime_now('%d %b %Y')"])
+@pytest.mark.parametrize(
+    "date", ["date_string or strftime_now('%d %b %Y')", "strftime_now('%d %b %Y')", "strftime_now(format='%d')"]
+)
 def test_a_template_that_takes_a_date_reads_the_same_every_day(date):
     hf = tiny.tokenizer().hf
     hf.chat_template = "{{ " + date + " }}" + hf.chat_template
     frames = find_frames(hf, chat=True)
     assert frames.chat is not None
     assert hf.decode(frames.chat.opening) == "01 Jan 2026<user>"
+
+
+@pytest.mark.parametrize("before", ["", "\n", "  {% if true %}\n  {% endif %}"])
+def test_a_template_is_read_as_it_is(before):
+    hf = tiny.tokenizer().hf
+    hf.chat_template = before + hf.chat_template
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert render_exchange(hf, "a", "b") == hf.apply_chat_template(turns, tokenize=False)
 
 
 @pytest.mark.parametrize(

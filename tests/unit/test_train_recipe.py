@@ -195,10 +195,11 @@ def test_a_share_of_text_that_is_not_read_takes_no_window(method):
     [
         ({"percentile": 99.0, "min_found": 0.3}, ["blocks.init", "gate.min_found"]),
         ({"percentile": 99.0, "refit": False}, ["blocks.init", "gate.percentile"]),
-        ({"percentile": 99.0, "trained": True}, ["blocks.init", "gate.percentile"]),
+        ({"init": "closed-form", "trained": True}, ["blocks.init", "gate.init"]),
     ],
 )
 def test_where_blocks_are_gone_on_from_keys_of_their_start_do_nothing(gate, idle):
     begun = {"start": "a.safetensors", "init": "paper"}
     assert recipe(gate=gate, blocks=begun).idle == idle
     assert recipe(gate=gate).idle == []
+    assert recipe(gate=gate, blocks=begun, method="adapter").idle == ["blocks.init"]

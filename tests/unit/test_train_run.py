@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from nr_serve.disk import CannotWrite
@@ -379,6 +380,18 @@ def test_a_run_goes_on_with_a_larger_budget_as_if_it_had_had_it(tmp_path, base, 
 def test_a_run_is_compiled_if_its_recipe_says_so(tmp_path, base, compiled):
     recipe = write_recipe(tmp_path, base, run__compile=compiled)
     assert trainer.training_arguments(recipe.run, tmp_path, tensorboard=False).torch_compile == compiled
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_float32_is_float32_whether_or_not_runs_are_compiled(tmp_path, base, monkeypatch):
+    enable = transformers.training_args.enable_tf32
+    enable.cache_clear()
+    monkeypatch.setattr(transformers.training_args, "is_torch_tf32_available", lambda: True)
+    for compiled in (False, True, False):
+        recipe = write_recipe(tmp_path, base, run__compile=compiled, run__dtype="bfloat16")
+        trainer.training_arguments(recipe.run, tmp_path, tensorboard=False)
+        assert torch.backends.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
+    enable.cache_clear()
 
 
 def test_a_launchers_compiler_does_not_override_the_recipe(tmp_path, base, corpus, monkeypatch):

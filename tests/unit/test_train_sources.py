@@ -260,6 +260,15 @@ def test_what_is_left_out_is_not_named():
     assert not names_source(["hu*.train.txt"], "cs.a")
     for others in ("!hu.*.heldout.txt", "!hu.*.heldout*", "!hu.a.dirty.txt"):
         assert names_source(["hu.*", others], "hu.a")
-    for own in ("!hu.a.*", "!hu.a*", "!hu.*.train.txt", "!hu.a.jsonl"):
+    for own in (
+        "!hu.a.*",
+        "!hu.a*",
+        "!hu.*.train.txt",
+        "!hu.a.jsonl",
+        "!hu.a.jsonl.gz",
+        "!hu.a.jsonl*",
+        "!hu.a.*txt",
+    ):
         assert not names_source(["hu.*", own], "hu.a")
+    assert not names_language(["*.train.txt", "!cs*"], "cs")
     assert names_language(["hu.*", "!hu.*.heldout.txt"], "hu")

@@ -23,8 +23,8 @@ from nr_serve.train.documents import json_text
 
 HTML_BLOCKS = ("p", "li", "dt", "dd", "td", "th", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "figcaption")
 HTML_CONTAINERS = (
-    *("body", "main", "article", "section", "div", "figure", "details", "summary", "address", "center"),
-    *("ul", "ol", "dl", "table", "caption", "tr"),
+    *("body", "main", "article", "section", "div", "figure", "details", "summary", "dialog", "address", "center"),
+    *("ul", "ol", "dl", "table", "caption", "tr", "fieldset", "legend", "hgroup"),
 )
 HTML_DROPPED = ("script", "style", "pre", "nav", "header", "footer", "aside", "head", "form", "button")
 XML_BLOCKS = ("p", "title", "desc", "cite", "td", "para", "simpara", "term", "subtitle")
@@ -96,35 +96,31 @@ def html(data: bytes, source: Source) -> Iterator[Document]:
         tag.decompose()
     for tag in soup.find_all("div", class_="para"):
         tag.name = "p"  # DocBook's stylesheets write paragraphs as such divs
-    _drop(soup, HTML_DROPPED)
-    yield _all_text(soup, HTML_BLOCKS + HTML_CONTAINERS) if own else _blocks(soup, HTML_BLOCKS)
+    yield _all_text(soup) if own else _blocks(soup, HTML_BLOCKS, HTML_DROPPED)
 
 
 def mallard(data: bytes, source: Source) -> Iterator[Document]:
     """Yield the text blocks of a Mallard or DocBook page."""
-    soup = BeautifulSoup(data, "lxml-xml")
-    _drop(soup, XML_DROPPED)
-    yield _blocks(soup, XML_BLOCKS)
+    yield _blocks(BeautifulSoup(data, "lxml-xml"), XML_BLOCKS, XML_DROPPED)
 
 
-def _drop(soup: BeautifulSoup, names: tuple[str, ...]) -> None:
-    for tag in soup.find_all(lambda tag: tag.name.rpartition(":")[2] in names):
+def _blocks(soup: BeautifulSoup, blocks: tuple[str, ...], dropped: tuple[str, ...]) -> Document:
+    """The text of each block that has no other block in it."""
+    for tag in soup.find_all(lambda tag: tag.name.rpartition(":")[2] in dropped):
         if not tag.decomposed:
             tag.decompose()
-
-
-def _blocks(soup: BeautifulSoup, blocks: tuple[str, ...]) -> Document:
-    """The text of each block that has no other block in it."""
     found = [tag for tag in soup.find_all(blocks) if isinstance(tag, Tag)]
     return [tag.get_text() for tag in found if tag.find(blocks) is None]
 
 
-def _all_text(soup: BeautifulSoup, blocks: tuple[str, ...]) -> Document:
-    """All text, a new paragraph wherever a block begins or ends."""
+def _all_text(soup: BeautifulSoup) -> Document:
+    """All text of a page, a new paragraph wherever a block begins or ends, also one that is dropped."""
+    for tag in soup.find_all([*HTML_DROPPED, "hr"]):
+        tag.name, tag.string = "p", "\n"
     for tag in soup.find_all("br"):
         tag.replace_with("\n")
     strings = (string for string in soup.find_all(string=True) if type(string) is NavigableString)  # no comment
-    runs = itertools.groupby(strings, key=lambda string: id(string.find_parent(blocks)))
+    runs = itertools.groupby(strings, key=lambda string: id(string.find_parent(HTML_BLOCKS + HTML_CONTAINERS)))
     return [paragraph for _, run in runs if (paragraph := "".join(run)).strip()]
 
 

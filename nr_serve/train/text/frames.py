@@ -16,8 +16,9 @@ WITHOUT = "a recipe leaves chats out with data.chat = false"
 DATE = "01 Jan 2026"
 """What templates that take a date, such as Llama 3's, are given, so that a run reads the same text every day."""
 
-_NOW = f"{{% macro strftime_now(_) %}}{DATE}{{% endmacro %}}"
-"""What templates that ask for it find in place of transformers' clock."""
+_NOW = f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}\n"
+"""What templates find in place of transformers' clock. The newline, which the template engine drops, keeps what
+follows at the beginning of a line."""
 
 
 @dataclass(frozen=True)
