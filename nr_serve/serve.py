@@ -56,6 +56,8 @@ def _serve(config: ServeConfig) -> int:
         except SystemExit:  # by SIGTERM
             if announcer.failure is None:
                 raise
+        finally:
+            gc.unfreeze()  # so that the end of the process finds nothing left over
     if announcer.failure is not None:
         raise announcer.failure
     return 0
