@@ -91,7 +91,7 @@ def _run(name: str, args: list[str]) -> int:
     try:
         return action(command)
     except Unauthorized as error:
-        return _fail(f"{error.message}; here: --key KEY, or $NR_ADMIN_KEY", 1)
+        return _fail(f"{error.message}; here: --key KEY, $NR_ADMIN_KEY or $NR_API_KEY", 1)
     except NrError as error:
         return _fail(error.message, 1)
     except ModuleNotFoundError as error:

@@ -261,7 +261,7 @@ def test_train_hands_its_flags_and_the_changed_recipe_to_the_trainer(tmp_path, m
 def test_a_key_that_is_missing_or_wrong_is_asked_for_as_the_command_takes_it(server, capsys):
     for given in ([], ["--key", "wrong"]):
         assert main(["unload-adapter", "x", "--url", server.url, *given]) == 1
-        assert capsys.readouterr().err.endswith("; here: --key KEY, or $NR_ADMIN_KEY\n")
+        assert capsys.readouterr().err.endswith("; here: --key KEY, $NR_ADMIN_KEY or $NR_API_KEY\n")
 
 
 @pytest.mark.parametrize(
