@@ -25,8 +25,8 @@ def cpu_limit() -> int | None:
     own = next((line.removeprefix("0::/") for line in groups if line.startswith("0::/")), None)
     if own is None:
         return None
-    folders = [_GROUPS / own, *(_GROUPS / above for above in PurePath(own).parents)]
-    limits = [_limit(folder / "cpu.max") for folder in folders if (folder / "cpu.max").exists()]
+    files = (_GROUPS / group / "cpu.max" for group in (own, *PurePath(own).parents))
+    limits = [_limit(file) for file in files if file.exists()]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
