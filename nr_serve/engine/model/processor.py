@@ -25,7 +25,7 @@ def cpu_limit() -> int | None:
     own = next((line.removeprefix("0::/") for line in groups if line.startswith("0::/")), None)
     if own is None:
         return None
-    files = (_GROUPS / group / "cpu.max" for group in (own, *PurePath(own).parents))
+    files = (_GROUPS / group / "cpu.max" for group in (PurePath(own), *PurePath(own).parents))
     limits = [_limit(file) for file in files if file.exists()]
     return min((limit for limit in limits if limit is not None), default=None)
 
