@@ -10,7 +10,10 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from nr_serve.api.errors import _TYPES
 from nr_serve.api.schemas import ChatBody, CompletionBody
+from nr_serve.neutral.format import write_adapter
+from tests import tiny
 from tests.fakes import serving
+from tests.unit.servers import Loop, running
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```http\n(\w+) (\S+)\n(.+?)\n```", PAGE, re.S)
@@ -26,14 +29,24 @@ def section(title: str) -> list[list[str]]:
     ]
 
 
+@pytest.fixture(scope="module")
+def http(tmp_path_factory):
+    """Of a server over the real engine with a tiny base, on which "hu" is loaded."""
+    folder, model = tmp_path_factory.mktemp("page"), tiny.model()
+    tiny.save(model, folder / "tiny")
+    adapter = tiny.adapter(model, 1)
+    write_adapter(folder / "hu.safetensors", adapter.info, adapter.blocks)
+    with running(lambda deliver: Loop(folder / "tiny", deliver), tiny.tokenizer()) as (served, _):
+        loaded = served.http.put("/v1/adapters/hu", content=(folder / "hu.safetensors").read_bytes())
+        assert loaded.status_code == 201, loaded.text
+        yield served.http
+
+
 @pytest.mark.parametrize(("method", "path", "body"), EXAMPLES)
-def test_every_example_is_answered(method, path, body):
-    with serving() as served:
-        body = json.loads(
-            body.replace("smollm2-135m-instruct", served.http.get("/v1/models").json()["data"][0]["id"])
-        )
-        answer = served.http.request(method, path, json=body)
-        assert answer.status_code == 200, answer.text
+def test_every_example_is_answered(http, method, path, body):
+    body = json.loads(body.replace("smollm2-135m-instruct", http.get("/v1/models").json()["data"][0]["id"]))
+    answer = http.request(method, path, json=body)
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("path", BODIES)

@@ -61,7 +61,7 @@ def multiply() -> Multiply:
     return made
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (16, 2), (32, 50), (112, 30)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (16, 2), (32, 50), (112, 30), (64, 32)])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("threads", SHARING)
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -71,7 +71,7 @@ def test_our_own_product_is_the_product(multiply, outputs, inputs, has_bias, thr
     bias = torch.randn(outputs).bfloat16() if has_bias else None
     layer = PairedLinear(weight, bias, multiply, dtype)
     with computed_by(threads):
-        for shape in ((1, 0), (1, 1), (1,), (2, 3), (8,), (1, 9), (1, 17), (100,)):
+        for shape in ((1, 0), (1, 1), (1,), (2, 3), (8,), (1, 9), (1, 17), (33,), (100,)):
             x = torch.randn(*shape, inputs).bfloat16()
             want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
             got = layer(x)

@@ -43,7 +43,7 @@ class CpuOperators:
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
     residues: Callable[..., Residues]
     multiply: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor] | None
-    """Matrix product with packed weights; None where oneDNN's products are faster."""
+    """Matrix product with packed weights; None on processors without AVX512-BF16."""
     attend_prompts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None
     """Prompt attention by `multiply`'s products; None if `multiply` is None."""
     layer: Callable[..., Any] | None
@@ -114,8 +114,9 @@ def _library() -> Path:
     """Path of the compiled library in the cache folder. Raises CalledProcessError, OSError, ValueError for CXX."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     sources = (path.read_bytes() for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp"))
+    flags = _flags()
     # The key names the machine too: several machines may share a cache folder.
-    machine = (*compiler, *_FLAGS, torch.__version__, " ".join([platform.machine(), *cpuinfo("flags", "Features")]))
+    machine = (*compiler, *flags, torch.__version__, " ".join([platform.machine(), *cpuinfo("flags", "Features")]))
     key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, machine)])).hexdigest()[:16]
     library = cache_folder() / "operators" / f"{key}.so"
     if not library.exists():
@@ -124,16 +125,23 @@ def _library() -> Path:
         started = time.perf_counter()
         # Other processes must never load half a file.
         with tempfile.TemporaryDirectory() as folder, whole(library) as part:
-            _compile(compiler, Path(folder), part)
+            _compile((*compiler, *flags), Path(folder), part)
         log.info("operators compiled in %.0f s", time.perf_counter() - started)
     return library
+
+
+def _flags() -> tuple[str, ...]:
+    """Flags of the compiler. Asks the system for the registers of AMX, which a process has only if it asked."""
+    granted = torch.cpu._init_amx()
+    refused = not granted and any("amx_bf16" in line.split() for line in cpuinfo("flags"))
+    return (*_FLAGS, "-mno-amx-tile", "-mno-amx-bf16") if refused else _FLAGS
 
 
 def _compile(compiler: Sequence[str], folder: Path, library: Path) -> None:
     """Compile and link in separate steps: linking with -fopenmp would add a second thread pool beside torch's."""
     torch_folder = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    compiling: tuple[str | Path, ...] = (*compiler, *_FLAGS, abi, "-isystem", torch_folder / "include", "-c")
+    compiling: tuple[str | Path, ...] = (*compiler, abi, "-isystem", torch_folder / "include", "-c")
     parts = {source: folder / f"{source.stem}.o" for source in sorted(_SOURCES.glob("*.cpp"))}
     _run(*((*compiling, source, "-o", part) for source, part in parts.items()))
     libraries = ("-L", torch_folder / "lib", "-ltorch_cpu", "-lc10")

@@ -8,8 +8,7 @@
 #include <span>
 #include <vector>
 
-// On processors with AMX, oneDNN's products are faster than ours.
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef __AVX512BF16__
 #define NR_SERVE_PRODUCTS
 #endif
 

@@ -48,13 +48,11 @@ struct Context {
   }
 };
 
-// float32 y [rows, n], from x [rows, 2 * size] and the weights of R * W outputs.
+// float32 y [rows, n], from x [rows, size, 2] and the weights of R * W outputs.
 template <int R>
-void multiply_rows(const int32_t* x, int64_t rows, int64_t size, const int32_t* weights, float* y, int64_t n) {
-  for (int64_t i = 0; i < rows; i += TILE_TOKENS)
-    with_constant<TILE_TOKENS>(rows - i, [&](auto count) {
-      multiply_tile<count(), R>(x + i * size, size, weights, nullptr, weights, 0, y + i * n, n);
-    });
+void multiply_rows(const Tiles& rows, const BFloat16* x, int64_t size, const int32_t* weights, float* y, int64_t n) {
+  const auto* in = reinterpret_cast<const int32_t*>(x);
+  for (int64_t i = 0; i < rows.number(); ++i) rows.multiply<R>(i, in, size, weights, nullptr, {}, y, n);
 }
 
 // Uninitialised memory for `size` values, which must be written before they are read.
@@ -83,11 +81,12 @@ struct PromptTile {
     const int64_t from = std::max<int64_t>(0, position[0] + 1 - window) / TILE_OUTPUTS * TILE_OUTPUTS;
     const int64_t after = (position[count - 1] / TILE_OUTPUTS + 1) * TILE_OUTPUTS;
     const int64_t n = std::min(context.padded, after) - from;
+    const Tiles tiles(rows);
     for (int64_t t = 0; t < count; ++t) std::copy_n(q + t * stride, size, queries.get() + t * size);
     for (int64_t i = 0; i < n; i += TILE_OUTPUTS)
       with_constant<TILE_VECTORS>((context.padded - from - i) / W, [&](auto vectors) {
-        multiply_rows<vectors()>(reinterpret_cast<const int32_t*>(queries.get()), rows, D / 2,
-                                 context.packed_keys + (from + i) * (D / 2), logits.get() + i, n);
+        multiply_rows<vectors()>(tiles, queries.get(), D / 2, context.packed_keys + (from + i) * (D / 2),
+                                 logits.get() + i, n);
       });
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t end = position[row / G] + 1;
@@ -95,7 +94,7 @@ struct PromptTile {
     }
     for (int64_t block = 0; block < D; block += TILE_OUTPUTS)
       with_constant<TILE_VECTORS>((D - block) / W, [&](auto vectors) {
-        multiply_rows<vectors()>(reinterpret_cast<const int32_t*>(weights.get()), rows, n / 2,
+        multiply_rows<vectors()>(tiles, weights.get(), n / 2,
                                  context.packed_values + block * (context.padded / 2) + from / 2 * vectors() * W,
                                  sums.get() + block, D);
       });
