@@ -76,7 +76,7 @@ def _implied(context: Context, model: str) -> tuple[str, ...] | None:
 
 
 def _unknown(model: str) -> NotFound:
-    return NotFound(f"The model `{model}` does not exist", param="model")
+    return NotFound(f"The model `{model}` does not exist; GET /v1/models lists those that do", param="model")
 
 
 def _card(context: Context, name: str) -> Model:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -37,8 +39,9 @@ class ListAdapters(Remote):
 
 
 def load_adapter(command: LoadAdapter) -> int:
-    """Load; print name, version, slot, seconds and leak."""
+    """Load; print name, version, slot, seconds and leak, and on stderr what may not have been meant."""
     with command.client() as client:
+        before = client.adapters()
         try:
             adapter = client.load(
                 command.file,
@@ -54,6 +57,8 @@ def load_adapter(command: LoadAdapter) -> int:
         f"{adapter['name']}: version {adapter['version']}, {_place(adapter)}, "
         f"loaded in {adapter['load_seconds']:.2f} s, leak {_leak(adapter)}"
     )
+    for warning in _warnings(adapter, before):
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 
@@ -76,6 +81,21 @@ def list_adapters(command: ListAdapters) -> int:
     for line in table([header, *map(_row, adapters)]):
         print(line)
     return 0
+
+
+def _warnings(adapter: Adapter, before: Sequence[Adapter]) -> Iterator[str]:
+    """What loading this adapter, beside or in place of those before, did that may not have been meant."""
+    name, domain = adapter["name"], adapter["domain"]
+    for other in before:
+        if other["name"] == name and other["domain"] != domain:
+            yield f"{name} acted on {other['domain'] or '-'} before, and acts on {domain or '-'} now"
+        elif (
+            other["name"] != name and domain and other["domain"] == domain and other["routed"] and adapter["routed"]
+        ):
+            yield (
+                f"{other['name']} and {name} both act on {domain} for the base's name, which is worse than either; "
+                "unload one, or load one with --no-route"
+            )
 
 
 def _row(adapter: Adapter) -> tuple[str, ...]:

@@ -53,7 +53,10 @@ def test_an_unknown_model_is_refused_in_openais_words(server):
     for answer in (server.complete(model="nope"), server.chat(model="nope"), server.http.get("/v1/models/nope")):
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["type"]) == (404, 404, "NotFoundError")
-        assert (error["message"], error["param"]) == ("The model `nope` does not exist", "model")
+        assert (error["message"], error["param"]) == (
+            "The model `nope` does not exist; GET /v1/models lists those that do",
+            "model",
+        )
 
 
 def test_unknown_or_repeated_adapters_are_refused(server):

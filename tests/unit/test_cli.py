@@ -14,7 +14,7 @@ import torch
 
 from nr_serve.cli import main, parse
 from nr_serve.commands import COMMANDS
-from nr_serve.commands.remote import _leak
+from nr_serve.commands.remote import _leak, _warnings
 from nr_serve.config import ServeConfig
 from nr_serve.errors import BadRequest, NrError
 from nr_serve.neutral.format import AdapterInfo, Block, read_adapter, write_adapter
@@ -122,7 +122,9 @@ def test_an_adapter_is_loaded_listed_and_unloaded_with_no_further_flag(against, 
     path.write_bytes(b"good da")
     assert main(["load-adapter", str(path)]) == 0
     loaded = "da: version 676f6f642064, slot 1, loaded in 0.25 s, leak 0.75% (code)\n"
-    assert capsys.readouterr().out == loaded
+    printed = capsys.readouterr()
+    assert printed.out == loaded
+    assert printed.err.startswith("warning: hu and da both act on hu for the base's name")
     assert main(["list-adapters"]) == 0
     header, hu, da = capsys.readouterr().out.splitlines()
     assert header.split()[-1] == "FIRED"
@@ -134,7 +136,7 @@ def test_an_adapter_is_loaded_listed_and_unloaded_with_no_further_flag(against, 
     assert (against.engine.last_load().pinned, against.engine.last_load().routed) == (True, None)
     assert main(["load-adapter", str(path), "--replace", "--no-route"]) == 0
     assert (against.engine.last_load().pinned, against.engine.last_load().routed) == (None, False)
-    capsys.readouterr()
+    assert "warning" not in capsys.readouterr().err
     assert main(["list-adapters"]) == 0
     assert "\nda (pinned, not routed)  " in capsys.readouterr().out
     capsys.readouterr()
@@ -157,6 +159,16 @@ def test_a_taken_name_is_refused_with_the_flags_that_help(against, tmp_path, cap
     path.write_bytes(b"good")
     assert main(["load-adapter", str(path)]) == 1
     assert "replace it, or choose another name (--replace, --name)" in capsys.readouterr().err
+
+
+def test_a_replacement_that_acts_on_another_domain_is_told():
+    def adapter(name: str, domain: str) -> dict[str, object]:
+        return {"name": name, "domain": domain, "routed": True}
+
+    before = [adapter("x", "hu"), adapter("y", "sk")]
+    assert list(_warnings(adapter("x", "hu"), before)) == []
+    assert list(_warnings(adapter("x", "da"), before)) == ["x acted on hu before, and acts on da now"]
+    assert len(list(_warnings(adapter("x", "sk"), before))) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model import fuse as fuse_module
 from nr_serve.engine.model import runner as runner_module
-from nr_serve.engine.model.fuse import CompiledLayer, FusedFFN, FusedLayer, fuse
+from nr_serve.engine.model.fuse import CompiledLayers, FusedFFN, FusedLayer, fuse
 from nr_serve.engine.model.packed_linear import can_pack
 from nr_serve.engine.model.runner import Runner
 from tests import tiny
@@ -97,25 +97,25 @@ def answers(kind, layer_class, threads=1, **changed):
 @pytest.mark.parametrize(
     ("kind", "changed"), [("llama", {}), ("mistral", {"sliding_window": 6}), ("qwen2", {}), ("qwen3", {})]
 )
-def test_a_layer_in_one_call_computes_what_its_operators_do_to_the_bit(operators, kind, changed, monkeypatch):
-    if operators.layer is None:
+def test_layers_in_one_call_compute_what_its_operators_do_to_the_bit(operators, kind, changed, monkeypatch):
+    if operators.layers is None:
         pytest.skip("no products of our own here")
-    got = answers(kind, CompiledLayer, **changed)
+    got = answers(kind, CompiledLayers, **changed)
     monkeypatch.setattr(fuse_module, "compile_layers", lambda *_: None)
     assert got == answers(kind, FusedLayer, **changed)
     assert all(sum(gates.fired) for gates in got[1].values()), "or residues were not looked at"
 
 
 def test_threads_of_our_own_change_no_bit(operators):
-    if operators.layer is None:
+    if operators.layers is None:
         pytest.skip("no products of our own here")
     wide = {"intermediate_size": 2048}  # so wide that three threads share a product
     with computed_by("three of our own"):
-        assert answers("llama", CompiledLayer, 3, **wide) == answers("llama", CompiledLayer, 1, **wide)
+        assert answers("llama", CompiledLayers, 3, **wide) == answers("llama", CompiledLayers, 1, **wide)
 
 
 def test_a_model_in_such_calls_is_computed_by_threads_of_our_own_as_many_as_torchs(operators, monkeypatch):
-    if operators.layer is None:
+    if operators.layers is None:
         pytest.skip("no products of our own here")
     counts = []
     watched = dataclasses.replace(operators, share_among=counts.append)

@@ -46,8 +46,8 @@ class CpuOperators:
     """Matrix product with packed weights; None on processors without AVX512-BF16."""
     attend_prompts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None
     """Prompt attention by `multiply`'s products; None if `multiply` is None."""
-    layer: Callable[..., Any] | None
-    """A whole decoder layer in one call, by `multiply`'s products; None if `multiply` is None."""
+    layers: Callable[..., Any] | None
+    """All decoder layers in one call, by `multiply`'s products; None if `multiply` is None."""
     share_among: Callable[[int], None]
     """Set how many threads of our own share the calling thread's work from now on; 0: torch's threads share it.
 
@@ -105,7 +105,7 @@ def cpu_operators() -> CpuOperators | None:
         torch.classes.nr_serve.Residues,
         ops.multiply.default if hasattr(ops, "multiply") else None,
         ops.attend_prompts.default if hasattr(ops, "attend_prompts") else None,
-        torch.classes.nr_serve.Layer if hasattr(ops, "multiply") else None,
+        torch.classes.nr_serve.Layers if hasattr(ops, "multiply") else None,
         ops.share_among.default,
     )
 

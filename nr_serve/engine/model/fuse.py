@@ -1,4 +1,4 @@
-"""Fuses a decoder layer into eleven operators, on a CPU into one: work between products costs as much as products.
+"""Fuses a decoder layer into eleven operators, on a CPU all layers into one: the work between products is slow too.
 
 Only layers of transformers that are known to compute exactly this are replaced. The start-up check
 (`startup_check.py`) compares the result to the model's own.
@@ -7,7 +7,7 @@ Only layers of transformers that are known to compute exactly this are replaced.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,20 @@ def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None,
     pack_linears(model, None if operators is None else operators.multiply)
     if operators is not None and isinstance(bank, CpuBank):
         compile_layers(model, operators, bank)
+
+
+class FusedNorm(nn.Module):
+    """The RMSNorm after the last layer, as one operator."""
+
+    def __init__(self, norm: Any, rms_norm: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+        """Take the norm over."""
+        super().__init__()
+        self.weight, self.eps = norm.weight, float(norm.variance_epsilon)
+        self._rms_norm = rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] to [..., d]."""
+        return self._rms_norm(x.contiguous(), self.weight, self.eps)
 
 
 class FusedFFN(nn.Module):
@@ -132,28 +146,32 @@ class GpuLayer(FusedLayer):
 
 
 def fuse(model: nn.Module, operators: Any, kind: type[FusedLayer] = FusedLayer) -> None:
-    """Replace, in place, the layers of a frozen model that are known and do not host blocks yet."""
-    layers: Any = model.get_submodule("model.layers")
+    """Replace, in place, known layers of a frozen model that do not host blocks yet; if all are, the last norm too."""
+    decoder: Any = model.get_submodule("model")
     for i, layer in enumerate(decoder_layers(model)):
         if _is_known(layer):
-            layers[i] = kind(layer, operators)
+            decoder.layers[i] = kind(layer, operators)
+    if all(isinstance(layer, kind) for layer in decoder.layers):
+        decoder.norm = FusedNorm(decoder.norm, operators.rms_norm)
 
 
-class CompiledLayer(_Layer):
-    """A fused layer with its FFN's residues, in one call of the C++ operator `layer`."""
+class CompiledLayers(_Layer):
+    """All fused layers of a model with their FFNs' residues, in one call of the C++ operator `layers`."""
 
-    def __init__(self, layer: FusedLayer, make: Callable[..., Any], bank: CpuBank) -> None:
-        """Take the layer over. `make`: `CpuOperators.layer`."""
+    def __init__(self, layers: Sequence[FusedLayer], make: Callable[..., Any], bank: CpuBank) -> None:
+        """Take the layers over. `make`: `CpuOperators.layers`."""
         super().__init__()
-        weights = {name: getattr(layer, name) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")}
-        for name, product in _products(layer).items():
-            weights |= {name: product.packed, f"{name}_bias": product.bias}
-        self._layer = make(layer.layer_idx, weights, layer.eps, layer.scaling, layer.window or NO_WINDOW)
+        self._layers = make(
+            [_weights(layer) for layer in layers],
+            [layer.eps for layer in layers],
+            [layer.scaling for layer in layers],
+            [layer.window or NO_WINDOW for layer in layers],
+        )
         self._bank = bank
 
     def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """Run the layer; see `_Layer.run`."""
-        y: Tensor = self._layer.forward(
+        """Run the layers; see `_Layer.run`."""
+        y: Tensor = self._layers.forward(
             stream,
             cos,
             sin,
@@ -168,28 +186,38 @@ class CompiledLayer(_Layer):
 
 
 def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> None:
-    """Replace, in place, fused layers whose products are all `PairedLinear`; residues come from `bank`.
+    """Replace, in place, the list of layers by one that runs all, if all their products are `PairedLinear`.
 
-    If all layers and the output head are replaced, the calling thread, which must be the one that runs the model,
-    shares its work with our own threads instead of torch's.
+    Residues come from `bank`. If the output head is a `PairedLinear` too, the calling thread, which must be the one
+    that runs the model, shares its work with our own threads instead of torch's.
     """
-    if operators.layer is None:
+    decoder: Any = model.get_submodule("model")
+    if operators.layers is None or not all(_is_ours(layer, operators) for layer in decoder.layers):
         return
-    layers: Any = model.get_submodule("model.layers")
-    for i, layer in enumerate(layers):
-        if not isinstance(layer, FusedLayer):
-            continue
-        prompts = operators.prompts_by(layer.attention_norm.dtype, layer.head_size)
-        if prompts is not None and all(isinstance(product, PairedLinear) for product in _products(layer).values()):
-            layers[i] = CompiledLayer(layer, operators.layer, bank)
-    if isinstance(getattr(model, "lm_head", None), PairedLinear) and all(
-        isinstance(layer, CompiledLayer) for layer in layers
-    ):
+    decoder.layers = nn.ModuleList([CompiledLayers(list(decoder.layers), operators.layers, bank)])
+    if isinstance(getattr(model, "lm_head", None), PairedLinear):
         operators.share_among(torch.get_num_threads())
 
 
+def _is_ours(layer: nn.Module, operators: CpuOperators) -> bool:
+    """Whether a layer computes what `operators.layers` does."""
+    return (
+        isinstance(layer, FusedLayer)
+        and operators.prompts_by(layer.attention_norm.dtype, layer.head_size) is not None
+        and all(isinstance(product, PairedLinear) for product in _products(layer).values())
+    )
+
+
+def _weights(layer: FusedLayer) -> dict[str, Tensor | None]:
+    """A layer's tensors, by their names in `CpuOperators.layers`."""
+    weights = {name: getattr(layer, name) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")}
+    for name, product in _products(layer).items():
+        weights |= {name: product.packed, f"{name}_bias": product.bias}
+    return weights
+
+
 def _products(layer: FusedLayer) -> dict[str, Any]:
-    """A layer's linear layers, by their names in `CpuOperators.layer`."""
+    """A layer's linear layers, by their names in `CpuOperators.layers`."""
     ffn: Any = layer.mlp.ffn if isinstance(layer.mlp, HostFFN) else layer.mlp
     return {"qkv": layer.qkv, "out": layer.out, "gate_up": ffn.gate_up, "down": ffn.down}
 

@@ -1,4 +1,5 @@
-// A whole decoder layer in one call, by our own products: Python's work between operators takes a fifth of a step.
+// All decoder layers in one call, by our own products: Python's work between operators took a fifth of a step, and
+// between two calls other threads of Python may hold up the step.
 
 #pragma once
 
@@ -30,60 +31,74 @@ struct Linear {
   Tensor operator()(const Tensor& x) const { return multiply(x, packed, bias, at::kBFloat16); }
 };
 
-// Attention and FFN, each after an RMSNorm and added to the stream. Queries, keys and values are one product; gate
-// and up are another.
-class Layer : public torch::CustomClassHolder {
- public:
-  // `index`: the layer's index in the model. `weights`: those of the RMSNorms (for queries and keys only if the
-  // model has them), and each linear layer's packed weights and bias (or none).
-  Layer(int64_t index, const Weights& weights, double eps, double scale, int64_t window)
-      : index_(index),
-        attention_norm_(weights.at("attention_norm").value()),
-        ffn_norm_(weights.at("ffn_norm").value()),
-        q_norm_(weights.at("q_norm")),
-        k_norm_(weights.at("k_norm")),
-        qkv_(weights, "qkv"),
-        out_(weights, "out"),
-        gate_up_(weights, "gate_up"),
-        down_(weights, "down"),
-        eps_(eps),
-        scale_(scale),
-        window_(window) {}
+// A layer's attention and FFN, each after an RMSNorm and added to the stream. Queries, keys and values are one
+// product; gate and up are another.
+struct Layer {
+  Tensor attention_norm, ffn_norm;
+  std::optional<Tensor> q_norm, k_norm;
+  Linear qkv, out, gate_up, down;
+  double eps, scale;
+  int64_t window;
 
-  // The residual stream after the layer, from `stream` before it, both [1, T, d]. cos, sin and cells as in
+  Layer(const Weights& weights, double eps, double scale, int64_t window)
+      : attention_norm(weights.at("attention_norm").value()),
+        ffn_norm(weights.at("ffn_norm").value()),
+        q_norm(weights.at("q_norm")),
+        k_norm(weights.at("k_norm")),
+        qkv(weights, "qkv"),
+        out(weights, "out"),
+        gate_up(weights, "gate_up"),
+        down(weights, "down"),
+        eps(eps),
+        scale(scale),
+        window(window) {}
+};
+
+// All decoder layers of a model.
+class Layers : public torch::CustomClassHolder {
+ public:
+  // Of each layer: the weights of the RMSNorms (for queries and keys only if the model has them), and each linear
+  // layer's packed weights and bias (or none).
+  Layers(const std::vector<Weights>& weights, const std::vector<double>& eps, const std::vector<double>& scales,
+         const std::vector<int64_t>& windows) {
+    TORCH_CHECK(weights.size() == eps.size() && eps.size() == scales.size() && scales.size() == windows.size());
+    for (size_t i = 0; i < weights.size(); ++i) layers_.emplace_back(weights[i], eps[i], scales[i], windows[i]);
+  }
+
+  // The residual stream after the layers, from `stream` before them, both [1, T, d]. cos, sin and cells as in
   // `rotate`; keys and values of all layers, [L, C, K, D]. A step's tokens are groups laid end to end, each with
   // the cells [B, N] of its contexts and the positions [B, n] of its tokens in them. If a step of `residues` is
   // under way, they are added.
-  Tensor forward(const Tensor& stream, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
+  Tensor forward(Tensor stream, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
                  const Tensor& cells, const std::vector<Tensor>& contexts, const std::vector<Tensor>& positions,
                  const c10::optional<c10::intrusive_ptr<Residues>>& residues) {
-    TORCH_CHECK(0 <= index_ && index_ < keys.size(0) && index_ < values.size(0));
-    TORCH_CHECK(contexts.size() == positions.size());
-    const Tensor own_keys = keys.select(0, index_), own_values = values.select(0, index_);
-    const Tensor query = rotate(qkv_(rms_norm(stream, attention_norm_, eps_)), cos, sin, own_keys, own_values, cells,
-                                q_norm_, k_norm_, eps_);
-    std::vector<Tensor> outputs;
-    int64_t first = 0;
-    for (size_t i = 0; i < contexts.size(); ++i) {
-      const auto by = positions[i].size(1) == 1 ? attend : attend_prompts;
-      const Tensor own_query = query.narrow(0, first, positions[i].numel());
-      outputs.push_back(by(own_query, own_keys, own_values, contexts[i], positions[i], scale_, window_));
-      first += positions[i].numel();
+    const auto L = static_cast<int64_t>(layers_.size());
+    TORCH_CHECK(keys.size(0) == L && values.size(0) == L && contexts.size() == positions.size());
+    for (int64_t i = 0; i < L; ++i) {
+      const Layer& layer = layers_[i];
+      const Tensor own_keys = keys.select(0, i), own_values = values.select(0, i);
+      const Tensor query = rotate(layer.qkv(rms_norm(stream, layer.attention_norm, layer.eps)), cos, sin, own_keys,
+                                  own_values, cells, layer.q_norm, layer.k_norm, layer.eps);
+      std::vector<Tensor> outputs;
+      int64_t first = 0;
+      for (size_t group = 0; group < contexts.size(); ++group) {
+        const auto by = positions[group].size(1) == 1 ? attend : attend_prompts;
+        const Tensor own_query = query.narrow(0, first, positions[group].numel());
+        outputs.push_back(
+            by(own_query, own_keys, own_values, contexts[group], positions[group], layer.scale, layer.window));
+        first += positions[group].numel();
+      }
+      const Tensor attended = (outputs.size() == 1 ? outputs[0] : at::cat(outputs)).view({1, query.size(0), -1});
+      const Tensor residual = add(stream, layer.out(attended)), x = rms_norm(residual, layer.ffn_norm, layer.eps);
+      const Tensor y = layer.down(silu_mul(layer.gate_up(x)));
+      if (residues) (*residues)->add(i, x, y);
+      stream = add(residual, y);
     }
-    const Tensor attended = (outputs.size() == 1 ? outputs[0] : at::cat(outputs)).view({1, query.size(0), -1});
-    const Tensor residual = add(stream, out_(attended)), x = rms_norm(residual, ffn_norm_, eps_);
-    const Tensor y = down_(silu_mul(gate_up_(x)));
-    if (residues) (*residues)->add(index_, x, y);
-    return add(residual, y);
+    return stream;
   }
 
  private:
-  int64_t index_;
-  Tensor attention_norm_, ffn_norm_;
-  std::optional<Tensor> q_norm_, k_norm_;
-  Linear qkv_, out_, gate_up_, down_;
-  double eps_, scale_;
-  int64_t window_;
+  std::vector<Layer> layers_;
 };
 
 }  // namespace nr_serve

@@ -30,9 +30,10 @@ TORCH_LIBRARY(nr_serve, library) {
       "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale,"
       " int window) -> Tensor");
   library.def("multiply(Tensor x, Tensor packed, Tensor? bias, ScalarType type) -> Tensor");
-  library.class_<nr_serve::Layer>("Layer")
-      .def(torch::init<int64_t, nr_serve::Weights, double, double, int64_t>())
-      .def("forward", &nr_serve::Layer::forward);
+  library.class_<nr_serve::Layers>("Layers")
+      .def(torch::init<std::vector<nr_serve::Weights>, std::vector<double>, std::vector<double>,
+                       std::vector<int64_t>>())
+      .def("forward", &nr_serve::Layers::forward);
 #endif
 }
 

@@ -83,19 +83,12 @@ class Tiles {
                        Prefetch prefetch, Y* y, int64_t n) const {
     const int64_t first = tokens_ * group / groups_, second = tokens_ * (group + 1) / groups_;
     const int32_t *a = x + first * size, *b = x + second * size;
-    alignas(64) float start[R * W], sums[2][ROWS][R * W];
-    for (int r = 0; r < R; ++r) store(start + r * W, bias ? load(bias + r * W) : Vec(0.f));
-    // To the compiler, loads of tiles read no memory: have it write all first.
-    asm volatile("" : : "r"(start) : "memory");
+    asm volatile("" : : : "memory");  // to the compiler, loads of tiles read no memory: write x first
     constexpr int64_t ROW = R * 64;  // bytes of a row of weights, and of sums
-    _tile_loadd(0, start, 0);        // the same row again and again
-    if constexpr (R > 1) _tile_loadd(1, start + W, 0);
-    if constexpr (R > 2) _tile_loadd(2, start + 2 * W, 0);
-    if constexpr (BOTH) {
-      _tile_loadd(3, start, 0);
-      if constexpr (R > 1) _tile_loadd(4, start + W, 0);
-      if constexpr (R > 2) _tile_loadd(5, start + 2 * W, 0);
-    }
+    if (bias)
+      begin_with<R, BOTH>(bias);
+    else
+      begin<BOTH>();
     const int64_t whole = size / PAIRS * PAIRS;
     for (int64_t k = 0; k < whole; k += PAIRS) {
       const int32_t* w = weights + k * R * W;
@@ -125,6 +118,7 @@ class Tiles {
       }
       prefetch.during(PAIRS);
     }
+    alignas(64) float sums[2][ROWS][R * W];
     _tile_stored(0, sums[0], ROW);
     if constexpr (R > 1) _tile_stored(1, sums[0][0] + W, ROW);
     if constexpr (R > 2) _tile_stored(2, sums[0][0] + 2 * W, ROW);
@@ -146,6 +140,35 @@ class Tiles {
     };
     finish(sums[0], a, y + first * n);
     if constexpr (BOTH) finish(sums[1], b, y + second * n);
+  }
+
+  // Sets the sums to 0.
+  template <bool BOTH>
+  static void begin() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    if constexpr (BOTH) {
+      _tile_zero(3);
+      _tile_zero(4);
+      _tile_zero(5);
+    }
+  }
+
+  // Sets the sums of every token to the bias.
+  template <int R, bool BOTH>
+  static void begin_with(const BFloat16* bias) {
+    alignas(64) float row[R * W];
+    for (int r = 0; r < R; ++r) store(row + r * W, load(bias + r * W));
+    asm volatile("" : : "r"(row) : "memory");
+    _tile_loadd(0, row, 0);  // this row again and again
+    if constexpr (R > 1) _tile_loadd(1, row + W, 0);
+    if constexpr (R > 2) _tile_loadd(2, row + 2 * W, 0);
+    if constexpr (BOTH) {
+      _tile_loadd(3, row, 0);
+      if constexpr (R > 1) _tile_loadd(4, row + W, 0);
+      if constexpr (R > 2) _tile_loadd(5, row + 2 * W, 0);
+    }
   }
 
   int64_t tokens_, groups_, rows_ = 0;
