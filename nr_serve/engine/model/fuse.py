@@ -146,7 +146,7 @@ class GpuLayer(FusedLayer):
 
 
 def fuse(model: nn.Module, operators: Any, kind: type[FusedLayer] = FusedLayer) -> None:
-    """Replace, in place, known layers of a frozen model that do not host blocks yet; if all are, the last norm too."""
+    """Replace, in place, known layers of a frozen model that host no blocks yet; if all are, the last norm too."""
     decoder: Any = model.get_submodule("model")
     for i, layer in enumerate(decoder_layers(model)):
         if _is_known(layer):

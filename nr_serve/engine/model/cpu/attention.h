@@ -94,7 +94,7 @@ void attend_token(const T* q, const T* k, const T* v, int64_t stride, const int6
   for (int64_t head = 0; head < heads; ++head) {
     float* row = logits + head * padded;
     const Vec highest(at::vec::reduce_all<float>(vec_max, row, n));
-    at::vec::map<float>([&](Vec x) { return (x - highest).exp_u20(); }, row, row, n);
+    at::vec::map<float>([&](Vec x) { return exp(x - highest); }, row, row, n);
     total[head] = at::vec::reduce_all<float>(vec_add, row, n);
   }
   by_tokens(v, [&](auto heads_at_once, int64_t head, const Rows<T>& rows, int64_t d, int64_t i, int64_t tokens) {

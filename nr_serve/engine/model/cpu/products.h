@@ -19,14 +19,11 @@ template <int R, typename Y>
 void multiply_block(const Tiles& tiles, const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias,
                     Y* y, int64_t n, bool fetched, bool last) {
   const int64_t own = fetched ? 0 : 1, left = tiles.number() - own;
-  for (int64_t i = 0; i < tiles.number(); ++i) {
-    Prefetch prefetch;
-    if (i < own)
-      prefetch = {weights + 16 * R * W, R};
-    else if (!last)
-      prefetch = {weights + (R * size + R * size * (i - own) / left) * W, R, left};
-    tiles.multiply<R>(i, x, size, weights, bias, prefetch, y, n);
-  }
+  const auto prefetch = [&](int64_t i) {
+    if (i < own) return Prefetch{weights + 16 * R * W, R};
+    return last ? Prefetch{} : Prefetch{weights + (R * size + R * size * (i - own) / left) * W, R, left};
+  };
+  tiles.multiply<R>(x, size, weights, bias, prefetch, y, n);
 }
 
 // x W^T + bias, for x [..., k] and a bias [n]. The weights are packed in blocks of TILE_OUTPUTS outputs, the last

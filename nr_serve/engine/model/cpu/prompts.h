@@ -52,7 +52,7 @@ struct Context {
 template <int R>
 void multiply_rows(const Tiles& rows, const BFloat16* x, int64_t size, const int32_t* weights, float* y, int64_t n) {
   const auto* in = reinterpret_cast<const int32_t*>(x);
-  for (int64_t i = 0; i < rows.number(); ++i) rows.multiply<R>(i, in, size, weights, nullptr, {}, y, n);
+  rows.multiply<R>(in, size, weights, nullptr, [](int64_t) { return Prefetch{}; }, y, n);
 }
 
 // Uninitialised memory for `size` values, which must be written before they are read.
@@ -113,7 +113,7 @@ struct PromptTile {
     std::fill(weight, weight + first, 0), std::fill(weight + end, weight + n, 0);
     Vec total(0.f);
     for_vectors(end - first, [&](int64_t i, int64_t count) {
-      const Vec e = ((load(logit + first + i, count) - highest) * factor).exp_u20();
+      const Vec e = exp((load(logit + first + i, count) - highest) * factor);
       store(weight + first + i, e, count);
       total = total + Vec::set(Vec(0.f), e, count);
     });

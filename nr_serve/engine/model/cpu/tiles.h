@@ -66,31 +66,43 @@ class Tiles {
 
   int64_t number() const { return (groups_ + 1) / 2; }
 
-  // The tile's outputs, in y [tokens, n], from x [tokens, size, 2]: R vectors, with weights [size, R * W, 2].
-  template <int R, typename Y>
-  void multiply(int64_t tile, const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias,
-                Prefetch prefetch, Y* y, int64_t n) const {
-    if (2 * tile + 1 < groups_)
-      multiply_groups<R, true>(2 * tile, x, size, weights, bias, prefetch, y, n);
-    else
-      multiply_groups<R, false>(2 * tile, x, size, weights, bias, prefetch, y, n);
+  // All tokens' outputs, y [tokens, n], from x [tokens, size, 2]: R vectors, with weights [size, R * W, 2].
+  // `prefetch(i)`: what to prefetch during tile i.
+  template <int R, typename Y, typename F>
+  void multiply(const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias, F&& prefetch, Y* y,
+                int64_t n) const {
+    // A tile's sums are read only after the next tile's products: what was stored from registers is slow to come back.
+    alignas(64) float sums[2][2 * ROWS * R * W];
+    const auto finish = [&](int64_t tile) {
+      const float* from = sums[tile % 2];
+      for (int64_t group = 2 * tile; group < std::min(2 * tile + 2, groups_); ++group, from += ROWS * R * W)
+        finish_group<R>(from, x + first(group) * size, size, weights, y + first(group) * n, n);
+    };
+    asm volatile("" : : : "memory");  // to the compiler, loads of tiles read no memory: write x first
+    for (int64_t tile = 0; tile < number(); ++tile) {
+      const int32_t *a = x + first(2 * tile) * size, *b = x + first(2 * tile + 1) * size;
+      if (2 * tile + 1 < groups_)
+        sum_groups<R, true>(a, b, size, weights, bias, prefetch(tile), sums[tile % 2]);
+      else
+        sum_groups<R, false>(a, nullptr, size, weights, bias, prefetch(tile), sums[tile % 2]);
+      if (tile > 0) finish(tile - 1);
+    }
+    if (number() > 0) finish(number() - 1);
   }
 
  private:
-  // The outputs of this group, and with BOTH of the next one.
-  template <int R, bool BOTH, typename Y>
-  void multiply_groups(int64_t group, const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias,
-                       Prefetch prefetch, Y* y, int64_t n) const {
-    const int64_t first = tokens_ * group / groups_, second = tokens_ * (group + 1) / groups_;
-    const int32_t *a = x + first * size, *b = x + second * size;
-    asm volatile("" : : : "memory");  // to the compiler, loads of tiles read no memory: write x first
+  int64_t first(int64_t group) const { return tokens_ * group / groups_; }
+
+  // Stores the sums of the whole rows of inputs of one group of tokens, and with BOTH of another.
+  template <int R, bool BOTH>
+  static void sum_groups(const int32_t* a, const int32_t* b, int64_t size, const int32_t* weights,
+                         const BFloat16* bias, Prefetch prefetch, float* sums) {
     constexpr int64_t ROW = R * 64;  // bytes of a row of weights, and of sums
     if (bias)
       begin_with<R, BOTH>(bias);
     else
       begin<BOTH>();
-    const int64_t whole = size / PAIRS * PAIRS;
-    for (int64_t k = 0; k < whole; k += PAIRS) {
+    for (int64_t k = 0; k + PAIRS <= size; k += PAIRS) {
       const int32_t* w = weights + k * R * W;
       _tile_loadd(6, a + k, size * 4);
       _tile_loadd(7, w, ROW);
@@ -118,28 +130,29 @@ class Tiles {
       }
       prefetch.during(PAIRS);
     }
-    alignas(64) float sums[2][ROWS][R * W];
-    _tile_stored(0, sums[0], ROW);
-    if constexpr (R > 1) _tile_stored(1, sums[0][0] + W, ROW);
-    if constexpr (R > 2) _tile_stored(2, sums[0][0] + 2 * W, ROW);
+    _tile_stored(0, sums, ROW);
+    if constexpr (R > 1) _tile_stored(1, sums + W, ROW);
+    if constexpr (R > 2) _tile_stored(2, sums + 2 * W, ROW);
     if constexpr (BOTH) {
-      _tile_stored(3, sums[1], ROW);
-      if constexpr (R > 1) _tile_stored(4, sums[1][0] + W, ROW);
-      if constexpr (R > 2) _tile_stored(5, sums[1][0] + 2 * W, ROW);
+      float* second = sums + ROWS * R * W;
+      _tile_stored(3, second, ROW);
+      if constexpr (R > 1) _tile_stored(4, second + W, ROW);
+      if constexpr (R > 2) _tile_stored(5, second + 2 * W, ROW);
     }
-    const auto finish = [&](const float(*sums)[R * W], const int32_t* x, Y* y) {
-      for (int64_t t = 0; t < rows_; ++t) {
-        __m512 left[R];
-        for (int r = 0; r < R; ++r) left[r] = load(sums[t] + r * W);
-        for (int64_t k = whole; k < size; ++k)
-          for (int r = 0; r < R; ++r)
-            left[r] = _mm512_dpbf16_ps(left[r], pairs(_mm512_set1_epi32(x[t * size + k])),
-                                       pairs(_mm512_loadu_si512(weights + (k * R + r) * W)));
-        for (int r = 0; r < R; ++r) store(y + t * n + r * W, Vec(left[r]));
-      }
-    };
-    finish(sums[0], a, y + first * n);
-    if constexpr (BOTH) finish(sums[1], b, y + second * n);
+  }
+
+  // Adds to a group's sums what is left of the inputs after the whole rows, and writes its outputs.
+  template <int R, typename Y>
+  void finish_group(const float* sums, const int32_t* x, int64_t size, const int32_t* weights, Y* y, int64_t n) const {
+    for (int64_t t = 0; t < rows_; ++t, sums += R * W, x += size, y += n) {
+      __m512 left[R];
+      for (int r = 0; r < R; ++r) left[r] = load(sums + r * W);
+      for (int64_t k = size / PAIRS * PAIRS; k < size; ++k)
+        for (int r = 0; r < R; ++r)
+          left[r] = _mm512_dpbf16_ps(left[r], pairs(_mm512_set1_epi32(x[k])),
+                                     pairs(_mm512_loadu_si512(weights + (k * R + r) * W)));
+      for (int r = 0; r < R; ++r) store(y + r * W, Vec(left[r]));
+    }
   }
 
   // Sets the sums to 0.
@@ -185,14 +198,17 @@ class Tiles {
 
   int64_t number() const { return number_; }
 
-  // The tile's outputs, in y [tokens, n], from x [tokens, size, 2]: R vectors, with weights [size, R * W, 2].
-  template <int R, typename Y>
-  void multiply(int64_t tile, const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias,
-                Prefetch prefetch, Y* y, int64_t n) const {
-    const int64_t first = tokens_ * tile / number_, after = tokens_ * (tile + 1) / number_;
-    with_constant<TILE_TOKENS>(after - first, [&](auto count) {
-      multiply_tokens<count(), R>(x + first * size, size, weights, bias, prefetch, y + first * n, n);
-    });
+  // All tokens' outputs, y [tokens, n], from x [tokens, size, 2]: R vectors, with weights [size, R * W, 2].
+  // `prefetch(i)`: what to prefetch during tile i.
+  template <int R, typename Y, typename F>
+  void multiply(const int32_t* x, int64_t size, const int32_t* weights, const BFloat16* bias, F&& prefetch, Y* y,
+                int64_t n) const {
+    for (int64_t tile = 0; tile < number_; ++tile) {
+      const int64_t first = tokens_ * tile / number_, after = tokens_ * (tile + 1) / number_;
+      with_constant<TILE_TOKENS>(after - first, [&](auto count) {
+        multiply_tokens<count(), R>(x + first * size, size, weights, bias, prefetch(tile), y + first * n, n);
+      });
+    }
   }
 
  private:

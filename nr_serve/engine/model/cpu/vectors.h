@@ -59,7 +59,23 @@ inline Vec vec_max(Vec a, Vec b) {
   return at::vec::maximum(a, b);
 #endif
 }
-inline Vec silu(Vec x) { return x / (Vec(1.f) + x.neg().exp_u20()); }
+
+// e^x as 2^n 2^f, for the integer n nearest to x / log(2); 2^f by a polynomial through Chebyshev's nodes. Errors are
+// about those of torch's exp_u20, and it takes half the instructions.
+inline Vec exp(Vec x) {
+#ifdef CPU_CAPABILITY_AVX512
+  const __m512 powers = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), f = _mm512_reduce_ps(powers, 0);
+  __m512 y = _mm512_set1_ps(0.00133908633f);
+  for (const float coefficient : {0.00967603177f, 0.0555035695f, 0.240221068f, 0.693147182f, 1.f})
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(coefficient));
+  return _mm512_scalef_ps(y, _mm512_roundscale_ps(powers, 0));
+#else
+  return x.exp_u20();
+#endif
+}
+
+inline Vec silu(Vec x) { return x / (Vec(1.f) + exp(x.neg())); }
+
 inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }
