@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _TAKE_SECONDS = 0.005  # for taking messages between two steps
-_READ_PAUSE = 0.001  # seconds after each tensor, so that reading takes less than a tenth of a step
+_READ_SECONDS, _READ_PAUSE = 0.0005, 0.001  # computing, then pausing, while a file is read beside steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,7 @@ class EngineLoop:
         self._closed = False
         self._running = False  # whether there are requests
         self._reading = False  # whether an adapter file is being read
+        self._read_at = 0.0  # computing time of the reader's thread at its last pause
         self._readers = ThreadPoolExecutor(1, "nr-adapter-reader")
         self._thread = threading.Thread(target=self._main, name="nr-engine", daemon=True)
 
@@ -156,9 +157,10 @@ class EngineLoop:
             self._reading = False
 
     def _let_steps_run(self) -> None:
-        """Pause while requests run: reading takes the interpreter lock, and maybe a core, from the steps."""
-        if self._running:
+        """Pause at times while requests run: reading takes the interpreter lock, and maybe a core, from steps."""
+        if self._running and time.thread_time() - self._read_at > _READ_SECONDS:
             time.sleep(_READ_PAUSE)
+            self._read_at = time.thread_time()
 
     def _read_file(self, path: Path, between: Callable[[], None] = lambda: None) -> Adapter:
         from nr_serve.neutral.format import Base, read_adapter
