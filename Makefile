@@ -14,9 +14,10 @@ INSTALLED := $(VENV)/.installed
 demo: install
 	$(BIN)/python examples/demo.py
 
-# Two at a time, for each loads torch; a file's tests stay together, for they share servers.
+# Two at a time, for each loads torch; a file's tests stay together, for they share servers. In the files' order: the
+# longest, which talk to real servers, come first.
 test: install lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
