@@ -87,14 +87,13 @@ def _warnings(adapter: Adapter, before: Sequence[Adapter]) -> Iterator[str]:
     """What loading this adapter, beside or in place of those before, did that may not have been meant."""
     name, domain = adapter["name"], adapter["domain"]
     for other in before:
-        if other["name"] == name and other["domain"] != domain:
-            yield f"{name} acted on {other['domain'] or '-'} before, and acts on {domain or '-'} now"
-        elif (
-            other["name"] != name and domain and other["domain"] == domain and other["routed"] and adapter["routed"]
-        ):
+        if other["name"] == name:
+            if other["domain"] != domain:
+                yield f"{name} was for {other['domain'] or 'no domain'} before, and is for {domain or 'none'} now"
+        elif domain and other["domain"] == domain and other["routed"] and adapter["routed"]:
             yield (
-                f"{other['name']} and {name} both act on {domain} for the base's name, which is worse than either; "
-                "unload one, or load one with --no-route"
+                f"requests to the base's name get the sum of {other['name']} and {name} on {domain}, which is "
+                "worse than either; unload one, or load one again with --replace --no-route"
             )
 
 

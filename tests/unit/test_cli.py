@@ -124,7 +124,7 @@ def test_an_adapter_is_loaded_listed_and_unloaded_with_no_further_flag(against, 
     loaded = "da: version 676f6f642064, slot 1, loaded in 0.25 s, leak 0.75% (code)\n"
     printed = capsys.readouterr()
     assert printed.out == loaded
-    assert printed.err.startswith("warning: hu and da both act on hu for the base's name")
+    assert printed.err.startswith("warning: requests to the base's name get the sum of hu and da on hu")
     assert main(["list-adapters"]) == 0
     header, hu, da = capsys.readouterr().out.splitlines()
     assert header.split()[-1] == "FIRED"
@@ -161,14 +161,20 @@ def test_a_taken_name_is_refused_with_the_flags_that_help(against, tmp_path, cap
     assert "replace it, or choose another name (--replace, --name)" in capsys.readouterr().err
 
 
-def test_a_replacement_that_acts_on_another_domain_is_told():
-    def adapter(name: str, domain: str) -> dict[str, object]:
-        return {"name": name, "domain": domain, "routed": True}
+def test_a_replacement_for_another_domain_and_a_second_file_on_one_are_told():
+    def told(name, domain, *, routed=True, beside=True):
+        before = [
+            {"name": "x", "domain": "hu", "routed": True},
+            {"name": "y", "domain": "sk", "routed": beside},
+            {"name": "z", "domain": "", "routed": True},
+        ]
+        return [w[:38] for w in _warnings({"name": name, "domain": domain, "routed": routed}, before)]
 
-    before = [adapter("x", "hu"), adapter("y", "sk")]
-    assert list(_warnings(adapter("x", "hu"), before)) == []
-    assert list(_warnings(adapter("x", "da"), before)) == ["x acted on hu before, and acts on da now"]
-    assert len(list(_warnings(adapter("x", "sk"), before))) == 2
+    moved, summed = "x was for hu before, and is for sk now", "requests to the base's name get the su"
+    assert told("x", "hu") == told("w", "") == told("w", "da") == []
+    assert told("x", "sk") == [moved, summed]
+    assert told("x", "sk", routed=False) == told("x", "sk", beside=False) == [moved]
+    assert told("z", "da") == ["z was for no domain before, and is for"]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,21 @@ def test_silu_mul_is_the_formula(operators, dtype, size):
         close(operators.silu_mul(both), F.silu(gate) * up, dtype)
 
 
+def test_silu_holds_far_out(operators):
+    x = torch.tensor([-200.0, -88.0, -80.0, -20.0, 0.0, 88.0, 200.0, torch.inf, torch.nan, -1e38, 1e38])
+    got = operators.silu_mul(torch.cat([x, torch.ones_like(x)]))
+    torch.testing.assert_close(got, F.silu(x.double()).float(), rtol=1e-5, atol=1e-37, equal_nan=True)
+
+
+def test_amx_is_compiled_in_only_where_the_system_grants_it(monkeypatch):
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    for granted in (True, False):
+        monkeypatch.setattr(torch.cpu, "_init_amx", lambda granted=granted: granted)
+        assert ("-mno-amx-bf16" in module._flags()) is not granted
+    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    assert "-mno-amx-bf16" not in module._flags()
+
+
 def test_silu_mul_of_values_far_out_stays_finite(operators):
     both = torch.tensor([[-1e4, 1e4, -200.0, 3.0, 2.0, 5.0]])
     torch.testing.assert_close(operators.silu_mul(both), torch.tensor([[0.0, 2e4, 0.0]]))
@@ -152,6 +167,26 @@ def test_attend_prompts_is_causal_attention_over_each_own_context(
     close(got, want, torch.bfloat16)
     alone = operators.attend_prompts(query[-count:], keys, values, cells[-1:], positions[-1:], 0.3, window)
     assert torch.equal(alone, got[-count:]), "what shares the step must not matter"
+
+
+@pytest.mark.parametrize("window", [FAR, 100])
+def test_a_prompts_token_attends_alike_in_any_piece_and_beside_any_other_context(operators, window):
+    if operators.attend_prompts is None:
+        pytest.skip("no product of our own here")
+    torch.manual_seed(0)
+    keys, values = (torch.randn(500, 3, 64).bfloat16() for _ in range(2))
+    query, cells, piece = torch.randn(400, 9, 64).bfloat16(), torch.randperm(500)[:400], torch.arange(12)
+
+    def attend(query, cells, positions):
+        return operators.attend_prompts(query, keys, values, cells, positions, 0.3, window)
+
+    whole = attend(query, cells[None], torch.arange(400)[None])
+    for end in range(12, 400):
+        at = piece + end - 12
+        assert torch.equal(attend(query[at], cells[None, :end], at[None]), whole[at])
+        both = torch.stack([at, piece + 388])
+        beside = attend(query[both.flatten()], torch.stack([cells, cells]), both)
+        assert torch.equal(beside[:12], whole[at])
 
 
 def test_threads_of_our_own_serve_several_callers_at_once(operators):

@@ -10,7 +10,7 @@ from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model import fuse as fuse_module
 from nr_serve.engine.model import runner as runner_module
-from nr_serve.engine.model.fuse import CompiledLayers, FusedFFN, FusedLayer, fuse
+from nr_serve.engine.model.fuse import CompiledLayers, FusedFFN, FusedLayer, FusedNorm, fuse
 from nr_serve.engine.model.packed_linear import can_pack
 from nr_serve.engine.model.runner import Runner
 from tests import tiny
@@ -31,6 +31,17 @@ def test_layers_that_are_known_are_fused(operators, kind):
     model = tiny.model(kind)
     fuse(model, operators)
     assert all(type(layer) is FusedLayer for layer in model.model.layers)
+    assert type(model.model.norm) is FusedNorm
+
+
+def test_a_last_norm_of_another_class_stays(operators):
+    class OtherNorm(torch.nn.LayerNorm):
+        pass
+
+    model = tiny.model("llama")
+    model.model.norm = OtherNorm(tiny.D)
+    fuse(model, operators)
+    assert type(model.model.norm) is OtherNorm
 
 
 @pytest.mark.parametrize(("kind", "changed"), [("gemma3_text", {}), ("llama", {"hidden_act": "gelu"})])
@@ -49,6 +60,7 @@ def test_a_layer_with_a_linear_of_another_class_stays(operators):
     model.model.layers[1].self_attn.k_proj.__class__ = Quantised
     fuse(model, operators)
     assert [type(layer) is FusedLayer for layer in model.model.layers] == [True, False, True]
+    assert type(model.model.norm) is not FusedNorm
 
 
 def test_a_fused_ffn_computes_what_the_ffn_did(operators):
@@ -131,6 +143,15 @@ def test_a_model_in_such_calls_is_computed_by_threads_of_our_own_as_many_as_torc
             Runner(model, tiny.tokenizer(), ServeConfig(pages=40), "tiny")
             counts.append("made")
     assert counts == [2, "made", "made", "made", "made"], "of the others torch computes a part"
+
+
+def test_layers_are_one_call_only_if_all_are_known(operators):
+    base = tiny.model("llama", vocab_size=304).bfloat16()
+    base.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    with computed_by("two of torch"):
+        Runner(base, tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+        assert torch.get_num_threads() == 2, "torch computes a part"
+    assert [type(layer) is FusedLayer for layer in base.model.layers] == [True, False, True]
 
 
 @pytest.mark.parametrize(("kind", "changed"), [("llama", {"head_dim": 24}), ("llama", {"intermediate_size": 90})])

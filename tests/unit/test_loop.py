@@ -310,6 +310,23 @@ def test_an_adapter_is_measured_on_the_probe_texts_and_refused_above_the_limit(m
     assert [t.id for o in loop.outputs("r")["r"] for t in o.tokens] == expected(tokens=100), "every gate is shut"
 
 
+@pytest.mark.parametrize(
+    ("running", "computed", "pauses"), [(True, 0.0001, 9), (True, 0.002, 50), (False, 0.002, 0)]
+)
+def test_reading_a_file_pauses_now_and_then_beside_requests(folder, monkeypatch, running, computed, pauses):
+    """`computed`: seconds between two calls, of which there are 50."""
+    loop = EngineLoop(ServeConfig(), folder, tiny.tokenizer(), lambda _: None)
+    loop._running, now, slept = running, [10.0], []
+    monkeypatch.setattr(module.time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    loop._let_steps_run()
+    slept.clear()
+    for _ in range(50):
+        now[0] += computed
+        loop._let_steps_run()
+    assert abs(len(slept) - pauses) <= 1
+
+
 @pytest.mark.parametrize("reading", [True, False])
 def test_a_step_carries_a_file_that_is_read_or_a_measurement_but_not_both(loop, files, monkeypatch, reading):
     place, _ = files

@@ -132,9 +132,9 @@ def _library() -> Path:
 
 def _flags() -> tuple[str, ...]:
     """Flags of the compiler. Asks the system for the registers of AMX, which a process has only if it asked."""
-    granted = torch.cpu._init_amx()
-    refused = not granted and any("amx_bf16" in line.split() for line in cpuinfo("flags"))
-    return (*_FLAGS, "-mno-amx-tile", "-mno-amx-bf16") if refused else _FLAGS
+    if torch.cpu._init_amx() or platform.machine() not in ("x86_64", "AMD64"):
+        return _FLAGS
+    return (*_FLAGS, "-mno-amx-tile", "-mno-amx-bf16")
 
 
 def _compile(compiler: Sequence[str], folder: Path, library: Path) -> None:

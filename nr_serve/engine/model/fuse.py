@@ -1,4 +1,4 @@
-"""Fuses a decoder layer into eleven operators, on a CPU all layers into one: the work between products is slow too.
+"""Fuses a decoder layer into eleven operators, on some CPUs all layers into one: what is between costs too.
 
 Only layers of transformers that are known to compute exactly this are replaced. The start-up check
 (`startup_check.py`) compares the result to the model's own.
@@ -22,6 +22,7 @@ from nr_serve.neutral.cpu_bank import CpuBank
 from nr_serve.neutral.host import HostFFN, decoder_layers, host_blocks
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 _SILUS = {"SiLU", "SiLUActivation"}
 
 
@@ -74,7 +75,7 @@ class FusedFFN(nn.Module):
 
 
 class _Layer(nn.Module, ABC):
-    """A replacement for one of the model's own layers."""
+    """A replacement for one or all of the model's own layers."""
 
     def forward(
         self,
@@ -151,7 +152,7 @@ def fuse(model: nn.Module, operators: Any, kind: type[FusedLayer] = FusedLayer) 
     for i, layer in enumerate(decoder_layers(model)):
         if _is_known(layer):
             decoder.layers[i] = kind(layer, operators)
-    if all(isinstance(layer, kind) for layer in decoder.layers):
+    if all(isinstance(layer, kind) for layer in decoder.layers) and _is_of(decoder.norm, _NORMS):
         decoder.norm = FusedNorm(decoder.norm, operators.rms_norm)
 
 
@@ -223,13 +224,17 @@ def _products(layer: FusedLayer) -> dict[str, Any]:
 
 
 def _is_known(layer: Any) -> bool:
-    kind = type(layer)
-    if kind.__name__ not in _LAYERS or not kind.__module__.startswith("transformers.models."):
+    if not _is_of(layer, _LAYERS):
         return False
     # A quantised or otherwise changed linear layer is of another class.
     children = (*layer.self_attn.named_children(), *layer.mlp.named_children())
     linears = [child for name, child in children if "proj" in name]
     return type(layer.mlp.act_fn).__name__ in _SILUS and all(type(linear) is nn.Linear for linear in linears)
+
+
+def _is_of(module: Any, names: set[str]) -> bool:
+    """Whether a module is of one of these classes of transformers."""
+    return type(module).__name__ in names and type(module).__module__.startswith("transformers.models.")
 
 
 def _window(attention: Any) -> int | None:

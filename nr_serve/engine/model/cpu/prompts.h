@@ -1,16 +1,19 @@
-// Attention of prompts in bfloat16, by the products of products.h. Shape suffixes as in attention.py.
+// Attention of prompts in bfloat16, by the products of tiles.h. Shape suffixes as in attention.py.
 
 #pragma once
 
 #include "attention.h"
-#include "products.h"
+#include "tiles.h"
 
 #ifdef NR_SERVE_PRODUCTS
 
 #include <memory>
+#include <numeric>
 
 namespace nr_serve {
 
+// A tile begins and ends at a multiple of so many positions, so that no sum depends on where others end.
+constexpr int64_t STRETCH = std::lcm(TILE_OUTPUTS, INPUTS);
 constexpr int64_t ROWS_OF_LOGITS = 48;  // of one tile (tokens times heads): few enough for a core's cache
 
 // The keys and values of one key head in one context, laid out as the packed weights of a product.
@@ -18,7 +21,7 @@ struct Context {
   const BFloat16 *keys, *values;  // of all cells, starting at this head
   int64_t stride, D;              // size of a cell; size of a head
   const int64_t* cells;
-  int64_t tokens, padded;  // `padded`: rounded up to a multiple of W, filled with 0
+  int64_t tokens, padded;  // `padded`: rounded up to a multiple of W and INPUTS, filled with 0
   int32_t *packed_keys, *packed_values;
 
   const BFloat16* row(const BFloat16* from, int64_t token) const { return from + cells[token] * stride; }
@@ -78,8 +81,8 @@ struct PromptTile {
   void attend(const Context& context, const BFloat16* q, BFloat16* out, int64_t stride, const int64_t* position,
               int64_t count, int64_t G, float scale, int64_t window) {
     const int64_t D = context.D, rows = count * G, size = G * D;
-    const int64_t from = std::max<int64_t>(0, position[0] + 1 - window) / TILE_OUTPUTS * TILE_OUTPUTS;
-    const int64_t after = (position[count - 1] / TILE_OUTPUTS + 1) * TILE_OUTPUTS;
+    const int64_t from = std::max<int64_t>(0, position[0] + 1 - window) / STRETCH * STRETCH;
+    const int64_t after = (position[count - 1] / STRETCH + 1) * STRETCH;
     const int64_t n = std::min(context.padded, after) - from;
     const Tiles tiles(rows);
     for (int64_t t = 0; t < count; ++t) std::copy_n(q + t * stride, size, queries.get() + t * size);
@@ -129,7 +132,8 @@ Tensor attend_prompts(const Tensor& query, const Tensor& keys, const Tensor& val
   const int64_t B = cells.size(0), N = cells.size(1), n = positions.size(1), H = query.size(1), D = query.size(2);
   const int64_t K = keys.size(1);
   TORCH_CHECK(K > 0 && D > 0 && B > 0 && n > 0 && window > 0);
-  const int64_t G = H / K, padded = (N + W - 1) / W * W, packed = padded * D / 2;
+  constexpr int64_t STEP = std::lcm(W, INPUTS);
+  const int64_t G = H / K, padded = (N + STEP - 1) / STEP * STEP, packed = padded * D / 2;
   for (const Tensor* x : {&query, &keys, &values, &cells, &positions}) TORCH_CHECK(x->is_contiguous());
   for (const Tensor* x : {&query, &keys, &values}) TORCH_CHECK(x->scalar_type() == at::kBFloat16 && x->size(2) == D);
   TORCH_CHECK(query.size(0) == B * n && positions.size(0) == B && keys.sizes() == values.sizes());

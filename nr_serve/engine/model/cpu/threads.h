@@ -79,7 +79,7 @@ class ThreadPool {
   }
 
  private:
-  // How often a thread looks for work before it sleeps: longer than Python takes between two layers.
+  // How often a thread looks for work before it sleeps: longer than what one thread does between two operators.
   static constexpr int LOOKS = 20000;
 
   // Runs one part of the current job; false if all parts are taken.

@@ -35,6 +35,7 @@ inline __m512bh pairs(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
 constexpr int64_t ROWS = 16;   // of a tile register, 64 bytes each: tokens' inputs or sums, or pairs of weights
 constexpr int64_t PAIRS = 16;  // of inputs in a row
+constexpr int64_t INPUTS = 2 * PAIRS;  // that are summed before they are added to the sum of those before them
 
 // What _tile_loadconfig reads: the shapes of the eight registers.
 struct alignas(64) Shapes {
@@ -55,6 +56,7 @@ inline constexpr auto SHAPES = [] {
 }();
 
 // Some tokens, in groups of equal size that may overlap by a token; a tile is two groups, the last one maybe one.
+// A thread may have one at a time, for it sets the shapes of the thread's registers.
 class Tiles {
  public:
   explicit Tiles(int64_t tokens) : tokens_(tokens), groups_((tokens + ROWS - 1) / ROWS) {
@@ -78,7 +80,7 @@ class Tiles {
       for (int64_t group = 2 * tile; group < std::min(2 * tile + 2, groups_); ++group, from += ROWS * R * W)
         finish_group<R>(from, x + first(group) * size, size, weights, y + first(group) * n, n);
     };
-    asm volatile("" : : : "memory");  // to the compiler, loads of tiles read no memory: write x first
+    asm volatile("" : : : "memory");  // GCC does not know that loads of tiles read memory: have it store x before
     for (int64_t tile = 0; tile < number(); ++tile) {
       const int32_t *a = x + first(2 * tile) * size, *b = x + first(2 * tile + 1) * size;
       if (2 * tile + 1 < groups_)
@@ -190,6 +192,7 @@ class Tiles {
 #else
 
 constexpr int64_t TILE_TOKENS = 8;
+constexpr int64_t INPUTS = 2;  // that are summed before they are added to the sum of those before them
 
 // Some tokens, in tiles whose sizes differ by at most one token.
 class Tiles {

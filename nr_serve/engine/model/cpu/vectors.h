@@ -60,8 +60,8 @@ inline Vec vec_max(Vec a, Vec b) {
 #endif
 }
 
-// e^x as 2^n 2^f, for the integer n nearest to x / log(2); 2^f by a polynomial through Chebyshev's nodes. Errors are
-// about those of torch's exp_u20, and it takes half the instructions.
+// e^x as 2^n 2^f, for the integer n nearest to x / log(2); 2^f by a polynomial through Chebyshev's nodes. It takes half
+// the instructions of torch's exp_u20. Relative errors grow with |x|: 5e-7 at -10, 4e-6 at -87.
 inline Vec exp(Vec x) {
 #ifdef CPU_CAPABILITY_AVX512
   const __m512 powers = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), f = _mm512_reduce_ps(powers, 0);
