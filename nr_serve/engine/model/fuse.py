@@ -152,7 +152,7 @@ def fuse(model: nn.Module, operators: Any, kind: type[FusedLayer] = FusedLayer) 
     for i, layer in enumerate(decoder_layers(model)):
         if _is_known(layer):
             decoder.layers[i] = kind(layer, operators)
-    if all(isinstance(layer, kind) for layer in decoder.layers) and _is_of(decoder.norm, _NORMS):
+    if all(isinstance(layer, kind) for layer in decoder.layers) and _is_of(getattr(decoder, "norm", None), _NORMS):
         decoder.norm = FusedNorm(decoder.norm, operators.rms_norm)
 
 
