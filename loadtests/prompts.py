@@ -37,8 +37,9 @@ class Texts:
     def _one(self, language: str, tokens: int) -> Prompt:
         text, span = self._texts[language], CHARACTERS * tokens
         start = self._rng.randrange(max(1, len(text) - span))
-        stretch = text[start : start + span].partition(" ")[2]
-        ids = self._tokenizer.encode(stretch, special_tokens=False)[:tokens]
+        stretch = text[start : start + span]
+        whole_words = stretch.partition(" ")[2] or stretch  # a table's rule has no space
+        ids = self._tokenizer.encode(whole_words, special_tokens=False)[:tokens]
         # The last token may be half a character.
         return Prompt(language, self._tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}"))
 

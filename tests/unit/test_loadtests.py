@@ -45,6 +45,11 @@ def test_contenders_are_measured_in_rounds_that_begin_with_another_each_time(
     assert all(r["least"] <= r["median"] <= r["most"] for r in ratios)
 
 
+def test_a_stretch_of_text_without_a_space_is_a_prompt_too():
+    texts = load("loadtests/prompts.py").Texts({"en": "|---" * 100}, tiny.tokenizer(), 0)
+    assert all(len(prompt.text) == 5 for prompt in texts.take(20, 5))
+
+
 def test_ratios_are_of_one_round_and_medians_over_rounds():
     serving_script = load("loadtests/serving.py")
     rows = []
