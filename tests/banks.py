@@ -24,7 +24,8 @@ def small(kind, dtype=torch.float32, **other) -> Bank:
 
 def cpu_bank(**shape) -> CpuBank:
     """Of the compiled operator."""
-    return CpuBank(operators_or_skip().residues, **shape)
+    operators = operators_or_skip()
+    return CpuBank(operators.residues, multiplies=operators.multiply is not None, **shape)
 
 
 def adapter(seed: int, *, carry=0.0, widths=(WIDTH,) * LAYERS, bias=0.0) -> Adapter:

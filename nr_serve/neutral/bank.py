@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from nr_serve.errors import BadAdapterFile
-from nr_serve.neutral.format import Adapter
+from nr_serve.neutral.format import Adapter, Block
+from nr_serve.neutral.pairs import VECTOR
 from nr_serve.neutral.step import StepTokens, Totals
 
 _SHUT = -1e30  # bias of a layer without a block: finite, so that its carry stays finite
@@ -55,9 +56,11 @@ class Bank(ABC):
         self.carry_S = zeros(slots)
         self.threshold_S = torch.full((slots,), torch.inf, device=device)  # inf: detached, can never fire
         self.ceiling_S = torch.full((slots,), torch.inf, device=device)
-        # A block of width h uses the first 2h rows: W_in, then W_gate, so that one product computes both.
-        self.w_up_SLud = zeros(slots, layers, 2 * width, d, dtype=dtype)
-        self.w_out_SLhd = zeros(slots, layers, width, d, dtype=dtype)  # transposed: a block fills the first h rows
+        # A block of width h uses the first 2h rows: W_in, then W_gate, so that one product computes both; of W_out,
+        # transposed, it uses h. (`CpuBank` may lay weights out otherwise, in whole vectors.)
+        room = -(-width // VECTOR) * VECTOR
+        self.w_up_SLud = zeros(slots, layers, 2 * room, d, dtype=dtype)
+        self.w_out_SLhd = zeros(slots, layers, room, d, dtype=dtype)
         self.width_LS = zeros(layers, slots, dtype=torch.int32)  # 0: no block
         self.attached: set[int] = set()
         # NaN: the sequence starts here. A row belongs to one running request.
@@ -96,9 +99,7 @@ class Bank(ABC):
             else:
                 self.gate_LSd[layer, slot].copy_(block.gate)
                 self.bias_LS[layer, slot].copy_(block.bias)
-                yield from _copy_rows(self.w_up_SLud[slot, layer, :h], block.w_in)
-                yield from _copy_rows(self.w_up_SLud[slot, layer, h : 2 * h], block.w_gate)
-                yield from _copy_rows(self.w_out_SLhd[slot, layer, :h], block.w_out.T)
+                yield from self._write(block, self.w_up_SLud[slot, layer], self.w_out_SLhd[slot, layer])
             yield
         self.carry_S[slot] = adapter.info.carry
         self.ceiling_S[slot] = adapter.info.ceiling
@@ -106,6 +107,13 @@ class Bank(ABC):
         self.page_state_LNS[:, :, slot] = torch.nan
         self.threshold_S[slot] = threshold
         self.attached.add(slot)
+
+    def _write(self, block: Block, up_ud: Tensor, out_hd: Tensor) -> Iterator[None]:
+        """Write a block's weights to its place in a slot, part by part, with a yield between parts."""
+        h = block.h
+        yield from _copy_rows(up_ud[:h], block.w_in)
+        yield from _copy_rows(up_ud[h : 2 * h], block.w_gate)
+        yield from _copy_rows(out_hd[:h], block.w_out.T)
 
     def detach(self, slot: int) -> None:
         """Shut a slot at once; its memory is reused by the next `attach`."""
@@ -161,10 +169,19 @@ class Bank(ABC):
         return Totals(fired, seen, mass, cross)
 
 
+def parts(rows: int, size: int, of: int = 1) -> Iterator[tuple[int, int]]:
+    """Beginnings and ends of the parts in which so many rows of that size are copied, each a multiple of `of` rows.
+
+    The last part may be shorter.
+    """
+    step = max(1, _COPIED // size // of) * of
+    for first in range(0, rows, step):
+        yield first, min(rows, first + step)
+
+
 def _copy_rows(to_hd: Tensor, from_hd: Tensor) -> Iterator[None]:
     """Copy a block's rows, part by part, with a yield between parts."""
-    rows = max(1, _COPIED // to_hd.shape[1])
-    for first in range(0, len(to_hd), rows):
+    for first, end in parts(*to_hd.shape):
         if first:
             yield
-        to_hd[first : first + rows].copy_(from_hd[first : first + rows])
+        to_hd[first:end].copy_(from_hd[first:end])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nr_serve.neutral.bank import Bank
+from nr_serve.neutral.bank import Bank, parts
+from nr_serve.neutral.format import Block
+from nr_serve.neutral.pairs import BLOCK, VECTOR, write_pairs
 from nr_serve.neutral.step import StepTokens, Trial
 
 
@@ -36,11 +40,13 @@ class Residues(Protocol):
 class CpuBank(Bank):
     """A bank whose gates, carry and blocks take one call per layer."""
 
-    def __init__(self, residues: Callable[..., Residues], **shape: Any) -> None:
-        """`residues` is `CpuOperators.residues`."""
+    def __init__(self, residues: Callable[..., Residues], *, multiplies: bool, **shape: Any) -> None:
+        """`residues` is `CpuOperators.residues`; `multiplies`: whether the operators have products of our own."""
         super().__init__(**shape)
+        self._paired = multiplies and self.dtype is torch.bfloat16 and self.d % VECTOR == 0
         # Passed by name, because some tensors have the same shape.
-        self._residues = residues({name: value for name, value in vars(self).items() if isinstance(value, Tensor)})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        self._residues = residues(tensors, self._paired)
         self._tokens: StepTokens | None = None  # of the current step
 
     def begin(self, tokens: StepTokens) -> None:
@@ -58,6 +64,29 @@ class CpuBank(Bank):
             trial.threshold,
         )
         self._tokens = tokens
+
+    def _write(self, block: Block, up_ud: Tensor, out_hd: Tensor) -> Iterator[None]:
+        """As `Bank._write`, if need be in the layout of our own products.
+
+        There W_in and W_gate come in turn, 16 rows of one and 16 of the other, so that each block of outputs gives
+        hidden values. Missing rows are 0: their hidden values are too.
+        """
+        if not self._paired:
+            yield from super()._write(block, up_ud, out_hd)
+            return
+        up, out = up_ud.flatten(), out_hd.flatten()
+        for first, end in parts(block.h, self.d, VECTOR):
+            in_and_gate = [
+                F.pad(weights[first:end].to(self.dtype), (0, 0, 0, (first - end) % VECTOR)).view(-1, VECTOR, self.d)
+                for weights in (block.w_in, block.w_gate)
+            ]
+            rows = torch.stack(in_and_gate, 1).flatten(0, 2)
+            write_pairs(up[2 * first * self.d :][: rows.numel()], rows, 2 * VECTOR)
+            yield
+        for first, end in parts(self.d, block.h, BLOCK):
+            rows = F.pad(block.w_out[first:end].to(self.dtype), (0, -block.h % VECTOR))
+            write_pairs(out[first * rows.shape[1] :][: rows.numel()], rows)
+            yield
 
     @property
     def under_way(self) -> Residues | None:

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nr_serve.neutral.pairs import VECTOR, pair
+
 Multiply = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 """Type of `CpuOperators.multiply`."""
 
 _PACKED_FOR = 8
 """Number of tokens that oneDNN's layout is chosen for; 8 and 32 gave the same layout."""
-_BLOCK = 48
-"""Number of outputs that our own product computes together."""
 _KEEP_BYTES = 2**30
 """Bases up to this size also keep the plain float32 weights: they make products of one token a quarter faster."""
 
@@ -52,7 +52,7 @@ class PairedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        self.packed = _pairs(weight)
+        self.packed = pair(weight.detach())
         self._multiply, self._dtype = multiply, dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,13 +62,7 @@ class PairedLinear(nn.Module):
 
 def can_pair(weight: Tensor) -> bool:
     """Whether our own product supports a weight [out, in]."""
-    return weight.dtype is torch.bfloat16 and weight.shape[0] % 16 == 0 and weight.shape[1] % 2 == 0
-
-
-def _pairs(weight: Tensor) -> Tensor:
-    """The weight in `multiply`'s layout, flattened: blocks of outputs, in each the inputs' pairs side by side."""
-    blocks = (weight.detach()[first : first + _BLOCK] for first in range(0, len(weight), _BLOCK))
-    return torch.cat([block.reshape(len(block), -1, 2).transpose(0, 1).flatten() for block in blocks])
+    return weight.dtype is torch.bfloat16 and weight.shape[0] % VECTOR == 0 and weight.shape[1] % 2 == 0
 
 
 def can_pack(dtype: torch.dtype) -> bool:

@@ -285,7 +285,7 @@ class Runner:
 
             kind = GpuBank
         elif self.operators is not None:
-            kind = partial(CpuBank, self.operators.residues)
+            kind = partial(CpuBank, self.operators.residues, multiplies=self.operators.multiply is not None)
         return kind(
             layers=layers,
             d=d,

@@ -31,16 +31,21 @@ template <int G, typename T>
 void multiply_keys(const Rows<T>& rows, int64_t d, int64_t tokens, int64_t D, const T* query, float scale,
                    float* logits, int64_t n) {
   for (int64_t i = 0; i < tokens; i += W) {
-    Vec sums[G][W];
-    for (auto& row : sums)
-      for (Vec& s : row) s = Vec(0.f);
-    for (int64_t j = 0; j < std::min(W, tokens - i); ++j) {
-      const T* key = rows.row(i + j, d, D);
+    Vec fours[G][W / 4];
+    for (int64_t four = 0; four < W / 4; ++four) {
+      Vec sums[G][4];
+      for (auto& row : sums)
+        for (Vec& s : row) s = Vec(0.f);
+      const T* key[4];
+      for (int64_t j = 0; j < 4; ++j) key[j] = rows.row(i + 4 * four + j, d, D);
       for_vectors<PRODUCTS<T>>(D, [&](int64_t k, int64_t count) {
-        for (int g = 0; g < G; ++g) sums[g][j] = multiply_add(query + g * D + k, key + k, count, sums[g][j]);
+        for (int g = 0; g < G; ++g)
+          for (int64_t j = 0; j < 4; ++j)
+            sums[g][j] = multiply_add(query + g * D + k, key[j] + k, count, sums[g][j]);
       });
+      for (int g = 0; g < G; ++g) fours[g][four] = sum_four(sums[g]);
     }
-    for (int g = 0; g < G; ++g) store(logits + g * n + i, sum_each(sums[g]) * Vec(scale));
+    for (int g = 0; g < G; ++g) store(logits + g * n + i, sum_fours(fours[g]) * Vec(scale));
   }
 }
 
@@ -79,7 +84,7 @@ void attend_token(const T* q, const T* k, const T* v, int64_t stride, const int6
     for (int64_t i = 0; i < n; i += TOKENS_AT_ONCE) {
       for (int64_t j = 0; j < TOKENS_AT_ONCE; ++j) {
         rows.now[j] = from + cells[std::min(i + j, n - 1)] * stride;
-        rows.next[j] = from + cells[std::min(i + j + TOKENS_AT_ONCE, n - 1)] * stride;
+        rows.next[j] = from + cells[std::min(i + j + 2 * TOKENS_AT_ONCE, n - 1)] * stride;
       }
       for (int64_t key = 0; key < keys; ++key)
         for_rows(G, [&](auto heads_at_once, int64_t g) {

@@ -130,6 +130,9 @@ void Blocks::add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, cons
   // Sorted by slot, so that a token's residues are summed in an order that does not depend on what shares its
   // step.
   std::sort(fired.begin(), fired.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
+#ifdef NR_SERVE_PRODUCTS
+  if (paired_) return add_paired(layer, fired, x, y.mutable_data_ptr<BFloat16>());
+#endif
   const auto many = [](const Fired& one) { return one.tokens.size() > FEW; };
   with_type(x, [&](auto type) {
     using T = decltype(type);

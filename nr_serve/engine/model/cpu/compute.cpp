@@ -4,5 +4,6 @@
 #include "attention.h"
 #include "blocks.h"
 #include "layer.h"
+#include "paired_blocks.h"
 #include "products.h"
 #include "prompts.h"

@@ -21,7 +21,7 @@ TORCH_LIBRARY(nr_serve, library) {
   library.def("share_among(int threads) -> ()", nr_serve::share_among);
   using at::Tensor;
   library.class_<nr_serve::Residues>("Residues")
-      .def(torch::init<c10::Dict<std::string, Tensor>>())
+      .def(torch::init<c10::Dict<std::string, Tensor>, bool>())
       .def("begin", &nr_serve::Residues::begin)
       .def("add", &nr_serve::Residues::add)
       .def("end", &nr_serve::Residues::end);

@@ -36,10 +36,11 @@ struct Fired {
   std::vector<float> g, hidden;
 };
 
-// The blocks of all slots and layers: W_in and W_gate [S, L, 2H, d], and W_out transposed, [S, L, H, d].
+// The blocks of all slots and layers: W_in and W_gate [S, L, 2H, d], and W_out transposed, [S, L, H, d]. If they are
+// `paired`, each holds these weights in the layout of tiles.h, as CpuBank writes them.
 class Blocks {
  public:
-  Blocks(Tensor up, Tensor out, int64_t S, int64_t L, int64_t d) : up_(up), out_(out) {
+  Blocks(Tensor up, Tensor out, int64_t S, int64_t L, int64_t d, bool paired) : up_(up), out_(out), paired_(paired) {
     const int64_t H = out.size(2);
     TORCH_CHECK(up.sizes() == at::IntArrayRef({S, L, 2 * H, d}) && out.sizes() == at::IntArrayRef({S, L, H, d}));
     TORCH_CHECK(up.scalar_type() == out.scalar_type());
@@ -59,7 +60,13 @@ class Blocks {
   template <typename T>
   void add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) const;
 
+#ifdef NR_SERVE_PRODUCTS
+  // Adds to y [T, d] the residues of blocks whose weights are paired; in paired_blocks.h.
+  void add_paired(int64_t layer, const std::vector<Fired>& blocks, const Tensor& x, at::BFloat16* y) const;
+#endif
+
   Tensor up_, out_;
+  bool paired_;
 };
 
 #ifdef NR_SERVE_PRODUCTS

@@ -7,7 +7,6 @@
 
 #ifdef NR_SERVE_PRODUCTS
 
-#include <memory>
 #include <numeric>
 
 namespace nr_serve {
@@ -56,12 +55,6 @@ template <int R>
 void multiply_rows(const Tiles& rows, const BFloat16* x, int64_t size, const int32_t* weights, float* y, int64_t n) {
   const auto* in = reinterpret_cast<const int32_t*>(x);
   rows.multiply<R>(in, size, weights, nullptr, [](int64_t) { return Prefetch{}; }, y, n);
-}
-
-// Uninitialised memory for `size` values, which must be written before they are read.
-template <typename T>
-std::unique_ptr<T[]> room_for(int64_t size) {
-  return std::unique_ptr<T[]>(new T[size]);
 }
 
 // Attention of some tokens of a prompt in the G query heads of one key head, with a thread's memory for it.

@@ -18,8 +18,9 @@ namespace nr_serve {
 // The residues of a step, layer by layer. n: number of slots whose gates are evaluated, from slot 0 on.
 class Residues : public torch::CustomClassHolder {
  public:
-  // `bank`: its tensors, by their names in bank.py. They are read and written in place.
-  explicit Residues(const c10::Dict<std::string, Tensor>& bank)
+  // `bank`: its tensors, by their names in bank.py. They are read and written in place. `paired`: how its blocks'
+  // weights are laid out.
+  Residues(const c10::Dict<std::string, Tensor>& bank, bool paired)
       : gate_(bank.at("gate_LSd")),
         bias_(bank.at("bias_LS")),
         carry_(bank.at("carry_S")),
@@ -35,7 +36,7 @@ class Residues : public torch::CustomClassHolder {
         layers_(gate_.size(0)),
         slots_(gate_.size(1)),
         d_(gate_.size(2)),
-        blocks_(bank.at("w_up_SLud"), bank.at("w_out_SLhd"), slots_, layers_, d_) {
+        blocks_(bank.at("w_up_SLud"), bank.at("w_out_SLhd"), slots_, layers_, d_, paired) {
     for (const auto& named : bank) TORCH_CHECK(named.value().is_cpu() && named.value().is_contiguous(), named.key());
     for (const Tensor& t : {bias_, width_, seen_, fired_count_}) TORCH_CHECK(t.numel() == layers_ * slots_);
     for (const Tensor& t : {carry_, ceiling_, threshold_, mass_}) TORCH_CHECK(t.numel() == slots_);

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 
 #include "threads.h"
@@ -80,27 +81,38 @@ inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }
 
-// The sum of each of W vectors, as one vector.
-inline Vec sum_each(const Vec* v) {
+// Four vectors' sums, in parts that `sum_fours` adds.
+inline Vec sum_four(const Vec* v) {
 #ifdef CPU_CAPABILITY_AVX512
-  __m512 fours[4];  // each 128 bits hold a part of four sums
-  for (int i = 0; i < 4; ++i) {
-    const auto two = [](__m512 a, __m512 b) {
-      return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    };
-    const __m512d a = _mm512_castps_pd(two(v[4 * i], v[4 * i + 1]));
-    const __m512d b = _mm512_castps_pd(two(v[4 * i + 2], v[4 * i + 3]));
-    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
+  const auto two = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+  const __m512d a = _mm512_castps_pd(two(v[0], v[1])), b = _mm512_castps_pd(two(v[2], v[3]));
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+#else
+  float sums[W] = {};
+  for (int64_t i = 0; i < 4; ++i) sums[i] = sum(v[i]);
+  return Vec::loadu(sums);
+#endif
+}
+
+// The sums of W vectors from those of every four of them.
+inline Vec sum_fours(const Vec* fours) {
+#ifdef CPU_CAPABILITY_AVX512
   const auto halves = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   };
   return halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
 #else
   float sums[W];
-  for (int64_t i = 0; i < W; ++i) sums[i] = sum(v[i]);
+  for (int64_t i = 0; i < W / 4; ++i) store(sums + 4 * i, fours[i], 4);
   return Vec::loadu(sums);
 #endif
+}
+
+// The sum of each of W vectors, as one vector.
+inline Vec sum_each(const Vec* v) {
+  Vec fours[W / 4];
+  for (int64_t i = 0; i < W / 4; ++i) fours[i] = sum_four(v + 4 * i);
+  return sum_fours(fours);
 }
 
 // Calls f(position, count) for runs of STEP positions below `size`, the last run maybe shorter.
@@ -140,6 +152,12 @@ void with_type(const Tensor& x, F&& f) {
   if (x.scalar_type() == at::kFloat) return f(float());
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "float32 or bfloat16 is needed, not ", x.scalar_type());
   f(BFloat16());
+}
+
+// Uninitialised memory for `size` values, which must be written before they are read.
+template <typename T>
+std::unique_ptr<T[]> room_for(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]);
 }
 
 // Least number of items of `size` values that is worth a thread.
