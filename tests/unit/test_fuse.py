@@ -10,7 +10,7 @@ from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Sampling, Submit
 from nr_serve.engine.model import fuse as fuse_module
 from nr_serve.engine.model import runner as runner_module
-from nr_serve.engine.model.fuse import CompiledLayers, FusedFFN, FusedLayer, FusedNorm, fuse
+from nr_serve.engine.model.fuse import CompiledModel, FusedFFN, FusedLayer, FusedNorm, fuse
 from nr_serve.engine.model.packed_linear import can_pack
 from nr_serve.engine.model.runner import Runner
 from tests import tiny
@@ -86,11 +86,12 @@ def test_the_setting_says_whether_steps_use_them(operators, compiled):
     assert any(isinstance(module, FusedLayer) for module in runner.model.modules()) is compiled
 
 
-def answers(kind, layer_class, threads=1, **changed):
+def answers(kind, threads=1, *, compiled=True, **changed):
     """Answers in bfloat16, with log probabilities and gates, to prompts of all lengths beside two adapters."""
     base = tiny.model(kind, **changed).bfloat16()
     core, adapters = engine(base, pages=60, budget=24, running=4)
-    assert all(type(layer) is layer_class for layer in base.model.layers)
+    assert all(type(layer) is FusedLayer for layer in base.model.layers)
+    assert isinstance(core._runner.model, CompiledModel) is compiled
     for seed in (0, 1):
         load(adapters, f"a{seed}", tiny.adapter(tiny.model(kind, **changed), seed=seed, carry=0.5))
     operators_or_skip().share_among(threads)
@@ -112,9 +113,9 @@ def answers(kind, layer_class, threads=1, **changed):
 def test_layers_in_one_call_compute_what_its_operators_do_to_the_bit(operators, kind, changed, monkeypatch):
     if operators.layers is None:
         pytest.skip("no products of our own here")
-    got = answers(kind, CompiledLayers, **changed)
-    monkeypatch.setattr(fuse_module, "compile_layers", lambda *_: None)
-    assert got == answers(kind, FusedLayer, **changed)
+    got = answers(kind, **changed)
+    monkeypatch.setattr(fuse_module, "compile_model", lambda model, *_: model)
+    assert got == answers(kind, compiled=False, **changed)
     assert all(sum(gates.fired) for gates in got[1].values()), "or residues were not looked at"
 
 
@@ -123,7 +124,7 @@ def test_threads_of_our_own_change_no_bit(operators):
         pytest.skip("no products of our own here")
     wide = {"intermediate_size": 2048}  # so wide that three threads share a product
     with computed_by("three of our own"):
-        assert answers("llama", CompiledLayers, 3, **wide) == answers("llama", CompiledLayers, 1, **wide)
+        assert answers("llama", 3, **wide) == answers("llama", 1, **wide)
 
 
 def test_a_model_in_such_calls_is_computed_by_threads_of_our_own_as_many_as_torchs(operators, monkeypatch):

@@ -6,9 +6,8 @@ Only layers of transformers that are known to compute exactly this are replaced.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +21,19 @@ from nr_serve.neutral.cpu_bank import CpuBank
 from nr_serve.neutral.host import HostFFN, decoder_layers, host_blocks
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+_MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 _SILUS = {"SiLU", "SiLUActivation"}
 
 
-def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None, *, kernels: bool = False) -> None:
+def prepare_layers(
+    model: nn.Module, bank: Bank, operators: CpuOperators | None, *, kernels: bool = False
+) -> nn.Module:
     """Make a frozen model's layers add the bank's residues, and compute as fast as they can, in place.
 
-    Uses `operators` on a CPU, or `gpu_operators` with `kernels`. The order matters: layers are fused before they
-    host blocks, packed after they are fused, compiled after they are packed. Raises UnsupportedBase as
-    `host_blocks` does.
+    Returns what runs the steps: the model, or a `CompiledModel` of its parts. Uses `operators` on a CPU, or
+    `gpu_operators` with `kernels`. The order matters: layers are fused before they host blocks, packed after they
+    are fused, compiled after they are packed. Raises UnsupportedBase as `host_blocks` does.
     """
     if kernels:
         from nr_serve.engine.model import gpu_operators  # needs triton
@@ -42,7 +44,8 @@ def prepare_layers(model: nn.Module, bank: Bank, operators: CpuOperators | None,
     host_blocks(model, bank.add_residues)
     pack_linears(model, None if operators is None else operators.multiply)
     if operators is not None and isinstance(bank, CpuBank):
-        compile_layers(model, operators, bank)
+        return compile_model(model, operators, bank)
+    return model
 
 
 class FusedNorm(nn.Module):
@@ -74,29 +77,7 @@ class FusedFFN(nn.Module):
         return y
 
 
-class _Layer(nn.Module, ABC):
-    """A replacement for one or all of the model's own layers."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        nr_batch: Batch,
-        nr_cache: KVCache,
-        **unknown: Any,
-    ) -> Tensor:
-        """[1, T, d] to [1, T, d], called as the model calls its own layers."""
-        refuse_unknown(attention_mask, 0.0, unknown)
-        return self.run(hidden_states, *position_embeddings, nr_batch, nr_cache)
-
-    @abstractmethod
-    def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """The residual stream after the layer, from `stream` before it, both [1, T, d]; cos and sin [1, T, D]."""
-
-
-class FusedLayer(_Layer):
+class FusedLayer(nn.Module):
     """A layer of attention and FFN, each after an RMSNorm (Zhang and Sennrich, 2019) and added to the stream.
 
     Queries, keys and values are one product. Qwen 3 also normalises queries and keys.
@@ -119,16 +100,33 @@ class FusedLayer(_Layer):
         self.window = _window(attention)
         self._operators = operators
 
-    def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """Run the layer; see `_Layer.run`."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        nr_batch: Batch,
+        nr_cache: KVCache,
+        **unknown: Any,
+    ) -> Tensor:
+        """[1, T, d] to [1, T, d], called as the model calls its own layers."""
+        refuse_unknown(attention_mask, 0.0, unknown)
         ops = self._operators
-        keys_CKD, values_CKD = cache.keys_LCKD[self.layer_idx], cache.values_LCKD[self.layer_idx]
-        qkv = self.qkv(ops.rms_norm(stream, self.attention_norm, self.eps))
+        keys_CKD, values_CKD = nr_cache.keys_LCKD[self.layer_idx], nr_cache.values_LCKD[self.layer_idx]
+        qkv = self.qkv(ops.rms_norm(hidden_states, self.attention_norm, self.eps))
         query_THD = ops.rotate(
-            qkv, cos, sin, keys_CKD, values_CKD, batch.cells_T, self.q_norm, self.k_norm, self.eps
+            qkv,
+            *position_embeddings,
+            keys_CKD,
+            values_CKD,
+            nr_batch.cells_T,
+            self.q_norm,
+            self.k_norm,
+            self.eps,
         )
-        out_THD = cache.attend(query_THD, keys_CKD, values_CKD, batch, self.scaling, self.window)
-        return self._add_ffn(stream, self.out(out_THD.flatten(1)[None]))
+        out_THD = nr_cache.attend(query_THD, keys_CKD, values_CKD, nr_batch, self.scaling, self.window)
+        return self._add_ffn(hidden_states, self.out(out_THD.flatten(1)[None]))
 
     def _add_ffn(self, stream: Tensor, out: Tensor) -> Tensor:
         """The stream after the layer: `out` of the attention is added to it, then the FFN's output."""
@@ -156,48 +154,73 @@ def fuse(model: nn.Module, operators: Any, kind: type[FusedLayer] = FusedLayer) 
         decoder.norm = FusedNorm(decoder.norm, operators.rms_norm)
 
 
-class CompiledLayers(_Layer):
-    """All fused layers of a model with their FFNs' residues, in one call of the C++ operator `layers`."""
+class Logits(NamedTuple):
+    """The part of a model's output that a step needs."""
 
-    def __init__(self, layers: Sequence[FusedLayer], make: Callable[..., Any], bank: CpuBank) -> None:
-        """Take the layers over. `make`: `CpuOperators.layers`."""
+    logits: Tensor
+    """[1, N, V]"""
+
+
+class CompiledModel(nn.Module):
+    """A model with all its layers, and their FFNs' residues, in one call of the C++ operator `layers`.
+
+    It is called as the model is. What transformers prepares for other uses, masks and caches above all, it leaves
+    out: that takes more than half a millisecond a step.
+    """
+
+    def __init__(self, model: Any, make: Callable[..., Any], bank: CpuBank) -> None:
+        """Take the model over. `make`: `CpuOperators.layers`; residues come from `bank`."""
         super().__init__()
+        decoder, self.lm_head, self._bank = model.model, model.lm_head, bank
+        self.embedding, self.rotary, self.norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+        layers: list[FusedLayer] = list(decoder.layers)
         self._layers = make(
             [_weights(layer) for layer in layers],
             [layer.eps for layer in layers],
             [layer.scaling for layer in layers],
             [layer.window or NO_WINDOW for layer in layers],
         )
-        self._bank = bank
 
-    def run(self, stream: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """Run the layers; see `_Layer.run`."""
-        y: Tensor = self._layers.forward(
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *,
+        nr_batch: Batch,
+        nr_cache: KVCache,
+        logits_to_keep: int | Tensor = 0,
+        use_cache: Literal[False] = False,
+    ) -> Logits:
+        """Logits of tokens [1, T]: of all of them, or of those at the indices `logits_to_keep` [N]."""
+        stream = self.embedding(input_ids)
+        stream = self._layers.forward(
             stream,
-            cos,
-            sin,
-            cache.keys_LCKD,
-            cache.values_LCKD,
-            batch.cells_T,
-            [group.cells_BN for group in batch.groups],
-            [group.positions_Bn for group in batch.groups],
+            *self.rotary(stream, position_ids),
+            nr_cache.keys_LCKD,
+            nr_cache.values_LCKD,
+            nr_batch.cells_T,
+            [group.cells_BN for group in nr_batch.groups],
+            [group.positions_Bn for group in nr_batch.groups],
             self._bank.under_way,
         )
-        return y
+        if isinstance(logits_to_keep, Tensor):
+            stream = stream.index_select(1, logits_to_keep)
+        return Logits(self.lm_head(self.norm(stream)))
 
 
-def compile_layers(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> None:
-    """Replace, in place, the list of layers by one that runs all, if all their products are `PairedLinear`.
+def compile_model(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> nn.Module:
+    """A known model as a `CompiledModel`, if all its layers' products are `PairedLinear`; else the model.
 
-    Residues come from `bank`. If the output head is a `PairedLinear` too, the calling thread, which must be the one
-    that runs the model, shares its work with our own threads instead of torch's.
+    If the output head is a `PairedLinear` too, the calling thread, which must be the one that runs the model,
+    shares its work with our own threads instead of torch's.
     """
-    decoder: Any = model.get_submodule("model")
-    if operators.layers is None or not all(_is_ours(layer, operators) for layer in decoder.layers):
-        return
-    decoder.layers = nn.ModuleList([CompiledLayers(list(decoder.layers), operators.layers, bank)])
-    if isinstance(getattr(model, "lm_head", None), PairedLinear):
+    if operators.layers is None or not _is_of(model, _MODELS):
+        return model
+    if not all(_is_ours(layer, operators) for layer in decoder_layers(model)):
+        return model
+    if isinstance(model.lm_head, PairedLinear):
         operators.share_among(torch.get_num_threads())
+    return CompiledModel(model, operators.layers, bank)
 
 
 def _is_ours(layer: nn.Module, operators: CpuOperators) -> bool:

@@ -62,7 +62,7 @@ class Runner:
         `kernels`: whether steps run on the GPU kernels; None: if the model is on a GPU.
         """
         shape = check_base(model)
-        self.model = model.eval().requires_grad_(False)
+        self.model, self._architecture = model.eval().requires_grad_(False), type(model).__name__
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.kernels = self.device.type == "cuda" if kernels is None else kernels
@@ -91,7 +91,7 @@ class Runner:
         )
         attention.register()
         model.set_attn_implementation(attention.NAME)
-        prepare_layers(model, self.bank, self.operators, kernels=self.kernels and config.compile)
+        self.model = prepare_layers(model, self.bank, self.operators, kernels=self.kernels and config.compile)
         self.graphs: Graphs | None = None
         with self._refused():
             check.run(self._all_logits, page_size=self.page_size, pages=self.pages)
@@ -106,7 +106,7 @@ class Runner:
 
     def _refused(self) -> AbstractContextManager[None]:
         """Turn any failure into UnsupportedBase: a base of an unforeseen kind can fail in any way."""
-        return raised_as(UnsupportedBase, f"{type(self.model).__name__} cannot be served")
+        return raised_as(UnsupportedBase, f"{self._architecture} cannot be served")
 
     @classmethod
     def load(cls, path: Path | str, tokenizer: Tokenizer, config: ServeConfig, name: str) -> Runner:
