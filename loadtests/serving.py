@@ -94,25 +94,25 @@ def _run(
 ) -> dict[str, Any]:
     """One measurement, after a short unmeasured load of the same kind."""
     with contender.running():
-        asyncio.run(_ask_all(contender, load, warm_up, 2, args.seed))
+        asyncio.run(_ask_all(contender, load, warm_up, 2, args))
         before = _own_seconds()
-        answers = asyncio.run(_ask_all(contender, load, prompts, args.tokens, args.seed))
+        answers = asyncio.run(_ask_all(contender, load, prompts, args.tokens, args))
         own = _own_seconds() - before
     summary: dict[str, Any] = summarise(answers)
     return summary | {"memory_mib": contender.memory_mib(), "client_cpu_share": own / summary["seconds"]}
 
 
 async def _ask_all(
-    contender: Contender, load: Load, prompts: Sequence[Prompt], tokens: int, seed: int
+    contender: Contender, load: Load, prompts: Sequence[Prompt], tokens: int, args: argparse.Namespace
 ) -> list[Answer]:
-    bodies = [contender.body(prompt.text, prompt.language, tokens) for prompt in prompts]
+    bodies = [contender.body(prompt.text, prompt.language, tokens) | args.sampling for prompt in prompts]
     kind, size = load
     # A connection a request: llama.cpp's server ends one that is kept without a word, between two of its answers.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=contender.url, timeout=600, limits=limits, trust_env=False) as http:
         if kind == "concurrency":
             return await at_concurrency(http, bodies, int(size))
-        return await at_rate(http, bodies, size, seed)
+        return await at_rate(http, bodies, size, args.seed)
 
 
 def _own_seconds() -> float:
@@ -195,6 +195,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument(
+        "--sampling",
+        type=json.loads,
+        default={},
+        help='fields of each request, as JSON (default: {"temperature": 0})',
+    )
     parser.add_argument("--prompts", choices=["english", "mixed"], default="english")
     parser.add_argument(
         "--corpus", type=Path, help="folder of LANGUAGE.*.heldout.txt (default: this project's pages)"

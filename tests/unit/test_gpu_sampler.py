@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from nr_serve.engine.model.device import _as_block
 from nr_serve.engine.model.gpu_sampler import draw
-from nr_serve.engine.model.sampler import NOT_A_NUMBER, likeliest, likeliest_on_device, sample, truncate
+from nr_serve.engine.model.sampler import NOT_A_NUMBER, likeliest, likeliest_on_device, sample, weights
 from tests.unit.test_sampler import VOCAB, chi_square, logits, request
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,7 +32,8 @@ def test_draws_follow_the_distribution_after_temperature_top_k_top_p_and_min_p(s
     logits_V = logits(seed)
     requests = [request(seed=i, **options) for i in range(count)]
     got = drawn(logits_V.expand(count, -1), requests)
-    want_V = truncate(logits_V / options["temperature"], requests[0].sampling).softmax(-1)
+    want_V = torch.from_numpy(weights(logits_V.numpy(), requests[0].sampling))
+    want_V /= want_V.sum()
     counts_V = torch.tensor(list(got.values())).bincount(minlength=VOCAB)
     assert not counts_V[want_V == 0].any()
     likely = want_V * count > 5

@@ -256,10 +256,10 @@ def test_a_schema_of_nothing_but_itself_is_refused_with_the_reason():
 def test_an_answer_that_cannot_go_on_ends_alone(ending, monkeypatch):
     core, _ = engine(tiny.model(), pages=400, budget=64, running=8)
     core.add(Submit("guided", (1,), Sampling(), (), guide=guide("start: /[ab]{9}/")))
-    core.add(Submit("free", (1,), Sampling(max_tokens=4), ()))
+    core.add(Submit("free", (1,), Sampling(max_tokens=4, ignore_eos=True), ()))
     if ending == "logits gone wild":
         monkeypatch.setattr(
-            "nr_serve.engine.model.sampler.truncate", lambda logits, sampling: torch.full_like(logits, torch.nan)
+            "nr_serve.engine.model.sampler.adjust", lambda logits, request: torch.full_like(logits, torch.nan)
         )
     else:
         monkeypatch.setattr(

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.model.sampler import adjust, likeliest, log_probabilities, sample, takes_likeliest, truncate
+from nr_serve.engine.model.sampler import adjust, likeliest, log_probabilities, sample, takes_likeliest, weights
 from nr_serve.engine.request import AnswerText, Request
 from nr_serve.tokenizer import Detokenizer
 from tests import tiny
@@ -65,9 +65,10 @@ def test_temperature_top_k_top_p_and_min_p_are_those_of_transformers(seed):
         theirs.append(MinPLogitsWarper(sampling.min_p))
     raw = logits(seed)
     want = theirs(torch.tensor([[0]]), raw[None].clone())[0]
-    got = truncate(raw / sampling.temperature, sampling)
-    assert torch.equal(got.isneginf(), want.isneginf()), sampling
-    torch.testing.assert_close(got, want)
+    got = torch.from_numpy(weights(raw.numpy(), sampling))
+    assert torch.equal(got == 0, want.isneginf()), sampling
+    assert got.max() == 1
+    torch.testing.assert_close(got / got.sum(), want.softmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -86,13 +87,13 @@ def test_temperature_top_k_top_p_and_min_p_are_those_of_transformers(seed):
 def test_top_p_keeps_until_it_is_reached_and_min_p_what_is_no_less_likely(options, kept):
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.125])
     assert torch.equal(probabilities.log().softmax(-1), probabilities)
-    assert truncate(probabilities.log(), Sampling(**options)).isfinite().tolist() == [i < kept for i in range(4)]
+    assert (weights(probabilities.log().numpy(), Sampling(**options)) > 0).tolist() == [i < kept for i in range(4)]
 
 
 def test_a_top_p_of_1_and_a_min_p_of_0_leave_out_nothing():
     raw = torch.tensor([0.0, 0.0, 0.0, -30.0])
     assert raw.softmax(-1)[:3].double().sum() > 1, "rounded up"
-    assert torch.equal(truncate(raw, Sampling(top_p=1.0, min_p=0.0)), raw)
+    assert (weights(raw.numpy(), Sampling(top_p=1.0, min_p=0.0)) > 0).all()
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 5.0])
@@ -193,9 +194,8 @@ def test_the_likeliest_is_taken_unasked_only_where_sampling_gives_it(options):
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.7}, {"top_p": 0.8, "temperature": 0.7}, {"top_k": 5}])
 def test_frequencies_follow_the_probabilities(options):
     draws, raw = 2000, logits(7, size=12) / 2
-    probabilities = (
-        truncate(raw / options.get("temperature", 1.0), Sampling(**options)).double().softmax(-1).tolist()
-    )
+    drawn_from = weights(raw.numpy(), Sampling(**options)).astype(float)
+    probabilities = (drawn_from / drawn_from.sum()).tolist()
     # Half of the draws by seed, half by place in the answer: both must be independent.
     got = [sample(raw, request(seed=s, **options)) for s in range(draws // 2)]
     got += [sample(raw, request(seed=-1, answer=[0] * place, **options)) for place in range(draws // 2)]
