@@ -102,14 +102,11 @@ void Blocks::add_many(int64_t layer, const Fired& one, const Tensor& x, T* y) co
 template <typename T>
 void Blocks::add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) const {
   const int64_t d = out_.size(3);
-  const auto block = [&](const Tensor& weights, int64_t slot) {
-    return weights.const_data_ptr<T>() + slot * weights.stride(0) + layer * weights.stride(1);
-  };
   int64_t rows = 0;
   for (Fired& one : blocks) one.hidden.resize(one.tokens.size() * one.h), rows += one.h;
   share(rows, grain(2 * d), [&](int64_t from, int64_t to) {  // all blocks' rows laid end to end
     for (Fired& one : blocks) {
-      fill_hidden(one, x, block(up_, one.slot), d, std::max<int64_t>(from, 0), std::min(to, one.h));
+      fill_hidden(one, x, of_block<T>(up_, one.slot, layer), d, std::max<int64_t>(from, 0), std::min(to, one.h));
       from -= one.h, to -= one.h;
     }
   });
@@ -120,7 +117,7 @@ void Blocks::add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) c
         for_columns<VECTORS_OF<tokens()>>(from * run, std::min(d, to * run), [&](auto size, int64_t i) {
           T* rows[tokens()];
           for (int k = 0; k < tokens(); ++k) rows[k] = y + one.tokens[f + k] * d + i;
-          add_out<tokens()>(block(out_, one.slot) + i, d, one.h, one.hidden.data() + f * one.h, size, rows);
+          add_out<tokens()>(of_block<T>(out_, one.slot, layer) + i, d, one.h, one.hidden.data() + f * one.h, size, rows);
         });
       });
   });

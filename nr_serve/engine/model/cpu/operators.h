@@ -28,6 +28,12 @@ Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Ten
 Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cells,
               const Tensor& positions, double scale, int64_t window);
 
+// The weights of one slot's block in one layer, of `weights` [S, L, ...].
+template <typename T>
+const T* of_block(const Tensor& weights, int64_t slot, int64_t layer) {
+  return weights.const_data_ptr<T>() + slot * weights.stride(0) + layer * weights.stride(1);
+}
+
 // blocks.h
 // The tokens on which one slot fired, with their gates and hidden values; h is the width of the slot's block.
 struct Fired {

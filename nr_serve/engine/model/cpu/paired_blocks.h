@@ -61,7 +61,7 @@ struct PairedBlock {
 void Blocks::add_paired(int64_t layer, const std::vector<Fired>& fired, const Tensor& x, BFloat16* y) const {
   const int64_t d = out_.size(3), T = x.numel() / d;
   const auto weights = [&](const Tensor& of, int64_t slot) {
-    return static_cast<const int32_t*>(of[slot][layer].const_data_ptr());
+    return reinterpret_cast<const int32_t*>(of_block<BFloat16>(of, slot, layer));
   };
   const BFloat16* all_x = x.const_data_ptr<BFloat16>();
   std::vector<PairedBlock> blocks;
