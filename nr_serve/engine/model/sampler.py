@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -80,48 +81,59 @@ def weights(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
     V, top_k = len(logits_V), sampling.top_k
     heated_V = logits_V / np.float32(sampling.temperature)
     highest = heated_V.max()
-    if np.isfinite(highest):
-        weights_V: np.ndarray = np.exp(heated_V - highest)
-    else:  # of a model that has diverged
-        weights_V = (heated_V == highest).astype(np.float32)
+
+    def relative(heated: np.ndarray) -> np.ndarray:
+        # That of a model that has diverged may be infinite.
+        values: np.ndarray = np.exp(heated - highest) if np.isfinite(highest) else heated == highest
+        return values.astype(np.float32, copy=False)
+
+    weights_V = candidates = relative(heated_V)
     # Multiplied, because masks take ten times as long.
     if 0 < top_k < V:
-        weights_V *= heated_V >= np.partition(heated_V, V - top_k)[V - top_k]
+        largest = np.partition(heated_V, V - top_k)[V - top_k :]
+        weights_V = weights_V * (heated_V >= largest[0])
+        candidates = relative(largest)
     if sampling.top_p < 1:
-        ordered = _until(weights_V, sampling.top_p * weights_V.sum(dtype=np.float64))
-        weights_V *= weights_V >= ordered[-1]
+        ordered = _until(candidates, sampling.top_p * weights_V.sum(dtype=np.float64))
+        weights_V = weights_V * (weights_V >= ordered[-1])
     if sampling.min_p > 0:
-        weights_V *= weights_V >= sampling.min_p
+        weights_V = weights_V * (weights_V >= sampling.min_p)
     return weights_V
 
 
-def _until(weights_V: np.ndarray, share: float) -> np.ndarray:
+def _until(candidates: np.ndarray, share: float) -> np.ndarray:
     """The largest weights in descending order, as few as sum to `share`; at least one."""
-    left = weights_V[weights_V > 0] if weights_V.any() else weights_V
-    count = 256  # enough for most texts; sorting all takes three times as long
-    while True:
-        largest = np.partition(left, len(left) - count)[len(left) - count :] if count < len(left) else left
-        ordered = np.sort(largest)[::-1]
-        before = np.cumsum(ordered, dtype=np.float64) - ordered
-        if count >= len(left) or before[-1] >= share:
-            return ordered[: max(1, np.count_nonzero(before < share))]
-        count *= 8
+    count = 2048  # enough for most texts; sorting all takes three times as long
+    if count < len(candidates):
+        largest = np.partition(candidates, len(candidates) - count)[len(candidates) - count :]
+        if largest.sum(dtype=np.float64) >= share:
+            candidates = largest
+    ordered = np.sort(candidates)[::-1]
+    return ordered[: _index_at(ordered, share, "left") + 1]
 
 
 def _token_at(weights_V: np.ndarray, share: float) -> int:
-    """The token at that share, in [0, 1), of the weights laid end to end; summed in float64, 256 at a time."""
-    sums = np.add.reduceat(weights_V, np.arange(0, len(weights_V), _SUMMED), dtype=np.float64)
-    block, left = _place(sums, share * sums.sum())
-    token, _ = _place(weights_V[block * _SUMMED :][:_SUMMED].astype(np.float64), left)
-    return block * _SUMMED + token
+    """The token at that share, in [0, 1), of the weights laid end to end. None of weight 0 is."""
+    return _index_at(weights_V, share * weights_V.sum(dtype=np.float64), "right")
 
 
-def _place(sizes: np.ndarray, at: float) -> tuple[int, float]:
-    """Which of the sizes laid end to end holds a place, and how far in it; none of size 0 does."""
+def _index_at(sizes: np.ndarray, at: float, side: Literal["left", "right"]) -> int:
+    """Index of the size that holds a place in all of them, laid end to end; the last one for NaN.
+
+    `side`: which of two sizes holds the place between them; `right` never gives a size of 0. Sums are float64, of
+    some sizes before these are looked through one by one, which is quicker.
+    """
+    sums = np.add.reduceat(sizes, np.arange(0, len(sizes), _SUMMED), dtype=np.float64)
+    block, before = _find(sums, at, side)
+    return block * _SUMMED + _find(sizes[block * _SUMMED :][:_SUMMED].astype(np.float64), at - before, side)[0]
+
+
+def _find(sizes: np.ndarray, at: float, side: Literal["left", "right"]) -> tuple[int, float]:
+    """The index of `_index_at`, and the sum of the sizes before it."""
     ends = np.cumsum(sizes)
     at = min(at, np.nextafter(ends[-1], 0))  # rounding may have left a bit more
-    place = min(int(np.searchsorted(ends, at, side="right")), len(sizes) - 1)  # NaN is after all
-    return place, at - (ends[place] - sizes[place])
+    index = min(int(np.searchsorted(ends, at, side)), len(sizes) - 1)
+    return index, float(ends[index - 1]) if index else 0.0
 
 
 def adjust(logits_V: Tensor, request: Request) -> Tensor:
