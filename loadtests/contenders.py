@@ -36,9 +36,9 @@ class Contender:
     """Further fields of its requests."""
 
     def body(self, text: str, language: str, tokens: int) -> dict[str, Any]:
-        """A request for a greedy answer."""
+        """A request, but for how its tokens are chosen."""
         model = self.model.format(language=language)
-        fields = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True}
+        fields = {"model": model, "prompt": text, "max_tokens": tokens, "stream": True}
         return fields | self.extras
 
     def processes(self) -> list[psutil.Process]:

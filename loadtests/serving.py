@@ -176,6 +176,13 @@ def _texts(args: argparse.Namespace) -> Texts:
     return Texts(own_english(), tokenizer, args.seed)
 
 
+def _fields(text: str) -> dict[str, Any]:
+    fields = json.loads(text)
+    if not isinstance(fields, dict):
+        raise argparse.ArgumentTypeError("it must be a JSON object")
+    return fields
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -197,9 +204,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument(
         "--sampling",
-        type=json.loads,
-        default={},
-        help='fields of each request, as JSON (default: {"temperature": 0})',
+        type=_fields,
+        default={"temperature": 0},
+        help='how tokens are chosen: fields of each request, as JSON (default: {"temperature": 0})',
     )
     parser.add_argument("--prompts", choices=["english", "mixed"], default="english")
     parser.add_argument(

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nr_serve.errors import BadAdapterFile
 from nr_serve.neutral.format import Adapter, Block
-from nr_serve.neutral.pairs import VECTOR
 from nr_serve.neutral.step import StepTokens, Totals
 
 _SHUT = -1e30  # bias of a layer without a block: finite, so that its carry stays finite
@@ -30,6 +29,8 @@ _COPIED = 2**18  # weights copied between two yields, which takes some tenths of
 
 class Bank(ABC):
     """Slots are allocated once. Adapters come and go in place, so device pointers stay valid."""
+
+    _rows = 1  # there is room for a multiple of so many rows of a block
 
     def __init__(
         self,
@@ -56,11 +57,10 @@ class Bank(ABC):
         self.carry_S = zeros(slots)
         self.threshold_S = torch.full((slots,), torch.inf, device=device)  # inf: detached, can never fire
         self.ceiling_S = torch.full((slots,), torch.inf, device=device)
-        # A block of width h uses the first 2h rows: W_in, then W_gate, so that one product computes both; of W_out,
-        # transposed, it uses h. (`CpuBank` may lay weights out otherwise, in whole vectors.)
-        room = -(-width // VECTOR) * VECTOR
+        room = -(-width // self._rows) * self._rows
+        # A block of width h uses the first 2h rows: W_in, then W_gate, so that one product computes both.
         self.w_up_SLud = zeros(slots, layers, 2 * room, d, dtype=dtype)
-        self.w_out_SLhd = zeros(slots, layers, room, d, dtype=dtype)
+        self.w_out_SLhd = zeros(slots, layers, room, d, dtype=dtype)  # transposed: a block fills the first h rows
         self.width_LS = zeros(layers, slots, dtype=torch.int32)  # 0: no block
         self.attached: set[int] = set()
         # NaN: the sequence starts here. A row belongs to one running request.

@@ -40,6 +40,8 @@ class Residues(Protocol):
 class CpuBank(Bank):
     """A bank whose gates, carry and blocks take one call per layer."""
 
+    _rows = VECTOR  # our own products compute whole vectors
+
     def __init__(self, residues: Callable[..., Residues], *, multiplies: bool, **shape: Any) -> None:
         """`residues` is `CpuOperators.residues`; `multiplies`: whether the operators have products of our own."""
         super().__init__(**shape)
@@ -76,17 +78,18 @@ class CpuBank(Bank):
             return
         up, out = up_ud.flatten(), out_hd.flatten()
         for first, end in parts(block.h, self.d, VECTOR):
+            if first:
+                yield
             in_and_gate = [
                 F.pad(weights[first:end].to(self.dtype), (0, 0, 0, (first - end) % VECTOR)).view(-1, VECTOR, self.d)
                 for weights in (block.w_in, block.w_gate)
             ]
             rows = torch.stack(in_and_gate, 1).flatten(0, 2)
             write_pairs(up[2 * first * self.d :][: rows.numel()], rows, 2 * VECTOR)
-            yield
         for first, end in parts(self.d, block.h, BLOCK):
+            yield
             rows = F.pad(block.w_out[first:end].to(self.dtype), (0, -block.h % VECTOR))
             write_pairs(out[first * rows.shape[1] :][: rows.numel()], rows)
-            yield
 
     @property
     def under_way(self) -> Residues | None:

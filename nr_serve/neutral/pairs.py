@@ -26,7 +26,9 @@ def pair(weight: Tensor) -> Tensor:
 
 def write_pairs(to: Tensor, weight: Tensor, block: int = BLOCK) -> None:
     """Write a weight as `pair` lays it out to `to`, which is flat and of its size; `block`: outputs of a block."""
-    pairs, to = weight.contiguous().view(torch.int32), to.view(torch.int32)
+    if weight.storage_offset() % 2 or not weight.is_contiguous():
+        weight = weight.clone(memory_format=torch.contiguous_format)  # else two of it cannot be seen as one
+    pairs, to = weight.view(torch.int32), to.view(torch.int32)
     whole = len(pairs) // block * block
     for rows, outputs in ((pairs[:whole], block), (pairs[whole:], len(pairs) - whole)):
         if len(rows):

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Sampling, Submit
@@ -150,13 +151,28 @@ def test_layers_are_one_call_only_if_all_are_known(operators):
     base = tiny.model("llama", vocab_size=304).bfloat16()
     base.model.layers[1].mlp.act_fn = torch.nn.GELU()
     with computed_by("two of torch"):
-        Runner(base, tiny.tokenizer(), ServeConfig(pages=40), "tiny")
+        runner = Runner(base, tiny.tokenizer(), ServeConfig(pages=40), "tiny")
         assert torch.get_num_threads() == 2, "torch computes a part"
+    assert runner.model is base
     assert [type(layer) is FusedLayer for layer in base.model.layers] == [True, False, True]
 
 
 @pytest.mark.parametrize(("kind", "changed"), [("llama", {"head_dim": 24}), ("llama", {"intermediate_size": 90})])
 def test_layers_whose_products_or_prompts_are_not_ours_stay_fused(operators, kind, changed):
-    core_base = tiny.model(kind, **changed).bfloat16()
-    Runner(core_base, tiny.tokenizer(), ServeConfig(pages=40), "tiny")
-    assert all(type(layer) is FusedLayer for layer in core_base.model.layers)
+    base = tiny.model(kind, **changed).bfloat16()
+    assert Runner(base, tiny.tokenizer(), ServeConfig(pages=40), "tiny").model is base
+    assert all(type(layer) is FusedLayer for layer in base.model.layers)
+
+
+def test_a_model_of_another_class_runs_itself(operators):
+    class Scaled(LlamaForCausalLM):
+        """Its layers are known, but it does more with what they give."""
+
+        def forward(self, *args, **options):
+            output = super().forward(*args, **options)
+            output.logits = output.logits * 0.5
+            return output
+
+    base = tiny.model("llama").bfloat16()
+    base.__class__ = Scaled
+    assert Runner(base, tiny.tokenizer(), ServeConfig(pages=40), "tiny").model is base

@@ -12,7 +12,7 @@ from tests.banks import attach
 from tests.compiled import SHARING, computed_by, operators_or_skip
 
 SLOTS, CARRY = 3, 0.3
-SHAPES = [(16, 1, 5), (48, 24, 24), (64, 100, 33), (576, 128, 128)]
+SHAPES = [(16, 1, 5), (48, 24, 24), (64, 100, 33), (80, 17, 17), (576, 128, 128)]
 """Of a model's width, a slot's, and the third adapter's block."""
 
 
@@ -33,21 +33,23 @@ def random_adapter(d: int, h: int, bias: float, g: torch.Generator) -> Adapter:
     return Adapter(AdapterInfo("", "", 1, d, carry=CARRY), (block,), version="", nbytes=0)
 
 
-def singles(count: int) -> StepTokens:
-    """Single tokens, each of a row of its own, that select all slots."""
+def singles(count: int, selected_TS: torch.Tensor | None = None) -> StepTokens:
+    """Single tokens, each of a row of its own, that select all slots unless told otherwise."""
     return StepTokens(
         offset_T=torch.zeros(count, dtype=torch.long),
         row_T=torch.arange(count),
         last_P=torch.arange(count),
-        selected_TS=torch.ones(count, SLOTS, dtype=torch.bool),
+        selected_TS=torch.ones(count, SLOTS, dtype=torch.bool) if selected_TS is None else selected_TS,
         label_T=torch.zeros(count, dtype=torch.long),
         longest=1,
     )
 
 
-def residues(on: Bank, x_Td: torch.Tensor, y_Td: torch.Tensor) -> torch.Tensor:
+def residues(
+    on: Bank, x_Td: torch.Tensor, y_Td: torch.Tensor, selected_TS: torch.Tensor | None = None
+) -> torch.Tensor:
     on.state_LRS.zero_()  # no token is a text's first
-    on.begin(singles(len(x_Td)))
+    on.begin(singles(len(x_Td), selected_TS))
     out = on.add_residues(0, x_Td, y_Td.clone())
     on.end()
     return out
@@ -91,17 +93,20 @@ def test_a_token_alone_has_the_same_residue_as_among_others(threads):
     for slot, bias in enumerate((0.0, 0.4, 9.0)):
         attach(on, slot, random_adapter(d, width, bias, g))
     x_Td, y_Td = torch.randn(2, 100, d, generator=g).bfloat16()
+    selected_TS = torch.rand(100, SLOTS, generator=g) < 0.7
     with computed_by(threads):
-        together_Td = residues(on, x_Td, y_Td)
+        together_Td = residues(on, x_Td, y_Td, selected_TS)
         assert not torch.equal(together_Td, y_Td)
+        assert not torch.equal(together_Td, residues(on, x_Td, y_Td))
         for first, end in ((0, 1), (1, 2), (2, 12), (12, 45), (45, 100)):
-            assert torch.equal(residues(on, x_Td[first:end], y_Td[first:end]), together_Td[first:end])
+            own = slice(first, end)
+            assert torch.equal(residues(on, x_Td[own], y_Td[own], selected_TS[own]), together_Td[own])
 
 
 def test_weights_written_in_parts_are_those_written_at_once(monkeypatch):
     one = random_adapter(576, 100, 0.0, torch.Generator().manual_seed(8))
     whole, in_parts = bank(576, 100), bank(576, 100)
-    assert len(list(whole.attach(1, one, 0.0))) == 3
+    assert len(list(whole.attach(1, one, 0.0))) == 2
     monkeypatch.setattr("nr_serve.neutral.bank._COPIED", 20 * 576)
     assert len(list(in_parts.attach(1, one, 0.0))) > 10
     for name in ("w_up_SLud", "w_out_SLhd"):

@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -15,12 +16,20 @@ from transformers import (
 )
 
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.model.sampler import adjust, likeliest, log_probabilities, sample, takes_likeliest, weights
+from nr_serve.engine.model.sampler import (
+    _token_at,
+    adjust,
+    likeliest,
+    log_probabilities,
+    sample,
+    takes_likeliest,
+    weights,
+)
 from nr_serve.engine.request import AnswerText, Request
 from nr_serve.tokenizer import Detokenizer
 from tests import tiny
 
-VOCAB = 40
+VOCAB, LARGE = 40, 5000  # the large one is summed in parts, and sorted in parts
 NAN, INF = float("nan"), float("inf")
 
 
@@ -47,12 +56,13 @@ def chi_square(counts, expected) -> float:
 # Against transformers
 
 
+@pytest.mark.parametrize("size", [VOCAB, LARGE])
 @pytest.mark.parametrize("seed", range(60))
-def test_temperature_top_k_top_p_and_min_p_are_those_of_transformers(seed):
+def test_temperature_top_k_top_p_and_min_p_are_those_of_transformers(seed, size):
     rng = random.Random(seed)
     sampling = Sampling(
         temperature=rng.choice([0.3, 1.0, 1.7]),
-        top_k=rng.choice([0, 1, 2, 7, VOCAB - 1, VOCAB, 1000]),
+        top_k=rng.choice([0, 1, 2, 7, VOCAB - 1, VOCAB, 3000, 10_000]),
         top_p=rng.choice([1.0, 0.95, 0.5, 0.1, 1e-6]),
         min_p=rng.choice([0.0, 0.01, 0.3, 1.0]),
     )
@@ -63,7 +73,7 @@ def test_temperature_top_k_top_p_and_min_p_are_those_of_transformers(seed):
         theirs.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         theirs.append(MinPLogitsWarper(sampling.min_p))
-    raw = logits(seed)
+    raw = logits(seed, size) if seed % 2 else logits(seed, size) / 9  # some need thousands of tokens for top_p
     want = theirs(torch.tensor([[0]]), raw[None].clone())[0]
     got = torch.from_numpy(weights(raw.numpy(), sampling))
     assert torch.equal(got == 0, want.isneginf()), sampling
@@ -203,6 +213,35 @@ def test_frequencies_follow_the_probabilities(options):
     assert set(got) <= set(kept)
     statistic = chi_square([got.count(i) for i in kept], [draws * probabilities[i] for i in kept])
     assert statistic < 33, "beyond the 0.999 quantile of chi-square with 11 degrees of freedom (31.3)"
+
+
+def test_frequencies_follow_the_probabilities_in_a_large_vocabulary_too():
+    raw, draws = logits(8, size=LARGE) / 2, 3000
+    got = torch.tensor([sample(raw, request(seed=s)) for s in range(draws)])
+    of_part = torch.arange(LARGE) % 7 + 7 * (torch.arange(LARGE) // 1000)  # all parts of it, and all places in them
+    expected = torch.zeros(35).double().index_add_(0, of_part, draws * raw.double().softmax(-1))
+    counts = of_part[got].bincount(minlength=35)
+    assert chi_square(counts.tolist(), expected.tolist()) < 66, "0.999 quantile with 34: 65.2"
+
+
+@pytest.mark.parametrize("gap", [1, 256, 700])
+def test_a_token_of_weight_0_is_never_drawn(gap):
+    zeros = np.zeros(gap, np.float32)
+    own = [0.5, 1.0, 0.25, 1e-30]
+    laid = np.concatenate([zeros, *(np.append(zeros, np.float32(weight)) for weight in own), zeros])
+    ends = np.cumsum(own) / sum(own)
+    for share in (0.0, *ends[:-1], *np.nextafter(ends[:-1], 0), 1 - 2**-53):
+        assert laid[_token_at(laid, share)] > 0, share
+    assert [_token_at(laid, share) for share in (0.1, 0.5, 0.99)] == [2 * gap, 3 * gap + 1, 4 * gap + 2]
+
+
+def test_of_logits_gone_wild_the_infinite_is_drawn_and_the_impossible_is_not():
+    for seed in range(20):
+        for value, drawn in ((INF, {3}), (-INF, set(range(VOCAB)) - {3})):
+            raw = logits(8)
+            raw[3] = value
+            for options in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
+                assert sample(raw, request(seed=seed, **options)) in drawn
 
 
 def test_draws_at_neighbouring_places_are_independent():

@@ -188,7 +188,7 @@ class CompiledModel(nn.Module):
         *,
         nr_batch: Batch,
         nr_cache: KVCache,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: Tensor | Literal[0] = 0,
         use_cache: Literal[False] = False,
     ) -> Logits:
         """Logits of tokens [1, T]: of all of them, or of those at the indices `logits_to_keep` [N]."""

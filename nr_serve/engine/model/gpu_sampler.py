@@ -1,7 +1,7 @@
 """Sampling on a GPU: the next tokens of all requests of a step are drawn at once, and read at once.
 
-Works like `sampler.py`, but with another source of noise. The noise still depends only on a request's seed and on
-the position in its answer.
+Truncates as `sampler.py` does, but draws by noise, where that takes one number. Both depend only on a request's
+seed and on the position in its answer.
 Shape suffixes: N rows of logits, n rows to draw from, c rows that top_k or top_p truncate, V vocabulary.
 """
 
@@ -95,6 +95,7 @@ def _draw(weights_nV: Tensor, requests: list[Request]) -> Tensor:
     noise_nV = torch.empty((n, V), dtype=torch.float32, device=weights_nV.device)
     block = 1024
     _exponential[(n, triton.cdiv(V, block))](seed_n, place_n, noise_nV, V, BLOCK=block)
+    # argmax(p / e) with exponential noise e draws from p (the Gumbel trick).
     drawn_nV = heated_nV.softmax(-1).div_(noise_nV)
     return torch.where(hot_n1, drawn_nV, weights_nV).argmax(-1)
 

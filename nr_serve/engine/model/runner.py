@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nr_serve.config import PROBE_TOKENS, ServeConfig
 from nr_serve.engine.adapters.gate_counts import label_count
@@ -62,7 +61,7 @@ class Runner:
         `kernels`: whether steps run on the GPU kernels; None: if the model is on a GPU.
         """
         shape = check_base(model)
-        self.model, self._architecture = model.eval().requires_grad_(False), type(model).__name__
+        model.eval().requires_grad_(False)
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.kernels = self.device.type == "cuda" if kernels is None else kernels
@@ -70,13 +69,15 @@ class Runner:
         self.page_size = config.page_size
         compiles = config.compile and self.device.type == "cpu" and not self.kernels
         self.operators = cpu_operators() if compiles else None
-        with self._refused():
-            self.pages, self.cache = self._kv_cache(config, shape)
+        # A base of an unforeseen kind can fail in any way.
+        refused = partial(raised_as, UnsupportedBase, f"{type(model).__name__} cannot be served")
+        with refused():
+            self.pages, self.cache = self._kv_cache(model, config, shape)
         self.probe_row = config.max_running
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.recalls_pages = config.prefix_cache
         self.tries_apart = self.kernels  # the GPU kernels know only one threshold per slot
-        self.bank = self._bank(config, int(shape.hidden_size))
+        self.bank = self._bank(model, config, int(shape.hidden_size))
         self.info = EngineInfo(
             model=name,
             fingerprint=mark,
@@ -93,7 +94,7 @@ class Runner:
         model.set_attn_implementation(attention.NAME)
         self.model = prepare_layers(model, self.bank, self.operators, kernels=self.kernels and config.compile)
         self.graphs: Graphs | None = None
-        with self._refused():
+        with refused():
             check.run(self._all_logits, page_size=self.page_size, pages=self.pages)
         if self.kernels:
             self.graphs = self._graphs()
@@ -103,10 +104,6 @@ class Runner:
             from nr_serve.engine.model.warm_up import warm_up  # needs triton
 
             warm_up(self, max(config.max_batch_tokens, config.max_running))
-
-    def _refused(self) -> AbstractContextManager[None]:
-        """Turn any failure into UnsupportedBase: a base of an unforeseen kind can fail in any way."""
-        return raised_as(UnsupportedBase, f"{self._architecture} cannot be served")
 
     @classmethod
     def load(cls, path: Path | str, tokenizer: Tokenizer, config: ServeConfig, name: str) -> Runner:
@@ -276,9 +273,9 @@ class Runner:
             return None
         return graphs
 
-    def _bank(self, config: ServeConfig, d: int) -> Bank:
-        layers = len(decoder_layers(self.model))
-        parameters = sum(p.numel() for p in self.model.parameters())
+    def _bank(self, model: nn.Module, config: ServeConfig, d: int) -> Bank:
+        layers = len(decoder_layers(model))
+        parameters = sum(p.numel() for p in model.parameters())
         kind: Callable[..., Bank] = TorchBank
         if self.kernels:
             from nr_serve.neutral.gpu_bank import GpuBank
@@ -298,12 +295,12 @@ class Runner:
             dtype=self.dtype,
         )
 
-    def _kv_cache(self, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:
+    def _kv_cache(self, model: nn.Module, config: ServeConfig, shape: Any) -> tuple[int, KVCache]:
         """The KV cache, and the number of its pages that requests may use.
 
         The cache has further pages: those for one probe text, and one for the padding of CUDA graphs.
         """
-        layers = len(decoder_layers(self.model))
+        layers = len(decoder_layers(model))
         heads = int(getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
         head_size = int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
         per_page = config.page_size * 2 * layers * heads * head_size * self.dtype.itemsize

@@ -22,9 +22,8 @@ GREEDY = 1e-5
 """Temperatures below this choose the likeliest token: dividing by them would overflow."""
 NOT_A_NUMBER = -1
 """In a token's place, where logits are NaN."""
-_SUMMED = (
-    256  # weights whose sum is taken before it is looked for the token among them: quicker than token by token
-)
+_SUMMED = 256
+"""Weights whose sum is looked at before themselves: quicker than one by one."""
 
 
 def allow(logits_V: Tensor, progress: Progress | None) -> Tensor:
@@ -74,9 +73,10 @@ def sample(logits_V: Tensor, request: Request) -> int:
 
 
 def weights(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """What is drawn from: probabilities, float32 [V], of which the highest is 1; 0 for tokens left out.
+    """What is drawn from: probabilities relative to the highest, float32 [V]; 0 for tokens left out.
 
-    Temperature first, then top_k, top_p and min_p; the likeliest token always stays. The temperature is not 0.
+    Temperature first, then top_k, top_p and min_p; the likeliest token always stays. The temperature is not 0. If a
+    logit is NaN, all are 0.
     """
     V, top_k = len(logits_V), sampling.top_k
     heated_V = logits_V / np.float32(sampling.temperature)
@@ -109,21 +109,26 @@ def _until(candidates: np.ndarray, share: float) -> np.ndarray:
         if largest.sum(dtype=np.float64) >= share:
             candidates = largest
     ordered = np.sort(candidates)[::-1]
-    return ordered[: _index_at(ordered, share, "left") + 1]
+    return ordered[: _index_at(ordered, _sums(ordered), share, "left") + 1]
 
 
 def _token_at(weights_V: np.ndarray, share: float) -> int:
     """The token at that share, in [0, 1), of the weights laid end to end. None of weight 0 is."""
-    return _index_at(weights_V, share * weights_V.sum(dtype=np.float64), "right")
+    sums = _sums(weights_V)
+    return _index_at(weights_V, sums, share * sums.sum(), "right")
 
 
-def _index_at(sizes: np.ndarray, at: float, side: Literal["left", "right"]) -> int:
-    """Index of the size that holds a place in all of them, laid end to end; the last one for NaN.
+def _sums(sizes: np.ndarray) -> np.ndarray:
+    """Sums of each `_SUMMED` sizes, float64."""
+    return np.add.reduceat(sizes, np.arange(0, len(sizes), _SUMMED), dtype=np.float64)
 
-    `side`: which of two sizes holds the place between them; `right` never gives a size of 0. Sums are float64, of
-    some sizes before these are looked through one by one, which is quicker.
+
+def _index_at(sizes: np.ndarray, sums: np.ndarray, at: float, side: Literal["left", "right"]) -> int:
+    """Index of the size that holds a place in all of them, laid end to end; the last one if all are 0.
+
+    `sums` are those of `_sums`. `side`: which of two sizes holds the place between them; `right` never gives a size
+    of 0.
     """
-    sums = np.add.reduceat(sizes, np.arange(0, len(sizes), _SUMMED), dtype=np.float64)
     block, before = _find(sums, at, side)
     return block * _SUMMED + _find(sizes[block * _SUMMED :][:_SUMMED].astype(np.float64), at - before, side)[0]
 

@@ -32,7 +32,9 @@ void multiply_keys(const Rows<T>& rows, int64_t d, int64_t tokens, int64_t D, co
                    float* logits, int64_t n) {
   for (int64_t i = 0; i < tokens; i += W) {
     Vec fours[G][W / 4];
-    for (int64_t four = 0; four < W / 4; ++four) {
+    for (auto& row : fours)
+      for (Vec& s : row) s = Vec(0.f);
+    for (int64_t four = 0; 4 * four < std::min(W, tokens - i); ++four) {
       Vec sums[G][4];
       for (auto& row : sums)
         for (Vec& s : row) s = Vec(0.f);
@@ -84,7 +86,7 @@ void attend_token(const T* q, const T* k, const T* v, int64_t stride, const int6
     for (int64_t i = 0; i < n; i += TOKENS_AT_ONCE) {
       for (int64_t j = 0; j < TOKENS_AT_ONCE; ++j) {
         rows.now[j] = from + cells[std::min(i + j, n - 1)] * stride;
-        rows.next[j] = from + cells[std::min(i + j + 2 * TOKENS_AT_ONCE, n - 1)] * stride;
+        rows.next[j] = from + cells[std::min(i + j + TOKENS_AT_ONCE, n - 1)] * stride;
       }
       for (int64_t key = 0; key < keys; ++key)
         for_rows(G, [&](auto heads_at_once, int64_t g) {

@@ -90,11 +90,7 @@ void Blocks::add_many(int64_t layer, const Fired& one, const Tensor& x, T* y) co
     }
     const Tensor residues = hidden.mm(out);
     for (int64_t i = 0; i < n; ++i) {
-      const T* residue = residues.const_data_ptr<T>() + i * d;
-      T* sum = y + one.tokens[from + i] * d;
-      for_vectors(d, [&](int64_t j, int64_t count) {
-        store(sum + j, load(sum + j, count) + load(residue + j, count), count);
-      });
+      add_to(y + one.tokens[from + i] * d, residues.const_data_ptr<T>() + i * d, d);
     }
   });
 }
@@ -117,13 +113,15 @@ void Blocks::add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) c
         for_columns<VECTORS_OF<tokens()>>(from * run, std::min(d, to * run), [&](auto size, int64_t i) {
           T* rows[tokens()];
           for (int k = 0; k < tokens(); ++k) rows[k] = y + one.tokens[f + k] * d + i;
-          add_out<tokens()>(of_block<T>(out_, one.slot, layer) + i, d, one.h, one.hidden.data() + f * one.h, size, rows);
+          add_out<tokens()>(of_block<T>(out_, one.slot, layer) + i, d, one.h, one.hidden.data() + f * one.h, size,
+                            rows);
         });
       });
   });
 }
 
 void Blocks::add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, const Tensor& y) const {
+  if (fired.empty()) return;
   // Sorted by slot, so that a token's residues are summed in an order that does not depend on what shares its
   // step.
   std::sort(fired.begin(), fired.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });

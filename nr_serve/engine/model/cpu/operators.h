@@ -34,6 +34,8 @@ const T* of_block(const Tensor& weights, int64_t slot, int64_t layer) {
   return weights.const_data_ptr<T>() + slot * weights.stride(0) + layer * weights.stride(1);
 }
 
+constexpr int64_t PAIRED_OUTPUTS = 16;  // of paired weights there are a multiple of these
+
 // blocks.h
 // The tokens on which one slot fired, with their gates and hidden values; h is the width of the slot's block.
 struct Fired {
@@ -43,13 +45,18 @@ struct Fired {
 };
 
 // The blocks of all slots and layers: W_in and W_gate [S, L, 2H, d], and W_out transposed, [S, L, H, d]. If they are
-// `paired`, each holds these weights in the layout of tiles.h, as CpuBank writes them.
+// `paired`, the same memory holds what PairedBlock reads, as CpuBank writes it.
 class Blocks {
  public:
   Blocks(Tensor up, Tensor out, int64_t S, int64_t L, int64_t d, bool paired) : up_(up), out_(out), paired_(paired) {
     const int64_t H = out.size(2);
     TORCH_CHECK(up.sizes() == at::IntArrayRef({S, L, 2 * H, d}) && out.sizes() == at::IntArrayRef({S, L, H, d}));
     TORCH_CHECK(up.scalar_type() == out.scalar_type());
+#ifdef NR_SERVE_PRODUCTS
+    TORCH_CHECK(!paired || (up.scalar_type() == at::kBFloat16 && d % PAIRED_OUTPUTS == 0 && H % PAIRED_OUTPUTS == 0));
+#else
+    TORCH_CHECK(!paired, "no products of our own here");
+#endif
   }
 
   at::ScalarType type() const { return up_.scalar_type(); }

@@ -1,4 +1,4 @@
-// Residues by the products of tiles.h, of any number of tokens. Shape suffixes as in bank.py.
+// Residues by the products of tiles.h, of any number of tokens.
 
 #pragma once
 
@@ -6,20 +6,18 @@
 
 #ifdef NR_SERVE_PRODUCTS
 
-#include <memory>
-
 #include "products.h"
 
 namespace nr_serve {
 
 // One block and the tokens on which it fired. h: its width, rounded up to whole vectors; what was added is 0.
 struct PairedBlock {
-  const int32_t *up, *out;  // W_in and W_gate, W vectors of one and of the other in turn, and W_out
+  const int32_t *up, *out;  // W_in and W_gate, W rows of one and of the other in turn, so 2 W outputs each; and W_out
   int64_t tokens, h;
   const float* g;
-  const int64_t* token;
+  const int64_t* rows;  // of the tokens, in the step
   std::unique_ptr<BFloat16[]> gathered, hidden;
-  const BFloat16* x;  // [tokens, d]
+  const int32_t* x;  // [tokens, d / 2, 2]
 
   // Hidden values, scaled by g, of vectors `from` to `to`.
   void fill_hidden(int64_t d, int64_t from, int64_t to) const {
@@ -28,8 +26,8 @@ struct PairedBlock {
     const Tiles tiles(tokens);
     const auto products = room_for<float>(tokens * BOTH);
     for (int64_t i = from; i < to; ++i) {
-      multiply_block<2>(tiles, reinterpret_cast<const int32_t*>(x), d / 2, up + i * BOTH * (d / 2), nullptr,
-                        products.get(), BOTH, tiles.number() > 1 && i > from, i + 1 == to);
+      multiply_block<2>(tiles, x, d / 2, up + i * BOTH * (d / 2), nullptr, products.get(), BOTH,
+                        tiles.number() > 1 && i > from, i + 1 == to);
       for (int64_t t = 0; t < tokens; ++t) {
         const float* product = products.get() + t * BOTH;
         store(hidden.get() + t * h + i * W, load(product) * silu(load(product + W)) * Vec(g[t]));
@@ -40,19 +38,15 @@ struct PairedBlock {
   // Adds the residue's tiles of outputs `from` to `to` to y [T, d].
   void add_out(BFloat16* y, int64_t d, int64_t from, int64_t to) const {
     const Tiles tiles(tokens);
+    const auto* in = reinterpret_cast<const int32_t*>(hidden.get());
     const auto residues = room_for<float>(tokens * TILE_OUTPUTS);
     for (int64_t i = from; i < to; ++i) {
       const int64_t first = i * TILE_OUTPUTS;
       with_constant<TILE_VECTORS>((d - first) / W, [&](auto vectors) {
         constexpr int64_t size = vectors() * W;
-        multiply_block<vectors()>(tiles, reinterpret_cast<const int32_t*>(hidden.get()), h / 2, out + first * (h / 2),
-                                  nullptr, residues.get(), size, tiles.number() > 1 && i > from, i + 1 == to);
-        for (int64_t t = 0; t < tokens; ++t) {
-          BFloat16* sum = y + token[t] * d + first;
-          for_vectors(size, [&](int64_t j, int64_t count) {
-            store(sum + j, load(sum + j, count) + load(residues.get() + t * size + j, count), count);
-          });
-        }
+        multiply_block<vectors()>(tiles, in, h / 2, out + first * (h / 2), nullptr, residues.get(), size,
+                                  tiles.number() > 1 && i > from, i + 1 == to);
+        for (int64_t t = 0; t < tokens; ++t) add_to(y + rows[t] * d + first, residues.get() + t * size, size);
       });
     }
   }
@@ -63,29 +57,31 @@ void Blocks::add_paired(int64_t layer, const std::vector<Fired>& fired, const Te
   const auto weights = [&](const Tensor& of, int64_t slot) {
     return reinterpret_cast<const int32_t*>(of_block<BFloat16>(of, slot, layer));
   };
+  static_assert(PAIRED_OUTPUTS == W);
   const BFloat16* all_x = x.const_data_ptr<BFloat16>();
   std::vector<PairedBlock> blocks;
   int64_t vectors = 0;
   for (const Fired& one : fired) {
     const int64_t tokens = one.tokens.size(), h = (one.h + W - 1) / W * W;
     PairedBlock block{weights(up_, one.slot), weights(out_, one.slot), tokens, h, one.g.data(), one.tokens.data()};
-    block.hidden = room_for<BFloat16>(tokens * h), block.x = all_x;
+    block.hidden = room_for<BFloat16>(tokens * h);
     if (tokens < T) {
-      block.gathered = room_for<BFloat16>(tokens * d), block.x = block.gathered.get();
+      block.gathered = room_for<BFloat16>(tokens * d);
       share(tokens, grain(d), [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) std::copy_n(all_x + one.tokens[i] * d, d, block.gathered.get() + i * d);
       });
     }
+    block.x = reinterpret_cast<const int32_t*>(tokens < T ? block.gathered.get() : all_x);
     vectors += h / W;
     blocks.push_back(std::move(block));
   }
-  share(vectors, 1, [&](int64_t from, int64_t to) {  // all blocks' hidden values laid end to end
+  share(vectors, grain(2 * W * d), [&](int64_t from, int64_t to) {  // all blocks' hidden values laid end to end
     for (const PairedBlock& block : blocks) {
       block.fill_hidden(d, std::max<int64_t>(from, 0), std::min(to, block.h / W));
       from -= block.h / W, to -= block.h / W;
     }
   });
-  share((d + TILE_OUTPUTS - 1) / TILE_OUTPUTS, 1, [&](int64_t from, int64_t to) {
+  share((d + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * W * vectors), [&](int64_t from, int64_t to) {
     for (const PairedBlock& block : blocks) block.add_out(y, d, from, to);
   });
 }

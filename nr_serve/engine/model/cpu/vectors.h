@@ -154,6 +154,12 @@ void with_type(const Tensor& x, F&& f) {
   f(BFloat16());
 }
 
+// y + x, in y, of `size` values.
+template <typename T, typename X>
+void add_to(T* y, const X* x, int64_t size) {
+  for_vectors(size, [&](int64_t i, int64_t count) { store(y + i, load(y + i, count) + load(x + i, count), count); });
+}
+
 // Uninitialised memory for `size` values, which must be written before they are read.
 template <typename T>
 std::unique_ptr<T[]> room_for(int64_t size) {
