@@ -67,6 +67,19 @@ def tokens(pieces, labels=None, ends=()) -> StepTokens:
     )
 
 
+def singles(selected_TS: torch.Tensor) -> StepTokens:
+    """Single tokens, each of a row of its own."""
+    count = len(selected_TS)
+    return StepTokens(
+        offset_T=torch.zeros(count, dtype=torch.long),
+        row_T=torch.arange(count),
+        last_P=torch.arange(count),
+        selected_TS=selected_TS,
+        label_T=torch.zeros(count, dtype=torch.long),
+        longest=1,
+    )
+
+
 def step(on: Bank, pieces, x_LTd, y_LTd, labels=None):
     """One step. Each layer's y with residues, and the layers fired."""
     out, open_TS = observed_step(on, pieces, x_LTd, y_LTd, labels)

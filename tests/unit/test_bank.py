@@ -8,7 +8,7 @@ import torch
 from nr_serve.errors import BadAdapterFile
 from nr_serve.neutral import math
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block
-from nr_serve.neutral.step import StepTokens, Trial
+from nr_serve.neutral.step import Trial
 from tests.banks import (
     LABELS,
     LAYERS,
@@ -24,6 +24,7 @@ from tests.banks import (
     counters,
     cpu_bank,
     observed_step,
+    singles,
     small,
     step,
     tokens,
@@ -271,16 +272,7 @@ def test_slots_beyond_a_group_of_the_operators_are_as_the_first(bank):
         attach(on, slot, adapters[-1], 0.2)
     on.state_LRS.zero_()  # no token is a text's first
     x_Td, y_Td = torch.randn(2, tokens_, d, generator=g)
-    on.begin(
-        StepTokens(
-            offset_T=torch.zeros(tokens_, dtype=torch.long),
-            row_T=torch.arange(tokens_),
-            last_P=torch.arange(tokens_),
-            selected_TS=torch.ones(tokens_, count, dtype=torch.bool),
-            label_T=torch.zeros(tokens_, dtype=torch.long),
-            longest=1,
-        )
-    )
+    on.begin(singles(torch.ones(tokens_, count, dtype=torch.bool)))
     got_Td = on.add_residues(0, x_Td, y_Td.clone())
     want_Td, x_Td = y_Td.double(), x_Td.double()
     for adapter_ in adapters:

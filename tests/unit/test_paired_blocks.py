@@ -7,8 +7,7 @@ from nr_serve.neutral import math
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
 from nr_serve.neutral.format import Adapter, AdapterInfo, Block
-from nr_serve.neutral.step import StepTokens
-from tests.banks import attach
+from tests.banks import attach, singles
 from tests.compiled import SHARING, computed_by, operators_or_skip
 
 SLOTS, CARRY = 3, 0.3
@@ -33,23 +32,12 @@ def random_adapter(d: int, h: int, bias: float, g: torch.Generator) -> Adapter:
     return Adapter(AdapterInfo("", "", 1, d, carry=CARRY), (block,), version="", nbytes=0)
 
 
-def singles(count: int, selected_TS: torch.Tensor | None = None) -> StepTokens:
-    """Single tokens, each of a row of its own, that select all slots unless told otherwise."""
-    return StepTokens(
-        offset_T=torch.zeros(count, dtype=torch.long),
-        row_T=torch.arange(count),
-        last_P=torch.arange(count),
-        selected_TS=torch.ones(count, SLOTS, dtype=torch.bool) if selected_TS is None else selected_TS,
-        label_T=torch.zeros(count, dtype=torch.long),
-        longest=1,
-    )
-
-
 def residues(
     on: Bank, x_Td: torch.Tensor, y_Td: torch.Tensor, selected_TS: torch.Tensor | None = None
 ) -> torch.Tensor:
     on.state_LRS.zero_()  # no token is a text's first
-    on.begin(singles(len(x_Td), selected_TS))
+    every = torch.ones(len(x_Td), SLOTS, dtype=torch.bool)
+    on.begin(singles(every if selected_TS is None else selected_TS))
     out = on.add_residues(0, x_Td, y_Td.clone())
     on.end()
     return out
