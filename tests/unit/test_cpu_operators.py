@@ -97,6 +97,18 @@ def test_silu_mul_of_values_far_out_stays_finite(operators):
     torch.testing.assert_close(operators.silu_mul(both), torch.tensor([[0.0, 2e4, 0.0]]))
 
 
+@pytest.mark.parametrize("size", [*SIZES, 1024, 1025, 49152])
+@pytest.mark.parametrize("threads", SHARING)
+def test_the_likeliest_is_the_first_highest_and_a_row_with_a_nan_has_none(operators, size, threads):
+    rows = torch.randn(9, size)
+    rows[1, size // 2 :] = rows[1].max()  # equals, the first of them anywhere
+    rows[2], rows[3], rows[4] = -torch.inf, 0.0, -1e38
+    rows[5, size // 3] = torch.inf
+    rows[6, -1] = rows[7, 0] = rows[8, size // 2] = torch.nan
+    with computed_by(threads):
+        assert operators.likeliest(rows).tolist() == [*rows[:6].numpy().argmax(-1).tolist(), -1, -1, -1]
+
+
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 2, 16), (9, 3, 64), (2, 2, 6), (5, 1, 40)])
 @pytest.mark.parametrize("normed", [True, False])

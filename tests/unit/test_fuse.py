@@ -108,11 +108,23 @@ def answers(kind, threads=1, *, compiled=True, **changed):
     return given, {name: view.gates for name, view in core.statistics().adapters.items()}
 
 
+def rope(kind: str) -> dict:
+    parameters = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0}
+    return {"rope_parameters": parameters | ({"original_max_position_embeddings": 32} if kind == "yarn" else {})}
+
+
 @pytest.mark.parametrize(
-    ("kind", "changed"), [("llama", {}), ("mistral", {"sliding_window": 6}), ("qwen2", {}), ("qwen3", {})]
+    ("kind", "changed"),
+    [
+        ("llama", {}),
+        ("llama", rope("linear")),
+        ("mistral", {"sliding_window": 6}),
+        ("qwen2", rope("yarn")),
+        ("qwen3", {}),
+    ],
 )
 def test_layers_in_one_call_compute_what_its_operators_do_to_the_bit(operators, kind, changed, monkeypatch):
-    if operators.layers is None:
+    if operators.decoder is None:
         pytest.skip("no products of our own here")
     got = answers(kind, **changed)
     monkeypatch.setattr(fuse_module, "compile_model", lambda model, *_: model)
@@ -121,7 +133,7 @@ def test_layers_in_one_call_compute_what_its_operators_do_to_the_bit(operators, 
 
 
 def test_threads_of_our_own_change_no_bit(operators):
-    if operators.layers is None:
+    if operators.decoder is None:
         pytest.skip("no products of our own here")
     wide = {"intermediate_size": 2048}  # so wide that three threads share a product
     with computed_by("three of our own"):
@@ -129,7 +141,7 @@ def test_threads_of_our_own_change_no_bit(operators):
 
 
 def test_a_model_in_such_calls_is_computed_by_threads_of_our_own_as_many_as_torchs(operators, monkeypatch):
-    if operators.layers is None:
+    if operators.decoder is None:
         pytest.skip("no products of our own here")
     counts = []
     watched = dataclasses.replace(operators, share_among=counts.append)

@@ -261,8 +261,8 @@ def _groups(pieces: Sequence[Piece], layout: _Layout, apart: int | None, device:
         if not isinstance(kind, str):
             piece_B, position_Bn = piece_B[:1], position_Bn.T
         rows, count = position_Bn.shape
-        cells_BN = torch.from_numpy(layout.contexts(piece_B, position_Bn[:, -1] + 1)).to(device)
-        groups.append(Group(first, rows, count, cells_BN, torch.from_numpy(position_Bn).to(device)))
+        contexts_BN = layout.contexts(piece_B, position_Bn[:, -1] + 1)
+        groups.append(Group(first, rows, count, *placed([contexts_BN, position_Bn], device)))
         first = end
     return groups
 

@@ -46,8 +46,9 @@ class CpuOperators:
     """Matrix product with packed weights; None on processors without AVX512-BF16."""
     attend_prompts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], Tensor] | None
     """Prompt attention by `multiply`'s products; None if `multiply` is None."""
-    layers: Callable[..., Any] | None
-    """All decoder layers in one call, by `multiply`'s products; None if `multiply` is None."""
+    decoder: Callable[..., Any] | None
+    """A model up to its output head in one call, by `multiply`'s products; None if `multiply` is None."""
+    likeliest: Callable[[Tensor], Tensor]
     share_among: Callable[[int], None]
     """Set how many threads of our own share the calling thread's work from now on; 0: torch's threads share it.
 
@@ -105,7 +106,8 @@ def cpu_operators() -> CpuOperators | None:
         torch.classes.nr_serve.Residues,
         ops.multiply.default if hasattr(ops, "multiply") else None,
         ops.attend_prompts.default if hasattr(ops, "attend_prompts") else None,
-        torch.classes.nr_serve.Layers if hasattr(ops, "multiply") else None,
+        torch.classes.nr_serve.Decoder if hasattr(ops, "multiply") else None,
+        ops.likeliest.default,
         ops.share_among.default,
     )
 

@@ -1,4 +1,4 @@
-"""Fuses a decoder layer into eleven operators, on some CPUs all layers into one: what is between costs too.
+"""Fuses a decoder layer into eleven operators, on some CPUs nearly the whole model into one: what is between costs.
 
 Only layers of transformers that are known to compute exactly this are replaced. The start-up check
 (`startup_check.py`) compares the result to the model's own.
@@ -162,21 +162,30 @@ class Logits(NamedTuple):
 
 
 class CompiledModel(nn.Module):
-    """A model with all its layers, and their FFNs' residues, in one call of the C++ operator `layers`.
+    """A model in two calls of C++ operators: `decoder`, with its FFNs' residues, and the output head.
 
     It is called as the model is. What transformers prepares for other uses, masks and caches above all, it leaves
-    out: that takes more than half a millisecond a step.
+    out: that takes more than half a millisecond a step. At every call into torch, other threads of Python may take
+    the interpreter's lock, and keep it for as long.
     """
 
     def __init__(self, model: Any, make: Callable[..., Any], bank: CpuBank) -> None:
-        """Take the model over. `make`: `CpuOperators.layers`; residues come from `bank`."""
+        """Take the model over. `make`: `CpuOperators.decoder`; residues come from `bank`."""
         super().__init__()
         decoder, self.lm_head, self._bank = model.model, model.lm_head, bank
-        self.embedding, self.rotary, self.norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
         layers: list[FusedLayer] = list(decoder.layers)
-        self._layers = make(
+        # A position's rotation is the same in every step: `check_base` refuses other kinds.
+        positions_P = torch.arange(model.config.max_position_embeddings)
+        cos_PD, sin_PD = (x[0] for x in decoder.rotary_emb(decoder.norm.weight, positions_P[None]))
+        self._decoder = make(
+            {
+                "embedding": decoder.embed_tokens.weight,
+                "norm": decoder.norm.weight,
+                "cos": cos_PD.contiguous(),
+                "sin": sin_PD.contiguous(),
+            },
             [_weights(layer) for layer in layers],
-            [layer.eps for layer in layers],
+            [*(layer.eps for layer in layers), decoder.norm.eps],
             [layer.scaling for layer in layers],
             [layer.window or NO_WINDOW for layer in layers],
         )
@@ -192,20 +201,18 @@ class CompiledModel(nn.Module):
         use_cache: Literal[False] = False,
     ) -> Logits:
         """Logits of tokens [1, T]: of all of them, or of those at the indices `logits_to_keep` [N]."""
-        stream = self.embedding(input_ids)
-        stream = self._layers.forward(
-            stream,
-            *self.rotary(stream, position_ids),
+        x = self._decoder.forward(
+            input_ids,
+            position_ids,
             nr_cache.keys_LCKD,
             nr_cache.values_LCKD,
             nr_batch.cells_T,
             [group.cells_BN for group in nr_batch.groups],
             [group.positions_Bn for group in nr_batch.groups],
+            logits_to_keep if isinstance(logits_to_keep, Tensor) else None,
             self._bank.under_way,
         )
-        if isinstance(logits_to_keep, Tensor):
-            stream = stream.index_select(1, logits_to_keep)
-        return Logits(self.lm_head(self.norm(stream)))
+        return Logits(self.lm_head(x))
 
 
 def compile_model(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> nn.Module:
@@ -214,17 +221,17 @@ def compile_model(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> n
     If the output head is a `PairedLinear` too, the calling thread, which must be the one that runs the model,
     shares its work with our own threads instead of torch's.
     """
-    if operators.layers is None or not _is_of(model, _MODELS):
+    if operators.decoder is None or not _is_of(model, _MODELS):
         return model
     if not all(_is_ours(layer, operators) for layer in decoder_layers(model)):
         return model
     if isinstance(model.lm_head, PairedLinear):
         operators.share_among(torch.get_num_threads())
-    return CompiledModel(model, operators.layers, bank)
+    return CompiledModel(model, operators.decoder, bank)
 
 
 def _is_ours(layer: nn.Module, operators: CpuOperators) -> bool:
-    """Whether a layer computes what `operators.layers` does."""
+    """Whether a layer computes what `operators.decoder` does."""
     return (
         isinstance(layer, FusedLayer)
         and operators.prompts_by(layer.attention_norm.dtype, layer.head_size) is not None
@@ -233,7 +240,7 @@ def _is_ours(layer: nn.Module, operators: CpuOperators) -> bool:
 
 
 def _weights(layer: FusedLayer) -> dict[str, Tensor | None]:
-    """A layer's tensors, by their names in `CpuOperators.layers`."""
+    """A layer's tensors, by their names in `CpuOperators.decoder`."""
     weights = {name: getattr(layer, name) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")}
     for name, product in _products(layer).items():
         weights |= {name: product.packed, f"{name}_bias": product.bias}
@@ -241,7 +248,7 @@ def _weights(layer: FusedLayer) -> dict[str, Tensor | None]:
 
 
 def _products(layer: FusedLayer) -> dict[str, Any]:
-    """A layer's linear layers, by their names in `CpuOperators.layers`."""
+    """A layer's linear layers, by their names in `CpuOperators.decoder`."""
     ffn: Any = layer.mlp.ffn if isinstance(layer.mlp, HostFFN) else layer.mlp
     return {"qkv": layer.qkv, "out": layer.out, "gate_up": ffn.gate_up, "down": ffn.down}
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nr_serve.engine.model.device import placed, read
-from nr_serve.engine.model.sampler import GREEDY, adjust, allow, likeliest_on_device
+from nr_serve.engine.model.sampler import GREEDY, adjust, allow, likeliest
 from nr_serve.engine.request import Request
 
 log = logging.getLogger(__name__)
@@ -56,11 +56,9 @@ def read_at_once(
     """On the host: likeliest tokens (-1 for NaN), drawn tokens by row of `asking`, `open_TS`, `selected_TS`."""
     rows, drawn_n = draw(logits_NV, asking)
     if open_TS is None:
-        likeliest_N, drawn_n, selected_TS = read(likeliest_on_device(logits_NV), drawn_n, selected_TS)
+        likeliest_N, drawn_n, selected_TS = read(likeliest(logits_NV), drawn_n, selected_TS)
     else:
-        likeliest_N, drawn_n, selected_TS, open_TS = read(
-            likeliest_on_device(logits_NV), drawn_n, selected_TS, open_TS
-        )
+        likeliest_N, drawn_n, selected_TS, open_TS = read(likeliest(logits_NV), drawn_n, selected_TS, open_TS)
     return likeliest_N.tolist(), dict(zip(rows, drawn_n.tolist(), strict=True)), open_TS, selected_TS
 
 

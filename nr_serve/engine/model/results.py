@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nr_serve.engine.model.sampler import allow, log_probabilities, sample, takes_likeliest
+from nr_serve.engine.model.sampler import NOT_A_NUMBER, allow, log_probabilities, sample, takes_likeliest
 from nr_serve.engine.request import TopLogprobs
 from nr_serve.engine.scheduler import Piece, Result
 from nr_serve.errors import NrError
@@ -36,16 +36,21 @@ def draws(piece: Piece) -> bool:
 
 
 def guarded_result(
-    piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None, drawn: int | None = None
+    piece: Piece,
+    logits_NV: Tensor,
+    rows: slice,
+    likeliest_N: Sequence[int],
+    fired_nS: Tensor | None,
+    drawn: int | None = None,
 ) -> Result:
-    """The piece's result from its logits at `logit_positions`, float32 [N, V], and the likeliest token of each.
+    """The piece's result from the step's logits, float32 [N, V], and the likeliest token of each of their rows.
 
-    A failure becomes the result's error and affects no other request of the step. `fired_nS`: number of layers
-    fired, by token of the piece and slot; None if the request does not ask for it. `drawn`: the next token, if it
-    was already sampled.
+    `rows` are the piece's own, those at its `logit_positions`. A failure becomes the result's error and affects no
+    other request of the step. `fired_nS`: number of layers fired, by token of the piece and slot; None if the
+    request does not ask for it. `drawn`: the next token, if it was already sampled.
     """
     try:
-        return _result(piece, logits_NV, likeliest_N, fired_nS, drawn)
+        return _result(piece, logits_NV, rows, likeliest_N, fired_nS, drawn)
     except NrError as error:
         return Result(None, error=error)
     except Exception:
@@ -54,22 +59,29 @@ def guarded_result(
 
 
 def _result(
-    piece: Piece, logits_NV: Tensor, likeliest_N: Sequence[int], fired_nS: Tensor | None, drawn: int | None
+    piece: Piece,
+    logits_NV: Tensor,
+    rows: slice,
+    likeliest_N: Sequence[int],
+    fired_nS: Tensor | None,
+    drawn: int | None,
 ) -> Result:
+    if NOT_A_NUMBER in likeliest_N[rows]:
+        raise NrError("the logits of this request are not numbers")
     request, sampling = piece.request, piece.request.sampling
-    token, logprob = None, None
+    token, logprob, last = None, None, rows.stop - 1
     if piece.wants_token:
-        token = likeliest_N[-1] if takes_likeliest(request) else drawn
-        logits_V = logits_NV[-1]
+        token = likeliest_N[last] if takes_likeliest(request) else drawn
+        # Logits are not touched where their likeliest is all that is asked for: each use takes microseconds.
         if token is None or sampling.logprobs is not None:
-            logits_V = allow(logits_V, request.progress)
-        if token is None:
-            token = sample(logits_V, request)
-        if sampling.logprobs is not None:
-            logprob = log_probabilities(logits_V[None], [token], sampling.logprobs)[0]
+            logits_V = allow(logits_NV[last], request.progress)
+            if token is None:
+                token = sample(logits_V, request)
+            if sampling.logprobs is not None:
+                logprob = log_probabilities(logits_V[None], [token], sampling.logprobs)[0]
     scored: list[TopLogprobs] = []
     if sampling.prompt_logprobs is not None:
-        prompt_NV = logits_NV[:-1] if piece.wants_token else logits_NV
+        prompt_NV = logits_NV[rows.start : last if piece.wants_token else rows.stop]
         following = request.tokens[piece.start + 1 : piece.start + 1 + len(prompt_NV)]
         scored = log_probabilities(prompt_NV, following, sampling.prompt_logprobs) if following else []
     fired = tuple(map(tuple, fired_nS.tolist())) if fired_nS is not None else ()

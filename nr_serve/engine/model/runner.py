@@ -33,11 +33,11 @@ from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.model.opened import opened_by_page
 from nr_serve.engine.model.processor import cpu_limit
 from nr_serve.engine.model.results import draws, guarded_result, logit_positions
-from nr_serve.engine.model.sampler import NOT_A_NUMBER, likeliest
+from nr_serve.engine.model.sampler import likeliest
 from nr_serve.engine.model.startup_check import StartupCheck
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece, Result, spans
-from nr_serve.errors import BadAdapterFile, BadRequest, NrError, UnsupportedBase, raised_as
+from nr_serve.errors import BadAdapterFile, BadRequest, UnsupportedBase, raised_as
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
@@ -139,10 +139,7 @@ class Runner:
             fired_nS = None
             if piece.request.submit.gates:
                 fired_nS = selected_TS[start:end].int() * (0 if open_TS is None else open_TS[start:end])
-            if NOT_A_NUMBER in likeliest_N[own]:
-                result = Result(None, error=NrError("the logits of this request are not numbers"))
-            else:
-                result = guarded_result(piece, logits_NV[own], likeliest_N[own], fired_nS, drawn.get(own.stop - 1))
+            result = guarded_result(piece, logits_NV, own, likeliest_N, fired_nS, drawn.get(own.stop - 1))
             results.append(replace(result, opened=opened_here) if opened_here else result)
         if pieces[-1].trial is not None and self._diverged(pieces[-1], logits_NV[-pieces[-1].count :]):
             error = BadAdapterFile("its residues drive the base to values that are not finite")
@@ -157,7 +154,8 @@ class Runner:
         On a CPU nothing is drawn here: each request is sampled by itself.
         """
         if not self.kernels:
-            return likeliest(logits_NV), {}, open_TS, selected_TS
+            by = likeliest if self.operators is None else self.operators.likeliest
+            return by(logits_NV).tolist(), {}, open_TS, selected_TS
         from nr_serve.engine.model.gpu_sampler import read_at_once  # needs triton
 
         return read_at_once(logits_NV, asking, open_TS, selected_TS)

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "blocks.h"
 #include "layer.h"
+#include "likeliest.h"
 #include "paired_blocks.h"
 #include "products.h"
 #include "prompts.h"

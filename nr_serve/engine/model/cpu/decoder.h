@@ -1,5 +1,5 @@
-// All decoder layers in one call, by our own products: Python's work between operators took a fifth of a step, and
-// between two calls other threads of Python may hold up the step.
+// A model up to its output head in one call, by our own products: Python's work between operators took a fifth of a
+// step, and between two calls other threads of Python may hold up the step.
 
 #pragma once
 
@@ -8,6 +8,7 @@
 #ifdef NR_SERVE_PRODUCTS
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/index_select.h>
 
 #include <optional>
 #include <string>
@@ -54,26 +55,36 @@ struct Layer {
         window(window) {}
 };
 
-// All decoder layers of a model.
-class Layers : public torch::CustomClassHolder {
+// A model's embedding, all its decoder layers and the norm after them.
+class Decoder : public torch::CustomClassHolder {
  public:
-  // Of each layer: the weights of the RMSNorms (for queries and keys only if the model has them), and each linear
-  // layer's packed weights and bias (or none).
-  Layers(const std::vector<Weights>& weights, const std::vector<double>& eps, const std::vector<double>& scales,
-         const std::vector<int64_t>& windows) {
-    TORCH_CHECK(weights.size() == eps.size() && eps.size() == scales.size() && scales.size() == windows.size());
+  // `ends`: the embedding [V, d], the last norm's weights, and cos and sin of the rotary embedding at all positions,
+  // [P, D]. Of each layer: the weights of the RMSNorms (for queries and keys only if the model has them), and each
+  // linear layer's packed weights and bias (or none). `eps` and `scales` are of the layers; the last `eps` is of the
+  // last norm.
+  Decoder(const Weights& ends, const std::vector<Weights>& weights, const std::vector<double>& eps,
+          const std::vector<double>& scales, const std::vector<int64_t>& windows)
+      : embedding_(ends.at("embedding").value()),
+        norm_(ends.at("norm").value()),
+        cos_(ends.at("cos").value()),
+        sin_(ends.at("sin").value()),
+        eps_(eps.back()) {
+    TORCH_CHECK(weights.size() + 1 == eps.size() && weights.size() == scales.size() && scales.size() == windows.size());
     for (size_t i = 0; i < weights.size(); ++i) layers_.emplace_back(weights[i], eps[i], scales[i], windows[i]);
   }
 
-  // The residual stream after the layers, from `stream` before them, both [1, T, d]. cos, sin and cells as in
-  // `rotate`; keys and values of all layers, [L, C, K, D]. A step's tokens are groups laid end to end, each with
-  // the cells [B, N] of its contexts and the positions [B, n] of its tokens in them. If a step of `residues` is
-  // under way, they are added.
-  Tensor forward(Tensor stream, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
-                 const Tensor& cells, const std::vector<Tensor>& contexts, const std::vector<Tensor>& positions,
+  // What the output head is multiplied with, for tokens `ids` at positions `at`, [1, T] both: [1, N, d] of those at the
+  // indices `wanted` [N], or of all. Cells as in `rotate`; keys and values of all layers, [L, C, K, D]. A step's
+  // tokens are groups laid end to end, each with the cells [B, N] of its contexts and the positions [B, n] of its
+  // tokens in them. If a step of `residues` is under way, they are added.
+  Tensor forward(const Tensor& ids, const Tensor& at, const Tensor& keys, const Tensor& values, const Tensor& cells,
+                 const std::vector<Tensor>& contexts, const std::vector<Tensor>& positions,
+                 const std::optional<Tensor>& wanted,
                  const c10::optional<c10::intrusive_ptr<Residues>>& residues) {
     const auto L = static_cast<int64_t>(layers_.size());
     TORCH_CHECK(keys.size(0) == L && values.size(0) == L && contexts.size() == positions.size());
+    const Tensor place = at.view(-1), cos = cos_.index_select(0, place), sin = sin_.index_select(0, place);
+    Tensor stream = embedding_.index_select(0, ids.view(-1)).unsqueeze(0);
     for (int64_t i = 0; i < L; ++i) {
       const Layer& layer = layers_[i];
       const Tensor own_keys = keys.select(0, i), own_values = values.select(0, i);
@@ -94,10 +105,12 @@ class Layers : public torch::CustomClassHolder {
       if (residues) (*residues)->add(i, x, y);
       stream = add(residual, y);
     }
-    return stream;
+    return rms_norm(wanted ? stream.index_select(1, *wanted) : stream, norm_, eps_);
   }
 
  private:
+  Tensor embedding_, norm_, cos_, sin_;
+  double eps_;
   std::vector<Layer> layers_;
 };
 

@@ -19,6 +19,7 @@ TORCH_LIBRARY(nr_serve, library) {
   library.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale, int window)"
       " -> Tensor");
+  library.def("likeliest(Tensor logits) -> Tensor");
   library.def("share_among(int threads) -> ()", nr_serve::share_among);
   using at::Tensor;
   library.class_<nr_serve::Residues>("Residues")
@@ -31,10 +32,10 @@ TORCH_LIBRARY(nr_serve, library) {
       "attend_prompts(Tensor query, Tensor keys, Tensor values, Tensor cells, Tensor positions, float scale,"
       " int window) -> Tensor");
   library.def("multiply(Tensor x, Tensor packed, Tensor? bias, ScalarType type) -> Tensor");
-  library.class_<nr_serve::Layers>("Layers")
-      .def(torch::init<std::vector<nr_serve::Weights>, std::vector<double>, std::vector<double>,
+  library.class_<nr_serve::Decoder>("Decoder")
+      .def(torch::init<nr_serve::Weights, std::vector<nr_serve::Weights>, std::vector<double>, std::vector<double>,
                        std::vector<int64_t>>())
-      .def("forward", &nr_serve::Layers::forward);
+      .def("forward", &nr_serve::Decoder::forward);
 #endif
 }
 
@@ -43,6 +44,7 @@ TORCH_LIBRARY_IMPL(nr_serve, CPU, library) {
   library.impl("silu_mul", nr_serve::silu_mul);
   library.impl("rotate", nr_serve::rotate);
   library.impl("attend", nr_serve::attend);
+  library.impl("likeliest", nr_serve::likeliest);
 #ifdef NR_SERVE_PRODUCTS
   library.impl("attend_prompts", nr_serve::attend_prompts);
   library.impl("multiply", nr_serve::multiply);

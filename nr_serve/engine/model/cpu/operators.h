@@ -28,6 +28,9 @@ Tensor rotate(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Ten
 Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cells,
               const Tensor& positions, double scale, int64_t window);
 
+// likeliest.h
+Tensor likeliest(const Tensor& logits);
+
 // The weights of one slot's block in one layer, of `weights` [S, L, ...].
 template <typename T>
 const T* of_block(const Tensor& weights, int64_t slot, int64_t layer) {
