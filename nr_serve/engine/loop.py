@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _TAKE_SECONDS = 0.005  # for taking messages between two steps
-_READ_SECONDS, _READ_PAUSE = 0.0005, 0.001  # computing, then pausing, while a file is read beside steps
+_READ_SECONDS, _READ_PAUSE = 0.0005, 0.004  # computing, then pausing, while a file is read beside steps
 
 
 @dataclass(frozen=True, slots=True)
