@@ -88,7 +88,7 @@ class Engine:
         self.kv_bytes_a_token = 2 * layers * heads * head_size * dtype.itemsize
         attention.register()
         self.model.set_attn_implementation(attention.NAME)
-        prepare_layers(self.model, self.bank, None, kernels=True)
+        prepare_layers(self.model, self.bank, None, positions=config.max_position_embeddings, kernels=True)
         self.graphs = graphs.Graphs(
             graphs.model_step(self.model, self.bank, self.cache), slots=8, page_size=PAGE, longest=context,
             padding=graphs.Padding(rows - 1, self.pages - 1, self.bank.labels), device=self.device,

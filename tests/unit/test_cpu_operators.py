@@ -105,8 +105,10 @@ def test_the_likeliest_is_the_first_highest_and_a_row_with_a_nan_has_none(operat
     rows[2], rows[3], rows[4] = -torch.inf, 0.0, -1e38
     rows[5, size // 3] = torch.inf
     rows[6, -1] = rows[7, 0] = rows[8, size // 2] = torch.nan
+    wide = torch.cat([rows, torch.full((9, 3), torch.inf)], 1)[:, :size]  # not contiguous
     with computed_by(threads):
-        assert operators.likeliest(rows).tolist() == [*rows[:6].numpy().argmax(-1).tolist(), -1, -1, -1]
+        for logits in (rows, wide):
+            assert operators.likeliest(logits).tolist() == [*rows[:6].numpy().argmax(-1).tolist(), -1, -1, -1]
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

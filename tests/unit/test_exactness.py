@@ -98,3 +98,18 @@ def test_a_prompt_that_is_preempted_half_way_is_told_of_as_a_whole():
         assert (tuple(token.id for token in tokens), tokens[0].logprob) == (prompt, None)
         expected = [float(logprobs_TV[at, token]) for at, token in enumerate(prompt[1:])]
         assert [token.logprob for token in tokens[1:]] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("drawn", [{"temperature": 0}, {"temperature": 1, "seed": 3}])
+def test_log_probabilities_of_the_prompt_do_not_change_the_answer(drawn):
+    given = []
+    for asked in ({}, {"prompt_logprobs": 1, "logprobs": 1}):
+        core, _ = engine(tiny.model(), pages=40, budget=64, running=2)
+        core.add(Submit("x", tuple(range(9)), Sampling(max_tokens=4, ignore_eos=True, **drawn, **asked), ()))
+        tokens = []
+        while not core.idle:
+            for output in core.step().outputs:
+                assert output.error is None
+                tokens += [token.id for token in output.tokens]
+        given.append(tokens)
+    assert given[0] == given[1]

@@ -117,19 +117,34 @@ def rope(kind: str) -> dict:
     ("kind", "changed"),
     [
         ("llama", {}),
-        ("llama", rope("linear")),
+        ("llama", rope("linear") | {"rms_norm_eps": 0.1}),
         ("mistral", {"sliding_window": 6}),
         ("qwen2", rope("yarn")),
         ("qwen3", {}),
     ],
 )
-def test_layers_in_one_call_compute_what_its_operators_do_to_the_bit(operators, kind, changed, monkeypatch):
+def test_a_model_in_one_call_computes_what_its_operators_do_to_the_bit(operators, kind, changed, monkeypatch):
     if operators.decoder is None:
         pytest.skip("no products of our own here")
     got = answers(kind, **changed)
     monkeypatch.setattr(fuse_module, "compile_model", lambda model, *_: model)
     assert got == answers(kind, compiled=False, **changed)
     assert all(sum(gates.fired) for gates in got[1].values()), "or residues were not looked at"
+
+
+def test_a_base_of_few_positions_is_served_and_other_parts_are_not_replaced(operators):
+    if operators.decoder is None:
+        pytest.skip("no products of our own here")
+    short = tiny.model("llama", max_position_embeddings=16).bfloat16()
+    other_norm, other_embedding = (tiny.model("llama").bfloat16() for _ in range(2))
+    other_norm.model.norm = type("OwnNorm", (type(other_norm.model.norm),), {})(tiny.D)
+    other_norm.model.norm.to(torch.bfloat16)
+    embedding = other_embedding.model.embed_tokens
+    other_embedding.model.embed_tokens = type("OwnEmbedding", (torch.nn.Embedding,), {})(tiny.VOCAB, tiny.D)
+    other_embedding.model.embed_tokens.weight = embedding.weight
+    for base, compiled in ((short, True), (other_norm, False), (other_embedding, False)):
+        core, _ = engine(base, pages=60, budget=24, running=4)
+        assert isinstance(core._runner.model, CompiledModel) is compiled
 
 
 def test_threads_of_our_own_change_no_bit(operators):

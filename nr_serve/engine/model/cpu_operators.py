@@ -1,4 +1,4 @@
-"""Operators of a decoder layer on a CPU: those of `cpu/`, compiled once for the processor at hand.
+"""Operators of a model's steps on a CPU: those of `cpu/`, compiled once for the processor at hand.
 
 Knows how they are built and loaded, not where they are used.
 """

@@ -27,13 +27,14 @@ _SILUS = {"SiLU", "SiLUActivation"}
 
 
 def prepare_layers(
-    model: nn.Module, bank: Bank, operators: CpuOperators | None, *, kernels: bool = False
+    model: nn.Module, bank: Bank, operators: CpuOperators | None, *, positions: int, kernels: bool = False
 ) -> nn.Module:
     """Make a frozen model's layers add the bank's residues, and compute as fast as they can, in place.
 
-    Returns what runs the steps: the model, or a `CompiledModel` of its parts. Uses `operators` on a CPU, or
-    `gpu_operators` with `kernels`. The order matters: layers are fused before they host blocks, packed after they
-    are fused, compiled after they are packed. Raises UnsupportedBase as `host_blocks` does.
+    Returns what runs the steps: the model, or a `CompiledModel` of its parts, for texts of up to `positions`
+    tokens. Uses `operators` on a CPU, or `gpu_operators` with `kernels`. The order matters: layers are fused before
+    they host blocks, packed after they are fused, compiled after they are packed. Raises UnsupportedBase as
+    `host_blocks` does.
     """
     if kernels:
         from nr_serve.engine.model import gpu_operators  # needs triton
@@ -44,7 +45,7 @@ def prepare_layers(
     host_blocks(model, bank.add_residues)
     pack_linears(model, None if operators is None else operators.multiply)
     if operators is not None and isinstance(bank, CpuBank):
-        return compile_model(model, operators, bank)
+        return compile_model(model, operators, bank, positions)
     return model
 
 
@@ -165,17 +166,17 @@ class CompiledModel(nn.Module):
     """A model in two calls of C++ operators: `decoder`, with its FFNs' residues, and the output head.
 
     It is called as the model is. What transformers prepares for other uses, masks and caches above all, it leaves
-    out: that takes more than half a millisecond a step. At every call into torch, other threads of Python may take
-    the interpreter's lock, and keep it for as long.
+    out: that takes more than half a millisecond a step. And at every call into torch another thread of Python, such
+    as the API's, may take the interpreter's lock.
     """
 
-    def __init__(self, model: Any, make: Callable[..., Any], bank: CpuBank) -> None:
-        """Take the model over. `make`: `CpuOperators.decoder`; residues come from `bank`."""
+    def __init__(self, model: Any, make: Callable[..., Any], bank: CpuBank, positions: int) -> None:
+        """Take the model over, for that many positions. `make`: `CpuOperators.decoder`; `bank` has the residues."""
         super().__init__()
         decoder, self.lm_head, self._bank = model.model, model.lm_head, bank
         layers: list[FusedLayer] = list(decoder.layers)
         # A position's rotation is the same in every step: `check_base` refuses other kinds.
-        positions_P = torch.arange(model.config.max_position_embeddings)
+        positions_P = torch.arange(positions)
         cos_PD, sin_PD = (x[0] for x in decoder.rotary_emb(decoder.norm.weight, positions_P[None]))
         self._decoder = make(
             {
@@ -215,7 +216,7 @@ class CompiledModel(nn.Module):
         return Logits(self.lm_head(x))
 
 
-def compile_model(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> nn.Module:
+def compile_model(model: nn.Module, operators: CpuOperators, bank: CpuBank, positions: int) -> nn.Module:
     """A known model as a `CompiledModel`, if all its layers' products are `PairedLinear`; else the model.
 
     If the output head is a `PairedLinear` too, the calling thread, which must be the one that runs the model,
@@ -223,11 +224,14 @@ def compile_model(model: nn.Module, operators: CpuOperators, bank: CpuBank) -> n
     """
     if operators.decoder is None or not _is_of(model, _MODELS):
         return model
+    decoder: Any = model.get_submodule("model")
+    if type(decoder.embed_tokens) is not nn.Embedding or not isinstance(decoder.norm, FusedNorm):
+        return model
     if not all(_is_ours(layer, operators) for layer in decoder_layers(model)):
         return model
     if isinstance(model.lm_head, PairedLinear):
         operators.share_among(torch.get_num_threads())
-    return CompiledModel(model, operators.decoder, bank)
+    return CompiledModel(model, operators.decoder, bank, positions)
 
 
 def _is_ours(layer: nn.Module, operators: CpuOperators) -> bool:

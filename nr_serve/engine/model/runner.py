@@ -34,7 +34,7 @@ from nr_serve.engine.model.opened import opened_by_page
 from nr_serve.engine.model.processor import cpu_limit
 from nr_serve.engine.model.results import draws, guarded_result, logit_positions
 from nr_serve.engine.model.sampler import likeliest
-from nr_serve.engine.model.startup_check import StartupCheck
+from nr_serve.engine.model.startup_check import LENGTH, StartupCheck
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece, Result, spans
 from nr_serve.errors import BadAdapterFile, BadRequest, UnsupportedBase, raised_as
@@ -92,7 +92,13 @@ class Runner:
         )
         attention.register()
         model.set_attn_implementation(attention.NAME)
-        self.model = prepare_layers(model, self.bank, self.operators, kernels=self.kernels and config.compile)
+        self.model = prepare_layers(
+            model,
+            self.bank,
+            self.operators,
+            positions=max(self.info.max_model_len, LENGTH),
+            kernels=self.kernels and config.compile,
+        )
         self.graphs: Graphs | None = None
         with refused():
             check.run(self._all_logits, page_size=self.page_size, pages=self.pages)

@@ -1,6 +1,7 @@
 """From logits to tokens. Every request is sampled on its own, by a number that depends on its seed and place alone.
 
-`likeliest` and `sample` are for logits on a CPU; `gpu_sampler` is their counterpart.
+`sample` is for logits on a CPU; `gpu_sampler` is its counterpart. On a CPU with compiled operators, theirs takes
+the place of `likeliest`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece
 from nr_serve.errors import UnsupportedBase
 
-_LENGTH = 24
+LENGTH = 24
+"""Positions that it reads."""
 _CHUNKS = (10, 13, 1)
 
 
@@ -27,7 +28,7 @@ class StartupCheck:
 
     def __init__(self, model: Any) -> None:
         vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.randint(0, vocabulary, (_LENGTH,), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, vocabulary, (LENGTH,), generator=torch.Generator().manual_seed(0))
         weight = next(model.parameters())
         self._name = type(model).__name__
         self._tolerance = 1e-3 if weight.dtype == torch.float32 else 5e-2
@@ -40,9 +41,9 @@ class StartupCheck:
 
         Raises UnsupportedBase if they differ.
         """
-        needed = -(-_LENGTH // page_size)
+        needed = -(-LENGTH // page_size)
         if needed > pages:
-            raise UnsupportedBase(f"{pages} pages of KV cache cannot hold {_LENGTH} tokens; give it more")
+            raise UnsupportedBase(f"{pages} pages of KV cache cannot hold {LENGTH} tokens; give it more")
         request = Request.outside(Submit("probe", self._ids, Sampling()), row=0, pages=range(needed))
         starts = accumulate(_CHUNKS, initial=0)
         pieces = [Piece(request, start, count) for start, count in zip(starts, _CHUNKS, strict=False)]

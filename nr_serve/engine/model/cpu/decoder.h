@@ -18,7 +18,7 @@
 
 namespace nr_serve {
 
-// A layer's tensors by name.
+// Tensors by name.
 using Weights = c10::Dict<std::string, std::optional<Tensor>>;
 
 // A linear layer, with weights packed as `multiply` needs them.
@@ -67,23 +67,23 @@ class Decoder : public torch::CustomClassHolder {
       : embedding_(ends.at("embedding").value()),
         norm_(ends.at("norm").value()),
         cos_(ends.at("cos").value()),
-        sin_(ends.at("sin").value()),
-        eps_(eps.back()) {
+        sin_(ends.at("sin").value()) {
     TORCH_CHECK(weights.size() + 1 == eps.size() && weights.size() == scales.size() && scales.size() == windows.size());
+    eps_ = eps.back();
     for (size_t i = 0; i < weights.size(); ++i) layers_.emplace_back(weights[i], eps[i], scales[i], windows[i]);
   }
 
-  // What the output head is multiplied with, for tokens `ids` at positions `at`, [1, T] both: [1, N, d] of those at the
+  // What the output head is multiplied with, for tokens `ids` at `places` of their texts, [1, T] both: [1, N, d] of those at the
   // indices `wanted` [N], or of all. Cells as in `rotate`; keys and values of all layers, [L, C, K, D]. A step's
   // tokens are groups laid end to end, each with the cells [B, N] of its contexts and the positions [B, n] of its
   // tokens in them. If a step of `residues` is under way, they are added.
-  Tensor forward(const Tensor& ids, const Tensor& at, const Tensor& keys, const Tensor& values, const Tensor& cells,
+  Tensor forward(const Tensor& ids, const Tensor& places, const Tensor& keys, const Tensor& values, const Tensor& cells,
                  const std::vector<Tensor>& contexts, const std::vector<Tensor>& positions,
                  const std::optional<Tensor>& wanted,
                  const c10::optional<c10::intrusive_ptr<Residues>>& residues) {
     const auto L = static_cast<int64_t>(layers_.size());
     TORCH_CHECK(keys.size(0) == L && values.size(0) == L && contexts.size() == positions.size());
-    const Tensor place = at.view(-1), cos = cos_.index_select(0, place), sin = sin_.index_select(0, place);
+    const Tensor rows = places.view(-1), cos = cos_.index_select(0, rows), sin = sin_.index_select(0, rows);
     Tensor stream = embedding_.index_select(0, ids.view(-1)).unsqueeze(0);
     for (int64_t i = 0; i < L; ++i) {
       const Layer& layer = layers_[i];

@@ -27,11 +27,11 @@ inline int64_t highest(const float* values, int64_t V) {
 
 // `highest` of each row of float32 logits [N, V]; int64 [N].
 Tensor likeliest(const Tensor& logits) {
-  TORCH_CHECK(logits.is_contiguous() && logits.dim() == 2 && logits.size(1) > 0);
-  TORCH_CHECK(logits.scalar_type() == at::kFloat);
+  TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == at::kFloat);
   const int64_t N = logits.size(0), V = logits.size(1);
   Tensor tokens = logits.new_empty({N}, at::kLong);
-  const float* rows = logits.const_data_ptr<float>();
+  const Tensor whole = logits.contiguous();
+  const float* rows = whole.const_data_ptr<float>();
   int64_t* to = tokens.mutable_data_ptr<int64_t>();
   share(N, grain(V), [&](int64_t from, int64_t end) {
     for (int64_t i = from; i < end; ++i) to[i] = highest(rows + i * V, V);

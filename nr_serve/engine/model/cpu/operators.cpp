@@ -1,4 +1,4 @@
-// Operators of a decoder layer on a CPU. Each replaces several of torch's, whose calls cost more than they
+// Operators of a model's steps on a CPU. Each replaces several of torch's, whose calls cost more than they
 // compute. They compute in float32 and round once, blocks their hidden values too, so they differ from torch's own by
 // rounding. A token's result does not depend on what shares its step, except for rounding where oneDNN computes a
 // block of many tokens.
