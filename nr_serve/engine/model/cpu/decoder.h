@@ -73,10 +73,10 @@ class Decoder : public torch::CustomClassHolder {
     for (size_t i = 0; i < weights.size(); ++i) layers_.emplace_back(weights[i], eps[i], scales[i], windows[i]);
   }
 
-  // What the output head is multiplied with, for tokens `ids` at `places` of their texts, [1, T] both: [1, N, d] of those at the
-  // indices `wanted` [N], or of all. Cells as in `rotate`; keys and values of all layers, [L, C, K, D]. A step's
-  // tokens are groups laid end to end, each with the cells [B, N] of its contexts and the positions [B, n] of its
-  // tokens in them. If a step of `residues` is under way, they are added.
+  // What the output head is multiplied with, for tokens `ids` at `places` of their texts, [1, T] both: [1, N, d] of
+  // those at the indices `wanted` [N], or of all. Cells as in `rotate`; keys and values of all layers, [L, C, K, D].
+  // A step's tokens are groups laid end to end, each with the cells [B, N] of its contexts and the positions [B, n]
+  // of its tokens in them. If a step of `residues` is under way, they are added.
   Tensor forward(const Tensor& ids, const Tensor& places, const Tensor& keys, const Tensor& values, const Tensor& cells,
                  const std::vector<Tensor>& contexts, const std::vector<Tensor>& positions,
                  const std::optional<Tensor>& wanted,
