@@ -87,6 +87,14 @@ def test_the_setting_says_whether_steps_use_them(operators, compiled):
     assert any(isinstance(module, FusedLayer) for module in runner.model.modules()) is compiled
 
 
+@pytest.fixture
+def products(operators):
+    """The operators, where a model may be one call of them."""
+    if operators.decoder is None:
+        pytest.skip("no products of our own here")
+    return operators
+
+
 def answers(kind, threads=1, *, compiled=True, **changed):
     """Answers in bfloat16, with log probabilities and gates, to prompts of all lengths beside two adapters."""
     base = tiny.model(kind, **changed).bfloat16()
@@ -123,18 +131,14 @@ def rope(kind: str) -> dict:
         ("qwen3", {}),
     ],
 )
-def test_a_model_in_one_call_computes_what_its_operators_do_to_the_bit(operators, kind, changed, monkeypatch):
-    if operators.decoder is None:
-        pytest.skip("no products of our own here")
+def test_a_model_in_one_call_computes_what_its_operators_do_to_the_bit(products, kind, changed, monkeypatch):
     got = answers(kind, **changed)
     monkeypatch.setattr(fuse_module, "compile_model", lambda model, *_: model)
     assert got == answers(kind, compiled=False, **changed)
     assert all(sum(gates.fired) for gates in got[1].values()), "or residues were not looked at"
 
 
-def test_a_base_of_few_positions_is_served_and_other_parts_are_not_replaced(operators):
-    if operators.decoder is None:
-        pytest.skip("no products of our own here")
+def test_a_base_of_few_positions_is_served_and_other_parts_are_not_replaced(products):
     short = tiny.model("llama", max_position_embeddings=16).bfloat16()
     other_norm, other_embedding = (tiny.model("llama").bfloat16() for _ in range(2))
     other_norm.model.norm = type("OwnNorm", (type(other_norm.model.norm),), {})(tiny.D)
@@ -147,19 +151,15 @@ def test_a_base_of_few_positions_is_served_and_other_parts_are_not_replaced(oper
         assert isinstance(core._runner.model, CompiledModel) is compiled
 
 
-def test_threads_of_our_own_change_no_bit(operators):
-    if operators.decoder is None:
-        pytest.skip("no products of our own here")
+def test_threads_of_our_own_change_no_bit(products):
     wide = {"intermediate_size": 2048}  # so wide that three threads share a product
     with computed_by("three of our own"):
         assert answers("llama", 3, **wide) == answers("llama", 1, **wide)
 
 
-def test_a_model_in_such_calls_is_computed_by_threads_of_our_own_as_many_as_torchs(operators, monkeypatch):
-    if operators.decoder is None:
-        pytest.skip("no products of our own here")
+def test_a_model_in_such_calls_is_computed_by_threads_of_our_own_as_many_as_torchs(products, monkeypatch):
     counts = []
-    watched = dataclasses.replace(operators, share_among=counts.append)
+    watched = dataclasses.replace(products, share_among=counts.append)
     monkeypatch.setattr(runner_module, "cpu_operators", lambda: watched)
     ours = {"vocab_size": 304}
     with computed_by("two of torch"):
