@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.errors import BadAdapterFile
+from nr_serve.neutral import huge_pages
 from nr_serve.neutral.format import Adapter, Block
 from nr_serve.neutral.step import StepTokens, Totals
 
@@ -59,8 +60,9 @@ class Bank(ABC):
         self.ceiling_S = torch.full((slots,), torch.inf, device=device)
         room = -(-width // self._rows) * self._rows
         # A block of width h uses the first 2h rows: W_in, then W_gate, so that one product computes both.
-        self.w_up_SLud = zeros(slots, layers, 2 * room, d, dtype=dtype)
-        self.w_out_SLhd = zeros(slots, layers, room, d, dtype=dtype)  # transposed: a block fills the first h rows
+        self.w_up_SLud = huge_pages.zeros((slots, layers, 2 * room, d), dtype=dtype, device=device)
+        # Transposed: a block fills the first h rows.
+        self.w_out_SLhd = huge_pages.zeros((slots, layers, room, d), dtype=dtype, device=device)
         self.width_LS = zeros(layers, slots, dtype=torch.int32)  # 0: no block
         self.attached: set[int] = set()
         # NaN: the sequence starts here. A row belongs to one running request.

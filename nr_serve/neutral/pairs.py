@@ -14,18 +14,11 @@ BLOCK = 48
 """Outputs that are computed together."""
 
 
-def pair(weight: Tensor) -> Tensor:
-    """A bfloat16 weight [outputs, inputs] in this layout, flat.
-
-    Inputs are even in number, outputs a multiple of `VECTOR`.
-    """
-    packed = torch.empty(weight.numel(), dtype=weight.dtype)
-    write_pairs(packed, weight)
-    return packed
-
-
 def write_pairs(to: Tensor, weight: Tensor, block: int = BLOCK) -> None:
-    """Write a weight as `pair` lays it out to `to`, which is flat and of its size; `block`: outputs of a block."""
+    """Write a bfloat16 weight [outputs, inputs] in this layout to `to`, which is flat and of its size.
+
+    Inputs are even in number, outputs a multiple of `VECTOR`. `block`: outputs of a block.
+    """
     if weight.storage_offset() % 2 or not weight.is_contiguous():
         weight = weight.clone(memory_format=torch.contiguous_format)  # else two of it cannot be seen as one
     pairs, to = weight.view(torch.int32), to.view(torch.int32)

@@ -69,7 +69,7 @@ def test_our_own_product_is_the_product(multiply, outputs, inputs, has_bias, thr
     torch.manual_seed(outputs)
     weight = torch.randn(outputs, inputs).bfloat16()
     bias = torch.randn(outputs).bfloat16() if has_bias else None
-    layer = PairedLinear(weight, bias, multiply, dtype)
+    layer = PairedLinear(weight, bias, multiply, dtype, torch.empty(weight.numel()).bfloat16())
     with computed_by(threads):
         for shape in ((1, 0), (1, 1), (1,), (2, 3), (8,), (1, 9), (1, 17), (33,), (100,)):
             x = torch.randn(*shape, inputs).bfloat16()

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from nr_serve.engine.model.batch import Batch, Group
 from nr_serve.engine.model.cpu_operators import CpuOperators
 from nr_serve.errors import UnsupportedBase
+from nr_serve.neutral import huge_pages
 
 NAME = "nr_paged"
 _TOKENS_AT_ONCE = 128  # their attention logits stay in a core's cache
@@ -46,8 +47,8 @@ class KVCache:
         self.attend = attend
         """How a step attends to a layer's keys and values."""
         shape = (layers, cells + 1, heads, head_size)
-        self.keys_LCKD = torch.zeros(shape, device=device, dtype=dtype)
-        self.values_LCKD = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys_LCKD = huge_pages.zeros(shape, device=device, dtype=dtype)
+        self.values_LCKD = huge_pages.zeros(shape, device=device, dtype=dtype)
         self.spare_cell = cells
         """A cell that is never written: padding where there is nothing to attend to."""
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nr_serve.neutral.pairs import VECTOR, pair
+from nr_serve.neutral import huge_pages
+from nr_serve.neutral.pairs import VECTOR, write_pairs
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 """Type of `CpuOperators.multiply`."""
@@ -46,13 +47,17 @@ class PairedLinear(nn.Module):
     """Computes what an `nn.Linear` with this bfloat16 weight and bias does, up to rounding, by our own product."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, multiply: Multiply, dtype: torch.dtype = torch.bfloat16
+        self, weight: Tensor, bias: Tensor | None, multiply: Multiply, dtype: torch.dtype, packed: Tensor
     ) -> None:
-        """Pack the weight [out, in]. Outputs are of `dtype`, float32 or bfloat16. Requires `can_pair`."""
+        """Pack the weight [out, in] into `packed`, flat. Outputs are of `dtype`, float32 or bfloat16.
+
+        Requires `can_pair`.
+        """
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        self.packed = pair(weight.detach())
+        self.packed = packed
+        write_pairs(packed, weight.detach())
         self._multiply, self._dtype = multiply, dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ def pack_linears(model: nn.Module, multiply: Multiply | None = None) -> None:
     Weights are packed for `multiply` where it supports them, else for oneDNN. In bfloat16, single tokens are
     faster with packed weights too, so no plain weight is kept; in float32, a weight shared with the embedding
     exists anyway and is kept. Our own product leaves the output head's logits in float32: rounded to bfloat16, the
-    likeliest tokens are often equal.
+    likeliest tokens are often equal. Its weights lie end to end, as a step reads them.
     """
     weight = next(model.parameters())
     if weight.device.type != "cpu" or not can_pack(weight.dtype):
@@ -90,11 +95,20 @@ def pack_linears(model: nn.Module, multiply: Multiply | None = None) -> None:
     exact = weight.dtype is torch.float32
     keep = exact and sum(p.nbytes for p in model.parameters()) <= _KEEP_BYTES
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear and multiply is not None and can_pair(child.weight):
-                dtype = torch.float32 if name == "lm_head" else torch.bfloat16
-                setattr(module, name, PairedLinear(child.weight, child.bias, multiply, dtype))
-            elif type(child) is nn.Linear:
-                shared = exact and id(child.weight) in embedded
-                setattr(module, name, PackedLinear(child.weight, child.bias, keep=keep or shared))
+    linears = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) is nn.Linear
+    ]
+    ours = [child.weight for _, _, child in linears if multiply is not None and can_pair(child.weight)]
+    sizes = [weight.numel() for weight in ours]
+    room = huge_pages.empty([sum(sizes)], dtype=torch.bfloat16, device=weight.device)
+    rooms = iter(torch.split(room, sizes))
+    for module, name, child in linears:
+        if multiply is not None and can_pair(child.weight):
+            dtype = torch.float32 if name == "lm_head" else torch.bfloat16
+            setattr(module, name, PairedLinear(child.weight, child.bias, multiply, dtype, next(rooms)))
+        else:
+            shared = exact and id(child.weight) in embedded
+            setattr(module, name, PackedLinear(child.weight, child.bias, keep=keep or shared))
