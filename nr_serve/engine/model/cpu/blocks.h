@@ -7,6 +7,7 @@
 #include <bit>
 
 #include "operators.h"
+#include "paired_blocks.h"
 #include "vectors.h"
 
 namespace nr_serve {
@@ -122,11 +123,14 @@ void Blocks::add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) c
 
 void Blocks::add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, const Tensor& y) const {
   if (fired.empty()) return;
-  // Sorted by slot, so that a token's residues are summed in an order that does not depend on what shares its
-  // step.
-  std::sort(fired.begin(), fired.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
 #ifdef NR_SERVE_PRODUCTS
-  if (paired_) return add_paired(layer, fired, x, y.mutable_data_ptr<BFloat16>());
+  if (paired_) {
+    const PairedBlocks blocks = paired(layer, fired, x);
+    share(blocks.vectors, grain(2 * W * blocks.d), [&](int64_t from, int64_t to) { blocks.fill_hidden(from, to); });
+    share((blocks.d + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * W * blocks.vectors),
+          [&](int64_t from, int64_t to) { blocks.add_out(y, from, to); });
+    return;
+  }
 #endif
   const auto many = [](const Fired& one) { return one.tokens.size() > FEW; };
   with_type(x, [&](auto type) {

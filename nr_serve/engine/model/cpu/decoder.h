@@ -30,6 +30,12 @@ struct Linear {
       : packed(weights.at(name).value()), bias(weights.at(name + "_bias")) {}
 
   Tensor operator()(const Tensor& x) const { return multiply(x, packed, bias, at::kBFloat16); }
+
+  // Each thread calls then(y, from, to, of) after its parts `from` to `to` of `of`, as in `multiply_then`.
+  template <typename F>
+  Tensor operator()(const Tensor& x, F&& then) const {
+    return multiply_then(x, packed, bias, at::kBFloat16, then);
+  }
 };
 
 // A layer's attention and FFN, each after an RMSNorm and added to the stream. Queries, keys and values are one
@@ -85,9 +91,11 @@ class Decoder : public torch::CustomClassHolder {
     TORCH_CHECK(keys.size(0) == L && values.size(0) == L && contexts.size() == positions.size());
     const Tensor rows = places.view(-1), cos = cos_.index_select(0, rows), sin = sin_.index_select(0, rows);
     Tensor stream = embedding_.index_select(0, ids.view(-1)).unsqueeze(0);
+    // Calls into torch between two layers' products would find their code gone from the cache.
+    const std::vector<Tensor> keys_by_layer = keys.unbind(), values_by_layer = values.unbind();
     for (int64_t i = 0; i < L; ++i) {
       const Layer& layer = layers_[i];
-      const Tensor own_keys = keys.select(0, i), own_values = values.select(0, i);
+      const Tensor &own_keys = keys_by_layer[i], &own_values = values_by_layer[i];
       const Tensor query = rotate(layer.qkv(rms_norm(stream, layer.attention_norm, layer.eps)), cos, sin, own_keys,
                                   own_values, cells, layer.q_norm, layer.k_norm, layer.eps);
       std::vector<Tensor> outputs;
@@ -101,8 +109,15 @@ class Decoder : public torch::CustomClassHolder {
       }
       const Tensor attended = (outputs.size() == 1 ? outputs[0] : at::cat(outputs)).view({1, query.size(0), -1});
       const Tensor residual = add(stream, layer.out(attended)), x = rms_norm(residual, layer.ffn_norm, layer.eps);
-      const Tensor y = layer.down(silu_mul(layer.gate_up(x)));
-      if (residues) (*residues)->add(i, x, y);
+      // Each thread computes a part of the blocks after its part of a product: as operators of their own they would
+      // have threads wait for each other twice more.
+      const PairedBlocks blocks = residues ? (*residues)->paired(i, x) : PairedBlocks{};
+      const Tensor gate_up = layer.gate_up(x, [&](const Tensor&, int64_t from, int64_t to, int64_t of) {
+        blocks.fill_hidden(blocks.vectors * from / of, blocks.vectors * to / of);
+      });
+      const Tensor y = layer.down(silu_mul(gate_up), [&](const Tensor& all, int64_t from, int64_t to, int64_t) {
+        blocks.add_out(all, from, to);
+      });
       stream = add(residual, y);
     }
     return rms_norm(wanted ? stream.index_select(1, *wanted) : stream, norm_, eps_);

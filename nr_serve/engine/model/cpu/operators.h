@@ -3,7 +3,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
 
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
@@ -47,6 +49,32 @@ struct Fired {
   std::vector<float> g, hidden;
 };
 
+#ifdef NR_SERVE_PRODUCTS
+// paired_blocks.h
+// One block of paired weights and the tokens on which it fired. h: its width, rounded up to whole vectors; what was
+// added is 0.
+struct PairedBlock {
+  const int32_t *up, *out;  // W_in and W_gate, W rows of one and of the other in turn, so 2 W outputs each; and W_out
+  int64_t tokens, h;
+  const float* g;
+  const int64_t* rows;  // of the tokens, in the step
+  std::unique_ptr<at::BFloat16[]> gathered, hidden;
+  const int32_t* x;  // [tokens, d / 2, 2]
+};
+
+// The blocks that fired in one layer. Their work is in two steps, each of parts that threads may share.
+struct PairedBlocks {
+  std::vector<PairedBlock> blocks;
+  int64_t d = 0, vectors = 0;  // `vectors`: of hidden values, of all blocks
+
+  // Hidden values, scaled by g, of vectors `from` to `to`.
+  void fill_hidden(int64_t from, int64_t to) const;
+
+  // Adds outputs of the residues, in tiles `from` to `to`, to y [T, d].
+  void add_out(const Tensor& y, int64_t from, int64_t to) const;
+};
+#endif
+
 // The blocks of all slots and layers: W_in and W_gate [S, L, 2H, d], and W_out transposed, [S, L, H, d]. If they are
 // `paired`, the same memory holds what PairedBlock reads, as CpuBank writes it.
 class Blocks {
@@ -67,6 +95,11 @@ class Blocks {
   // Adds the residues of the slots that fired, in one layer, for inputs x [T, d], to y [T, d].
   void add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, const Tensor& y) const;
 
+#ifdef NR_SERVE_PRODUCTS
+  // The same blocks for `add_out` to add, if weights are paired; `fired` and x must outlive them.
+  PairedBlocks paired(int64_t layer, const std::vector<Fired>& fired, const Tensor& x) const;
+#endif
+
  private:
   // Adds to y [T, d] the residues of one block on many tokens of x [T, d].
   template <typename T>
@@ -76,11 +109,6 @@ class Blocks {
   template <typename T>
   void add_few(int64_t layer, std::span<Fired> blocks, const T* x, T* y) const;
 
-#ifdef NR_SERVE_PRODUCTS
-  // Adds to y [T, d] the residues of blocks whose weights are paired; in paired_blocks.h.
-  void add_paired(int64_t layer, const std::vector<Fired>& blocks, const Tensor& x, at::BFloat16* y) const;
-#endif
-
   Tensor up_, out_;
   bool paired_;
 };
@@ -88,6 +116,8 @@ class Blocks {
 #ifdef NR_SERVE_PRODUCTS
 // products.h
 Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, at::ScalarType type);
+Tensor multiply_then(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, at::ScalarType type,
+                     c10::function_ref<void(const Tensor&, int64_t, int64_t, int64_t)> then);
 
 // prompts.h
 Tensor attend_prompts(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& cells,

@@ -10,57 +10,60 @@
 
 namespace nr_serve {
 
-// One block and the tokens on which it fired. h: its width, rounded up to whole vectors; what was added is 0.
-struct PairedBlock {
-  const int32_t *up, *out;  // W_in and W_gate, W rows of one and of the other in turn, so 2 W outputs each; and W_out
-  int64_t tokens, h;
-  const float* g;
-  const int64_t* rows;  // of the tokens, in the step
-  std::unique_ptr<BFloat16[]> gathered, hidden;
-  const int32_t* x;  // [tokens, d / 2, 2]
-
-  // Hidden values, scaled by g, of vectors `from` to `to`.
-  void fill_hidden(int64_t d, int64_t from, int64_t to) const {
-    if (from >= to) return;
-    constexpr int64_t BOTH = 2 * W;
-    const Tiles tiles(tokens);
-    const auto products = room_for<float>(tokens * BOTH);
-    for (int64_t i = from; i < to; ++i) {
-      multiply_block<2>(tiles, x, d / 2, up + i * BOTH * (d / 2), nullptr, products.get(), BOTH,
-                        tiles.number() > 1 && i > from, i + 1 == to);
-      for (int64_t t = 0; t < tokens; ++t) {
-        const float* product = products.get() + t * BOTH;
-        store(hidden.get() + t * h + i * W, load(product) * silu(load(product + W)) * Vec(g[t]));
-      }
+// Hidden values of one block, scaled by g, of vectors `from` to `to`.
+inline void fill_hidden(const PairedBlock& block, int64_t d, int64_t from, int64_t to) {
+  if (from >= to) return;
+  constexpr int64_t BOTH = 2 * W;
+  const Tiles tiles(block.tokens);
+  const auto products = room_for<float>(block.tokens * BOTH);
+  for (int64_t i = from; i < to; ++i) {
+    multiply_block<2>(tiles, block.x, d / 2, block.up + i * BOTH * (d / 2), nullptr, products.get(), BOTH,
+                      tiles.number() > 1 && i > from, i + 1 == to);
+    for (int64_t t = 0; t < block.tokens; ++t) {
+      const float* product = products.get() + t * BOTH;
+      store(block.hidden.get() + t * block.h + i * W, load(product) * silu(load(product + W)) * Vec(block.g[t]));
     }
   }
+}
 
-  // Adds the residue's tiles of outputs `from` to `to` to y [T, d].
-  void add_out(BFloat16* y, int64_t d, int64_t from, int64_t to) const {
-    const Tiles tiles(tokens);
-    const auto* in = reinterpret_cast<const int32_t*>(hidden.get());
-    const auto residues = room_for<float>(tokens * TILE_OUTPUTS);
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t first = i * TILE_OUTPUTS;
-      with_constant<TILE_VECTORS>((d - first) / W, [&](auto vectors) {
-        constexpr int64_t size = vectors() * W;
-        multiply_block<vectors()>(tiles, in, h / 2, out + first * (h / 2), nullptr, residues.get(), size,
-                                  tiles.number() > 1 && i > from, i + 1 == to);
-        for (int64_t t = 0; t < tokens; ++t) add_to(y + rows[t] * d + first, residues.get() + t * size, size);
-      });
-    }
+// Adds one residue's tiles of outputs `from` to `to` to y [T, d].
+inline void add_out(const PairedBlock& block, BFloat16* y, int64_t d, int64_t from, int64_t to) {
+  const Tiles tiles(block.tokens);
+  const auto* in = reinterpret_cast<const int32_t*>(block.hidden.get());
+  const auto residues = room_for<float>(block.tokens * TILE_OUTPUTS);
+  for (int64_t i = from; i < to; ++i) {
+    const int64_t first = i * TILE_OUTPUTS;
+    with_constant<TILE_VECTORS>((d - first) / W, [&](auto vectors) {
+      constexpr int64_t size = vectors() * W;
+      multiply_block<vectors()>(tiles, in, block.h / 2, block.out + first * (block.h / 2), nullptr, residues.get(),
+                                size, tiles.number() > 1 && i > from, i + 1 == to);
+      for (int64_t t = 0; t < block.tokens; ++t)
+        add_to(y + block.rows[t] * d + first, residues.get() + t * size, size);
+    });
   }
-};
+}
 
-void Blocks::add_paired(int64_t layer, const std::vector<Fired>& fired, const Tensor& x, BFloat16* y) const {
+void PairedBlocks::fill_hidden(int64_t from, int64_t to) const {
+  for (const PairedBlock& block : blocks) {  // laid end to end
+    const int64_t own = block.h / W;
+    nr_serve::fill_hidden(block, d, std::max<int64_t>(from, 0), std::min(to, own));
+    from -= own, to -= own;
+  }
+}
+
+void PairedBlocks::add_out(const Tensor& y, int64_t from, int64_t to) const {
+  for (const PairedBlock& block : blocks) nr_serve::add_out(block, y.mutable_data_ptr<BFloat16>(), d, from, to);
+}
+
+PairedBlocks Blocks::paired(int64_t layer, const std::vector<Fired>& fired, const Tensor& x) const {
+  TORCH_CHECK(paired_);
   const int64_t d = out_.size(3), T = x.numel() / d;
   const auto weights = [&](const Tensor& of, int64_t slot) {
     return reinterpret_cast<const int32_t*>(of_block<BFloat16>(of, slot, layer));
   };
   static_assert(PAIRED_OUTPUTS == W);
   const BFloat16* all_x = x.const_data_ptr<BFloat16>();
-  std::vector<PairedBlock> blocks;
-  int64_t vectors = 0;
+  PairedBlocks all{{}, d};
   for (const Fired& one : fired) {
     const int64_t tokens = one.tokens.size(), h = (one.h + W - 1) / W * W;
     PairedBlock block{weights(up_, one.slot), weights(out_, one.slot), tokens, h, one.g.data(), one.tokens.data()};
@@ -72,18 +75,10 @@ void Blocks::add_paired(int64_t layer, const std::vector<Fired>& fired, const Te
       });
     }
     block.x = reinterpret_cast<const int32_t*>(tokens < T ? block.gathered.get() : all_x);
-    vectors += h / W;
-    blocks.push_back(std::move(block));
+    all.vectors += h / W;
+    all.blocks.push_back(std::move(block));
   }
-  share(vectors, grain(2 * W * d), [&](int64_t from, int64_t to) {  // all blocks' hidden values laid end to end
-    for (const PairedBlock& block : blocks) {
-      block.fill_hidden(d, std::max<int64_t>(from, 0), std::min(to, block.h / W));
-      from -= block.h / W, to -= block.h / W;
-    }
-  });
-  share((d + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * W * vectors), [&](int64_t from, int64_t to) {
-    for (const PairedBlock& block : blocks) block.add_out(y, d, from, to);
-  });
+  return all;
 }
 
 }  // namespace nr_serve

@@ -28,8 +28,10 @@ void multiply_block(const Tiles& tiles, const int32_t* x, int64_t size, const in
 
 // x W^T + bias, for x [..., k] and a bias [n]. The weights are packed in blocks of TILE_OUTPUTS outputs, the last
 // block smaller if need be, each block [k / 2, outputs, 2]. k is even and positive, n a multiple of W. `type` of
-// the result: bfloat16 or float32.
-Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, at::ScalarType type) {
+// the result: bfloat16 or float32. Each thread calls then(y, from, to, of) when its blocks `from` to `to` of `of`
+// are done.
+Tensor multiply_then(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, at::ScalarType type,
+                     c10::function_ref<void(const Tensor&, int64_t, int64_t, int64_t)> then) {
   const int64_t k = x.size(-1);
   TORCH_CHECK(x.is_contiguous() && packed.is_contiguous() && k > 0 && k % 2 == 0);
   const int64_t n = packed.numel() / k, size = k / 2, tokens = x.numel() / k;
@@ -44,18 +46,26 @@ Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tenso
   const BFloat16* b = bias ? bias->const_data_ptr<BFloat16>() : nullptr;
   with_type(y, [&](auto value) {
     auto* out = y.mutable_data_ptr<decltype(value)>();
-    share((n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * k), [&](int64_t from, int64_t to) {
-      const Tiles tiles(tokens);
-      for (int64_t i = from; i < to; ++i) {
-        const int64_t first = i * TILE_OUTPUTS;
-        with_constant<TILE_VECTORS>((n - first) / W, [&](auto vectors) {
-          multiply_block<vectors()>(tiles, in, size, w + first * size, b ? b + first : nullptr, out + first, n,
-                                    tiles.number() > 1 && i > from, i + 1 == to);
-        });
+    const int64_t blocks = (n + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
+    share(blocks, grain(TILE_OUTPUTS * k), [&](int64_t from, int64_t to) {
+      {
+        const Tiles tiles(tokens);
+        for (int64_t i = from; i < to; ++i) {
+          const int64_t first = i * TILE_OUTPUTS;
+          with_constant<TILE_VECTORS>((n - first) / W, [&](auto vectors) {
+            multiply_block<vectors()>(tiles, in, size, w + first * size, b ? b + first : nullptr, out + first, n,
+                                      tiles.number() > 1 && i > from, i + 1 == to);
+          });
+        }
       }
+      then(y, from, to, blocks);
     });
   });
   return y;
+}
+
+Tensor multiply(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, at::ScalarType type) {
+  return multiply_then(x, packed, bias, type, [](const Tensor&, int64_t, int64_t, int64_t) {});
 }
 
 }  // namespace nr_serve

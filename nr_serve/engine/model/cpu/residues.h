@@ -70,18 +70,18 @@ class Residues : public torch::CustomClassHolder {
 
   // Adds a layer's residues to y [..., d], for tokens whose gate fired in a selected slot.
   void add(int64_t layer, const Tensor& x, const Tensor& y) {
-    TORCH_CHECK(0 <= layer && layer < layers_ && x.is_contiguous() && y.is_contiguous() && x.sizes() == y.sizes());
-    TORCH_CHECK(tokens_ > 0 && x.numel() == tokens_ * d_ && x.scalar_type() == blocks_.type() && y.scalar_type() == x.scalar_type());
-    with_type(x, [&](auto type) {
-      using T = decltype(type);
-      fill_logits(x.const_data_ptr<T>(), tokens_, gate_.const_data_ptr<float>() + layer * slots_ * d_,
-                  bias_.const_data_ptr<float>() + layer * slots_, n_, d_, m_.data() + layer * tokens_ * n_);
-    });
-    fired_.clear();
-    open(layer);
+    TORCH_CHECK(y.is_contiguous() && x.sizes() == y.sizes() && y.scalar_type() == x.scalar_type());
+    fire(layer, x);
     blocks_.add(layer, fired_, x, y);
-    done_ = layer + 1;
   }
+
+#ifdef NR_SERVE_PRODUCTS
+  // The blocks whose residues `add` would add, for x [..., d], which must outlive them.
+  PairedBlocks paired(int64_t layer, const Tensor& x) {
+    fire(layer, x);
+    return blocks_.paired(layer, fired_, x);
+  }
+#endif
 
   // Ends a step. Keeps the carried states of each piece's last token, by row, and of the tokens `ends`, by page
   // [E]. Counts the first `counted` tokens, each under its label [T]. Returns the number of layers whose gate was
@@ -109,6 +109,22 @@ class Residues : public torch::CustomClassHolder {
   }
 
  private:
+  // Finds out which selected slots fire in a layer, for x [..., d].
+  void fire(int64_t layer, const Tensor& x) {
+    TORCH_CHECK(0 <= layer && layer < layers_ && x.is_contiguous());
+    TORCH_CHECK(tokens_ > 0 && x.numel() == tokens_ * d_ && x.scalar_type() == blocks_.type());
+    with_type(x, [&](auto type) {
+      using T = decltype(type);
+      fill_logits(x.const_data_ptr<T>(), tokens_, gate_.const_data_ptr<float>() + layer * slots_ * d_,
+                  bias_.const_data_ptr<float>() + layer * slots_, n_, d_, m_.data() + layer * tokens_ * n_);
+    });
+    fired_.clear();
+    open(layer);
+    // By slot, so that a token's residues are summed in an order that does not depend on what shares its step.
+    std::sort(fired_.begin(), fired_.end(), [](const Fired& a, const Fired& b) { return a.slot < b.slot; });
+    done_ = layer + 1;
+  }
+
   void keep(const Tensor& states, int64_t to, int64_t t) {
     TORCH_CHECK(0 <= to && to < states.size(1) && 0 <= t && t < tokens_);
     for (int64_t layer = 0; layer < layers_; ++layer)
