@@ -5,33 +5,26 @@ What is read from end to end in every step arrives up to twice as fast from page
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 import sys
-from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-
-def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As `torch.empty`, in huge pages if it is large and on a Linux machine's CPU, else in those there are."""
-    tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if device.type == "cpu" and sys.platform == "linux":
-        _ask(tensor)
-    return tensor
+_HUGE = 2**21  # bytes: the usual size of a huge page
 
 
-def zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As `torch.zeros`, in such pages."""
-    return empty(shape, dtype=dtype, device=device).zero_()
+def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As `torch.zeros`; if large and in a Linux machine's memory, in huge pages where that allows it.
 
-
-def _ask(tensor: Tensor) -> None:
-    """Ask for huge pages where a tensor's memory, not yet written, spans whole pages."""
-    begin = math.ceil(tensor.data_ptr() / mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if begin < end:
-        # What it returns does not matter: a system without huge pages refuses, and all works without.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
+    Then memory is taken as it is written.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or sys.platform != "linux" or size < _HUGE:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel built without huge pages: others do as well
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

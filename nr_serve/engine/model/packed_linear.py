@@ -103,7 +103,7 @@ def pack_linears(model: nn.Module, multiply: Multiply | None = None) -> None:
     ]
     ours = [child.weight for _, _, child in linears if multiply is not None and can_pair(child.weight)]
     sizes = [weight.numel() for weight in ours]
-    room = huge_pages.empty([sum(sizes)], dtype=torch.bfloat16, device=weight.device)
+    room = huge_pages.zeros((sum(sizes),), dtype=torch.bfloat16, device=weight.device)
     rooms = iter(torch.split(room, sizes))
     for module, name, child in linears:
         if multiply is not None and can_pair(child.weight):
