@@ -101,8 +101,7 @@ def pack_linears(model: nn.Module, multiply: Multiply | None = None) -> None:
         for name, child in module.named_children()
         if type(child) is nn.Linear
     ]
-    ours = [child.weight for _, _, child in linears if multiply is not None and can_pair(child.weight)]
-    sizes = [weight.numel() for weight in ours]
+    sizes = [child.weight.numel() for _, _, child in linears if multiply is not None and can_pair(child.weight)]
     room = huge_pages.zeros((sum(sizes),), dtype=torch.bfloat16, device=weight.device)
     rooms = iter(torch.split(room, sizes))
     for module, name, child in linears:

@@ -60,6 +60,10 @@ struct PairedBlock {
   const int64_t* rows;  // of the tokens, in the step
   std::unique_ptr<at::BFloat16[]> gathered, hidden;
   const int32_t* x;  // [tokens, d / 2, 2]
+
+  // As PairedBlocks' own, of this block alone.
+  void fill_hidden(int64_t d, int64_t from, int64_t to) const;
+  void add_out(at::BFloat16* y, int64_t d, int64_t from, int64_t to) const;
 };
 
 // The blocks that fired in one layer. Their work is in two steps, each of parts that threads may share.

@@ -10,35 +10,32 @@
 
 namespace nr_serve {
 
-// Hidden values of one block, scaled by g, of vectors `from` to `to`.
-inline void fill_hidden(const PairedBlock& block, int64_t d, int64_t from, int64_t to) {
+void PairedBlock::fill_hidden(int64_t d, int64_t from, int64_t to) const {
   if (from >= to) return;
   constexpr int64_t BOTH = 2 * W;
-  const Tiles tiles(block.tokens);
-  const auto products = room_for<float>(block.tokens * BOTH);
+  const Tiles tiles(tokens);
+  const auto products = room_for<float>(tokens * BOTH);
   for (int64_t i = from; i < to; ++i) {
-    multiply_block<2>(tiles, block.x, d / 2, block.up + i * BOTH * (d / 2), nullptr, products.get(), BOTH,
+    multiply_block<2>(tiles, x, d / 2, up + i * BOTH * (d / 2), nullptr, products.get(), BOTH,
                       tiles.number() > 1 && i > from, i + 1 == to);
-    for (int64_t t = 0; t < block.tokens; ++t) {
+    for (int64_t t = 0; t < tokens; ++t) {
       const float* product = products.get() + t * BOTH;
-      store(block.hidden.get() + t * block.h + i * W, load(product) * silu(load(product + W)) * Vec(block.g[t]));
+      store(hidden.get() + t * h + i * W, load(product) * silu(load(product + W)) * Vec(g[t]));
     }
   }
 }
 
-// Adds one residue's tiles of outputs `from` to `to` to y [T, d].
-inline void add_out(const PairedBlock& block, BFloat16* y, int64_t d, int64_t from, int64_t to) {
-  const Tiles tiles(block.tokens);
-  const auto* in = reinterpret_cast<const int32_t*>(block.hidden.get());
-  const auto residues = room_for<float>(block.tokens * TILE_OUTPUTS);
+void PairedBlock::add_out(BFloat16* y, int64_t d, int64_t from, int64_t to) const {
+  const Tiles tiles(tokens);
+  const auto* in = reinterpret_cast<const int32_t*>(hidden.get());
+  const auto residues = room_for<float>(tokens * TILE_OUTPUTS);
   for (int64_t i = from; i < to; ++i) {
     const int64_t first = i * TILE_OUTPUTS;
     with_constant<TILE_VECTORS>((d - first) / W, [&](auto vectors) {
       constexpr int64_t size = vectors() * W;
-      multiply_block<vectors()>(tiles, in, block.h / 2, block.out + first * (block.h / 2), nullptr, residues.get(),
-                                size, tiles.number() > 1 && i > from, i + 1 == to);
-      for (int64_t t = 0; t < block.tokens; ++t)
-        add_to(y + block.rows[t] * d + first, residues.get() + t * size, size);
+      multiply_block<vectors()>(tiles, in, h / 2, out + first * (h / 2), nullptr, residues.get(), size,
+                                tiles.number() > 1 && i > from, i + 1 == to);
+      for (int64_t t = 0; t < tokens; ++t) add_to(y + rows[t] * d + first, residues.get() + t * size, size);
     });
   }
 }
@@ -46,13 +43,13 @@ inline void add_out(const PairedBlock& block, BFloat16* y, int64_t d, int64_t fr
 void PairedBlocks::fill_hidden(int64_t from, int64_t to) const {
   for (const PairedBlock& block : blocks) {  // laid end to end
     const int64_t own = block.h / W;
-    nr_serve::fill_hidden(block, d, std::max<int64_t>(from, 0), std::min(to, own));
+    block.fill_hidden(d, std::max<int64_t>(from, 0), std::min(to, own));
     from -= own, to -= own;
   }
 }
 
 void PairedBlocks::add_out(const Tensor& y, int64_t from, int64_t to) const {
-  for (const PairedBlock& block : blocks) nr_serve::add_out(block, y.mutable_data_ptr<BFloat16>(), d, from, to);
+  for (const PairedBlock& block : blocks) block.add_out(y.mutable_data_ptr<BFloat16>(), d, from, to);
 }
 
 PairedBlocks Blocks::paired(int64_t layer, const std::vector<Fired>& fired, const Tensor& x) const {
