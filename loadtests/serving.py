@@ -7,7 +7,8 @@ A contender is a URL or a command; ratios are the first one's to each other's. A
 measured, and all but the one that is measured are paused (SIGSTOP). They go on when this ends, unless SIGKILL ends
 it: what was paused then stays so until `kill -CONT PID`. A round measures every contender under every load, on the
 same prompts, beginning with another contender each time; no prompt comes twice. What slows the machine down for a
-while then shows in the spread of the ratios. The last line is one JSON document.
+while then shows in the spread of the ratios; what one process has of luck, such as where its memory lies, with
+`--starts`. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import resource
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,16 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(number, lambda *_: sys.exit("terminated"))
     texts = _texts(args)
     models = dict(entry.split("=", 1) for entry in args.model)
-    with contextlib.ExitStack() as stack:
-        contenders = []
-        for named in args.contender:
-            contender = stack.enter_context(started(named, models.get(named.partition("=")[0]), args.wait))
-            print(f"{contender.name} is ready", flush=True)
-            contenders.append(contender)
-        measurements = measure(contenders, texts, args)
+    measurements = []
+    for start in range(args.starts):
+        with contextlib.ExitStack() as stack:
+            contenders = []
+            for named in args.contender:
+                contender = stack.enter_context(started(named, models.get(named.partition("=")[0]), args.wait))
+                print(f"{contender.name} is ready", flush=True)
+                contenders.append(contender)
+            rounds = range(start * args.rounds, (start + 1) * args.rounds)
+            measurements += measure(contenders, texts, args, rounds)
     summary = compare(measurements)
     print("\n".join(tables(summary)))
     document = {
@@ -70,11 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
 
 
-def measure(contenders: Sequence[Contender], texts: Texts, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every contender under every load, `args.rounds` times; a line each."""
+def measure(
+    contenders: Sequence[Contender], texts: Texts, args: argparse.Namespace, rounds: Iterable[int]
+) -> list[dict[str, Any]]:
+    """Every contender under every load, in rounds of these numbers; a line each."""
     loads = [("concurrency", c) for c in args.concurrency] + [("rate", r) for r in args.rate]
     measured = []
-    for number in range(args.rounds):
+    for number in rounds:
         for kind, size in loads:
             # At least two waves, so that answers also start beside running ones.
             count = max(args.requests, 2 * int(size)) if kind == "concurrency" else args.requests
@@ -200,6 +206,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--requests", type=int, default=6, help="requests a measurement, or two waves if that is more"
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=1, help="how often to start them, for --rounds each")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument(

@@ -45,6 +45,22 @@ def test_contenders_are_measured_in_rounds_that_begin_with_another_each_time(
     assert all(r["least"] <= r["median"] <= r["most"] for r in ratios)
 
 
+def test_contenders_are_started_anew_for_further_rounds(base_folder, monkeypatch, capsys):
+    starts = []
+    with serving() as one:
+        script = load("loadtests/serving.py")
+        monkeypatch.setattr(script.Contender, "processes", lambda _: [])
+        started = script.started
+        monkeypatch.setattr(script, "started", lambda *given: starts.append(given) or started(*given))
+        script.main(
+            ["--contender", f"one={one.url}", *ASKED, "--starts", "3", "--concurrency", "1", "--base", base_folder]
+        )
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(starts) == 3
+    assert [m["round"] for m in result["measurements"]] == [0, 1, 2, 3, 4, 5]
+    assert [row["rounds"] for row in result["summary"]] == [6]
+
+
 def test_a_stretch_of_text_without_a_space_is_a_prompt_too():
     texts = load("loadtests/prompts.py").Texts({"en": "|---" * 100}, tiny.tokenizer(), 0)
     assert all(len(prompt.text) == 5 for prompt in texts.take(20, 5))
