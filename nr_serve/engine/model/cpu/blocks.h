@@ -126,7 +126,7 @@ void Blocks::add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, cons
 #ifdef NR_SERVE_PRODUCTS
   if (paired_) {
     const PairedBlocks blocks = paired(layer, fired, x);
-    share(blocks.vectors, grain(2 * W * blocks.d), [&](int64_t from, int64_t to) { blocks.fill_hidden(from, to); });
+    blocks.fill_hidden();
     share((blocks.d + TILE_OUTPUTS - 1) / TILE_OUTPUTS, grain(TILE_OUTPUTS * W * blocks.vectors),
           [&](int64_t from, int64_t to) { blocks.add_out(y, from, to); });
     return;

@@ -109,12 +109,14 @@ class Decoder : public torch::CustomClassHolder {
       }
       const Tensor attended = (outputs.size() == 1 ? outputs[0] : at::cat(outputs)).view({1, query.size(0), -1});
       const Tensor residual = add(stream, layer.out(attended)), x = rms_norm(residual, layer.ffn_norm, layer.eps);
-      // Each thread computes a part of the blocks after its part of a product: as operators of their own they would
-      // have threads wait for each other twice more.
-      const PairedBlocks blocks = residues ? (*residues)->paired(i, x) : PairedBlocks{};
+      // Each thread computes a part of the logits, and later of the residues, after its part of a product: in
+      // operators of their own threads would wait for each other twice more.
+      const auto logits = residues ? (*residues)->logits<BFloat16>(i, x) : Logits<BFloat16>{};
       const Tensor gate_up = layer.gate_up(x, [&](const Tensor&, int64_t from, int64_t to, int64_t of) {
-        blocks.fill_hidden(blocks.vectors * from / of, blocks.vectors * to / of);
+        logits.fill(logits.tiles() * from / of, logits.tiles() * to / of);
       });
+      const PairedBlocks blocks = residues ? (*residues)->paired(i, x) : PairedBlocks{};
+      blocks.fill_hidden();
       const Tensor y = layer.down(silu_mul(gate_up), [&](const Tensor& all, int64_t from, int64_t to, int64_t) {
         blocks.add_out(all, from, to);
       });

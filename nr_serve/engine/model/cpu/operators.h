@@ -61,20 +61,20 @@ struct PairedBlock {
   std::unique_ptr<at::BFloat16[]> gathered, hidden;
   const int32_t* x;  // [tokens, d / 2, 2]
 
-  // As PairedBlocks' own, of this block alone.
+  // Hidden values, scaled by g, of vectors `from` to `to`; then outputs, added to y [T, d], of tiles `from` to `to`.
   void fill_hidden(int64_t d, int64_t from, int64_t to) const;
   void add_out(at::BFloat16* y, int64_t d, int64_t from, int64_t to) const;
 };
 
-// The blocks that fired in one layer. Their work is in two steps, each of parts that threads may share.
+// The blocks that fired in one layer. Their work is in two steps.
 struct PairedBlocks {
   std::vector<PairedBlock> blocks;
   int64_t d = 0, vectors = 0;  // `vectors`: of hidden values, of all blocks
 
-  // Hidden values, scaled by g, of vectors `from` to `to`.
-  void fill_hidden(int64_t from, int64_t to) const;
+  // Computes hidden values, scaled by g; threads share them.
+  void fill_hidden() const;
 
-  // Adds outputs of the residues, in tiles `from` to `to`, to y [T, d].
+  // Then adds outputs of the residues, in tiles `from` to `to`, to y [T, d].
   void add_out(const Tensor& y, int64_t from, int64_t to) const;
 };
 #endif

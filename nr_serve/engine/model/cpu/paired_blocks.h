@@ -40,12 +40,15 @@ void PairedBlock::add_out(BFloat16* y, int64_t d, int64_t from, int64_t to) cons
   }
 }
 
-void PairedBlocks::fill_hidden(int64_t from, int64_t to) const {
-  for (const PairedBlock& block : blocks) {  // laid end to end
-    const int64_t own = block.h / W;
-    block.fill_hidden(d, std::max<int64_t>(from, 0), std::min(to, own));
-    from -= own, to -= own;
-  }
+void PairedBlocks::fill_hidden() const {
+  if (blocks.empty()) return;
+  share(vectors, grain(2 * W * d), [&](int64_t from, int64_t to) {
+    for (const PairedBlock& block : blocks) {  // laid end to end
+      const int64_t own = block.h / W;
+      block.fill_hidden(d, std::max<int64_t>(from, 0), std::min(to, own));
+      from -= own, to -= own;
+    }
+  });
 }
 
 void PairedBlocks::add_out(const Tensor& y, int64_t from, int64_t to) const {

@@ -71,14 +71,29 @@ class Residues : public torch::CustomClassHolder {
   // Adds a layer's residues to y [..., d], for tokens whose gate fired in a selected slot.
   void add(int64_t layer, const Tensor& x, const Tensor& y) {
     TORCH_CHECK(y.is_contiguous() && x.sizes() == y.sizes() && y.scalar_type() == x.scalar_type());
-    fire(layer, x);
+    with_type(x, [&](auto type) { logits<decltype(type)>(layer, x).fill_all(); });
+    fire(layer);
     blocks_.add(layer, fired_, x, y);
   }
 
+  // The logits of a layer's gates, for x [..., d], which must outlive them.
+  template <typename T>
+  Logits<T> logits(int64_t layer, const Tensor& x) {
+    TORCH_CHECK(0 <= layer && layer < layers_ && x.is_contiguous());
+    TORCH_CHECK(tokens_ > 0 && x.numel() == tokens_ * d_ && x.scalar_type() == blocks_.type());
+    return {x.const_data_ptr<T>(),
+            gate_.const_data_ptr<float>() + layer * slots_ * d_,
+            bias_.const_data_ptr<float>() + layer * slots_,
+            tokens_,
+            n_,
+            d_,
+            m_.data() + layer * tokens_ * n_};
+  }
+
 #ifdef NR_SERVE_PRODUCTS
-  // The blocks whose residues `add` would add, for x [..., d], which must outlive them.
+  // The blocks whose residues `add` would add, for x [..., d], which must outlive them, once `logits` are written.
   PairedBlocks paired(int64_t layer, const Tensor& x) {
-    fire(layer, x);
+    fire(layer);
     return blocks_.paired(layer, fired_, x);
   }
 #endif
@@ -109,15 +124,8 @@ class Residues : public torch::CustomClassHolder {
   }
 
  private:
-  // Finds out which selected slots fire in a layer, for x [..., d].
-  void fire(int64_t layer, const Tensor& x) {
-    TORCH_CHECK(0 <= layer && layer < layers_ && x.is_contiguous());
-    TORCH_CHECK(tokens_ > 0 && x.numel() == tokens_ * d_ && x.scalar_type() == blocks_.type());
-    with_type(x, [&](auto type) {
-      using T = decltype(type);
-      fill_logits(x.const_data_ptr<T>(), tokens_, gate_.const_data_ptr<float>() + layer * slots_ * d_,
-                  bias_.const_data_ptr<float>() + layer * slots_, n_, d_, m_.data() + layer * tokens_ * n_);
-    });
+  // Finds out which selected slots fire in a layer, from its logits.
+  void fire(int64_t layer) {
     fired_.clear();
     open(layer);
     // By slot, so that a token's residues are summed in an order that does not depend on what shares its step.
