@@ -206,7 +206,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--requests", type=int, default=6, help="requests a measurement, or two waves if that is more"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--starts", type=int, default=1, help="how often to start them, for --rounds each")
+    parser.add_argument("--starts", type=int, default=1, help="how often commands are started, for --rounds each")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument(
@@ -226,6 +226,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.concurrency and not args.rate:
         parser.error("give --concurrency or --rate")
+    if min(args.rounds, args.starts) < 1:
+        parser.error("--rounds and --starts must be at least 1")
     return args
 
 

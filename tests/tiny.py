@@ -72,6 +72,7 @@ def adapter(
 ) -> Adapter:
     """A random adapter whose gates open on about half the tokens; its last layer is narrower."""
     g = torch.Generator().manual_seed(seed)
+    d = base.get_input_embeddings().embedding_dim
 
     def rand(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g)
@@ -81,18 +82,18 @@ def adapter(
         width = h if i < LAYERS - 1 else h // 2
         blocks.append(
             Block(
-                gate=rand(D) / D**0.5,
+                gate=rand(d) / d**0.5,
                 bias=torch.zeros(()),
-                w_in=rand(width, D) / D**0.5,
-                w_gate=rand(width, D) / D**0.5,
-                w_out=scale * rand(D, width) / width**0.5,
+                w_in=rand(width, d) / d**0.5,
+                w_gate=rand(width, d) / d**0.5,
+                w_out=scale * rand(d, width) / width**0.5,
             )
         )
     info = AdapterInfo(
         base="tiny",
         base_fingerprint=fingerprint(base, tokenizer().hf),
         layers=LAYERS,
-        d=D,
+        d=d,
         carry=carry,
         threshold=threshold,
         gate=gate,

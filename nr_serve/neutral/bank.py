@@ -53,7 +53,7 @@ class Bank(ABC):
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.gate_LSd = zeros(layers, slots, d)
+        self.gate_LSd = huge_pages.zeros((layers, slots, d), dtype=torch.float32, device=device)
         self.bias_LS = zeros(layers, slots)
         self.carry_S = zeros(slots)
         self.threshold_S = torch.full((slots,), torch.inf, device=device)  # inf: detached, can never fire

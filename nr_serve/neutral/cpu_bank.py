@@ -93,7 +93,7 @@ class CpuBank(Bank):
 
     @property
     def under_way(self) -> Residues | None:
-        """The operator, in a step in which adapters may act; a caller of its `add` need not call `add_residues`."""
+        """The operator, in a step in which adapters may act; it can take the layers in place of `add_residues`."""
         return None if self._tokens is None else self._residues
 
     def add_residues(self, layer: int, x: Tensor, y: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -169,17 +170,18 @@ def read_adapter(
 ) -> Adapter:
     """Read and check an adapter file; with `base`, also check that it was made for that base.
 
-    `between` is called after every tensor and every layer. Other threads can run meanwhile: the file is read once,
-    its tensors are views of the bytes read, and long work on the bytes releases the GIL.
+    `between` is called after every MiB read, every tensor and every layer. Other threads can run meanwhile: the
+    file is read once, its tensors are views of the bytes read, and long work on the bytes releases the GIL.
 
     Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
     """
     with _readable(path, max_bytes):
-        data_B = np.fromfile(path, np.uint8)
+        data_B = _bytes(path, between)
     header = _header(data_B)
     info = _info(header.metadata)
     if base is not None:
         _check_base(info, base)
+    between()
     tensors = _tensors(header, data_B)
     blocks = _blocks(tensors, info, between)
     return Adapter(
@@ -248,6 +250,17 @@ def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
         raise BadAdapterFile("it is a folder" + (f"; is {meant.name} in it meant?" if meant else "")) from error
     except OSError as error:
         raise BadAdapterFile(f"cannot be read: {error.strerror or error}") from error
+
+
+def _bytes(path: Path, between: Callable[[], None]) -> NDArray[np.uint8]:
+    """The file as it is now, read a MiB between two calls of `between`."""
+    with path.open("rb", buffering=0) as file:
+        data_B = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+        read = 0
+        while count := file.readinto(data_B[read : read + 2**20].data):
+            read += count
+            between()
+    return data_B[:read]
 
 
 def _header(data_B: NDArray[np.uint8]) -> safetensors_file.Header:

@@ -19,13 +19,22 @@ TEXTS = {"one": list(range(10, 110)), "two": [7, 200, 31, 5] * 9, "three": list(
 
 
 def engine(
-    base, *, pages: int, budget: int, running: int, page_size: int = 4, slots: int = 4, kind=Adapters, **settings
+    base,
+    *,
+    pages: int,
+    budget: int,
+    running: int,
+    page_size: int = 4,
+    slots: int = 4,
+    slot_width: int = 16,
+    kind=Adapters,
+    **settings,
 ) -> tuple[Core, Adapters]:
     config = ServeConfig(
         pages=pages,
         page_size=page_size,
         slots=slots,
-        slot_width=16,
+        slot_width=slot_width,
         max_running=running,
         max_waiting=1000,
         max_batch_tokens=budget,

@@ -377,6 +377,14 @@ def test_a_header_that_no_other_reader_takes_is_refused(path, encode):
     refused(path, "not a whole safetensors file")
 
 
+def test_other_work_gets_its_turn_at_each_mebibyte_of_a_file(tmp_path):
+    path, turns = tmp_path / "a.safetensors", []
+    path.write_bytes(b"x" * (3 * 2**20 + 1))
+    with pytest.raises(BadAdapterFile):  # at its header, so all turns are those of reading
+        read_adapter(path, between=lambda: turns.append(None))
+    assert len(turns) == 4
+
+
 def test_a_folder_is_refused_and_the_file_in_it_named(path):
     refused(path.parent, r"it is a folder; is a\.safetensors in it meant\?")
 

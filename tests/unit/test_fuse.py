@@ -95,14 +95,14 @@ def products(operators):
     return operators
 
 
-def answers(kind, threads=1, *, compiled=True, **changed):
+def answers(kind, threads=1, *, compiled=True, h=16, budget=24, **changed):
     """Answers in bfloat16, with log probabilities and gates, to prompts of all lengths beside two adapters."""
     base = tiny.model(kind, **changed).bfloat16()
-    core, adapters = engine(base, pages=60, budget=24, running=4)
+    core, adapters = engine(base, pages=60, budget=budget, running=4, slot_width=h)
     assert all(type(layer) is FusedLayer for layer in base.model.layers)
     assert isinstance(core._runner.model, CompiledModel) is compiled
     for seed in (0, 1):
-        load(adapters, f"a{seed}", tiny.adapter(tiny.model(kind, **changed), seed=seed, carry=0.5))
+        load(adapters, f"a{seed}", tiny.adapter(tiny.model(kind, **changed), seed=seed, carry=0.5, h=h))
     operators_or_skip().share_among(threads)
     for i, length in enumerate((40, 1, 9, 3, 25)):
         sampling = Sampling(max_tokens=12, temperature=0, logprobs=3, ignore_eos=True)
@@ -138,23 +138,40 @@ def test_a_model_in_one_call_computes_what_its_operators_do_to_the_bit(products,
     assert all(sum(gates.fired) for gates in got[1].values()), "or residues were not looked at"
 
 
-def test_a_base_of_few_positions_is_served_and_other_parts_are_not_replaced(products):
-    short = tiny.model("llama", max_position_embeddings=16).bfloat16()
+@pytest.mark.parametrize("positions", [16, 40])
+def test_a_base_of_few_positions_is_served_to_the_last_of_them(products, positions):
+    base = tiny.model("llama", max_position_embeddings=positions)
+    expected = tiny.Naive(base).logits(list(range(positions - 1)), [])[-1]
+    core, _ = engine(copy.deepcopy(base).bfloat16(), pages=60, budget=24, running=4)
+    assert isinstance(core._runner.model, CompiledModel)
+    sampling = Sampling(max_tokens=1, temperature=0, logprobs=3)
+    core.add(Submit("to the end", tuple(range(positions - 1)), sampling))
+    outputs = []
+    while not core.idle:
+        outputs += core.step().outputs
+    assert [token.id for token in outputs[-1].tokens] == [int(expected.argmax())]
+
+
+def test_parts_of_other_classes_are_not_replaced(products):
     other_norm, other_embedding = (tiny.model("llama").bfloat16() for _ in range(2))
     other_norm.model.norm = type("OwnNorm", (type(other_norm.model.norm),), {})(tiny.D)
     other_norm.model.norm.to(torch.bfloat16)
     embedding = other_embedding.model.embed_tokens
     other_embedding.model.embed_tokens = type("OwnEmbedding", (torch.nn.Embedding,), {})(tiny.VOCAB, tiny.D)
     other_embedding.model.embed_tokens.weight = embedding.weight
-    for base, compiled in ((short, True), (other_norm, False), (other_embedding, False)):
+    for base in (other_norm, other_embedding):
         core, _ = engine(base, pages=60, budget=24, running=4)
-        assert isinstance(core._runner.model, CompiledModel) is compiled
+        assert not isinstance(core._runner.model, CompiledModel)
 
 
-def test_threads_of_our_own_change_no_bit(products):
-    wide = {"intermediate_size": 2048}  # so wide that three threads share a product
+@pytest.mark.parametrize("budget", [24, 80])  # tokens of a step: one tile of them, and several
+def test_threads_of_our_own_change_no_bit(products, budget):
+    # So wide that three threads share each product, and each part of the residues.
+    wide = {"intermediate_size": 2048, "hidden_size": 160, "h": 512, "budget": budget}
     with computed_by("three of our own"):
-        assert answers("llama", 3, **wide) == answers("llama", 1, **wide)
+        shared, alone = (answers("llama", threads, **wide) for threads in (3, 1))
+    assert shared == alone
+    assert all(sum(gates.fired) for gates in shared[1].values()), "or residues were not looked at"
 
 
 def test_a_model_in_such_calls_is_computed_by_threads_of_our_own_as_many_as_torchs(products, monkeypatch):

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from nr_serve.engine.model.attention import KVCache
+from nr_serve.engine.model.packed_linear import PairedLinear, pack_linears
 from nr_serve.neutral import huge_pages
+from nr_serve.neutral.torch_bank import TorchBank
+from tests.compiled import operators_or_skip
 
 CPU = torch.device("cpu")
 SIZE = 2**26
@@ -30,17 +35,53 @@ def taken(tensor: torch.Tensor) -> int:
     return 1024 * int(re.search(r"Rss: +(\d+) kB", mapping_of(tensor))[1])
 
 
+def asks(tensor: torch.Tensor) -> bool:
+    """Whether huge pages were asked for."""
+    return "hg" in mapping_of(tensor).split("VmFlags:")[1].split()
+
+
+needs_huge_pages = pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here"
+)
+
+
 @on_linux
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
+@needs_huge_pages
 def test_large_tensors_ask_for_huge_pages():
-    asked, plain = (f((SIZE,), dtype=torch.uint8, device=CPU) for f in (huge_pages.zeros, torch.zeros))
-    assert "hg" in mapping_of(asked).split("VmFlags:")[1].split()
-    assert "hg" not in mapping_of(plain).split("VmFlags:")[1].split()
+    assert asks(huge_pages.zeros((SIZE,), dtype=torch.uint8, device=CPU))
+    assert not asks(torch.zeros(SIZE, dtype=torch.uint8))
 
 
 @on_linux
-def test_memory_is_taken_as_it_is_written_and_given_back():
-    tensor = huge_pages.zeros((SIZE,), dtype=torch.uint8, device=CPU)
+@needs_huge_pages
+def test_the_cache_and_the_slots_are_in_huge_pages_and_take_their_memory_at_once():
+    cache = KVCache(
+        layers=2, cells=20_000, heads=4, head_size=32, device=CPU, dtype=torch.float32, attend=lambda *_: None
+    )
+    bank = TorchBank(layers=8, d=512, slots=128, width=16, rows=2, labels=3, device=CPU, dtype=torch.bfloat16)
+    for tensor in (cache.keys_LCKD, cache.values_LCKD, bank.gate_LSd, bank.w_up_SLud, bank.w_out_SLhd):
+        assert asks(tensor)
+        assert taken(tensor) >= tensor.nbytes
+
+
+@on_linux
+@needs_huge_pages
+def test_weights_of_our_own_products_are_in_huge_pages_end_to_end():
+    operators = operators_or_skip()
+    if operators.multiply is None:
+        pytest.skip("no products of our own here")
+    model = nn.Sequential(*(nn.Linear(1024, 512, bias=False) for _ in range(4))).bfloat16().requires_grad_(False)
+    pack_linears(model, operators.multiply)
+    packed = [module.packed for module in model if isinstance(module, PairedLinear)]
+    assert len(packed) == 4
+    assert all(map(asks, packed))
+    starts = [tensor.data_ptr() for tensor in packed]
+    assert starts == [starts[0] + i * packed[0].nbytes for i in range(4)]
+
+
+@on_linux
+def test_memory_that_is_not_taken_is_as_it_is_written_and_given_back():
+    tensor = huge_pages.zeros((SIZE,), dtype=torch.uint8, device=CPU, taken=False)
     before = taken(tensor)
     tensor[: SIZE // 2] = 1
     assert SIZE // 2 <= taken(tensor) - before <= SIZE // 2 + 2**22
@@ -60,6 +101,12 @@ def test_tensors_are_as_torch_makes_them(shape, dtype, monkeypatch):
         assert torch.equal(made, torch.zeros(shape, dtype=dtype))
         made += 1
     assert huge_pages.zeros(shape, dtype=dtype, device=torch.device("meta")).is_meta
+
+
+@on_linux
+def test_memory_that_cannot_be_had_is_named():
+    with pytest.raises(MemoryError, match="1,152,921,504,606,846,976 bytes"):
+        huge_pages.zeros((2**60,), dtype=torch.uint8, device=CPU)
 
 
 @on_linux

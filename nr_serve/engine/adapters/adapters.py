@@ -96,6 +96,8 @@ class Adapters:
 
     def shares(self, fired_TS: Sequence[tuple[int, ...]], selection: Selection) -> list[dict[str, float]]:
         """For each token of a piece, the share of each adapter's blocks that fired, by adapter name."""
+        if not fired_TS:  # as of each step of each request that does not ask for it
+            return []
         at = [(v.name, v.slot, v.payload.depth) for v in selection if v.slot is not None]
         return [{name: fired_S[slot] / depth for name, slot, depth in at if fired_S} for fired_S in fired_TS]
 

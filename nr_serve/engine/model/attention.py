@@ -49,8 +49,6 @@ class KVCache:
         shape = (layers, cells + 1, heads, head_size)
         self.keys_LCKD = huge_pages.zeros(shape, device=device, dtype=dtype)
         self.values_LCKD = huge_pages.zeros(shape, device=device, dtype=dtype)
-        for kept in (self.keys_LCKD, self.values_LCKD):
-            kept.zero_()  # takes its memory now: in a step that would hold up answers
         self.spare_cell = cells
         """A cell that is never written: padding where there is nothing to attend to."""
 

@@ -148,9 +148,9 @@ class GpuLayer(FusedLayer):
 def fuse(model: nn.Module, operators: Any, kind: type[FusedLayer] = FusedLayer) -> None:
     """Replace, in place, known layers of a frozen model that host no blocks yet; if all are, the last norm too."""
     decoder: Any = model.get_submodule("model")
-    for i, layer in enumerate(decoder_layers(model)):
-        if _is_known(layer):
-            decoder.layers[i] = kind(layer, operators)
+    for i in range(len(decoder.layers)):  # no list of layers: each is given back once it is replaced
+        if _is_known(decoder.layers[i]):
+            decoder.layers[i] = kind(decoder.layers[i], operators)
     if all(isinstance(layer, kind) for layer in decoder.layers) and _is_of(getattr(decoder, "norm", None), _NORMS):
         decoder.norm = FusedNorm(decoder.norm, operators.rms_norm)
 
@@ -217,7 +217,7 @@ class CompiledModel(nn.Module):
 
 
 def compile_model(model: nn.Module, operators: CpuOperators, bank: CpuBank, positions: int) -> nn.Module:
-    """A known model as a `CompiledModel`, if all its layers' products are `PairedLinear`; else the model.
+    """A model as a `CompiledModel`, if its parts are known and its layers' products `PairedLinear`; else itself.
 
     If the output head is a `PairedLinear` too, the calling thread, which must be the one that runs the model,
     shares its work with our own threads instead of torch's.

@@ -87,7 +87,7 @@ def pack_linears(model: nn.Module, multiply: Multiply | None = None) -> None:
     Weights are packed for `multiply` where it supports them, else for oneDNN. In bfloat16, single tokens are
     faster with packed weights too, so no plain weight is kept; in float32, a weight shared with the embedding
     exists anyway and is kept. Our own product leaves the output head's logits in float32: rounded to bfloat16, the
-    likeliest tokens are often equal. Its weights lie end to end, as a step reads them.
+    likeliest tokens are often equal. Its weights lie end to end, layer by layer.
     """
     weight = next(model.parameters())
     if weight.device.type != "cpu" or not can_pack(weight.dtype):
@@ -96,18 +96,21 @@ def pack_linears(model: nn.Module, multiply: Multiply | None = None) -> None:
     keep = exact and sum(p.nbytes for p in model.parameters()) <= _KEEP_BYTES
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     linears = [
-        (module, name, child)
+        (module, name)  # not the layer itself: it is given back once it is packed
         for module in model.modules()
         for name, child in module.named_children()
         if type(child) is nn.Linear
     ]
-    sizes = [child.weight.numel() for _, _, child in linears if multiply is not None and can_pair(child.weight)]
-    room = huge_pages.zeros((sum(sizes),), dtype=torch.bfloat16, device=weight.device)
-    rooms = iter(torch.split(room, sizes))
-    for module, name, child in linears:
-        if multiply is not None and can_pair(child.weight):
+    sizes = [
+        weight.numel() if multiply is not None and can_pair(weight) else 0
+        for weight in (getattr(module, name).weight for module, name in linears)
+    ]
+    room = huge_pages.zeros((sum(sizes),), dtype=torch.bfloat16, device=weight.device, taken=False)
+    for (module, name), own in zip(linears, torch.split(room, sizes), strict=True):
+        child = getattr(module, name)
+        if multiply is not None and len(own):
             dtype = torch.float32 if name == "lm_head" else torch.bfloat16
-            setattr(module, name, PairedLinear(child.weight, child.bias, multiply, dtype, next(rooms)))
+            setattr(module, name, PairedLinear(child.weight, child.bias, multiply, dtype, own))
         else:
             shared = exact and id(child.weight) in embedded
             setattr(module, name, PackedLinear(child.weight, child.bias, keep=keep or shared))

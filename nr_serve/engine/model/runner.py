@@ -77,7 +77,8 @@ class Runner:
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.recalls_pages = config.prefix_cache
         self.tries_apart = self.kernels  # the GPU kernels know only one threshold per slot
-        self.bank = self._bank(model, config, int(shape.hidden_size))
+        with raised_as(UnsupportedBase, f"{config.slots} slots cannot be had (--slots, --slot-width)"):
+            self.bank = self._bank(model, config, int(shape.hidden_size))
         self.info = EngineInfo(
             model=name,
             fingerprint=mark,

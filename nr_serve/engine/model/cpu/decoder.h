@@ -91,7 +91,7 @@ class Decoder : public torch::CustomClassHolder {
     TORCH_CHECK(keys.size(0) == L && values.size(0) == L && contexts.size() == positions.size());
     const Tensor rows = places.view(-1), cos = cos_.index_select(0, rows), sin = sin_.index_select(0, rows);
     Tensor stream = embedding_.index_select(0, ids.view(-1)).unsqueeze(0);
-    // Calls into torch between two layers' products would find their code gone from the cache.
+    // Here, for between products the code of each call into torch is gone from the cache.
     const std::vector<Tensor> keys_by_layer = keys.unbind(), values_by_layer = values.unbind();
     for (int64_t i = 0; i < L; ++i) {
       const Layer& layer = layers_[i];
@@ -109,8 +109,8 @@ class Decoder : public torch::CustomClassHolder {
       }
       const Tensor attended = (outputs.size() == 1 ? outputs[0] : at::cat(outputs)).view({1, query.size(0), -1});
       const Tensor residual = add(stream, layer.out(attended)), x = rms_norm(residual, layer.ffn_norm, layer.eps);
-      // Each thread computes a part of the logits, and later of the residues, after its part of a product: in
-      // operators of their own threads would wait for each other twice more.
+      // Each thread computes a part of the logits, and later of the residues, after its part of a product. As operators
+      // of their own they would make threads wait for each other twice more.
       const auto logits = residues ? (*residues)->logits<BFloat16>(i, x) : Logits<BFloat16>{};
       const Tensor gate_up = layer.gate_up(x, [&](const Tensor&, int64_t from, int64_t to, int64_t of) {
         logits.fill(logits.tiles() * from / of, logits.tiles() * to / of);

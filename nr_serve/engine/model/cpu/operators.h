@@ -100,7 +100,7 @@ class Blocks {
   void add(int64_t layer, std::vector<Fired>& fired, const Tensor& x, const Tensor& y) const;
 
 #ifdef NR_SERVE_PRODUCTS
-  // The same blocks for `add_out` to add, if weights are paired; `fired` and x must outlive them.
+  // The same blocks for `fill_hidden` and `add_out`, if weights are paired; `fired` and x must outlive them.
   PairedBlocks paired(int64_t layer, const std::vector<Fired>& fired, const Tensor& x) const;
 #endif
 

@@ -45,8 +45,8 @@ class Residues : public torch::CustomClassHolder {
   }
 
   // Starts a step: its tokens' rows and offsets in their pieces [T], and which slots they select [T, S]. From
-  // token `first` on, `slot` has the given threshold instead of its own (`first` = T: no token does). `add` must
-  // follow for every layer, in order.
+  // token `first` on, `slot` has the given threshold instead of its own (`first` = T: no token does). For
+  // every layer, in order, `add` must follow, or `logits`, which are written, and `paired`.
   void begin(const Tensor& row, const Tensor& offset, const Tensor& selected, int64_t n, int64_t first, int64_t slot,
              double threshold) {
     tokens_ = row.numel(), n_ = n, done_ = 0, opened_ = false;
