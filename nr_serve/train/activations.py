@@ -28,7 +28,8 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-"""The gates by the recipe's name. elu, in the paper's first version, is m where m > 0 and exp(m) - 1 elsewhere.
+"""The gates by the recipe's name. elu, in the paper's first version, is m where m > 0 and exp(m) - 1 elsewhere;
+sigmoid is 1 / (1 + exp(-m)).
 
 With the cross-entropy local loss, sigmoid is a domain classifier. `none` is relu with w = 0 and b = 1: always 1.
 """

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from nr_serve.disk import CannotWrite
@@ -191,6 +192,18 @@ def test_training_lowers_the_target_loss_and_the_file_tells_its_story(tmp_path, 
     events = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert {e["event"] for e in events} == {"gates", "heldout", "step", "end"}
     assert len([e for e in events if e["event"] == "step"]) == 40
+
+
+def test_losses_are_written_for_tensorboard_too_if_asked(tmp_path, base, corpus):
+    for asked in (True, False):
+        train(write_recipe(tmp_path, base, tokens=256), tmp_path / str(asked), corpus, tensorboard=asked)
+    assert not (tmp_path / "False" / "runs").exists()
+    (folder,) = (tmp_path / "True" / "runs").iterdir()
+    written = EventAccumulator(str(folder)).Reload()
+    logged = [json.loads(line) for line in (tmp_path / "True" / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in logged if "loss" in entry]
+    assert losses
+    assert [event.value for event in written.Scalars("train/loss")] == pytest.approx(losses)
 
 
 def test_tokens_that_no_whole_step_takes_are_told(tmp_path, base, corpus, capsys):
