@@ -34,8 +34,8 @@ for domain in hu da; do
             --out "$together/$domain.safetensors" --set fit_tokens=12288
 done
 [ -e "$together/sk.safetensors" ] ||
-    nr-serve calibrate "$out/sk/sk.safetensors" --corpus "$corpus" --out "$together/sk.safetensors" \
-        --set fit_tokens=12288 --set background_percentile=99.5 --set threshold=0.8 \
+    nr-serve calibrate "$out/sk/sk.safetensors" --corpus "$corpus" --out "$together/sk.safetensors" --carry 0.9 \
+        --set fit_tokens=12288 --set background_percentile=99.5 --set threshold=0.7 \
         --beside "$together/hu.safetensors" --beside "$together/da.safetensors" --beside "$together/bio.safetensors"
 files=("$together"/{hu,da,sk,bio}.safetensors)
 nr-serve evaluate "${files[@]}" --corpus "$corpus" --interference --near nb=da --near sv=da --near cs=sk \
