@@ -35,6 +35,9 @@ def test_a_file_is_of_its_recipe_and_a_card_of_its_file(folder):
     beside = info.results.get("calibrated", {}).get("beside", {})
     made_by = without(parse_recipe(dict(info.recipe)), beside)
     turned = recipe.with_gate(**dials(folder / "recipe.toml"))
+    turned = turned.model_copy(
+        update={"blocks": turned.blocks.model_copy(update=carry_given(folder / "recipe.toml"))}
+    )
     changed = made_by.with_gate(threshold=made_by.threshold).changed(
         turned.with_gate(threshold=turned.threshold), info.results["tokens"]
     )
@@ -54,6 +57,12 @@ def dials(recipe: Path) -> dict[str, float]:
     return {
         key: json.loads(value) for key, value in [*set_to, *re.findall(r"^#.* --(threshold) ([\d.]+)", text, re.M)]
     }
+
+
+def carry_given(recipe: Path) -> dict[str, float]:
+    """The carry that the commands at the top of a recipe give to its gates after training, if they do."""
+    given = re.findall(r"^#.* --carry ([\d.]+)", recipe.read_text(encoding="utf-8"), re.M)
+    return {"carry": float(given[-1])} if given else {}
 
 
 def without(recipe: Recipe, beside: Iterable[str]) -> Recipe:
