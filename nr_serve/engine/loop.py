@@ -149,7 +149,9 @@ class EngineLoop:
             self._require_ready()  # files that still wait when the engine stops are not read
             self._put(_Checked(message, self._read_file(message.path, self._let_steps_run), answer, started))
         except NrError as error:
-            answer.set_exception(error)
+            # What it came from holds the file's bytes, and the answer holds it, until Python's collector comes by.
+            error.__cause__ = error.__context__ = None
+            answer.set_exception(error.with_traceback(None))
         except Exception as error:
             log.exception("reading %s failed", message.path)
             answer.set_exception(NrError(f"reading the adapter failed: {type(error).__name__}"))

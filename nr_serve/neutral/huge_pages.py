@@ -28,7 +28,7 @@ def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, t
         return torch.zeros(shape, dtype=dtype, device=device)
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise MemoryError(f"{size:,} bytes of memory cannot be had") from error
     with suppress(OSError, AttributeError):  # a kernel or a Python built without huge pages: others do as well
         memory.madvise(mmap.MADV_HUGEPAGE)

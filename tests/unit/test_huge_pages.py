@@ -104,9 +104,12 @@ def test_tensors_are_as_torch_makes_them(shape, dtype, monkeypatch):
 
 
 @on_linux
-def test_memory_that_cannot_be_had_is_named():
-    with pytest.raises(MemoryError, match="1,152,921,504,606,846,976 bytes"):
-        huge_pages.zeros((2**60,), dtype=torch.uint8, device=CPU)
+@pytest.mark.parametrize(
+    ("size", "named"), [(2**60, "1,152,921,504,606,846,976"), (2**64, "18,446,744,073,709,551,616")]
+)
+def test_memory_that_cannot_be_had_is_named(size, named):
+    with pytest.raises(MemoryError, match=f"{named} bytes"):
+        huge_pages.zeros((size,), dtype=torch.uint8, device=CPU)
 
 
 @on_linux

@@ -1,7 +1,10 @@
 """The engine's thread: what is asked of it is answered, whatever fails and whenever it stops."""
 
+import gc
 import queue
 import threading
+import time
+import weakref
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -30,6 +33,7 @@ from nr_serve.errors import (
     TooLarge,
     Unavailable,
 )
+from nr_serve.neutral import format as format_module
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.format import write_adapter
 from tests import tiny
@@ -273,6 +277,29 @@ def test_a_file_that_is_refused_changes_nothing(make, files, tmp_path):
     for path, kind in ((bad, BadAdapterFile), (big, TooLarge), (tmp_path / "none", BadAdapterFile)):
         assert isinstance(error_of(loop.call(LoadAdapter("a", path, replace=True))), kind)
     assert loop.answer(ask("r", ("a",))) == (expected(made["a"]), "length")
+
+
+def test_nothing_of_a_file_that_is_refused_is_kept(loop, tmp_path, monkeypatch):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"not an adapter" * 1000)
+    read, whole = [], format_module._bytes
+
+    def watched(path, between):
+        data = whole(path, between)
+        read.append(weakref.ref(data.base))
+        return data
+
+    monkeypatch.setattr(format_module, "_bytes", watched)
+    gc.disable()
+    try:
+        assert isinstance(error_of(loop.call(LoadAdapter("a", bad))), BadAdapterFile)
+        result(loop.call(ReadStatistics()))  # the reader's thread has gone on to wait
+        deadline = time.monotonic() + PATIENCE
+        while read[0]() is not None and time.monotonic() < deadline:
+            pass
+        assert read[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_adapters_of_the_settings_are_attached_before_it_is_ready(make, files):
