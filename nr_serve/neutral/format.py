@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -175,13 +176,12 @@ def read_adapter(
 
     Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
     """
-    with _readable(path, max_bytes):
-        data_B = _bytes(path, between)
-    header = _header(data_B)
-    info = _info(header.metadata)
-    if base is not None:
-        _check_base(info, base)
-    between()
+    with _opened(path, max_bytes) as file:
+        header = _header(file)
+        info = _info(header.metadata)
+        if base is not None:
+            _check_base(info, base)
+        data_B = _data(file, header.nbytes, between)
     tensors = _tensors(header, data_B)
     blocks = _blocks(tensors, info, between)
     return Adapter(
@@ -197,8 +197,8 @@ def read_info(path: Path, *, max_bytes: int | None = None) -> AdapterInfo:
 
     Raises BadAdapterFile (TooLarge above `max_bytes`), saying which check failed.
     """
-    with _readable(path, max_bytes):
-        return _info(_header(np.memmap(path, np.uint8, "r")).metadata)
+    with _opened(path, max_bytes) as file:
+        return _info(_header(file).metadata)
 
 
 @contextmanager
@@ -235,16 +235,18 @@ def write_adapter(path: Path, info: AdapterInfo, blocks: tuple[Block | None, ...
 
 
 @contextmanager
-def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
-    """Refuse what is not a file, is too large or cannot be read."""
+def _opened(path: Path, max_bytes: int | None) -> Iterator[BufferedReader]:
+    """Open the file; refuse what is not a file, is too large, cannot be read or is written to meanwhile."""
     try:
         check_ends(path)
-        size = path.stat().st_size
-        if max_bytes is not None and size > max_bytes:
-            raise TooLarge(f"the file has {size:,} bytes; the limit is {max_bytes:,}")
-        if not size and not path.is_dir():  # an empty file cannot be mapped into memory
-            raise BadAdapterFile("not a whole safetensors file: it is empty")
-        yield
+        with path.open("rb") as file:
+            opened = os.fstat(file.fileno())
+            if max_bytes is not None and opened.st_size > max_bytes:
+                raise TooLarge(f"the file has {opened.st_size:,} bytes; the limit is {max_bytes:,}")
+            yield file
+            read = os.fstat(file.fileno())
+        if (read.st_size, read.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns):
+            raise BadAdapterFile("it was written to while it was read")
     except IsADirectoryError as error:
         meant = min(path.glob("*.safetensors"), default=None)
         raise BadAdapterFile("it is a folder" + (f"; is {meant.name} in it meant?" if meant else "")) from error
@@ -252,22 +254,26 @@ def _readable(path: Path, max_bytes: int | None) -> Iterator[None]:
         raise BadAdapterFile(f"cannot be read: {error.strerror or error}") from error
 
 
-def _bytes(path: Path, between: Callable[[], None]) -> NDArray[np.uint8]:
-    """The file as it is now, read a MiB between two calls of `between`."""
-    with path.open("rb", buffering=0) as file:
-        data_B = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-        read = 0
-        while count := file.readinto(data_B[read : read + 2**20].data):
-            read += count
-            between()
-    return data_B[:read]
-
-
-def _header(data_B: NDArray[np.uint8]) -> safetensors_file.Header:
+def _header(file: BufferedReader) -> safetensors_file.Header:
+    size = os.fstat(file.fileno()).st_size
     try:
-        return safetensors_file.read_header(data_B)
+        return safetensors_file.read_header(file, size)
     except ValueError as error:
-        raise _not_safetensors(data_B[:2].tobytes(), error) from error
+        file.seek(0)
+        raise _not_safetensors(file.read(2), error) from error
+
+
+def _data(file: BufferedReader, size: int, between: Callable[[], None]) -> NDArray[np.uint8]:
+    """The next `size` bytes of the file, read a MiB between two calls of `between`."""
+    try:
+        data_B = np.empty(size, np.uint8)
+    except MemoryError as error:
+        raise BadAdapterFile(f"its tensors have {size:,} bytes, more memory than can be had") from error
+    read = 0
+    while count := file.readinto(data_B[read : read + 2**20].data):
+        read += count
+        between()
+    return data_B[:read]
 
 
 def _tensors(header: safetensors_file.Header, data_B: NDArray[np.uint8]) -> dict[str, Tensor]:
@@ -277,7 +283,7 @@ def _tensors(header: safetensors_file.Header, data_B: NDArray[np.uint8]) -> dict
         if stored.dtype not in DTYPES:
             raise BadAdapterFile(f"{_short(name)} has dtype {_short(stored.dtype)}; {', '.join(DTYPES)} is needed")
         try:
-            tensors[name] = safetensors_file.tensor(stored, header, data_B)
+            tensors[name] = safetensors_file.tensor(stored, data_B)
         except ValueError as error:
             raise _not_safetensors(b"", error) from error
     return tensors

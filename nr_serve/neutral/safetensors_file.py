@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class Stored:
-    """Type, shape and place of a tensor in the file; offsets in bytes after the header."""
+    """Type, shape and place of a tensor in the file; offsets in bytes from the end of the header."""
 
     dtype: str
     shape: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(max_length=8, fail_fast=True)]
@@ -33,25 +34,29 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's header: its metadata, its tensors, and where their bytes begin."""
+    """A file's header: its metadata and its tensors, whose bytes fill the rest of the file."""
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, Stored]
-    start: int
+    nbytes: int
+    """Size of the tensors in bytes."""
 
 
 _STORED = TypeAdapter(Stored)
 
 
-def read_header(data_B: NDArray[np.uint8]) -> Header:
-    """Parse the header of a whole file; its tensors must fill the rest of the file exactly. Raises ValueError."""
-    size = int.from_bytes(data_B[:8].tobytes(), "little")
-    if len(data_B) < 8 or size > LONGEST_HEADER:
+def read_header(file: BufferedReader, size: int) -> Header:
+    """Read the header of a file of `size` bytes, whose tensors must fill the rest of it exactly.
+
+    `file` is read from its beginning to the end of the header. Raises ValueError.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > LONGEST_HEADER:
         raise ValueError("it does not begin as one")
-    if size > len(data_B) - 8:
-        raise ValueError(f"its header has {size:,} bytes; it holds {len(data_B) - 8:,}")
+    if length > size - 8:
+        raise ValueError(f"its header has {length:,} bytes; it holds {size - 8:,}")
     try:
-        header = json.loads(data_B[8 : 8 + size].tobytes().decode(), object_pairs_hook=_unique)
+        header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("its header is nested too deep") from error
     if not isinstance(header, dict):
@@ -65,19 +70,19 @@ def read_header(data_B: NDArray[np.uint8]) -> Header:
         if each.data_offsets[0] != end or each.data_offsets[1] < end:
             raise ValueError("its tensors do not lie end to end")
         end = each.data_offsets[1]
-    if 8 + size + end != len(data_B):
-        raise ValueError(f"its tensors have {end:,} bytes; it holds {len(data_B) - 8 - size:,}")
-    return Header(metadata, tensors, 8 + size)
+    if 8 + length + end != size:
+        raise ValueError(f"its tensors have {end:,} bytes; it holds {size - 8 - length:,}")
+    return Header(metadata, tensors, end)
 
 
-def tensor(stored: Stored, header: Header, data_B: NDArray[np.uint8]) -> Tensor:
-    """A tensor of the file: a view of `data_B`, or a copy if its bytes are not aligned.
+def tensor(stored: Stored, data_B: NDArray[np.uint8]) -> Tensor:
+    """A tensor of the file, from the bytes after its header: a view of them, or a copy if they are not aligned.
 
     Its type must be in DTYPES. Raises ValueError if its shape does not fit its bytes.
     """
     dtype = DTYPES[stored.dtype]
     first, end = stored.data_offsets
-    own_B = torch.from_numpy(data_B[header.start + first : header.start + end])
+    own_B = torch.from_numpy(data_B[first:end])
     if own_B.data_ptr() % dtype.itemsize:
         own_B = own_B.clone()
     try:

@@ -377,11 +377,14 @@ def test_a_header_that_no_other_reader_takes_is_refused(path, encode):
     refused(path, "not a whole safetensors file")
 
 
-def test_other_work_gets_its_turn_at_each_mebibyte_of_a_file(tmp_path):
-    path, turns = tmp_path / "a.safetensors", []
-    path.write_bytes(b"x" * (3 * 2**20 + 1))
-    with pytest.raises(BadAdapterFile):  # at its header, so all turns are those of reading
-        read_adapter(path, between=lambda: turns.append(None))
+def test_other_work_gets_its_turn_at_each_mebibyte_of_a_file(path):
+    turns = []
+    size = 3 * 2**20 + 4
+    metadata = parts(path.read_bytes())[0]["__metadata__"]
+    odd = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    path.write_bytes(whole({"__metadata__": metadata, "odd": odd}, bytes(size)))
+    # At its name, so all turns are those of reading.
+    refused(path, "unexpected tensor 'odd'", between=lambda: turns.append(None))
     assert len(turns) == 4
 
 
@@ -489,6 +492,41 @@ def test_a_file_over_the_limit_is_too_large_before_it_is_read(path):
     path.write_bytes(b"not even an adapter".ljust(size))
     with pytest.raises(TooLarge, match=f"{size:,} bytes; the limit is {size - 1:,}"):
         read_adapter(path, BASE, max_bytes=size - 1)
+
+
+def test_the_header_is_checked_before_the_tensors_are_read(path):
+    def reading():
+        pytest.fail("a tensor was read")
+
+    refused(path, "made for another base", replace(BASE, fingerprint="beef"), between=reading)
+    with editing(path) as (header, _):
+        header["__metadata__"]["format"] = "pt"
+    refused(path, "not a neutral-residue adapter", between=reading)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-4] + b"\0\0\0\0", lambda data: data[:-4]])
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(path, change):
+    data = path.read_bytes()
+
+    def write():
+        path.write_bytes(change(data))
+        os.utime(path, ns=(0, 0))
+
+    refused(path, "it was written to while it was read", between=write)
+    path.write_bytes(data)
+    replaced = path.with_name("b.safetensors")
+    write_adapter(replaced, replace(INFO, domain="other"), blocks())
+    read = read_adapter(path, BASE, between=lambda: replaced.exists() and replaced.replace(path))
+    assert read.info == INFO, "a new file in its place is not written into it"
+    assert read_adapter(path, BASE).info.domain == "other"
+
+
+def test_a_file_of_more_bytes_than_memory_is_refused(path, monkeypatch):
+    def none(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", none)
+    refused(path, "its tensors have 280 bytes, more memory than can be had")
 
 
 @pytest.mark.parametrize(
