@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nr_serve import __version__
-from nr_serve.engine.model.processor import cpuinfo
+from nr_serve.machine import cpuinfo
 
 ROOT = Path(__file__).parents[1]
 MATRIX_EXTENSIONS = frozenset(

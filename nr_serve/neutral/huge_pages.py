@@ -14,18 +14,23 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from nr_serve.machine import memory_left
+
 _HUGE = 2**21  # bytes: the usual size of a huge page
 
 
 def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device, taken: bool = True) -> Tensor:
     """As `torch.zeros`; if large and in a Linux machine's memory, in huge pages where that allows it.
 
-    If not `taken`, memory may be taken only as it is written, which then takes up to milliseconds a page.
-    Raises MemoryError.
+    If not `taken`, memory may be taken only as it is written, which then takes up to milliseconds a page. Otherwise
+    no more is taken than is left: the kernel would end the process. Raises MemoryError.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or sys.platform != "linux" or size < _HUGE:
         return torch.zeros(shape, dtype=dtype, device=device)
+    left = memory_left()
+    if taken and left is not None and size > left:
+        raise MemoryError(f"{size:,} bytes of memory cannot be had; {left:,} are left")
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:

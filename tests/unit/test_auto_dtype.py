@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
+from nr_serve import machine
 from nr_serve.config import ServeConfig
-from nr_serve.engine.model import auto_dtype, base, packed_linear, processor
+from nr_serve.engine.model import auto_dtype, base, packed_linear
 from tests import tiny
 
 
@@ -99,7 +100,7 @@ def test_another_processor_core_count_or_torch_is_measured_anew(change, speeds, 
     if change == "processor":
         other = tmp_path / "cpuinfo"
         other.write_text("processor\t: 0\nmodel name\t: Another\n\nprocessor\t: 1\n")
-        monkeypatch.setattr(processor, "_CPUINFO", other)
+        monkeypatch.setattr(machine, "_CPUINFO", other)
     elif change == "cores":
         monkeypatch.setattr(auto_dtype.os, "cpu_count", lambda: 1000)
     else:

@@ -117,6 +117,19 @@ def test_the_kv_cache_takes_the_memory_that_it_was_given():
     assert made.pages * page_bytes <= 0.001 * 2**30 < (made.pages + 1) * page_bytes
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"kv_cache_gib": 2**20}, r"a KV cache of [\d,]+ pages cannot be had \(--kv-cache-gib, --pages\)"),
+        ({"slots": 1024, "slot_width": 2**20}, r"1024 slots cannot be had \(--slots, --slot-width\)"),
+    ],
+)
+def test_more_memory_than_there_is_is_refused_and_the_flags_are_named(given, named):
+    config = ServeConfig(**{"page_size": 16, "pages": None if "kv_cache_gib" in given else 4} | given)
+    with pytest.raises(UnsupportedBase, match=named):
+        Runner(tiny.model("llama"), tiny.tokenizer(), config, "tiny")
+
+
 def test_the_base_computes_with_as_many_threads_as_were_given_or_may_be_used(base, monkeypatch):
     before = torch.get_num_threads()
     try:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nr_serve.disk import cache_folder, whole
 from nr_serve.engine.model.packed_linear import PackedLinear, can_pack
-from nr_serve.engine.model.processor import cpuinfo
+from nr_serve.machine import cpuinfo
 
 log = logging.getLogger(__name__)
 _SIZE = 2048  # a weight too large for a core's own cache

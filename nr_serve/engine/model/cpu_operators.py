@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nr_serve.disk import cache_folder, whole
-from nr_serve.engine.model.processor import cpuinfo
+from nr_serve.machine import cpuinfo
 from nr_serve.neutral.cpu_bank import Residues
 
 log = logging.getLogger(__name__)

@@ -31,13 +31,13 @@ from nr_serve.engine.model.forward import run_model
 from nr_serve.engine.model.fuse import prepare_layers
 from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.model.opened import opened_by_page
-from nr_serve.engine.model.processor import cpu_limit
 from nr_serve.engine.model.results import draws, guarded_result, logit_positions
 from nr_serve.engine.model.sampler import likeliest
 from nr_serve.engine.model.startup_check import LENGTH, StartupCheck
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece, Result, spans
 from nr_serve.errors import BadAdapterFile, BadRequest, UnsupportedBase, raised_as
+from nr_serve.machine import cpu_limit
 from nr_serve.neutral import block_width
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.cpu_bank import CpuBank
@@ -310,15 +310,17 @@ class Runner:
         head_size = int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
         per_page = config.page_size * 2 * layers * heads * head_size * self.dtype.itemsize
         pages = config.pages or max(1, int(config.kv_cache_gib * 2**30) // per_page)
-        cache = KVCache(
-            layers=layers,
-            cells=(pages + _probe_pages(config.page_size) + 1) * config.page_size,
-            heads=heads,
-            head_size=head_size,
-            device=self.device,
-            dtype=self.dtype,
-            attend=self._attend(),
-        )
+        attend = self._attend()
+        with raised_as(UnsupportedBase, f"a KV cache of {pages:,} pages cannot be had (--kv-cache-gib, --pages)"):
+            cache = KVCache(
+                layers=layers,
+                cells=(pages + _probe_pages(config.page_size) + 1) * config.page_size,
+                heads=heads,
+                head_size=head_size,
+                device=self.device,
+                dtype=self.dtype,
+                attend=attend,
+            )
         return pages, cache
 
 
