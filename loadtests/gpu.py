@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 from gpu_engine import PAGE, SHAPES, Engine, random_model
 from provenance import provenance
 
+from nr_serve.engine.adapters.adapters import COPY_SECONDS
 from nr_serve.logs import say
 from nr_serve.neutral import block_width
 from nr_serve.train.attach import Attached
@@ -40,14 +41,15 @@ TRAINED_CAPACITY = 0.2
 
 def timed(run: Callable[[], object], device: torch.device, rounds: int) -> float:
     """Median seconds of a call, after two that do not count."""
-    seconds = []
-    for _ in range(rounds + 2):
-        _wait(device)
-        started = time.perf_counter()
-        run()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[2:])
+    return statistics.median([_seconds(run, device) for _ in range(rounds + 2)][2:])
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - started
 
 
 def _wait(device: torch.device) -> None:
@@ -138,14 +140,47 @@ def swaps(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     return {"swaps": count, "changed": changed, "same_as_at_first": back, "new_captures": new}
 
 
+def stalls(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+    """Decode steps while adapters are copied from the host's memory, as the server does it between steps."""
+    engine.detach_all()
+    engine.attach(0, fires=True, seed=0)
+    batch = max([size for size in args.batch if size <= 64], default=min(args.batch))
+    pieces = engine.pieces(batch, args.context - 1, 1)
+    alone = [_seconds(lambda: engine.decode(pieces), args.device) for _ in range(args.rounds)]
+
+    def copy_and_decode(copying: Iterator[None]) -> bool:
+        ends = time.perf_counter() + COPY_SECONDS
+        whole = all(time.perf_counter() < ends for _ in copying)
+        engine.decode(pieces)
+        return whole
+
+    beside = []
+    for seed in range(args.rounds):
+        copying, whole = engine.attaching(1, fires=True, seed=seed, memory=torch.device("cpu")), False
+        while not whole:
+            started = time.perf_counter()
+            whole = copy_and_decode(copying)
+            _wait(args.device)
+            beside.append(time.perf_counter() - started)
+        engine.bank.detach(1)
+    engine.detach_all()
+    median = statistics.median(alone)
+    return {
+        "batch": batch, "loads": args.rounds, "steps_a_load": len(beside) / args.rounds, "alone": median,
+        "beside_to_alone": statistics.median(beside) / median, "longest_to_alone": max(beside) / median,
+        "longest_alone_to_alone": max(alone) / median,
+    }  # fmt: skip
+
+
 def training(shape: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of blocks whose every gate fires against PEFT's LoRA of as many parameters."""
+    """Tokens a second of blocks, with all gates open or half, against PEFT's LoRA of as many parameters."""
     found: dict[str, Any] = {"shape": shape}
-    for method in ("neutral", "lora"):
+    for method in ("neutral", "half", "lora"):
         rate, parameters = _trained(shape, args, method)
         _give_back()
         found[method] = {"tokens_a_second": rate, "parameters": parameters}
-    found["to_lora"] = found["neutral"]["tokens_a_second"] / found["lora"]["tokens_a_second"]
+    for method in ("neutral", "half"):
+        found[f"{method}_to_lora"] = found[method]["tokens_a_second"] / found["lora"]["tokens_a_second"]
     return found
 
 
@@ -159,8 +194,10 @@ def _trained(shape: str, args: argparse.Namespace, method: str) -> tuple[float, 
     model.gradient_checkpointing_enable({"use_reentrant": False})
     offset_BT = torch.arange(args.window, device=args.device).expand(windows, -1)
     begin: Callable[[], object] = lambda: None  # noqa: E731
-    if method == "neutral":
-        adapter = AdapterModule.fresh([h] * layers, d, carry=0.0, seed=0, kind="none").to(args.device)
+    if method != "lora":
+        # A random gate without a carry is open on about half of the tokens.
+        kind = "none" if method == "neutral" else "relu1"
+        adapter = AdapterModule.fresh([h] * layers, d, carry=0.0, seed=0, kind=kind).to(args.device)
         attached = Attached(model, [adapter])
         begin = lambda: attached.begin(offset_BT)  # noqa: E731
         for name, parameter in adapter.named_parameters():
@@ -243,6 +280,7 @@ def _measure_base(
     for batch in args.batch:
         report.measure(found["decode"], str(batch), partial(decode, engine, args, ceiling, batch))
     report.measure(found, "swaps", lambda: swaps(engine, args))
+    report.measure(found, "stalls", lambda: stalls(engine, args))
     # One prompt over all pages, which lie in a row.
     engine.pages_each = engine.pages - 1
     report.measure(found, "prefill", lambda: prefill(engine, args, ceiling))

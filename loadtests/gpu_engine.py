@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,12 +107,16 @@ class Engine:
 
     def attach(self, slot: int, *, fires: bool, seed: int = 0) -> None:
         """A random adapter whose every gate is 1, or far below 0."""
+        for _ in self.attaching(slot, fires=fires, seed=seed, memory=self.device):
+            pass
+
+    def attaching(self, slot: int, *, fires: bool, seed: int, memory: torch.device) -> Iterator[None]:
+        """So, from weights in that memory, a little at a time."""
         bank, bias = self.bank, 1.0 if fires else -1e4
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator(memory).manual_seed(seed)
         block = random_blocks(1, bank.d, self.width, bias, generator, bank.dtype)
         info = AdapterInfo("random", "", bank.layers, bank.d, carry=0.5)
-        for _ in bank.attach(slot, Adapter(info, block * bank.layers, f"v{seed}", nbytes=0), 0.0):
-            pass
+        return bank.attach(slot, Adapter(info, block * bank.layers, f"v{seed}", nbytes=0), 0.0)
 
     def detach_all(self) -> None:
         for slot in list(self.bank.attached):

@@ -363,6 +363,9 @@ def test_the_script_for_a_gpu_runs_on_tiny_shapes():
     assert {"ceilings", "bases", "training"} <= set(found)
     assert found["failed"] == []
     assert set(found["bases"]["tiny"]["decode"]) == {"2"}
+    assert found["bases"]["tiny"]["swaps"]["same_as_at_first"]
+    assert found["bases"]["tiny"]["stalls"]["steps_a_load"] >= 1
+    assert set(found["training"]) == {"shape", "neutral", "half", "lora", "neutral_to_lora", "half_to_lora"}
 
 
 class Spy:
