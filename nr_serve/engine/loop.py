@@ -245,9 +245,13 @@ class EngineLoop:
                 return
             adapters.copy_some()
             if not core.idle or adapters.busy:
-                events = core.step(measures=not self._reading)  # a step should not be slowed by both
-                if events.outputs or events.report is not None or events.adapters_changed:
-                    self._deliver(events)
+                step = core.launch(measures=not self._reading)  # a step should not be slowed by both
+                self._hand_over(core.write())
+                self._hand_over(core.finish(step))
+
+    def _hand_over(self, events: StepEvents) -> None:
+        if events.outputs or events.report is not None or events.adapters_changed:
+            self._deliver(events)
 
     def _take_messages(self, core: Core, adapters: Adapters, *, wait: bool) -> bool:
         """Handle queued messages, with `wait` at least one; returns False once told to stop.

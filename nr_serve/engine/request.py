@@ -19,6 +19,17 @@ TopLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 """A token's log probability, and (id, log probability) of the likeliest tokens at its position."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why an answer ends."""
+
+    reason: FinishReason
+    stop: int | str | None = None
+    """The stop token or the stop string that ended it, if one did."""
+    at_token: bool = False
+    """Whether its last token ended it, and so is no part of its text, unless stops are shown."""
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """A request's state. Tokens [0, computed) have keys and values in `pages`; the rest are still to be fed."""
@@ -101,8 +112,8 @@ class Request:
         """Whether the answer reports something about each prompt token."""
         return self.sampling.prompt_logprobs is not None or self.submit.gates
 
-    def append(self, token_id: int) -> tuple[str, FinishReason | None, int | str | None]:
-        """Add a new token. Returns the text it releases, the finish reason and the stop reason (None: goes on).
+    def append(self, token_id: int) -> Ending | None:
+        """Add a new token. Returns why the answer ends with it, if that takes no text; `write` must follow.
 
         Raises BadRequest if the guide's grammar has no continuation.
         """
@@ -110,24 +121,34 @@ class Request:
         if self.progress is not None:
             self.progress.take(token_id)
         sampling = self.sampling
-        may_stop = self.generated >= sampling.min_tokens
-        if may_stop and token_id in sampling.stop_token_ids:
-            return self._ended_by(token_id), "stop", token_id
-        if may_stop and token_id in self.eos_ids and not sampling.ignore_eos:
-            return self._ended_by(token_id), "stop", None
-        shown, stop = self.text.push(token_id, may_stop=may_stop)
-        if stop is not None:
-            return shown, "stop", stop
+        if self._may_stop:
+            if token_id in sampling.stop_token_ids:
+                return Ending("stop", token_id, at_token=True)
+            if token_id in self.eos_ids and not sampling.ignore_eos:
+                return Ending("stop", at_token=True)
         if self.progress is not None and self.progress.complete:
-            return shown + self.text.finish(), "stop", None
-        if self.generated >= sampling.max_tokens:
-            last, stop = self.text.finish_at_length(may_stop=may_stop)
-            return shown + last, "stop" if stop is not None else "length", stop
-        return shown, None, None
+            return Ending("stop")
+        return Ending("length") if self.generated >= sampling.max_tokens else None
 
-    def _ended_by(self, token_id: int) -> str:
-        shown = self.text.push(token_id, may_stop=False)[0] if self.sampling.include_stop else ""
-        return shown + self.text.finish()
+    def write(self, token_id: int, ending: Ending | None) -> tuple[str, Ending | None]:
+        """The text that the token appended last releases, and why the answer ends with it (None: it goes on).
+
+        `ending` is what `append` returned; a stop string in the text may end the answer earlier.
+        """
+        if ending is not None and ending.at_token:
+            shown = self.text.push(token_id, may_stop=False)[0] if self.sampling.include_stop else ""
+            return shown + self.text.finish(), ending
+        shown, stop = self.text.push(token_id, may_stop=self._may_stop)
+        if stop is None and ending is not None and ending.reason == "length":
+            last, stop = self.text.finish_at_length(may_stop=self._may_stop)
+            shown += last
+        elif stop is None and ending is not None:
+            shown += self.text.finish()
+        return shown, ending if stop is None else Ending("stop", stop)
+
+    @property
+    def _may_stop(self) -> bool:
+        return self.generated >= self.sampling.min_tokens
 
 
 class AnswerText:

@@ -84,7 +84,7 @@ class Loop(EngineLoop):
 
         `standing` is set once it stands.
         """
-        real, steps, go_on = self.core.step, [], threading.Event()
+        real, steps, go_on = self.core.launch, [], threading.Event()
         self.standing = threading.Event()
 
         def held(**how):
@@ -94,5 +94,5 @@ class Loop(EngineLoop):
                 assert go_on.wait(PATIENCE)
             return real(**how) if len(steps) < step or then is None else then()
 
-        self.core.step = held
+        self.core.launch = held
         return go_on

@@ -53,6 +53,31 @@ def load(adapters: Adapters, name: str, adapter, *, state: str = "attached") -> 
     assert answer.result(timeout=0).state == state
 
 
+class Device:
+    """A runner as on a GPU, where a step that is launched is under way until its results are waited for."""
+
+    def __init__(self, runner) -> None:
+        self._runner, self.under_way = runner, False
+        self.overlaps = self.tries_apart = True
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def launch(self, pieces, labels):
+        assert not self.under_way
+        results, self.under_way = self._runner.launch(pieces, labels), True
+
+        def wait():
+            self.under_way = False
+            return results()
+
+        return wait
+
+    def run(self, pieces, labels):
+        assert not self.under_way
+        return self._runner.run(pieces, labels)
+
+
 class Server:
     """An engine with what its requests were answered, and what the naive loop would answer."""
 

@@ -37,6 +37,7 @@ from nr_serve.neutral import format as format_module
 from nr_serve.neutral.bank import Bank
 from nr_serve.neutral.format import write_adapter
 from tests import tiny
+from tests.unit.stepped import Device
 from tests.waiting import PATIENCE
 
 PROMPT = tuple(range(40, 60))
@@ -82,7 +83,7 @@ class Loop(EngineLoop):
 
     def pause_after_a_step(self) -> tuple[threading.Event, threading.Event]:
         """Hold the engine before its second step from now: an event set when it stands, and one to let it go on."""
-        step, reached, go_on = self.core.step, threading.Event(), threading.Event()
+        launch, reached, go_on = self.core.launch, threading.Event(), threading.Event()
         steps = []
 
         def held(**how):
@@ -90,9 +91,9 @@ class Loop(EngineLoop):
             if len(steps) == 2:
                 reached.set()
                 assert go_on.wait(PATIENCE)
-            return step(**how)
+            return launch(**how)
 
-        self.core.step = held
+        self.core.launch = held
         return reached, go_on
 
     def views(self) -> tuple[AdapterView, ...]:
@@ -279,17 +280,17 @@ def test_a_file_that_is_refused_changes_nothing(make, files, tmp_path):
     assert loop.answer(ask("r", ("a",))) == (expected(made["a"]), "length")
 
 
-def test_nothing_of_a_file_that_is_refused_is_kept(loop, tmp_path, monkeypatch):
+def test_nothing_of_a_file_that_is_refused_is_kept(loop, files, tmp_path, monkeypatch):
     bad = tmp_path / "bad.safetensors"
-    bad.write_bytes(b"not an adapter" * 1000)
-    read, whole = [], format_module._bytes
+    bad.write_bytes((files[0] / "a.safetensors").read_bytes()[:-4] + b"\xff\xff\xff\xff")  # NaN
+    read, whole = [], format_module._data
 
-    def watched(path, between):
-        data = whole(path, between)
+    def watched(*args):
+        data = whole(*args)
         read.append(weakref.ref(data.base))
         return data
 
-    monkeypatch.setattr(format_module, "_bytes", watched)
+    monkeypatch.setattr(format_module, "_data", watched)
     gc.disable()
     try:
         assert isinstance(error_of(loop.call(LoadAdapter("a", bad))), BadAdapterFile)
@@ -548,14 +549,14 @@ def test_whoever_waits_is_answered_before_the_status_turns(make):
     loop.begin()
     deliver, seen = loop._deliver, []
 
-    def breaks():
+    def breaks(**how):
         raise RuntimeError("pages are lost")
 
     def watched(events):
         seen.append(loop.status)
         deliver(events)
 
-    loop.core.step, loop._deliver = breaks, watched
+    loop.core.launch, loop._deliver = breaks, watched
     loop.submit(ask("r"))
     loop.hold.set()
     loop._thread.join(PATIENCE)
@@ -594,3 +595,27 @@ def test_a_load_is_answered_when_the_engine_breaks_over_it(loop, files, where):
     assert "device" not in error.message
     loop._thread.join(PATIENCE)
     assert loop.status == "failed"
+
+
+def test_the_loop_hands_over_while_the_device_computes(loop):
+    """A device that goes on only once the output of the step before was handed over."""
+    device, handed_over = Device(loop.core._runner), threading.Semaphore(1)
+    launch, deliver = device.launch, loop._deliver
+
+    def launched(pieces, labels):
+        wait = launch(pieces, labels)
+
+        def results():
+            assert handed_over.acquire(timeout=PATIENCE)
+            return wait()
+
+        return results
+
+    def delivered(events):
+        deliver(events)
+        if events.outputs:
+            handed_over.release()
+
+    device.launch, loop._deliver, loop.core._runner = launched, delivered, device
+    tokens, reason = loop.answer(ask("r"))
+    assert (tokens, reason) == (expected(), "length")

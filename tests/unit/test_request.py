@@ -41,10 +41,10 @@ def answer(to: Request, ids):
     """Feed tokens until it ends: what was shown at each, why it ended, and how many tokens it took."""
     shown = []
     for used, token_id in enumerate(ids, start=1):
-        text, reason, stop = to.append(token_id)
+        text, ending = to.write(token_id, to.append(token_id))
         shown.append(text)
-        if reason is not None:
-            return shown, reason, stop, used
+        if ending is not None:
+            return shown, ending.reason, ending.stop, used
     return shown, None, None, len(shown)
 
 

@@ -6,7 +6,7 @@ as one block of pinned memory, and its outputs come back with a single wait.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -53,9 +53,20 @@ def _as_block(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor
 
 def read(*tensors: Tensor) -> list[Tensor]:
     """The tensors in the host's memory, on a CPU as they are. Waits for the device once."""
+    return copying(*tensors)()
+
+
+def copying(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Start to copy the tensors to the host's memory. Returns what waits for the device once and gives them."""
     if all(tensor.is_cpu for tensor in tensors):
-        return list(tensors)
+        return lambda: list(tensors)
     # With non_blocking, torch copies into pinned memory of its own.
     copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-    torch.cuda.current_stream(tensors[0].device).synchronize()
-    return copies
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait() -> list[Tensor]:
+        copied.synchronize()
+        return copies
+
+    return wait

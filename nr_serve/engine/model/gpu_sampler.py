@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nr_serve.engine.model.device import placed, read
+from nr_serve.engine.model.device import copying, placed
+from nr_serve.engine.model.results import Outcome
 from nr_serve.engine.model.sampler import GREEDY, adjust, allow, likeliest
 from nr_serve.engine.request import Request
 
@@ -50,16 +51,20 @@ def draw(logits_NV: Tensor, request_of: Mapping[int, Request]) -> tuple[list[int
     return rows, torch.cat(tokens) if tokens else logits_NV.new_empty(0, dtype=torch.int64)
 
 
-def read_at_once(
+def outcome(
     logits_NV: Tensor, asking: Mapping[int, Request], open_TS: Tensor | None, selected_TS: Tensor
-) -> tuple[list[int], dict[int, int], Tensor | None, Tensor]:
-    """On the host: likeliest tokens (-1 for NaN), drawn tokens by row of `asking`, `open_TS`, `selected_TS`."""
+) -> Callable[[], Outcome]:
+    """Draw, and start to copy a step's outcome to the host. Returns what waits for it once and gives it."""
     rows, drawn_n = draw(logits_NV, asking)
-    if open_TS is None:
-        likeliest_N, drawn_n, selected_TS = read(likeliest(logits_NV), drawn_n, selected_TS)
-    else:
-        likeliest_N, drawn_n, selected_TS, open_TS = read(likeliest(logits_NV), drawn_n, selected_TS, open_TS)
-    return likeliest_N.tolist(), dict(zip(rows, drawn_n.tolist(), strict=True)), open_TS, selected_TS
+    opened = [] if open_TS is None else [open_TS]
+    copied = copying(likeliest(logits_NV), drawn_n, selected_TS, *opened)
+
+    def wait() -> Outcome:
+        likeliest_N, drawn_n, selected_TS, *opened = copied()
+        drawn = dict(zip(rows, drawn_n.tolist(), strict=True))
+        return Outcome(likeliest_N.tolist(), drawn, opened[0] if opened else None, selected_TS)
+
+    return wait
 
 
 def _draw(weights_nV: Tensor, requests: list[Request]) -> Tensor:

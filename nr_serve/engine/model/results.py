@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,6 +14,20 @@ from nr_serve.engine.scheduler import Piece, Result
 from nr_serve.errors import NrError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step left on the host, but for its logits. N rows of logits, T tokens, S slots."""
+
+    likeliest_N: Sequence[int]
+    """Likeliest token by row; `NOT_A_NUMBER` for a row with NaN."""
+    drawn: Mapping[int, int]
+    """Next token by row, of the rows drawn from already."""
+    open_TS: Tensor | None
+    """Number of layers open, by token and slot; None: none was open."""
+    selected_TS: Tensor
+    """Which slots each token may use."""
 
 
 def logit_positions(piece: Piece) -> list[int]:

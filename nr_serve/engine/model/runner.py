@@ -31,7 +31,7 @@ from nr_serve.engine.model.forward import run_model
 from nr_serve.engine.model.fuse import prepare_layers
 from nr_serve.engine.model.graphs import SIZES, Graphs, Padding, model_step
 from nr_serve.engine.model.opened import opened_by_page
-from nr_serve.engine.model.results import draws, guarded_result, logit_positions
+from nr_serve.engine.model.results import Outcome, draws, guarded_result, logit_positions
 from nr_serve.engine.model.sampler import likeliest
 from nr_serve.engine.model.startup_check import LENGTH, StartupCheck
 from nr_serve.engine.request import Request
@@ -77,6 +77,7 @@ class Runner:
         self.probe_pages = range(self.pages, self.pages + _probe_pages(self.page_size))
         self.recalls_pages = config.prefix_cache
         self.tries_apart = self.kernels  # the GPU kernels know only one threshold per slot
+        self.overlaps = self.kernels
         with raised_as(UnsupportedBase, f"{config.slots} slots cannot be had (--slots, --slot-width)"):
             self.bank = self._bank(model, config, int(shape.hidden_size))
         self.info = EngineInfo(
@@ -124,48 +125,62 @@ class Runner:
             log.warning("guided requests will be refused: %s", error)
         return runner
 
-    @torch.inference_mode()
     def run(self, pieces: Sequence[Piece], labels: Sequence[int]) -> list[Result]:
         """Run one step: a forward pass over all pieces, then a token for each piece that samples.
 
         A piece on trial comes last or, if `tries_apart`, alone. Its result holds the layers fired. If its tokens
         became NaN, its result's error is BadAdapterFile.
         """
+        return self.launch(pieces, labels)()
+
+    @torch.inference_mode()
+    def launch(self, pieces: Sequence[Piece], labels: Sequence[int]) -> Callable[[], list[Result]]:
+        """As `run`, but returns what waits for a GPU and gives the results; the next step must come after it."""
         self._set_rows(pieces)
         wanted = [logit_positions(piece) for piece in pieces]
-        tokens = spans(pieces)
-        positions = [start + p for (start, _), own in zip(tokens, wanted, strict=True) for p in own]
+        positions = [start + p for (start, _), own in zip(spans(pieces), wanted, strict=True) for p in own]
         logits_NV, open_TS, selected_TS = self._step(pieces, labels, positions)
         ends = accumulate(map(len, wanted))
         rows = [slice(end - len(own), end) for own, end in zip(wanted, ends, strict=True)]
         asking = {own.stop - 1: piece.request for piece, own in zip(pieces, rows, strict=True) if draws(piece)}
-        likeliest_N, drawn, open_TS, selected_TS = self._read(logits_NV, asking, open_TS, selected_TS)
-        opened = self._opened(pieces, open_TS, selected_TS)
+        outcome = self._outcome(logits_NV, asking, open_TS, selected_TS)
+        return partial(self._results, pieces, rows, logits_NV, outcome)
+
+    @torch.inference_mode()
+    def _results(
+        self, pieces: Sequence[Piece], rows: Sequence[slice], logits_NV: Tensor, outcome: Callable[[], Outcome]
+    ) -> list[Result]:
+        """Each piece's result, from its `rows` of the logits and the step's outcome."""
+        step = outcome()
+        opened = self._opened(pieces, step.open_TS, step.selected_TS)
         results = []
-        for piece, own, (start, end), opened_here in zip(pieces, rows, tokens, opened, strict=True):
+        for piece, own, (start, end), opened_here in zip(pieces, rows, spans(pieces), opened, strict=True):
             fired_nS = None
             if piece.request.submit.gates:
-                fired_nS = selected_TS[start:end].int() * (0 if open_TS is None else open_TS[start:end])
-            result = guarded_result(piece, logits_NV, own, likeliest_N, fired_nS, drawn.get(own.stop - 1))
+                fired_nS = step.selected_TS[start:end].int() * (
+                    0 if step.open_TS is None else step.open_TS[start:end]
+                )
+            drawn = step.drawn.get(own.stop - 1)
+            result = guarded_result(piece, logits_NV, own, step.likeliest_N, fired_nS, drawn)
             results.append(replace(result, opened=opened_here) if opened_here else result)
         if pieces[-1].trial is not None and self._diverged(pieces[-1], logits_NV[-pieces[-1].count :]):
             error = BadAdapterFile("its residues drive the base to values that are not finite")
             results[-1] = replace(results[-1], error=error)
         return results
 
-    def _read(
+    def _outcome(
         self, logits_NV: Tensor, asking: Mapping[int, Request], open_TS: Tensor | None, selected_TS: Tensor
-    ) -> tuple[list[int], dict[int, int], Tensor | None, Tensor]:
-        """A step's outcome on the host: likeliest token by row, tokens drawn by row of `asking`, open, selected.
+    ) -> Callable[[], Outcome]:
+        """What waits for the device and gives the step's outcome.
 
-        On a CPU nothing is drawn here: each request is sampled by itself.
+        The rows of `asking` are drawn from on a GPU only: on a CPU each request is sampled by itself.
         """
-        if not self.kernels:
-            by = likeliest if self.operators is None else self.operators.likeliest
-            return by(logits_NV).tolist(), {}, open_TS, selected_TS
-        from nr_serve.engine.model.gpu_sampler import read_at_once  # needs triton
+        if self.kernels:
+            from nr_serve.engine.model.gpu_sampler import outcome  # needs triton
 
-        return read_at_once(logits_NV, asking, open_TS, selected_TS)
+            return outcome(logits_NV, asking, open_TS, selected_TS)
+        by = likeliest if self.operators is None else self.operators.likeliest
+        return partial(Outcome, by(logits_NV).tolist(), {}, open_TS, selected_TS)
 
     def _diverged(self, trial: Piece, logits_NV: Tensor) -> bool:
         """Whether the adapter on trial drove the stream to NaN or infinity, given its tokens' logits [N, V].

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nr_serve.engine.messages import Sampling, Submit
-from nr_serve.engine.model.gpu_sampler import read_at_once
+from nr_serve.engine.model.gpu_sampler import outcome
 from nr_serve.engine.request import Request
 from nr_serve.engine.scheduler import Piece, spans
 from nr_serve.neutral.gpu_bank import GpuBank
@@ -42,7 +42,7 @@ def warm_up(runner: Runner, most: int) -> None:
             batch = runner.batch(pieces, [0] * len(pieces), ends)
             bank.begin(batch.tokens, always=True)
             logits_NV, open_TS = runner.forward(batch)
-            read_at_once(logits_NV, {0: request}, open_TS, batch.tokens.selected_TS)
+            outcome(logits_NV, {0: request}, open_TS, batch.tokens.selected_TS)()
     bank.forget_row(0)
     log.info("kernels warmed up in %.0f s", time.perf_counter() - started)
 
