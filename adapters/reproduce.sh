@@ -8,18 +8,19 @@
 #     bash adapters/reproduce.sh OUT run.tokens=20_000_000 run.batch_tokens=32768 run.dtype=bfloat16 \
 #         run.warmup_tokens=300_000 run.checkpoint_every=2_000_000 run.validate_every=2_000_000
 #
-# What is finished is not done again, so it may be stopped and called again.
+# What is finished is not done again, so it may be stopped and called again. The text is fetched, or read from the folder
+# that the environment variable CORPUS names.
 set -euo pipefail
 out=$1
 shift
 changes=()
 for change in "$@"; do changes+=(--set "$change"); done
-corpus=$out/corpus
+corpus=${CORPUS:-$out/corpus}
 here=$(dirname "$0")
 domains=(hu da sk bio)
 
 mkdir -p "$out"
-nr-serve fetch-corpus "$here/corpora.toml" --out "$corpus"
+[ -n "${CORPUS:-}" ] || nr-serve fetch-corpus "$here/corpora.toml" --out "$corpus"
 for domain in "${domains[@]}"; do
     [ -e "$out/$domain/$domain.safetensors" ] ||
         nr-serve train "$here/$domain/recipe.toml" --corpus "$corpus" --out "$out/$domain" --resume "${changes[@]}"
@@ -46,6 +47,6 @@ nr-serve evaluate "${files[@]}" "$out"/eight/*/??.safetensors --corpus "$corpus"
 for domain in "${domains[@]}"; do
     nr-serve sweep "$here/$domain/methods.toml" --corpus "$corpus" --out "$out/$domain-methods" "${changes[@]}"
 done
-for ablation in rates gates alpha shares capacity; do
-    nr-serve sweep "$here/hu/$ablation.toml" --corpus "$corpus" --out "$out/hu-$ablation" "${changes[@]}"
+for runs in rates ablations; do
+    nr-serve sweep "$here/hu/$runs.toml" --corpus "$corpus" --out "$out/hu-$runs" "${changes[@]}"
 done
