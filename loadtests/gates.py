@@ -199,7 +199,7 @@ def leak_table(rows: Sequence[Mapping[str, Any]], plan: Plan) -> Rows:
 
 
 def plot(folder: Path, rows: Sequence[Mapping[str, Any]], target: str) -> Path:
-    """Found, and fired on the languages kept out, against each thing that is varied."""
+    """Found, and fired on the languages kept out, by each thing that is varied; and one by the other."""
     shown = {"found": lambda row: row["found"], "fired on languages kept out": lambda row: row["kept_out"]["mean"]}
     pictures: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for (what, read), x in product(shown.items(), ("carry", "background", "percentile")):
@@ -209,6 +209,11 @@ def plot(folder: Path, rows: Sequence[Mapping[str, Any]], target: str) -> Path:
         lines = pictures.setdefault(f"{what}, by {x}", {})
         for row in sorted(same, key=lambda row: row[x]):
             lines.setdefault(row["solver"], []).append((row[x], read(row)))
+    found, fired = (pictures[f"{what}, by percentile"] for what in shown)
+    pictures["found, by fired on them, over percentiles"] = {
+        solver: [(leak, share) for (_, leak), (_, share) in zip(fired[solver], line, strict=True)]
+        for solver, line in found.items()
+    }
     path = folder / f"gates-{target}.svg"
     panels(path, pictures, title=f"Gates fitted for {target}", x_label="", columns=3)
     return path
