@@ -29,7 +29,7 @@ class OutputWriter:
     """Makes outputs, and collects what they say of prompts."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._token_text = tokenizer.token_text
+        self._tokenizer = tokenizer
 
     def output(self, new: Unwritten) -> Output:
         """The output of a request's new token."""
@@ -69,7 +69,7 @@ class OutputWriter:
             request.prompt_tokens.append(self._token(ids[i], logprob, gates[i] if i < len(gates) else None))
 
     def _token(self, token_id: int, logprob: TopLogprobs | None, gates: Gates | None) -> Token:
-        text = self._token_text
+        text = self._tokenizer.token_text
         own, likeliest = logprob or (None, ())
         return Token(token_id, text(token_id), own, tuple((i, text(i), p) for i, p in likeliest), gates)
 
