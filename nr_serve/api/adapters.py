@@ -134,7 +134,7 @@ async def unload_lora_adapter(context: Ctx, body: UnloadLoraBody) -> PlainTextRe
     if not name:
         raise BadRequest("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
     try:
-        await context.engine.call(UnloadAdapter(name))
+        await _change(context, UnloadAdapter(name))
     except NotFound as error:
         raise NotFound(f"The lora adapter '{name}' cannot be found.", param="lora_name") from error
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
@@ -156,11 +156,19 @@ async def _load(context: Context, command: LoadAdapter, file: AbstractContextMan
     async def load() -> AdapterView:
         with file:
             view: AdapterView = await context.engine.call(command)
+        _log_change("loaded", view)
         _warn_of_sum(context, view)
         return view
 
     # The file must exist until the engine has read it, even if this request is cancelled.
     return await asyncio.shield(asyncio.ensure_future(load()))
+
+
+def _log_change(what: str, view: AdapterView) -> None:
+    log.info(
+        "%s adapter %s: version %s, domain %s, threshold %g, %s",
+        what, view.name, view.version, view.domain or "none", view.threshold, view.state,
+    )  # fmt: skip
 
 
 def _warn_of_sum(context: Context, view: AdapterView) -> None:
@@ -179,6 +187,7 @@ async def _change(context: Context, command: PatchAdapter | UnloadAdapter) -> Ad
         view: AdapterView = await context.engine.call(command)
     except NotFound as error:  # the engine does not know which field of the request held the name
         raise _unknown(command.name) from error
+    _log_change("unloaded" if isinstance(command, UnloadAdapter) else "changed", view)
     return view
 
 

@@ -154,6 +154,8 @@ def _check(command: Evaluate) -> None:
     for page in (command.card, command.markdown):
         if page is not None:
             check_output(page, used)
+            if page.exists() and page.suffix != ".md":
+                raise BadRequest(f"cannot write {page}: it is there already, and its name does not end in .md")
             used.append(page)
     if command.plots is not None:
         make_folder(command.plots)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pydantic_settings import CliPositionalArg
 
 from nr_serve.commands.command import Command, check_flags, check_package
 from nr_serve.commands.table import table
-from nr_serve.errors import BadRequest
+from nr_serve.errors import BadAdapterFile, BadRequest
 
 
 class Train(Command):
@@ -140,12 +140,11 @@ def _written(command: Sweep, made: Mapping[str, Path], *, compares: bool) -> lis
 
 def calibrate(command: Calibrate) -> int:
     """Calibrate; print the file."""
-    from nr_serve.disk import check_output
     from nr_serve.train.calibrate import calibrate as run
     from nr_serve.train.recipe_file import parse_changes
 
     changes = parse_changes(command.set)
-    check_output(command.out, command.beside)
+    _check_adapter_output(command.out, command.beside)
     print(
         run(
             command.file,
@@ -162,13 +161,25 @@ def calibrate(command: Calibrate) -> int:
 
 def export_adapter(command: ExportAdapter) -> int:
     """Export; print the adapter's file."""
-    from nr_serve.disk import check_output
     from nr_serve.train.checkpoint import LOG, PREFIX
     from nr_serve.train.export import export_run
 
-    check_output(command.file, [command.run / LOG, *command.run.glob(f"{PREFIX}*/*")])
+    _check_adapter_output(command.file, [command.run / LOG, *command.run.glob(f"{PREFIX}*/*")])
     print(export_run(command.run, command.file, threshold=command.threshold))
     return 0
+
+
+def _check_adapter_output(path: Path, used: Iterable[Path]) -> None:
+    """`check_output`; raise BadRequest, too, for a file that is there and is no adapter: a base's weights, say."""
+    from nr_serve.disk import check_output
+    from nr_serve.neutral.format import read_info
+
+    check_output(path, used)
+    if path.is_file() and path.stat().st_size:
+        try:
+            read_info(path)
+        except BadAdapterFile as error:
+            raise BadRequest(f"cannot write {path}: it is there already, and is no adapter file") from error
 
 
 def fetch_model(command: FetchModel) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,22 @@ class HostFFN(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]  # one compiled FFN serves all layers
     def _added(self, x: Tensor, y: Tensor) -> Tensor:
         return self.add_residues(self.layer, x, y)
+
+
+def load_model(source: Path | str, **options: Any) -> Any:
+    """A causal language model of transformers, from a folder or the hub; `options` are of its `from_pretrained`.
+
+    Raises UnsupportedBase if its files lack weights: transformers would make them up.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    model, told = loaded
+    lacking = sorted(told["missing_keys"])
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise UnsupportedBase(f"{source}: its files lack the weights {lacking[0]}{more}")
+    return model
 
 
 def check_base(model: Any) -> Any:

@@ -87,12 +87,10 @@ def read_adapters(files: Sequence[Path], base: FrozenBase) -> dict[str, Adapter]
 
 def load_base(base: str, dtype: str = "float32", device: torch.device | str = "cpu") -> FrozenBase:
     """Load `default`, a folder or a model hub's name. Raises UnsupportedBase with the reason."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     with _loading(base) as source:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        )
+        model = host.load_model(source, dtype=getattr(torch, dtype), attn_implementation="sdpa")
         tokenizer = AutoTokenizer.from_pretrained(source)
     host.check_base(model)
     _check_tokens(model, tokenizer)

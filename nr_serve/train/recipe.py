@@ -46,6 +46,17 @@ class BadRecipe(BadRequest):
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tell_numbers_from_booleans(cls, values: Any) -> Any:
+        """Refuse `true` and `false` for a number, which would be 1 and 0."""
+        given = values if isinstance(values, dict) else {}
+        numbers = {name for name, field in cls.model_fields.items() if field.annotation is not bool}
+        wrong = [name for name, value in given.items() if isinstance(value, bool) and name in numbers]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: true and false are no numbers")
+        return values
+
 
 class Data(_Section):
     """Which text plays which part.
@@ -191,11 +202,14 @@ class Gate(_Section):
         default=99.0, gt=50, lt=100, description="The same for background classes."
     )
     target_weight: float = Field(
-        default=0.01, gt=0, lt=1, description="The target's share of the fit's weight; less of it, fewer misfires."
+        default=0.01,
+        ge=1e-9,
+        lt=1,
+        description="The target's share of the fit's weight; less of it, fewer misfires.",
     )
     steepness: float | None = Field(
         default=None,
-        gt=0,
+        ge=1e-6,
         le=5 * MAX_THRESHOLD,
         description="Fitted gates are scaled until m averages this over the tokens of the target that open them "
         "(default: 3 for relu1, so that most of those are fully open, else 1).",
@@ -213,8 +227,11 @@ class Gate(_Section):
             "page of original text, or a chat. Twice as many find more, and leak less or more, for twice the time."
         ),
     )
-    ridge: Factor = Field(
-        default=1e-4, description="Ridge penalty, as a share of the mean variance of an input feature."
+    ridge: float = Field(
+        default=1e-4,
+        gt=0,
+        le=1e4,
+        description="Ridge penalty, as a share of the mean variance of an input feature.",
     )
     threshold: float | None = Field(
         default=None,

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from nr_serve.errors import Conflict, NrError, faults
 from nr_serve.names import NAME
@@ -23,7 +23,15 @@ from nr_serve.train.run_text import read_run_text
 from nr_serve.train.trainer import TrainingStopped
 
 _say = partial(processes.say, "sweep")
-RunName = Annotated[str, Field(pattern=NAME)]
+
+
+def _no_file(name: str) -> str:
+    if Path(name).suffix in (".json", ".md", ".svg"):
+        raise ValueError("the comparison's files are named so, beside the runs' folders")
+    return name
+
+
+RunName = Annotated[str, Field(pattern=NAME), AfterValidator(_no_file)]
 """Name of a run, and of its folder."""
 Changes = Mapping[str, str | int | float | bool | list[int] | list[str]]
 

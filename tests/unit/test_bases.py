@@ -1,15 +1,19 @@
 """Every supported class of base against transformers' own generate(); what cannot be served is refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import Sampling, SamplingDefaults, Submit
+from nr_serve.engine.model.base import load_base
 from nr_serve.engine.model.runner import Runner
 from nr_serve.errors import UnsupportedBase
+from nr_serve.train import frozen_base
 from tests import tiny
 from tests.unit.stepped import engine
 
@@ -153,3 +157,14 @@ def test_a_base_whose_logits_come_out_wrong_is_refused():
     base.model.register_forward_hook(scramble, with_kwargs=True)
     with pytest.raises(UnsupportedBase, match="logits differ"):
         runner(base)
+
+
+def test_a_base_whose_files_lack_weights_is_refused(tmp_path):
+    tiny.save(tiny.model("llama"), tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+    for load in (partial(load_base, config=ServeConfig(device="cpu")), frozen_base.load_base):
+        with pytest.raises(UnsupportedBase, match=r"files lack the weights model.layers.1.mlp.up_proj.weight"):
+            load(str(tmp_path))

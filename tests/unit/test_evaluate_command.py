@@ -256,6 +256,18 @@ def test_a_page_does_not_replace_what_is_measured_or_the_other_page(place, tmp_p
         assert f"cannot write {flags[-1]}: this command uses that file already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--card", "--markdown"])
+def test_a_page_replaces_pages_only(place, tmp_path, capsys, flag):
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    files = [place / "hu.safetensors", "--corpus", place / "corpus", "--interference"]
+    assert main([*map(str, ["evaluate", *files, flag, config])]) == 1
+    assert (
+        f"cannot write {config}: it is there already, and its name does not end in .md" in capsys.readouterr().err
+    )
+    assert config.read_text() == "{}"
+
+
 def test_a_package_that_is_not_there_is_named_before_anything_is_measured(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nr_serve.commands.command.find_spec", lambda name: None)
     assert run(place, "--tasks", place / "task.jsonl") == 1

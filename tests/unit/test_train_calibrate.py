@@ -247,6 +247,19 @@ def test_an_export_does_not_overwrite_its_run(tmp_path, capsys, file):
     assert theirs.read_bytes() == b"the run's"
 
 
+def test_a_file_that_is_no_adapter_is_not_replaced_by_one(tmp_path, capsys):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"a base's weights")
+    for asked in (
+        ["calibrate", "f", "--corpus", "c", "--out", str(weights)],
+        ["export-adapter", "run", str(weights)],
+    ):
+        assert main(asked) == 1
+        said = f"cannot write {weights}: it is there already, and is no adapter file"
+        assert said in capsys.readouterr().err
+    assert weights.read_bytes() == b"a base's weights"
+
+
 def test_a_carrys_cost_is_a_table_with_a_row_each(tmp_path, base, corpus, capsys):
     old = train(write_recipe(tmp_path, base, tokens=512), tmp_path / "hu", corpus)
     files = [tmp_path / f"carry-{carry}.safetensors" for carry in ("0", "0.9")]

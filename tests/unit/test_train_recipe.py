@@ -62,7 +62,12 @@ def recipe(**sections) -> Recipe:
         ({"run": {"weight_decay": 1e300}}, "run.weight_decay: Input should be less than"),
         ({"loss": {"alpha": 1e300}}, "loss.alpha: Input should be less than"),
         ({"loss": {"open": 1e300}}, "loss.open: Input should be less than"),
-        ({"gate": {"ridge": 1e300}}, "gate.ridge: Input should be less than or equal to 1000000"),
+        # Beyond these, float32 tells the target's logits from no other's.
+        ({"gate": {"ridge": 1e300}}, "gate.ridge: Input should be less than or equal to 10000"),
+        ({"gate": {"target_weight": 1e-12}}, "gate.target_weight: Input should be greater than or equal to"),
+        ({"gate": {"steepness": 1e-46}}, "gate.steepness: Input should be greater than or equal to"),
+        ({"run": {"lr": True}}, "run: lr: true and false are no numbers"),
+        ({"blocks": {"h": True, "carry": False}}, "h, carry: true and false are no numbers"),
         ({"blocks": {"h": 10**12}}, "recipe: blocks.h: Input should be less than"),
         ({"blocks": {"h": [16, 10**12]}}, "blocks.h.1: Input should be less than"),
         ({"lora": {"rank": 10**12}}, "lora.rank: Input should be less than"),

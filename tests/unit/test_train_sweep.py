@@ -72,6 +72,7 @@ def test_changes_from_outside_come_last_in_every_run(tmp_path, base):
         ('[runs."../a"]\n', r"runs\.\.\./a.*should match"),
         ('[runs."."]\n', "should match"),
         ('[runs."a\\u0000"]\n', "should match"),
+        ('[runs."comparison.json"]\n', "the comparison's files are named so"),
     ],
 )
 def test_a_wrong_sweep_names_the_run_and_the_key(tmp_path, base, runs, message):

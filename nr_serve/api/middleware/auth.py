@@ -47,7 +47,9 @@ class KeyCheck:
         if key is None:
             return Unauthorized("Incorrect API key provided")
         if change and key.role != "admin":
-            return Forbidden("this key may not change adapters; an admin key is needed")
+            return Forbidden(
+                "this key may not change adapters; an admin key is needed (nr-serve make-key --role admin)"
+            )
         return None
 
 

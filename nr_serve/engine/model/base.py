@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import AutoModelForCausalLM
 
 from nr_serve.config import ServeConfig
 from nr_serve.engine.messages import SamplingDefaults
 from nr_serve.engine.model.auto_dtype import fastest_dtype
 from nr_serve.engine.model.device import device_of
 from nr_serve.errors import UnsupportedBase, faults, loading
+from nr_serve.neutral.host import load_model
 from nr_serve.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def load_base(path: Path | str, config: ServeConfig) -> Any:
     else:
         dtype = fastest_dtype() if device == "cpu" else torch.bfloat16
     with loading(str(path)):
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = load_model(path, dtype=dtype)
     return model.to(device)
 
 
